@@ -1,0 +1,26 @@
+"""Windlass: Mixture-of-Experts models larger than memory. Names load on first use, so that
+`import windlass` stays free of torch."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from windlass.engine.outputs import CompletionOutput, RequestOutput
+    from windlass.llm import LLM
+    from windlass.params import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+
+_HOMES = {
+    "LLM": "windlass.llm",
+    "SamplingParams": "windlass.params",
+    "RequestOutput": "windlass.engine.outputs",
+    "CompletionOutput": "windlass.engine.outputs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'windlass' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,27 @@
+"""Names of things that several layers pass along. Knows no tensors and no bytes."""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Part(StrEnum):
+    """The units in which weights move between tiers."""
+
+    EMBED = "embed"  # token embedding table
+    BLOCK = "block"  # a block's norms, attention, router and shared expert
+    FFN = "ffn"  # a block's dense feed-forward network, where it has one instead of experts
+    EXPERT = "expert"  # one routed expert
+    FINAL = "final"  # last norm, biases of the head
+    HEAD = "head"  # a range of rows of the output projection
+
+
+class WeightKey(NamedTuple):
+    """Address of one part: `layer` is -1 outside the blocks; `index` is the expert or head chunk."""
+
+    part: Part
+    layer: int = -1
+    index: int = -1
+
+    def __str__(self) -> str:
+        place = "" if self.layer < 0 else f"[{self.layer}]"
+        return f"{self.part.value}{place}" + ("" if self.index < 0 else f"[{self.index}]")

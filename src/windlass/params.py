@@ -1,0 +1,1 @@
+"""Sampling parameters of one request: vLLM's names and defaults. Knows no tensors."""
