@@ -65,7 +65,9 @@ class Layout:
     (the embedding table of a tied model is also the head)."""
 
     parts: Mapping[WeightKey, tuple[Piece, ...]]
-    unused: tuple[str, ...]  # names on disk that no part reads (multi-token prediction, vision, ...)
+    unused: tuple[
+        str, ...
+    ]  # names on disk that no part reads (multi-token prediction, vision, ...)
 
     def keys(self, part: str) -> list[WeightKey]:
         """Keys of one kind, in (layer, index) order."""

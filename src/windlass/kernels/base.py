@@ -1,0 +1,77 @@
+"""What a kernel backend offers: arithmetic whose result for one row never depends on other rows.
+
+Shape legend (everywhere in kernels/ and decoder/): T rows of a call, D hidden, E output features,
+I intermediate, H query heads, K key/value heads, d head dim, v value dim, N rows of one expert,
+P pages, B tokens of a page, S sequences.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from windlass.spec.model import Activation
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWork:
+    """The rows of one attention call, sequence by sequence, as plain integers.
+
+    Rows of a sequence are consecutive in the call and consecutive in position. `is_prompt` tells
+    whether they are prompt tokens; a sequence has rows of one kind in a call.
+    """
+
+    first_row: tuple[int, ...]  # of each sequence
+    num_rows: tuple[int, ...]
+    first_position: tuple[int, ...]
+    pages: tuple[tuple[int, ...], ...]  # page ids of each sequence, oldest first
+    is_prompt: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionOptions:
+    """What the softmax of one layer needs. `sinks_H` is fp32 or None."""
+
+    scale: float
+    window: int | None = None
+    sinks_H: torch.Tensor | None = None
+
+
+class Kernels(Protocol):
+    """Activations are fp32; weights come in their stored type, possibly as strided views."""
+
+    def linear(
+        self, x_TD: torch.Tensor, w: torch.Tensor, bias_E: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x @ w.T + bias -> (T, E). `w` is (E, D), or (g, n, D) with E = g n."""
+        ...
+
+    def batched_linear(self, x_THa: torch.Tensor, w_Hba: torch.Tensor) -> torch.Tensor:
+        """One matrix per head: (T, H, a) x (H, b, a) -> (T, H, b)."""
+        ...
+
+    def expert_ffn(self, x_ND: torch.Tensor, w: Tensors, activation: Activation) -> torch.Tensor:
+        """gate, up, activation, down. `w`: `gate` (I, D), `up` (I, D), `down` (D, I) and, where the
+        experts have biases, `gate_bias`, `up_bias`, `down_bias`."""
+        ...
+
+    def pointwise(
+        self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        """An elementwise transcendental function (exp, sigmoid, silu, softplus, ...), computed so
+        that an element's bits do not depend on where in the tensor it lies."""
+        ...
+
+    def attention(
+        self,
+        q_THd: torch.Tensor,
+        key_PBKd: torch.Tensor,
+        value_PBKv: torch.Tensor,
+        work: AttentionWork,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """Causal softmax attention of every row over its sequence's pages -> (T, H, v)."""
+        ...
