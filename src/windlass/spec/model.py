@@ -128,7 +128,7 @@ class Mla:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatedDelta:
-    """Gated delta rule (Qwen3-Next): a recurrent state per value head instead of a growing cache."""
+    """Gated delta rule (Qwen3-Next): a recurrent state per value head, no growing cache."""
 
     num_k_heads: int
     num_v_heads: int

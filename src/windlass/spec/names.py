@@ -45,7 +45,7 @@ ViewOp = Take | Reshape | Transpose
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One canonical tensor of a part: a contiguous element range of a checkpoint tensor, then views.
+    """One canonical tensor of a part: a contiguous range of a checkpoint tensor, then views.
 
     The elements `start:stop` (row-major, of the tensor `tensor`) are viewed as `shape`; `ops` then
     give the canonical tensor, in general a strided view. Several pieces may share one range.
