@@ -16,7 +16,7 @@ class Part(StrEnum):
 
 
 class WeightKey(NamedTuple):
-    """Address of one part. `layer` is -1 outside the blocks; `index`: the expert, the head chunk."""
+    """Address of one part. `layer` is -1 outside the blocks; `index`: expert or head chunk."""
 
     part: Part
     layer: int = -1

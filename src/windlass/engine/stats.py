@@ -1,0 +1,20 @@
+"""Counters of a running engine, as one frozen record for progress lines and summaries."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """Totals since the engine was built, except `running` and `waiting` (sequences now)."""
+
+    passes: int
+    prompt_tokens: int
+    generated_tokens: int
+    bytes_read: int  # from disk
+    expert_requests: int  # experts a pass needed
+    expert_hits: int  # of these, already in memory when asked for
+    wait_s: float  # compute waited for weights
+    pass_s: float  # spent in passes
+    peak_rss_bytes: int  # of the process
+    running: int
+    waiting: int
