@@ -1,0 +1,149 @@
+"""Rotary positions: frequencies, tables of cos and sin, rotation of heads. Pure math.
+
+Shapes: T rows, H heads, d head dim, f = rope.dim / 2 frequencies.
+"""
+
+import math
+
+import torch
+
+from windlass.spec.model import (
+    LinearScaling,
+    Llama3Scaling,
+    LongRopeScaling,
+    NoScaling,
+    Rope,
+    YarnScaling,
+)
+
+# Positions computed by one call. Vectorised cos and sin use other code for the tail of a tensor and
+# where threads split it; a position always lies at the same place of a tensor of the same shape,
+# too small (below 32768 elements) to be split.
+_MAX_BLOCK_ELEMENTS = 16_384
+
+
+def frequencies(rope: Rope, *, long: bool = False) -> tuple[torch.Tensor, float]:
+    """Angle per position of each pair (f,) in fp32, and the factor on cos and sin.
+
+    `long` chooses LongRoPE's second set of factors; other kinds ignore it. Computed in fp32, as
+    where the models were trained: at position 100 000 one unit in the last place is a hundredth of
+    a radian.
+    """
+    steps_f = torch.arange(0, rope.dim, 2, dtype=torch.float32) / rope.dim
+    periods_f = rope.theta**steps_f
+    match rope.scaling:
+        case NoScaling():
+            return 1.0 / periods_f, 1.0
+        case LinearScaling(factor):
+            return 1.0 / periods_f / factor, 1.0
+        case Llama3Scaling() as scaling:
+            return _llama3(1.0 / periods_f, scaling), 1.0
+        case YarnScaling() as scaling:
+            return _yarn(periods_f, rope, scaling), scaling.attention_factor
+        case LongRopeScaling() as scaling:
+            factors = torch.tensor(scaling.long if long else scaling.short, dtype=torch.float32)
+            on_cos = scaling.long_attention_factor if long else scaling.short_attention_factor
+            return 1.0 / (factors * periods_f), on_cos
+
+
+def _llama3(plain_f: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
+    wavelength_f = 2 * math.pi / plain_f
+    slow, fast = scaling.low_freq_factor, scaling.high_freq_factor
+    keep_f = (scaling.original_max / wavelength_f - slow) / (fast - slow)
+    mixed_f = (1 - keep_f) * plain_f / scaling.factor + keep_f * plain_f
+    scaled_f = torch.where(
+        wavelength_f > scaling.original_max / slow, plain_f / scaling.factor, mixed_f
+    )
+    return torch.where(wavelength_f < scaling.original_max / fast, plain_f, scaled_f)
+
+
+def _yarn(periods_f: torch.Tensor, rope: Rope, scaling: YarnScaling) -> torch.Tensor:
+    def dimension(rotations: float) -> float:
+        """The (fractional) pair that turns `rotations` times within the original context."""
+        turns = scaling.original_max / (rotations * 2 * math.pi)
+        return rope.dim * math.log(turns) / (2 * math.log(rope.theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    high += 0.001 if low == high else 0  # keeps the ramp finite
+    ramp_f = (torch.arange(rope.dim // 2, dtype=torch.float32) - low) / (high - low)
+    keep_f = 1 - ramp_f.clamp(0, 1)
+    return 1.0 / (scaling.factor * periods_f) * (1 - keep_f) + 1.0 / periods_f * keep_f
+
+
+class RopeTable:
+    """Cos and sin of one kind of rotary positions, computed block by block as positions are asked.
+
+    Holds `bytes_per_position` for each position up to the largest seen.
+    """
+
+    def __init__(self, rope: Rope) -> None:
+        self.rope = rope
+        self._block = max(1, _MAX_BLOCK_ELEMENTS // (rope.dim // 2))
+        self._tables: dict[bool, torch.Tensor] = {}  # long? -> (positions, 2, f)
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Memory of one position in one table; LongRoPE has two tables."""
+        return self.rope.dim * 4
+
+    def cos_sin(
+        self, positions_T: torch.Tensor, *, long_T: torch.Tensor | bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin (T, f) of each row's position (int64), times the attention factor.
+
+        `long_T` says which rows belong to sequences that may outgrow the original context
+        (`is_long`); only LongRoPE looks at it.
+        """
+        if not isinstance(self.rope.scaling, LongRopeScaling):
+            rows = self._rows(positions_T, long=False)
+        elif isinstance(long_T, bool):
+            rows = self._rows(positions_T, long=long_T)
+        else:
+            # every row is looked up in both: a look-up is cheap, and rows stay in place
+            both = [self._rows(positions_T, long=long) for long in (False, True)]
+            rows = torch.where(long_T[:, None, None], both[1], both[0])
+        return rows[:, 0], rows[:, 1]
+
+    def is_long(self, max_tokens: int) -> bool:
+        """Whether a sequence of at most `max_tokens` tokens (prompt and output) uses LongRoPE's
+        long factors. Fixed for a sequence's life, whatever else runs."""
+        scaling = self.rope.scaling
+        return isinstance(scaling, LongRopeScaling) and max_tokens > scaling.original_max
+
+    def _rows(self, positions_T: torch.Tensor, *, long: bool) -> torch.Tensor:
+        table = self._tables.get(long)
+        needed = int(positions_T.max()) + 1 if positions_T.numel() else 0
+        if table is None or table.shape[0] < needed:
+            table = self._tables[long] = self._grow(table, needed, long=long)
+        return table[positions_T]
+
+    def _grow(self, table: torch.Tensor | None, needed: int, *, long: bool) -> torch.Tensor:
+        inv_freq_f, factor = frequencies(self.rope, long=long)
+        blocks = [] if table is None else [table]
+        start = 0 if table is None else table.shape[0]
+        for first in range(start, max(needed, 1), self._block):
+            # fp32 angles as in training; cos and sin of them exact to fp32
+            positions = torch.arange(first, first + self._block, dtype=torch.float32)
+            angles = (positions[:, None] * inv_freq_f).double()
+            blocks.append(torch.stack((angles.cos(), angles.sin()), dim=1).float() * factor)
+        return torch.cat(blocks)
+
+
+def rotate(
+    x_THd: torch.Tensor, cos_Tf: torch.Tensor, sin_Tf: torch.Tensor, rope: Rope
+) -> torch.Tensor:
+    """Rotates the first `rope.dim` dimensions of each head; the others pass. A new tensor."""
+    cos, sin = cos_Tf[:, None], sin_Tf[:, None]
+    turned = x_THd[..., : rope.dim]
+    if rope.interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = turned.chunk(2, dim=-1)
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    if rope.dim == x_THd.shape[-1]:
+        return turned
+    return torch.cat((turned, x_THd[..., rope.dim :]), dim=-1)
