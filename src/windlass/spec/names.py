@@ -1,7 +1,8 @@
 """Where the tensors of a part lie on disk, as data. Knows names, shapes and ranges, no files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from windlass.ids import WeightKey
 
@@ -41,6 +42,46 @@ class Transpose:
 
 
 ViewOp = Take | Reshape | Transpose
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint tensor that holds one canonical tensor, perhaps together with others.
+
+    `name` may contain `{model}` (the trunk's prefix in this checkpoint), `{layer}` and `{expert}`.
+    `shape` is None where the tensor on disk has the canonical shape; `ops` lead from `shape` to the
+    canonical tensor, except that several leading dimensions may stay split (`linear` takes
+    matrices as (g, n, D)). `stacked`: one tensor holds all experts, each of them a `shape`:
+    "experts" as (E, *shape), "rows" as (E * shape[0], ...).
+    """
+
+    name: str
+    shape: tuple[int, ...] | None = None
+    ops: tuple[ViewOp, ...] = ()
+    stacked: Literal["no", "experts", "rows"] = "no"
+
+
+# Canonical name -> where it may lie. The first source whose tensor exists is read; the first of all
+# is how the hub's checkpoints of the family look.
+Sources = Mapping[str, tuple[Source, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NameMap:
+    """Sources of every canonical tensor that a spec can ask for. Entries that the spec does not
+    need (a bias of a model without biases) are not looked at."""
+
+    embed: Sources
+    block: Sources  # norms
+    attention: Sources  # of Gqa and Mla
+    delta: Sources = field(default_factory=dict)  # of GatedDelta
+    moe: Sources  # router and shared expert
+    expert: Sources
+    ffn: Sources = field(default_factory=dict)
+    final: Sources
+    head: Sources
+    prefixes: tuple[str, ...] = ("model.", "model.language_model.", "language_model.model.",
+                                 "language_model.", "")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
