@@ -190,9 +190,11 @@ class Groups:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftmaxTopK:
     """Softmax over all experts, then the best k. `renorm_floor` is None where the kept scores are
-    used as they are; else they are divided by max(their sum, renorm_floor)."""
+    used as they are; else they are divided by max(their norm, renorm_floor), the norm of order 1
+    being their sum."""
 
     renorm_floor: float | None
+    renorm_order: Literal[1, 2] = 1
     groups: NoGroups | Groups = NoGroups()
     select_bias: bool = False  # added to the scores for the choice only
     scale: float = 1.0

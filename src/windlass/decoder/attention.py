@@ -1,0 +1,160 @@
+"""Softmax attention of one block around the kernel: projections before it, output after it.
+
+Pure functions over (description, weights). Weights come by canonical name, in their stored type and
+possibly as strided views; activations are fp32. A row's bits never depend on other rows: matrix
+products and transcendental functions go through the kernels, everything else is elementwise or a
+sum over a row.
+
+Shapes: T rows, D hidden, H query heads, K key/value heads, d head dim, v value dim, r rotary pairs,
+c latent.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from windlass.decoder.rope import rotate
+from windlass.kernels.base import Kernels, Tensors
+from windlass.spec.model import Attention, GatedDelta, Gqa, LayerNorm, Mla, Norm, RmsNorm
+
+
+@dataclass(frozen=True, slots=True)
+class Projected:
+    """What attention needs of each row. For latent attention `value_TKv` is a view of the key:
+    its first dimensions are the latent, and a cache need only hold the key."""
+
+    q_THd: torch.Tensor
+    key_TKd: torch.Tensor
+    value_TKv: torch.Tensor
+    gate_THv: torch.Tensor | None  # before the sigmoid
+
+
+def kv_shape(attention: Attention) -> tuple[int, int, int] | None:
+    """(key/value heads, key dim, value dim) of one cached position; value dim is 0 where values are
+    a view of the keys. None for attention whose state does not grow."""
+    match attention:
+        case Gqa():
+            return attention.num_kv_heads, attention.head_dim, attention.head_dim
+        case Mla():
+            return 1, attention.kv_lora_rank + attention.rope.dim, 0
+        case GatedDelta():
+            return None
+
+
+def value_width(attention: Gqa | Mla) -> int:
+    """Dimensions of a value that the attention kernel reads and of each head it returns."""
+    return attention.head_dim if isinstance(attention, Gqa) else attention.kv_lora_rank
+
+
+def normalise(
+    norm: Norm, weight_D: torch.Tensor, bias_D: torch.Tensor | None, x: torch.Tensor
+) -> torch.Tensor:
+    """Normalises the last dimension of `x`."""
+    weight = weight_D.float()
+    if isinstance(norm, LayerNorm):
+        centred = x - x.mean(-1, keepdim=True)
+        variance = (centred * centred).mean(-1, keepdim=True)
+        y = centred * (1.0 / torch.sqrt(variance + norm.eps)) * weight
+        return y if bias_D is None else y + bias_D.float()
+    y = x * (1.0 / torch.sqrt((x * x).mean(-1, keepdim=True) + norm.eps))
+    return y * (1.0 + weight) if norm.plus_one else y * weight
+
+
+def project(
+    k: Kernels,
+    attention: Gqa | Mla,
+    norm: Norm,
+    w: Tensors,
+    h_TD: torch.Tensor,
+    cos_Tr: torch.Tensor | None,
+    sin_Tr: torch.Tensor | None,
+) -> Projected:
+    """Queries, keys, values (and gate) of normalised rows, rotated to their positions.
+
+    `norm` is the model's: norms of queries and keys are of the same kind. `cos_Tr` and `sin_Tr` are
+    None for attention without positions.
+    """
+    if isinstance(attention, Mla):
+        assert cos_Tr is not None and sin_Tr is not None, "latent attention has positions"
+        return _project_latent(k, attention, w, h_TD, cos_Tr, sin_Tr)
+    return _project_heads(k, attention, norm, w, h_TD, cos_Tr, sin_Tr)
+
+
+def attention_output(
+    k: Kernels,
+    attention: Gqa | Mla,
+    w: Tensors,
+    o_THv: torch.Tensor,
+    gate_THv: torch.Tensor | None,
+) -> torch.Tensor:
+    """Output projection of what the attention kernel returned -> (T, D)."""
+    if isinstance(attention, Mla):
+        o_THv = k.batched_linear(o_THv, w["v_up.weight"])
+    if gate_THv is not None:
+        o_THv = o_THv * k.pointwise(torch.sigmoid, gate_THv)
+    return linear(k, w, "o_proj", o_THv.flatten(1))
+
+
+def linear(k: Kernels, w: Tensors, name: str, x_TD: torch.Tensor) -> torch.Tensor:
+    """`name`'s weight, and its bias where the part has one."""
+    return k.linear(x_TD, w[f"{name}.weight"], w.get(f"{name}.bias"))
+
+
+def _project_heads(
+    k: Kernels,
+    attention: Gqa,
+    norm: Norm,
+    w: Tensors,
+    h_TD: torch.Tensor,
+    cos_Tr: torch.Tensor | None,
+    sin_Tr: torch.Tensor | None,
+) -> Projected:
+    q, key, value = (linear(k, w, f"{name}_proj", h_TD) for name in "qkv")
+    if attention.qk_norm == "full":
+        q = normalise(norm, w["q_norm.weight"], None, q)
+        key = normalise(norm, w["k_norm.weight"], None, key)
+    if attention.clip_qkv is not None:
+        limit = attention.clip_qkv
+        q, key, value = (x.clamp(-limit, limit) for x in (q, key, value))
+    heads = (len(h_TD), -1, attention.head_dim)
+    q_THd, key_TKd, value_TKd = q.view(heads), key.view(heads), value.view(heads)
+    if attention.qk_norm == "head":
+        q_THd = normalise(norm, w["q_norm.weight"], None, q_THd)
+        key_TKd = normalise(norm, w["k_norm.weight"], None, key_TKd)
+    if attention.rope is not None:
+        assert cos_Tr is not None and sin_Tr is not None, "rotary attention needs cos and sin"
+        q_THd = rotate(q_THd, cos_Tr, sin_Tr, attention.rope)
+        key_TKd = rotate(key_TKd, cos_Tr, sin_Tr, attention.rope)
+    gate = linear(k, w, "gate_proj", h_TD).view(heads) if attention.output_gate else None
+    return Projected(q_THd, key_TKd, value_TKd, gate)
+
+
+def _project_latent(
+    k: Kernels,
+    attention: Mla,
+    w: Tensors,
+    h_TD: torch.Tensor,
+    cos_Tr: torch.Tensor,
+    sin_Tr: torch.Tensor,
+) -> Projected:
+    # Absorbed form: instead of expanding each cached latent to keys, the query is taken into the
+    # space of latents, so that all heads read one cached row.
+    latent_norm = RmsNorm(eps=attention.latent_norm_eps)
+    if attention.q_lora_rank is None:
+        q = linear(k, w, "q_proj", h_TD)
+    else:
+        low = normalise(latent_norm, w["q_a_norm.weight"], None, linear(k, w, "q_a_proj", h_TD))
+        q = linear(k, w, "q_b_proj", low)
+    q_nope, q_rot = torch.split(
+        q.view(len(h_TD), attention.num_heads, -1), [attention.nope_dim, attention.rope.dim], dim=-1
+    )
+    q_THc = k.batched_linear(q_nope, w["k_up.weight"].transpose(1, 2))
+    q_rot = rotate(q_rot, cos_Tr, sin_Tr, attention.rope)
+    latent, key_rot = torch.split(
+        linear(k, w, "kv_a_proj", h_TD), [attention.kv_lora_rank, attention.rope.dim], dim=-1
+    )
+    latent = normalise(latent_norm, w["kv_a_norm.weight"], None, latent)
+    key_rot = rotate(key_rot[:, None], cos_Tr, sin_Tr, attention.rope)
+    key = torch.cat((latent[:, None], key_rot), dim=-1)
+    value = key[..., : attention.kv_lora_rank]
+    return Projected(torch.cat((q_THc, q_rot), dim=-1), key, value, None)

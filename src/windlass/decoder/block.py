@@ -1,0 +1,78 @@
+"""The small pieces of a block and of the model's ends, for a runtime to put together.
+
+A block is: `pre_attention`, the attention kernel over the cache, `post_attention`, `ffn_input`, a
+feed-forward network (`decoder/moe.py`), `residual`. Rows are fp32 and independent of each other.
+
+Shapes: T rows, D hidden, H query heads, v value dim, r rotary pairs, V tokens of a head's chunk.
+"""
+
+import torch
+
+from windlass.decoder.attention import Projected, attention_output, normalise, project
+from windlass.kernels.base import Kernels, Tensors
+from windlass.spec.model import Gqa, Mla, ModelSpec
+
+
+def embed(spec: ModelSpec, rows_TD: torch.Tensor) -> torch.Tensor:
+    """Rows of the embedding table, in its stored type -> hidden states fp32."""
+    return rows_TD.float() * spec.embed_multiplier
+
+
+def attention_input(spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
+    """What any kind of attention of a block reads: normalised hidden states."""
+    return normalise(spec.norm, w["input_norm.weight"], w.get("input_norm.bias"), x_TD)
+
+
+def pre_attention(
+    k: Kernels,
+    spec: ModelSpec,
+    attention: Gqa | Mla,
+    w: Tensors,
+    x_TD: torch.Tensor,
+    cos_Tr: torch.Tensor | None,
+    sin_Tr: torch.Tensor | None,
+) -> Projected:
+    """Everything of softmax attention up to the kernel."""
+    h_TD = attention_input(spec, w, x_TD)
+    return project(k, attention, spec.norm, w, h_TD, cos_Tr, sin_Tr)
+
+
+def post_attention(
+    k: Kernels,
+    spec: ModelSpec,
+    attention: Gqa | Mla,
+    w: Tensors,
+    x_TD: torch.Tensor,
+    o_THv: torch.Tensor,
+    gate_THv: torch.Tensor | None,
+) -> torch.Tensor:
+    """Everything after the kernel: hidden states with this block's attention added."""
+    return residual(spec, x_TD, attention_output(k, attention, w, o_THv, gate_THv))
+
+
+def ffn_input(spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
+    """What router, experts, shared expert or dense network of a block read."""
+    return normalise(spec.norm, w["post_norm.weight"], w.get("post_norm.bias"), x_TD)
+
+
+def residual(spec: ModelSpec, x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
+    """Adds a sublayer's output."""
+    # in two steps: a fused multiply-add would round otherwise in a vector's tail
+    return x_TD + y_TD * spec.residual_multiplier
+
+
+def final_norm(spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
+    """What the head reads."""
+    return normalise(spec.norm, w["norm.weight"], w.get("norm.bias"), x_TD)
+
+
+def logits(
+    k: Kernels,
+    spec: ModelSpec,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    h_TD: torch.Tensor,
+) -> torch.Tensor:
+    """Logits of one chunk of the vocabulary; `bias_V` is that chunk's range of `head_bias`."""
+    bias_V = None if bias_V is None else bias_V.float()
+    return k.linear(h_TD, weight_VD, bias_V) / spec.logit_divisor
