@@ -36,6 +36,7 @@ class AttentionOptions:
     """What the softmax of one layer needs. `sinks_H` is fp32 or None."""
 
     scale: float
+    value_dim: int
     window: int | None = None
     sinks_H: torch.Tensor | None = None
 
@@ -68,10 +69,14 @@ class Kernels(Protocol):
     def attention(
         self,
         q_THd: torch.Tensor,
-        key_PBKd: torch.Tensor,
-        value_PBKv: torch.Tensor,
+        key_PKBd: torch.Tensor,
+        value_PKBv: torch.Tensor,
         work: AttentionWork,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        """Causal softmax attention of every row over its sequence's pages -> (T, H, v)."""
+        """Causal softmax attention of every row over its sequence's pages -> (T, H, v).
+
+        The stores may be wider than d and `options.value_dim` (zeros), so that rows are aligned.
+        `value_PKBv` may be a view of the keys (MLA: their first v columns).
+        """
         ...

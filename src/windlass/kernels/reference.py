@@ -1,0 +1,133 @@
+"""Torch kernels: stored weights are widened to fp32 tile by tile and multiplied by the BLAS.
+
+A tile of widened weights stays in the last-level cache, is filled once per call and used by all
+row blocks. Sums of a row never depend on other rows: products go through a `RowLadder`,
+transcendental functions through `pointwise`. Shape legend: kernels/base.py.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from windlass.kernels.attention import paged_attention
+from windlass.kernels.base import AttentionOptions, AttentionWork, Tensors
+from windlass.kernels.rows import RowLadder, pad_rows, padded_width
+from windlass.spec.model import Activation, ClampedSwiGlu
+from windlass.units import MIB, round_up
+
+TILE_BYTES = 8 * MIB  # of widened weights; measured flat between 4 and 16 MiB, docs/log.md
+_LANES = 64  # elements; a multiple of every vector loop's step in torch's pointwise code
+_GRAIN = 32768  # elements; torch runs a pointwise call of at most this size in one thread
+
+
+def _matmul(x_TD: torch.Tensor, w_ED: torch.Tensor) -> torch.Tensor:
+    return torch.mm(x_TD, w_ED.t())
+
+
+def _batched_matmul(x_HTa: torch.Tensor, w_Hba: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(x_HTa, w_Hba.transpose(1, 2))
+
+
+class TorchKernels:
+    """Implements `Kernels` on a CPU. Owns one scratch tile; used by one thread at a time."""
+
+    def __init__(self) -> None:
+        self._rows = RowLadder(_matmul)
+        self._batched_rows = RowLadder(_batched_matmul)
+        self._scratch = torch.empty(TILE_BYTES // 4)
+
+    def linear(
+        self, x_TD: torch.Tensor, w: torch.Tensor, bias_E: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        num_rows, width = x_TD.shape
+        out_TE = x_TD.new_empty(num_rows, w.numel() // width)
+        column = 0
+        for tile in _tiles(w, width):
+            w_ED = self._widen(tile, width)
+            features = w_ED.shape[0]
+            for first, last, count in self._rows.blocks(num_rows, tuple(w_ED.shape)):
+                y = _matmul(pad_rows(x_TD[first:last], count), w_ED)
+                out_TE[first:last, column : column + features] = y[: last - first]
+            column += features
+        return out_TE if bias_E is None else out_TE.add_(bias_E.float())
+
+    def batched_linear(self, x_THa: torch.Tensor, w_Hba: torch.Tensor) -> torch.Tensor:
+        num_rows, heads, width = x_THa.shape
+        features = w_Hba.shape[1]
+        out_HTb = x_THa.new_empty(heads, num_rows, features)
+        x_HTa = x_THa.transpose(0, 1)
+        step = max(1, TILE_BYTES // (4 * width * features))
+        for head in range(0, heads, step):
+            group = slice(head, min(head + step, heads))
+            w = pad_rows(w_Hba[group].float(), features)
+            for first, last, count in self._batched_rows.blocks(num_rows, tuple(w.shape)):
+                y = _batched_matmul(pad_rows(x_HTa[group, first:last], count), w)
+                out_HTb[group, first:last] = y[:, : last - first]
+        return out_HTb.transpose(0, 1)
+
+    def expert_ffn(self, x_ND: torch.Tensor, w: Tensors, activation: Activation) -> torch.Tensor:
+        gate_NI = self.linear(x_ND, w["gate"], w.get("gate_bias"))
+        up_NI = self.linear(x_ND, w["up"], w.get("up_bias"))
+        hidden_NI = self._activate(gate_NI, up_NI, activation)
+        return self.linear(hidden_NI, w["down"], w.get("down_bias"))
+
+    def pointwise(
+        self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        """torch computes the tail of a vector loop, and of each thread's share, with scalar code of
+        other rounding. Here every share is a multiple of the vector length, so all elements take
+        the vector code (a test compares all offsets)."""
+        flat = x.reshape(-1)
+        size, threads = flat.numel(), torch.get_num_threads()
+        if size >= _GRAIN * threads:  # torch then cuts into exactly `threads` shares
+            return function(_fill_up(flat, _LANES * threads))[:size].view(x.shape)
+        shares = [
+            function(_fill_up(part, _LANES))[: len(part)] for part in torch.split(flat, _GRAIN)
+        ]
+        return (torch.cat(shares) if len(shares) != 1 else shares[0]).view(x.shape)
+
+    def attention(
+        self,
+        q_THd: torch.Tensor,
+        key_PKBd: torch.Tensor,
+        value_PKBv: torch.Tensor,
+        work: AttentionWork,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        return paged_attention(self.pointwise, q_THd, key_PKBd, value_PKBv, work, options)
+
+    def _activate(
+        self, gate: torch.Tensor, up: torch.Tensor, activation: Activation
+    ) -> torch.Tensor:
+        if isinstance(activation, ClampedSwiGlu):
+            gate = gate.clamp(max=activation.limit)
+            up = up.clamp(-activation.limit, activation.limit)
+            return (up + 1) * gate * self.pointwise(torch.sigmoid, activation.alpha * gate)
+        return self.pointwise(torch.nn.functional.silu, gate).mul_(up)
+
+    def _widen(self, tile: torch.Tensor, width: int) -> torch.Tensor:
+        """fp32 copy (n, padded width) of a tile in the scratch; valid until the next call."""
+        wide = padded_width(width)
+        size = tile.numel() // width * wide
+        if size > self._scratch.numel():  # one output row wider than the tile
+            self._scratch = torch.empty(size)
+        view = self._scratch[:size].view(*tile.shape[:-1], wide)
+        view[..., :width] = tile
+        if wide != width:
+            view[..., width:] = 0
+        return view.view(-1, wide)
+
+
+def _tiles(w: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
+    """`w` (E, D) or (g, n, D) cut along its first dimension into tiles of at most TILE_BYTES."""
+    per_index = 4 * w.numel() // w.shape[0]
+    return torch.split(w, max(1, TILE_BYTES // per_index))
+
+
+def _fill_up(flat: torch.Tensor, step: int) -> torch.Tensor:
+    size = round_up(flat.numel(), step)
+    if size == flat.numel():
+        return flat
+    padded = flat.new_zeros(size)
+    padded[: flat.numel()] = flat
+    return padded

@@ -1,0 +1,96 @@
+"""Row-independent matrix products from a library that does not promise them.
+
+A BLAS may sum a row in another order when the number of rows changes (a vector kernel for one row,
+edge kernels for a remainder). Which row counts agree bit for bit is a property of the library, the
+processor and the shape, so it is measured once per shape: `RowLadder` admits a row count only if
+every row of a random product equals the same row computed in the smallest block. Calls are padded
+up to an admitted count. If none but the smallest agrees, everything runs in blocks of that size:
+slower, never different. The padding is at most a third above 12 rows.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from windlass.units import round_up
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+ALIGN = 64  # bytes; what torch's allocator gives, and a multiple of all vector lengths
+MAX_ROWS = 512  # sgemm is at its full rate there; larger calls are cut
+_STEPS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, MAX_ROWS)
+_BASES = (4, 8, 16, 32)
+
+
+class RowLadder:
+    """Admitted row counts per (inner, outer) shape of one product function."""
+
+    def __init__(self, product: Product) -> None:
+        self._product = product
+        self._admitted: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def counts(self, weight_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Ascending row counts that agree bit for bit for weights (..., out, in) of this shape."""
+        found = self._admitted.get(weight_shape)
+        if found is None:
+            found = self._measure(weight_shape)
+            self._admitted[weight_shape] = found
+        return found
+
+    def blocks(self, num_rows: int, weight_shape: tuple[int, ...]) -> list[tuple[int, int, int]]:
+        """Cuts `num_rows` into (first, last, padded count) blocks of admitted counts."""
+        counts = self.counts(weight_shape)
+        largest, cuts = counts[-1], []
+        for first in range(0, num_rows, largest):
+            last = min(first + largest, num_rows)
+            cuts.append((first, last, next(c for c in counts if c >= last - first)))
+        return cuts
+
+    def _measure(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(shape, generator=generator)
+        x = torch.randn(*shape[:-2], MAX_ROWS, shape[-1], generator=generator)
+        for base in _BASES:
+            reference = torch.cat(
+                [
+                    self._product(x[..., i : i + base, :].clone(), weight)
+                    for i in range(0, MAX_ROWS, base)
+                ],
+                dim=-2,
+            )
+            admitted = [
+                count
+                for count in _STEPS
+                if count % base == 0 and self._agrees(x, weight, reference, count)
+            ]
+            if len(admitted) > 1 or base == _BASES[-1]:
+                return tuple(admitted) or (base,)
+        raise AssertionError("unreachable: the last base always returns")
+
+    def _agrees(
+        self, x: torch.Tensor, weight: torch.Tensor, reference: torch.Tensor, count: int
+    ) -> bool:
+        first = self._product(x[..., :count, :].clone(), weight)
+        # the same rows at the end of the sample: position inside the block must not matter either
+        shifted = torch.roll(x, 1, dims=-2)[..., :count, :].clone()
+        moved = self._product(shifted, weight)[..., 1:, :]
+        return torch.equal(first, reference[..., :count, :]) and torch.equal(
+            moved, reference[..., : count - 1, :]
+        )
+
+
+def padded_width(width: int) -> int:
+    """Inner dimension of every product: rows then start at multiples of `ALIGN` bytes. MKL sums a
+    row in another order when its address is not a multiple of 16."""
+    return round_up(width, ALIGN // 4)
+
+
+def pad_rows(x: torch.Tensor, count: int) -> torch.Tensor:
+    """fp32 `x` (..., T, D) -> (..., count, padded width), zeros around; aligned and contiguous."""
+    num_rows, width = x.shape[-2:]
+    wide = padded_width(width)
+    if (num_rows, width) == (count, wide) and x.is_contiguous() and x.data_ptr() % ALIGN == 0:
+        return x
+    padded = x.new_zeros(*x.shape[:-2], count, wide)
+    padded[..., :num_rows, :width] = x
+    return padded
