@@ -1,0 +1,223 @@
+"""Gated delta rule: short convolution, gates, recurrent state, gated norm. Pure math.
+
+A state per value head maps keys to values. Each token decays it, replaces what it holds for the
+token's key by the token's value (in part, by `beta`), and reads it with the token's query.
+
+Exactness: prompt rows are computed in chunks of CHUNK positions counted from the sequence's start,
+generated rows one by one. Every product works on one sequence and has one shape, so that a row's
+bits depend on its own sequence alone, as long as a call's prompt rows begin at a multiple of CHUNK.
+
+Shapes: T rows, D hidden, C channels of the convolution, G key heads, H value heads, d key dim,
+v value dim, L = CHUNK positions, n rows of one sequence.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from windlass.kernels.base import Kernels, Tensors
+from windlass.spec.model import GatedDelta
+
+CHUNK = 64  # positions; where a prompt is cut between passes, the cut is at a multiple of this
+_L2_EPS = 1e-6  # fixed by the trained models
+_ALIGNMENT = 64  # bytes; a product's rounding may depend on where its operand lies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """The rows of one sequence in a call: consecutive rows, consecutive positions, one kind."""
+
+    first_row: int
+    num_rows: int
+    first_position: int  # 0: the state starts fresh
+    slot: int  # of the sequence in the state tensors
+    is_prompt: bool
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first_row, self.first_row + self.num_rows)
+
+
+class _Inputs(NamedTuple):
+    """What the recurrence reads of consecutive rows; queries and keys are normalised."""
+
+    q_nGd: torch.Tensor
+    k_nGd: torch.Tensor
+    v_nHv: torch.Tensor
+    log_decay_nH: torch.Tensor
+    beta_nH: torch.Tensor
+
+    def at(self, rows: slice) -> "_Inputs":
+        return _Inputs(*(tensor[rows] for tensor in self))
+
+
+def state_shapes(spec: GatedDelta) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """Shapes of one sequence's convolution state and recurrent state, both fp32."""
+    return (
+        (spec.conv_dim, spec.conv_kernel - 1),
+        (spec.num_v_heads, spec.k_head_dim, spec.v_head_dim),
+    )
+
+
+def delta_attention(
+    kernels: Kernels,
+    spec: GatedDelta,
+    w: Tensors,
+    h_TD: torch.Tensor,
+    segments: Sequence[Segment],
+    conv_state: torch.Tensor,
+    ssm_state: torch.Tensor,
+) -> torch.Tensor:
+    """Token mixing of one layer -> (T, D); advances the states of the segments' slots in place.
+
+    `conv_state` (slots, C, kernel - 1) and `ssm_state` (slots, H, d, v) are fp32; a segment at
+    position 0 overwrites what its slot held. The segments cover all rows.
+    """
+    for segment in segments:
+        assert not (segment.is_prompt and segment.first_position % CHUNK), (
+            "prompt cut inside a chunk"
+        )
+        if segment.first_position == 0:
+            conv_state[segment.slot].zero_()
+            ssm_state[segment.slot].zero_()
+    inputs = _project(kernels, spec, w, h_TD, segments, conv_state)
+    out_THv = torch.empty_like(inputs.v_nHv)
+    for segment in segments:
+        state = _aligned(ssm_state[segment.slot])
+        step = CHUNK if segment.is_prompt else 1
+        advance = _chunk if segment.is_prompt else _token
+        for first in range(segment.first_row, segment.rows.stop, step):
+            rows = slice(first, min(first + step, segment.rows.stop))
+            out_THv[rows] = advance(kernels, inputs.at(rows), state)
+        if state.data_ptr() != ssm_state[segment.slot].data_ptr():
+            ssm_state[segment.slot].copy_(state)
+    return _output(kernels, spec, w, h_TD, out_THv)
+
+
+def _project(
+    kernels: Kernels,
+    spec: GatedDelta,
+    w: Tensors,
+    h_TD: torch.Tensor,
+    segments: Sequence[Segment],
+    conv_state: torch.Tensor,
+) -> _Inputs:
+    names = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
+    mixed_TC = torch.cat([kernels.linear(h_TD, w[name]) for name in names], dim=-1)
+    mixed_TC = _convolve(mixed_TC, w["conv.weight"].float(), segments, conv_state)
+    mixed_TC = kernels.pointwise(F.silu, mixed_TC)
+    width = spec.num_k_heads * spec.k_head_dim
+    q, k, v = mixed_TC[:, :width], mixed_TC[:, width : 2 * width], mixed_TC[:, 2 * width :]
+    head = (-1, spec.num_k_heads, spec.k_head_dim)
+    step_TH = kernels.linear(h_TD, w["a_proj.weight"]) + w["dt_bias"].float()
+    rate_H = kernels.pointwise(torch.exp, w["a_log"].float())
+    return _Inputs(
+        q_nGd=_unit(q.reshape(head)) / math.sqrt(spec.k_head_dim),
+        k_nGd=_unit(k.reshape(head)),
+        v_nHv=v.reshape(-1, spec.num_v_heads, spec.v_head_dim),
+        log_decay_nH=-rate_H * kernels.pointwise(F.softplus, step_TH),
+        beta_nH=kernels.pointwise(torch.sigmoid, kernels.linear(h_TD, w["b_proj.weight"])),
+    )
+
+
+def _convolve(
+    mixed_TC: torch.Tensor,
+    taps_CK: torch.Tensor,
+    segments: Sequence[Segment],
+    conv_state: torch.Tensor,
+) -> torch.Tensor:
+    """Causal convolution per channel, over each sequence's rows and the last ones before them."""
+    out_TC = torch.empty_like(mixed_TC)
+    # decoding sequences have one row each and go together: sums are elementwise, in tap order
+    single = [s for s in segments if s.num_rows == 1]
+    if single:
+        rows, slots = [s.first_row for s in single], [s.slot for s in single]
+        window = torch.cat((conv_state[slots], mixed_TC[rows, :, None]), dim=2)
+        out_TC[rows] = _taps(window.unbind(2), taps_CK)
+        conv_state[slots] = window[:, :, 1:]
+    for segment in segments:
+        if segment.num_rows > 1:
+            window_nC = torch.cat((conv_state[segment.slot].T, mixed_TC[segment.rows]))
+            shifted = [window_nC[i : i + segment.num_rows] for i in range(taps_CK.shape[1])]
+            out_TC[segment.rows] = _taps(shifted, taps_CK)
+            conv_state[segment.slot] = window_nC[segment.num_rows :].T
+    return out_TC
+
+
+def _taps(shifted: Sequence[torch.Tensor], taps_CK: torch.Tensor) -> torch.Tensor:
+    total = shifted[0] * taps_CK[:, 0]
+    for i in range(1, taps_CK.shape[1]):
+        total += shifted[i] * taps_CK[:, i]
+    return total
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    return x / torch.sqrt((x * x).sum(dim=-1, keepdim=True) + _L2_EPS)
+
+
+def _token(kernels: Kernels, x: _Inputs, state_Hdv: torch.Tensor) -> torch.Tensor:
+    """One row -> (1, H, v). Reads the old state once, for key and query together."""
+    groups = state_Hdv.shape[0] // x.k_nGd.shape[1]
+    k_Hd, q_Hd = (t[0].repeat_interleave(groups, dim=0) for t in (x.k_nGd, x.q_nGd))
+    decay_H1 = kernels.pointwise(torch.exp, x.log_decay_nH[0])[:, None]
+    read = kernels.batched_linear(torch.stack((k_Hd, q_Hd)), state_Hdv.transpose(1, 2))
+    held_Hv, seen_Hv = decay_H1 * read[0], decay_H1 * read[1]
+    change_Hv = (x.v_nHv[0] - held_Hv) * x.beta_nH[0, :, None]
+    state_Hdv.mul_(decay_H1[..., None]).addcmul_(k_Hd[:, :, None], change_Hv[:, None])
+    return (seen_Hv + (q_Hd * k_Hd).sum(dim=-1, keepdim=True) * change_Hv)[None]
+
+
+def _chunk(kernels: Kernels, x: _Inputs, state_Hdv: torch.Tensor) -> torch.Tensor:
+    """At most L rows -> (n, H, v), as matrix products over the chunk (arXiv 2412.06464).
+
+    Padded to L rows whose keys, gates and log decays are 0: they leave the state as it is.
+    """
+    num_rows, groups = x.v_nHv.shape[0], state_Hdv.shape[0] // x.k_nGd.shape[1]
+    q_GLd, k_GLd, v_HLv = (_heads_first(t) for t in x[:3])
+    log_decay_HL, beta_HL1 = _heads_first(x.log_decay_nH), _heads_first(x.beta_nH)[..., None]
+    until_HL = log_decay_HL.cumsum(dim=-1)  # log of the decay from before the chunk to each row
+    within_HLL = until_HL[:, :, None] - until_HL[:, None]
+    # the upper triangle is never used; 0 keeps exp finite there
+    within_HLL = kernels.pointwise(torch.exp, within_HLL.tril()).tril()
+    from_start_HL1 = kernels.pointwise(torch.exp, until_HL)[..., None]
+    to_end_HL1 = kernels.pointwise(torch.exp, until_HL[:, -1:] - until_HL)[..., None]
+    overlap_HLL, scores_HLL = (
+        torch.bmm(t, k_GLd.transpose(1, 2)).repeat_interleave(groups, dim=0) * within_HLL
+        for t in (k_GLd, q_GLd)
+    )
+    q_HLd, k_HLd = (t.repeat_interleave(groups, dim=0) for t in (q_GLd, k_GLd))
+    # row i stores beta (v - what the chunk's earlier rows and the old state hold for its key)
+    sides = torch.cat((v_HLv, k_HLd * from_start_HL1), dim=-1) * beta_HL1
+    solved = torch.linalg.solve_triangular(
+        overlap_HLL * beta_HL1, sides, upper=False, unitriangular=True
+    )
+    values, keys = solved[..., : v_HLv.shape[-1]], solved[..., v_HLv.shape[-1] :]
+    change_HLv = values - torch.bmm(keys.contiguous(), state_Hdv)
+    seen_HLv = torch.bmm(q_HLd * from_start_HL1, state_Hdv) + torch.bmm(scores_HLL, change_HLv)
+    state_Hdv.mul_(from_start_HL1[:, -1:])
+    state_Hdv += torch.bmm((k_HLd * to_end_HL1).transpose(1, 2).contiguous(), change_HLv)
+    return seen_HLv[:, :num_rows].transpose(0, 1)
+
+
+def _heads_first(x: torch.Tensor) -> torch.Tensor:
+    """(n, H, ...) -> contiguous (H, L, ...), zeros beyond the rows."""
+    padded = x.new_zeros(x.shape[1], CHUNK, *x.shape[2:])
+    padded[:, : x.shape[0]] = x.transpose(0, 1)
+    return padded
+
+
+def _aligned(state: torch.Tensor) -> torch.Tensor:
+    return state if state.data_ptr() % _ALIGNMENT == 0 else state.clone()
+
+
+def _output(
+    kernels: Kernels, spec: GatedDelta, w: Tensors, h_TD: torch.Tensor, out_THv: torch.Tensor
+) -> torch.Tensor:
+    gate_TC = kernels.pointwise(F.silu, kernels.linear(h_TD, w["z_proj.weight"]))
+    mean_TH1 = (out_THv * out_THv).mean(dim=-1, keepdim=True)
+    normed_THv = out_THv / torch.sqrt(mean_TH1 + spec.norm_eps) * w["out_norm.weight"].float()
+    return kernels.linear(normed_THv.flatten(1) * gate_TC, w["o_proj.weight"])
