@@ -1,0 +1,243 @@
+"""One batch job from its files to its files: input, lock, journal, manifest, engine, output. The
+only place that knows the order of these steps."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from windlass.batch.jobfile import JobFile
+from windlass.batch.journal import Journal, State, write_error
+from windlass.batch.ledger import Ledger
+from windlass.batch.manifest import Manifest, refuse_difference, sync_folder
+from windlass.batch.progress import Progress, Snapshot
+from windlass.batch.runner import BatchRunner, JobEngine, RunSettings
+from windlass.engine.stats import EngineStats
+from windlass.errors import JobError, UsageError
+from windlass.protocol.openai import ServedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOptions:
+    """`identity`: what results depend on, as far as known before the model is loaded; must be
+    equal on a resume. `recorded`: stored for the reader alone."""
+
+    input_file: Path
+    output_file: Path
+    error_file: Path | None
+    served_names: tuple[str, ...]
+    identity: Mapping[str, Any]
+    recorded: Mapping[str, Any]
+    created: int
+    overwrite: bool = False
+    strict: bool = False
+    retry_failed: bool = True
+    max_retries: int = 2
+
+    @property
+    def journal_file(self) -> Path:
+        return self.output_file.with_name(self.output_file.name + ".journal")
+
+    @property
+    def manifest_file(self) -> Path:
+        return self.output_file.with_name(self.output_file.name + ".manifest.json")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """How a run ended. Rows count the whole job, `stats` and times this run alone (None and 0 if
+    no model was loaded)."""
+
+    rows: int
+    ok: int
+    refused: int
+    failed: int
+    rows_before: int  # finished by earlier runs
+    load_s: float
+    run_s: float
+    stats: EngineStats | None
+
+    @property
+    def is_complete(self) -> bool:
+        return self.ok + self.refused + self.failed == self.rows
+
+
+def run_job(
+    options: JobOptions,
+    open_engine: Callable[[], JobEngine],
+    *,
+    progress: Progress,
+    is_stopping: Callable[[], bool],
+) -> Summary:
+    """Runs what is left of the job; complete if not stopped. Raises UsageError for wrong files or
+    settings, JobError where the job cannot go on; finished rows are then safe in the journal."""
+    _check_paths(options)
+    job = JobFile(options.input_file, strict=options.strict)
+    with ExitStack() as stack:
+        journal = stack.enter_context(Journal(options.journal_file))
+        # an attempt that brought nothing leaves nothing behind
+        stack.callback(journal.remove_if_empty)
+        stored = _stored_manifest(options, journal)
+        ledger = Ledger(job, journal, retry_failed=options.retry_failed)
+        _greet(options, ledger, journal, progress)
+        load_s = run_s = 0.0
+        stats = None
+        if ledger.num_done < len(ledger):
+            begin = time.monotonic()
+            engine = stack.enter_context(closing(open_engine()))
+            load_s = time.monotonic() - begin
+            manifest = _settle_manifest(options, engine, stored)
+            begin = time.monotonic()
+            _run_rows(job, ledger, engine, options, manifest, progress, is_stopping)
+            run_s = time.monotonic() - begin
+            stats = engine.stats()
+            journal.sync()
+        summary = _summary(ledger, load_s, run_s, stats)
+        if summary.is_complete:
+            _write_output(options, ledger)
+    return summary
+
+
+def _check_paths(options: JobOptions) -> None:
+    named = {
+        "input file": options.input_file,
+        "output file": options.output_file,
+        "error file": options.error_file,
+        "journal": options.journal_file,
+        "manifest": options.manifest_file,
+    }
+    seen: dict[Path, str] = {}
+    for what, path in named.items():
+        if path is None:
+            continue
+        other = seen.setdefault(path.resolve(), what)
+        if other != what:
+            raise UsageError(f"{what}: got {str(path)!r}, allowed another file than the {other}")
+    for what in ("output file", "error file"):
+        path = named[what]
+        if path is None:
+            continue
+        if path.is_dir():
+            raise UsageError(f"{what}: got the folder {str(path)!r}, allowed a file")
+        if not path.resolve().parent.is_dir():
+            raise UsageError(f"{what}: got {str(path)!r}: its folder does not exist")
+
+
+def _stored_manifest(options: JobOptions, journal: Journal) -> Manifest | None:
+    """The manifest of the job that is to be resumed, None to start anew."""
+    if options.overwrite:
+        journal.clear()
+        return None
+    if journal.size_bytes == 0:
+        output = options.output_file
+        if output.exists() and output.stat().st_size > 0:
+            raise UsageError(
+                f"output file: {str(output)!r} exists and has no journal that could be resumed; "
+                "--overwrite replaces it"
+            )
+        return None
+    stored = Manifest.read(options.manifest_file)
+    if stored is None:
+        raise JobError(
+            f"{options.journal_file}: results without {options.manifest_file.name}, which would "
+            "say what they belong to; --overwrite starts anew"
+        )
+    refuse_difference(stored.options, options.identity, output=options.output_file)
+    return stored
+
+
+def _settle_manifest(options: JobOptions, engine: JobEngine, stored: Manifest | None) -> Manifest:
+    """Compares the loaded engine with the job's, or begins the job with it."""
+    own = {**engine.fingerprint, "max_model_len": engine.max_model_len}
+    if stored is not None:
+        refuse_difference(stored.engine, own, output=options.output_file)
+        return stored
+    manifest = Manifest(options.created, options.identity, own, options.recorded)
+    try:
+        manifest.write(options.manifest_file)
+    except OSError as error:
+        raise write_error(options.manifest_file, error) from error
+    return manifest
+
+
+def _greet(options: JobOptions, ledger: Ledger, journal: Journal, progress: Progress) -> None:
+    if ledger.num_before:
+        progress.say(
+            f"resuming {options.output_file}: {ledger.num_before} of {len(ledger)} rows are done"
+        )
+    else:
+        progress.say(f"{options.input_file}: {len(ledger)} rows")
+    if journal.num_damaged:
+        progress.say(
+            f"{journal.path}: {journal.num_damaged} damaged records were left out; their rows run "
+            "again"
+        )
+
+
+def _run_rows(
+    job: JobFile,
+    ledger: Ledger,
+    engine: JobEngine,
+    options: JobOptions,
+    manifest: Manifest,
+    progress: Progress,
+    is_stopping: Callable[[], bool],
+) -> None:
+    model = ServedModel(
+        options.served_names, engine.tokenizer, engine.max_model_len, engine.default_params
+    )
+    runner = BatchRunner(engine, model, ledger, RunSettings(manifest.created, options.max_retries))
+
+    def snapshot() -> Snapshot:
+        return Snapshot(
+            rows=len(ledger),
+            rows_done=ledger.num_done,
+            rows_before=ledger.num_before,
+            rows_failed=ledger.count(State.REFUSED) + ledger.count(State.FAILED),
+            stats=engine.stats(),
+        )
+
+    runner.run(
+        job.rows(ledger.open_rows),
+        is_stopping=is_stopping,
+        tick=lambda: progress.update(snapshot),
+    )
+
+
+def _summary(ledger: Ledger, load_s: float, run_s: float, stats: EngineStats | None) -> Summary:
+    return Summary(
+        rows=len(ledger),
+        ok=ledger.count(State.OK),
+        refused=ledger.count(State.REFUSED),
+        failed=ledger.count(State.FAILED),
+        rows_before=ledger.num_before,
+        load_s=load_s,
+        run_s=run_s,
+        stats=stats,
+    )
+
+
+def _write_output(options: JobOptions, ledger: Ledger) -> None:
+    """All results in input order; each file appears whole or not at all."""
+    targets = [options.output_file]
+    if options.error_file is not None:
+        targets.append(options.error_file)
+    temporary = [target.with_name(target.name + ".tmp") for target in targets]
+    try:
+        with ExitStack() as stack:
+            files: list[BinaryIO] = [stack.enter_context(path.open("wb")) for path in temporary]
+            for state, line in ledger.results():
+                files[0 if state is State.OK else -1].write(line)
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        for path, target in zip(temporary, targets, strict=True):
+            path.replace(target)
+            sync_folder(target.resolve().parent)
+    except OSError as error:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+        raise write_error(options.output_file, error) from error

@@ -1,0 +1,226 @@
+"""The input of a batch job: one OpenAI batch request per line. Scanned once for identities, then
+read row by row; holds about 50 bytes per row. Knows no tokens and no results."""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from windlass.errors import JobError, UsageError
+from windlass.protocol.fields import shorten
+from windlass.protocol.openai import Endpoint
+
+DIGEST_BYTES = 16
+_FIELDS = ("custom_id", "method", "url", "body")
+_BOM = b"\xef\xbb\xbf"
+_MAX_REPORTED = 10  # of duplicates or malformed lines, in one message
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Why a line is no request; `code` in the words of OpenAI's batch validation."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One non-empty line. Either `endpoint` and `body` are set, or `malformed`."""
+
+    index: int  # among the non-empty lines, from 0
+    line: int  # in the file, from 1
+    digest: bytes  # identity: custom_id and canonical request
+    custom_id: str | None
+    endpoint: Endpoint | None = None
+    body: dict[str, Any] | None = None
+    malformed: Malformed | None = None
+
+
+class JobFile:
+    """A scanned input file. Raises UsageError if it cannot be read or holds a `custom_id` twice,
+    or, if `strict`, any malformed line."""
+
+    def __init__(self, path: Path, *, strict: bool = False) -> None:
+        self.path = path
+        self._offsets = array("Q")
+        self._lines = array("Q")
+        self._digests = bytearray()
+        self.num_malformed = 0
+        self._scan(strict=strict)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def digests(self) -> "np.ndarray[Any, np.dtype[np.void]]":
+        """(rows,) of 16 bytes each, in input order; a view."""
+        return np.frombuffer(self._digests, dtype=f"V{DIGEST_BYTES}")
+
+    def rows(self, wanted: "np.ndarray[Any, np.dtype[np.bool_]]") -> Iterator[Row]:
+        """The rows where `wanted` is true, in input order, parsed as they are asked for. Raises
+        JobError if the file changed since it was scanned."""
+        with _open(self.path) as file:
+            for index in np.flatnonzero(wanted).tolist():
+                file.seek(self._offsets[index])
+                row = _parse(file.readline(), self._lines[index])
+                start = index * DIGEST_BYTES
+                if row is None or row.digest != self._digests[start : start + DIGEST_BYTES]:
+                    raise JobError(
+                        f"{self.path}: line {self._lines[index]} changed while the job was running"
+                    )
+                yield replace(row, index=index)
+
+    def _scan(self, *, strict: bool) -> None:
+        ids = bytearray()  # 8 bytes per row: candidates for duplicates
+        malformed: list[str] = []
+        with _open(self.path) as file:
+            offset = 0
+            for number, text in enumerate(file, start=1):
+                row = _parse(text, number)
+                if row is not None:
+                    self._offsets.append(offset)
+                    self._lines.append(number)
+                    self._digests += row.digest
+                    ids += _id_hash(row)
+                    if row.malformed is not None:
+                        self.num_malformed += 1
+                        if len(malformed) < _MAX_REPORTED:
+                            malformed.append(row.malformed.message)
+                offset += len(text)
+        self._refuse_duplicates(np.frombuffer(ids, dtype=np.uint64))
+        if strict and malformed:
+            raise UsageError(
+                f"{self.path}: {self.num_malformed} malformed lines, --strict allows none:\n  "
+                + "\n  ".join(malformed)
+            )
+
+    def _refuse_duplicates(self, ids: "np.ndarray[Any, np.dtype[np.uint64]]") -> None:
+        order = np.argsort(ids, kind="stable")
+        same = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])
+        # neighbours with an equal 64-bit hash: look at the ids themselves
+        suspects = sorted(set(order[same].tolist()) | set(order[same + 1].tolist()))
+        seen: dict[str, int] = {}
+        found: list[str] = []
+        with _open(self.path) as file:
+            for index in suspects:
+                file.seek(self._offsets[index])
+                row = _parse(file.readline(), self._lines[index])
+                if row is None or row.custom_id is None:
+                    continue
+                first = seen.setdefault(row.custom_id, row.line)
+                if first != row.line:
+                    found.append(f"{shorten(row.custom_id)}: lines {first} and {row.line}")
+        if found:
+            more = len(found) - _MAX_REPORTED
+            raise UsageError(
+                f"{self.path}: custom_id must be unique:\n  "
+                + "\n  ".join(found[:_MAX_REPORTED])
+                + (f"\n  and {more} more" if more > 0 else "")
+            )
+
+
+def _open(path: Path) -> BinaryIO:
+    if not path.is_file():
+        what = "not a regular file" if path.exists() else "no such file"
+        raise UsageError(f"input file: got {str(path)!r}: {what}")
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UsageError(f"input file: got {str(path)!r}: {error.strerror}") from error
+
+
+def _id_hash(row: Row) -> bytes:
+    if row.custom_id is None:  # nothing to collide with: any value that is unique in practice
+        return row.digest[:8]
+    return hashlib.blake2b(row.custom_id.encode(), digest_size=8).digest()
+
+
+def _parse(text: bytes, number: int) -> Row | None:
+    """The row of one line, None if the line is empty. Never raises."""
+    if number == 1:
+        text = text.removeprefix(_BOM)
+    text = text.strip()
+    if not text:
+        return None
+    custom_id: str | None = None
+    try:
+        document = _decode(text)
+        # known even if the rest is wrong, so that the error row can be joined to its request
+        if isinstance(document, dict) and isinstance(document.get("custom_id"), str):
+            custom_id = document["custom_id"]
+        endpoint, body, canonical = _request(document)
+    except (_MalformedLine, RecursionError) as error:
+        code = error.code if isinstance(error, _MalformedLine) else "invalid_json_line"
+        malformed = Malformed(code, f"line {number}: {error}")
+        digest = _digest(f"malformed {number}".encode(), text)
+        return Row(0, number, digest, custom_id, malformed=malformed)
+    assert custom_id is not None, "_request checks it"
+    digest = _digest(custom_id.encode(), canonical)
+    return Row(0, number, digest, custom_id, endpoint, body)
+
+
+class _MalformedLine(Exception):
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def _decode(text: bytes) -> Any:
+    try:
+        document = json.loads(text.decode(), parse_constant=_refuse_constant)
+        if b"\\u" in text:
+            # lone surrogates are legal JSON escapes that no tokenizer and no UTF-8 file can take
+            json.dumps(document, ensure_ascii=False).encode()
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise _MalformedLine("invalid_json_line", f"not valid Unicode: {error.reason}") from error
+    except ValueError as error:
+        raise _MalformedLine("invalid_json_line", f"not valid JSON: {error}") from error
+    return document
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _request(document: Any) -> tuple[Endpoint, dict[str, Any], bytes]:
+    """Endpoint, body and canonical form of a decoded line."""
+    if not isinstance(document, dict):
+        raise _MalformedLine("invalid_request", f"got {shorten(document)}, allowed an object")
+    for name, kind in (("custom_id", str), ("method", str), ("url", str), ("body", dict)):
+        if name not in document:
+            raise _MalformedLine("missing_required_parameter", f"{name}: missing")
+        if not isinstance(document[name], kind):
+            word = "an object" if kind is dict else "a string"
+            raise _MalformedLine(
+                "invalid_type", f"{name}: got {shorten(document[name])}, allowed {word}"
+            )
+    unknown = [name for name in document if name not in _FIELDS]
+    if unknown:
+        raise _MalformedLine(
+            "unknown_parameter", f"{unknown[0]}: not supported, allowed {', '.join(_FIELDS)}"
+        )
+    if document["method"] != "POST":
+        raise _MalformedLine(
+            "invalid_method", f"method: got {shorten(document['method'])}, allowed 'POST'"
+        )
+    try:
+        endpoint = Endpoint(document["url"])
+    except ValueError as error:
+        allowed = " or ".join(Endpoint)
+        raise _MalformedLine(
+            "invalid_url", f"url: got {shorten(document['url'])}, allowed {allowed}"
+        ) from error
+    canonical = json.dumps([endpoint, document["body"]], sort_keys=True, separators=(",", ":"))
+    return endpoint, document["body"], canonical.encode()
+
+
+def _digest(name: bytes, content: bytes) -> bytes:
+    digest = hashlib.blake2b(len(name).to_bytes(8, "little"), digest_size=DIGEST_BYTES)
+    digest.update(name)
+    digest.update(content)
+    return digest.digest()

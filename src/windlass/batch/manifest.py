@@ -1,0 +1,125 @@
+"""What a job's results depend on, stored beside its output, so that a resume under other settings
+is refused. Knows no rows and no engine."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from windlass.errors import JobError, UsageError
+
+FORMAT = 1
+_SAMPLES = 16  # places per weight file that the stamp reads
+_SAMPLE_BYTES = 4096
+_SMALL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`options` and `engine` must be equal on a resume; `recorded` may differ. `created` (seconds
+    since 1970) is the `created` of every result, so that a restart changes no byte."""
+
+    created: int
+    options: Mapping[str, Any]  # known before the model is loaded
+    engine: Mapping[str, Any]  # the loaded engine's fingerprint
+    recorded: Mapping[str, Any]
+    format: int = FORMAT
+
+    def write(self, path: Path) -> None:
+        """The file appears whole or not at all. Raises OSError."""
+        text = json.dumps(asdict(self), indent=2, sort_keys=True, default=str) + "\n"
+        replace_file(path, text.encode())
+
+    @classmethod
+    def read(cls, path: Path) -> "Manifest | None":
+        """None if there is no file. Raises JobError if it is not a manifest."""
+        try:
+            document = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise JobError(f"{path}: not readable as a manifest: {error}") from error
+        names = ("created", "options", "engine", "recorded", "format")
+        if not isinstance(document, dict) or set(document) != set(names):
+            raise JobError(f"{path}: not a manifest of this version; --overwrite starts anew")
+        if document["format"] != FORMAT:
+            raise JobError(
+                f"{path}: format {document['format']}, allowed {FORMAT}; --overwrite starts anew"
+            )
+        return cls(**document)
+
+
+def refuse_difference(stored: Mapping[str, Any], now: Mapping[str, Any], *, output: Path) -> None:
+    """Raises UsageError naming every field that differs."""
+    plain = json.loads(json.dumps(dict(now), default=str))
+    changed = [
+        f"{name}: the job has {stored.get(name)!r}, now {plain.get(name)!r}"
+        for name in sorted(set(stored) | set(plain))
+        if stored.get(name) != plain.get(name)
+    ]
+    if changed:
+        raise UsageError(
+            f"{output} belongs to a job with other settings, which would mix results:\n  "
+            + "\n  ".join(changed)
+            + "\nUse the job's settings to resume it, another --output-file, or --overwrite to "
+            "start anew"
+        )
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes `data` durably; `path` is the old or the new file at any moment. Raises OSError."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def checkpoint_stamp(folder: Path) -> str:
+    """A digest of a checkpoint that reads a few kilobytes per file: small files whole, weight files
+    by size, header and samples. Known without loading, so that a finished job can notice another
+    model. Raises UsageError if `folder` is no checkpoint."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"model: got {str(folder)!r}, allowed a folder with a config.json")
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        for name in _SMALL_FILES:
+            path = folder / name
+            if path.is_file():
+                digest.update(f"{name} {path.stat().st_size}\n".encode())
+                digest.update(path.read_bytes())
+        for path in sorted(folder.glob("*.safetensors")):
+            _sample(path, digest)
+    except OSError as error:
+        raise UsageError(f"model: cannot read {str(folder)!r}: {error}") from error
+    return digest.hexdigest()
+
+
+def _sample(path: Path, digest: "hashlib.blake2b") -> None:
+    size = path.stat().st_size
+    digest.update(f"{path.name} {size}\n".encode())
+    with path.open("rb", buffering=0) as file:
+        for i in range(_SAMPLES):
+            file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))

@@ -1,0 +1,211 @@
+"""Moves rows through the engine: keeps a bounded window of them in flight, stores each result as it
+ends, retries what failed. Knows no files: rows come from an iterator, results go to a Ledger."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from windlass.batch.jobfile import Row
+from windlass.batch.journal import State
+from windlass.batch.ledger import Ledger
+from windlass.engine.outputs import RequestOutput
+from windlass.engine.sequence import Request, StepResult
+from windlass.engine.stats import EngineStats
+from windlass.errors import RequestError
+from windlass.params import SamplingParams
+from windlass.protocol.openai import ApiRequest, ChatTokenizer, ServedModel, parse_body
+from windlass.protocol.responses import error_response, response_body
+
+_WINDOW = 2  # times the engine's capacity: enough that a freed place is never left empty
+_LINE_BREAKS = {"\u2028": "\\u2028", "\u2029": "\\u2029", "\x85": "\\u0085"}
+
+
+class JobEngine(Protocol):
+    """The engine as a job sees it."""
+
+    @property
+    def tokenizer(self) -> ChatTokenizer: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def default_params(self) -> SamplingParams: ...
+    @property
+    def fingerprint(self) -> Mapping[str, object]: ...
+    @property
+    def capacity(self) -> int: ...
+    def add(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> None: ...
+    def step(self) -> StepResult: ...
+    def stats(self) -> EngineStats: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    created: int  # seconds since 1970, of every response
+    max_retries: int
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A row in the engine: one request per prompt."""
+
+    row: Row
+    api: ApiRequest
+    attempt: int = 0
+    outputs: dict[int, RequestOutput] = field(default_factory=dict)  # prompt index -> result
+
+    def requests(self) -> list[Request]:
+        assert self.row.custom_id is not None, "malformed rows never fly"
+        return [
+            Request(
+                request_id=f"{self.row.index}.{i}.{self.attempt}",
+                prompt_token_ids=prompt.token_ids,
+                params=prompt.params,
+                # the prompts of one row must not draw the same numbers
+                seed_key=self.row.custom_id if i == 0 else f"{self.row.custom_id}#{i}",
+            )
+            for i, prompt in enumerate(self.api.prompts)
+        ]
+
+
+class BatchRunner:
+    """Runs `rows` to their ends, or until `is_stopping` says so between two passes."""
+
+    def __init__(
+        self, engine: JobEngine, model: ServedModel, ledger: Ledger, settings: RunSettings
+    ) -> None:
+        self._engine = engine
+        self._model = model
+        self._ledger = ledger
+        self._settings = settings
+        self._flying: dict[str, tuple[_Flight, int]] = {}  # request id -> flight, prompt index
+        self._num_sequences = 0
+
+    def run(
+        self, rows: Iterator[Row], *, is_stopping: Callable[[], bool], tick: Callable[[], None]
+    ) -> None:
+        """Raises JobError if a result cannot be stored; what the engine raises passes through."""
+        more = True
+        while not is_stopping():
+            more = more and self._admit(rows, is_stopping, tick)
+            if not self._flying:
+                return
+            for output in self._engine.step().finished:
+                self._take(output)
+            self._ledger.sync_if_due()
+            tick()
+
+    def _admit(
+        self, rows: Iterator[Row], is_stopping: Callable[[], bool], tick: Callable[[], None]
+    ) -> bool:
+        """Fills the window. False when there are no more rows."""
+        window = _WINDOW * self._engine.capacity
+        while self._num_sequences < window and not is_stopping():
+            row = next(rows, None)
+            if row is None:
+                return False
+            self._start(row)
+            self._ledger.sync_if_due()
+            tick()
+        return True
+
+    def _start(self, row: Row) -> None:
+        if row.malformed is not None:
+            self._store_error(row, State.REFUSED, row.malformed.code, row.malformed.message)
+            return
+        assert row.endpoint is not None and row.body is not None, "a row is a request or malformed"
+        try:
+            api = parse_body(row.endpoint, row.body, self._model)
+            # the body may be large and is no longer needed
+            self._launch(_Flight(Row(row.index, row.line, row.digest, row.custom_id), api))
+        except RequestError as error:
+            status, body = error_response(error)
+            self._store_response(row, State.REFUSED, status, body)
+
+    def _launch(self, flight: _Flight) -> None:
+        """Hands a row to the engine, whole or (RequestError) not at all."""
+        requests = flight.requests()
+        for number, request in enumerate(requests):
+            try:
+                self._engine.add(request)
+            except RequestError:
+                for added in requests[:number]:
+                    self._engine.abort(added.request_id)
+                raise
+        for number, request in enumerate(requests):
+            self._flying[request.request_id] = (flight, number)
+            self._num_sequences += request.params.n
+
+    def _take(self, output: RequestOutput) -> None:
+        if output.request_id not in self._flying:
+            return  # of a row that was aborted in this very pass
+        flight, number = self._land(output.request_id)
+        flight.outputs[number] = output
+        if output.error is not None or any(
+            choice.finish_reason not in ("stop", "length") for choice in output.outputs
+        ):
+            self._retry(flight, output.error or "the engine gave it up")
+        elif len(flight.outputs) == len(flight.api.prompts):
+            outputs = [flight.outputs[i] for i in range(len(flight.outputs))]
+            row = flight.row
+            body = response_body(flight.api, outputs, key=_key(row), created=self._settings.created)
+            self._store_response(row, State.OK, 200, body)
+
+    def _land(self, request_id: str) -> tuple[_Flight, int]:
+        flight, number = self._flying.pop(request_id)
+        self._num_sequences -= flight.api.prompts[number].params.n
+        return flight, number
+
+    def _retry(self, flight: _Flight, reason: str) -> None:
+        for request in flight.requests():
+            if request.request_id in self._flying:
+                self._engine.abort(request.request_id)
+                self._land(request.request_id)
+        flight.attempt += 1
+        flight.outputs.clear()
+        if flight.attempt <= self._settings.max_retries:
+            self._launch(flight)
+            return
+        message = f"no result after {flight.attempt} attempts: {reason}"
+        self._store_error(flight.row, State.FAILED, "request_failed", message)
+
+    def _store_response(self, row: Row, state: State, status: int, body: dict[str, Any]) -> None:
+        response = {"status_code": status, "request_id": f"req_{_key(row)}", "body": body}
+        self._store(row, state, response, None)
+
+    def _store_error(self, row: Row, state: State, code: str, message: str) -> None:
+        self._store(row, state, None, {"code": code, "message": message})
+
+    def _store(
+        self,
+        row: Row,
+        state: State,
+        response: dict[str, Any] | None,
+        error: dict[str, Any] | None,
+    ) -> None:
+        line = result_line(
+            {
+                "id": f"batch_req_{_key(row)}",
+                "custom_id": row.custom_id,
+                "response": response,
+                "error": error,
+            }
+        )
+        self._ledger.add(row.index, row.digest, state, line)
+
+
+def result_line(result: Mapping[str, Any]) -> bytes:
+    """One line of UTF-8 that no reader splits: the line breaks of Unicode are escaped too."""
+    text = json.dumps(result, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for char, escape in _LINE_BREAKS.items():
+        text = text.replace(char, escape)
+    return text.encode() + b"\n"
+
+
+def _key(row: Row) -> str:
+    """Ends the ids of a row's result: the same in every run."""
+    name = row.digest if row.custom_id is None else row.custom_id.encode()
+    return hashlib.blake2b(name, digest_size=12).hexdigest()

@@ -1,0 +1,262 @@
+"""OpenAI's `/v1/chat/completions` and `/v1/completions`: bodies to prompts and parameters. Knows
+the tokenizer's interface, no engine, no HTTP and no files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, Protocol
+
+from windlass.errors import RequestError, UsageError, WindlassError
+from windlass.params import SamplingParams
+from windlass.protocol.fields import only, optional, refuse_unknown, shorten
+from windlass.protocol.messages import read_messages, read_tools
+
+MAX_LOGPROBS = 20  # OpenAI's and vLLM's limit
+COMPLETION_MAX_TOKENS = 16  # where a completion names none; in chat: the rest of the context
+
+# Handed to SamplingParams as they are; it checks types and ranges.
+_SAMPLING = (
+    "n", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty",
+    "frequency_penalty", "repetition_penalty", "min_tokens", "stop", "stop_token_ids", "ignore_eos",
+    "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens",
+    "logit_bias", "allowed_token_ids", "bad_words", "structured_outputs", "thinking_token_budget",
+    "prompt_logprobs",
+)  # fmt: skip
+# Read and without effect on any token.
+_NO_EFFECT = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "cache_salt",
+)  # fmt: skip
+_COMMON = (*_SAMPLING, *_NO_EFFECT, "model", "max_tokens", "logprobs", "stream", "stream_options")
+_CHAT = frozenset(
+    (*_COMMON, "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
+     "parallel_tool_calls", "response_format", "chat_template_kwargs", "add_generation_prompt")
+)  # fmt: skip
+_COMPLETION = frozenset(
+    (*_COMMON, "prompt", "echo", "best_of", "add_special_tokens", "response_format")
+)
+_TEMPLATE_OWN = ("messages", "conversation", "tools", "add_generation_prompt", "tokenize",
+                 "chat_template", "return_dict", "return_tensors")  # fmt: skip
+
+
+class Endpoint(StrEnum):
+    CHAT = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+
+
+class ChatTokenizer(Protocol):
+    """What the protocol needs of a tokenizer."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> list[int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What a body may ask for. `names[0]` is written into responses, all of them are accepted."""
+
+    names: tuple[str, ...]
+    tokenizer: ChatTokenizer
+    max_model_len: int
+    default_params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt of a body. A completions body may hold several."""
+
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ApiRequest:
+    """A checked body. Choice `c` of prompt `p` is number `p * n + c` of the response."""
+
+    endpoint: Endpoint
+    model: str
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(prompt.params.n for prompt in self.prompts)
+
+
+def parse_body(endpoint: Endpoint, body: Mapping[str, Any], model: ServedModel) -> ApiRequest:
+    """Checks a body and turns it into tokens. Raises RequestError (also for a wrong model, with
+    code `model_not_found`)."""
+    is_chat = endpoint is Endpoint.CHAT
+    _check_model(body, model)
+    _refuse_unsupported(body, is_chat=is_chat)
+    params = _sampling_params(body, model.default_params, is_chat=is_chat)
+    limit = _max_tokens(body, is_chat=is_chat)
+    field = "messages" if is_chat else "prompt"
+    prompts = [_chat_prompt(body, model.tokenizer)] if is_chat else _prompts(body, model.tokenizer)
+    return ApiRequest(
+        endpoint=endpoint,
+        model=model.names[0],
+        prompts=tuple(
+            Prompt(tuple(ids), _fit(params, limit, len(ids), model.max_model_len, field))
+            for ids in prompts
+        ),
+    )
+
+
+def _check_model(body: Mapping[str, Any], model: ServedModel) -> None:
+    name = optional(body, "model", str)
+    if name is not None and name not in model.names:
+        raise RequestError(
+            f"The model {shorten(name)} does not exist, allowed {' or '.join(model.names)}",
+            param="model",
+            code="model_not_found",
+        )
+
+
+def _refuse_unsupported(body: Mapping[str, Any], *, is_chat: bool) -> None:
+    refuse_unknown(body, _CHAT if is_chat else _COMPLETION)
+    only(body, "stream", (False,), "allowed only false: results are delivered whole")
+    only(body, "stream_options", (), "allowed only with stream")
+    only(body, "response_format", ({"type": "text"},), "allowed only {'type': 'text'}: "
+         "constrained decoding is not supported")  # fmt: skip
+    if is_chat:
+        only(body, "parallel_tool_calls", (True,), "allowed only true: output is not constrained")
+        return
+    only(body, "echo", (False,), "allowed only false: the prompt is not repeated")
+    # best_of = n means what leaving it out means
+    only(body, "best_of", (body.get("n") or 1,), "allowed only the value of n")
+
+
+def _sampling_params(
+    body: Mapping[str, Any], defaults: SamplingParams, *, is_chat: bool
+) -> SamplingParams:
+    given = {name: body[name] for name in _SAMPLING if body.get(name) is not None}
+    if given.get("stop") == "":
+        del given["stop"]
+    given["logprobs"] = _chat_logprobs(body) if is_chat else _logprobs(body, "logprobs")
+    # the length is settled per prompt, and must not fail min_tokens against a default here
+    given["max_tokens"] = None
+    try:
+        return replace(defaults, **given)
+    except UsageError as error:
+        raise _as_request_error(error) from error
+    except OverflowError as error:  # an integer with hundreds of digits where a number is due
+        raise RequestError(f"a number is too large: {error}") from error
+
+
+def _as_request_error(error: UsageError) -> RequestError:
+    """SamplingParams' messages begin with the field's name."""
+    return RequestError(str(error), param=str(error).partition(":")[0])
+
+
+def _chat_logprobs(body: Mapping[str, Any]) -> int | None:
+    wanted = optional(body, "logprobs", bool)
+    top = _logprobs(body, "top_logprobs")
+    if top is not None and not wanted:
+        raise RequestError("top_logprobs: allowed only with logprobs: true", param="top_logprobs")
+    return (top or 0) if wanted else None
+
+
+def _logprobs(body: Mapping[str, Any], name: str) -> int | None:
+    number = optional(body, name, int)
+    if number is not None and not 0 <= number <= MAX_LOGPROBS:
+        raise RequestError(f"{name}: got {number}, allowed 0 to {MAX_LOGPROBS}", param=name)
+    return number
+
+
+def _max_tokens(body: Mapping[str, Any], *, is_chat: bool) -> int | None:
+    """The length the body asks for, None if it does not say."""
+    names = ("max_completion_tokens", "max_tokens") if is_chat else ("max_tokens",)
+    given = {name: value for name in names if (value := optional(body, name, int)) is not None}
+    for name, value in given.items():
+        if value < 1:
+            raise RequestError(f"{name}: got {value}, allowed at least 1", param=name)
+    if len(set(given.values())) > 1:
+        raise RequestError(
+            "max_tokens: differs from max_completion_tokens, its newer name: give one",
+            param="max_tokens",
+        )
+    return next(iter(given.values()), None)
+
+
+def _chat_prompt(body: Mapping[str, Any], tokenizer: ChatTokenizer) -> list[int]:
+    messages, tools = read_messages(body), read_tools(body)
+    kwargs = optional(body, "chat_template_kwargs", dict) or {}
+    refused = next((name for name in kwargs if name in _TEMPLATE_OWN), None)
+    if refused is not None:
+        raise RequestError(
+            f"chat_template_kwargs.{refused}: not a template variable",
+            param="chat_template_kwargs",
+        )
+    generate = optional(body, "add_generation_prompt", bool)
+    kwargs = {**kwargs, "add_generation_prompt": generate if generate is not None else True}
+    try:
+        ids = tokenizer.apply_chat_template(messages, tools=tools, **kwargs)
+        # a template that shows no tools renders the same without them
+        if tools and ids == tokenizer.apply_chat_template(messages, tools=None, **kwargs):
+            raise RequestError(
+                "tools: this model's chat template does not take tools",
+                param="tools",
+                code="unsupported_parameter",
+            )
+    except RequestError:
+        raise
+    except WindlassError as error:
+        raise RequestError(str(error), param="messages") from error
+    return ids
+
+
+def _prompts(body: Mapping[str, Any], tokenizer: ChatTokenizer) -> list[list[int]]:
+    prompt = body.get("prompt")
+    special = optional(body, "add_special_tokens", bool)
+    if isinstance(prompt, str) or _is_ids(prompt):
+        prompt = [prompt]
+    if not isinstance(prompt, list) or not prompt:
+        raise RequestError(
+            f"prompt: got {shorten(prompt)}, allowed a string, token ids or an array of these",
+            param="prompt",
+        )
+    result = []
+    for i, item in enumerate(prompt):
+        if isinstance(item, str):
+            result.append(tokenizer.encode(item, special if special is not None else True))
+        elif _is_ids(item):
+            result.append(item)
+        else:
+            raise RequestError(
+                f"prompt[{i}]: got {shorten(item)}, allowed a string or token ids", param="prompt"
+            )
+    return result
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
+
+
+def _fit(
+    params: SamplingParams, limit: int | None, num_prompt: int, max_model_len: int, field: str
+) -> SamplingParams:
+    """`params` with the `max_tokens` of one prompt of `num_prompt` tokens."""
+    if num_prompt == 0:
+        raise RequestError(f"{field}: got no tokens, allowed at least one", param=field)
+    rest = max_model_len - num_prompt
+    if rest < 1 or (limit is not None and limit > rest):
+        asked = "" if rest < 1 else f" and {limit} more are asked for"
+        raise RequestError(
+            f"prompt has {num_prompt} tokens{asked}, limit {max_model_len}",
+            param=field,
+            code="context_length_exceeded",
+        )
+    if limit is None:
+        limit = rest if field == "messages" else min(COMPLETION_MAX_TOKENS, rest)
+    try:
+        return replace(params, max_tokens=limit)
+    except UsageError as error:
+        raise _as_request_error(error) from error
