@@ -14,16 +14,16 @@ from windlass.spec.model import Block, ModelSpec
 from windlass.spec.names import NameMap
 
 
-def qwen3_5_moe_text(config: Config) -> tuple[ModelSpec, NameMap]:
+def read_text(config: Config) -> tuple[ModelSpec, NameMap]:
     experts = delta_moe(config, renorm=True)
     blocks = [Block(attention=attention, ffn=experts) for attention in delta_attentions(config)]
     spec = model(config, blocks, norm=delta_norm(config))
     return spec, delta_names(spec, fused_first=False)
 
 
-def qwen3_5_moe(config: Config) -> tuple[ModelSpec, NameMap]:
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
     """The language model of an image-and-text checkpoint; its vision tensors are left unread."""
-    spec, names = qwen3_5_moe_text(config.section("text_config"))
+    spec, names = read_text(config.section("text_config"))
     tied = config.get("tie_word_embeddings", bool, spec.tied_head)
     spec = replace(spec, family=config.require("model_type", str), tied_head=tied)
     first = "model.language_model."

@@ -5,17 +5,8 @@ from dataclasses import replace
 
 from windlass.errors import ModelError
 from windlass.spec.config import Config
-from windlass.spec.families.common import (
-    GQA,
-    LAYER,
-    at,
-    gqa,
-    head_dim,
-    layers,
-    model,
-    moe,
-    qwen_names,
-)
+from windlass.spec.families.common import gqa, head_dim, layers, model, moe, sparse_layers
+from windlass.spec.families.tensors import GQA, LAYER, at, name_map, qwen_moe_names
 from windlass.spec.model import (
     Attention,
     Block,
@@ -34,18 +25,13 @@ from windlass.spec.rope_config import read_rope, rotary_dim
 _KINDS = ("linear_attention", "full_attention")
 
 
-def qwen3_next(config: Config) -> tuple[ModelSpec, NameMap]:
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
     experts = delta_moe(config, renorm=config.get("norm_topk_prob", bool, True))
-    dense_layers = config.items("mlp_only_layers", int)
-    step = config.size("decoder_sparse_step", default=1)
+    sparse = sparse_layers(config)
+    dense = experts if all(sparse) else Ffn(intermediate=config.size("intermediate_size"))
     blocks = [
-        Block(
-            attention=attention,
-            ffn=experts
-            if i not in dense_layers and (i + 1) % step == 0
-            else Ffn(intermediate=config.size("intermediate_size")),
-        )
-        for i, attention in enumerate(delta_attentions(config))
+        Block(attention=attention, ffn=experts if with_experts else dense)
+        for attention, with_experts in zip(delta_attentions(config), sparse, strict=True)
     ]
     spec = model(config, blocks, norm=delta_norm(config))
     return spec, delta_names(spec, fused_first=True)
@@ -117,7 +103,7 @@ def delta_names(spec: ModelSpec, *, fused_first: bool) -> NameMap:
     """Names of both families. `fused_first`: whether the hub's checkpoints have the projections of
     the delta rule in two tensors and experts one by one, or the projections apart and experts
     stacked. Either is read."""
-    names = qwen_names(spec, shared="shared_expert")
+    names = name_map(spec, moe=qwen_moe_names("shared_expert"))
     attention, delta, expert = dict(GQA), {}, dict(names.expert)
     for block in spec.blocks:
         if isinstance(block.attention, Gqa):
