@@ -1,0 +1,31 @@
+"""dots.llm1."""
+
+from windlass.spec.config import Config
+from windlass.spec.families.common import (
+    deepseek_moe,
+    first_dense,
+    gqa,
+    model,
+    sigmoid_topk,
+    window,
+    windows,
+)
+from windlass.spec.families.tensors import qwen_names
+from windlass.spec.model import Ffn, ModelSpec
+from windlass.spec.names import NameMap
+
+
+def dots1(config: Config) -> tuple[ModelSpec, NameMap]:
+    # the published files call DeepSeek-V3's sigmoid scores by the name of the method
+    config.one_of("scoring_func", ("sigmoid", "noaux_tc"), default="sigmoid")
+    bias = config.get("attention_bias", bool, False)
+    first = config.get("max_window_layers", int, 62)
+    size = window(config)
+    sliding = windows(config, size, default=lambda i: size is not None and i >= first)
+    attention = [
+        gqa(config, qkv_bias=bias, out_bias=bias, qk_norm="head", window=one) for one in sliding
+    ]
+    experts = deepseek_moe(config, sigmoid_topk(config, renorm=False))
+    dense = Ffn(intermediate=config.size("intermediate_size"))
+    spec = model(config, first_dense(config, attention, experts, dense))
+    return spec, qwen_names(spec)

@@ -1,0 +1,25 @@
+"""Mixtral."""
+
+from windlass.spec.config import Config
+from windlass.spec.families.common import gqa, layers, model, moe, window
+from windlass.spec.families.tensors import W123, at, expert_names, name_map
+from windlass.spec.model import Block, Ffn, ModelSpec, SoftmaxTopK
+from windlass.spec.names import NameMap
+
+
+def mixtral(config: Config) -> tuple[ModelSpec, NameMap]:
+    experts = moe(
+        config,
+        SoftmaxTopK(renorm_floor=0.0),
+        num=config.size("num_local_experts", "num_experts"),
+        top_k=config.size("num_experts_per_tok"),
+        expert=Ffn(intermediate=config.size("intermediate_size")),
+    )
+    attention = gqa(config, theta=1e6, window=window(config))
+    spec = model(config, [Block(attention=attention, ffn=experts) for _ in layers(config)])
+    names = name_map(
+        spec,
+        moe={"router.weight": at("block_sparse_moe.gate.weight", "mlp.gate.weight")},
+        expert=expert_names(spec, "block_sparse_moe", W123, stacked="mlp"),
+    )
+    return spec, names

@@ -1,0 +1,31 @@
+"""Qwen1.5-MoE and Qwen2-MoE."""
+
+from windlass.spec.config import Config
+from windlass.spec.families.common import gqa, model, moe, sparse_layers, window, windows
+from windlass.spec.families.tensors import qwen_names
+from windlass.spec.model import Block, Ffn, ModelSpec, Shared, SoftmaxTopK
+from windlass.spec.names import NameMap
+
+
+def qwen2_moe(config: Config) -> tuple[ModelSpec, NameMap]:
+    size = window(config) if config.get("use_sliding_window", bool, False) else None
+    last = config.get("max_window_layers", int, 28) if size else 0
+    # the reference lets every other layer below max_window_layers slide
+    sliding = windows(config, size, default=lambda i: i % 2 == 0 and i < last)
+    bias = config.get("qkv_bias", bool, True)
+    shared = Ffn(intermediate=config.size("shared_expert_intermediate_size"))
+    experts = moe(
+        config,
+        SoftmaxTopK(renorm_floor=0.0 if config.get("norm_topk_prob", bool, False) else None),
+        num=config.size("num_experts", "num_local_experts"),
+        top_k=config.size("num_experts_per_tok"),
+        expert=Ffn(intermediate=config.size("moe_intermediate_size")),
+        shared=Shared(ffn=shared, gated=True),
+    )
+    dense = Ffn(intermediate=config.size("intermediate_size"))
+    blocks = [
+        Block(attention=gqa(config, qkv_bias=bias, window=one), ffn=experts if sparse else dense)
+        for one, sparse in zip(sliding, sparse_layers(config), strict=True)
+    ]
+    spec = model(config, blocks)
+    return spec, qwen_names(spec, shared="shared_expert")

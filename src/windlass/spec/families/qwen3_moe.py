@@ -1,0 +1,29 @@
+"""Qwen3-MoE."""
+
+from windlass.spec.config import Config
+from windlass.spec.families.common import gqa, model, moe, sparse_layers, window
+from windlass.spec.families.tensors import qwen_names
+from windlass.spec.model import Block, Ffn, ModelSpec, SoftmaxTopK
+from windlass.spec.names import NameMap
+
+
+def qwen3_moe(config: Config) -> tuple[ModelSpec, NameMap]:
+    bias = config.get("attention_bias", bool, False)
+    sliding = config.get("use_sliding_window", bool, False)
+    size = window(config) if sliding else None
+    config.get("max_window_layers", int, 0)  # written by older files, without effect
+    attention = gqa(config, qkv_bias=bias, out_bias=bias, qk_norm="head", window=size)
+    experts = moe(
+        config,
+        SoftmaxTopK(renorm_floor=0.0 if config.get("norm_topk_prob", bool, False) else None),
+        num=config.size("num_experts", "num_local_experts"),
+        top_k=config.size("num_experts_per_tok"),
+        expert=Ffn(intermediate=config.size("moe_intermediate_size")),
+    )
+    dense = Ffn(intermediate=config.size("intermediate_size"))
+    blocks = [
+        Block(attention=attention, ffn=experts if sparse else dense)
+        for sparse in sparse_layers(config)
+    ]
+    spec = model(config, blocks)
+    return spec, qwen_names(spec)
