@@ -1,0 +1,151 @@
+"""Which rows the next pass computes: admission by key/value pages. Knows counts, no tensors.
+
+Decode rows of running sequences go first, then chunks of prompts fill the pass up to its row limit,
+in the order of arrival; a waiting sequence joins as soon as pages for its prompt are free. Pages
+grow with the sequence; when none is left, the youngest sequence gives its pages back and is later
+computed again from its tokens, which gives the same bits (prompt rows as prompt rows, generated
+rows as generated rows).
+"""
+
+from collections import deque
+from typing import NamedTuple
+
+from windlass.engine.choice import Choice
+from windlass.memory.kv import KvStore
+from windlass.schedule.batch import CHUNK_TOKENS, Segment
+
+
+class Row(NamedTuple):
+    """A segment and whose it is."""
+
+    choice: Choice
+    segment: Segment
+
+
+class Admission:
+    """Owns the waiting and running choices and their pages."""
+
+    def __init__(
+        self, kv: KvStore, *, max_num_seqs: int, max_rows: int, long_rope_after: int | None
+    ) -> None:
+        """`long_rope_after`: sequences that may outgrow this many tokens use LongRoPE's long
+        factors; None for other models."""
+        assert max_rows >= max_num_seqs + CHUNK_TOKENS, "a pass must hold all sequences and a chunk"
+        self._kv = kv
+        self._max_num_seqs = max_num_seqs
+        self._max_rows = max_rows
+        self._long_rope_after = long_rope_after
+        self.waiting: deque[Choice] = deque()
+        self.running: list[Choice] = []  # oldest first
+        self.num_preemptions = 0
+
+    def add(self, choice: Choice) -> None:
+        self.waiting.append(choice)
+
+    def remove(self, choice: Choice) -> None:
+        """The choice has ended or was aborted; its pages are free at once."""
+        if choice in self.running:
+            self.running.remove(choice)
+            self._release(choice)
+        else:
+            self.waiting.remove(choice)
+
+    def compose(self) -> list[Row]:
+        """The rows of the next pass; empty only when there is nothing to do."""
+        rows: list[Row] = []
+        room = self._max_rows
+        for choice in list(self.running):
+            if choice in self.running and not choice.in_prompt and self._grow(choice):
+                row = self._generated(choice, room)
+                rows.append(row)
+                room -= row.segment.num_rows
+        rows = [row for row in rows if row.choice in self.running]
+        room = self._max_rows - sum(row.segment.num_rows for row in rows)
+        for choice in self.running:
+            if choice.in_prompt:
+                room -= self._add_prompt(choice, room, rows)
+        while room > 0 and self._can_admit():
+            choice = self.waiting[0]
+            if not self._fitting(choice, room):
+                break
+            self._admit(self.waiting.popleft())
+            room -= self._add_prompt(choice, room, rows)
+        return rows
+
+    def _can_admit(self) -> bool:
+        if not self.waiting or len(self.running) >= self._max_num_seqs:
+            return False
+        needed = self._kv.pages_for(len(self.waiting[0].token_ids) + 1)
+        # every running sequence may want one more page before the newcomer has ended
+        return needed + len(self.running) <= self._kv.num_free_pages and self._kv.has_free_state
+
+    def _admit(self, choice: Choice) -> None:
+        choice.pages = self._kv.take_pages(self._kv.pages_for(choice.num_prompt))
+        choice.state_slot = self._kv.take_state()
+        self.running.append(choice)
+
+    def _grow(self, choice: Choice) -> bool:
+        """Pages for all of the choice's tokens, at the cost of younger ones; False if it had to
+        give way itself."""
+        missing = self._kv.pages_for(len(choice.token_ids)) - len(choice.pages)
+        while missing > self._kv.num_free_pages:
+            youngest = self.running[-1]
+            self._preempt(youngest)
+            if youngest is choice:
+                return False
+        if missing > 0:
+            choice.pages.extend(self._kv.take_pages(missing))
+        return True
+
+    def _preempt(self, choice: Choice) -> None:
+        self.running.remove(choice)
+        self._release(choice)
+        choice.num_computed = 0
+        self.waiting.appendleft(choice)
+        self.num_preemptions += 1
+
+    def _release(self, choice: Choice) -> None:
+        self._kv.give_pages(choice.pages)
+        self._kv.give_state(choice.state_slot)
+        choice.pages, choice.state_slot = [], -1
+
+    def _generated(self, choice: Choice, room: int) -> Row:
+        """Rows of generated tokens: one, or several after a preemption."""
+        first = choice.num_computed
+        last = min(len(choice.token_ids), first + room)
+        return self._row(choice, first, last, is_prompt=False)
+
+    def _add_prompt(self, choice: Choice, room: int, rows: list[Row]) -> int:
+        """Adds the next chunk of a prompt and returns its number of rows."""
+        count = self._fitting(choice, room)
+        if count:
+            first = choice.num_computed
+            rows.append(self._row(choice, first, first + count, is_prompt=True))
+        return count
+
+    def _fitting(self, choice: Choice, room: int) -> int:
+        """Prompt rows that fit: all that is left, or up to a multiple of CHUNK_TOKENS."""
+        left = choice.num_prompt - choice.num_computed
+        return left if left <= room else room // CHUNK_TOKENS * CHUNK_TOKENS
+
+    def _row(self, choice: Choice, first: int, last: int, *, is_prompt: bool) -> Row:
+        after = self._long_rope_after
+        segment = Segment(
+            sequence=id(choice),
+            token_ids=tuple(choice.token_ids[first:last]),
+            first_position=first,
+            pages=tuple(choice.pages),
+            state_slot=choice.state_slot,
+            is_prompt=is_prompt,
+            long_rope=after is not None and choice.max_total > after,
+            wants_logits=last == len(choice.token_ids),
+        )
+        return Row(choice, segment)
+
+    def check(self) -> None:
+        """Pages are held once, and by running choices only."""
+        self._kv.check()
+        held = [page for choice in self.running for page in choice.pages]
+        assert len(set(held)) == len(held), "a page belongs to two sequences"
+        assert len(held) + self._kv.num_free_pages == self._kv.num_pages, "a page was lost"
+        assert all(not choice.pages for choice in self.waiting), "a waiting choice holds pages"

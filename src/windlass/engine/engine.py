@@ -1,0 +1,245 @@
+"""The engine: requests in, tokens out, one pass per step. One thread owns it.
+
+Knows no files and no HTTP. Fronts add requests and call `step`; results come back as they end.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from windlass.engine.admission import Admission, Row
+from windlass.engine.choice import Choice
+from windlass.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from windlass.engine.sampling import Sampler, choice_seed
+from windlass.engine.sequence import Delta, Request, StepResult
+from windlass.engine.stats import EngineStats
+from windlass.engine.text import TextStream
+from windlass.engine.tokenizer import Tokenizer
+from windlass.errors import RequestError
+from windlass.ids import Part
+from windlass.memory.weights import WeightStore
+from windlass.params import SamplingParams
+from windlass.plan import Plan
+from windlass.schedule.batch import Batch, make_batch
+from windlass.trace import Tracer
+
+RunPass = Callable[[Batch], torch.Tensor]
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request with choices still running."""
+
+    request: Request
+    choices: list[Choice]
+    left: int
+    arrival: float
+    first_token: float | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSetup:
+    """What `build` puts together for an engine."""
+
+    plan: Plan
+    tokenizer: Tokenizer
+    default_params: SamplingParams
+    vocab_size: int
+    max_model_len: int
+    seed: int
+    fingerprint: Mapping[str, object]  # what would change results
+    peak_rss: Callable[[], int]
+
+
+class Engine:
+    """Sequences, admission and sampling around one pass function."""
+
+    def __init__(
+        self,
+        setup: EngineSetup,
+        run_pass: RunPass,
+        weights: WeightStore,
+        admission: Admission,
+        *,
+        tracer: Tracer,
+        on_close: Callable[[], None],
+    ) -> None:
+        self.plan = setup.plan
+        self.tokenizer = setup.tokenizer
+        self.max_model_len = setup.max_model_len
+        self.default_params = setup.default_params
+        self.fingerprint = setup.fingerprint
+        self._setup = setup
+        self._run_pass = run_pass
+        self._weights = weights
+        self._admission = admission
+        self._tracer = tracer
+        self._on_close = on_close
+        self._open: dict[str, _Open] = {}
+        self._passes = self._prompt_tokens = self._generated_tokens = 0
+        self._pass_s = 0.0
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that can run at once."""
+        return self.plan.max_num_seqs
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._open)
+
+    def validate(self, request: Request) -> None:
+        """Raises RequestError if the request cannot run here."""
+        self._make_choice(request, 0)
+        if request.request_id in self._open:
+            raise RequestError(f"request id {request.request_id!r} is already running")
+
+    def add(self, request: Request) -> None:
+        """Queues a request; RequestError if it cannot run here."""
+        self.validate(request)
+        choices = [self._make_choice(request, i) for i in range(request.params.n)]
+        self._open[request.request_id] = _Open(request, choices, len(choices), time.monotonic())
+        for choice in choices:
+            self._admission.add(choice)
+
+    def abort(self, request_id: str) -> None:
+        """Drops a request; unknown ids are ignored, it may just have ended."""
+        entry = self._open.pop(request_id, None)
+        for choice in entry.choices if entry else ():
+            if choice.finish_reason is None:
+                self._admission.remove(choice)
+
+    def _make_choice(self, request: Request, index: int) -> Choice:
+        params, num_prompt = request.params, len(request.prompt_token_ids)
+        if not num_prompt:
+            raise RequestError("prompt has no tokens, allowed at least 1", param="prompt")
+        room = self.max_model_len - num_prompt
+        if room < 1 or (params.max_tokens is not None and params.max_tokens > room):
+            wanted = "" if params.max_tokens is None else f" and max_tokens {params.max_tokens}"
+            raise RequestError(
+                f"prompt has {num_prompt} tokens{wanted}, limit {self.max_model_len} in all",
+                param="prompt" if room < 1 else "max_tokens",
+                code="context_length_exceeded",
+            )
+        vocab_size = self._setup.vocab_size
+        if not all(0 <= token < vocab_size for token in request.prompt_token_ids):
+            raise RequestError(f"prompt token ids: allowed 0 to {vocab_size - 1}", param="prompt")
+        eos = self.tokenizer.eos_token_ids
+        seed = choice_seed(
+            params, run_seed=self._setup.seed, seed_key=request.seed_key, choice=index
+        )
+        sampler = Sampler(
+            params,
+            prompt_token_ids=request.prompt_token_ids,
+            seed=seed,
+            vocab_size=vocab_size,
+            eos_token_ids=sorted(eos),
+        )
+        text = TextStream(self.tokenizer, params) if params.detokenize else None
+        max_output = room if params.max_tokens is None else params.max_tokens
+        return Choice(request, index, max_output, sampler, text, frozenset(eos))
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def step(self) -> StepResult:
+        """One pass and the tokens it brings."""
+        rows = self._admission.compose()
+        if not rows:
+            assert not self._open, "requests wait, but nothing can run"
+            return StepResult((), ())
+        begin = time.perf_counter()
+        with self._tracer.span("pass", lane="engine", segments=len(rows)):
+            batch = make_batch(
+                [row.segment for row in rows], micro_batch_tokens=self.plan.micro_batch_tokens
+            )
+            with torch.inference_mode():
+                logits_RV = self._run_pass(batch)
+            self._passes += 1
+            with self._tracer.span("sample", rows=len(logits_RV)):
+                result = self._take(rows, logits_RV)
+        self._pass_s += time.perf_counter() - begin
+        stats = self._weights.stats()
+        self._tracer.counter("rows", rows=batch.num_rows)
+        self._tracer.counter("disk", bytes=stats.bytes_read)
+        return result
+
+    def _take(self, rows: list[Row], logits_RV: torch.Tensor) -> StepResult:
+        finished: list[RequestOutput] = []
+        deltas: list[Delta] = []
+        taken = 0
+        for choice, segment in rows:
+            choice.num_computed += segment.num_rows
+            if segment.is_prompt:
+                self._prompt_tokens += segment.num_rows
+            if not segment.wants_logits:
+                continue
+            entry = self._open[choice.request.request_id]
+            try:
+                deltas.append(choice.advance(logits_RV[taken], self.tokenizer))
+                self._generated_tokens += 1
+            except RequestError as error:  # this request alone fails: constraints left no token
+                choice.finish_reason, entry.error = "error", str(error)
+            taken += 1
+            entry.first_token = entry.first_token or time.monotonic()
+            if choice.finish_reason is not None:
+                self._admission.remove(choice)
+                entry.left -= 1
+                if not entry.left:
+                    finished.append(self._finish(entry))
+        return StepResult(tuple(finished), tuple(deltas))
+
+    def _finish(self, entry: _Open) -> RequestOutput:
+        request = entry.request
+        del self._open[request.request_id]
+        outputs: tuple[CompletionOutput, ...] = tuple(choice.output() for choice in entry.choices)
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=None,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=outputs,
+            metrics=RequestMetrics(
+                arrival_time=entry.arrival,
+                first_token_time=entry.first_token,
+                finished_time=time.monotonic(),
+            ),
+            error=entry.error,
+        )
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """Totals so far."""
+        store = self._weights.stats()
+        return EngineStats(
+            passes=self._passes,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            bytes_read=store.bytes_read,
+            expert_requests=store.requests.get(Part.EXPERT, 0),
+            expert_hits=store.hits.get(Part.EXPERT, 0),
+            wait_s=store.wait_s,
+            pass_s=self._pass_s,
+            peak_rss_bytes=self._setup.peak_rss(),
+            running=len(self._admission.running),
+            waiting=len(self._admission.waiting),
+        )
+
+    def check(self) -> None:
+        """Invariants of all stores; cheap enough for tests after every step."""
+        self._admission.check()
+        self._weights.check()
+
+    def close(self) -> None:
+        """Ends the reader threads, writes the trace. Idempotent."""
+        self._on_close()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

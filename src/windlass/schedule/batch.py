@@ -1,0 +1,94 @@
+"""The rows of one pass, frozen. Knows tokens, positions and pages, not requests."""
+
+from dataclasses import dataclass, replace
+
+CHUNK_TOKENS = (
+    64  # prompt chunks and micro-batches end at multiples of this, or at the prompt's end
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Consecutive rows of one sequence: a chunk of its prompt, or generated tokens."""
+
+    sequence: int
+    token_ids: tuple[int, ...]
+    first_position: int
+    pages: tuple[int, ...]  # of the whole sequence, oldest first
+    state_slot: int  # -1 where the model keeps no recurrent state
+    is_prompt: bool
+    long_rope: bool
+    wants_logits: bool  # of the last row
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Consecutive rows of a pass that go through attention together."""
+
+    first_row: int
+    num_rows: int
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """All rows of one pass, segment by segment."""
+
+    segments: tuple[Segment, ...]
+    num_rows: int
+    micro_batches: tuple[MicroBatch, ...]
+
+    @property
+    def logit_rows(self) -> list[int]:
+        """Rows whose logits are wanted, in segment order."""
+        rows, first = [], 0
+        for segment in self.segments:
+            first += segment.num_rows
+            if segment.wants_logits:
+                rows.append(first - 1)
+        return rows
+
+
+def make_batch(segments: list[Segment], *, micro_batch_tokens: int) -> Batch:
+    """Cuts the rows into micro-batches of at most `micro_batch_tokens` (at least CHUNK_TOKENS).
+
+    A segment is cut only at a position that is a multiple of CHUNK_TOKENS.
+    """
+    assert micro_batch_tokens >= CHUNK_TOKENS, "a micro-batch holds at least one chunk"
+    micro: list[MicroBatch] = []
+    open_segments: list[Segment] = []
+    first_row = rows = 0
+
+    def close() -> None:
+        nonlocal first_row, rows, open_segments
+        if open_segments:
+            micro.append(MicroBatch(first_row, rows, tuple(open_segments)))
+            first_row, rows, open_segments = first_row + rows, 0, []
+
+    for segment in segments:
+        rest = segment
+        while rest.num_rows > micro_batch_tokens - rows:
+            fitting = _fitting(rest, micro_batch_tokens - rows)
+            if fitting:
+                open_segments.append(replace(rest, token_ids=rest.token_ids[:fitting]))
+                rows += fitting
+                rest = replace(
+                    rest,
+                    token_ids=rest.token_ids[fitting:],
+                    first_position=rest.first_position + fitting,
+                )
+            close()
+        open_segments.append(rest)
+        rows += rest.num_rows
+    close()
+    return Batch(tuple(segments), sum(s.num_rows for s in segments), tuple(micro))
+
+
+def _fitting(segment: Segment, room: int) -> int:
+    """Most rows that fit into `room` and end at a multiple of CHUNK_TOKENS; 0 if none do."""
+    end = (segment.first_position + room) // CHUNK_TOKENS * CHUNK_TOKENS
+    return max(0, end - segment.first_position)

@@ -1,0 +1,265 @@
+"""The runtime that computes: glue between pass, decoder math, weight store and key/value store.
+
+Owns nothing that outlives a pass except the stores and the usage forecast it was given. All calls
+come from one thread. The only place where routing is read back to Python.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from windlass.decoder import block as math
+from windlass.decoder.attention import value_width
+from windlass.decoder.delta import Segment as DeltaSegment
+from windlass.decoder.delta import delta_attention
+from windlass.decoder.moe import combine, dense_ffn, route, shared_expert
+from windlass.decoder.rope import RopeTable
+from windlass.ids import Part, WeightKey
+from windlass.kernels.base import AttentionOptions, AttentionWork, Kernels
+from windlass.memory.kv import KvStore
+from windlass.memory.weights import Lease, WeightStore
+from windlass.schedule.announce import Announcer
+from windlass.schedule.batch import Batch, MicroBatch
+from windlass.schedule.embedding import EmbeddingRows
+from windlass.schedule.runtime import Routed
+from windlass.spec.model import GatedDelta, Gqa, Mla, ModelSpec, Moe, Rope
+from windlass.trace import Tracer
+
+_COMBINE_ROWS = 256  # rows combined at once: their expert outputs stay in the cache
+
+
+class _Rows(NamedTuple):
+    """Rows of a layer on their way through its experts."""
+
+    h_TD: torch.Tensor
+    weights_TA: torch.Tensor
+    order: torch.Tensor  # places (row * A + slot), sorted by expert
+    bounds: list[int]  # of each expert's range in `order`
+    outputs: torch.Tensor  # (T * A, D) by place
+    shared_TD: torch.Tensor | None
+
+
+@dataclass(slots=True)
+class _Final:
+    """Rows on their way through the head."""
+
+    h_RD: torch.Tensor
+    logits_RV: torch.Tensor
+    bias_V: torch.Tensor | None
+    column: int
+
+
+class DeviceRuntime:
+    """Implements `Runtime` on a device whose kernels are given."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        kernels: Kernels,
+        weights: WeightStore,
+        kv: KvStore,
+        *,
+        embedding: EmbeddingRows,
+        announcer: Announcer,
+        tracer: Tracer,
+    ) -> None:
+        self._spec = spec
+        self._kernels = kernels
+        self._weights = weights
+        self._kv = kv
+        self._embedding = embedding
+        self._announcer = announcer
+        self._tracer = tracer
+        self._ropes = {rope: RopeTable(rope) for rope in _ropes(spec)}
+        self._places: dict[int, _Places] = {}
+
+    # --- weights ----------------------------------------------------------------------------------
+
+    def lease(self, key: WeightKey) -> AbstractContextManager[Lease]:
+        return self._weights.lease(key)
+
+    def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[Lease]:
+        return self._weights.arrivals(keys)
+
+    def announce(self, layer: int) -> None:
+        self._announcer.enter(layer)
+
+    # --- a pass -----------------------------------------------------------------------------------
+
+    def begin(self, batch: Batch) -> torch.Tensor:
+        with self._tracer.span("embed", rows=batch.num_rows):
+            tokens = [token for segment in batch.segments for token in segment.token_ids]
+            self._places = {
+                micro.first_row: _places(micro, self._kv.page_tokens)
+                for micro in batch.micro_batches
+            }
+            self._announcer.begin(batch.num_rows)
+            return math.embed(self._spec, self._embedding.rows(tokens))
+
+    def attention(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:
+        attention = self._spec.blocks[layer].attention
+        part = slice(rows.first_row, rows.first_row + rows.num_rows)
+        with self._tracer.span("attention", layer=layer, rows=rows.num_rows):
+            if isinstance(attention, GatedDelta):
+                hidden[part] = self._delta(layer, attention, weights, hidden[part], rows)
+            else:
+                hidden[part] = self._softmax(layer, attention, weights, hidden[part], rows)
+
+    def enter_experts(self, layer: int, weights: Lease, hidden: torch.Tensor) -> Routed:
+        moe = self._spec.blocks[layer].ffn
+        assert isinstance(moe, Moe), "the schedule asked for experts of a dense layer"
+        with self._tracer.span("route", layer=layer, rows=len(hidden)):
+            h_TD = math.ffn_input(self._spec, weights.tensors, hidden)
+            weights_TA, ids_TA = route(self._kernels, moe, weights.tensors, h_TD)
+            flat = ids_TA.flatten()
+            order = torch.argsort(flat, stable=True)
+            counts = torch.bincount(flat, minlength=moe.num_experts).tolist()
+            self._announcer.observe(layer, counts)
+        shared = None
+        if moe.shared is not None:
+            with self._tracer.span("shared", layer=layer, rows=len(hidden)):
+                shared = shared_expert(self._kernels, moe.shared, weights.tensors, h_TD)
+        bounds = [0]
+        for count in counts:
+            bounds.append(bounds[-1] + count)
+        outputs = h_TD.new_empty(len(flat), h_TD.shape[1])
+        experts = tuple(expert for expert, count in enumerate(counts) if count)
+        return Routed(experts, _Rows(h_TD, weights_TA, order, bounds, outputs, shared))
+
+    def expert(self, layer: int, weights: Lease, routed: Routed) -> None:
+        moe, data = self._spec.blocks[layer].ffn, routed.data
+        assert isinstance(moe, Moe), "the schedule asked for an expert of a dense layer"
+        index = weights.key.index
+        places = data.order[data.bounds[index] : data.bounds[index + 1]]
+        with self._tracer.span("expert", layer=layer, expert=index, rows=len(places)):
+            x_ND = data.h_TD[places // data.weights_TA.shape[1]]
+            activation = moe.expert.activation
+            data.outputs[places] = self._kernels.expert_ffn(x_ND, weights.tensors, activation)
+
+    def leave_experts(self, layer: int, hidden: torch.Tensor, routed: Routed) -> None:
+        data: _Rows = routed.data
+        with self._tracer.span("combine", layer=layer, rows=len(hidden)):
+            per_row = data.weights_TA.shape[1]
+            outputs_TAD = data.outputs.view(len(hidden), per_row, -1)
+            for first in range(0, len(hidden), _COMBINE_ROWS):
+                part = slice(first, first + _COMBINE_ROWS)
+                total = combine(data.weights_TA[part], outputs_TAD[part])
+                if data.shared_TD is not None:
+                    total = total + data.shared_TD[part]
+                hidden[part] = math.residual(self._spec, hidden[part], total)
+
+    def enter_dense(self, layer: int, weights: Lease, hidden: torch.Tensor) -> torch.Tensor:
+        return math.ffn_input(self._spec, weights.tensors, hidden)
+
+    def dense(self, layer: int, weights: Lease, hidden: torch.Tensor, normed: torch.Tensor) -> None:
+        ffn = self._spec.blocks[layer].ffn
+        assert not isinstance(ffn, Moe), "the schedule asked for a dense network of a MoE layer"
+        with self._tracer.span("dense", layer=layer, rows=len(hidden)):
+            y_TD = dense_ffn(self._kernels, ffn, weights.tensors, normed)
+            hidden.copy_(math.residual(self._spec, hidden, y_TD))
+
+    def enter_head(self, hidden: torch.Tensor, batch: Batch) -> _Final:
+        rows = batch.logit_rows
+        with self._weights.lease(WeightKey(Part.FINAL)) as lease:
+            h_RD = math.final_norm(self._spec, lease.tensors, hidden[rows])
+            bias_V = lease.tensors["head_bias"].clone() if self._spec.head_bias else None
+        return _Final(h_RD, h_RD.new_empty(len(rows), self._spec.vocab_size), bias_V, 0)
+
+    def head(self, weights: Lease, final: _Final) -> None:
+        w_VD = weights.tensors["weight"]
+        part = slice(final.column, final.column + len(w_VD))
+        with self._tracer.span("head", rows=len(final.h_RD), chunk=weights.key.index):
+            bias = None if final.bias_V is None else final.bias_V[part]
+            logits = math.logits(self._kernels, self._spec, w_VD, bias, final.h_RD)
+            final.logits_RV[:, part] = logits
+        final.column = part.stop
+
+    def finish(self, final: _Final) -> torch.Tensor:
+        return final.logits_RV
+
+    # --- attention --------------------------------------------------------------------------------
+
+    def _softmax(
+        self, layer: int, attention: Gqa | Mla, lease: Lease, x_TD: torch.Tensor, rows: MicroBatch
+    ) -> torch.Tensor:
+        places, w = self._places[rows.first_row], lease.tensors
+        cos = sin = None
+        if attention.rope is not None:
+            table = self._ropes[attention.rope]
+            cos, sin = table.cos_sin(places.positions, long_T=places.long_rope)
+        got = math.pre_attention(self._kernels, self._spec, attention, w, x_TD, cos, sin)
+        self._kv.append(layer, (places.pages, places.offsets), got.key_TKd, got.value_TKv)
+        gqa = attention if isinstance(attention, Gqa) else None
+        options = AttentionOptions(
+            scale=attention.scale,
+            value_dim=value_width(attention),
+            window=gqa.window if gqa else None,
+            sinks_H=w["sinks"] if gqa and gqa.sinks else None,
+        )
+        key, value = self._kv.paged(layer)
+        o_THv = self._kernels.attention(got.q_THd, key, value, places.work, options)
+        return math.post_attention(
+            self._kernels, self._spec, attention, w, x_TD, o_THv, got.gate_THv
+        )
+
+    def _delta(
+        self, layer: int, attention: GatedDelta, lease: Lease, x_TD: torch.Tensor, rows: MicroBatch
+    ) -> torch.Tensor:
+        h_TD = math.attention_input(self._spec, lease.tensors, x_TD)
+        segments = self._places[rows.first_row].delta
+        conv, state = self._kv.states(layer)
+        y_TD = delta_attention(self._kernels, attention, lease.tensors, h_TD, segments, conv, state)
+        return math.residual(self._spec, x_TD, y_TD)
+
+
+class _Places(NamedTuple):
+    """Where the rows of a micro-batch are: computed once per pass, used by all layers."""
+
+    positions: torch.Tensor
+    pages: torch.Tensor
+    offsets: torch.Tensor
+    long_rope: torch.Tensor
+    work: AttentionWork
+    delta: list[DeltaSegment]
+
+
+def _places(micro: MicroBatch, page_tokens: int) -> _Places:
+    positions: list[int] = []
+    pages: list[int] = []
+    long_rope: list[bool] = []
+    first_rows: list[int] = []
+    for segment in micro.segments:
+        first_rows.append(len(positions))
+        span = range(segment.first_position, segment.first_position + segment.num_rows)
+        positions.extend(span)
+        pages.extend(segment.pages[position // page_tokens] for position in span)
+        long_rope.extend([segment.long_rope] * segment.num_rows)
+    work = AttentionWork(
+        first_row=tuple(first_rows),
+        num_rows=tuple(s.num_rows for s in micro.segments),
+        first_position=tuple(s.first_position for s in micro.segments),
+        pages=tuple(s.pages for s in micro.segments),
+        is_prompt=tuple(s.is_prompt for s in micro.segments),
+    )
+    delta = [
+        DeltaSegment(
+            first_row=row,
+            num_rows=s.num_rows,
+            first_position=s.first_position,
+            slot=s.state_slot,
+            is_prompt=s.is_prompt,
+        )
+        for row, s in zip(first_rows, micro.segments, strict=True)
+    ]
+    where = torch.tensor(positions)
+    return _Places(
+        where, torch.tensor(pages), where % page_tokens, torch.tensor(long_rope), work, delta
+    )
+
+
+def _ropes(spec: ModelSpec) -> set[Rope]:
+    attentions = [block.attention for block in spec.blocks]
+    return {a.rope for a in attentions if isinstance(a, Gqa | Mla) and a.rope is not None}

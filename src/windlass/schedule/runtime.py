@@ -1,0 +1,73 @@
+"""What a pass needs of the machine. Two implementations are foreseen: a device, and a clock."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from windlass.ids import WeightKey
+from windlass.schedule.batch import Batch, MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Rows on their way through the experts of a layer. `data` belongs to the runtime."""
+
+    experts: tuple[int, ...]  # with at least one row, ascending
+    data: Any
+
+
+class Runtime(Protocol):
+    """About ten calls. Hidden states and leases are opaque to the schedule."""
+
+    def begin(self, batch: Batch) -> Any:
+        """Embeds the tokens -> hidden states."""
+        ...
+
+    def announce(self, layer: int) -> None:
+        """The pass enters `layer` (len(layers) for the head): forecast what comes and fetch it."""
+        ...
+
+    def lease(self, key: WeightKey) -> AbstractContextManager[Any]:
+        """The part's weights, waiting for them if need be."""
+        ...
+
+    def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[Any]:
+        """Leases of all `keys`: resident ones first, then as they arrive; each until the next."""
+        ...
+
+    def attention(self, layer: int, weights: Any, hidden: Any, rows: MicroBatch) -> None:
+        """Norm, attention and residual of a micro-batch's rows, in place."""
+        ...
+
+    def enter_experts(self, layer: int, weights: Any, hidden: Any) -> Routed:
+        """Norm and routing of all rows, and the shared expert where there is one."""
+        ...
+
+    def expert(self, layer: int, weights: Any, routed: Routed) -> None:
+        """One expert over all of its rows."""
+        ...
+
+    def leave_experts(self, layer: int, hidden: Any, routed: Routed) -> None:
+        """Adds every row's expert outputs, in its own routing order, and the residual, in place."""
+        ...
+
+    def enter_dense(self, layer: int, weights: Any, hidden: Any) -> Any:
+        """Norm of all rows before a dense feed-forward network."""
+        ...
+
+    def dense(self, layer: int, weights: Any, hidden: Any, normed: Any) -> None:
+        """Dense feed-forward network and residual, in place."""
+        ...
+
+    def enter_head(self, hidden: Any, batch: Batch) -> Any:
+        """Last norm of the rows whose logits are wanted."""
+        ...
+
+    def head(self, weights: Any, final: Any) -> None:
+        """Logits of one chunk of the vocabulary."""
+        ...
+
+    def finish(self, final: Any) -> Any:
+        """The logits (rows wanted, vocabulary)."""
+        ...
