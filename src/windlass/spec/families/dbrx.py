@@ -9,7 +9,7 @@ from windlass.spec.names import NameMap, Source, Sources, Take, Transpose
 _LAYER = "{model}blocks.{layer}."
 
 
-def dbrx(config: Config) -> tuple[ModelSpec, NameMap]:
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
     config.one_of("tie_word_embeddings", (False,), default=False)
     hidden = config.size("d_model", "hidden_size")
     attention, experts = _attention(config, hidden), _experts(config.section("ffn_config"), hidden)

@@ -7,7 +7,7 @@ from windlass.spec.model import Ffn, ModelSpec, NoGroups, SoftmaxTopK
 from windlass.spec.names import NameMap
 
 
-def deepseek_v2(config: Config) -> tuple[ModelSpec, NameMap]:
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
     # implementations disagree whether a normalised choice is also scaled; no checkpoint uses it
     config.one_of("norm_topk_prob", (False,), default=False)
     config.one_of("scoring_func", ("softmax",), default="softmax")

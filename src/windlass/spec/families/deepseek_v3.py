@@ -14,7 +14,7 @@ from windlass.spec.model import Ffn, ModelSpec
 from windlass.spec.names import NameMap
 
 
-def deepseek_v3(config: Config) -> tuple[ModelSpec, NameMap]:
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
     config.one_of("scoring_func", ("sigmoid",), default="sigmoid")
     attention = mla(config, interleaved=config.get("rope_interleave", bool, True))
     spec = model(

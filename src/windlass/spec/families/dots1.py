@@ -15,7 +15,7 @@ from windlass.spec.model import Ffn, ModelSpec
 from windlass.spec.names import NameMap
 
 
-def dots1(config: Config) -> tuple[ModelSpec, NameMap]:
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
     # the published files call DeepSeek-V3's sigmoid scores by the name of the method
     config.one_of("scoring_func", ("sigmoid", "noaux_tc"), default="sigmoid")
     bias = config.get("attention_bias", bool, False)

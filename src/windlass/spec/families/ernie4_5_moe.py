@@ -8,7 +8,7 @@ from windlass.spec.model import Block, Ffn, ModelSpec, Shared, SoftmaxTopK
 from windlass.spec.names import NameMap, Reshape, Source
 
 
-def ernie4_5_moe(config: Config) -> tuple[ModelSpec, NameMap]:
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
     config.one_of("moe_gate", ("topk", "top2_fused"), default="topk")
     config.one_of("moe_use_aux_free", (True,), default=True)
     num = config.size("moe_num_experts", "num_experts")

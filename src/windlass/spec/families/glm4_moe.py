@@ -16,7 +16,7 @@ from windlass.spec.names import NameMap
 from windlass.spec.rope_config import read_rope, rotary_dim
 
 
-def glm4_moe(config: Config) -> tuple[ModelSpec, NameMap]:
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
     config.one_of("scoring_func", ("sigmoid",), default="sigmoid")
     attention = gqa(
         config,

@@ -7,7 +7,7 @@ from windlass.spec.model import Block, ClampedSwiGlu, Ffn, ModelSpec, TopKSoftma
 from windlass.spec.names import NameMap, Source, Sources, Take, Transpose
 
 
-def gpt_oss(config: Config) -> tuple[ModelSpec, NameMap]:
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
     activation = ClampedSwiGlu(
         alpha=config.get("swiglu_alpha", float, 1.702),
         limit=config.get("swiglu_limit", float, 7.0),

@@ -8,7 +8,7 @@ from windlass.spec.model import Block, Ffn, ModelSpec, TopKSoftmax
 from windlass.spec.names import NameMap
 
 
-def granitemoe(config: Config) -> tuple[ModelSpec, NameMap]:
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
     inner = config.size("intermediate_size")
     experts = moe(
         config,

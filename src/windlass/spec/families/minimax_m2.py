@@ -9,7 +9,7 @@ from windlass.spec.names import NameMap
 from windlass.spec.rope_config import read_rope, rotary_dim
 
 
-def minimax_m2(config: Config) -> tuple[ModelSpec, NameMap]:
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
     config.one_of("scoring_func", ("sigmoid",), default="sigmoid")
     config.one_of("use_routing_bias", (True,), default=True)
     config.one_of("use_qk_norm", (True,), default=True)

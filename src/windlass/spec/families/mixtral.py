@@ -7,7 +7,7 @@ from windlass.spec.model import Block, Ffn, ModelSpec, SoftmaxTopK
 from windlass.spec.names import NameMap
 
 
-def mixtral(config: Config) -> tuple[ModelSpec, NameMap]:
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
     experts = moe(
         config,
         SoftmaxTopK(renorm_floor=0.0),

@@ -8,7 +8,7 @@ from windlass.spec.model import Block, Ffn, ModelSpec, SoftmaxTopK
 from windlass.spec.names import NameMap
 
 
-def olmoe(config: Config) -> tuple[ModelSpec, NameMap]:
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
     experts = moe(
         config,
         SoftmaxTopK(renorm_floor=0.0 if config.get("norm_topk_prob", bool, False) else None),

@@ -8,7 +8,7 @@ from windlass.spec.model import Block, Ffn, LayerNorm, ModelSpec, SparseMixer
 from windlass.spec.names import NameMap
 
 
-def phimoe(config: Config) -> tuple[ModelSpec, NameMap]:
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
     top_k = config.size("num_experts_per_tok")
     if top_k != 2:
         raise ModelError(f"{config.where}: num_experts_per_tok is {top_k}, allowed 2 for phimoe")

@@ -7,7 +7,7 @@ from windlass.spec.model import Block, Ffn, ModelSpec, Shared, SoftmaxTopK
 from windlass.spec.names import NameMap
 
 
-def qwen2_moe(config: Config) -> tuple[ModelSpec, NameMap]:
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
     size = window(config) if config.get("use_sliding_window", bool, False) else None
     last = config.get("max_window_layers", int, 28) if size else 0
     # the reference lets every other layer below max_window_layers slide

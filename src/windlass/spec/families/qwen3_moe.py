@@ -7,7 +7,7 @@ from windlass.spec.model import Block, Ffn, ModelSpec, SoftmaxTopK
 from windlass.spec.names import NameMap
 
 
-def qwen3_moe(config: Config) -> tuple[ModelSpec, NameMap]:
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
     bias = config.get("attention_bias", bool, False)
     sliding = config.get("use_sliding_window", bool, False)
     size = window(config) if sliding else None
