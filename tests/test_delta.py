@@ -1,0 +1,145 @@
+"""The gated delta rule against transformers, one layer at a time and as whole models."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen3NextConfig
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+from windlass.decoder.delta import CHUNK, Segment, delta_attention, state_shapes
+from windlass.kernels.reference import TorchKernels
+from windlass.spec.model import GatedDelta
+
+HIDDEN = 32
+SIZES = {"shared keys": (2, 6, 8, 10), "own keys": (3, 3, 12, 5)}  # key heads, value heads, dims
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Layer:
+    """One random layer: description, canonical weights, and the answer of transformers."""
+
+    def __init__(self, size: str) -> None:
+        torch.manual_seed(0)
+        keys, values, d, v = SIZES[size]
+        self.spec = GatedDelta(
+            num_k_heads=keys, num_v_heads=values, k_head_dim=d, v_head_dim=v, conv_kernel=4,
+            norm_eps=1e-3,
+        )  # fmt: skip
+        config = Qwen3NextConfig(
+            hidden_size=HIDDEN, linear_num_key_heads=keys, linear_num_value_heads=values,
+            linear_key_head_dim=d, linear_value_head_dim=v, linear_conv_kernel_dim=4,
+            num_hidden_layers=1, layer_types=["linear_attention"], rms_norm_eps=1e-3,
+        )  # fmt: skip
+        net = Qwen3NextGatedDeltaNet(config, 0).eval()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.copy_(torch.randn_like(parameter) * 0.5)
+        per_key, rows = values // keys, values // keys * v
+        qkvz = net.in_proj_qkvz.weight.detach().view(keys, 2 * d + 2 * rows, HIDDEN)
+        ba = net.in_proj_ba.weight.detach().view(keys, 2 * per_key, HIDDEN)
+        self.weights: Weights = {
+            "q_proj.weight": qkvz[:, :d],
+            "k_proj.weight": qkvz[:, d : 2 * d],
+            "v_proj.weight": qkvz[:, 2 * d : 2 * d + rows],
+            "z_proj.weight": qkvz[:, 2 * d + rows :],
+            "b_proj.weight": ba[:, :per_key],
+            "a_proj.weight": ba[:, per_key:],
+            "conv.weight": net.conv1d.weight.detach()[:, 0],
+            "dt_bias": net.dt_bias.detach(),
+            "a_log": net.A_log.detach(),
+            "out_norm.weight": net.norm.weight.detach(),
+            "o_proj.weight": net.out_proj.weight.detach(),
+        }
+        self.rows = torch.randn(3 * CHUNK + 8, HIDDEN)
+        with torch.inference_mode():
+            self.expected = net(self.rows[None])[0]
+        self.kernels = TorchKernels()
+        # rubbish: a fresh sequence must not see what its slot held
+        self.states = [torch.full((5, *shape), 7.0) for shape in state_shapes(self.spec)]
+
+    def run(self, rows: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
+        return delta_attention(self.kernels, self.spec, self.weights, rows, segments, *self.states)
+
+    def run_alone(self, cuts: list[int], *, prompt: int, slot: int = 2) -> torch.Tensor:
+        """One sequence, cut into calls; positions below `prompt` are prompt."""
+        outputs = []
+        for first, last in zip(cuts, cuts[1:], strict=False):
+            segment = Segment(first_row=0, num_rows=last - first, first_position=first, slot=slot,
+                              is_prompt=first < prompt)  # fmt: skip
+            outputs.append(self.run(self.rows[first:last], [segment]))
+        return torch.cat(outputs)
+
+
+@pytest.fixture(params=SIZES)
+def layer(request: Any) -> Layer:
+    return Layer(request.param)
+
+
+def test_chunks_and_tokens_equal_transformers(layer: Layer) -> None:
+    total = len(layer.rows)
+    scale = float(layer.expected.abs().max())
+    by_chunk = layer.run_alone([0, total], prompt=total)
+    state = layer.states[1][2].clone()
+    by_token = layer.run_alone([0, total], prompt=0)
+    for result in (by_chunk, by_token):
+        torch.testing.assert_close(result, layer.expected, rtol=0, atol=1e-5 * scale)
+    torch.testing.assert_close(layer.states[1][2], state, rtol=1e-4, atol=1e-5)
+
+
+def test_cuts_change_no_bit(layer: Layer) -> None:
+    total, prompt = len(layer.rows), 2 * CHUNK + 5
+    ends = list(range(prompt, total + 1))
+    whole = layer.run_alone([0, *ends], prompt=prompt)
+    states = [state[2].clone() for state in layer.states]
+    for cuts in ([0, CHUNK, *ends], [0, 2 * CHUNK, *ends], [0, prompt, prompt + 9, total]):
+        assert torch.equal(layer.run_alone(cuts, prompt=prompt), whole)
+        assert all(map(torch.equal, (state[2] for state in layer.states), states))
+
+
+def test_other_sequences_and_slots_change_no_bit(layer: Layer) -> None:
+    alone = layer.run_alone([0, CHUNK, CHUNK + 20, CHUNK + 21, CHUNK + 22], prompt=CHUNK + 20)
+    plans = [
+        [("x", 7), ("me", CHUNK)],
+        [("me", 20), ("x", 1), ("y", 3)],
+        [("y", 1), ("me", 1), ("x", 1)],
+        [("x", 1), ("y", 1), ("me", 1)],
+    ]
+    slots, positions, mine = {"me": 0, "x": 4, "y": 1}, {"me": 0, "x": 0, "y": 0}, []
+    for plan in plans:
+        segments, rows, first = [], [], 0
+        for name, count in plan:
+            at = positions[name]
+            is_prompt = at < CHUNK + 20 if name == "me" else at == 0
+            segments.append(Segment(first_row=first, num_rows=count, first_position=at,
+                                    slot=slots[name], is_prompt=is_prompt))  # fmt: skip
+            source = layer.rows if name == "me" else -2 * layer.rows
+            rows.append(source[at : at + count])
+            first, positions[name] = first + count, at + count
+        out = layer.run(torch.cat(rows), segments)
+        mine += [out[s.rows] for s in segments if s.slot == slots["me"]]
+    assert torch.equal(torch.cat(mine), alone)
+
+
+def test_misaligned_slots_change_no_bit(layer: Layer) -> None:
+    cuts = [0, CHUNK, CHUNK + 1, CHUNK + 2]
+    expected = layer.run_alone(cuts, prompt=CHUNK)
+    size = layer.states[1].numel()
+    layer.states[1] = torch.zeros(size + 1)[1:].view(layer.states[1].shape)
+    assert layer.states[1][2].data_ptr() % 64
+    assert torch.equal(layer.run_alone(cuts, prompt=CHUNK), expected)
+
+
+def test_a_prompt_cut_inside_a_chunk_is_refused(layer: Layer) -> None:
+    layer.run_alone([0, 10], prompt=10)
+    with pytest.raises(AssertionError, match="cut inside"):
+        layer.run_alone([10, 20], prompt=20)
