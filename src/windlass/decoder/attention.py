@@ -116,8 +116,9 @@ def _project_heads(
     if attention.clip_qkv is not None:
         limit = attention.clip_qkv
         q, key, value = (x.clamp(-limit, limit) for x in (q, key, value))
-    heads = (len(h_TD), -1, attention.head_dim)
-    q_THd, key_TKd, value_TKd = q.view(heads), key.view(heads), value.view(heads)
+    q_heads = (len(h_TD), attention.num_heads, attention.head_dim)
+    kv_heads = (len(h_TD), attention.num_kv_heads, attention.head_dim)
+    q_THd, key_TKd, value_TKd = q.view(q_heads), key.view(kv_heads), value.view(kv_heads)
     if attention.qk_norm == "head":
         q_THd = normalise(norm, w["q_norm.weight"], None, q_THd)
         key_TKd = normalise(norm, w["k_norm.weight"], None, key_TKd)
@@ -125,7 +126,7 @@ def _project_heads(
         assert cos_Tr is not None and sin_Tr is not None, "rotary attention needs cos and sin"
         q_THd = rotate(q_THd, cos_Tr, sin_Tr, attention.rope)
         key_TKd = rotate(key_TKd, cos_Tr, sin_Tr, attention.rope)
-    gate = linear(k, w, "gate_proj", h_TD).view(heads) if attention.output_gate else None
+    gate = linear(k, w, "gate_proj", h_TD).view(q_heads) if attention.output_gate else None
     return Projected(q_THd, key_TKd, value_TKd, gate)
 
 
@@ -146,7 +147,9 @@ def _project_latent(
         low = normalise(latent_norm, w["q_a_norm.weight"], None, linear(k, w, "q_a_proj", h_TD))
         q = linear(k, w, "q_b_proj", low)
     q_nope, q_rot = torch.split(
-        q.view(len(h_TD), attention.num_heads, -1), [attention.nope_dim, attention.rope.dim], dim=-1
+        q.view(len(h_TD), attention.num_heads, attention.nope_dim + attention.rope.dim),
+        [attention.nope_dim, attention.rope.dim],
+        dim=-1,
     )
     q_THc = k.batched_linear(q_nope, w["k_up.weight"].transpose(1, 2))
     q_rot = rotate(q_rot, cos_Tr, sin_Tr, attention.rope)

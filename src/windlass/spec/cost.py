@@ -1,0 +1,124 @@
+"""What a model needs by its description: parameters, cache bytes, operations. Pure arithmetic.
+
+FLOPs count a multiplication and an addition as two; norms, activations and softmax are left out
+(under 1 % of a block).
+"""
+
+from math import prod
+
+from windlass.spec.model import Attention, Block, GatedDelta, Gqa, Mla, ModelSpec, Moe
+from windlass.spec.shapes import (
+    Shapes,
+    attention_shapes,
+    block_shapes,
+    ffn_shapes,
+    final_shapes,
+    moe_shapes,
+    table_shape,
+)
+
+
+def num_parameters(spec: ModelSpec) -> int:
+    """All parameters; a tied head counts once."""
+    blocks = sum(
+        _block_elements(spec, layer, num_experts=_num_experts(block))
+        for layer, block in enumerate(spec.blocks)
+    )
+    return blocks + _ends(spec)
+
+
+def num_active_parameters(spec: ModelSpec) -> int:
+    """Parameters that one token uses: of the routed experts only those it is sent to, and of the
+    embedding table one row."""
+    blocks = sum(
+        _block_elements(spec, layer, num_experts=_num_active(block))
+        for layer, block in enumerate(spec.blocks)
+    )
+    table = 0 if spec.tied_head else prod(table_shape(spec)) - spec.hidden_size
+    return blocks + _ends(spec) - table
+
+
+def kv_bytes_per_token(spec: ModelSpec, *, element_bytes: int = 4) -> int:
+    """Growth of a sequence's cache per token over all layers, windows not taken into account."""
+    return element_bytes * sum(_kv_elements(block.attention) for block in spec.blocks)
+
+
+def state_bytes_per_sequence(spec: ModelSpec, *, element_bytes: int = 4) -> int:
+    """Recurrent state of one sequence over all layers: of the delta rule a matrix per value head
+    and the last inputs of the convolution; 0 for softmax attention."""
+    return element_bytes * sum(_state_elements(block.attention) for block in spec.blocks)
+
+
+def block_flops_per_token(spec: ModelSpec, layer: int, *, context: int = 0) -> int:
+    """Of one token in one block; `context` positions are attended to."""
+    block, hidden = spec.blocks[layer], spec.hidden_size
+    weights = _matrices(attention_shapes(block.attention, hidden))
+    if isinstance(block.ffn, Moe):
+        weights += _matrices(moe_shapes(block.ffn, hidden))
+        weights += block.ffn.top_k * _matrices(ffn_shapes(block.ffn.expert, hidden))
+    else:
+        weights += _matrices(ffn_shapes(block.ffn, hidden))
+    return 2 * weights + _attention_flops(block.attention, context)
+
+
+def head_flops_per_token(spec: ModelSpec) -> int:
+    """Of the output projection, for each token whose logits are computed."""
+    return 2 * prod(table_shape(spec))
+
+
+def _num_experts(block: Block) -> int:
+    return block.ffn.num_experts if isinstance(block.ffn, Moe) else 1
+
+
+def _num_active(block: Block) -> int:
+    return block.ffn.top_k if isinstance(block.ffn, Moe) else 1
+
+
+def _block_elements(spec: ModelSpec, layer: int, *, num_experts: int) -> int:
+    block = spec.blocks[layer]
+    ffn = block.ffn.expert if isinstance(block.ffn, Moe) else block.ffn
+    own = _elements(block_shapes(spec, layer))
+    return own + num_experts * _elements(ffn_shapes(ffn, spec.hidden_size))
+
+
+def _ends(spec: ModelSpec) -> int:
+    tables = 1 if spec.tied_head else 2
+    return tables * prod(table_shape(spec)) + _elements(final_shapes(spec))
+
+
+def _elements(shapes: Shapes) -> int:
+    return sum(prod(shape) for shape in shapes.values())
+
+
+def _matrices(shapes: Shapes) -> int:
+    return sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
+
+
+def _kv_elements(attention: Attention) -> int:
+    match attention:
+        case Gqa():
+            return 2 * attention.num_kv_heads * attention.head_dim
+        case Mla():
+            return attention.kv_lora_rank + attention.rope.dim
+        case GatedDelta():
+            return 0
+
+
+def _state_elements(attention: Attention) -> int:
+    if not isinstance(attention, GatedDelta):
+        return 0
+    matrix = attention.num_v_heads * attention.k_head_dim * attention.v_head_dim
+    return matrix + attention.conv_dim * (attention.conv_kernel - 1)
+
+
+def _attention_flops(attention: Attention, context: int) -> int:
+    match attention:
+        case Gqa():
+            seen = context if attention.window is None else min(context, attention.window)
+            return 4 * seen * attention.num_heads * attention.head_dim
+        case Mla():
+            width = 2 * attention.kv_lora_rank + attention.rope.dim
+            return 2 * context * attention.num_heads * width
+        case GatedDelta():
+            # decay, what the key finds, the update along the key, what the query finds
+            return 7 * attention.num_v_heads * attention.k_head_dim * attention.v_head_dim
