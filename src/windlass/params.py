@@ -11,6 +11,8 @@ from windlass.errors import UsageError
 GREEDY_BELOW = 1e-5  # temperatures under it mean argmax, as in vLLM
 MAX_CHOICES = 16384  # vLLM's VLLM_MAX_N_SEQUENCES: one request must not fill the machine
 
+_TOO_LARGE = 1e30  # stays finite in the sampler's fp32
+
 # Fields of vLLM that Windlass does not apply: accepted at their default, else refused.
 _UNSUPPORTED = (
     "repetition_detection", "thinking_token_budget", "prompt_logprobs", "flat_logprobs",
@@ -169,7 +171,8 @@ def _integer(name: str, value: object, low: int | None = None, high: int | None 
 
 
 def _number(name: str, value: object, low: float, high: float, *, above_low: bool = False) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    ok = ok and abs(value) < _TOO_LARGE  # type: ignore[arg-type]  # false for NaN too
     if not ok or not low <= value <= high or (above_low and value == low):  # type: ignore[operator]
         text = f"a number {'above' if above_low else 'from'} {low:g}"
         raise _wrong(name, value, text + (f" to {high:g}" if math.isfinite(high) else " up"))
@@ -209,7 +212,7 @@ def _biases(value: object) -> dict[int, float]:
     for key, bias in value.items():
         if not str(key).isdecimal():  # JSON objects have string keys
             raise _wrong("logit_bias", {key: bias}, allowed)
-        if not isinstance(bias, (int, float)) or isinstance(bias, bool) or math.isnan(bias):
+        if not isinstance(bias, (int, float)) or isinstance(bias, bool) or bias != bias:
             raise _wrong("logit_bias", {key: bias}, allowed)
-        result[int(key)] = min(100.0, max(-100.0, float(bias)))  # clamped, as vLLM does
+        result[int(key)] = float(min(100.0, max(-100.0, bias)))  # clamped, as vLLM does
     return result

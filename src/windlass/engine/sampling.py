@@ -207,13 +207,13 @@ def _place(weights_K: Floats, number: float) -> int:
     """The place whose share of the cumulative weight holds `number` in [0, 1)."""
     starts = np.arange(0, weights_K.size, _DRAW_BLOCK)
     blocks = np.cumsum(np.add.reduceat(weights_K, starts, dtype=np.float64))
-    target = number * blocks[-1]
-    block = min(int(np.searchsorted(blocks, target, side="right")), blocks.size - 1)
+    target = min(number * blocks[-1], np.nextafter(blocks[-1], 0.0))  # the product may round up
+    block = int(np.searchsorted(blocks, target, side="right"))  # it has some weight
     before = blocks[block - 1] if block else 0.0
     inside = weights_K[starts[block] : starts[block] + _DRAW_BLOCK]
     reached = before + np.cumsum(inside, dtype=np.float64)
     place = int(np.searchsorted(reached, target, side="right"))
-    if place == inside.size:  # rounding: the last token that has any weight
+    if place == inside.size:  # rounding: the block's last token that has any weight
         place = int(np.flatnonzero(inside)[-1])
     return int(starts[block]) + place
 

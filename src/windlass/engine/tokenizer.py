@@ -58,7 +58,7 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return bool(self._chat.names)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text, with the BOS that the checkpoint asks for unless told otherwise."""
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
