@@ -120,10 +120,15 @@ class BatchRunner:
         try:
             api = parse_body(row.endpoint, row.body, self._model)
             # the body may be large and is no longer needed
-            self._launch(_Flight(Row(row.index, row.line, row.digest, row.custom_id), api))
+            row = Row(row.index, row.line, row.digest, row.custom_id)
+            self._launch(_Flight(row, api))
         except RequestError as error:
             status, body = error_response(error)
             self._store_response(row, State.REFUSED, status, body)
+        except Exception as error:  # noqa: BLE001  # one strange row must not end the job
+            self._store_error(
+                row, State.FAILED, "internal_error", f"{type(error).__name__}: {error}"
+            )
 
     def _launch(self, flight: _Flight) -> None:
         """Hands a row to the engine, whole or (RequestError) not at all."""

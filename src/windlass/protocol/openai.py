@@ -47,7 +47,7 @@ class Endpoint(StrEnum):
 class ChatTokenizer(Protocol):
     """What the protocol needs of a tokenizer."""
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
 
     def apply_chat_template(
         self,
@@ -196,7 +196,7 @@ def _chat_prompt(body: Mapping[str, Any], tokenizer: ChatTokenizer) -> list[int]
             param="chat_template_kwargs",
         )
     generate = optional(body, "add_generation_prompt", bool)
-    kwargs = {**kwargs, "add_generation_prompt": generate if generate is not None else True}
+    kwargs = {**kwargs, "add_generation_prompt": generate is not False}
     try:
         ids = tokenizer.apply_chat_template(messages, tools=tools, **kwargs)
         # a template that shows no tools renders the same without them
@@ -226,7 +226,7 @@ def _prompts(body: Mapping[str, Any], tokenizer: ChatTokenizer) -> list[list[int
     result = []
     for i, item in enumerate(prompt):
         if isinstance(item, str):
-            result.append(tokenizer.encode(item, special if special is not None else True))
+            result.append(tokenizer.encode(item, add_special_tokens=special is not False))
         elif _is_ids(item):
             result.append(item)
         else:

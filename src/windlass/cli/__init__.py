@@ -1,0 +1,79 @@
+"""The command line. Finds the command, reads its values, turns errors into exit codes: 0 done,
+1 failed, 2 wrong usage, 3 done but some rows failed, 130 interrupted."""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from windlass import __version__
+from windlass.cli import generate, run_batch
+from windlass.cli.engine_flags import refuse_known
+from windlass.cli.flags import (
+    Command,
+    build_parser,
+    matching_help,
+    nearest,
+    read_values,
+    system_environment,
+)
+from windlass.cli.signals import EXIT_INTERRUPTED
+from windlass.errors import UsageError, WindlassError
+
+COMMANDS: tuple[Command, ...] = (run_batch.COMMAND, generate.COMMAND)
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line; the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except UsageError as error:
+        print(f"windlass: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except WindlassError as error:
+        print(f"windlass: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # whoever read our output left (`| head`); the interpreter must not flush into the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if arguments else EXIT_USAGE
+    if arguments[0] in ("-V", "--version"):
+        print(f"windlass {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    command = next((each for each in COMMANDS if each.name == name), None)
+    if command is None:
+        names = [each.name for each in COMMANDS]
+        raise UsageError(
+            f"unknown command: {name}{nearest(name, names)}, allowed {', '.join(names)}"
+        )
+    options = rest[: rest.index("--")] if "--" in rest else rest
+    if "-h" in options or "--help" in options:
+        print(build_parser(command).format_help(), end="")
+        return 0
+    for option in options:
+        if option.startswith("--help="):
+            print(matching_help(command, option.removeprefix("--help=")))
+            return 0
+    environment = system_environment(COMMANDS)
+    return command.run(read_values(command, refuse_known(rest), environment), rest)
+
+
+def _overview() -> str:
+    commands = "\n".join(f"  {command.name:12} {command.help}" for command in COMMANDS)
+    return (
+        f"windlass {__version__}: Mixture-of-Experts models larger than memory\n\n"
+        f"usage: windlass COMMAND [options]\n\n{commands}\n\n"
+        "  windlass COMMAND --help      all options of a command\n"
+        "  windlass COMMAND --help=WORD those that match\n"
+        "  windlass --version"
+    )

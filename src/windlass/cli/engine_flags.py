@@ -1,0 +1,131 @@
+"""The flags that describe an engine, shared by the commands that open one, and the flags users of
+other programs know that Windlass refuses. Knows no command."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import windlass
+from windlass.cli.flags import Flag, choice, count, integer, size
+from windlass.errors import UsageError
+
+if TYPE_CHECKING:
+    from windlass.build import EngineOptions
+
+_DATA = Path(windlass.__file__).parent / "data"
+_MODEL, _MEMORY, _BATCHING = "model", "memory", "batching"
+
+
+def _cache_size(text: str) -> str:
+    """`auto`, a size or a number of experts per layer; kept as text, checked here."""
+    if text != "auto" and not text.isdecimal():
+        size(text)
+    return text
+
+
+ENGINE_FLAGS = (
+    Flag(name="model", aliases=("-m",), metavar="DIR", default="demo", group=_MODEL,
+         help="folder of a Hugging Face checkpoint, or demo, the model that is shipped (default)"),
+    Flag(name="tokenizer", metavar="DIR", group=_MODEL,
+         help="folder of another tokenizer (default: the model's)"),
+    Flag(name="dtype", read=choice("auto", "bfloat16", "float16", "float32"), default="auto",
+         metavar="TYPE", group=_MODEL, help="auto (as stored), bfloat16, float16 or float32"),
+    Flag(name="load-format", read=choice("auto", "safetensors", "dummy"), default="auto",
+         metavar="FORMAT", group=_MODEL,
+         help="auto, safetensors or dummy (random weights of the real shapes, only config.json)"),
+    Flag(name="load-mode", aliases=("-lm",), read=choice("auto", "dio", "buffered"),
+         default="auto", metavar="MODE", group=_MODEL,
+         help="how weights are read: auto, dio (direct, past the page cache) or buffered"),
+    Flag(name="generation-config", read=choice("auto", "vllm"), default="auto", metavar="SOURCE",
+         group=_MODEL, help="sampling defaults: auto (the checkpoint's) or vllm (vLLM's own)"),
+    Flag(name="max-model-len", aliases=("-c", "--ctx-size"), read=count, metavar="N", group=_MODEL,
+         help="longest prompt and answer in tokens, such as 8k; 0: the model's own, "
+         "-1: what fits"),
+    Flag(name="seed", aliases=("-s",), read=integer(0), default=0, metavar="N", group=_MODEL,
+         help="of all sampling without a seed of its own (default 0)"),
+    Flag(name="host-memory", read=size, metavar="SIZE", group=_MEMORY,
+         help="memory the whole process may take, such as 24GiB (default: most of what is free)"),
+    Flag(name="moe-expert-cache-size", aliases=("--moe-expert-cache",), read=_cache_size,
+         metavar="SIZE", group=_MEMORY,
+         help="memory for experts: auto, a size, or a number of experts per layer"),
+    Flag(name="max-num-seqs", aliases=("-np", "--parallel"), read=integer(1), metavar="N",
+         group=_BATCHING, help="sequences per pass (default: planned)"),
+    Flag(name="max-num-batched-tokens", aliases=("-b", "--batch-size"), read=integer(1),
+         metavar="N", group=_BATCHING, help="tokens per pass (default: planned)"),
+    Flag(name="micro-batch-size", aliases=("-ub", "--ubatch-size"), read=integer(1), metavar="N",
+         group=_BATCHING, help="tokens that attention takes at once (default: planned)"),
+    Flag(name="threads", aliases=("-t",), read=integer(1), metavar="N", group=_BATCHING,
+         help="of computation (default: the machine's cores)"),
+    Flag(name="trace", read=Path, metavar="FILE", group="records",
+         help="write a Chrome trace that Perfetto opens"),
+)  # fmt: skip
+CONFIG_FLAG = Flag(
+    name="config-file", aliases=("--config",), metavar="FILE", group="records",
+    help="TOML file with options by name; flags and environment win over it",
+)  # fmt: skip
+
+# flag -> (values that ask for nothing, what to say)
+_ONE, _NONE = ("1",), ()
+_GPU = "Windlass runs on the CPU as yet; use --host-memory"
+_PARALLEL = "several devices are not supported yet"
+REFUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
+    **dict.fromkeys(("-tp", "--tensor-parallel-size", "-pp", "--pipeline-parallel-size", "-dp",
+                     "--data-parallel-size"), (_ONE, _PARALLEL)),
+    **dict.fromkeys(("-sm", "--split-mode", "-ts", "--tensor-split"), (_NONE, _PARALLEL)),
+    **dict.fromkeys(("-dev", "--device"), (("auto", "cpu"), _GPU)),
+    **dict.fromkeys(("--gpu-memory-utilization", "--device-memory", "--fit-target"), (_NONE, _GPU)),
+    **dict.fromkeys(("-ngl", "--gpu-layers", "--n-gpu-layers", "-ot", "--override-tensor",
+                     "--cpu-offload-gb", "-ncmoe", "--n-cpu-moe", "-cmoe", "--cpu-moe"),
+                    (_NONE, "placement is planned from --host-memory and --moe-expert-cache-size")),
+    **dict.fromkeys(("--enable-lora", "--lora", "--lora-modules"),
+                    (_NONE, "LoRA adapters are not supported yet")),
+    **dict.fromkeys(("--speculative-config", "-md", "--model-draft"),
+                    (_NONE, "speculative decoding is not supported yet")),
+    **dict.fromkeys(("-q", "--quantization"),
+                    (_NONE, "weights are used as the checkpoint stores them")),
+    **dict.fromkeys(("-hf", "--hf-repo", "--revision", "--download-dir"),
+                    (_NONE, "nothing is downloaded: give --model a local folder")),
+    "--trust-remote-code": (_NONE, "code of checkpoints is never run"),
+    **dict.fromkeys(("-ctk", "--cache-type-k", "-ctv", "--cache-type-v", "--kv-cache-dtype"),
+                    (("auto",), "keys and values are kept as they are computed")),
+    "--offload-prefetch-step": (("auto",), "prefetching is not adjustable yet"),
+    "--override-generation-config": (_NONE, "set sampling fields in each request"),
+}  # fmt: skip
+
+
+def refuse_known(arguments: Sequence[str]) -> list[str]:
+    """The arguments without refused flags that ask for nothing (`-tp 1`). Raises UsageError for
+    those that ask for something."""
+    kept: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--":
+            return [*kept, argument, *rest]
+        name, equals, value = argument.partition("=")
+        if name not in REFUSED:
+            kept.append(argument)
+            continue
+        harmless, why = REFUSED[name]
+        if harmless and not equals and rest:
+            value = rest.pop(0)
+        if value not in harmless:
+            only = f", allowed {' or '.join(harmless)}" if harmless else ""
+            raise UsageError(f"{name}{' ' + value if value else ''}: not supported{only}: {why}")
+    return kept
+
+
+def model_folder(name: str) -> Path:
+    """The checkpoint that `--model` names. Raises UsageError."""
+    folder = _DATA / "demo" if name == "demo" else Path(name).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"--model: got {name!r}, allowed demo or a folder with a checkpoint")
+    return folder
+
+
+def engine_options(values: Mapping[str, Any]) -> "EngineOptions":
+    """The engine that `values` describe."""
+    from windlass.build import EngineOptions
+
+    given = {flag.key: values[flag.key] for flag in ENGINE_FLAGS}
+    return EngineOptions(**given | {"model": str(model_folder(values["model"]))})

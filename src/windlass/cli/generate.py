@@ -1,0 +1,151 @@
+"""`windlass generate`: one prompt, its answer streamed to standard output."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from windlass import __version__
+from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
+from windlass.cli.flags import Command, Flag, integer, number
+from windlass.errors import RequestError, UsageError
+from windlass.units import format_bytes
+
+if TYPE_CHECKING:
+    from windlass.engine.engine import Engine
+    from windlass.engine.outputs import RequestOutput
+    from windlass.engine.sequence import Request
+
+_SAMPLING = "sampling"
+_PARAMS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+FLAGS = (
+    Flag(name="chat", read=None, default=False, group=_SAMPLING,
+         help="send the prompt as a user's message through the chat template"),
+    Flag(name="system", metavar="TEXT", group=_SAMPLING, help="a system message, with --chat"),
+    Flag(name="max-tokens", aliases=("-n",), read=integer(1), metavar="N", group=_SAMPLING,
+         help="longest answer (default: the rest of the context)"),
+    Flag(name="temperature", aliases=("--temp",), read=number, metavar="T", group=_SAMPLING,
+         help="0 is greedy (default: the checkpoint's)"),
+    Flag(name="top-p", read=number, metavar="P", group=_SAMPLING,
+         help="draw from the likeliest tokens of this total probability"),
+    Flag(name="top-k", read=integer(-1), metavar="K", group=_SAMPLING,
+         help="draw from this many tokens; 0: all"),
+    Flag(name="min-p", read=number, metavar="P", group=_SAMPLING,
+         help="draw from tokens at least this probable, relative to the likeliest"),
+    Flag(name="repetition-penalty", read=number, metavar="X", group=_SAMPLING,
+         help="above 1 discourages repeating"),
+    Flag(name="stop", metavar="TEXT", group=_SAMPLING, help="end the answer before this text"),
+    Flag(name="ignore-eos", read=None, default=False, group=_SAMPLING,
+         help="go on after the end of the answer"),
+    Flag(name="json", read=None, default=False, group="records",
+         help="end standard output with one line of JSON"),
+    *ENGINE_FLAGS,
+    CONFIG_FLAG,
+)  # fmt: skip
+
+
+def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
+    prompt = _prompt(values)
+    from windlass.build import open_engine
+
+    with closing(open_engine(engine_options(values))) as engine:
+        request = _request(engine, prompt, values)
+        begin = time.monotonic()
+        engine.add(request)
+        output = _stream(engine)
+        seconds = max(time.monotonic() - begin, 1e-9)
+        stats = engine.stats()
+    if output.error is not None:
+        raise RequestError(output.error)
+    choice = output.outputs[0]
+    hits = (
+        f"{100 * stats.expert_hits / stats.expert_requests:.1f} %"
+        if stats.expert_requests
+        else "none needed"
+    )
+    print(
+        f"{len(output.prompt_token_ids)} tokens in, {len(choice.token_ids)} out, "
+        f"{len(choice.token_ids) / seconds:.2f} per s; {format_bytes(stats.bytes_read)} read, "
+        f"experts found in memory: {hits}, {format_bytes(stats.peak_rss_bytes)} at the peak",
+        file=sys.stderr,
+    )
+    if values["json"]:
+        document = {
+            "version": __version__,
+            "text": choice.text,
+            "token_ids": choice.token_ids,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+            "prompt_tokens": len(output.prompt_token_ids),
+            "completion_tokens": len(choice.token_ids),
+            "elapsed_time": seconds,
+            "output_throughput": len(choice.token_ids) / seconds,
+            "bytes_read": stats.bytes_read,
+            "expert_requests": stats.expert_requests,
+            "expert_hits": stats.expert_hits,
+            "peak_rss_bytes": stats.peak_rss_bytes,
+        }
+        print(json.dumps(document))
+    return 0
+
+
+def _prompt(values: Mapping[str, Any]) -> str:
+    if values["system"] is not None and not values["chat"]:
+        raise UsageError("--system: allowed only with --chat")
+    given: str | None = values["prompt"]
+    if given not in (None, "-"):
+        return given
+    if sys.stdin.isatty():
+        raise UsageError("no prompt: give one after the options, or on standard input")
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input: not UTF-8: {error}") from error
+
+
+def _request(engine: "Engine", prompt: str, values: Mapping[str, Any]) -> "Request":
+    from windlass.engine.sequence import Request
+
+    given = {name: values[name] for name in _PARAMS if values[name] is not None}
+    params = replace(
+        engine.default_params,
+        **given,
+        max_tokens=values["max_tokens"],
+        stop=values["stop"] or (),
+        ignore_eos=values["ignore_eos"],
+    )
+    if values["chat"]:
+        messages = [{"role": "user", "content": prompt}]
+        if values["system"] is not None:
+            messages.insert(0, {"role": "system", "content": values["system"]})
+        ids = engine.tokenizer.apply_chat_template(messages)
+    else:
+        ids = engine.tokenizer.encode(prompt)
+    return Request("0", tuple(ids), params, seed_key="generate")
+
+
+def _stream(engine: "Engine") -> "RequestOutput":
+    """Writes text as it comes; the answer ends with a newline."""
+    while True:
+        step = engine.step()
+        for delta in step.deltas:
+            sys.stdout.write(delta.text)
+        sys.stdout.flush()
+        if step.finished:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            return step.finished[0]
+
+
+COMMAND = Command(
+    name="generate",
+    help="Answer one prompt, from the command line or standard input.",
+    flags=FLAGS,
+    run=run,
+    positional=Flag(name="prompt", metavar="PROMPT", help="the prompt; absent or -: read it from "
+                    "standard input"),
+)  # fmt: skip

@@ -1,0 +1,215 @@
+"""`windlass run-batch`: a file of requests to a file of results."""
+
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from windlass import __version__
+from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options, model_folder
+from windlass.cli.flags import Command, Flag, integer
+from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
+from windlass.errors import UsageError, WindlassError
+from windlass.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from windlass.batch.job import JobOptions, Summary
+    from windlass.batch.runner import JobEngine
+
+EXIT_ROWS_FAILED = 3
+_FILES, _JOB = "files", "job"
+# what results depend on; everything else may change between two runs of one job
+_IDENTITY = (
+    "tokenizer", "dtype", "load_format", "generation_config", "max_model_len", "seed",
+)  # fmt: skip
+
+
+def _path(text: str) -> Path:
+    if "://" in text or text == "-":
+        raise UsageError(f"value: got {text!r}, allowed a local file: a job is read twice")
+    return Path(text)
+
+
+FLAGS = (
+    Flag(name="input-file", aliases=("-i",), read=_path, metavar="FILE", is_required=True,
+         group=_FILES, help="requests, one OpenAI batch line each"),
+    Flag(name="output-file", aliases=("-o",), read=_path, metavar="FILE", is_required=True,
+         group=_FILES, help="results in the same order; FILE.journal and FILE.manifest.json beside "
+         "it make the job resumable"),
+    Flag(name="error-file", read=_path, metavar="FILE", group=_FILES,
+         help="put rows that failed here instead"),
+    Flag(name="overwrite", read=None, default=False, group=_JOB,
+         help="forget earlier results and start anew"),
+    Flag(name="resume", read=None, default=False, group=_JOB,
+         help="go on where an earlier run ended; this is what happens anyway"),
+    Flag(name="strict", read=None, default=False, group=_JOB,
+         help="refuse a file with malformed lines instead of giving them error rows"),
+    Flag(name="max-retries", read=integer(0), default=2, metavar="N", group=_JOB,
+         help="how often a row that failed is tried again (default 2)"),
+    Flag(name="no-retry-failed", read=None, default=False, group=_JOB,
+         help="on a resume, keep rows that failed in an earlier run"),
+    Flag(name="json", read=None, default=False, group="records",
+         help="end standard output with one line of JSON"),
+    Flag(name="served-model-name", aliases=("-a", "--alias"), metavar="NAME", group="model",
+         help="the name requests may use and responses carry (default: the model's)"),
+    *ENGINE_FLAGS,
+    CONFIG_FLAG,
+)  # fmt: skip
+
+
+def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
+    command = _resume_command(arguments)
+    try:
+        return _run(values, command)
+    except WindlassError as error:
+        if values["json"]:
+            _print_json({"status": "failed", "error": str(error)})
+        raise
+    except KeyboardInterrupt:
+        print(f"\ninterrupted before any row ran; go on with:\n  {command}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(values: Mapping[str, Any], command: str) -> int:
+    from windlass.batch.job import run_job
+    from windlass.batch.progress import open_progress
+
+    with StopSignals() as signals:
+        options = _job_options(values)
+
+        def open_engine() -> "JobEngine":
+            from windlass.build import open_engine
+
+            progress.say(f"loading {values['model']}")
+            engine = open_engine(engine_options(values))
+            signals.defer()
+            return engine
+
+        with open_progress() as progress:
+            summary = run_job(
+                options, open_engine, progress=progress, is_stopping=signals.is_stopping
+            )
+    for line in _summary_lines(summary, options):
+        print(line)
+    if values["json"]:
+        _print_json(_summary_json(summary, options, values))
+    if not summary.is_complete:
+        print(f"interrupted; finished rows are safe. Go on with:\n  {command}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_ROWS_FAILED if summary.refused + summary.failed else 0
+
+
+def _job_options(values: Mapping[str, Any]) -> "JobOptions":
+    from windlass.batch.job import JobOptions
+    from windlass.batch.manifest import checkpoint_stamp
+
+    folder = model_folder(values["model"])
+    given: str = values["served_model_name"]
+    # the folder's own name: the same however its path was spelt
+    names = [given] if given else [folder.resolve().name, values["model"]]
+    identity = {key: values[key] for key in _IDENTITY}
+    identity |= {"checkpoint": checkpoint_stamp(folder), "served_model_name": names[0]}
+    recorded = {flag.key: values[flag.key] for flag in FLAGS if flag.key not in identity}
+    return JobOptions(
+        input_file=values["input_file"],
+        output_file=values["output_file"],
+        error_file=values["error_file"],
+        served_names=tuple(dict.fromkeys(names)),
+        identity=identity,
+        recorded={**recorded, "version": __version__},
+        created=int(os.environ.get("SOURCE_DATE_EPOCH", time.time())),
+        overwrite=values["overwrite"],
+        strict=values["strict"],
+        retry_failed=not values["no_retry_failed"],
+        max_retries=values["max_retries"],
+    )
+
+
+def _resume_command(arguments: Sequence[str]) -> str:
+    kept = [argument for argument in arguments if argument != "--overwrite"]
+    return shlex.join(["windlass", "run-batch", *kept])
+
+
+def _summary_lines(summary: "Summary", options: "JobOptions") -> list[str]:
+    bad = summary.refused + summary.failed
+    where = options.error_file or options.output_file
+    lines = [
+        f"rows: {summary.ok} done, {bad} with errors{f' (in {where})' if bad else ''}, "
+        f"{summary.rows} in all; {summary.rows_before} from earlier runs"
+    ]
+    stats = summary.stats
+    if stats is not None:
+        seconds = max(summary.run_s, 1e-9)
+        hits = (
+            f"{100 * stats.expert_hits / stats.expert_requests:.1f} %"
+            if stats.expert_requests
+            else "none needed"
+        )
+        lines += [
+            f"time: {format_seconds(summary.run_s)}, loading {format_seconds(summary.load_s)}",
+            f"tokens: {stats.prompt_tokens} in, {stats.generated_tokens} out; "
+            f"{stats.generated_tokens / seconds:.2f} out per s, "
+            f"{(stats.prompt_tokens + stats.generated_tokens) / seconds:.2f} per s in all",
+            f"disk: {format_bytes(stats.bytes_read)} read, "
+            f"{format_bytes(stats.bytes_read / seconds)}/s; experts found in memory: {hits}",
+            f"memory: {format_bytes(stats.peak_rss_bytes)} at the peak",
+        ]
+    if summary.is_complete:
+        lines.append(f"results: {options.output_file}")
+    return lines
+
+
+def _summary_json(
+    summary: "Summary", options: "JobOptions", values: Mapping[str, Any]
+) -> dict[str, Any]:
+    document: dict[str, Any] = {
+        "status": "completed" if summary.is_complete else "interrupted",
+        "version": __version__,
+        "model": options.served_names[0],
+        "input_file": str(options.input_file),
+        "output_file": str(options.output_file),
+        "error_file": str(options.error_file) if options.error_file else None,
+        "request_counts": {
+            "total": summary.rows,
+            "completed": summary.ok,
+            "failed": summary.refused + summary.failed,
+        },
+        "rows_refused": summary.refused,
+        "rows_from_earlier_runs": summary.rows_before,
+        "load_time": summary.load_s,
+        "elapsed_time": summary.run_s,
+    }
+    stats = summary.stats
+    if stats is not None:
+        seconds = max(summary.run_s, 1e-9)
+        total = stats.prompt_tokens + stats.generated_tokens
+        document |= {
+            "total_input_tokens": stats.prompt_tokens,
+            "total_output_tokens": stats.generated_tokens,
+            "output_throughput": stats.generated_tokens / seconds,
+            "total_token_throughput": total / seconds,
+            "passes": stats.passes,
+            "bytes_read": stats.bytes_read,
+            "expert_requests": stats.expert_requests,
+            "expert_hits": stats.expert_hits,
+            "weights_wait_time": stats.wait_s,
+            "pass_time": stats.pass_s,
+            "peak_rss_bytes": stats.peak_rss_bytes,
+        }
+    return document
+
+
+def _print_json(document: Mapping[str, Any]) -> None:
+    print(json.dumps(document), flush=True)
+
+
+COMMAND = Command(
+    name="run-batch",
+    help="Run a file of OpenAI batch requests. The same command again resumes it.",
+    flags=FLAGS,
+    run=run,
+)

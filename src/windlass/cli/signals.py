@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM: the first asks a running job to stop, the second ends the process."""
+
+import os
+import signal
+import sys
+from types import FrameType, TracebackType
+
+EXIT_INTERRUPTED = 130
+
+
+class StopSignals:
+    """While entered, handles both signals. Until `defer` a signal raises KeyboardInterrupt at once:
+    there is nothing yet that could be lost."""
+
+    def __init__(self) -> None:
+        self._is_deferred = False
+        self._is_stopping = False
+        self._before: dict[int, object] = {}
+
+    def defer(self) -> None:
+        """From now on the first signal only makes `is_stopping` true."""
+        self._is_deferred = True
+
+    def is_stopping(self) -> bool:
+        return self._is_stopping
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # what signal() gave
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._is_deferred:
+            raise KeyboardInterrupt
+        if self._is_stopping:
+            # results are written as they finish: leaving at once loses none
+            os._exit(EXIT_INTERRUPTED)
+        self._is_stopping = True
+        # os.write: print() is not safe inside a handler
+        os.write(
+            sys.stderr.fileno(),
+            b"\nstopping after the pass under way; once more stops at once\n",
+        )
