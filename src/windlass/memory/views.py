@@ -1,0 +1,56 @@
+"""Canonical tensors over the bytes of a slot. Pure functions; the only place where stored bytes get
+a type."""
+
+from typing import NamedTuple
+
+import torch
+
+from windlass.memory.recipe import ITEM_BYTES, Placement, Recipe
+from windlass.spec.names import Reshape, Take, Transpose, ViewOp
+
+_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+class Views(NamedTuple):
+    """Tensors by canonical name. `has_copies`: some of them own memory outside the slot."""
+
+    tensors: dict[str, torch.Tensor]
+    has_copies: bool
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch type of a safetensors type that Windlass runs."""
+    return _DTYPES[name]
+
+
+def make_views(recipe: Recipe, memory: torch.Tensor) -> Views:
+    """All tensors of a part whose bytes are in `memory` (uint8). Only a tensor that begins at a
+    place where torch cannot view its type (odd, in effect) is copied."""
+    tensors = {}
+    has_copies = False
+    for place in recipe.placements:
+        stored = memory[place.at : place.at + place.num_bytes]
+        if stored.storage_offset() % ITEM_BYTES[place.dtype]:
+            stored = stored.clone()
+            has_copies = True
+        tensors[place.name] = _canonical(stored, place)
+    return Views(tensors, has_copies)
+
+
+def _canonical(stored: torch.Tensor, place: Placement) -> torch.Tensor:
+    x = stored.view(_DTYPES[place.dtype]).view(place.shape)
+    for op in place.ops:
+        x = _apply(op, x)
+    return x
+
+
+def _apply(op: ViewOp, x: torch.Tensor) -> torch.Tensor:
+    match op:
+        case Take(dim, start, stop, step):
+            index: list[slice] = [slice(None)] * x.dim()
+            index[dim] = slice(start, stop, step)
+            return x[tuple(index)]
+        case Reshape(shape):
+            return x.view(shape)
+        case Transpose():
+            return x.transpose(-1, -2)
