@@ -68,7 +68,9 @@ def html_to_text(page: str) -> str:
     page = re.sub(r"(?is)<(script|style|head|header|aside|footer|nav|info)\b.*?</\1>", " ", page)
     page = re.sub(r"(?s)<!--.*?-->", " ", page)
     page = re.sub(r"\s+", " ", page)
-    page = re.sub(r"(?i)</?(p|h\d|li|div|td|tr|dt|dd|pre|title|item|section|br)\b[^>]*>", "\n", page)
+    page = re.sub(
+        r"(?i)</?(p|h\d|li|div|td|tr|dt|dd|pre|title|item|section|br)\b[^>]*>", "\n", page
+    )
     page = html.unescape(re.sub(r"<[^>]+>", "", page))
     lines = (re.sub(r"\s+", " ", line).strip() for line in page.split("\n"))
     return "\n".join(line for line in lines if len(line) > 2)

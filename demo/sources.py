@@ -1,4 +1,4 @@
-"""Which Debian packages the demo model is trained on, and which of their files belong to which domain.
+"""Debian packages the demo model is trained on, and which of their files make which domain.
 
 Every entry is reproducible by package name. The licence is the one of the files used here, as the
 package's own `copyright` file states it.
@@ -15,7 +15,7 @@ class Source:
     package: str
     licence: str
     pattern: str  # glob below the unpacked package
-    kind: str  # html, text, mo, mo_en, code, roff, data, tar_c
+    kind: str  # html, mo, mo_en, code, roff, data, tar_c
     cap_bytes: int = 3_000_000
 
 
@@ -61,7 +61,17 @@ def _translated(domain: str, code: str, locale: str) -> tuple[Source, ...]:
 
 
 SOURCES: tuple[Source, ...] = (
-    Source("english", "anarchism", "GPL-2", "usr/share/doc/anarchism/html/*.html", "html"),
+    Source(
+        "english", "anarchism", "GPL-2", "usr/share/doc/anarchism/html/*.html", "html", 1_500_000
+    ),
+    Source(
+        "english",
+        "python3.11-doc",
+        "PSF-2.0",
+        "usr/share/doc/python3.11/html/[lhtf]*/*.html",
+        "html",
+        1_500_000,
+    ),
     Source(
         "english",
         "debian-handbook",
@@ -90,8 +100,16 @@ SOURCES: tuple[Source, ...] = (
     Source("python", "python3-django", "BSD-3-Clause", f"{_PY}/django/**/*.py", "code", 1_500_000),
     Source("python", "python3-networkx", "BSD-3-Clause", f"{_PY}/networkx/**/*.py", "code"),
     Source("c", "linux-source-6.1", "GPL-2", "linux-source-6.1/**/*.c", "tar_c", 6_000_000),
-    Source("man", "manpages", "various free, see package", "usr/share/man/man*/*.gz", "roff"),
-    Source("man", "manpages-dev", "various free, see package", "usr/share/man/man*/*.gz", "roff"),
+    Source(
+        "man", "manpages", "Linux-man-pages-copyleft, GPL, BSD", "usr/share/man/man*/*.gz", "roff"
+    ),
+    Source(
+        "man",
+        "manpages-dev",
+        "Linux-man-pages-copyleft, GPL, BSD",
+        "usr/share/man/man*/*.gz",
+        "roff",
+    ),
     Source("man", "git-man", "GPL-2", "usr/share/man/man*/*.gz", "roff", 2_000_000),
     Source("structured", "iso-codes", "LGPL-2.1+", "usr/share/iso-codes/json/iso_*.json", "data"),
     Source(

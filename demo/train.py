@@ -1,0 +1,207 @@
+"""Trains the demo model for a fixed time and exports it. Resumes from its last checkpoint.
+
+`python demo/train.py --minutes 70`, after data.py and tokenizer.py. The schedule follows the time
+trained, so the run ends annealed on any machine. Each process has one thread and its own rows:
+with sizes this small that is faster than one process with several threads.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from batches import Batches, Corpus
+from model import DemoModel, Shape, export
+from muon import Muon
+from tokenizers import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "demo-data"
+SHIPPED = ROOT / "src" / "windlass" / "data" / "demo"
+CHECKPOINT = BUILD / "checkpoint.pt"
+LOG = BUILD / "log.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is fixed of a run besides its time."""
+
+    muon_lr: float = 0.02
+    adam_lr: float = 0.003
+    weight_decay: float = 0.02
+    balance_weight: float = 0.03
+    warmup_steps: int = 100
+    decay_from: float = 0.3
+    chat_from: float = 0.8
+    chat_share: float = 0.4
+    save_every_s: float = 240.0
+
+
+def learning_rate(recipe: Recipe, step: int, progress: float) -> float:
+    """Warm-up, plateau, then linear to almost zero."""
+    warm = min(1.0, (step + 1) / recipe.warmup_steps)
+    left = min(1.0, (1.0 - progress) / (1.0 - recipe.decay_from))
+    return warm * max(0.005, left)
+
+
+def window_length(progress: float) -> int:
+    """Short windows first: attention is a quarter of the cost at 512 tokens."""
+    return 256 if progress < 0.5 else 512 if progress < 0.85 else 1024
+
+
+def batch_tokens(progress: float) -> int:
+    """Small batches while the loss falls fast."""
+    return 2048 if progress < 0.1 else 4096
+
+
+class Trainer:
+    """Model, optimisers and clock of one run."""
+
+    def __init__(self, recipe: Recipe, batches: Batches) -> None:
+        torch.manual_seed(0)
+        self.recipe, self.batches = recipe, batches
+        self.model = DemoModel(Shape())
+        named = list(self.model.layers.named_parameters())
+        matrices = [p for name, p in named if p.ndim > 1 and not name.endswith("gate.weight")]
+        inside = {id(p) for p in matrices}
+        others = [p for p in self.model.parameters() if id(p) not in inside]
+        self.optimizers = (
+            Muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=recipe.weight_decay),
+            torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        )
+        self.step, self.tokens, self.elapsed_s = 0, 0, 0.0
+        self.started, self.resumed_s = time.monotonic(), 0.0
+        self.loss = self.balance = 0.0
+
+    def train_step(self, progress: float) -> None:
+        """One update from the rows of this process and of the others."""
+        world = dist.get_world_size()
+        chat_share = self.recipe.chat_share if progress >= self.recipe.chat_from else 0.0
+        inputs, targets = self.batches.next(
+            batch_tokens(progress) // world, window_length(progress), chat_share=chat_share
+        )
+        factor = learning_rate(self.recipe, self.step, progress)
+        loss = self.model.loss(inputs, targets)
+        balance = self.model.balance()
+        (loss + self.recipe.balance_weight * balance).backward()
+        self.average([loss.item(), balance.item(), time.monotonic() - self.started])
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, base in zip(
+            self.optimizers, (self.recipe.muon_lr, self.recipe.adam_lr), strict=True
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = base * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=False)
+        self.step += 1
+        self.tokens += inputs.numel() * world
+
+    def average(self, own: list[float]) -> None:
+        """Averages gradients and figures over the processes, which so agree on the clock too."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        flat = torch.cat([*(grad.flatten() for grad in grads), torch.tensor(own)])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        *parts, figures = flat.split([*(grad.numel() for grad in grads), len(own)])
+        for grad, part in zip(grads, parts, strict=True):
+            grad.copy_(part.view_as(grad))
+        self.loss, self.balance, since_start_s = figures.tolist()
+        self.elapsed_s = self.resumed_s + since_start_s
+
+    def save(self) -> None:
+        if dist.get_rank() > 0:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "tokens": self.tokens,
+            "elapsed_s": self.elapsed_s,
+        }
+        partial = CHECKPOINT.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(CHECKPOINT)
+
+    def resume(self) -> None:
+        state = torch.load(CHECKPOINT)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.tokens = state["step"], state["tokens"]
+        self.elapsed_s = self.resumed_s = state["elapsed_s"]
+
+    def run(self, budget_s: float) -> None:
+        """Trains until the time is used up."""
+        self.started = time.monotonic()
+        saved_at = logged_at = self.elapsed_s
+        losses: list[float] = []
+        while self.elapsed_s < budget_s:
+            self.train_step(self.elapsed_s / budget_s)
+            losses.append(self.loss)
+            if self.elapsed_s - logged_at > 10:
+                logged_at = self.elapsed_s
+                self.log(sum(losses) / len(losses))
+                losses.clear()
+            if self.elapsed_s - saved_at > self.recipe.save_every_s:
+                saved_at = self.elapsed_s
+                self.save()
+        self.save()
+
+    def log(self, loss: float) -> None:
+        if dist.get_rank() == 0:
+            row = {
+                "step": self.step,
+                "elapsed_s": round(self.elapsed_s, 1),
+                "tokens": self.tokens,
+                "loss": round(loss, 4),
+                "balance": round(self.balance, 3),
+            }
+            with LOG.open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+
+
+def load_tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(SHIPPED / "tokenizer.json"))
+
+
+def train(rank: int, world: int, minutes: float) -> None:
+    """One of `world` training processes."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method="tcp://127.0.0.1:29517", rank=rank, world_size=world
+    )
+    corpus = Corpus(BUILD / "train.jsonl", load_tokenizer(), seed=time.time_ns() + rank)
+    trainer = Trainer(Recipe(), Batches(corpus))
+    if CHECKPOINT.exists():
+        trainer.resume()
+    print(f"{corpus.num_tokens} tokens, from {trainer.elapsed_s:.0f} s", flush=True)
+    trainer.run(minutes * 60)
+
+
+def export_checkpoint() -> None:
+    """Writes the last checkpoint in the layout of the hub."""
+    tokenizer = load_tokenizer()
+    end, turn_end = (tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|im_end|>"))
+    model = DemoModel(Shape())
+    model.load_state_dict(torch.load(CHECKPOINT)["model"])
+    export(model, SHIPPED, eos_ids=[turn_end, end], pad_id=end)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=72.0, help="training time")
+    parser.add_argument("--processes", type=int, default=2, help="one thread each")
+    parser.add_argument("--export-only", action="store_true", help="export the last checkpoint")
+    args = parser.parse_args()
+    if not args.export_only:
+        mp.spawn(train, args=(args.processes, args.minutes), nprocs=args.processes)
+    export_checkpoint()
+
+
+if __name__ == "__main__":
+    main()
