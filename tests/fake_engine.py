@@ -88,7 +88,7 @@ class FakeEngine:
         self.aborted: list[str] = []
         self.fail_prompts = fail_prompts or {}
         self._step_s = step_s
-        self._log = open(log, "ab", buffering=0) if log else None  # noqa: SIM115
+        self._log = open(log, "ab", buffering=0) if log else None
         self._running: dict[str, _Running] = {}
         self._passes = self._prompt_tokens = self._generated = 0
 

@@ -31,6 +31,7 @@ class JobOptions:
     served_names: tuple[str, ...]
     identity: Mapping[str, Any]
     recorded: Mapping[str, Any]
+    max_model_len: int | None  # None: what fits, then the same on every resume
     created: int
     overwrite: bool = False
     strict: bool = False
@@ -67,13 +68,14 @@ class Summary:
 
 def run_job(
     options: JobOptions,
-    open_engine: Callable[[], JobEngine],
+    open_engine: Callable[[int | None], JobEngine],
     *,
     progress: Progress,
     is_stopping: Callable[[], bool],
 ) -> Summary:
     """Runs what is left of the job; complete if not stopped. Raises UsageError for wrong files or
-    settings, JobError where the job cannot go on; finished rows are then safe in the journal."""
+    settings, JobError where the job cannot go on; finished rows are then safe in the journal.
+    `open_engine` gets the context length."""
     _check_paths(options)
     job = JobFile(options.input_file, strict=options.strict)
     with ExitStack() as stack:
@@ -87,7 +89,7 @@ def run_job(
         stats = None
         if ledger.num_done < len(ledger):
             begin = time.monotonic()
-            engine = stack.enter_context(closing(open_engine()))
+            engine = stack.enter_context(closing(open_engine(_context_length(options, stored))))
             load_s = time.monotonic() - begin
             manifest = _settle_manifest(options, engine, stored)
             begin = time.monotonic()
@@ -146,7 +148,18 @@ def _stored_manifest(options: JobOptions, journal: Journal) -> Manifest | None:
             "say what they belong to; --overwrite starts anew"
         )
     refuse_difference(stored.options, options.identity, output=options.output_file)
+    if options.max_model_len is not None:
+        own = {**stored.engine, "max_model_len": options.max_model_len}
+        refuse_difference(stored.engine, own, output=options.output_file)
     return stored
+
+
+def _context_length(options: JobOptions, stored: Manifest | None) -> int | None:
+    """A resume keeps the job's, also where more or less memory would now let another one fit."""
+    if stored is None or options.max_model_len is not None:
+        return options.max_model_len
+    length: int = stored.engine["max_model_len"]
+    return length
 
 
 def _settle_manifest(options: JobOptions, engine: JobEngine, stored: Manifest | None) -> Manifest:

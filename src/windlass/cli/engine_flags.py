@@ -3,16 +3,14 @@ other programs know that Windlass refuses. Knows no command."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import windlass
 from windlass.cli.flags import Flag, choice, count, integer, size
 from windlass.errors import UsageError
+from windlass.options import EngineOptions, read_config, resolve_model
+from windlass.spec.registry import read_spec
 
-if TYPE_CHECKING:
-    from windlass.build import EngineOptions
-
-_DATA = Path(windlass.__file__).parent / "data"
+_MODELS_OWN, _WHAT_FITS = 0, -1  # of --max-model-len
 _MODEL, _MEMORY, _BATCHING = "model", "memory", "batching"
 
 
@@ -28,8 +26,8 @@ ENGINE_FLAGS = (
          help="folder of a Hugging Face checkpoint, or demo, the model that is shipped (default)"),
     Flag(name="tokenizer", metavar="DIR", group=_MODEL,
          help="folder of another tokenizer (default: the model's)"),
-    Flag(name="dtype", read=choice("auto", "bfloat16", "float16", "float32"), default="auto",
-         metavar="TYPE", group=_MODEL, help="auto (as stored), bfloat16, float16 or float32"),
+    Flag(name="dtype", read=choice("auto"), default="auto", metavar="TYPE", group=_MODEL,
+         help="auto: weights stay as stored, results are computed in float32; nothing else yet"),
     Flag(name="load-format", read=choice("auto", "safetensors", "dummy"), default="auto",
          metavar="FORMAT", group=_MODEL,
          help="auto, safetensors or dummy (random weights of the real shapes, only config.json)"),
@@ -40,7 +38,7 @@ ENGINE_FLAGS = (
          group=_MODEL, help="sampling defaults: auto (the checkpoint's) or vllm (vLLM's own)"),
     Flag(name="max-model-len", aliases=("-c", "--ctx-size"), read=count, metavar="N", group=_MODEL,
          help="longest prompt and answer in tokens, such as 8k; 0: the model's own, "
-         "-1: what fits"),
+         "-1: what fits into memory (default)"),
     Flag(name="seed", aliases=("-s",), read=integer(0), default=0, metavar="N", group=_MODEL,
          help="of all sampling without a seed of its own (default 0)"),
     Flag(name="host-memory", read=size, metavar="SIZE", group=_MEMORY,
@@ -60,7 +58,7 @@ ENGINE_FLAGS = (
          help="write a Chrome trace that Perfetto opens"),
 )  # fmt: skip
 CONFIG_FLAG = Flag(
-    name="config-file", aliases=("--config",), metavar="FILE", group="records",
+    name="config", metavar="FILE", group="records",
     help="TOML file with options by name; flags and environment win over it",
 )  # fmt: skip
 
@@ -115,17 +113,12 @@ def refuse_known(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def model_folder(name: str) -> Path:
-    """The checkpoint that `--model` names. Raises UsageError."""
-    folder = _DATA / "demo" if name == "demo" else Path(name).expanduser()
-    if not folder.is_dir():
-        raise UsageError(f"--model: got {name!r}, allowed demo or a folder with a checkpoint")
-    return folder
-
-
-def engine_options(values: Mapping[str, Any]) -> "EngineOptions":
+def engine_options(values: Mapping[str, Any]) -> EngineOptions:
     """The engine that `values` describe."""
-    from windlass.build import EngineOptions
-
     given = {flag.key: values[flag.key] for flag in ENGINE_FLAGS}
-    return EngineOptions(**given | {"model": str(model_folder(values["model"]))})
+    if given["max_model_len"] == _MODELS_OWN:
+        spec, _ = read_spec(read_config(resolve_model(given["model"])))
+        given["max_model_len"] = spec.max_positions
+    elif given["max_model_len"] == _WHAT_FITS:
+        given["max_model_len"] = None
+    return EngineOptions(**given)

@@ -109,7 +109,7 @@ def read_values(
     if rest:
         raise UsageError(_unknown(rest[0], command))
     typed: dict[str, str] = vars(given)
-    file_name = typed.get("config_file") or environment.get("WINDLASS_CONFIG_FILE")
+    file_name = typed.get("config") or environment.get("WINDLASS_CONFIG")
     in_file = _read_file(Path(file_name), command) if file_name else {}
     values: dict[str, Any] = {}
     for flag in _all(command):
@@ -168,9 +168,9 @@ def _read_file(path: Path, command: Command) -> dict[str, str]:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--config-file: {path}: {error.strerror}") from error
+        raise UsageError(f"--config: {path}: {error.strerror}") from error
     except ValueError as error:
-        raise UsageError(f"--config-file: {path}: {error}") from error
+        raise UsageError(f"--config: {path}: {error}") from error
     flat = {key: value for key, value in document.items() if not isinstance(value, dict)}
     tables = {key: value for key, value in document.items() if isinstance(value, dict)}
     flat |= tables.pop(command.name, {})
@@ -226,8 +226,9 @@ def size(text: str) -> int:
 
 def count(text: str) -> int:
     """`8k` is 8192."""
-    factor = 1024 if text[-1:] in "kK" else 1
-    return integer(-1)(text[:-1] if factor > 1 else text) * factor
+    if text[-1:] in ("k", "K"):
+        return integer(1)(text[:-1]) * 1024
+    return integer(-1)(text)
 
 
 def system_environment(commands: Sequence[Command]) -> dict[str, str]:

@@ -6,14 +6,16 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from windlass import __version__
-from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options, model_folder
+from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer
 from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
 from windlass.errors import UsageError, WindlassError
+from windlass.options import EngineOptions, resolve_model
 from windlass.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -23,9 +25,7 @@ if TYPE_CHECKING:
 EXIT_ROWS_FAILED = 3
 _FILES, _JOB = "files", "job"
 # what results depend on; everything else may change between two runs of one job
-_IDENTITY = (
-    "tokenizer", "dtype", "load_format", "generation_config", "max_model_len", "seed",
-)  # fmt: skip
+_IDENTITY = ("dtype", "load_format", "generation_config", "seed")
 
 
 def _path(text: str) -> Path:
@@ -79,19 +79,20 @@ def _run(values: Mapping[str, Any], command: str) -> int:
     from windlass.batch.progress import open_progress
 
     with StopSignals() as signals:
-        options = _job_options(values)
+        engine = engine_options(values)
+        options = _job_options(values, engine)
 
-        def open_engine() -> "JobEngine":
+        def open_job_engine(max_model_len: int | None) -> "JobEngine":
             from windlass.build import open_engine
 
             progress.say(f"loading {values['model']}")
-            engine = open_engine(engine_options(values))
+            opened = open_engine(replace(engine, max_model_len=max_model_len))
             signals.defer()
-            return engine
+            return opened
 
         with open_progress() as progress:
             summary = run_job(
-                options, open_engine, progress=progress, is_stopping=signals.is_stopping
+                options, open_job_engine, progress=progress, is_stopping=signals.is_stopping
             )
     for line in _summary_lines(summary, options):
         print(line)
@@ -103,16 +104,21 @@ def _run(values: Mapping[str, Any], command: str) -> int:
     return EXIT_ROWS_FAILED if summary.refused + summary.failed else 0
 
 
-def _job_options(values: Mapping[str, Any]) -> "JobOptions":
+def _job_options(values: Mapping[str, Any], engine: EngineOptions) -> "JobOptions":
     from windlass.batch.job import JobOptions
     from windlass.batch.manifest import checkpoint_stamp
 
-    folder = model_folder(values["model"])
-    given: str = values["served_model_name"]
+    folder = resolve_model(engine.model)
+    tokenizer = resolve_model(engine.tokenizer) if engine.tokenizer else None
+    given: str | None = values["served_model_name"]
     # the folder's own name: the same however its path was spelt
     names = [given] if given else [folder.resolve().name, values["model"]]
     identity = {key: values[key] for key in _IDENTITY}
-    identity |= {"checkpoint": checkpoint_stamp(folder), "served_model_name": names[0]}
+    identity |= {
+        "checkpoint": checkpoint_stamp(folder),
+        "tokenizer": checkpoint_stamp(tokenizer) if tokenizer else None,
+        "served_model_name": names[0],
+    }
     recorded = {flag.key: values[flag.key] for flag in FLAGS if flag.key not in identity}
     return JobOptions(
         input_file=values["input_file"],
@@ -121,6 +127,7 @@ def _job_options(values: Mapping[str, Any]) -> "JobOptions":
         served_names=tuple(dict.fromkeys(names)),
         identity=identity,
         recorded={**recorded, "version": __version__},
+        max_model_len=engine.max_model_len,
         created=int(os.environ.get("SOURCE_DATE_EPOCH", time.time())),
         overwrite=values["overwrite"],
         strict=values["strict"],
