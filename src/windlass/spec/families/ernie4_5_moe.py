@@ -31,7 +31,7 @@ def read(config: Config) -> tuple[ModelSpec, NameMap]:
     sparse = _sparse(config)
     blocks = [Block(attention=attention, ffn=experts if i in sparse else dense)
               for i in layers(config)]  # fmt: skip
-    spec = model(config, blocks, tied=True)
+    spec = model(config, blocks, tied=True, head_bias=bias)
     biases = ("mlp.moe_statics", "mlp.gate.moe_statics")
     one_row = tuple(
         Source(f"{LAYER}{module}.e_score_correction_bias", (1, num), (Reshape((num,)),))

@@ -1,0 +1,276 @@
+"""Tiny random checkpoints of every family, made so that a wrong detail shows in the logits.
+
+Widths differ from each other, biases are not zero, windows are shorter than the prompts, more
+experts are chosen than there are kept groups, and the kinds of rotary scaling are spread over the
+families. Some settings are as no published model has them.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB = 101
+
+_BASE: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    num_experts_per_tok=2,
+    intermediate_size=40,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_GROUPS: dict[str, Any] = dict(
+    n_routed_experts=16,
+    num_experts_per_tok=5,
+    n_group=4,
+    topk_group=2,
+    n_shared_experts=2,
+    moe_intermediate_size=24,
+    first_k_dense_replace=1,
+    routed_scaling_factor=1.7,
+    norm_topk_prob=True,
+)
+_MLA: dict[str, Any] = dict(
+    num_key_value_heads=4,
+    kv_lora_rank=20,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+    attention_bias=True,
+)
+
+
+def _yarn(**more: Any) -> dict[str, Any]:
+    return dict(
+        rope_type="yarn", rope_theta=5000.0, factor=4.0, original_max_position_embeddings=32, **more
+    )
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "mixtral": dict(num_local_experts=8, num_experts_per_tok=3, head_dim=12, sliding_window=7),
+    "dbrx": dict(
+        d_model=32,
+        n_heads=4,
+        n_layers=3,
+        max_seq_len=256,
+        attn_config=dict(kv_n_heads=2, clip_qkv=0.6, rope_theta=777.0),
+        ffn_config=dict(
+            ffn_hidden_size=24, moe_num_experts=6, moe_top_k=3, moe_normalize_expert_weights=2.0
+        ),
+        rope_parameters=dict(rope_type="default", rope_theta=777.0),
+    ),
+    "qwen2_moe": dict(
+        num_experts=8,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=20,
+        num_hidden_layers=4,
+        decoder_sparse_step=2,
+        norm_topk_prob=False,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=3,
+        rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=3.0),
+    ),
+    "qwen3_moe": dict(
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=24,
+        head_dim=12,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        attention_bias=True,
+        rope_parameters=_yarn(),
+    ),
+    "olmoe": dict(
+        num_experts=8,
+        num_experts_per_tok=3,
+        norm_topk_prob=False,
+        clip_qkv=0.7,
+        attention_bias=True,
+    ),
+    "deepseek_v2": {
+        **_GROUPS,
+        **_MLA,
+        "norm_topk_prob": False,
+        "topk_method": "group_limited_greedy",
+        "q_lora_rank": None,
+        "mlp_bias": True,
+        "rope_parameters": _yarn(mscale=0.7, mscale_all_dim=0.9),
+    },
+    "deepseek_v3": {
+        **_GROUPS,
+        **_MLA,
+        "q_lora_rank": 28,
+        "rope_parameters": _yarn(mscale=1.0, mscale_all_dim=1.0, beta_fast=16, beta_slow=2),
+    },
+    "gpt_oss": dict(
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        head_dim=12,
+        sliding_window=6,
+        swiglu_limit=0.5,
+        swiglu_alpha=1.3,
+        rope_parameters=_yarn(truncate=False),
+    ),
+    "glm4_moe": dict(
+        **_GROUPS,
+        head_dim=12,
+        use_qk_norm=True,
+        attention_bias=True,
+        rope_parameters=dict(rope_type="default", rope_theta=2e4, partial_rotary_factor=0.5),
+    ),
+    "granitemoe": dict(
+        num_local_experts=8,
+        num_experts_per_tok=3,
+        attention_bias=True,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.2,
+        logits_scaling=2.5,
+        tie_word_embeddings=True,
+        rope_parameters=dict(
+            rope_type="llama3",
+            rope_theta=500.0,
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+    ),
+    "phimoe": dict(
+        num_local_experts=8,
+        attention_bias=True,
+        lm_head_bias=True,
+        router_jitter_noise=0.2,
+        sliding_window=9,
+        rope_parameters=dict(
+            rope_type="longrope",
+            rope_theta=1e4,
+            short_factor=[1.0, 1.1, 1.2, 1.4],
+            long_factor=[1.0, 2.0, 4.0, 9.0],
+            short_mscale=1.1,
+            long_mscale=1.3,
+            original_max_position_embeddings=16,
+        ),
+    ),
+    "minimax_m2": dict(
+        num_local_experts=8, num_experts_per_tok=3, head_dim=12, rotary_dim=6, rope_theta=3e3
+    ),
+    "ernie4_5_moe": dict(
+        num_hidden_layers=4,
+        moe_num_experts=8,
+        num_experts_per_tok=3,  # saved as moe_k
+        moe_num_shared_experts=2,
+        moe_intermediate_size=24,
+        moe_layer_start_index=1,
+        moe_layer_interval=2,
+        moe_norm_min=0.6,
+        use_bias=True,
+        tie_word_embeddings=True,
+    ),
+    "dots1": dict(
+        **{**_GROUPS, "norm_topk_prob": False},
+        head_dim=12,
+        sliding_window=5,
+        max_window_layers=1,
+        attention_bias=True,
+    ),
+}
+
+
+def make_checkpoint(
+    family: str,
+    path: Path,
+    *,
+    seed: int = 0,
+    hub_format: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> PreTrainedModel:
+    """Saves a random checkpoint of `family` in `path` and returns the model, in eval mode with
+    eager attention and experts.
+
+    `hub_format=False` writes the tensors as transformers keeps them in memory (stacked experts);
+    `changes` replace settings of the case. Logits are of order 1.
+    """
+    settings = {**_BASE, **CASES[family], **changes}
+    config = AutoConfig.for_model(family, **settings)
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    _randomise(model, seed)
+    if family == "phimoe":
+        _use_long_factors(model)
+    model.save_pretrained(path, save_original_format=hub_format)
+    return model
+
+
+def _use_long_factors(model: PreTrainedModel) -> None:
+    """transformers 5.23 scales long contexts of Phi-MoE by `long_mscale` but keeps the short
+    factors, because it does not say how long they are; the published code changes both."""
+    rotary, length = model.model.rotary_emb, [0]
+    compute = rotary.rope_init_fn
+
+    def remember(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        length[0] = int(kwargs["position_ids"].max()) + 1
+
+    rotary.register_forward_pre_hook(remember, with_kwargs=True)
+    rotary.rope_init_fn = lambda config, *args, **more: compute(
+        config, *args, **{"seq_len": length[0], **more}
+    )
+
+
+def _randomise(model: PreTrainedModel, seed: int) -> None:
+    """Noise in every parameter and saved buffer: norms around 1, logits of order 1."""
+    generator = torch.Generator().manual_seed(seed)
+    saved = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in saved.items():
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
+            if tensor.ndim > 1 and "e_score_correction_bias" not in name:
+                noise *= tensor.shape[-1] ** -0.5 * (1.5 if "router" in name else 1.0)
+            else:
+                noise *= 0.3
+            is_norm = "norm" in name and name.endswith("weight") and tensor.ndim == 1
+            tensor.copy_(noise + 1.0 if is_norm else noise)
+
+
+def rewrite_config(path: Path, *, old_spelling: bool = False, **changes: Any) -> dict[str, Any]:
+    """Changes the saved config.json (None removes a key) and returns it. `old_spelling`: as
+    transformers 4 wrote it."""
+    file = path / "config.json"
+    config = json.loads(file.read_text())
+    if old_spelling:
+        _old_spelling(config)
+    for key, value in changes.items():
+        if value is None:
+            config.pop(key, None)
+        else:
+            config[key] = value
+    file.write_text(json.dumps(config))
+    return dict(config)
+
+
+def _old_spelling(config: dict[str, Any]) -> None:
+    config["torch_dtype"] = config.pop("dtype")
+    if config["model_type"] in ("qwen2_moe", "qwen3_moe", "olmoe"):
+        config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
+    config.pop("layer_types", None)
+    rope = config.pop("rope_parameters")
+    theta = rope.pop("rope_theta")
+    if config["model_type"] == "dbrx":
+        return  # it has rope_theta in attn_config
+    config["rope_theta"] = theta
+    partial = rope.pop("partial_rotary_factor", None)
+    if partial is not None and "rotary_dim" not in config:
+        config["partial_rotary_factor"] = partial
+    kind = rope.pop("rope_type")
+    config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
