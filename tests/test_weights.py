@@ -323,6 +323,28 @@ OPERATIONS = st.lists(
 )
 
 
+def operate(
+    name: str,
+    wishes: list[Wish],
+    store: WeightStore,
+    leases: list[Lease],
+    visits: list[Arrivals],
+) -> None:
+    keys = [wish.key for wish in wishes]
+    if name == "lease":
+        leases.append(store.lease(keys[0]))
+    elif name == "release" and leases:
+        leases.pop(0).release()
+    elif name == "visit":
+        visits.append(store.arrivals(keys))
+    elif name == "next" and visits:
+        next(visits[0])
+    elif name == "leave" and visits:
+        visits.pop().close()
+    elif name == "prefetch":
+        store.prefetch(wishes)
+
+
 @settings(max_examples=60, deadline=None)
 @given(operations=OPERATIONS, slots=st.integers(1, 12), seed=st.integers(0, 9), lru=st.booleans())
 def test_random_operations_keep_the_invariants_and_the_bytes(operations, slots, seed, lru):
@@ -331,31 +353,18 @@ def test_random_operations_keep_the_invariants_and_the_bytes(operations, slots, 
     store, tensors = make_store(device, slots=slots, policy=policy)
     leases: list[Lease] = []
     visits: list[Arrivals] = []
-
-    def operate(name: str, keys: list[WeightKey], probability: float) -> None:
-        if name == "lease":
-            leases.append(store.lease(keys[0]))
-        elif name == "release" and leases:
-            leases.pop(0).release()
-        elif name == "visit":
-            visits.append(store.arrivals(keys))
-        elif name == "next" and visits:
-            assert_is_expert(next(visits[0]), tensors)
-        elif name == "leave" and visits:
-            visits.pop().close()
-        elif name == "prefetch":
-            store.prefetch([Wish(key, keys[0].layer, probability) for key in keys])
-
     try:
         for name, layer, indices, probability in operations:
             try:
-                operate(name, experts(layer, sorted(indices)), probability)
+                wishes = [Wish(key, layer, probability) for key in experts(layer, sorted(indices))]
+                operate(name, wishes, store, leases, visits)
             except BudgetError:
                 assert len(leases) + sum(visit._lease is not None for visit in visits) >= slots
             except StopIteration:
                 visits.pop(0)
-            for lease in leases:
-                assert_is_expert(lease, tensors)
+            for lease in [*leases, *(visit._lease for visit in visits)]:
+                if lease is not None and lease._entry is not None:
+                    assert_is_expert(lease, tensors)
             store.check()
         for held in [*leases, *visits]:
             held.release() if isinstance(held, Lease) else held.close()

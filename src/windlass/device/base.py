@@ -21,7 +21,7 @@ class Source(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Copy:
     """One block to move. `into` is a contiguous uint8 tensor inside memory of `allocate`."""
 
