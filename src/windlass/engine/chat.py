@@ -16,6 +16,11 @@ from windlass.errors import RequestError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, best first
 
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError,
+    RecursionError,
+)  # fmt: skip
+
 
 class ChatTemplate:
     """One or several named Jinja templates. Untrusted: they run in a sandbox on plain JSON data.
@@ -54,7 +59,7 @@ class ChatTemplate:
         }
         try:
             return self._template(source, has_tools=bool(tools)).render(variables)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except _TEMPLATE_ERRORS as error:
             raise RequestError(f"chat template: {error}", param="messages") from error
 
     def _template(self, source: str | None, *, has_tools: bool) -> jinja2.Template:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import processors
 
 from windlass.engine.chat import ChatTemplate
 from windlass.errors import CheckpointError, RequestError
@@ -36,12 +35,11 @@ class Tokenizer:
         eos_token_ids: Iterable[int] = (),
         digest: str = "",
     ) -> None:
-        """`config`: tokenizer_config.json. The backend is changed: special tokens that only the
-        configuration knows are added, `add_bos_token` and `add_eos_token` are applied."""
+        """`config`: tokenizer_config.json. Special tokens that only it knows are added to the
+        backend. Its `add_bos_token` is not read: tokenizer.json decides, as in transformers."""
         self._backend = backend
         named = _named_tokens(config)
         _add_tokens(backend, config, named.values())
-        _set_post_processor(backend, config, named)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         own_eos = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
@@ -62,8 +60,8 @@ class Tokenizer:
         """Ids of a text, with the BOS that the checkpoint asks for unless told otherwise."""
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except UnicodeEncodeError as error:  # a lone surrogate from JSON
-            raise RequestError(f"prompt: not valid Unicode: {error}", param="prompt") from error
+        except TypeError as error:  # a lone surrogate, which JSON can write
+            raise RequestError("prompt: not valid Unicode", param="prompt") from error
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -276,29 +274,6 @@ def _extra_tokens(config: Mapping[str, Any]) -> list[str]:
         for token in value if isinstance(value, list) else value.values():
             extra.append(token["content"] if isinstance(token, dict) else token)
     return extra
-
-
-def _set_post_processor(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]
-) -> None:
-    """`add_bos_token` and `add_eos_token`, where given, replace what tokenizer.json says."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    before = _marker(backend, config, named, "bos_token")
-    after = _marker(backend, config, named, "eos_token")
-    single = [f"{token}:0" for token, _ in before] + ["$A:0"] + [f"{t}:0" for t, _ in after]
-    backend.post_processor = processors.TemplateProcessing(
-        single=single, special_tokens=before + after
-    )
-
-
-def _marker(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, str], name: str
-) -> list[tuple[str, int]]:
-    token_id = backend.token_to_id(named[name]) if name in named else None
-    if token_id is None or not config.get(f"add_{name}"):
-        return []
-    return [(named[name], token_id)]
 
 
 def _decoder_types(backend: tokenizers.Tokenizer) -> frozenset[str]:

@@ -1,0 +1,350 @@
+"""The Python API: `LLM` in vLLM's shape, over one engine that this object owns."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+from windlass.build import open_engine
+from windlass.engine.outputs import RequestOutput
+from windlass.engine.sequence import Request
+from windlass.engine.stats import EngineStats
+from windlass.errors import RequestError, UsageError
+from windlass.options import EngineOptions
+from windlass.params import SamplingParams
+from windlass.plan import Plan
+from windlass.units import parse_bytes
+
+Prompt = str | Mapping[str, Any]  # text, {"prompt": text} or {"prompt_token_ids": ids}
+Conversation = Sequence[Mapping[str, Any]]
+ParamsOf = SamplingParams | Sequence[SamplingParams] | None
+OnError = Literal["raise", "return"]
+Encode = Callable[[Any], tuple[str | None, list[int]]]  # a row -> its text, if any, and its ids
+
+_WINDOW = 2  # times the engine's capacity: enough that a freed place is never left empty
+
+# vLLM's keywords for what Windlass does not do, with the only value that is no request for it.
+_REFUSED = {
+    "quantization": None,
+    "gpu_memory_utilization": 0.9,
+    "cpu_offload_gb": 0,
+    "tensor_parallel_size": 1,
+}
+
+
+class LLM:
+    """A model ready to answer. Use as a context manager, or call `close`; not for several threads.
+
+    Keywords are `windlass.options.EngineOptions`' fields, such as `host_memory="4GiB"`. Raises
+    UsageError for unknown ones and for values that Windlass does not apply.
+    """
+
+    def __init__(
+        self,
+        model: str = "demo",
+        *,
+        tokenizer: str | None = None,
+        dtype: str = "auto",
+        seed: int = 0,
+        **engine_args: Any,
+    ) -> None:
+        options = EngineOptions(
+            model=model, tokenizer=tokenizer, dtype=dtype, seed=seed, **_checked(engine_args)
+        )
+        self._engine = open_engine(options)
+        self._closed = False
+        self._ids = itertools.count()
+        self._texts: dict[str, str | None] = {}  # prompts in the engine
+        self._results: dict[str, RequestOutput] = {}  # finished, not yet asked for
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the engine's memory. Calling it again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._engine.close()
+
+    @property
+    def plan(self) -> Plan:
+        """Where the memory goes."""
+        return self._engine.plan
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `sampling_params=None` means: the checkpoint's generation_config.json."""
+        return self._engine.default_params
+
+    def get_metrics(self) -> EngineStats:
+        """The engine's counters since it was opened."""
+        return self._engine.stats()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: ParamsOf = None,
+        use_tqdm: bool = True,
+        lora_request: None = None,
+        *,
+        on_error: OnError = "raise",
+        on_result: Callable[[RequestOutput], None] | None = None,
+    ) -> list[RequestOutput]:
+        """Results in the order of the prompts; `on_result` gets each as it ends.
+
+        All prompts are checked before any is computed: with `on_error="raise"` the first bad one
+        raises RequestError, with "return" its row has `finish_reason` error and `.error`.
+        """
+        if lora_request is not None:
+            raise UsageError(f"lora_request: got {lora_request!r}, allowed None: not supported yet")
+        rows = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
+        return self._run(rows, self._encode, sampling_params, use_tqdm, on_error, on_result)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: ParamsOf = None,
+        *,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """`generate` for one conversation or a list of them, through the chat template. `options`:
+        `use_tqdm`, `on_error`, `on_result`, and `chat_template_kwargs`, the template's variables.
+        """
+        _refuse_unknown(options, ("use_tqdm", "on_error", "on_result", "chat_template_kwargs"))
+        variables = options.get("chat_template_kwargs") or {}
+        tokenizer = self._engine.tokenizer
+
+        def encode(conversation: Any) -> tuple[str | None, list[int]]:
+            text = tokenizer.render_chat(
+                conversation,
+                tools,
+                add_generation_prompt=add_generation_prompt,
+                chat_template=chat_template,
+                **variables,
+            )
+            return text, tokenizer.encode(text, add_special_tokens=False)
+
+        is_one = bool(messages) and isinstance(messages[0], Mapping)
+        return self._run(
+            [messages] if is_one else list(messages),
+            encode,
+            sampling_params,
+            options.get("use_tqdm", True),
+            options.get("on_error", "raise"),
+            options.get("on_result"),
+        )
+
+    def generate_iter(
+        self,
+        prompts: Iterable[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Results as they end; `request_id` counts this object's prompts from 0. The prompts may be
+        endless: only as many are taken as keep the engine busy. Bad ones become rows with
+        `finish_reason` error. Leaving the loop early aborts what is under way."""
+        self._check_open()
+        if isinstance(prompts, (str, Mapping)):
+            prompts = [prompts]
+        if sampling_params is None:
+            sampling_params = self.get_default_sampling_params()
+        return self._iterate(_pairs(prompts, sampling_params))
+
+    def _iterate(self, rows: Iterator[tuple[Prompt, SamplingParams]]) -> Iterator[RequestOutput]:
+        waiting: set[str] = set()
+        try:
+            while True:
+                self._check_open()
+                room = max(1, _WINDOW * self._engine.capacity - len(waiting))
+                for prompt, params in itertools.islice(rows, room):
+                    waiting.add(self._submit_or_fail(prompt, self._encode, params))
+                if not waiting:
+                    return
+                yield from self._collect(waiting)
+        finally:
+            self._abort(waiting)
+
+    def _run(
+        self,
+        rows: Sequence[Any],
+        encode: Encode,
+        sampling_params: ParamsOf,
+        use_tqdm: bool,
+        on_error: OnError,
+        on_result: Callable[[RequestOutput], None] | None,
+    ) -> list[RequestOutput]:
+        self._check_open()
+        if on_error not in ("raise", "return"):
+            raise UsageError(f"on_error: got {on_error!r}, allowed raise, return")
+        each = sampling_params or self.get_default_sampling_params()
+        submit = self._submit if on_error == "raise" else self._submit_or_fail
+        waiting: set[str] = set()
+        results: dict[str, RequestOutput] = {}
+        order: list[str] = []
+        try:
+            for number, (row, params) in enumerate(_pairs(rows, each)):
+                with _naming(number):
+                    order.append(submit(row, encode, params))
+                waiting.add(order[-1])
+            with _progress(len(rows), enabled=use_tqdm) as advance:
+                while waiting:
+                    for result in self._collect(waiting):
+                        if result.error is not None and on_error == "raise":
+                            with _naming(order.index(result.request_id)):
+                                raise RequestError(result.error)
+                        results[result.request_id] = result
+                        advance()
+                        if on_result is not None:
+                            on_result(result)
+        finally:
+            self._abort(waiting)
+        return [results[request_id] for request_id in order]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise UsageError("LLM: got a call after close(), allowed before")
+
+    def _encode(self, prompt: Any) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            return prompt, self._engine.tokenizer.encode(prompt)
+        if isinstance(prompt, Mapping) and set(prompt) == {"prompt"}:
+            return self._encode(prompt["prompt"])
+        if isinstance(prompt, Mapping) and set(prompt) == {"prompt_token_ids"}:
+            ids = prompt["prompt_token_ids"]
+            if isinstance(ids, Sequence) and all(type(i) is int and i >= 0 for i in ids):
+                return None, list(ids)
+        raise RequestError(
+            f"prompt: got {prompt!r:.80}, allowed a string, {{'prompt': string}} or "
+            "{'prompt_token_ids': [ids]}",
+            param="prompt",
+        )
+
+    def _submit(self, row: Any, encode: Encode, params: SamplingParams) -> str:
+        """Gives one row to the engine; RequestError if it is bad."""
+        return self._add(str(next(self._ids)), row, encode, params)
+
+    def _submit_or_fail(self, row: Any, encode: Encode, params: SamplingParams) -> str:
+        """Gives one row to the engine; a bad one is at once a failed result."""
+        request_id = str(next(self._ids))
+        try:
+            return self._add(request_id, row, encode, params)
+        except RequestError as error:
+            text = row if isinstance(row, str) else None
+            self._results[request_id] = RequestOutput.failed(request_id, str(error), prompt=text)
+            return request_id
+
+    def _add(self, request_id: str, row: Any, encode: Encode, params: SamplingParams) -> str:
+        text, ids = encode(row)
+        if not ids:
+            raise RequestError("prompt: got no tokens, allowed at least one", param="prompt")
+        # the number of a prompt is its seed's name: the same calls give the same text again
+        self._engine.add(Request(request_id, tuple(ids), params, seed_key=request_id))
+        self._texts[request_id] = text
+        return request_id
+
+    def _collect(self, waiting: set[str]) -> Iterator[RequestOutput]:
+        """The results that are there, of those `waiting`, which they leave; one step if none is."""
+        if waiting.isdisjoint(self._results):
+            assert self._engine.has_work, f"no work, yet {len(waiting)} requests wait"
+            for output in self._engine.step().finished:
+                if output.request_id in self._texts:  # else aborted in this very step
+                    text = self._texts.pop(output.request_id)
+                    self._results[output.request_id] = replace(output, prompt=text)
+        for request_id in [key for key in self._results if key in waiting]:
+            waiting.discard(request_id)
+            yield self._results.pop(request_id)
+
+    def _abort(self, waiting: set[str]) -> None:
+        for request_id in waiting:
+            self._results.pop(request_id, None)
+            if self._texts.pop(request_id, _NOWHERE) is not _NOWHERE and not self._closed:
+                self._engine.abort(request_id)
+
+
+_NOWHERE = object()
+
+
+def _pairs(
+    rows: Iterable[Any], sampling_params: SamplingParams | Iterable[SamplingParams]
+) -> Iterator[tuple[Any, SamplingParams]]:
+    """Each row with its parameters; UsageError where their numbers differ."""
+    if isinstance(sampling_params, SamplingParams):
+        yield from zip(rows, itertools.repeat(sampling_params), strict=False)
+        return
+    each = iter(sampling_params)
+    number = 0
+    for number, row in enumerate(rows, start=1):
+        params = next(each, None)
+        if not isinstance(params, SamplingParams):
+            raise UsageError(f"sampling_params: got {params!r} for prompt {number - 1}, allowed "
+                             "one SamplingParams, or one for each prompt")  # fmt: skip
+        yield row, params
+    if next(each, None) is not None:
+        raise UsageError(f"sampling_params: got more than the {number} prompts, allowed one each")
+
+
+@contextmanager
+def _naming(number: int) -> Iterator[None]:
+    """Says which prompt an error is about."""
+    try:
+        yield
+    except RequestError as error:
+        message = f"prompts[{number}]: {error}"
+        raise RequestError(message, param=error.param, code=error.code) from error
+
+
+@contextmanager
+def _progress(total: int, *, enabled: bool) -> Iterator[Callable[[], None]]:
+    """A bar on stderr, if that is a terminal; the body calls what it is given once per result."""
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, disable=not (enabled and console.is_terminal)
+    ) as progress:
+        task = progress.add_task("prompts", total=total)
+        yield lambda: progress.advance(task)
+
+
+def _checked(engine_args: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords for EngineOptions. UsageError for unknown ones, and for what we do not do."""
+    for name, harmless in _REFUSED.items():
+        if engine_args.get(name, harmless) != harmless:
+            raise UsageError(
+                f"{name}: got {engine_args[name]!r}, allowed only {harmless!r}: not supported yet"
+            )
+    rest = {name: value for name, value in engine_args.items() if name not in _REFUSED}
+    _refuse_unknown(rest, tuple(field.name for field in fields(EngineOptions)))
+    return {name: _converted(name, value) for name, value in rest.items()}
+
+
+def _converted(name: str, value: Any) -> Any:
+    """What Python users write, as EngineOptions has it: sizes with a unit, paths as text."""
+    if name == "host_memory" and isinstance(value, str):
+        return parse_bytes(value, what=name)
+    if name == "moe_expert_cache_size" and isinstance(value, int):
+        return str(value)
+    return Path(value) if name == "trace" and isinstance(value, str) else value
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            close = get_close_matches(name, [*known, *_REFUSED], n=1)
+            hint = f" (did you mean {close[0]}?)" if close else f", allowed {', '.join(known)}"
+            raise UsageError(f"unknown option: {name}{hint}")

@@ -1,0 +1,251 @@
+"""The Python API over a fake engine: order, errors that stay alone, lazy input, aborts."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from fake_engine import FakeEngine, FakeTokenizer
+from windlass.engine.outputs import RequestOutput
+from windlass.engine.sequence import Request
+from windlass.errors import RequestError, UsageError
+from windlass.llm import LLM
+from windlass.options import EngineOptions
+from windlass.params import SamplingParams
+
+SHORT = SamplingParams(max_tokens=4)
+
+
+class ChatFake(FakeTokenizer):
+    """With text of a chat, as the real tokenizer has it."""
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> str:
+        if messages[0]["role"] != "user":
+            raise RequestError("chat template: a user speaks first", param="messages")
+        parts = [f"<{m['role']}>{m['content']}" for m in messages]
+        extra = f"{chat_template or ''}{tools or ''}{variables or ''}"
+        return "".join(parts) + extra + ">" * add_generation_prompt
+
+
+class Engine(FakeEngine):
+    """Refuses long prompts, as the real one."""
+
+    plan = object()
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.tokenizer = ChatFake()
+
+    def add(self, request: Request) -> None:
+        if len(request.prompt_token_ids) + 1 > self.max_model_len - 16:
+            raise RequestError("prompt has too many tokens", code="context_length_exceeded")
+        super().add(request)
+
+
+@pytest.fixture
+def options(monkeypatch: pytest.MonkeyPatch) -> list[EngineOptions]:
+    """Puts the fake in place of the real engine; lists what it was opened with."""
+    opened: list[EngineOptions] = []
+
+    def open_fake(options: EngineOptions) -> Engine:
+        opened.append(options)
+        return Engine(capacity=options.max_num_seqs or 4)
+
+    monkeypatch.setattr("windlass.llm.open_engine", open_fake)
+    return opened
+
+
+@pytest.fixture
+def llm(options: list[EngineOptions]) -> Iterator[LLM]:
+    with LLM() as llm:
+        yield llm
+
+
+def engine_of(llm: LLM) -> Engine:
+    engine = llm._engine
+    assert isinstance(engine, Engine)
+    return engine
+
+
+def test_keywords_reach_the_engine_or_are_refused(options: list[EngineOptions]) -> None:
+    LLM("demo", host_memory="2GiB", max_model_len=64, seed=3, max_num_seqs=8).close()
+    LLM(moe_expert_cache_size=4, trace="x.json", gpu_memory_utilization=0.9).close()
+    first, second = options
+    assert (first.host_memory, first.max_model_len, first.seed) == (2 << 30, 64, 3)
+    assert (second.moe_expert_cache_size, str(second.trace)) == ("4", "x.json")
+    for wrong, message in (
+        ({"host_memroy": "2GiB"}, r"unknown option: host_memroy \(did you mean host_memory\?\)"),
+        ({"zzz": 1}, "unknown option: zzz, allowed .*host_memory"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size: got 2, allowed only 1"),
+        ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization: got 0.5"),
+        ({"quantization": "awq"}, "quantization: got 'awq'"),
+        ({"cpu_offload_gb": 4}, "cpu_offload_gb: got 4"),
+        ({"host_memory": "2"}, "host_memory: got '2'"),
+        ({"dtype": "int3"}, "dtype: got 'int3'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            LLM(**wrong)
+    assert len(options) == 2
+
+
+def test_results_keep_the_order_of_prompts_of_all_kinds(llm: LLM) -> None:
+    prompts = ["a" * 9, {"prompt": "b"}, {"prompt_token_ids": [99, 100]}, "d"]
+    params = [SamplingParams(max_tokens=n) for n in (12, 1, 9, 3)]
+    ended: list[RequestOutput] = []
+    results = llm.generate(prompts, params, on_result=ended.append)
+    assert [r.prompt for r in results] == ["a" * 9, "b", None, "d"]
+    assert [len(r.prompt_token_ids) for r in results] == [10, 2, 2, 2]
+    assert [r.request_id for r in ended] != [r.request_id for r in results]  # the short ones first
+    assert sorted(r.request_id for r in ended) == [r.request_id for r in results]
+    assert all(r.finished and r.outputs[0].text for r in results)
+
+
+def test_one_prompt_and_none(llm: LLM) -> None:
+    assert len(llm.generate("one", SHORT)) == 1
+    assert len(llm.generate({"prompt": "one"})) == 1
+    assert llm.generate([]) == []
+    assert list(llm.generate_iter([])) == []
+    assert engine_of(llm).added[1].params == llm.get_default_sampling_params()
+    assert llm.get_metrics().running == 0 and llm.plan is Engine.plan
+
+
+def test_the_same_calls_give_the_same_text_and_repeated_prompts_differ(llm: LLM) -> None:
+    with LLM() as other:
+        first = [r.outputs[0].text for r in llm.generate(["p", "p", "p"], SHORT)]
+        again = [r.outputs[0].text for r in other.generate(["p", "p", "p"], SHORT)]
+        assert first == again and len(set(first)) == 3
+        more = [r.outputs[0].text for r in other.generate(["p", "p", "p"], SHORT)]
+        assert not set(more) & set(first)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("x" * 300, r"prompts\[2\]: prompt has too many tokens"),
+        ({"prompt_token_ids": []}, r"prompts\[2\]: prompt: got no tokens"),
+        ({"prompt_token_ids": ["a"]}, r"prompts\[2\]: prompt: got .*allowed"),
+        ({"prompt_token_ids": [-1]}, r"prompts\[2\]: prompt: got .*allowed"),
+        ({"prompt_token_ids": [9999]}, r"prompts\[2\]: prompt: got an id outside"),
+        ({"text": "a"}, r"prompts\[2\]: prompt: got .*allowed"),
+        (5, r"prompts\[2\]: prompt: got 5, allowed"),
+        (None, r"prompts\[2\]: prompt: got None, allowed"),
+    ],
+)  # fmt: skip
+def test_a_bad_prompt_raises_before_anything_is_computed(llm: LLM, bad: Any, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        llm.generate(["a", "b", bad, "c"], SHORT)
+    engine = engine_of(llm)
+    assert llm.get_metrics().passes == 0 and not engine.has_work
+    assert len(llm.generate(["a"], SHORT)) == 1  # and the engine is as before
+
+
+def test_a_bad_prompt_fails_alone(llm: LLM) -> None:
+    prompts = ["a", "x" * 300, "c"]
+    results = llm.generate(prompts, SHORT, on_error="return")
+    assert [r.outputs[0].finish_reason == "error" for r in results] == [False, True, False]
+    assert results[1].error == "prompt has too many tokens" and results[1].prompt == "x" * 300
+    assert results[0].error is None
+    lazily = {r.prompt: r.error for r in llm.generate_iter(prompts, SHORT)}
+    assert lazily == {"a": None, "x" * 300: "prompt has too many tokens", "c": None}
+    with pytest.raises(UsageError, match="on_error: got 'skip'"):
+        llm.generate("a", on_error="skip")  # type: ignore[arg-type]
+
+
+def test_a_row_that_fails_while_it_runs(llm: LLM) -> None:
+    engine = engine_of(llm)
+    engine.fail_prompts = {"b": 1}
+    results = llm.generate(["a", "b", "c"], SHORT, on_error="return")
+    assert [r.error for r in results] == [None, "a fault on purpose", None]
+    engine.fail_prompts = {"b": 1}
+    with pytest.raises(RequestError, match=r"prompts\[1\]: a fault on purpose"):
+        llm.generate(
+            ["a", "b", "c", "d" * 30], [SHORT, SHORT, SHORT, SamplingParams(max_tokens=99)]
+        )
+    assert not engine.has_work  # the others were aborted
+
+
+def test_numbers_of_params_and_prompts_must_match(llm: LLM) -> None:
+    for wrong in ([SHORT], [SHORT] * 3, ["x", SHORT]):
+        with pytest.raises(UsageError, match="sampling_params: got"):
+            llm.generate(["a", "b"], wrong)  # type: ignore[arg-type]
+        assert not engine_of(llm).has_work
+
+
+def test_iteration_takes_endless_prompts_as_there_is_room(llm: LLM) -> None:
+    taken = itertools.count()
+    prompts = (f"p{next(taken)}" for _ in itertools.repeat(None))
+    results = llm.generate_iter(prompts, SHORT)
+    assert next(taken) == 0  # nothing is taken before the first result is asked for
+    seen = [next(results) for _ in range(30)]
+    assert len({r.prompt for r in seen}) == 30
+    engine = engine_of(llm)
+    assert engine.peak_flying == 2 * engine.capacity
+    results.close()  # type: ignore[attr-defined]
+    assert not engine.has_work and engine.aborted
+
+
+def test_iteration_yields_in_the_order_of_completion(llm: LLM) -> None:
+    params = [SamplingParams(max_tokens=n) for n in (40, 20, 1)]
+    order = [r.prompt for r in llm.generate_iter(["long", "middle", "short"], params)]
+    assert order == ["short", "middle", "long"]
+
+
+def test_two_iterations_and_a_call_do_not_take_each_others_results(llm: LLM) -> None:
+    one = llm.generate_iter((f"a{i}" for i in range(9)), SHORT)
+    two = llm.generate_iter((f"b{i}" for i in range(9)), SHORT)
+    mixed = [(next(one).prompt, next(two).prompt) for _ in range(4)]
+    assert len(llm.generate(["x", "y"], SHORT)) == 2
+    names = {name for pair in mixed for name in pair if name} | {r.prompt for r in one}
+    names |= {r.prompt for r in two}
+    assert names == {f"{letter}{i}" for letter in "ab" for i in range(9)}
+
+
+def test_chat_takes_one_conversation_or_many(llm: LLM) -> None:
+    hello = [{"role": "user", "content": "hi"}]
+    (one,) = llm.chat(hello, SHORT)
+    assert one.prompt == "<user>hi>" and one.prompt_token_ids == tuple(b"<user>hi>")  # no BOS
+    options: dict[str, Any] = {
+        "tools": [{"name": "f"}], "chat_template": "T", "chat_template_kwargs": {"think": False},
+        "add_generation_prompt": False, "use_tqdm": False,
+    }  # fmt: skip
+    several = llm.chat([hello, hello], SHORT, **options)
+    assert [r.prompt for r in several] == ["<user>hiT[{'name': 'f'}]{'think': False}"] * 2
+    bad = [{"role": "tool", "content": ""}]
+    with pytest.raises(RequestError, match=r"prompts\[1\]: chat template: a user speaks first"):
+        llm.chat([hello, bad], SHORT)
+    assert [r.error is None for r in llm.chat([hello, bad], SHORT, on_error="return")] == [
+        True,
+        False,
+    ]
+    with pytest.raises(UsageError, match=r"unknown option: use_tqmd \(did you mean use_tqdm\?\)"):
+        llm.chat(hello, SHORT, use_tqmd=False)
+
+
+def test_what_is_not_supported_is_refused(llm: LLM) -> None:
+    with pytest.raises(UsageError, match="lora_request: .*not supported"):
+        llm.generate("a", lora_request=object())  # type: ignore[arg-type]
+
+
+def test_close_is_final_and_can_be_repeated(options: list[EngineOptions]) -> None:
+    llm = LLM()
+    waiting = llm.generate_iter(["a", "b"], SamplingParams(max_tokens=50))
+    engine = engine_of(llm)
+    llm.close()
+    llm.close()
+    assert engine.is_closed
+    for call in (
+        lambda: llm.generate("a"),
+        lambda: llm.generate_iter(["a"]),
+        lambda: next(waiting),
+    ):
+        with pytest.raises(UsageError, match="after close"):
+            call()
