@@ -1,13 +1,18 @@
 """The gated delta rule against transformers, one layer at a time and as whole models."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
+from delta_model import DELTA_CASES, VOCAB, DeltaModel, make_delta_checkpoint
+from test_families import TOLERANCE, Checkpoint
 from windlass.decoder.delta import CHUNK, Segment, delta_attention, state_shapes
 from windlass.kernels.reference import TorchKernels
 from windlass.spec.model import GatedDelta
@@ -143,3 +148,99 @@ def test_a_prompt_cut_inside_a_chunk_is_refused(layer: Layer) -> None:
     layer.run_alone([0, 10], prompt=10)
     with pytest.raises(AssertionError, match="cut inside"):
         layer.run_alone([10, 20], prompt=20)
+
+
+# --- whole models ---------------------------------------------------------------------------------
+
+PROMPT, TOTAL = 2 * CHUNK + 5, 2 * CHUNK + 12
+IDS = torch.randint(3, VOCAB, (TOTAL,), generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def check_logits(path: Path, expected: torch.Tensor) -> torch.Tensor:
+    """Prompt in one pass, then token by token."""
+    model = DeltaModel(Checkpoint(path))
+    logits = model.run_alone(IDS, [0, *range(PROMPT, TOTAL + 1)], prompt=PROMPT)
+    assert 0.1 < expected.std() < 10, "logits are not of order 1"
+    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+    return logits
+
+
+@torch.inference_mode()
+def expected_logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(IDS[None]).logits[0]
+
+
+@pytest.mark.parametrize("family", DELTA_CASES)
+@pytest.mark.parametrize("hub_format", [True, False], ids=["hub", "stacked"])
+def test_logits_equal_transformers(family: str, hub_format: bool, tmp_path: Path) -> None:
+    model = make_delta_checkpoint(family, tmp_path, hub_format=hub_format)
+    check_logits(tmp_path, expected_logits(model))
+
+
+@torch.inference_mode()
+def test_logits_token_by_token(tmp_path: Path) -> None:
+    expected = expected_logits(make_delta_checkpoint("qwen3_next", tmp_path))
+    logits = DeltaModel(Checkpoint(tmp_path)).run_alone(IDS, list(range(TOTAL + 1)), prompt=1)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe_text"])
+def test_the_projections_of_the_other_family(family: str, tmp_path: Path) -> None:
+    """Fused and split projections are read by both; logits keep their bits."""
+    model = make_delta_checkpoint(family, tmp_path)
+    logits = check_logits(tmp_path, expected_logits(model))
+    file = tmp_path / "model.safetensors"
+    tensors, spec = load_file(file), Checkpoint(tmp_path).spec
+    for layer, block in enumerate(spec.blocks):
+        if isinstance(block.attention, GatedDelta):
+            _swap_projections(
+                tensors, f"model.layers.{layer}.linear_attn.in_proj_", block.attention
+            )
+    save_file(tensors, file)
+    with safe_open(file, "pt") as opened:
+        assert any("in_proj_qkvz" in name for name in opened.keys()) == (family != "qwen3_next")
+    swapped = DeltaModel(Checkpoint(tmp_path))
+    with torch.inference_mode():
+        again = swapped.run_alone(IDS, [0, *range(PROMPT, TOTAL + 1)], prompt=PROMPT)
+    assert torch.equal(again, logits)
+
+
+def _swap_projections(tensors: Weights, stem: str, delta: GatedDelta) -> None:
+    keys, d, hidden = delta.num_k_heads, delta.k_head_dim, 32
+    r = delta.num_v_heads // keys
+    v = r * delta.v_head_dim
+    if f"{stem}qkvz.weight" in tensors:
+        qkvz = tensors.pop(f"{stem}qkvz.weight").view(keys, -1, hidden)
+        ba = tensors.pop(f"{stem}ba.weight").view(keys, 2 * r, hidden)
+        parts = [qkvz[:, :d], qkvz[:, d : 2 * d], qkvz[:, 2 * d : 2 * d + v]]
+        split = {"qkv": torch.cat([part.flatten(0, 1) for part in parts])}
+        split |= {"z": qkvz[:, 2 * d + v :], "b": ba[:, :r], "a": ba[:, r:]}
+        for name, tensor in split.items():
+            tensors[f"{stem}{name}.weight"] = tensor.reshape(-1, hidden).contiguous()
+        return
+    qkv, z, b, a = (tensors.pop(f"{stem}{name}.weight") for name in ("qkv", "z", "b", "a"))
+    parts = [*qkv[: 2 * keys * d].view(2, keys, d, hidden), qkv[2 * keys * d :], z]
+    for name, group in (("qkvz", parts), ("ba", [b, a])):
+        fused = torch.cat([part.reshape(keys, -1, hidden) for part in group], dim=1)
+        tensors[f"{stem}{name}.weight"] = fused.reshape(-1, hidden).contiguous()
+
+
+@torch.inference_mode()
+def test_cuts_and_neighbours_change_no_bit_of_a_model(tmp_path: Path) -> None:
+    make_delta_checkpoint("qwen3_next", tmp_path)
+    model = DeltaModel(Checkpoint(tmp_path))
+    ends = list(range(PROMPT, TOTAL + 1))
+    alone = model.run_alone(IDS, [0, *ends], prompt=PROMPT)
+    assert torch.equal(model.run_alone(IDS, [0, CHUNK, 2 * CHUNK, *ends], prompt=PROMPT), alone)
+    mine, other = [], IDS.flip(0)
+    for step, (first, last) in enumerate(zip([0, CHUNK, *ends], [CHUNK, *ends], strict=False)):
+        count = 9 if step == 0 else 1  # the neighbour: a prompt of 9, then a token a pass
+        neighbour = Segment(first_row=0, num_rows=count, first_position=9 + step - 1 if step else 0,
+                            slot=0, is_prompt=step == 0)  # fmt: skip
+        me = Segment(first_row=count, num_rows=last - first, first_position=first, slot=2,
+                     is_prompt=first < PROMPT)  # fmt: skip
+        start = neighbour.first_position
+        rows = torch.cat((other[start : start + count], IDS[first:last]))
+        mine.append(model.run(rows, [neighbour, me])[me.rows])
+    assert torch.equal(torch.cat(mine), alone)
