@@ -21,7 +21,7 @@ from windlass.ids import Part, WeightKey
 from windlass.kernels.base import AttentionOptions, AttentionWork, Kernels
 from windlass.memory.kv import KvStore
 from windlass.memory.weights import Lease, WeightStore
-from windlass.schedule.announce import Announcer
+from windlass.schedule.announce import Announcer, PassForecast
 from windlass.schedule.batch import Batch, MicroBatch
 from windlass.schedule.embedding import EmbeddingRows
 from windlass.schedule.runtime import Routed
@@ -64,6 +64,7 @@ class DeviceRuntime:
         *,
         embedding: EmbeddingRows,
         announcer: Announcer,
+        forecast: PassForecast,
         tracer: Tracer,
     ) -> None:
         self._spec = spec
@@ -72,6 +73,7 @@ class DeviceRuntime:
         self._kv = kv
         self._embedding = embedding
         self._announcer = announcer
+        self._forecast = forecast
         self._tracer = tracer
         self._ropes = {rope: RopeTable(rope) for rope in _ropes(spec)}
         self._places: dict[int, _Places] = {}
@@ -96,7 +98,7 @@ class DeviceRuntime:
                 micro.first_row: _places(micro, self._kv.page_tokens)
                 for micro in batch.micro_batches
             }
-            self._announcer.begin(batch.num_rows)
+            self._forecast.begin(batch.num_rows)
             return math.embed(self._spec, self._embedding.rows(tokens))
 
     def attention(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:
@@ -117,7 +119,7 @@ class DeviceRuntime:
             flat = ids_TA.flatten()
             order = torch.argsort(flat, stable=True)
             counts = torch.bincount(flat, minlength=moe.num_experts).tolist()
-            self._announcer.observe(layer, counts)
+            self._forecast.observe(layer, {e: n for e, n in enumerate(counts) if n})
         shared = None
         if moe.shared is not None:
             with self._tracer.span("shared", layer=layer, rows=len(hidden)):

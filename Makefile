@@ -1,0 +1,56 @@
+# The targets are the manual: setup demo test lint bench mutate, test-gpu bench-gpu.
+# `make demo` or `make test` is the only command needed on a fresh machine with Python 3.11.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO_OUT := out/demo
+
+.PHONY: setup demo test test-all lint format bench mutate test-gpu bench-gpu clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	rm -rf $(DEMO_OUT) && mkdir -p $(DEMO_OUT)
+	$(BIN)/windlass run-batch -i examples/prompts.jsonl -o $(DEMO_OUT)/answers.jsonl \
+	  --model demo --moe-expert-cache-size 5 --trace $(DEMO_OUT)/trace.json
+	$(BIN)/python scripts/show_answers.py examples/prompts.jsonl $(DEMO_OUT)/answers.jsonl
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: setup
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: setup
+	$(BIN)/ruff format --check src tests bench scripts demo
+	$(BIN)/ruff check src tests bench scripts demo
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_sizes.py
+
+format: setup
+	$(BIN)/ruff format src tests bench scripts demo
+	$(BIN)/ruff check --fix src tests bench scripts demo
+
+bench: setup
+	$(BIN)/python bench/kernels.py --json bench/results/kernels.json
+	$(BIN)/python bench/offload.py --json bench/results/offload.json
+
+mutate: setup
+	$(BIN)/python scripts/mutate.py
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu -rs
+
+bench-gpu: setup
+	@$(BIN)/python -c "import sys; sys.exit('bench-gpu: no GPU runtime yet, see CHANGELOG')"
+
+clean:
+	rm -rf $(VENV) build out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,34 @@
+"""The complexity budget: lines per file, per package, and in all of src/."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+FILE_LINES = 400
+TOTAL_LINES = 12_000  # of src/windlass; raised only with a reason in docs/decisions/
+
+
+def main() -> int:
+    """Prints lines per package; 1 if a budget is broken."""
+    root = Path(__file__).parent.parent
+    over: list[str] = []
+    packages: Counter[str] = Counter()
+    for folder in ("src", "tests", "bench", "scripts", "demo"):
+        for path in sorted((root / folder).rglob("*.py")):
+            lines = len(path.read_text(encoding="utf-8").splitlines())
+            name = path.relative_to(root)
+            if folder == "src":
+                packages[name.parts[2].removesuffix(".py")] += lines
+            limit = FILE_LINES if folder != "tests" else 2 * FILE_LINES
+            if lines > limit:
+                over.append(f"{name}: {lines} lines, allowed {limit}")
+    total = sum(packages.values())
+    if total > TOTAL_LINES:
+        over.append(f"src: {total} lines, allowed {TOTAL_LINES}")
+    print(", ".join(f"{name} {lines}" for name, lines in packages.most_common()), f"= {total}")
+    print("\n".join(over))
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

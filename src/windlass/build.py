@@ -1,0 +1,283 @@
+"""The composition root: from options to a running engine. The only place that sees all layers."""
+
+from collections import Counter
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from windlass import __version__
+from windlass.decoder.attention import kv_shape, value_width
+from windlass.decoder.delta import state_shapes
+from windlass.device.cpu import CpuDevice
+from windlass.device.host import (
+    available_bytes,
+    peak_resident_bytes,
+    resident_bytes,
+    return_freed_memory,
+)
+from windlass.engine.admission import Admission
+from windlass.engine.engine import Engine, EngineSetup
+from windlass.engine.tokenizer import Tokenizer
+from windlass.engine.tokenizer import load as load_tokenizer
+from windlass.errors import UsageError
+from windlass.experts.forecast import UsageForecast
+from windlass.experts.policies import FarthestNextUse
+from windlass.ids import Part
+from windlass.kernels.base import Kernels
+from windlass.kernels.reference import TorchKernels
+from windlass.memory.checkpoint import Checkpoint, WeightSource
+from windlass.memory.kv import CacheShape, KvStore, PagedShape, StateShape, page_bytes, state_bytes
+from windlass.memory.recipe import slot_bytes
+from windlass.memory.weights import WeightStore
+from windlass.options import EngineOptions, read_config, resolve_model
+from windlass.params import SamplingParams
+from windlass.plan import Plan
+from windlass.planner.budget import Sizes, Wanted, make_plan, max_context
+from windlass.schedule.announce import Announcer, PassForecast
+from windlass.schedule.batch import Batch
+from windlass.schedule.embedding import EmbeddingRows
+from windlass.schedule.on_device import DeviceRuntime
+from windlass.schedule.passes import PassShape, run_pass
+from windlass.spec.layout import build_layout
+from windlass.spec.model import GatedDelta, Gqa, LongRopeScaling, Mla, ModelSpec, Moe
+from windlass.spec.names import Layout
+from windlass.spec.registry import read_spec
+from windlass.synth import random_source
+from windlass.trace import Tracer
+from windlass.units import parse_bytes
+
+_DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
+_SAMPLE_BYTES = 1 << 16  # of each weight file, at three places, for the fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """A checkpoint, understood but not loaded."""
+
+    folder: Path
+    config: dict[str, Any]
+    spec: ModelSpec
+    layout: Layout
+    source: WeightSource
+
+
+def open_engine(options: EngineOptions) -> Engine:
+    """Everything between options and the first step; nothing is read but headers and tokenizer."""
+    return_freed_memory()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    tracer = Tracer(enabled=options.trace is not None)
+    model = _read_model(options)
+    tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
+    tokenizer = load_tokenizer(tokenizer_folder)
+    kernels = TorchKernels()
+    kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
+    wanted = _wanted(options, model)
+    plan = make_plan(model.spec, _sizes(model), options.host_memory or _default_budget(), wanted)
+    setup = EngineSetup(
+        plan=plan,
+        tokenizer=tokenizer,
+        default_params=_default_params(model.folder, options),
+        vocab_size=model.spec.vocab_size,
+        max_model_len=max_context(plan, model.spec, wanted),
+        seed=options.seed,
+        fingerprint=_fingerprint(model, tokenizer, options),
+        peak_rss=peak_resident_bytes,
+    )
+    return _assemble(setup, model, kernels, tracer, options.trace)
+
+
+def _assemble(
+    setup: EngineSetup, model: _Model, kernels: Kernels, tracer: Tracer, trace: Path | None
+) -> Engine:
+    plan, spec = setup.plan, model.spec
+    device = CpuDevice(plan.read_threads, tracer=tracer)
+    shape = pass_shape(spec, model.layout)
+    forecast = PassForecast(_usage_forecast(spec))
+    policy = FarthestNextUse(len(spec.blocks), probability=forecast.probability)
+    weights = WeightStore(
+        model.layout, model.source, device, _slots(plan), policy=policy, tracer=tracer
+    )
+    kv = KvStore(
+        cache_shapes(spec),
+        num_pages=plan.kv_pages,
+        page_tokens=plan.page_tokens,
+        state_slots=plan.state_slots,
+    )
+    num_experts = {
+        i: b.ffn.num_experts for i, b in enumerate(spec.blocks) if isinstance(b.ffn, Moe)
+    }
+    runtime = DeviceRuntime(
+        spec,
+        kernels,
+        weights,
+        kv,
+        embedding=EmbeddingRows(weights),
+        announcer=Announcer(shape, num_experts, weights, forecast),
+        forecast=forecast,
+        tracer=tracer,
+    )
+    admission = Admission(
+        kv,
+        max_num_seqs=plan.max_num_seqs,
+        max_rows=plan.max_num_batched_tokens,
+        long_rope_after=_long_rope_after(spec),
+    )
+
+    def run(batch: Batch) -> torch.Tensor:
+        logits: torch.Tensor = run_pass(runtime, shape, batch)
+        return logits
+
+    def close() -> None:
+        weights.close()
+        device.close()
+        model.source.close()
+        if trace is not None:
+            tracer.write(trace)
+
+    return Engine(setup, run, weights, admission, tracer=tracer, on_close=close)
+
+
+def pass_shape(spec: ModelSpec, layout: Layout) -> PassShape:
+    """What the schedule must know of a model."""
+    is_moe = tuple(isinstance(block.ffn, Moe) for block in spec.blocks)
+    return PassShape(is_moe, len(layout.keys(Part.HEAD)))
+
+
+def cache_shapes(spec: ModelSpec) -> list[CacheShape]:
+    """What each layer keeps of a sequence."""
+    shapes: list[CacheShape] = []
+    for block in spec.blocks:
+        if isinstance(block.attention, GatedDelta):
+            shapes.append(StateShape(*state_shapes(block.attention)))
+            continue
+        shape = kv_shape(block.attention)
+        assert shape is not None, "only recurrent attention has no growing cache"
+        width = value_width(block.attention)
+        shapes.append(PagedShape(shape[0], shape[1], width, value_in_key=shape[2] == 0))
+    return shapes
+
+
+def _usage_forecast(spec: ModelSpec) -> UsageForecast:
+    networks = [block.ffn for block in spec.blocks]
+    top_k = max(ffn.top_k for ffn in networks if isinstance(ffn, Moe))
+    return UsageForecast([f.num_experts if isinstance(f, Moe) else 0 for f in networks], top_k)
+
+
+def _read_model(options: EngineOptions) -> _Model:
+    folder = resolve_model(options.model)
+    config = read_config(folder)
+    spec, names = read_spec(config)
+    source: WeightSource
+    if options.load_format == "dummy":
+        source = random_source(config, seed=options.seed)
+    else:
+        source = Checkpoint(folder, mode=options.load_mode)
+    return _Model(folder, config, spec, build_layout(spec, names, source.tensors), source)
+
+
+def _sizes(model: _Model) -> Sizes:
+    shapes = cache_shapes(model.spec)
+    return Sizes(
+        process_bytes=resident_bytes(),
+        slot_bytes=slot_bytes(model.layout, model.source.tensors),
+        num_parts=Counter(key.part for key in model.layout.parts),
+        bytes_per_token=page_bytes(shapes, 1),
+        state_bytes=state_bytes(shapes),
+    )
+
+
+def _wanted(options: EngineOptions, model: _Model) -> Wanted:
+    return Wanted(
+        expert_slots=_expert_slots(options.moe_expert_cache_size, model),
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        micro_batch_tokens=options.micro_batch_size,
+        max_model_len=options.max_model_len,
+    )
+
+
+def _expert_slots(text: str | None, model: _Model) -> int | None:
+    """Slots of "auto" (None), of a size, or of a number of experts per layer."""
+    if text is None or text == "auto":
+        return None
+    if text.isdigit():
+        layers = sum(isinstance(block.ffn, Moe) for block in model.spec.blocks)
+        return int(text) * layers
+    per_slot = slot_bytes(model.layout, model.source.tensors)[Part.EXPERT]
+    slots = parse_bytes(text, what="moe-expert-cache-size") // per_slot
+    if slots < 1:
+        raise UsageError(
+            f"moe-expert-cache-size: got {text!r}, allowed auto, a number of experts per layer, or"
+            f" a size of at least one expert ({per_slot} bytes)"
+        )
+    return slots
+
+
+def _slots(plan: Plan) -> dict[Part, int]:
+    return {
+        Part.EXPERT: plan.expert_slots,
+        Part.BLOCK: plan.block_slots,
+        Part.FFN: plan.ffn_slots,
+        Part.HEAD: plan.head_slots,
+        Part.FINAL: 1,
+        Part.EMBED: int(plan.resident_embedding),
+    }
+
+
+def _default_budget() -> int:
+    return resident_bytes() + int(_DEFAULT_SHARE * available_bytes())
+
+
+def _default_params(folder: Path, options: EngineOptions) -> SamplingParams:
+    path = folder / "generation_config.json"
+    if options.generation_config == "vllm" or not path.exists():
+        return SamplingParams()
+    return SamplingParams.from_generation_config(read_config(folder, path.name))
+
+
+def _long_rope_after(spec: ModelSpec) -> int | None:
+    """Tokens up to which a sequence uses LongRoPE's short factors; None for other models."""
+    for block in spec.blocks:
+        rope = block.attention.rope if isinstance(block.attention, Gqa | Mla) else None
+        if rope is not None and isinstance(rope.scaling, LongRopeScaling):
+            return rope.scaling.original_max
+    return None
+
+
+def _fingerprint(model: _Model, tokenizer: Tokenizer, options: EngineOptions) -> dict[str, object]:
+    """What would change results if it changed."""
+    return {
+        "model": _digest(model, options),
+        "tokenizer": tokenizer.digest,
+        "generation_config": options.generation_config,
+        "seed": options.seed,
+        "max_model_len": options.max_model_len,
+        "version": __version__,
+    }
+
+
+def _digest(model: _Model, options: EngineOptions) -> str:
+    """Of the configuration, all headers, and samples of the weights."""
+    digest = blake2b(digest_size=16)
+    digest.update((model.folder / "config.json").read_bytes())
+    digest.update(options.load_format.encode())
+    for name, info in sorted(model.source.tensors.items()):
+        digest.update(f"{name} {info.dtype} {info.shape} {info.begin}".encode())
+    if options.load_format != "dummy":
+        for file in sorted({info.file for info in model.source.tensors.values()}):
+            digest.update(_sample(model.folder / file))
+    return digest.hexdigest()
+
+
+def _sample(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        taken = []
+        for place in (0, size // 2, max(0, size - _SAMPLE_BYTES)):
+            stream.seek(place)
+            taken.append(stream.read(_SAMPLE_BYTES))
+    return size.to_bytes(8, "big") + b"".join(taken)

@@ -1,0 +1,69 @@
+"""What a user may choose about an engine, and where models are found. No torch."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from windlass.errors import CheckpointError, ModelError, UsageError
+
+DEMO = "demo"
+_DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Flags of every command that runs a model. None: chosen by the plan. Sizes in bytes.
+
+    `moe_expert_cache_size`: "auto", a size with a unit, or a number of experts per layer.
+    """
+
+    model: str = DEMO
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    host_memory: int | None = None
+    moe_expert_cache_size: str | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    micro_batch_size: int | None = None
+    max_model_len: int | None = None
+    seed: int = 0
+    threads: int | None = None
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    load_mode: Literal["auto", "dio", "buffered"] = "auto"
+    trace: Path | None = None
+    generation_config: Literal["auto", "vllm"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("dtype", ("auto",)),
+            ("load_format", ("auto", "safetensors", "dummy")),
+            ("load_mode", ("auto", "dio", "buffered")),
+            ("generation_config", ("auto", "vllm")),
+        ):
+            if (value := getattr(self, name)) not in allowed:
+                raise UsageError(f"{name}: got {value!r}, allowed {', '.join(allowed)}")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"threads: got {self.threads}, allowed 1 or more")
+
+
+def resolve_model(name: str) -> Path:
+    """The folder of a model: the shipped one for `demo`, else the path itself."""
+    folder = _DEMO_FOLDER if name == DEMO else Path(name).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"model: got {name!r}, allowed a checkpoint folder or {DEMO!r}")
+    return folder
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """A JSON object of the checkpoint; CheckpointError if it is absent or not one."""
+    path = folder / name
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not found, expected the model's {name}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ModelError(f"{path}: found a {type(document).__name__}, expected an object")
+    return document

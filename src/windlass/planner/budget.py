@@ -1,0 +1,216 @@
+"""Divides a memory budget: from sizes and wishes to a Plan, or to the smallest budget that works.
+
+Plain rules for one machine without measurements. What is fixed by the user is kept or refused.
+Every byte of weights that stays in memory saves the same reads per pass, so after what a pass needs
+the order is: keys and values (more sequences per pass), dense parts, experts, embedding.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from windlass.errors import BudgetError, UsageError
+from windlass.ids import Part
+from windlass.plan import Plan
+from windlass.planner.activations import activation_bytes
+from windlass.spec.model import ModelSpec
+from windlass.units import MIB, format_bytes, round_up
+
+PAGE_TOKENS = 32
+_CHUNK = 64  # prompt chunks; a pass holds all sequences and one chunk
+_READ_THREADS = 4
+_SEQS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
+_ROWS = (8192, 4096, 2048, 1024, 512, 256, 128)
+_MICRO_ROWS = 1024
+_ACTIVATION_SHARE = 0.25  # of what is left after the process itself
+_KV_SHARE = 0.3  # of what is left after the minimum
+_DEFAULT_CONTEXT = 4096  # tokens that the largest sequence may have, where the budget allows
+_SMALLEST_CONTEXT = 512
+_MIN_SLOTS = {
+    Part.EXPERT: 2, Part.BLOCK: 2, Part.FFN: 1, Part.HEAD: 1, Part.FINAL: 1, Part.EMBED: 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What the user fixed; None where the planner chooses. Experts in slots."""
+
+    expert_slots: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    micro_batch_tokens: int | None = None
+    max_model_len: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What the checkpoint and the process weigh, in bytes."""
+
+    process_bytes: int  # measured before anything was allocated
+    slot_bytes: Mapping[Part, int]
+    num_parts: Mapping[Part, int]
+    bytes_per_token: int  # keys and values, all layers
+    state_bytes: int  # recurrent state of a sequence, all layers
+
+
+def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -> Plan:
+    """The plan for a budget. BudgetError names the smallest budget that works."""
+    _check(wanted)
+    draft = _Draft(spec, sizes, wanted)
+    smallest = draft.smallest()
+    if host_memory < smallest:
+        raise BudgetError(
+            f"host memory: got {format_bytes(host_memory)}, this model needs at least"
+            f" {round_up(smallest, MIB) // MIB}MiB ({format_bytes(sizes.process_bytes)} for the"
+            f" process itself, {format_bytes(smallest - sizes.process_bytes)} to run):"
+            " raise --host-memory"
+        )
+    return draft.fill(host_memory)
+
+
+def max_context(plan: Plan, spec: ModelSpec, wanted: Wanted) -> int:
+    """Tokens that one sequence may have, prompt and output."""
+    return min(wanted.max_model_len or spec.max_positions, plan.kv_pages * plan.page_tokens)
+
+
+class _Draft:
+    """One planning problem; all methods are pure."""
+
+    def __init__(self, spec: ModelSpec, sizes: Sizes, wanted: Wanted) -> None:
+        self._spec = spec
+        self._sizes = sizes
+        self._wanted = wanted
+        self._page_bytes = max(1, PAGE_TOKENS * sizes.bytes_per_token)
+
+    def smallest(self) -> int:
+        """The least total that works with what the user fixed."""
+        seqs = self._wanted.max_num_seqs or 1
+        rows = self._wanted.max_num_batched_tokens or round_up(seqs + _CHUNK, _CHUNK)
+        context = self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
+        return (
+            self._sizes.process_bytes
+            + self._activations(seqs, rows)
+            + self._slots_bytes(self._least_slots())
+            + self._pages(context) * self._page_bytes
+            + seqs * self._sizes.state_bytes
+        )
+
+    def fill(self, host_memory: int) -> Plan:
+        """Grows the smallest plan into the budget."""
+        free = host_memory - self._sizes.process_bytes
+        slots = self._least_slots()
+        least = self._slots_bytes(slots)
+        context = self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
+        least += self._pages(context) * self._page_bytes
+        seqs, rows = self._pass_size(free, least)
+        left = free - self._activations(seqs, rows) - seqs * self._sizes.state_bytes
+        pages = self._grow_pages(left - self._slots_bytes(slots), seqs)
+        left -= pages * self._page_bytes
+        for part in (Part.BLOCK, Part.FFN, Part.HEAD, Part.EXPERT, Part.EMBED):
+            self._grow(slots, part, left - self._slots_bytes(slots))
+        return self._plan(host_memory, slots, (seqs, rows, pages))
+
+    def _pass_size(self, free: int, least: int) -> tuple[int, int]:
+        """Sequences and rows per pass: the largest whose activations keep to their share."""
+        limit = min(free - least, max(int(_ACTIVATION_SHARE * free), 1))
+        fixed_seqs, fixed_rows = self._wanted.max_num_seqs, self._wanted.max_num_batched_tokens
+        for seqs in (fixed_seqs,) if fixed_seqs else _SEQS:
+            need = self._activations(seqs, fixed_rows or round_up(seqs + _CHUNK, _CHUNK))
+            # logits of all sequences should leave room for rows
+            fits = need + seqs * self._sizes.state_bytes <= 0.7 * limit
+            if fits or seqs == fixed_seqs or seqs == _SEQS[-1]:
+                break
+        if fixed_rows:
+            return min(seqs, max(1, fixed_rows - _CHUNK)), fixed_rows
+        for rows in _ROWS:
+            total = self._activations(seqs, rows) + seqs * self._sizes.state_bytes
+            if rows >= seqs + _CHUNK and total <= limit:
+                return seqs, rows
+        return seqs, round_up(seqs + _CHUNK, _CHUNK)
+
+    def _grow_pages(self, left: int, seqs: int) -> int:
+        """Pages for `seqs` sequences of usual length, within their share of what is left."""
+        context = min(self._wanted.max_model_len or _DEFAULT_CONTEXT, self._spec.max_positions)
+        least = self._pages(
+            self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
+        )
+        most = self._pages(context) * max(1, seqs // 4)
+        weights = sum(self._sizes.slot_bytes[p] * n for p, n in self._sizes.num_parts.items())
+        share = max(_KV_SHARE * left, left - weights)  # all there is beyond the whole model
+        return max(least, min(most, int(share) // self._page_bytes))
+
+    def _grow(self, slots: dict[Part, int], part: Part, left: int) -> None:
+        """Adds slots of `part` for all of its keys, or as many as fit."""
+        size, keys = self._sizes.slot_bytes.get(part, 0), self._sizes.num_parts.get(part, 0)
+        if not keys or (part is Part.EXPERT and self._wanted.expert_slots is not None):
+            return
+        more = min(keys - slots[part], left // size)
+        if part is Part.EMBED and more < keys:
+            return
+        slots[part] += max(0, more)
+
+    def _least_slots(self) -> dict[Part, int]:
+        slots = {part: min(n, _MIN_SLOTS[part]) for part, n in self._sizes.num_parts.items()}
+        if self._wanted.expert_slots is not None and Part.EXPERT in slots:
+            slots[Part.EXPERT] = min(self._wanted.expert_slots, self._sizes.num_parts[Part.EXPERT])
+        return slots
+
+    def _slots_bytes(self, slots: Mapping[Part, int]) -> int:
+        return sum(self._sizes.slot_bytes[part] * count for part, count in slots.items())
+
+    def _activations(self, seqs: int, rows: int) -> int:
+        micro = self._wanted.micro_batch_tokens or _MICRO_ROWS
+        return activation_bytes(self._spec, rows=rows, micro_rows=micro, seqs=seqs)
+
+    def _pages(self, tokens: int) -> int:
+        return -(-tokens // PAGE_TOKENS)
+
+    def _plan(
+        self, host_memory: int, slots: Mapping[Part, int], size: tuple[int, int, int]
+    ) -> Plan:
+        seqs, rows, pages = size
+        activations = self._activations(seqs, rows)
+        states = seqs if self._sizes.state_bytes else 0
+        total = (
+            self._sizes.process_bytes + activations + self._slots_bytes(slots)
+            + pages * self._page_bytes + states * self._sizes.state_bytes
+        )  # fmt: skip
+        slot_bytes = self._sizes.slot_bytes
+        return Plan(
+            host_memory=host_memory,
+            process_bytes=self._sizes.process_bytes,
+            activation_bytes=activations,
+            expert_slots=slots.get(Part.EXPERT, 0),
+            block_slots=slots.get(Part.BLOCK, 0),
+            ffn_slots=slots.get(Part.FFN, 0),
+            head_slots=slots.get(Part.HEAD, 0),
+            resident_embedding=bool(slots.get(Part.EMBED, 0)),
+            kv_pages=pages,
+            page_tokens=PAGE_TOKENS,
+            state_slots=states,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=rows,
+            micro_batch_tokens=self._wanted.micro_batch_tokens or _MICRO_ROWS,
+            read_threads=_READ_THREADS,
+            expert_slot_bytes=slot_bytes.get(Part.EXPERT, 0),
+            block_slot_bytes=slot_bytes.get(Part.BLOCK, 0),
+            ffn_slot_bytes=slot_bytes.get(Part.FFN, 0),
+            head_slot_bytes=slot_bytes.get(Part.HEAD, 0),
+            kv_page_bytes=self._page_bytes,
+            total_bytes=total,
+        )
+
+
+def _check(wanted: Wanted) -> None:
+    for name, least in (
+        ("expert_slots", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", _CHUNK + 1),
+        ("micro_batch_tokens", _CHUNK), ("max_model_len", 2),
+    ):  # fmt: skip
+        value = getattr(wanted, name)
+        if value is not None and value < least:
+            raise UsageError(f"{name}: got {value}, allowed {least} or more")
+    seqs, rows = wanted.max_num_seqs, wanted.max_num_batched_tokens
+    if seqs is not None and rows is not None and rows < seqs + _CHUNK:
+        raise UsageError(
+            f"max_num_batched_tokens: got {rows}, allowed at least max_num_seqs + {_CHUNK}"
+            f" = {seqs + _CHUNK}"
+        )
