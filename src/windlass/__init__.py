@@ -4,12 +4,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from windlass.version import VERSION
+
 if TYPE_CHECKING:
     from windlass.engine.outputs import CompletionOutput, RequestOutput
     from windlass.llm import LLM
     from windlass.params import SamplingParams
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
 _HOMES = {

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from windlass import __version__
 from windlass.decoder.attention import kv_shape, value_width
 from windlass.decoder.delta import state_shapes
 from windlass.device.cpu import CpuDevice
@@ -48,6 +47,7 @@ from windlass.spec.registry import read_spec
 from windlass.synth import random_source
 from windlass.trace import Tracer
 from windlass.units import parse_bytes
+from windlass.version import VERSION
 
 _DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
 _SAMPLE_BYTES = 1 << 16  # of each weight file, at three places, for the fingerprint
@@ -256,7 +256,7 @@ def _fingerprint(model: _Model, tokenizer: Tokenizer, options: EngineOptions) ->
         "generation_config": options.generation_config,
         "seed": options.seed,
         "max_model_len": options.max_model_len,
-        "version": __version__,
+        "version": VERSION,
     }
 
 

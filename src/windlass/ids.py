@@ -20,7 +20,7 @@ class WeightKey(NamedTuple):
 
     part: Part
     layer: int = -1
-    index: int = -1
+    index: int = -1  # type: ignore[assignment]  # hides tuple.index, which nobody needs
 
     def __str__(self) -> str:
         place = "" if self.layer < 0 else f"[{self.layer}]"
