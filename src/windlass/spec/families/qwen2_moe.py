@@ -8,8 +8,9 @@ from windlass.spec.names import NameMap
 
 
 def read(config: Config) -> tuple[ModelSpec, NameMap]:
-    size = window(config) if config.get("use_sliding_window", bool, False) else None
-    last = config.get("max_window_layers", int, 28) if size else 0
+    size, last = window(config), config.get("max_window_layers", int, 28)
+    if not config.get("use_sliding_window", bool, False):
+        size, last = None, 0
     # the reference lets every other layer below max_window_layers slide
     sliding = windows(config, size, default=lambda i: i % 2 == 0 and i < last)
     bias = config.get("qkv_bias", bool, True)

@@ -9,10 +9,10 @@ from windlass.spec.names import NameMap
 
 def read(config: Config) -> tuple[ModelSpec, NameMap]:
     bias = config.get("attention_bias", bool, False)
-    sliding = config.get("use_sliding_window", bool, False)
-    size = window(config) if sliding else None
-    config.get("max_window_layers", int, 0)  # written by older files, without effect
-    attention = gqa(config, qkv_bias=bias, out_bias=bias, qk_norm="head", window=size)
+    size, slides = window(config), config.get("use_sliding_window", bool, False)
+    attention = gqa(
+        config, qkv_bias=bias, out_bias=bias, qk_norm="head", window=size if slides else None
+    )
     experts = moe(
         config,
         SoftmaxTopK(renorm_floor=0.0 if config.get("norm_topk_prob", bool, False) else None),
