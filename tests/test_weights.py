@@ -240,6 +240,7 @@ def test_speculation_wished_no_more_is_given_up_and_can_be_demanded_again():
     store, tensors = make_store(device, slots=2)
     store.prefetch([Wish(key, 1.0, 0.5) for key in experts(1, [0, 1])])
     assert device.pending == ["expert[1][0]"] * 2
+    assert store.holds(experts(1, [0])[0]) and not store.holds(experts(1, [1])[0])
     store.prefetch([])
     assert store.stats().prefetch_cancelled == 1
     got: list[Lease] = []

@@ -10,6 +10,8 @@ from windlass.memory.wishes import Wish
 
 _MIN_PROBABILITY = 1e-6  # keeps the expected distance finite
 
+_Rank = tuple[float, int]  # probability, minus the count of keys added so far
+
 
 class LeastRecentlyUsed:
     """Gives up what was used longest ago. The yardstick; in a cyclic pass it is always wrong."""
@@ -40,19 +42,24 @@ class _Bucket:
     """Keys of one kind with the same next turn, the least probable first, of these the one added
     last. Entries of the heap whose rank is not the member's are stale."""
 
-    __slots__ = ("members", "heap")
+    __slots__ = ("turn", "members", "heap")
 
-    def __init__(self) -> None:
-        self.members: dict[WeightKey, tuple[float, int]] = {}
-        self.heap: list[tuple[tuple[float, int], WeightKey]] = []
+    def __init__(self, turn: int) -> None:
+        self.turn = turn
+        self.members: dict[WeightKey, _Rank] = {}
+        self.heap: list[tuple[_Rank, WeightKey]] = []
 
-    def add(self, key: WeightKey, rank: tuple[float, int]) -> None:
+    def add(self, key: WeightKey, rank: _Rank) -> None:
         self.members[key] = rank
         if len(self.heap) > 2 * len(self.members) + 16:
-            self.heap = [(rank, key) for key, rank in self.members.items()]
-            heapify(self.heap)
+            self.rebuild()
         else:
             heappush(self.heap, (rank, key))
+
+    def rebuild(self) -> None:
+        """Puts the heap in order after ranks have changed."""
+        self.heap = [(rank, key) for key, rank in self.members.items()]
+        heapify(self.heap)
 
     def first(self) -> tuple[float, WeightKey]:
         """Probability and key of the foremost member; there must be one."""
@@ -79,8 +86,8 @@ class FarthestNextUse:
         self._probability = probability
         self._now = 0  # layers since the start, over all passes
         self._turn: dict[WeightKey, int] = {}  # of keys used at least once: when it comes next
-        self._bucket_of: dict[WeightKey, int] = {}  # the evictable keys
-        self._buckets: dict[Part, dict[int, _Bucket]] = {part: {} for part in Part}
+        self._bucket_of: dict[WeightKey, _Bucket] = {}  # the evictable keys
+        self._buckets: dict[Part, dict[int, _Bucket]] = {part: {} for part in Part}  # by turn
         self._added = 0
 
     def note_use(self, key: WeightKey) -> None:
@@ -96,19 +103,20 @@ class FarthestNextUse:
     def add(self, key: WeightKey) -> None:
         turn = self._next_turn(key)
         self._added += 1
-        chance = 1.0 if self._probability is None else self._probability(key)
-        bucket = self._buckets[key.part].setdefault(turn, _Bucket())
-        bucket.add(key, (max(chance, _MIN_PROBABILITY), -self._added))
-        self._bucket_of[key] = turn
+        buckets = self._buckets[key.part]
+        bucket = buckets.get(turn)
+        if bucket is None:
+            bucket = buckets[turn] = _Bucket(turn)
+        bucket.add(key, (self._chance(key), -self._added))
+        self._bucket_of[key] = bucket
 
     def discard(self, key: WeightKey) -> None:
-        turn = self._bucket_of.pop(key, None)
-        if turn is None:
+        bucket = self._bucket_of.pop(key, None)
+        if bucket is None:
             return
-        bucket = self._buckets[key.part][turn]
         del bucket.members[key]
         if not bucket.members:
-            del self._buckets[key.part][turn]
+            del self._buckets[key.part][bucket.turn]
 
     def __contains__(self, key: WeightKey) -> bool:
         return key in self._bucket_of
@@ -135,9 +143,24 @@ class FarthestNextUse:
             return turn
         return self._now + (self._place(key) - self._now) % self._num_layers
 
+    def _chance(self, key: WeightKey) -> float:
+        return 1.0 if self._probability is None else max(self._probability(key), _MIN_PROBABILITY)
+
     def _carry_over(self) -> None:
         """Keys whose turn has passed wait for the next, with the probability of today."""
         for buckets in self._buckets.values():
             for turn in [turn for turn in buckets if turn < self._now]:
-                for key in buckets.pop(turn).members:
-                    self.add(key)
+                bucket = buckets.pop(turn)
+                bucket.turn += -((turn - self._now) // self._num_layers) * self._num_layers
+                other = buckets.get(bucket.turn)
+                if other is not None and len(other.members) > len(bucket.members):
+                    bucket, other = other, bucket
+                if other is not None:
+                    for key in other.members:
+                        self._bucket_of[key] = bucket
+                    bucket.members.update(other.members)
+                if self._probability is not None:
+                    bucket.members = {k: (self._chance(k), r[1]) for k, r in bucket.members.items()}
+                if other is not None or self._probability is not None:
+                    bucket.rebuild()
+                buckets[bucket.turn] = bucket

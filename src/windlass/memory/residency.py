@@ -56,12 +56,15 @@ class Residency:
         self._source = source
         self._policy = policy
         self._arenas: dict[Part, Arena] = {}
-        self._num_keys = Counter(key.part for key in layout.parts)
+        self._fitting: set[Part] = set()
+        num_keys = Counter(key.part for key in layout.parts)
         for part, num_bytes in slot_bytes(layout, source.tensors).items():
-            num_slots = min(slots.get(part, 0), self._num_keys[part])
+            num_slots = min(slots.get(part, 0), num_keys[part])
             if num_slots:
                 memory = device.allocate(num_bytes * num_slots)
                 self._arenas[part] = Arena(memory, num_bytes, num_slots)
+                if num_slots == num_keys[part]:
+                    self._fitting.add(part)
             elif part != Part.EMBED:  # its rows can be read singly
                 raise BudgetError(f"slots for {part.value}: got 0, allowed at least 1")
 
@@ -71,7 +74,7 @@ class Residency:
 
     def fits(self, part: Part) -> bool:
         """Whether every part of this kind has a slot."""
-        return part in self._arenas and self._arenas[part].num_slots >= self._num_keys[part]
+        return part in self._fitting
 
     def of(self, part: Part) -> list[Entry]:
         """Entries of one kind."""
@@ -114,6 +117,16 @@ class Residency:
         del self.entries[entry.key]
         self._arenas[entry.key.part].free(entry.slot)
 
+    def set_idle(self, entry: Entry) -> None:
+        """`entry` may be evicted, unless its kind fits: then nothing ever has to go."""
+        if not self.fits(entry.key.part):
+            self._policy.add(entry.key)
+
+    def set_busy(self, entry: Entry) -> None:
+        """`entry` may not be evicted."""
+        if not self.fits(entry.key.part):
+            self._policy.discard(entry.key)
+
     def check(self) -> None:
         """Slots, entries and the policy agree."""
         for part, arena in self._arenas.items():
@@ -123,7 +136,8 @@ class Residency:
             assert set(slots) == arena.held(), f"{part}: slots {slots}, held {arena.held()}"
         for key, entry in self.entries.items():
             assert entry.leases >= 0, f"{key}: {entry.leases} leases"
-            assert (key in self._policy) == entry.is_idle, f"{key}: the policy disagrees"
+            may_go = entry.is_idle and not self.fits(key.part)
+            assert (key in self._policy) == may_go, f"{key}: the policy disagrees"
 
     def _take_slot(self, part: Part, wish: Wish | None) -> int | None:
         arena = self._arenas[part]

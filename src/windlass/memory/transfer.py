@@ -15,8 +15,9 @@ from windlass.memory.recipe import Read
 from windlass.trace import Tracer
 from windlass.units import MIB
 
-# The fastest of 1, 4 and 16 MiB with direct I/O at 1 to 8 threads on a virtual NVMe disk (2.3 GB/s,
-# 2026-11-22); small enough that a demand waits 10 ms at most for blocks already in flight.
+# Direct reads of 1, 4, 16 MiB by 4 threads ran at 1.7, 1.7, 1.8 GB/s (virtual disk, 2 cores busy
+# with other work, 2026-11-22). Smaller blocks cost more interpreter time per byte, larger ones make
+# a demand wait longer for what is in flight.
 BLOCK_BYTES = 4 * MIB
 
 

@@ -159,6 +159,10 @@ class WeightStore:
         """Whether all parts of this kind have slots: then they stay resident once read."""
         return self._resident.fits(part)
 
+    def holds(self, key: WeightKey) -> bool:
+        """Whether `key` is resident or under way. A hint: it may change at any moment."""
+        return key in self._resident.entries
+
     def lease(self, key: WeightKey) -> Lease:
         """Waits until `key` is resident. Raises CheckpointError if it cannot be read, BudgetError
         if all slots of its kind are leased."""
@@ -255,7 +259,7 @@ class WeightStore:
         """`entry` is kept for `visit` until that takes it."""
         entry.visits.append(visit)
         if entry.ticket is None:
-            self._policy.discard(entry.key)
+            self._resident.set_busy(entry)
             visit.ready.append(entry.key)
         else:
             self._queue.promote(entry.ticket, Priority.DEMAND)
@@ -291,7 +295,7 @@ class WeightStore:
                 for other in entry.visits:
                     other.lost(entry.key)
                 entry.visits.clear()
-                self._policy.add(entry.key)
+                self._resident.set_idle(entry)
                 return self._demand(visit)
         if any(entry.ticket is not None for entry in entries):
             return False
@@ -300,7 +304,7 @@ class WeightStore:
         )
 
     def _take(self, entry: Entry) -> Lease:
-        self._policy.discard(entry.key)
+        self._resident.set_busy(entry)
         self._policy.note_use(entry.key)
         entry.leases += 1
         self._prefetch_used += entry.is_prefetched
@@ -316,7 +320,7 @@ class WeightStore:
         with self._changed:
             entry.leases -= 1
             if entry.is_idle:
-                self._policy.add(entry.key)
+                self._resident.set_idle(entry)
                 self._pump()
                 self._changed.notify_all()
 
@@ -334,7 +338,7 @@ class WeightStore:
             for entry in [e for e in self._resident.entries.values() if visit in e.visits]:
                 entry.visits.remove(visit)
                 if entry.is_idle:
-                    self._policy.add(entry.key)
+                    self._resident.set_idle(entry)
                 elif entry.ticket is not None and not entry.visits:
                     self._queue.cancel(entry.ticket)
             self._pump()
@@ -393,7 +397,7 @@ class WeightStore:
         for visit in entry.visits:
             visit.arrived(entry.key)
         if entry.is_idle:
-            self._policy.add(entry.key)
+            self._resident.set_idle(entry)
 
 
 def _priority_of(wish: Wish) -> Priority:
