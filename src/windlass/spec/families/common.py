@@ -120,7 +120,10 @@ def windows(
             f"{config.where}: layer_types has {len(kinds)} entries, allowed num_hidden_layers {num}"
         )
     if size is None and "sliding_attention" in kinds:
-        raise ModelError(f"{config.where}: layer_types slide, but sliding_window is missing")
+        raise ModelError(
+            f"{config.where}: layer_types has 'sliding_attention' without a sliding_window, "
+            "allowed 'full_attention'"
+        )
     return [size if kind == "sliding_attention" else None for kind in kinds]
 
 
@@ -216,6 +219,8 @@ def model(
     config.one_of("hidden_act", ("silu", "swish"), default="silu")
     num = config.size("num_hidden_layers")
     assert len(blocks) == num, "one block per layer"
+    if not any(isinstance(block.ffn, Moe) for block in blocks):
+        raise ModelError(f"{config.where}: no layer has experts, allowed at least one that has")
     return ModelSpec(
         family=config.require("model_type", str),
         vocab_size=config.size("vocab_size"),

@@ -1,0 +1,131 @@
+"""Settings of published models as their config.json has them, and how many parameters they have."""
+
+from typing import Any
+
+_YARN: dict[str, Any] = dict(
+    type="yarn", factor=40, beta_fast=32, beta_slow=1, original_max_position_embeddings=4096
+)
+
+# model type -> (config.json, parameters)
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "mixtral": (  # Mixtral-8x7B-v0.1
+        dict(
+            hidden_act="silu", hidden_size=4096, intermediate_size=14336,
+            max_position_embeddings=32768, num_attention_heads=32, num_experts_per_tok=2,
+            num_hidden_layers=32, num_key_value_heads=8, num_local_experts=8, rms_norm_eps=1e-5,
+            rope_theta=1e6, sliding_window=None, tie_word_embeddings=False, vocab_size=32000,
+            torch_dtype="bfloat16", router_aux_loss_coef=0.02, attention_dropout=0.0,
+        ),
+        46_702_792_704,
+    ),
+    "dbrx": (  # dbrx-instruct
+        dict(
+            attn_config=dict(clip_qkv=8, kv_n_heads=8, model_type="", rope_theta=500000),
+            d_model=6144, emb_pdrop=0.0, max_seq_len=32768, n_heads=48, n_layers=40,
+            ffn_config=dict(ffn_hidden_size=10752, model_type="", moe_jitter_eps=0.01,
+                            moe_loss_weight=0.05, moe_num_experts=16, moe_top_k=4),
+            resid_pdrop=0.0, tie_word_embeddings=False, vocab_size=100352,
+        ),
+        131_596_523_520,
+    ),
+    "qwen2_moe": (  # Qwen1.5-MoE-A2.7B
+        dict(
+            decoder_sparse_step=1, hidden_act="silu", hidden_size=2048, intermediate_size=5632,
+            max_position_embeddings=8192, max_window_layers=21, moe_intermediate_size=1408,
+            norm_topk_prob=False, num_attention_heads=16, num_experts=60, num_experts_per_tok=4,
+            num_hidden_layers=24, num_key_value_heads=16, rms_norm_eps=1e-6, rope_theta=1e6,
+            shared_expert_intermediate_size=5632, sliding_window=32768, tie_word_embeddings=False,
+            use_sliding_window=False, vocab_size=151936,
+        ),
+        14_315_784_192,
+    ),
+    "qwen3_moe": (  # Qwen3-30B-A3B
+        dict(
+            attention_bias=False, decoder_sparse_step=1, head_dim=128, hidden_act="silu",
+            hidden_size=2048, intermediate_size=6144, max_position_embeddings=40960,
+            max_window_layers=48, mlp_only_layers=[], moe_intermediate_size=768,
+            norm_topk_prob=True, num_attention_heads=32, num_experts=128, num_experts_per_tok=8,
+            num_hidden_layers=48, num_key_value_heads=4, rms_norm_eps=1e-6, rope_scaling=None,
+            rope_theta=1e6, sliding_window=None, tie_word_embeddings=False,
+            use_sliding_window=False, vocab_size=151936,
+        ),
+        30_532_122_624,
+    ),
+    "olmoe": (  # OLMoE-1B-7B-0924
+        dict(
+            attention_bias=False, clip_qkv=None, hidden_act="silu", hidden_size=2048,
+            intermediate_size=1024, max_position_embeddings=4096, norm_topk_prob=False,
+            num_attention_heads=16, num_experts=64, num_experts_per_tok=8, num_hidden_layers=16,
+            num_key_value_heads=16, rms_norm_eps=1e-5, rope_scaling=None, rope_theta=10000.0,
+            tie_word_embeddings=False, vocab_size=50304,
+        ),
+        6_919_161_856,
+    ),
+    "deepseek_v2": (  # DeepSeek-V2-Lite
+        dict(
+            attention_bias=False, aux_loss_alpha=0.001, first_k_dense_replace=1, hidden_act="silu",
+            hidden_size=2048, intermediate_size=10944, kv_lora_rank=512,
+            max_position_embeddings=163840, moe_intermediate_size=1408, moe_layer_freq=1,
+            n_group=1, n_routed_experts=64, n_shared_experts=2, norm_topk_prob=False,
+            num_attention_heads=16, num_experts_per_tok=6, num_hidden_layers=27,
+            num_key_value_heads=16, pretraining_tp=1, q_lora_rank=None, qk_nope_head_dim=128,
+            qk_rope_head_dim=64, rms_norm_eps=1e-6, rope_theta=10000,
+            rope_scaling=dict(_YARN, mscale=0.707, mscale_all_dim=0.707),
+            routed_scaling_factor=1.0, scoring_func="softmax", seq_aux=True,
+            tie_word_embeddings=False, topk_group=1, topk_method="greedy", v_head_dim=128,
+            vocab_size=102400,
+        ),
+        15_706_484_224,
+    ),
+    "deepseek_v3": (  # DeepSeek-V3 in bf16, without its layer for multi-token prediction
+        dict(
+            attention_bias=False, first_k_dense_replace=3, hidden_act="silu", hidden_size=7168,
+            intermediate_size=18432, kv_lora_rank=512, max_position_embeddings=163840,
+            moe_intermediate_size=2048, moe_layer_freq=1, n_group=8, n_routed_experts=256,
+            n_shared_experts=1, norm_topk_prob=True, num_attention_heads=128,
+            num_experts_per_tok=8, num_hidden_layers=61, num_key_value_heads=128,
+            num_nextn_predict_layers=1, q_lora_rank=1536, qk_nope_head_dim=128,
+            qk_rope_head_dim=64, rms_norm_eps=1e-6, rope_theta=10000,
+            rope_scaling=dict(_YARN, mscale=1.0, mscale_all_dim=1.0),
+            routed_scaling_factor=2.5, scoring_func="sigmoid", tie_word_embeddings=False,
+            topk_group=4, topk_method="noaux_tc", v_head_dim=128, vocab_size=129280, ep_size=1,
+        ),
+        671_026_419_200,
+    ),
+    "gpt_oss": (  # gpt-oss-20b in bf16
+        dict(
+            attention_bias=True, experts_per_token=4, head_dim=64, hidden_act="silu",
+            hidden_size=2880, initial_context_length=4096, intermediate_size=2880,
+            layer_types=["sliding_attention", "full_attention"] * 12,
+            max_position_embeddings=131072, num_attention_heads=64, num_experts_per_tok=4,
+            num_hidden_layers=24, num_key_value_heads=8, num_local_experts=32, rms_norm_eps=1e-5,
+            rope_scaling=dict(beta_fast=32.0, beta_slow=1.0, factor=32.0, rope_type="yarn",
+                              original_max_position_embeddings=4096, truncate=False),
+            rope_theta=150000, sliding_window=128, swiglu_limit=7.0, tie_word_embeddings=False,
+            vocab_size=201088,
+        ),
+        20_914_757_184,
+    ),
+    "granitemoe": (  # granite-3.0-1b-a400m
+        dict(
+            attention_bias=False, attention_multiplier=0.015625, embedding_multiplier=12.0,
+            hidden_act="silu", hidden_size=1024, intermediate_size=512, logits_scaling=6.0,
+            max_position_embeddings=4096, num_attention_heads=16, num_experts_per_tok=8,
+            num_hidden_layers=24, num_key_value_heads=8, num_local_experts=32,
+            residual_multiplier=0.22, rms_norm_eps=1e-6, rope_scaling=None, rope_theta=10000,
+            tie_word_embeddings=True, vocab_size=49155,
+        ),
+        1_334_628_352,
+    ),
+    "phimoe": (  # Phi-3.5-MoE-instruct; its long-context factors are left out here
+        dict(
+            attention_bias=True, hidden_act="silu", hidden_size=4096, input_jitter_noise=0.01,
+            intermediate_size=6400, lm_head_bias=True, max_position_embeddings=131072,
+            num_attention_heads=32, num_experts_per_tok=2, num_hidden_layers=32,
+            num_key_value_heads=8, num_local_experts=16, rms_norm_eps=1e-5, rope_theta=10000.0,
+            router_jitter_noise=0.01, sliding_window=131072, tie_word_embeddings=False,
+            vocab_size=32064,
+        ),
+        41_873_153_344,
+    ),
+}  # fmt: skip
