@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from types import ModuleType
 from typing import Any
@@ -100,7 +100,10 @@ class FakeEngine:
         if any(not 0 <= i <= BOS for i in request.prompt_token_ids):
             raise RequestError("prompt: got an id outside the vocabulary", param="prompt")
         assert request.request_id not in self._running, "request ids are unique"
-        assert len(request.prompt_token_ids) + request.params.max_tokens <= self.max_model_len
+        room = self.max_model_len - len(request.prompt_token_ids)
+        if request.params.max_tokens is None:
+            request = replace(request, params=replace(request.params, max_tokens=room))
+        assert 0 < request.params.max_tokens <= room, "the protocol checks the length"
         self.added.append(request)
         running = _Running(request)
         for choice in range(request.params.n):
