@@ -42,16 +42,18 @@ _MLA: dict[str, Any] = dict(
     num_key_value_heads=4,
     kv_lora_rank=20,
     qk_nope_head_dim=12,
-    qk_rope_head_dim=8,
+    qk_rope_head_dim=14,
     v_head_dim=10,
     attention_bias=True,
 )
 
 
 def _yarn(**more: Any) -> dict[str, Any]:
+    """A ramp over most pairs, whose ends are not whole numbers."""
     return dict(
-        rope_type="yarn", rope_theta=5000.0, factor=4.0, original_max_position_embeddings=32, **more
-    )
+        rope_type="yarn", rope_theta=50.0, factor=4.0, original_max_position_embeddings=64,
+        **{"beta_fast": 4.0, "beta_slow": 0.25, **more},
+    )  # fmt: skip
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -109,7 +111,7 @@ CASES: dict[str, dict[str, Any]] = {
         **_GROUPS,
         **_MLA,
         "q_lora_rank": 28,
-        "rope_parameters": _yarn(mscale=1.0, mscale_all_dim=1.0, beta_fast=16, beta_slow=2),
+        "rope_parameters": _yarn(mscale=1.0, mscale_all_dim=1.0, beta_fast=3.0),
     },
     "gpt_oss": dict(
         num_local_experts=8,
