@@ -70,7 +70,7 @@ def dense_logits(
         w = checkpoint.part(Part.BLOCK, layer)
         x = _attend(kernels, spec, layer, w, x)
         h = math.ffn_input(spec, w, x)
-        x = math.residual(spec, x, _feed_forward(kernels, checkpoint, layer, w, h))
+        x = math.residual(spec, x, _feed_forward(checkpoint, layer, w, h, kernels))
     final = checkpoint.part(Part.FINAL)
     h = math.final_norm(spec, final, x)
     chunks, first = [], 0
@@ -116,11 +116,11 @@ def _naive(
 
 
 def _feed_forward(
-    kernels: Kernels,
     checkpoint: Checkpoint,
     layer: int,
     w: Mapping[str, torch.Tensor],
     h: torch.Tensor,
+    kernels: Kernels = KERNELS,
 ) -> torch.Tensor:
     ffn = checkpoint.spec.blocks[layer].ffn
     if not isinstance(ffn, Moe):

@@ -12,7 +12,7 @@ _LAYER = "{model}blocks.{layer}."
 def read(config: Config) -> tuple[ModelSpec, NameMap]:
     config.one_of("tie_word_embeddings", (False,), default=False)
     hidden = config.size("d_model", "hidden_size")
-    attention, experts = _attention(config, hidden), _experts(config.section("ffn_config"), hidden)
+    attention, experts = _attention(config, hidden), _experts(config.section("ffn_config"))
     num_layers = config.size("n_layers", "num_hidden_layers")
     spec = ModelSpec(
         family="dbrx",
@@ -54,12 +54,10 @@ def _attention(config: Config, hidden: int) -> Gqa:
     )
 
 
-def _experts(nested: Config, hidden: int) -> Moe:
+def _experts(nested: Config) -> Moe:
     activation = nested.get("ffn_act_fn", dict, {"name": "silu"})
     if activation != {"name": "silu"}:
         raise ModelError(f"{nested.where}: ffn_act_fn is {activation}, allowed {{'name': 'silu'}}")
-    if nested.get("hidden_size", int, hidden) != hidden and "moe_num_experts" not in nested.raw:
-        raise ModelError(f"{nested.where}: hidden_size differs from d_model {hidden}")
     order = nested.raw.get("moe_normalize_expert_weights", 1)
     if order not in (None, 1, 2):
         raise ModelError(
