@@ -10,6 +10,7 @@ import torch
 
 from windlass.decoder.attention import kv_shape, value_width
 from windlass.decoder.delta import state_shapes
+from windlass.device.base import Device
 from windlass.device.cpu import CpuDevice
 from windlass.device.host import (
     available_bytes,
@@ -64,8 +65,17 @@ class _Model:
     source: WeightSource
 
 
-def open_engine(options: EngineOptions) -> Engine:
-    """Everything between options and the first step; nothing is read but headers and tokenizer."""
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    tracer: Tracer
+    path: Path | None  # written when the engine closes
+
+
+def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engine:
+    """Everything between options and the first step; nothing is read but headers and tokenizer.
+
+    `device`: where weights go; the host if None. The engine closes it.
+    """
     return_freed_memory()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -87,14 +97,14 @@ def open_engine(options: EngineOptions) -> Engine:
         fingerprint=_fingerprint(model, tokenizer, options),
         peak_rss=peak_resident_bytes,
     )
-    return _assemble(setup, model, kernels, tracer, options.trace)
+    device = device or CpuDevice(plan.read_threads, tracer=tracer)
+    return _assemble(setup, model, kernels, device, _Trace(tracer, options.trace))
 
 
 def _assemble(
-    setup: EngineSetup, model: _Model, kernels: Kernels, tracer: Tracer, trace: Path | None
+    setup: EngineSetup, model: _Model, kernels: Kernels, device: Device, trace: _Trace
 ) -> Engine:
-    plan, spec = setup.plan, model.spec
-    device = CpuDevice(plan.read_threads, tracer=tracer)
+    plan, spec, tracer = setup.plan, model.spec, trace.tracer
     shape = pass_shape(spec, model.layout)
     forecast = PassForecast(_usage_forecast(spec))
     policy = FarthestNextUse(len(spec.blocks), probability=forecast.probability)
@@ -135,8 +145,8 @@ def _assemble(
         weights.close()
         device.close()
         model.source.close()
-        if trace is not None:
-            tracer.write(trace)
+        if trace.path is not None:
+            tracer.write(trace.path)
 
     return Engine(setup, run, weights, admission, tracer=tracer, on_close=close)
 

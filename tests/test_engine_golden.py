@@ -1,0 +1,41 @@
+"""Every family through the whole engine, from files: transformers is the oracle."""
+
+import pytest
+import torch
+
+from engines import FAMILIES, engine_for, logprob_rows, make_model, prompts, request, run_all
+
+LENGTHS = (70, 9, 23)  # longer than every window, and than a chunk; ragged
+STEPS = 32
+TOLERANCE = 1e-4  # absolute, of log-probabilities; logits are of order 1
+
+
+@torch.inference_mode()
+def _reference(model, prompt):
+    """Greedy tokens and log-probabilities of each step, with transformers' own cache."""
+    ids, cache, tokens, rows = torch.tensor([prompt]), None, [], []
+    for _ in range(STEPS):
+        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        row = out.logits[0, -1].double().log_softmax(-1)
+        rows.append(row)
+        tokens.append(int(row.argmax()))
+        ids = torch.tensor([[tokens[-1]]])
+    return tokens, torch.stack(rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefill_and_decode_equal_transformers(family, tmp_path):
+    model = make_model(family, tmp_path)
+    texts = prompts(LENGTHS)
+    with engine_for(tmp_path, max_num_batched_tokens=80) as engine:
+        results = run_all(
+            engine,
+            [request(str(i), p, max_tokens=STEPS, logprobs=-1) for i, p in enumerate(texts)],
+        )
+    for i, prompt in enumerate(texts):
+        tokens, rows = _reference(model, prompt)
+        found = results[str(i)]
+        assert list(found.outputs[0].token_ids) == tokens
+        error = (logprob_rows(found) - rows).abs().max().item()
+        assert error <= TOLERANCE, f"{family}, prompt {i}: {error:.1e}"
