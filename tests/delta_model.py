@@ -20,7 +20,7 @@ from windlass.decoder.delta import Segment, delta_attention, state_shapes
 from windlass.decoder.rope import RopeTable
 from windlass.ids import Part
 from windlass.kernels.base import AttentionOptions, AttentionWork
-from windlass.spec.model import GatedDelta
+from windlass.spec.model import GatedDelta, Gqa
 
 VOCAB = 101
 PAGE_TOKENS, NUM_PAGES = 16, 30
@@ -156,6 +156,7 @@ class DeltaModel:
         self, layer: int, w: dict[str, torch.Tensor], x: torch.Tensor, segments: list[Segment]
     ) -> torch.Tensor:
         attention = self.spec.blocks[layer].attention
+        assert isinstance(attention, Gqa) and attention.rope is not None
         spans = [range(s.first_position, s.first_position + s.num_rows) for s in segments]
         positions = torch.tensor([position for span in spans for position in span])
         cos, sin = RopeTable(attention.rope).cos_sin(positions)
@@ -174,6 +175,8 @@ class DeltaModel:
             pages=pages,
             is_prompt=tuple(s.is_prompt for s in segments),
         )
-        options = AttentionOptions(scale=attention.scale, value_dim=value_width(attention))
+        options = AttentionOptions(
+            scale=attention.scale, value_dim=value_width(attention), window=attention.window
+        )
         o = KERNELS.attention(got.q_THd, key, value, work, options)
         return math.post_attention(KERNELS, self.spec, attention, w, x, o, got.gate_THv)
