@@ -2,10 +2,13 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from engines import make_model
 from fake_engine import FakeEngine, FakeTokenizer
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.sequence import Request
@@ -249,3 +252,35 @@ def test_close_is_final_and_can_be_repeated(options: list[EngineOptions]) -> Non
     ):
         with pytest.raises(UsageError, match="after close"):
             call()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from more."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_seeded_request_gives_the_same_text_in_any_batch(tmp_path: Path) -> None:
+    """Through the real engine, on a tiny random model."""
+    make_model("mixtral", tmp_path)
+    seeded = SamplingParams(seed=5, n=2, max_tokens=6, top_p=0.9, ignore_eos=True, logprobs=1)
+    others = [SamplingParams(max_tokens=2 + i, ignore_eos=True) for i in range(6)]
+    sizes: dict[str, Any] = {
+        "host_memory": "4GiB", "max_model_len": 64, "generation_config": "vllm", "threads": 1,
+    }  # fmt: skip
+    with LLM(str(tmp_path), max_num_seqs=8, max_num_batched_tokens=100, **sizes) as llm:
+        alone = llm.generate("w5 w6 w7", seeded)[0]
+        prompts = [f"w{i} w{i + 1} w{i + 2}" for i in range(6)]
+        crowd = llm.generate([*prompts, "w5 w6 w7"], [*others, seeded])[-1]
+    with LLM(str(tmp_path), max_num_seqs=2, max_num_batched_tokens=66, seed=9, **sizes) as small:
+        narrow = small.generate("w5 w6 w7", seeded)[0]
+    assert alone.outputs == crowd.outputs == narrow.outputs
+    one, two = alone.outputs
+    assert one.token_ids != two.token_ids and one.text != two.text
+    assert len(one.token_ids) == 6 and one.finish_reason == "length"
+    assert one.cumulative_logprob == pytest.approx(
+        sum(step[t].logprob for t, step in zip(one.token_ids, one.logprobs or (), strict=True))
+    )

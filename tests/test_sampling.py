@@ -188,6 +188,9 @@ def test_penalties_follow_vllm() -> None:
     # step 3: id 0: 1 - 0.6 - 0.2 = 0.2; id 3: 0.25 from the prompt's repetition alone
     assert one.sample(row).token_id == 3
     assert row.tolist() == [2.0, -2.0, 1.0, 0.5, 0.0]  # the row is left as it was
+    # a negative logit is multiplied: -1 becomes -2
+    negative = sampler(2, prompt=(0,), temperature=0, repetition_penalty=2.0)
+    assert negative.sample(torch.tensor([-1.0, -1.5])).token_id == 1
 
 
 def test_min_tokens_masks_eos_and_stop_ids_until_reached() -> None:

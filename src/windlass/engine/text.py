@@ -41,7 +41,6 @@ class TextStream:
         self._tokenizer = tokenizer
         self._params = params
         self._stops = tuple(params.stop)
-        self._longest_stop = max(map(len, self._stops), default=0)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._shown: list[str] = []
         self._held = ""  # could be the beginning of a stop string
@@ -108,11 +107,14 @@ class TextStream:
 
     def _num_held(self, buffer: str) -> int:
         """Length of the longest end of `buffer` that is the beginning of a stop string."""
-        for length in range(min(self._longest_stop - 1, len(buffer)), 0, -1):
-            end = buffer[-length:]
-            if any(len(stop) > length and stop.startswith(end) for stop in self._stops):
-                return length
-        return 0
+        held = 0
+        for stop in self._stops:
+            start = buffer.find(stop[0], max(0, len(buffer) - len(stop) + 1))
+            while start >= 0 and not stop.startswith(buffer[start:]):
+                start = buffer.find(stop[0], start + 1)
+            if start >= 0:
+                held = max(held, len(buffer) - start)
+        return held
 
     def _show(self, text: str) -> str:
         if text:
