@@ -186,10 +186,11 @@ class TransferQueue:
         heapq.heappush(self._heap, (ticket.priority, self._submitted, ticket, into))
 
     def _head(self) -> Ticket | None:
-        """The most urgent ticket with blocks to issue; drops entries that are over or promoted."""
+        """The most urgent ticket with blocks to issue; drops entries that have none left. (Of a
+        promoted ticket, the old entry comes up only after the new one, when it has none left.)"""
         while self._heap:
-            priority, _, ticket, _ = self._heap[0]
-            if ticket._blocks and priority == ticket.priority:
+            ticket = self._heap[0][2]
+            if ticket._blocks:
                 return ticket
             heapq.heappop(self._heap)
         return None

@@ -354,12 +354,11 @@ class WeightStore:
 
     def _pump(self) -> None:
         """Starts whatever slots and link have room for. Called after every change of either."""
-        blocked: set[Part] = set()
         for visit in self._visits:
             while visit.waiting and self._queue.has_room(Priority.DEMAND):
                 if not self._demand(visit):
                     break
-            blocked.update(key.part for key in visit.waiting)
+        blocked: set[Part] = set()
         while (wish := self._wishes.first(blocked)) is not None:
             part, priority = wish.key.part, _priority_of(wish)
             if wish.key not in self._resident.entries:
