@@ -6,6 +6,9 @@ import torch
 from engines import FAMILIES, engine_for, logprob_rows, make_model, prompts, request, run_all
 
 LENGTHS = (70, 9, 23)  # longer than every window, and than a chunk; ragged
+# transformers changes LongRoPE's factors in mid-sequence and keeps the keys already cached; Windlass
+# chooses once per sequence, by prompt + max_tokens: compared where both use one kind throughout
+LENGTHS_OF = {"phimoe": (70, 41, 57)}
 STEPS = 32
 TOLERANCE = 1e-4  # absolute, of log-probabilities; logits are of order 1
 
@@ -27,7 +30,7 @@ def _reference(model, prompt):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prefill_and_decode_equal_transformers(family, tmp_path):
     model = make_model(family, tmp_path)
-    texts = prompts(LENGTHS)
+    texts = prompts(LENGTHS_OF.get(family, LENGTHS))
     with engine_for(tmp_path, max_num_batched_tokens=80) as engine:
         results = run_all(
             engine,
