@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engines import make_model
-from fake_engine import FakeEngine, FakeTokenizer
+from fake_engine import BOS, FakeEngine, FakeTokenizer
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.sequence import Request
 from windlass.errors import RequestError, UsageError
@@ -48,10 +48,13 @@ class Engine(FakeEngine):
         super().__init__(**options)
         self.tokenizer = ChatFake()
 
-    def add(self, request: Request) -> None:
+    def validate(self, request: Request) -> None:
+        if not request.prompt_token_ids:
+            raise RequestError("prompt has no tokens")
+        if any(token > BOS for token in request.prompt_token_ids):
+            raise RequestError("prompt: got an id outside the vocabulary", param="prompt")
         if len(request.prompt_token_ids) + 1 > self.max_model_len - 16:
             raise RequestError("prompt has too many tokens", code="context_length_exceeded")
-        super().add(request)
 
 
 @pytest.fixture
@@ -112,6 +115,11 @@ def test_results_keep_the_order_of_prompts_of_all_kinds(llm: LLM) -> None:
     assert all(r.finished and r.outputs[0].text for r in results)
 
 
+def test_a_long_list_is_given_to_the_engine_bit_by_bit(llm: LLM) -> None:
+    assert len(llm.generate([f"p{i}" for i in range(50)], SHORT)) == 50
+    assert engine_of(llm).peak_flying == 2 * engine_of(llm).capacity
+
+
 def test_one_prompt_and_none(llm: LLM) -> None:
     assert len(llm.generate("one", SHORT)) == 1
     assert len(llm.generate({"prompt": "one"})) == 1
@@ -134,7 +142,7 @@ def test_the_same_calls_give_the_same_text_and_repeated_prompts_differ(llm: LLM)
     ("bad", "message"),
     [
         ("x" * 300, r"prompts\[2\]: prompt has too many tokens"),
-        ({"prompt_token_ids": []}, r"prompts\[2\]: prompt: got no tokens"),
+        ({"prompt_token_ids": []}, r"prompts\[2\]: prompt has no tokens"),
         ({"prompt_token_ids": ["a"]}, r"prompts\[2\]: prompt: got .*allowed"),
         ({"prompt_token_ids": [-1]}, r"prompts\[2\]: prompt: got .*allowed"),
         ({"prompt_token_ids": [9999]}, r"prompts\[2\]: prompt: got an id outside"),
@@ -147,7 +155,7 @@ def test_a_bad_prompt_raises_before_anything_is_computed(llm: LLM, bad: Any, mes
     with pytest.raises(RequestError, match=message):
         llm.generate(["a", "b", bad, "c"], SHORT)
     engine = engine_of(llm)
-    assert llm.get_metrics().passes == 0 and not engine.has_work
+    assert llm.get_metrics().passes == 0 and not engine.added
     assert len(llm.generate(["a"], SHORT)) == 1  # and the engine is as before
 
 

@@ -136,8 +136,8 @@ def test_text_is_held_only_while_it_may_become_a_stop_string() -> None:
 def test_stop_strings_count_only_after_min_tokens() -> None:
     of = {TOKENIZERS["byte_level"].special_text(i): i for i in range(260)}
 
-    def run(text: str, **params: Any) -> tuple[str, str | None]:
-        stream = stream_of("byte_level", stop=["ab"], **params)
+    def run(text: str, *stops: str, **params: Any) -> tuple[str, str | None]:
+        stream = stream_of("byte_level", stop=["ab", *stops], **params)
         push_all(stream, [of[char] for char in text])
         return stream.text, stream.stop_hit
 
@@ -145,6 +145,20 @@ def test_stop_strings_count_only_after_min_tokens() -> None:
     assert run("ababab", min_tokens=2) == ("ab", "ab")
     assert run("ababab", min_tokens=3) == ("ab", "ab")  # ends after, may begin before
     assert run("ababab", min_tokens=6) == ("ababab", None)
+    # held as the beginning of another one, and complete too early
+    assert run("xabz", "xaby", min_tokens=3) == ("xabz", None)
+
+
+def test_of_several_stop_strings_in_one_token_the_first_complete_one_counts() -> None:
+    think = TOKENIZERS["byte_level"].encode("<think>")
+    assert len(think) == 1
+    for stops, hit, text in (
+        (["k>", "<t", "think"], "<t", ""),
+        (["k>", "nk", "ink"], "ink", "<th"),
+    ):
+        stream = stream_of("byte_level", stop=stops)
+        assert push_all(stream, think) == [text, ""]
+        assert (stream.stop_hit, stream.text) == (hit, text)
 
 
 def test_special_tokens_are_shown_only_when_asked_for() -> None:

@@ -1,13 +1,13 @@
 """The Python API: `LLM` in vLLM's shape, over one engine that this object owns."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -37,6 +37,15 @@ _REFUSED = {
     "cpu_offload_gb": 0,
     "tensor_parallel_size": 1,
 }
+
+
+class _Entry(NamedTuple):
+    """One prompt, checked: a request, or why there is none."""
+
+    request_id: str
+    text: str | None
+    request: Request | None = None
+    failure: RequestOutput | None = None
 
 
 class LLM:
@@ -164,21 +173,8 @@ class LLM:
             prompts = [prompts]
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
-        return self._iterate(_pairs(prompts, sampling_params))
-
-    def _iterate(self, rows: Iterator[tuple[Prompt, SamplingParams]]) -> Iterator[RequestOutput]:
-        waiting: set[str] = set()
-        try:
-            while True:
-                self._check_open()
-                room = max(1, _WINDOW * self._engine.capacity - len(waiting))
-                for prompt, params in itertools.islice(rows, room):
-                    waiting.add(self._submit_or_fail(prompt, self._encode, params))
-                if not waiting:
-                    return
-                yield from self._collect(waiting)
-        finally:
-            self._abort(waiting)
+        pairs = _pairs(prompts, sampling_params)
+        return self._iterate(self._prepare_all(pairs, self._encode, "return"))
 
     def _run(
         self,
@@ -192,29 +188,71 @@ class LLM:
         self._check_open()
         if on_error not in ("raise", "return"):
             raise UsageError(f"on_error: got {on_error!r}, allowed raise, return")
-        each = sampling_params or self.get_default_sampling_params()
-        submit = self._submit if on_error == "raise" else self._submit_or_fail
+        pairs = _pairs(rows, sampling_params or self.get_default_sampling_params())
+        entries = list(self._prepare_all(pairs, encode, on_error))  # all are checked here
+        places = {entry.request_id: place for place, entry in enumerate(entries)}
+        results: dict[int, RequestOutput] = {}
+        with (
+            _progress(len(rows), enabled=use_tqdm) as advance,
+            closing(self._iterate(iter(entries))) as ended,
+        ):
+            for result in ended:
+                place = places[result.request_id]
+                if result.error is not None and on_error == "raise":
+                    raise RequestError(f"prompts[{place}]: {result.error}")
+                results[place] = result
+                advance()
+                if on_result is not None:
+                    on_result(result)
+        return [results[place] for place in range(len(entries))]
+
+    def _prepare_all(
+        self, rows: Iterable[tuple[Any, SamplingParams]], encode: Encode, on_error: OnError
+    ) -> Iterator[_Entry]:
+        """Rows as requests that the engine will take; bad ones raise or become failures."""
+        for place, (row, params) in enumerate(rows):
+            request_id = str(next(self._ids))
+            try:
+                entry = self._prepare(request_id, row, encode, params)
+            except RequestError as error:
+                if on_error == "raise":
+                    message = f"prompts[{place}]: {error}"
+                    raise RequestError(message, param=error.param, code=error.code) from error
+                text = row if isinstance(row, str) else None
+                failure = RequestOutput.failed(request_id, str(error), prompt=text)
+                entry = _Entry(request_id, text, failure=failure)
+            yield entry
+
+    def _prepare(self, request_id: str, row: Any, encode: Encode, params: SamplingParams) -> _Entry:
+        text, ids = encode(row)
+        # the number of a prompt is its seed's name: the same calls give the same text again
+        request = Request(request_id, tuple(ids), params, seed_key=request_id)
+        self._engine.validate(request)
+        return _Entry(request_id, text, request)
+
+    def _iterate(self, entries: Iterator[_Entry]) -> Generator[RequestOutput, None, None]:
+        """Results as they end. Takes no more entries than keep the engine busy; what has not ended
+        when the caller stops is aborted."""
         waiting: set[str] = set()
-        results: dict[str, RequestOutput] = {}
-        order: list[str] = []
         try:
-            for number, (row, params) in enumerate(_pairs(rows, each)):
-                with _naming(number):
-                    order.append(submit(row, encode, params))
-                waiting.add(order[-1])
-            with _progress(len(rows), enabled=use_tqdm) as advance:
-                while waiting:
-                    for result in self._collect(waiting):
-                        if result.error is not None and on_error == "raise":
-                            with _naming(order.index(result.request_id)):
-                                raise RequestError(result.error)
-                        results[result.request_id] = result
-                        advance()
-                        if on_result is not None:
-                            on_result(result)
+            while True:
+                self._check_open()
+                room = max(1, _WINDOW * self._engine.capacity) - len(waiting)
+                for entry in itertools.islice(entries, max(0, room)):
+                    self._start(entry)
+                    waiting.add(entry.request_id)
+                if not waiting:
+                    return
+                yield from self._collect(waiting)
         finally:
             self._abort(waiting)
-        return [results[request_id] for request_id in order]
+
+    def _start(self, entry: _Entry) -> None:
+        if entry.failure is not None:
+            self._results[entry.request_id] = entry.failure
+        if entry.request is not None:
+            self._engine.add(entry.request)
+            self._texts[entry.request_id] = entry.text
 
     def _check_open(self) -> None:
         if self._closed:
@@ -234,29 +272,6 @@ class LLM:
             "{'prompt_token_ids': [ids]}",
             param="prompt",
         )
-
-    def _submit(self, row: Any, encode: Encode, params: SamplingParams) -> str:
-        """Gives one row to the engine; RequestError if it is bad."""
-        return self._add(str(next(self._ids)), row, encode, params)
-
-    def _submit_or_fail(self, row: Any, encode: Encode, params: SamplingParams) -> str:
-        """Gives one row to the engine; a bad one is at once a failed result."""
-        request_id = str(next(self._ids))
-        try:
-            return self._add(request_id, row, encode, params)
-        except RequestError as error:
-            text = row if isinstance(row, str) else None
-            self._results[request_id] = RequestOutput.failed(request_id, str(error), prompt=text)
-            return request_id
-
-    def _add(self, request_id: str, row: Any, encode: Encode, params: SamplingParams) -> str:
-        text, ids = encode(row)
-        if not ids:
-            raise RequestError("prompt: got no tokens, allowed at least one", param="prompt")
-        # the number of a prompt is its seed's name: the same calls give the same text again
-        self._engine.add(Request(request_id, tuple(ids), params, seed_key=request_id))
-        self._texts[request_id] = text
-        return request_id
 
     def _collect(self, waiting: set[str]) -> Iterator[RequestOutput]:
         """The results that are there, of those `waiting`, which they leave; one step if none is."""
@@ -297,16 +312,6 @@ def _pairs(
         yield row, params
     if next(each, None) is not None:
         raise UsageError(f"sampling_params: got more than the {number} prompts, allowed one each")
-
-
-@contextmanager
-def _naming(number: int) -> Iterator[None]:
-    """Says which prompt an error is about."""
-    try:
-        yield
-    except RequestError as error:
-        message = f"prompts[{number}]: {error}"
-        raise RequestError(message, param=error.param, code=error.code) from error
 
 
 @contextmanager
