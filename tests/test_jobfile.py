@@ -113,17 +113,20 @@ def test_identical_bad_lines_are_no_duplicates(tmp_path: Path) -> None:
 
 
 def test_identity_ignores_spelling_and_sees_content(tmp_path: Path) -> None:
-    spaced = '{"url": "/v1/completions", "method":"POST",  "body": {"prompt" : "h\\u0069"}, '
+    spaced = (
+        '{"url": "/v1/completions", "method":"POST",  "body": {"prompt" : "h\\u0069", "n" : 2}, '
+    )
     spaced += '"custom_id": "a"}'
+    plain = line("a", body={"n": 2, "prompt": "hi"})
     digests = [
         rows(JobFile(write(tmp_path / "in", text)))[0].digest
         for text in (
-            line("a"),
+            plain,
             spaced,
+            line("a"),
             line("a", body={"prompt": "ho"}),
             line("b"),
             line("a", url="/v1/chat/completions"),
-            line("a", body={"prompt": "hi", "n": 1}),
         )
     ]
     assert digests[0] == digests[1]

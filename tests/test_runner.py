@@ -425,7 +425,7 @@ def snapshot(done: int, **stats: int) -> Snapshot:
 def test_meter_says_rates_shares_and_what_is_left() -> None:
     now = [0.0]
     meter = Meter(clock=lambda: now[0])
-    assert meter.text() == "starting"
+    assert meter.text() == "no pass has ended yet"
     meter.add(snapshot(2))
     assert "ETA unknown" in meter.text() and "hits -" in meter.text()
     now[0] = 10.0

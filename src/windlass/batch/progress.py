@@ -66,7 +66,7 @@ class Meter:
     def text(self) -> str:
         """`rows 12/100, 34.5 tokens/s, disk 1.20 GiB/s, hits 87 %, ETA 3 min 05 s`."""
         if not self._seen:
-            return "starting"
+            return "no pass has ended yet"
         (first_s, first), (_, last) = self._seen[0], self._seen[-1]
         elapsed = max(self._clock() - first_s, 1e-9)
         done = last.stats

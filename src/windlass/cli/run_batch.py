@@ -128,12 +128,22 @@ def _job_options(values: Mapping[str, Any], engine: EngineOptions) -> "JobOption
         identity=identity,
         recorded={**recorded, "version": __version__},
         max_model_len=engine.max_model_len,
-        created=int(os.environ.get("SOURCE_DATE_EPOCH", time.time())),
+        created=_now(),
         overwrite=values["overwrite"],
         strict=values["strict"],
         retry_failed=not values["no_retry_failed"],
         max_retries=values["max_retries"],
     )
+
+
+def _now() -> int:
+    """Seconds since 1970, or what the reproducible-builds variable says they are."""
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    if given is None:
+        return int(time.time())
+    if not given.isdecimal():
+        raise UsageError(f"SOURCE_DATE_EPOCH: got {given!r}, allowed seconds since 1970")
+    return int(given)
 
 
 def _resume_command(arguments: Sequence[str]) -> str:
