@@ -108,7 +108,7 @@ def _sparse_mixer(logits_TE: torch.Tensor, jitter_eps: float) -> tuple[torch.Ten
     left_TE = logits_TE
     for _ in range(2):
         best, chosen = left_TE.max(-1, keepdim=True)
-        # distances are relative and taken from all logits, also from those already chosen
+        # distances are relative to the larger of the logit itself and the best
         far = (best - logits_TE) / logits_TE.abs().clamp(min=best) > 2 * jitter_eps
         weights.append(left_TE.masked_fill(far, -torch.inf).softmax(-1).gather(1, chosen))
         ids.append(chosen)
