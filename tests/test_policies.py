@@ -67,6 +67,18 @@ def test_improbable_experts_go_first_and_probability_is_asked_again_each_pass():
     assert policy.victim(Part.EXPERT, None) == expert(1, 2)
 
 
+def test_a_key_that_comes_back_counts_with_its_new_probability():
+    chance = {expert(1, 0): 0.01, expert(1, 1): 0.5}
+    policy = FarthestNextUse(3, probability=chance.__getitem__)
+    for key in chance:
+        policy.add(key)
+    assert policy.victim(Part.EXPERT, None) == expert(1, 0)
+    policy.discard(expert(1, 0))
+    chance[expert(1, 0)] = 0.9
+    policy.add(expert(1, 0))
+    assert policy.victim(Part.EXPERT, None) == expert(1, 1)
+
+
 def test_what_was_fetched_for_this_layer_is_kept_until_its_turn_is_over():
     policy = FarthestNextUse(4)
     policy.note_use(WeightKey(Part.BLOCK, 1))

@@ -1,6 +1,7 @@
 """The transfer queue: order, limits, promotion, cancellation, errors, and no thread left behind."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,4 +216,14 @@ def test_cpu_memory_is_aligned_counted_and_freed():
     assert device.allocated_bytes == 8192
     memory.fill_(7)
     assert int(memory.sum()) == 35000
+    before = shared_kib()
+    big = device.allocate(16 << 20).fill_(1)
+    assert big.numel() and shared_kib() - before < 1024, (
+        "counted as shared, not as this process's own"
+    )
     device.close()
+
+
+def shared_kib() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssShmem:")[1].split()[0])

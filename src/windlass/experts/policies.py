@@ -151,7 +151,7 @@ class FarthestNextUse:
         for buckets in self._buckets.values():
             for turn in [turn for turn in buckets if turn < self._now]:
                 bucket = buckets.pop(turn)
-                bucket.turn += -((turn - self._now) // self._num_layers) * self._num_layers
+                bucket.turn += self._num_layers  # `now` never jumps a whole pass
                 other = buckets.get(bucket.turn)
                 if other is not None and len(other.members) > len(bucket.members):
                     bucket, other = other, bucket
