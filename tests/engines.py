@@ -48,9 +48,7 @@ def engine_for(path: Path, *, device: Device | None = None, **options: Any) -> E
     return open_engine(EngineOptions(model=str(path), **options), device=device)
 
 
-def request(
-    name: str, prompt: Iterable[int], *, max_tokens: int = 8, **params: Any
-) -> Request:
+def request(name: str, prompt: Iterable[int], *, max_tokens: int = 8, **params: Any) -> Request:
     """A greedy request that does not end early, unless `params` say otherwise."""
     settings = {"temperature": 0.0, "ignore_eos": True, **params}
     return Request(name, tuple(prompt), SamplingParams(max_tokens=max_tokens, **settings), name)

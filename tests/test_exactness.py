@@ -1,0 +1,131 @@
+"""The contract: tokens and log-probabilities of a request are the same bits, whatever else runs,
+however rows are cut, however little memory there is, and in whatever order weights arrive."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from engines import engine_for, make_model, prompts, request, run_all
+from fakes import FakeDevice
+
+FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
+LENGTHS = (90, 3, 33, 64, 17, 150)
+COMBINATIONS = 6  # of each family: 24 in all
+
+
+def _requests():
+    sampled = {"temperature": 0.8, "top_p": 0.95, "ignore_eos": False}
+    return [
+        request(
+            f"r{i}",
+            prompt,
+            max_tokens=5 + 3 * i,
+            logprobs=3,
+            **(sampled if i % 2 else {}),
+        )
+        for i, prompt in enumerate(prompts(LENGTHS))
+    ]
+
+
+def _bits(output):
+    """Everything that must be equal, floats included."""
+    choice = output.outputs[0]
+    return choice.token_ids, choice.cumulative_logprob, choice.logprobs, choice.finish_reason
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, tmp_path_factory):
+    """A checkpoint and the results of each request alone, with everything in memory."""
+    path = tmp_path_factory.mktemp(request.param)
+    make_model(request.param, path, dtype=torch.bfloat16)
+    alone = {}
+    for one in _requests():
+        with engine_for(path) as engine:
+            alone.update(run_all(engine, [one]))
+    return path, {name: _bits(output) for name, output in alone.items()}
+
+
+@pytest.mark.parametrize("seed", range(COMBINATIONS))
+def test_bits_do_not_depend_on_budget_batch_order_or_arrival(model, seed):
+    path, alone = model
+    chance = random.Random(seed)
+    chosen = chance.sample(_requests(), chance.randint(2, len(alone)))
+    seqs = chance.randint(1, 8)
+    options = dict(
+        moe_expert_cache_size=f"{chance.choice((64, 70, 130, 1000))}KiB",
+        max_num_seqs=seqs,
+        max_num_batched_tokens=seqs + chance.choice((64, 70, 130, 300)),
+        micro_batch_size=chance.choice((64, 65, 100, 500)),
+    )
+    device = FakeDevice(seed=seed) if seed % 2 else None
+    with engine_for(path, device=device, **options) as engine:
+        results = run_all(engine, chosen)
+        stats = engine.stats()
+    assert len(results) == len(chosen)
+    for name, output in results.items():
+        assert _bits(output) == alone[name], f"{name} under {options}"
+    assert stats.expert_requests > 0
+
+
+def test_small_caches_really_read_again(model):
+    path, _ = model
+    with engine_for(path, moe_expert_cache_size="64KiB") as engine:
+        run_all(engine, _requests()[:2])
+        small = engine.stats()
+    with engine_for(path) as engine:
+        run_all(engine, _requests()[:2])
+        large = engine.stats()
+    assert small.bytes_read > 2 * large.bytes_read
+    assert small.expert_hits < small.expert_requests
+
+
+def test_bits_do_not_depend_on_preemption(model):
+    """Few pages: the younger sequences give theirs back and are computed again."""
+    path, _ = model
+    long = [request(f"r{i}", p, max_tokens=70) for i, p in enumerate(prompts((30, 5, 60, 31)))]
+    with engine_for(path) as engine:
+        expected = {name: _bits(output) for name, output in run_all(engine, long).items()}
+        assert engine._admission.num_preemptions == 0
+    with engine_for(path) as engine:
+        kv = engine._admission._kv
+        held = kv.take_pages(kv.num_free_pages - 8)  # as if another had them
+        for one in long:
+            engine.add(one)
+        results = {}
+        while engine.has_work:
+            results.update({o.request_id: o for o in engine.step().finished})
+        assert engine._admission.num_preemptions > 0
+        kv.give_pages(held)
+        engine.check()
+    assert {name: _bits(output) for name, output in results.items()} == expected
+
+
+def test_threads_and_memory_are_no_excuse(model):
+    """Two BLAS threads and buffered reads give the bits of one thread and direct reads."""
+    path, alone = model
+    torch.set_num_threads(2)
+    try:
+        with engine_for(path, load_mode="buffered") as engine:
+            results = run_all(engine, _requests())
+    finally:
+        torch.set_num_threads(1)
+    assert {name: _bits(output) for name, output in results.items()} == alone
+
+
+def test_trace_shows_reads_beside_compute(model, tmp_path):
+    path, _ = model
+    file = tmp_path / "trace.json"
+    with engine_for(path, trace=file, moe_expert_cache_size="130KiB") as engine:
+        run_all(engine, _requests())
+        stats = engine._weights.stats()
+    events = json.loads(file.read_text())["traceEvents"]
+    lanes = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+    spans = [(lanes[e["tid"]], e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X"]
+    reads = [(b, e) for lane, b, e in spans if lane.startswith("disk")]
+    compute = [(b, e) for lane, b, e in spans if lane == "compute"]
+    overlapping = sum(any(b < f and a < e for a, f in compute) for b, e in reads)
+    assert overlapping > 0.1 * len(reads) > 0, f"{overlapping} of {len(reads)} reads overlap"
+    assert stats.prefetch_issued > 0 and stats.prefetch_used > 0
+    assert any(e["ph"] == "C" for e in events)
