@@ -1,4 +1,5 @@
-"""Settings of published models as their config.json has them, and how many parameters they have."""
+"""Settings in the manner of published models, and the parameter counts known of those. Written down
+without the files at hand: they check sizes and refusals, not that a given file is read."""
 
 from typing import Any
 

@@ -20,7 +20,7 @@ from windlass.spec.model import Gqa, Mla, ModelSpec, Moe
 from windlass.spec.names import Piece, Reshape, Take, TensorInfo
 from windlass.spec.registry import read_spec
 
-# In fp32 the largest difference seen is 5e-6, with logits of order 1.
+# In fp32 the largest difference measured is 3.0e-6 (deepseek_v3, phimoe), logits of order 1.
 TOLERANCE = 1e-4
 LENGTHS = (30, 4, 12)  # the windows are 5 to 9, LongRoPE's original context is 16
 

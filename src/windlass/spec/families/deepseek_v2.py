@@ -8,7 +8,7 @@ from windlass.spec.names import NameMap
 
 
 def read(config: Config) -> tuple[ModelSpec, NameMap]:
-    # implementations disagree whether a normalised choice is also scaled; no checkpoint uses it
+    # transformers ignores it, the published code normalises instead of scaling: not to be guessed
     config.one_of("norm_topk_prob", (False,), default=False)
     config.one_of("scoring_func", ("softmax",), default="softmax")
     methods = ("greedy", "group_limited_greedy")

@@ -16,7 +16,7 @@ from windlass.spec.names import NameMap
 
 
 def read(config: Config) -> tuple[ModelSpec, NameMap]:
-    # the published files call DeepSeek-V3's sigmoid scores by the name of the method
+    # transformers does not read this key and always takes sigmoid scores
     config.one_of("scoring_func", ("sigmoid", "noaux_tc"), default="sigmoid")
     bias = config.get("attention_bias", bool, False)
     first = config.get("max_window_layers", int, 62)
