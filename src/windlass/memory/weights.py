@@ -4,7 +4,6 @@ what weights are for, nor which of them matter (the policy and the wishes say th
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -18,6 +17,7 @@ from windlass.memory.eviction import EvictionPolicy
 from windlass.memory.recipe import slot_bytes as slot_bytes
 from windlass.memory.residency import Entry, Residency
 from windlass.memory.rows import RowReader
+from windlass.memory.stats import StoreStats as StoreStats
 from windlass.memory.transfer import BLOCK_BYTES, Priority, State, TransferQueue
 from windlass.memory.views import make_views
 from windlass.memory.visit import Visit
@@ -25,21 +25,6 @@ from windlass.memory.wishes import Wish as Wish
 from windlass.memory.wishes import WishList
 from windlass.spec.names import Layout
 from windlass.trace import Tracer
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreStats:
-    """Totals since the store was made. A hit: resident when it was asked for."""
-
-    bytes_read: int
-    reads: int  # blocks
-    requests: Mapping[Part, int]
-    hits: Mapping[Part, int]
-    wait_s: float  # callers waited for weights
-    prefetch_issued: int
-    prefetch_used: int
-    prefetch_cancelled: int
-    evictions: int
 
 
 class Lease:
