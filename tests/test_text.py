@@ -129,7 +129,7 @@ def test_text_is_held_only_while_it_may_become_a_stop_string() -> None:
     assert deltas == ["z", "", "", "", "abc", "", "", "abcx"]
     assert stream.finish() == "" and stream.stop_hit is None
     stream = stream_of("byte_level", stop="abcd")
-    assert [stream.push(of[char]) for char in "xab"] == ["x", "", ""]
+    assert [stream.push(of[char]) for char in "xazab"] == ["x", "", "az", "", ""]
     assert stream.finish() == "ab" and stream.finish() == ""
 
 

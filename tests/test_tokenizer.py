@@ -109,7 +109,7 @@ def test_chat_renders_as_transformers_renders_it(
     tmp_path: Path, template: str, with_tools: bool, prompt: bool
 ) -> None:
     fields = config(bos_token="<s>", eos_token="</s>", chat_template=template)
-    folder = checkpoint(tmp_path, "sentencepiece_bpe", tokenizer_config__json=fields)
+    folder = checkpoint(tmp_path, "metaspace_unigram", tokenizer_config__json=fields)
     tools = WEATHER if with_tools else None
     options: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt, "thinking": "on"}
     ours, theirs = load(folder), reference(folder)
