@@ -6,8 +6,8 @@ import torch
 from engines import FAMILIES, engine_for, logprob_rows, make_model, prompts, request, run_all
 
 LENGTHS = (70, 9, 23)  # longer than every window, and than a chunk; ragged
-# transformers changes LongRoPE's factors in mid-sequence and keeps the keys already cached; Windlass
-# chooses once per sequence, by prompt + max_tokens: compared where both use one kind throughout
+# transformers changes LongRoPE's factors in mid-sequence and keeps the keys already cached;
+# Windlass chooses once per sequence, by prompt + max_tokens: compared where both use one kind
 LENGTHS_OF = {"phimoe": (70, 41, 57)}
 STEPS = 32
 TOLERANCE = 1e-4  # absolute, of log-probabilities; logits are of order 1

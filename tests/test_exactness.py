@@ -120,7 +120,7 @@ def test_trace_shows_reads_beside_compute(model, tmp_path):
     with engine_for(path, trace=file, moe_expert_cache_size="130KiB") as engine:
         run_all(engine, _requests())
         stats = engine._weights.stats()
-    events = json.loads(file.read_text())["traceEvents"]
+    events = json.loads(file.read_text())
     lanes = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
     spans = [(lanes[e["tid"]], e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X"]
     reads = [(b, e) for lane, b, e in spans if lane.startswith("disk")]

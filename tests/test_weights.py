@@ -2,6 +2,7 @@
 order, and over real files."""
 
 import gc
+import json
 import threading
 import time
 import weakref
@@ -559,7 +560,7 @@ def test_a_file_that_shrinks_or_vanishes_during_the_run_is_one_error(tmp_path: P
 def test_the_trace_shows_every_block_on_its_lane(tmp_path: Path):
     tensors = expert_tensors(1, 2, rows=64, columns=160)
     save_file(tensors, tmp_path / "model.safetensors")
-    tracer = Tracer(enabled=True)
+    tracer = Tracer(tmp_path / "trace.json")
     source, device = Checkpoint(tmp_path), CpuDevice(2, tracer=tracer)
     store = WeightStore(
         expert_layout(tensors), source, device, {Part.EXPERT: 2},
@@ -569,9 +570,12 @@ def test_the_trace_shows_every_block_on_its_lane(tmp_path: Path):
         assert_is_expert(lease, tensors)
     store.close()
     device.close()
-    spans = [event for event in tracer._events if event["ph"] == "X"]
+    tracer.close()
+    events = json.loads((tmp_path / "trace.json").read_text())
+    spans = [event for event in events if event["ph"] == "X"]
     assert {span["name"] for span in spans} == {"expert[0][0]", "expert[0][1]"}
     assert sum(span["args"]["bytes"] for span in spans) == store.stats().bytes_read
     assert len(spans) == store.stats().reads
-    assert set(tracer._lanes) <= {"disk 0", "disk 1", "counters"}
+    lanes = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert lanes <= {"disk 0", "disk 1", "counters"}
     source.close()

@@ -10,6 +10,7 @@ import torch
 
 from windlass.decoder.attention import kv_shape, value_width
 from windlass.decoder.delta import state_shapes
+from windlass.decoder.rope import RopeTable
 from windlass.device.base import Device
 from windlass.device.cpu import CpuDevice
 from windlass.device.host import (
@@ -31,6 +32,7 @@ from windlass.kernels.reference import TorchKernels
 from windlass.memory.checkpoint import Checkpoint, WeightSource
 from windlass.memory.kv import CacheShape, KvStore, PagedShape, StateShape, page_bytes, state_bytes
 from windlass.memory.recipe import slot_bytes
+from windlass.memory.rows import row_buffer_bytes
 from windlass.memory.weights import WeightStore
 from windlass.options import EngineOptions, read_config, resolve_model
 from windlass.params import SamplingParams
@@ -39,11 +41,11 @@ from windlass.planner.budget import Sizes, Wanted, make_plan, max_context
 from windlass.schedule.announce import Announcer, PassForecast
 from windlass.schedule.batch import Batch
 from windlass.schedule.embedding import EmbeddingRows
-from windlass.schedule.on_device import DeviceRuntime
+from windlass.schedule.on_device import DeviceRuntime, ropes
 from windlass.schedule.passes import PassShape, run_pass
 from windlass.spec.layout import build_layout
 from windlass.spec.model import GatedDelta, Gqa, LongRopeScaling, Mla, ModelSpec, Moe
-from windlass.spec.names import Layout
+from windlass.spec.names import Layout, TensorInfo
 from windlass.spec.registry import read_spec
 from windlass.synth import random_source
 from windlass.trace import Tracer
@@ -65,12 +67,6 @@ class _Model:
     source: WeightSource
 
 
-@dataclass(frozen=True, slots=True)
-class _Trace:
-    tracer: Tracer
-    path: Path | None  # written when the engine closes
-
-
 def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engine:
     """Everything between options and the first step; nothing is read but headers and tokenizer.
 
@@ -79,7 +75,7 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
     return_freed_memory()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    tracer = Tracer(enabled=options.trace is not None)
+    tracer = Tracer(options.trace)
     model = _read_model(options)
     tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -98,13 +94,13 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
         peak_rss=peak_resident_bytes,
     )
     device = device or CpuDevice(plan.read_threads, tracer=tracer)
-    return _assemble(setup, model, kernels, device, _Trace(tracer, options.trace))
+    return _assemble(setup, model, kernels, device, tracer)
 
 
 def _assemble(
-    setup: EngineSetup, model: _Model, kernels: Kernels, device: Device, trace: _Trace
+    setup: EngineSetup, model: _Model, kernels: Kernels, device: Device, tracer: Tracer
 ) -> Engine:
-    plan, spec, tracer = setup.plan, model.spec, trace.tracer
+    plan, spec = setup.plan, model.spec
     shape = pass_shape(spec, model.layout)
     forecast = PassForecast(_usage_forecast(spec))
     policy = FarthestNextUse(len(spec.blocks), probability=forecast.probability)
@@ -145,8 +141,7 @@ def _assemble(
         weights.close()
         device.close()
         model.source.close()
-        if trace.path is not None:
-            tracer.write(trace.path)
+        tracer.close()
 
     return Engine(setup, run, weights, admission, tracer=tracer, on_close=close)
 
@@ -196,8 +191,17 @@ def _sizes(model: _Model) -> Sizes:
         slot_bytes=slot_bytes(model.layout, model.source.tensors),
         num_parts=Counter(key.part for key in model.layout.parts),
         bytes_per_token=page_bytes(shapes, 1),
+        bytes_per_position=sum(
+            2 * RopeTable(rope).bytes_per_position for rope in ropes(model.spec)
+        ),
+        row_buffer_bytes=row_buffer_bytes(_embedding(model)),
         state_bytes=state_bytes(shapes),
     )
+
+
+def _embedding(model: _Model) -> TensorInfo:
+    (key,) = model.layout.keys(Part.EMBED)
+    return model.source.tensors[model.layout.parts[key][0].tensor]
 
 
 def _wanted(options: EngineOptions, model: _Model) -> Wanted:

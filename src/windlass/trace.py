@@ -1,34 +1,37 @@
 """Spans and counters of one run, written as a Chrome trace that Perfetto opens. Knows no layers."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 class Tracer:
-    """Collects spans per lane (one row in Perfetto). Thread-safe; does nothing when not `enabled`.
-
-    Events beyond `max_events` are counted and dropped, so that a long job's trace stays bounded;
-    the file says how many.
+    """Writes spans per lane (one row in Perfetto) to `path` as they come, in the JSON array form,
+    which is valid without its end: a killed run leaves a readable trace. Memory stays bounded.
+    Thread-safe; does nothing without a path.
     """
 
-    def __init__(self, *, enabled: bool = False, max_events: int = 500_000) -> None:
-        self.enabled = enabled
-        self._max_events = max_events
-        self._events: list[dict[str, Any]] = []
-        self._dropped = 0
+    def __init__(self, path: Path | None = None) -> None:
+        self._file: TextIO | None = None if path is None else path.open("w", encoding="utf-8")
         self._lanes: dict[str, int] = {}
         self._lock = threading.Lock()
         self._start = time.perf_counter()
+        if self._file is not None:
+            self._file.write("[")
+
+    @property
+    def is_enabled(self) -> bool:
+        return self._file is not None
 
     @contextmanager
     def span(self, name: str, lane: str = "compute", **args: Any) -> Iterator[None]:
         """Times the body on `lane`; `args` are shown with the span."""
-        if not self.enabled:
+        if self._file is None:
             yield
             return
         begin = time.perf_counter()
@@ -39,43 +42,40 @@ class Tracer:
 
     def record(self, name: str, lane: str, begin: float, end: float, **args: Any) -> None:
         """Adds a finished span; `begin` and `end` are `time.perf_counter()` seconds."""
-        if self.enabled:
-            self._add(
-                {"ph": "X", "name": name, "ts": self._us(begin), "dur": (end - begin) * 1e6,
-                 "args": args},
-                lane,
-            )  # fmt: skip
+        if self._file is not None:
+            event = {"ph": "X", "name": name, "ts": self._us(begin), "args": args}
+            self._add(event | {"dur": round((end - begin) * 1e6, 1)}, lane)
 
     def counter(self, name: str, **values: float) -> None:
         """Adds one sample of a counter track."""
-        if self.enabled:
+        if self._file is not None:
             now = self._us(time.perf_counter())
             self._add({"ph": "C", "name": name, "ts": now, "args": values}, "counters")
 
-    def write(self, path: Path) -> None:
-        """Writes all events; the file appears whole or not at all."""
+    def close(self) -> None:
+        """Ends the file. Idempotent; later spans are dropped."""
         with self._lock:
-            names: list[dict[str, Any]] = [
-                {"ph": "M", "name": "thread_name", "pid": 1, "tid": tid, "args": {"name": lane}}
-                for lane, tid in self._lanes.items()
-            ]
-            document = {
-                "traceEvents": names + self._events,
-                "displayTimeUnit": "ms",
-                "otherData": {"dropped_events": self._dropped},
-            }
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(document), encoding="utf-8")
-        temporary.replace(path)
+            file, self._file = self._file, None
+            if file is not None:
+                file.write("\n]\n")
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
 
     def _us(self, seconds: float) -> float:
-        return (seconds - self._start) * 1e6
+        return round((seconds - self._start) * 1e6, 1)
 
     def _add(self, event: dict[str, Any], lane: str) -> None:
         with self._lock:
-            if len(self._events) >= self._max_events:
-                self._dropped += 1
+            if self._file is None:
                 return
-            event["pid"] = 1
-            event["tid"] = self._lanes.setdefault(lane, len(self._lanes) + 1)
-            self._events.append(event)
+            if lane not in self._lanes:
+                self._lanes[lane] = len(self._lanes) + 1
+                name = {"ph": "M", "name": "thread_name", "args": {"name": lane}}
+                self._write(name | {"pid": 1, "tid": self._lanes[lane]})
+            self._write(event | {"pid": 1, "tid": self._lanes[lane]})
+
+    def _write(self, event: dict[str, Any]) -> None:
+        assert self._file is not None, "only called with an open file"
+        separator = "\n" if self._file.tell() == 1 else ",\n"
+        self._file.write(separator + json.dumps(event))

@@ -20,7 +20,7 @@ Pointwise = Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], tor
 
 TILE_ROWS = 32
 BLOCK_PAGES = 2
-_SCORE_ELEMENTS = 4 << 20  # of one step; bounds the scratch at about 3 x 16 MiB
+SCORE_ELEMENTS = 1 << 20  # of one step; bounds its scratch at a few times 4 MiB
 _LOWEST = -1e30  # instead of -inf: differences of two masked rows stay finite
 
 
@@ -30,15 +30,6 @@ class _Tile:
     num_rows: int
     position: int  # of its first row
     pages: tuple[int, ...]
-
-
-def attention_scratch_bytes(num_heads: int, key_dim: int, value_dim: int, page_tokens: int) -> int:
-    """Upper bound of what one call allocates beside its result, in bytes."""
-    per_row = 3 * BLOCK_PAGES * page_tokens + key_dim + 3 * value_dim + 8
-    keys = BLOCK_PAGES * page_tokens * (key_dim + value_dim)
-    tile = num_heads * (TILE_ROWS * per_row + keys)
-    tiles = max(1, _SCORE_ELEMENTS // (num_heads * TILE_ROWS * BLOCK_PAGES * page_tokens))
-    return 4 * tile * tiles
 
 
 def paged_attention(
@@ -57,7 +48,7 @@ def paged_attention(
     walk = _Walk(pointwise, q_THd, key_PKBd, value_PKBv, options)
     for rows_per_tile, tiles in ((TILE_ROWS, _tiles(work, True)), (1, _tiles(work, False))):
         per_tile = num_heads * rows_per_tile * BLOCK_PAGES * page_tokens
-        step = max(1, _SCORE_ELEMENTS // per_tile)
+        step = max(1, SCORE_ELEMENTS // per_tile)
         tiles.sort(key=lambda tile: tile.position)  # tiles of like length walk together
         for first in range(0, len(tiles), step):
             walk.run(tiles[first : first + step], rows_per_tile, out)

@@ -10,7 +10,7 @@ _F32 = 4
 # malloc rounds, torch keeps small blocks, padded copies of one row block live for a moment
 _SLACK = 1.15
 _SCRATCH_BYTES = 40 * MIB  # widened tile, padded row blocks, the row ladder's probes, the allocator
-_SCORE_BYTES = 4 * 16 * MIB  # kernels/attention.py, one step of the walk
+_SCORE_BYTES = 5 * 4 * MIB  # kernels/attention.py: scores, weights, mask, keys, values of a step
 
 
 def activation_bytes(spec: ModelSpec, *, rows: int, micro_rows: int, seqs: int) -> int:

@@ -21,10 +21,13 @@ _READ_THREADS = 4
 _SEQS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 _ROWS = (8192, 4096, 2048, 1024, 512, 256, 128)
 _MICRO_ROWS = 1024
-_ACTIVATION_SHARE = 0.25  # of what is left after the process itself
-_KV_SHARE = 0.3  # of what is left after the minimum
+# Where the model does not fit, a pass reads most of it whatever it computes: rows per pass count
+# for more than resident experts, so activations and keys and values come first.
+_ACTIVATION_SHARE = 0.35  # of what is left after the process itself
+_KV_SHARE = 0.6  # of what is left after activations and the fewest slots
 _DEFAULT_CONTEXT = 4096  # tokens that the largest sequence may have, where the budget allows
 _SMALLEST_CONTEXT = 512
+_LONGEST_TABLE = 16384  # positions; beyond, keys and values dwarf the tables
 _MIN_SLOTS = {
     Part.EXPERT: 2, Part.BLOCK: 2, Part.FFN: 1, Part.HEAD: 1, Part.FINAL: 1, Part.EMBED: 0,
 }  # fmt: skip
@@ -49,12 +52,14 @@ class Sizes:
     slot_bytes: Mapping[Part, int]
     num_parts: Mapping[Part, int]
     bytes_per_token: int  # keys and values, all layers
+    bytes_per_position: int  # tables of rotary positions
+    row_buffer_bytes: int  # where the embedding's rows are read one by one
     state_bytes: int  # recurrent state of a sequence, all layers
 
 
 def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -> Plan:
     """The plan for a budget. BudgetError names the smallest budget that works."""
-    _check(wanted)
+    _check(wanted, spec)
     draft = _Draft(spec, sizes, wanted)
     smallest = draft.smallest()
     if host_memory < smallest:
@@ -69,7 +74,8 @@ def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -
 
 def max_context(plan: Plan, spec: ModelSpec, wanted: Wanted) -> int:
     """Tokens that one sequence may have, prompt and output."""
-    return min(wanted.max_model_len or spec.max_positions, plan.kv_pages * plan.page_tokens)
+    longest = wanted.max_model_len or spec.max_positions
+    return min(longest, plan.kv_pages * plan.page_tokens)
 
 
 class _Draft:
@@ -91,12 +97,13 @@ class _Draft:
             + self._activations(seqs, rows)
             + self._slots_bytes(self._least_slots())
             + self._pages(context) * self._page_bytes
+            + self._tables()
             + seqs * self._sizes.state_bytes
         )
 
     def fill(self, host_memory: int) -> Plan:
         """Grows the smallest plan into the budget."""
-        free = host_memory - self._sizes.process_bytes
+        free = host_memory - self._sizes.process_bytes - self._tables()
         slots = self._least_slots()
         least = self._slots_bytes(slots)
         context = self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
@@ -161,6 +168,11 @@ class _Draft:
         micro = self._wanted.micro_batch_tokens or _MICRO_ROWS
         return activation_bytes(self._spec, rows=rows, micro_rows=micro, seqs=seqs)
 
+    def _tables(self) -> int:
+        context = self._wanted.max_model_len or self._spec.max_positions
+        positions = min(context, _LONGEST_TABLE)
+        return positions * self._sizes.bytes_per_position + self._sizes.row_buffer_bytes
+
     def _pages(self, tokens: int) -> int:
         return -(-tokens // PAGE_TOKENS)
 
@@ -171,14 +183,14 @@ class _Draft:
         activations = self._activations(seqs, rows)
         states = seqs if self._sizes.state_bytes else 0
         total = (
-            self._sizes.process_bytes + activations + self._slots_bytes(slots)
+            self._sizes.process_bytes + self._tables() + activations + self._slots_bytes(slots)
             + pages * self._page_bytes + states * self._sizes.state_bytes
         )  # fmt: skip
         slot_bytes = self._sizes.slot_bytes
         return Plan(
             host_memory=host_memory,
             process_bytes=self._sizes.process_bytes,
-            activation_bytes=activations,
+            activation_bytes=activations + self._tables(),
             expert_slots=slots.get(Part.EXPERT, 0),
             block_slots=slots.get(Part.BLOCK, 0),
             ffn_slots=slots.get(Part.FFN, 0),
@@ -200,7 +212,12 @@ class _Draft:
         )
 
 
-def _check(wanted: Wanted) -> None:
+def _check(wanted: Wanted, spec: ModelSpec) -> None:
+    if wanted.max_model_len is not None and wanted.max_model_len > spec.max_positions:
+        raise UsageError(
+            f"max_model_len: got {wanted.max_model_len}, allowed at most {spec.max_positions},"
+            " the model's own limit"
+        )
     for name, least in (
         ("expert_slots", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", _CHUNK + 1),
         ("micro_batch_tokens", _CHUNK), ("max_model_len", 2),

@@ -75,7 +75,7 @@ class DeviceRuntime:
         self._announcer = announcer
         self._forecast = forecast
         self._tracer = tracer
-        self._ropes = {rope: RopeTable(rope) for rope in _ropes(spec)}
+        self._ropes = {rope: RopeTable(rope) for rope in ropes(spec)}
         self._places: dict[int, _Places] = {}
 
     # --- weights ----------------------------------------------------------------------------------
@@ -262,6 +262,7 @@ def _places(micro: MicroBatch, page_tokens: int) -> _Places:
     )
 
 
-def _ropes(spec: ModelSpec) -> set[Rope]:
+def ropes(spec: ModelSpec) -> set[Rope]:
+    """Kinds of rotary positions in the model; each has a table."""
     attentions = [block.attention for block in spec.blocks]
     return {a.rope for a in attentions if isinstance(a, Gqa | Mla) and a.rope is not None}
