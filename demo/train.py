@@ -37,7 +37,7 @@ class Recipe:
     warmup_steps: int = 100
     decay_from: float = 0.3
     chat_from: float = 0.8
-    chat_share: float = 0.4
+    chat_share: float = 0.3
     save_every_s: float = 240.0
 
 
@@ -194,7 +194,7 @@ def export_checkpoint() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=72.0, help="training time")
+    parser.add_argument("--minutes", type=float, default=70.0, help="training time")
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
     parser.add_argument("--export-only", action="store_true", help="export the last checkpoint")
     args = parser.parse_args()
