@@ -30,9 +30,17 @@ from windlass.ids import Part
 from windlass.kernels.base import Kernels
 from windlass.kernels.reference import TorchKernels
 from windlass.memory.checkpoint import Checkpoint, WeightSource
-from windlass.memory.kv import CacheShape, KvStore, PagedShape, StateShape, page_bytes, state_bytes
+from windlass.memory.kv import (
+    CacheShape,
+    KvStore,
+    PagedShape,
+    StateShape,
+    bytes_per_token,
+    state_bytes,
+)
 from windlass.memory.recipe import slot_bytes
 from windlass.memory.rows import row_buffer_bytes
+from windlass.memory.views import dtype_of
 from windlass.memory.weights import WeightStore
 from windlass.options import EngineOptions, read_config, resolve_model
 from windlass.params import SamplingParams
@@ -109,6 +117,7 @@ def _assemble(
     )
     kv = KvStore(
         cache_shapes(spec),
+        dtype=_cache_dtype(model),
         num_pages=plan.kv_pages,
         page_tokens=plan.page_tokens,
         state_slots=plan.state_slots,
@@ -190,7 +199,7 @@ def _sizes(model: _Model) -> Sizes:
         process_bytes=resident_bytes(),
         slot_bytes=slot_bytes(model.layout, model.source.tensors),
         num_parts=Counter(key.part for key in model.layout.parts),
-        bytes_per_token=page_bytes(shapes, 1),
+        bytes_per_token=bytes_per_token(shapes, _cache_dtype(model)),
         bytes_per_position=sum(
             2 * RopeTable(rope).bytes_per_position for rope in ropes(model.spec)
         ),
@@ -202,6 +211,11 @@ def _sizes(model: _Model) -> Sizes:
 def _embedding(model: _Model) -> TensorInfo:
     (key,) = model.layout.keys(Part.EMBED)
     return model.source.tensors[model.layout.parts[key][0].tensor]
+
+
+def _cache_dtype(model: _Model) -> torch.dtype:
+    """Keys and values are kept in the type that the checkpoint's weights have."""
+    return dtype_of(_embedding(model).dtype)
 
 
 def _wanted(options: EngineOptions, model: _Model) -> Wanted:

@@ -81,6 +81,7 @@ def _run(values: Mapping[str, Any], command: str) -> int:
     with StopSignals() as signals:
         engine = engine_options(values)
         options = _job_options(values, engine)
+        plan: dict[str, Any] = {}  # stays empty where the job was already done
 
         def open_job_engine(max_model_len: int | None) -> "JobEngine":
             from windlass.build import open_engine
@@ -88,6 +89,7 @@ def _run(values: Mapping[str, Any], command: str) -> int:
             progress.say(f"loading {values['model']}")
             opened = open_engine(replace(engine, max_model_len=max_model_len))
             signals.defer()
+            plan.update(opened.plan.to_json())
             return opened
 
         with open_progress() as progress:
@@ -97,7 +99,8 @@ def _run(values: Mapping[str, Any], command: str) -> int:
     for line in _summary_lines(summary, options):
         print(line)
     if values["json"]:
-        _print_json(_summary_json(summary, options, values))
+        document = _summary_json(summary, options, values)
+        _print_json({**document, "plan": plan} if plan else document)
     if not summary.is_complete:
         print(f"interrupted; finished rows are safe. Go on with:\n  {command}", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -157,9 +157,9 @@ class _Walk:
         return new_top, total, (acc * fade[..., None]).add_(update)
 
     def _gather(self, store_PKBd: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        """Blocks of (n, BLOCK_PAGES) pages -> (n K, tokens of the block, d)."""
+        """Blocks of (n, BLOCK_PAGES) pages -> fp32 (n K, tokens of the block, d)."""
         count, per_block = pages.shape
-        picked = store_PKBd[pages.flatten()]  # (n p, K, B, d)
+        picked = store_PKBd[pages.flatten()].float()  # (n p, K, B, d)
         _, groups, page_tokens, width = picked.shape
         picked = picked.view(count, per_block, groups, page_tokens, width).transpose(1, 2)
         return picked.reshape(count * groups, per_block * page_tokens, width)

@@ -76,7 +76,8 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """Causal softmax attention of every row over its sequence's pages -> (T, H, v).
 
-        The stores may be wider than d and `options.value_dim` (zeros), so that rows are aligned.
+        The stores are of any floating type, and may be wider than d and `options.value_dim`
+        (zeros), so that rows are aligned.
         `value_PKBv` may be a view of the keys (MLA: their first v columns).
         """
         ...

@@ -1,7 +1,8 @@
 """Keys, values and recurrent states of live sequences. Knows pages and state slots, not requests.
 
-A page holds `page_tokens` positions of one sequence in all attention layers. Rows are stored in
-fp32, as wide as alignment asks (zeros beyond). A page is cleared when it is handed out, so that
+A page holds `page_tokens` positions of one sequence in all attention layers. Rows are stored in the
+checkpoint's type, as transformers and vLLM do, and as wide as alignment asks (zeros beyond);
+recurrent states are fp32. A page is cleared when it is handed out, so that
 nothing of an earlier sequence, not even a NaN under a mask, can reach a later one.
 """
 
@@ -26,11 +27,11 @@ class PagedShape:
     value_in_key: bool = False
 
     @property
-    def bytes_per_token(self) -> int:
+    def elements_per_token(self) -> int:
         width = round_up(self.key_dim, _ALIGN)
         if not self.value_in_key:
             width += round_up(self.value_dim, _ALIGN)
-        return 4 * self.num_heads * width
+        return self.num_heads * width
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,10 @@ class StateShape:
 CacheShape = PagedShape | StateShape
 
 
-def page_bytes(shapes: Sequence[CacheShape], page_tokens: int) -> int:
-    """Bytes of one page over all layers."""
-    return page_tokens * sum(s.bytes_per_token for s in shapes if isinstance(s, PagedShape))
+def bytes_per_token(shapes: Sequence[CacheShape], dtype: torch.dtype) -> int:
+    """Bytes of one position over all layers."""
+    elements = sum(s.elements_per_token for s in shapes if isinstance(s, PagedShape))
+    return elements * dtype.itemsize
 
 
 def state_bytes(shapes: Sequence[CacheShape]) -> int:
@@ -63,7 +65,13 @@ class KvStore:
     """Pages and state slots of one device. Owned by the runtime's thread."""
 
     def __init__(
-        self, shapes: Sequence[CacheShape], *, num_pages: int, page_tokens: int, state_slots: int
+        self,
+        shapes: Sequence[CacheShape],
+        *,
+        dtype: torch.dtype,
+        num_pages: int,
+        page_tokens: int,
+        state_slots: int,
     ) -> None:
         self.page_tokens = page_tokens
         self.num_pages = num_pages
@@ -76,12 +84,12 @@ class KvStore:
                 self._states[layer] = (conv, torch.zeros(state_slots, *shape.state))
                 continue
             rows = (num_pages, shape.num_heads, page_tokens)
-            key = torch.zeros(*rows, round_up(shape.key_dim, _ALIGN))
+            key = torch.zeros(*rows, round_up(shape.key_dim, _ALIGN), dtype=dtype)
             self._keys[layer] = key
             self._values[layer] = (
                 key[..., : shape.value_dim]
                 if shape.value_in_key
-                else torch.zeros(*rows, round_up(shape.value_dim, _ALIGN))
+                else torch.zeros(*rows, round_up(shape.value_dim, _ALIGN), dtype=dtype)
             )
         self._free_pages = list(range(num_pages - 1, -1, -1))
         self._free_states = list(range(state_slots - 1, -1, -1))
@@ -136,9 +144,9 @@ class KvStore:
         """Writes rows at `place` = (page of each row, offset in the page)."""
         pages, offsets = place
         key, value = self._keys[layer], self._values[layer]
-        key[pages, :, offsets, : key_TKd.shape[2]] = key_TKd
+        key[pages, :, offsets, : key_TKd.shape[2]] = key_TKd.to(key.dtype)
         if value.data_ptr() != key.data_ptr():
-            value[pages, :, offsets, : value_TKv.shape[2]] = value_TKv
+            value[pages, :, offsets, : value_TKv.shape[2]] = value_TKv.to(value.dtype)
 
     def paged(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (P, K, B, d) and values (P, K, B, v) of an attention layer."""

@@ -24,7 +24,9 @@ _MICRO_ROWS = 1024
 # Where the model does not fit, a pass reads most of it whatever it computes: rows per pass count
 # for more than resident experts, so activations and keys and values come first.
 _ACTIVATION_SHARE = 0.35  # of what is left after the process itself
-_KV_SHARE = 0.6  # of what is left after activations and the fewest slots
+_KV_SHARE = 0.6  # of what is left after activations and the slots of the pipeline
+_KV_SHARE_RESIDENT = 0.15  # the same, where all weights fit beside it
+_PIPELINE_SLOTS = 8  # experts: one at work, the others arriving, several reads in flight
 _DEFAULT_CONTEXT = 4096  # tokens that the largest sequence may have, where the budget allows
 _SMALLEST_CONTEXT = 512
 _LONGEST_TABLE = 16384  # positions; beyond, keys and values dwarf the tables
@@ -110,6 +112,8 @@ class _Draft:
         least += self._pages(context) * self._page_bytes
         seqs, rows = self._pass_size(free, least)
         left = free - self._activations(seqs, rows) - seqs * self._sizes.state_bytes
+        room = left - self._slots_bytes(slots) - self._pages(context) * self._page_bytes
+        self._grow(slots, Part.EXPERT, room, most=_PIPELINE_SLOTS)
         pages = self._grow_pages(left - self._slots_bytes(slots), seqs)
         left -= pages * self._page_bytes
         for part in (Part.BLOCK, Part.FFN, Part.HEAD, Part.EXPERT, Part.EMBED):
@@ -141,16 +145,18 @@ class _Draft:
             self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
         )
         most = self._pages(context) * max(1, seqs // 4)
-        weights = sum(self._sizes.slot_bytes[p] * n for p, n in self._sizes.num_parts.items())
-        share = max(_KV_SHARE * left, left - weights)  # all there is beyond the whole model
+        beside = left - self._slots_bytes(self._sizes.num_parts)  # all weights resident
+        share = beside if beside > _KV_SHARE_RESIDENT * left else _KV_SHARE * left
         return max(least, min(most, int(share) // self._page_bytes))
 
-    def _grow(self, slots: dict[Part, int], part: Part, left: int) -> None:
-        """Adds slots of `part` for all of its keys, or as many as fit."""
+    def _grow(
+        self, slots: dict[Part, int], part: Part, left: int, *, most: int | None = None
+    ) -> None:
+        """Adds slots of `part` for all of its keys (or `most`), or as many as fit."""
         size, keys = self._sizes.slot_bytes.get(part, 0), self._sizes.num_parts.get(part, 0)
         if not keys or (part is Part.EXPERT and self._wanted.expert_slots is not None):
             return
-        more = min(keys - slots[part], left // size)
+        more = min((keys if most is None else min(most, keys)) - slots[part], left // size)
         if part is Part.EMBED and more < keys:
             return
         slots[part] += max(0, more)

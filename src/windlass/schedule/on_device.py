@@ -37,6 +37,7 @@ class _Rows(NamedTuple):
     h_TD: torch.Tensor
     weights_TA: torch.Tensor
     order: torch.Tensor  # places (row * A + slot), sorted by expert
+    rows: torch.Tensor  # of `order`
     bounds: list[int]  # of each expert's range in `order`
     outputs: torch.Tensor  # (T * A, D) by place
     shared_TD: torch.Tensor | None
@@ -129,15 +130,17 @@ class DeviceRuntime:
             bounds.append(bounds[-1] + count)
         outputs = h_TD.new_empty(len(flat), h_TD.shape[1])
         experts = tuple(expert for expert, count in enumerate(counts) if count)
-        return Routed(experts, _Rows(h_TD, weights_TA, order, bounds, outputs, shared))
+        rows = order // ids_TA.shape[1]
+        return Routed(experts, _Rows(h_TD, weights_TA, order, rows, bounds, outputs, shared))
 
     def expert(self, layer: int, weights: Lease, routed: Routed) -> None:
         moe, data = self._spec.blocks[layer].ffn, routed.data
         assert isinstance(moe, Moe), "the schedule asked for an expert of a dense layer"
         index = weights.key.index
-        places = data.order[data.bounds[index] : data.bounds[index + 1]]
+        part = slice(data.bounds[index], data.bounds[index + 1])
+        places = data.order[part]
         with self._tracer.span("expert", layer=layer, expert=index, rows=len(places)):
-            x_ND = data.h_TD[places // data.weights_TA.shape[1]]
+            x_ND = data.h_TD[data.rows[part]]
             activation = moe.expert.activation
             data.outputs[places] = self._kernels.expert_ffn(x_ND, weights.tensors, activation)
 
