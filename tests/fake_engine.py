@@ -64,6 +64,13 @@ class _Running:
     sequences: list[_Sequence] = field(default_factory=list)
 
 
+class FakePlan:
+    """What `run-batch --json` repeats."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"host_memory": 1 << 20}
+
+
 class FakeEngine:
     """`fail_prompts`: prompts (text) whose results are errors, by how many times that happens."""
 
@@ -78,6 +85,7 @@ class FakeEngine:
         fingerprint: str = "fake",
     ) -> None:
         self.tokenizer = FakeTokenizer()
+        self.plan = FakePlan()
         self.max_model_len = max_model_len
         self.default_params = SamplingParams(temperature=0.5)
         self.fingerprint = {"checkpoint": fingerprint, "version": "0"}

@@ -237,6 +237,7 @@ def test_exit_codes_summary_and_json(folder: Path) -> None:
     }  # fmt: skip
     assert document["bytes_read"] > 0 and document["output_throughput"] > 0
     assert document["peak_rss_bytes"] == 1 << 20
+    assert document["plan"] == {"host_memory": 1 << 20}
     good = [text for text in (folder / "in.jsonl").read_text().splitlines() if "torn" not in text]
     (folder / "in.jsonl").write_text("\n".join(good))
     assert run(batch(), folder).returncode == 0
