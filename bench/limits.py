@@ -77,7 +77,7 @@ def run_limited(command: Sequence[str], limit_bytes: int) -> Ran:
         _DROP_CACHES.write_text("3")
         group = _Group(limit_bytes)
     except OSError as error:
-        return _run(command, None, f"{error.filename}: {error.strerror}")
+        return _run(command, None, f"{error.filename or 'memory cgroup'}: {error.strerror}")
     try:
         return _run([*("sh", "-c", _ENTER, "sh", str(group.members)), *command], group, None)
     finally:
