@@ -70,6 +70,9 @@ class FakePlan:
     def to_json(self) -> dict[str, Any]:
         return {"host_memory": 1 << 20}
 
+    def lines(self) -> list[str]:
+        return ["plan: a fake one"]
+
 
 class FakeEngine:
     """`fail_prompts`: prompts (text) whose results are errors, by how many times that happens."""

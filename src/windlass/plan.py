@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from windlass.units import format_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -29,6 +31,26 @@ class Plan:
     head_slot_bytes: int
     kv_page_bytes: int
     total_bytes: int  # what the plan adds up to; at most host_memory
+    num_experts: int  # parts of each kind in the checkpoint
+    num_blocks: int
+    num_head_chunks: int
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The plan for people: what the budget holds, and what a pass may take."""
+        kv_bytes = self.kv_pages * self.kv_page_bytes
+        embedding = "in memory" if self.resident_embedding else "rows read from disk"
+        return [
+            f"plan: {format_bytes(self.total_bytes)} of {format_bytes(self.host_memory)}: process"
+            f" {format_bytes(self.process_bytes)}, activations"
+            f" {format_bytes(self.activation_bytes)}, keys and values {format_bytes(kv_bytes)}"
+            f" ({self.kv_pages * self.page_tokens} tokens)",
+            f"plan: experts in memory {self.expert_slots} of {self.num_experts}"
+            f" ({format_bytes(self.expert_slots * self.expert_slot_bytes)}), dense blocks"
+            f" {self.block_slots} of {self.num_blocks}, head {self.head_slots} of"
+            f" {self.num_head_chunks}, embedding {embedding}",
+            f"plan: up to {self.max_num_seqs} sequences and {self.max_num_batched_tokens} rows"
+            " per pass",
+        ]

@@ -90,6 +90,8 @@ def _run(values: Mapping[str, Any], command: str) -> int:
             opened = open_engine(replace(engine, max_model_len=max_model_len))
             signals.defer()
             plan.update(opened.plan.to_json())
+            for line in opened.plan.lines():
+                progress.say(line)
             return opened
 
         with open_progress() as progress:

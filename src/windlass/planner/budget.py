@@ -215,6 +215,9 @@ class _Draft:
             head_slot_bytes=slot_bytes.get(Part.HEAD, 0),
             kv_page_bytes=self._page_bytes,
             total_bytes=total,
+            num_experts=self._sizes.num_parts.get(Part.EXPERT, 0),
+            num_blocks=self._sizes.num_parts.get(Part.BLOCK, 0),
+            num_head_chunks=self._sizes.num_parts.get(Part.HEAD, 0),
         )
 
 
