@@ -42,8 +42,6 @@ class ChatFake(FakeTokenizer):
 class Engine(FakeEngine):
     """Refuses long prompts, as the real one."""
 
-    plan = object()
-
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.tokenizer = ChatFake()
@@ -126,7 +124,7 @@ def test_one_prompt_and_none(llm: LLM) -> None:
     assert llm.generate([]) == []
     assert list(llm.generate_iter([])) == []
     assert engine_of(llm).added[1].params == llm.get_default_sampling_params()
-    assert llm.get_metrics().running == 0 and llm.plan is Engine.plan
+    assert llm.get_metrics().running == 0 and llm.plan is engine_of(llm).plan
 
 
 def test_the_same_calls_give_the_same_text_and_repeated_prompts_differ(llm: LLM) -> None:
