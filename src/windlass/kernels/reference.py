@@ -120,6 +120,8 @@ class TorchKernels:
 
 def _tiles(w: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
     """`w` (E, D) or (g, n, D) cut along its first dimension into tiles of at most TILE_BYTES."""
+    if 4 * w.numel() <= TILE_BYTES:
+        return (w,)
     per_index = 4 * w.numel() // w.shape[0]
     return torch.split(w, max(1, TILE_BYTES // per_index))
 
