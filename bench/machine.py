@@ -111,7 +111,7 @@ def describe() -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
-        "is_modified": bool(_git("status", "--porcelain", "--", "src", "bench/*.py")),
+        "is_modified": bool(_git("status", "--porcelain", "--", "src/*.py", "bench/*.py")),
         "versions": {
             "windlass": VERSION,
             "python": platform.python_version(),
