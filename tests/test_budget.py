@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
 from windlass.plan import Plan
-from windlass.planner.budget import Sizes, Wanted, make_plan, max_context
+from windlass.planner.budget import Sizes, Wanted, make_plan
 from windlass.spec.model import ModelSpec
 from windlass.spec.registry import read_spec
 from windlass.synth import PRESETS
@@ -84,10 +84,10 @@ def test_plans_add_up_and_keep_to_the_budget(name, budget, seqs, experts, rows, 
     assert rows is None or plan.max_num_batched_tokens == rows
     most = sizes.num_parts[Part.EXPERT]
     assert experts is None or plan.expert_slots == min(experts, most)
-    assert max_context(plan, spec, wanted) == min(
+    assert plan.max_model_len == min(
         context or spec.max_positions, plan.kv_pages * plan.page_tokens
     )
-    assert context is None or max_context(plan, spec, wanted) == context
+    assert context is None or plan.max_model_len == context
 
 
 def test_one_byte_less_than_the_smallest_is_refused():

@@ -45,7 +45,7 @@ from windlass.memory.weights import WeightStore
 from windlass.options import EngineOptions, read_config, resolve_model
 from windlass.params import SamplingParams
 from windlass.plan import Plan
-from windlass.planner.budget import Sizes, Wanted, make_plan, max_context
+from windlass.planner.budget import Sizes, Wanted, make_plan
 from windlass.schedule.announce import Announcer, PassForecast
 from windlass.schedule.batch import Batch
 from windlass.schedule.embedding import EmbeddingRows
@@ -96,7 +96,7 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
         tokenizer=tokenizer,
         default_params=_default_params(model.folder, options),
         vocab_size=model.spec.vocab_size,
-        max_model_len=max_context(plan, model.spec, wanted),
+        max_model_len=plan.max_model_len,
         seed=options.seed,
         fingerprint=_fingerprint(model, tokenizer, options),
         peak_rss=peak_resident_bytes,

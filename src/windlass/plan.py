@@ -19,6 +19,7 @@ class Plan:
     head_slots: int
     resident_embedding: bool
     kv_pages: int
+    max_model_len: int  # tokens that one sequence may have, prompt and output
     page_tokens: int
     state_slots: int  # sequences that can hold recurrent state at once; 0 if the model has none
     max_num_seqs: int
@@ -52,5 +53,5 @@ class Plan:
             f" {self.block_slots} of {self.num_blocks}, head {self.head_slots} of"
             f" {self.num_head_chunks}, embedding {embedding}",
             f"plan: up to {self.max_num_seqs} sequences and {self.max_num_batched_tokens} rows"
-            " per pass",
+            f" per pass; a sequence may have {self.max_model_len} tokens",
         ]

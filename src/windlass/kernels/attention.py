@@ -15,12 +15,15 @@ import torch
 from torch.nn.functional import pad
 
 from windlass.kernels.base import AttentionOptions, AttentionWork
+from windlass.kernels.limits import (
+    ATTENTION_ELEMENTS,
+    BLOCK_PAGES,
+    TILE_ROWS,
+    attention_tile_elements,
+)
 
 Pointwise = Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], torch.Tensor]
 
-TILE_ROWS = 32
-BLOCK_PAGES = 2
-SCORE_ELEMENTS = 1 << 20  # of one step; bounds its scratch at a few times 4 MiB
 _LOWEST = -1e30  # instead of -inf: differences of two masked rows stay finite
 
 
@@ -42,13 +45,15 @@ def paged_attention(
 ) -> torch.Tensor:
     """Attention of every row of the call -> (T, H, v); see `Kernels.attention`."""
     num_rows, num_heads, key_dim = q_THd.shape
-    page_tokens = key_PKBd.shape[2]
+    page_tokens, widths = key_PKBd.shape[2], (key_PKBd.shape[3], value_PKBv.shape[3])
     out = q_THd.new_empty(num_rows, num_heads, options.value_dim)
     q_THd = pad(q_THd * options.scale, (0, key_PKBd.shape[3] - key_dim))
     walk = _Walk(pointwise, q_THd, key_PKBd, value_PKBv, options)
     for rows_per_tile, tiles in ((TILE_ROWS, _tiles(work, True)), (1, _tiles(work, False))):
-        per_tile = num_heads * rows_per_tile * BLOCK_PAGES * page_tokens
-        step = max(1, SCORE_ELEMENTS // per_tile)
+        per_tile = attention_tile_elements(
+            num_heads, key_PKBd.shape[1], widths, rows=rows_per_tile, page_tokens=page_tokens
+        )
+        step = max(1, ATTENTION_ELEMENTS // per_tile)
         tiles.sort(key=lambda tile: tile.position)  # tiles of like length walk together
         for first in range(0, len(tiles), step):
             walk.run(tiles[first : first + step], rows_per_tile, out)

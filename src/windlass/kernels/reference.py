@@ -11,11 +11,11 @@ import torch
 
 from windlass.kernels.attention import paged_attention
 from windlass.kernels.base import AttentionOptions, AttentionWork, Tensors
+from windlass.kernels.limits import TILE_BYTES
 from windlass.kernels.rows import RowLadder, pad_rows, padded_width
 from windlass.spec.model import Activation, ClampedSwiGlu
-from windlass.units import MIB, round_up
+from windlass.units import round_up
 
-TILE_BYTES = 8 * MIB  # of widened weights; measured flat between 4 and 16 MiB, docs/log.md
 _LANES = 64  # elements; a multiple of every vector loop's step in torch's pointwise code
 _GRAIN = 32768  # elements; torch runs a pointwise call of at most this size in one thread
 

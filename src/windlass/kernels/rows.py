@@ -8,17 +8,19 @@ up to an admitted count. If none but the smallest agrees, everything runs in blo
 slower, never different. The padding is at most a third above 12 rows.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 
+from windlass.kernels.limits import PROBE_BYTES
 from windlass.units import round_up
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 ALIGN = 64  # bytes; what torch's allocator gives, and a multiple of all vector lengths
-MAX_ROWS = 512  # sgemm is at its full rate there; larger calls are cut
-_STEPS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, MAX_ROWS)
+# sgemm is at its full rate at 512 rows; larger calls are cut
+_STEPS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _BASES = (4, 8, 16, 32)
 
 
@@ -47,20 +49,21 @@ class RowLadder:
         return cuts
 
     def _measure(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        steps = _steps(shape)
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(shape, generator=generator)
-        x = torch.randn(*shape[:-2], MAX_ROWS, shape[-1], generator=generator)
+        x = torch.randn(*shape[:-2], steps[-1], shape[-1], generator=generator)
         for base in _BASES:
             reference = torch.cat(
                 [
                     self._product(x[..., i : i + base, :].clone(), weight)
-                    for i in range(0, MAX_ROWS, base)
+                    for i in range(0, steps[-1], base)
                 ],
                 dim=-2,
             )
             admitted = [
                 count
-                for count in _STEPS
+                for count in steps
                 if count % base == 0 and self._agrees(x, weight, reference, count)
             ]
             if len(admitted) > 1 or base == _BASES[-1]:
@@ -70,13 +73,21 @@ class RowLadder:
     def _agrees(
         self, x: torch.Tensor, weight: torch.Tensor, reference: torch.Tensor, count: int
     ) -> bool:
+        """Whether `count` rows together, and the same rows one place further, give the bits of the
+        reference."""
         first = self._product(x[..., :count, :].clone(), weight)
-        # the same rows at the end of the sample: position inside the block must not matter either
-        shifted = torch.roll(x, 1, dims=-2)[..., :count, :].clone()
-        moved = self._product(shifted, weight)[..., 1:, :]
-        return torch.equal(first, reference[..., :count, :]) and torch.equal(
-            moved, reference[..., : count - 1, :]
-        )
+        if not torch.equal(first, reference[..., :count, :]):
+            return False
+        moved = torch.cat((x[..., -1:, :], x[..., : count - 1, :]), dim=-2)
+        found = self._product(moved, weight)
+        return torch.equal(found[..., 1:, :], reference[..., : count - 1, :])
+
+
+def _steps(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row counts to compare: those whose rows and results keep to PROBE_BYTES."""
+    per_row = 4 * math.prod(shape[:-2]) * max(shape[-2:])
+    most = max(_BASES[-1], PROBE_BYTES // per_row)
+    return tuple(count for count in _STEPS if count <= most)
 
 
 def padded_width(width: int) -> int:

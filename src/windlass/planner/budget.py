@@ -1,8 +1,9 @@
 """Divides a memory budget: from sizes and wishes to a Plan, or to the smallest budget that works.
 
 Plain rules for one machine without measurements. What is fixed by the user is kept or refused.
-Every byte of weights that stays in memory saves the same reads per pass, so after what a pass needs
-the order is: keys and values (more sequences per pass), dense parts, experts, embedding.
+The size of a pass comes first, then the slots of the reading pipeline, keys and values (more
+sequences per pass), and with what is left weights that stay in memory: every byte of them saves the
+same reads per pass, so dense parts, head, experts, embedding in this order.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ _ACTIVATION_SHARE = 0.35  # of what is left after the process itself
 _KV_SHARE = 0.6  # of what is left after activations and the slots of the pipeline
 _KV_SHARE_RESIDENT = 0.15  # the same, where all weights fit beside it
 _PIPELINE_SLOTS = 8  # experts: one at work, the others arriving, several reads in flight
-_DEFAULT_CONTEXT = 4096  # tokens that the largest sequence may have, where the budget allows
+_USUAL_TOKENS = 1024  # of a sequence, where its length is not limited by the user
 _SMALLEST_CONTEXT = 512
 _LONGEST_TABLE = 16384  # positions; beyond, keys and values dwarf the tables
 _MIN_SLOTS = {
@@ -74,12 +75,6 @@ def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -
     return draft.fill(host_memory)
 
 
-def max_context(plan: Plan, spec: ModelSpec, wanted: Wanted) -> int:
-    """Tokens that one sequence may have, prompt and output."""
-    longest = wanted.max_model_len or spec.max_positions
-    return min(longest, plan.kv_pages * plan.page_tokens)
-
-
 class _Draft:
     """One planning problem; all methods are pure."""
 
@@ -121,30 +116,33 @@ class _Draft:
         return self._plan(host_memory, slots, (seqs, rows, pages))
 
     def _pass_size(self, free: int, least: int) -> tuple[int, int]:
-        """Sequences and rows per pass: the largest whose activations keep to their share."""
-        limit = min(free - least, max(int(_ACTIVATION_SHARE * free), 1))
+        """Sequences and rows per pass: the largest whose activations keep to their share. What the
+        smallest pass takes is not counted against the share. Sequences come before rows."""
         fixed_seqs, fixed_rows = self._wanted.max_num_seqs, self._wanted.max_num_batched_tokens
-        for seqs in (fixed_seqs,) if fixed_seqs else _SEQS:
-            need = self._activations(seqs, fixed_rows or round_up(seqs + _CHUNK, _CHUNK))
-            # logits of all sequences should leave room for rows
-            fits = need + seqs * self._sizes.state_bytes <= 0.7 * limit
-            if fits or seqs == fixed_seqs or seqs == _SEQS[-1]:
-                break
+        floor = self._pass_bytes(fixed_seqs or 1, fixed_rows or round_up(1 + _CHUNK, _CHUNK))
+        limit = floor + int(_ACTIVATION_SHARE * max(0, free - least - floor))
+        seqs = fixed_seqs or next(
+            s
+            for s in _SEQS
+            if s == _SEQS[-1]
+            or self._pass_bytes(s, fixed_rows or round_up(s + _CHUNK, _CHUNK)) <= limit
+        )
         if fixed_rows:
-            return min(seqs, max(1, fixed_rows - _CHUNK)), fixed_rows
-        for rows in _ROWS:
-            total = self._activations(seqs, rows) + seqs * self._sizes.state_bytes
-            if rows >= seqs + _CHUNK and total <= limit:
-                return seqs, rows
-        return seqs, round_up(seqs + _CHUNK, _CHUNK)
+            return min(seqs, fixed_rows - _CHUNK), fixed_rows
+        fewest = round_up(seqs + _CHUNK, _CHUNK)
+        fitting = (r for r in _ROWS if r > fewest and self._pass_bytes(seqs, r) <= limit)
+        return seqs, next(fitting, fewest)
+
+    def _pass_bytes(self, seqs: int, rows: int) -> int:
+        return self._activations(seqs, rows) + seqs * self._sizes.state_bytes
 
     def _grow_pages(self, left: int, seqs: int) -> int:
         """Pages for `seqs` sequences of usual length, within their share of what is left."""
-        context = min(self._wanted.max_model_len or _DEFAULT_CONTEXT, self._spec.max_positions)
+        usual = min(self._wanted.max_model_len or _USUAL_TOKENS, self._spec.max_positions)
         least = self._pages(
             self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
         )
-        most = self._pages(context) * max(1, seqs // 4)
+        most = self._pages(usual) * seqs
         beside = left - self._slots_bytes(self._sizes.num_parts)  # all weights resident
         share = beside if beside > _KV_SHARE_RESIDENT * left else _KV_SHARE * left
         return max(least, min(most, int(share) // self._page_bytes))
@@ -172,7 +170,9 @@ class _Draft:
 
     def _activations(self, seqs: int, rows: int) -> int:
         micro = self._wanted.micro_batch_tokens or _MICRO_ROWS
-        return activation_bytes(self._spec, rows=rows, micro_rows=micro, seqs=seqs)
+        return activation_bytes(
+            self._spec, rows=rows, micro_rows=micro, seqs=seqs, page_tokens=PAGE_TOKENS
+        )
 
     def _tables(self) -> int:
         context = self._wanted.max_model_len or self._spec.max_positions
@@ -203,6 +203,9 @@ class _Draft:
             head_slots=slots.get(Part.HEAD, 0),
             resident_embedding=bool(slots.get(Part.EMBED, 0)),
             kv_pages=pages,
+            max_model_len=min(
+                self._wanted.max_model_len or self._spec.max_positions, pages * PAGE_TOKENS
+            ),
             page_tokens=PAGE_TOKENS,
             state_slots=states,
             max_num_seqs=seqs,

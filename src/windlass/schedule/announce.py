@@ -12,9 +12,12 @@ from windlass.memory.weights import WeightStore
 from windlass.memory.wishes import Wish
 from windlass.schedule.passes import PassShape
 
-# Wishes kept ahead of the pass: more than the link can read during one layer, few enough that
-# making the list costs well under a millisecond.
+# Wishes kept ahead of the pass: more than the link can read during one layer.
 _HORIZON = 64
+# Parts looked at and probabilities computed for one list: with these it costs about a millisecond,
+# also where most parts are held or unlikely.
+_MAX_LOOKED_AT = 4096
+_MAX_WEIGHED = 512
 _LIKELY = 0.5  # a read for an expert less likely than this would more often be wasted than used
 _CERTAIN = 0.999
 
@@ -59,14 +62,17 @@ class Announcer:
     def enter(self, layer: int) -> None:
         """The pass enters `layer`; the head counts as one more layer."""
         wishes: list[Wish] = []
+        weighed = looked_at = 0
         for distance in range(len(self._stops)):
-            for key in self._stops[(layer + distance) % len(self._stops)]:
-                if self._weights.holds(key):
-                    continue
+            stop = self._stops[(layer + distance) % len(self._stops)]
+            missing = [key for key in stop if not self._weights.holds(key)]
+            for key in missing:
                 probability = self._forecast.probability(key)
                 if probability >= _LIKELY:
                     wishes.append(Wish(key, distance, probability))
-            if len(wishes) >= _HORIZON:
+            weighed += len(missing)
+            looked_at += len(stop)
+            if len(wishes) >= _HORIZON or weighed >= _MAX_WEIGHED or looked_at >= _MAX_LOOKED_AT:
                 break
         self._weights.prefetch(wishes)
 

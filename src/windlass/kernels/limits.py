@@ -1,0 +1,31 @@
+"""Sizes that kernels work in, for those who must plan memory. No torch."""
+
+from windlass.units import MIB
+
+TILE_BYTES = 8 * MIB  # of widened weights; measured flat between 4 and 16 MiB
+PROBE_BYTES = 8 * MIB  # of the rows and results with which a shape's row counts are compared
+TILE_ROWS = 32  # prompt rows that attention takes together
+BLOCK_PAGES = 2  # pages of keys that it takes at once
+ATTENTION_ELEMENTS = 4 << 20  # fp32; what the tiles of one attention step may take
+
+
+def attention_tile_elements(
+    num_heads: int, num_kv_heads: int, widths: tuple[int, int], *, rows: int, page_tokens: int
+) -> int:
+    """fp32 elements that live at once per tile of `rows` rows: query, scores twice, output three
+    times, and the gathered keys and values with the copies made on the way. `widths`: of keys and
+    of values."""
+    key_width, value_width = widths
+    block = BLOCK_PAGES * page_tokens
+    query_rows = num_heads * rows * (2 * block + 2 * key_width + 3 * value_width)
+    return query_rows + 2 * num_kv_heads * block * (key_width + value_width)
+
+
+def attention_scratch_bytes(
+    num_heads: int, num_kv_heads: int, widths: tuple[int, int], page_tokens: int
+) -> int:
+    """Upper bound of what one attention call allocates beside rows and result."""
+    tile = attention_tile_elements(
+        num_heads, num_kv_heads, widths, rows=TILE_ROWS, page_tokens=page_tokens
+    )
+    return 4 * max(ATTENTION_ELEMENTS, tile)
