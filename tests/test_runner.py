@@ -313,6 +313,18 @@ def test_an_empty_file_is_a_finished_job(tmp_path: Path) -> None:
     assert not (tmp_path / "out.journal").exists()
 
 
+def test_an_input_that_became_empty_keeps_the_results_for_when_it_comes_back(
+    tmp_path: Path,
+) -> None:
+    run(options(tmp_path, request("a"), request("b")))
+    engine = FakeEngine()
+    summary = run(options(tmp_path, "", ""), engine)
+    assert summary.is_complete and summary.rows == 0
+    assert (tmp_path / "out").read_bytes() == b""
+    assert run(options(tmp_path, request("a"), request("b")), engine).rows_before == 2
+    assert engine.added == [] and len(results(tmp_path / "out")) == 2
+
+
 def test_failures_are_retried_then_reported_then_run_again_on_a_resume(tmp_path: Path) -> None:
     rows = [request(name, COMPLETIONS, prompt=f"{name}") for name in ("good", "once", "never")]
     engine = FakeEngine(fail_prompts={"once": 1, "never": 99})

@@ -25,7 +25,7 @@ class Ledger:
         self._codes = np.zeros(len(job), np.uint8)
         self._offsets = np.zeros(len(job), np.uint64)
         self._lengths = np.zeros(len(job), np.uint32)
-        if journal.size_bytes:
+        if journal.size_bytes and len(job):  # else nothing can match
             self._match(job)
         if retry_failed:
             self._codes[self._codes == _CODES[State.FAILED]] = 0
