@@ -248,6 +248,13 @@ def test_exit_codes_summary_and_json(folder: Path) -> None:
     assert json.loads(failed.stdout.splitlines()[-1])["status"] == "failed"
 
 
+def test_a_trace_never_lands_on_a_file_of_the_job(folder: Path) -> None:
+    before = (folder / "in.jsonl").read_bytes()
+    result = run(batch("--trace", "./in.jsonl"), folder)
+    assert (result.returncode, "trace: got 'in.jsonl'" in result.stderr) == (2, True)
+    assert (folder / "in.jsonl").read_bytes() == before
+
+
 def test_duplicates_are_refused_before_anything_is_loaded(folder: Path) -> None:
     with (folder / "in.jsonl").open("a") as file:
         file.write((folder / "in.jsonl").read_text().splitlines()[0])

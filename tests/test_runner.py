@@ -287,13 +287,18 @@ def test_outputs_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
         {"error_file": Path("out.journal")},
         {"output_file": Path("nowhere/out")},
         {"output_file": Path(".")},
+        {"trace_file": Path("in")},
+        {"trace_file": Path("out")},
+        {"trace_file": Path("out.tmp")},
+        {"error_file": Path("out.tmp")},
+        {"error_file": Path("out.manifest.json.tmp")},
     ],
 )
 def test_impossible_files(tmp_path: Path, changes: dict[str, Path]) -> None:
     placed = {name: tmp_path / path for name, path in changes.items()}
-    with pytest.raises(UsageError, match="file|journal"):
+    with pytest.raises(UsageError, match="file|journal|trace|manifest"):
         run(options(tmp_path, request("a"), **placed))
-    assert (tmp_path / "in").read_text() != ""
+    assert json.loads((tmp_path / "in").read_text()) == request("a")
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 

@@ -2,6 +2,9 @@
 
 import json
 
+import pytest
+
+from windlass.errors import UsageError
 from windlass.trace import Tracer
 
 
@@ -35,3 +38,9 @@ def test_without_a_path_nothing_happens():
     with tracer.span("x"):
         tracer.counter("y", z=1)
     tracer.close()
+
+
+def test_a_file_that_cannot_be_made_is_the_users_error(tmp_path):
+    for path in (tmp_path / "nowhere" / "trace.json", tmp_path):
+        with pytest.raises(UsageError, match="trace: got"):
+            Tracer(path)

@@ -9,15 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from windlass.errors import UsageError
+
 
 class Tracer:
     """Writes spans per lane (one row in Perfetto) to `path` as they come, in the JSON array form,
     which is valid without its end: a killed run leaves a readable trace. Memory stays bounded.
-    Thread-safe; does nothing without a path.
+    Thread-safe; does nothing without a path. Raises UsageError if the file cannot be made.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self._file: TextIO | None = None if path is None else path.open("w", encoding="utf-8")
+        self._file: TextIO | None = None if path is None else _open(path)
         self._lanes: dict[str, int] = {}
         self._lock = threading.Lock()
         self._start = time.perf_counter()
@@ -79,3 +81,10 @@ class Tracer:
         assert self._file is not None, "only called with an open file"
         separator = "\n" if self._file.tell() == 1 else ",\n"
         self._file.write(separator + json.dumps(event))
+
+
+def _open(path: Path) -> TextIO:
+    try:
+        return path.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"trace: got {str(path)!r}: {error.strerror}") from error

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from windlass.batch.jobfile import JobFile
 from windlass.batch.journal import Journal, State, write_error
 from windlass.batch.ledger import Ledger
-from windlass.batch.manifest import Manifest, refuse_difference, sync_folder
+from windlass.batch.manifest import Manifest, refuse_difference, sync_folder, temporary_file
 from windlass.batch.progress import Progress, Snapshot
 from windlass.batch.runner import BatchRunner, JobEngine, RunSettings
 from windlass.engine.stats import EngineStats
@@ -33,6 +33,7 @@ class JobOptions:
     recorded: Mapping[str, Any]
     max_model_len: int | None  # None: what fits, then the same on every resume
     created: int
+    trace_file: Path | None = None  # the engine writes it; known here to keep files apart
     overwrite: bool = False
     strict: bool = False
     retry_failed: bool = True
@@ -108,9 +109,13 @@ def _check_paths(options: JobOptions) -> None:
         "input file": options.input_file,
         "output file": options.output_file,
         "error file": options.error_file,
+        "trace": options.trace_file,
         "journal": options.journal_file,
         "manifest": options.manifest_file,
     }
+    for what in ("output file", "error file", "manifest"):
+        path = named[what]
+        named[f"temporary {what}"] = None if path is None else temporary_file(path)
     seen: dict[Path, str] = {}
     for what, path in named.items():
         if path is None:
@@ -238,7 +243,7 @@ def _write_output(options: JobOptions, ledger: Ledger) -> None:
     targets = [options.output_file]
     if options.error_file is not None:
         targets.append(options.error_file)
-    temporary = [target.with_name(target.name + ".tmp") for target in targets]
+    temporary = [temporary_file(target) for target in targets]
     try:
         with ExitStack() as stack:
             files: list[BinaryIO] = [stack.enter_context(path.open("wb")) for path in temporary]

@@ -74,7 +74,7 @@ def refuse_difference(stored: Mapping[str, Any], now: Mapping[str, Any], *, outp
 
 def replace_file(path: Path, data: bytes) -> None:
     """Writes `data` durably; `path` is the old or the new file at any moment. Raises OSError."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = temporary_file(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -85,6 +85,11 @@ def replace_file(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def temporary_file(path: Path) -> Path:
+    """Where the new content of `path` grows until it is whole."""
+    return path.with_name(path.name + ".tmp")
 
 
 def sync_folder(folder: Path) -> None:

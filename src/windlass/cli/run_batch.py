@@ -134,6 +134,7 @@ def _job_options(values: Mapping[str, Any], engine: EngineOptions) -> "JobOption
         recorded={**recorded, "version": __version__},
         max_model_len=engine.max_model_len,
         created=_now(),
+        trace_file=values["trace"],
         overwrite=values["overwrite"],
         strict=values["strict"],
         retry_failed=not values["no_retry_failed"],
