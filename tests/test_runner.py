@@ -17,7 +17,7 @@ from windlass.batch.progress import LineProgress, Meter, Snapshot, TerminalProgr
 from windlass.batch.runner import result_line
 from windlass.engine.outputs import CompletionOutput, RequestOutput
 from windlass.engine.sequence import Request, StepResult
-from windlass.errors import JobError, UsageError
+from windlass.errors import BudgetError, JobError, UsageError
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -309,6 +309,25 @@ def test_a_model_that_does_not_load_leaves_nothing_behind(tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="no such model"):
         run_job(options(tmp_path, request("a")), fail, progress=Log(), is_stopping=lambda: False)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_overwriting_ends_the_old_job_only_once_the_model_is_loaded(tmp_path: Path) -> None:
+    lines = [request(f"r{i}") for i in range(20)]
+    job = options(tmp_path, *lines)
+    done = run(job, stop_after=5).ok
+    before = (tmp_path / "out.journal").read_bytes()
+
+    def fail(_: int | None) -> FakeEngine:
+        raise BudgetError("too little memory")
+
+    other = replace(job, identity={"seed": 3}, overwrite=True)
+    with pytest.raises(BudgetError):
+        run_job(other, fail, progress=Log(), is_stopping=lambda: False)
+    assert (tmp_path / "out.journal").read_bytes() == before
+    assert run(job, stop_after=0).rows_before == done > 0
+    summary = run(other)
+    assert (summary.rows_before, summary.ok) == (0, 20)
+    assert len(results(tmp_path / "out.journal")) == 20
 
 
 def test_an_empty_file_is_a_finished_job(tmp_path: Path) -> None:

@@ -84,7 +84,9 @@ def run_job(
         # an attempt that brought nothing leaves nothing behind
         stack.callback(journal.remove_if_empty)
         stored = _stored_manifest(options, journal)
-        ledger = Ledger(job, journal, retry_failed=options.retry_failed)
+        ledger = Ledger(
+            job, journal, retry_failed=options.retry_failed, forget_all=options.overwrite
+        )
         _greet(options, ledger, journal, progress)
         load_s = run_s = 0.0
         stats = None
@@ -92,7 +94,7 @@ def run_job(
             begin = time.monotonic()
             engine = stack.enter_context(closing(open_engine(_context_length(options, stored))))
             load_s = time.monotonic() - begin
-            manifest = _settle_manifest(options, engine, stored)
+            manifest = _settle_manifest(options, engine, stored, journal)
             begin = time.monotonic()
             _run_rows(job, ledger, engine, options, manifest, progress, is_stopping)
             run_s = time.monotonic() - begin
@@ -136,7 +138,6 @@ def _check_paths(options: JobOptions) -> None:
 def _stored_manifest(options: JobOptions, journal: Journal) -> Manifest | None:
     """The manifest of the job that is to be resumed, None to start anew."""
     if options.overwrite:
-        journal.clear()
         return None
     if journal.size_bytes == 0:
         output = options.output_file
@@ -167,12 +168,16 @@ def _context_length(options: JobOptions, stored: Manifest | None) -> int | None:
     return length
 
 
-def _settle_manifest(options: JobOptions, engine: JobEngine, stored: Manifest | None) -> Manifest:
-    """Compares the loaded engine with the job's, or begins the job with it."""
+def _settle_manifest(
+    options: JobOptions, engine: JobEngine, stored: Manifest | None, journal: Journal
+) -> Manifest:
+    """Compares the loaded engine with the job's, or begins the job with it. Only here, where rows
+    can run, does the job that is to be overwritten end."""
     own = {**engine.fingerprint, "max_model_len": engine.max_model_len}
     if stored is not None:
         refuse_difference(stored.engine, own, output=options.output_file)
         return stored
+    journal.clear()
     manifest = Manifest(options.created, options.identity, own, options.recorded)
     try:
         manifest.write(options.manifest_file)

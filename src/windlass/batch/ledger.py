@@ -18,14 +18,17 @@ _DIGEST = np.dtype(f"S{DIGEST_BYTES}")
 
 class Ledger:
     """Results of the rows of `job`, as far as `journal` has them. Records of rows that are no
-    longer in the file are left alone. Failed rows count as open if `retry_failed`."""
+    longer in the file are left alone. Failed rows count as open if `retry_failed`, all rows if
+    `forget_all`: the journal is then to be cleared before a row is added."""
 
-    def __init__(self, job: JobFile, journal: Journal, *, retry_failed: bool) -> None:
+    def __init__(
+        self, job: JobFile, journal: Journal, *, retry_failed: bool, forget_all: bool = False
+    ) -> None:
         self._journal = journal
         self._codes = np.zeros(len(job), np.uint8)
         self._offsets = np.zeros(len(job), np.uint64)
         self._lengths = np.zeros(len(job), np.uint32)
-        if journal.size_bytes and len(job):  # else nothing can match
+        if journal.size_bytes and len(job) and not forget_all:  # else nothing can match
             self._match(job)
         if retry_failed:
             self._codes[self._codes == _CODES[State.FAILED]] = 0
