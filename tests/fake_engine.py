@@ -1,8 +1,8 @@
 """An engine without a model: text is a function of the prompt, the parameters and the seed alone.
 
 As a script it is `windlass` with this engine: `python tests/fake_engine.py run-batch -i ...`.
-FAKE_STEP_S: seconds per step; FAKE_LOG: a file that gets one byte per generated token;
-FAKE_CAPACITY: sequences; FAKE_FINGERPRINT: what `fingerprint` says of the checkpoint.
+FAKE_OPEN_S: seconds that opening takes; FAKE_STEP_S: seconds per step; FAKE_LOG: a file that gets
+one byte per generated token; FAKE_CAPACITY: sequences; FAKE_FINGERPRINT: what `fingerprint` says of the checkpoint.
 """
 
 import os
@@ -223,6 +223,7 @@ def _fake_logprobs(tokens: Sequence[int], top: int | None) -> tuple[dict[int, Lo
 
 def open_fake(options: object) -> FakeEngine:
     """What `windlass.build.open_engine` is in the script."""
+    time.sleep(float(os.environ.get("FAKE_OPEN_S", "0")))
     return FakeEngine(
         capacity=int(os.environ.get("FAKE_CAPACITY", "4")),
         step_s=float(os.environ.get("FAKE_STEP_S", "0")),

@@ -170,10 +170,31 @@ def test_two_signals_end_at_once(folder: Path) -> None:
     begin = time.monotonic()
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     assert time.monotonic() - begin < 10
+    assert "finishing the pass under way" in err
+    assert err.endswith("Go on with:\n  windlass run-batch -i in.jsonl -o out.jsonl -m model\n")
     assert run(batch(), folder).returncode == 3
+
+
+def test_a_signal_while_loading_says_what_is_true_and_overwrites_nothing(folder: Path) -> None:
+    process = start(batch(), folder, FAKE_STEP_S="0.05")
+    wait_for_records(folder, 3)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    before = (folder / "out.jsonl.journal").read_bytes()
+    for more, again in (((), ""), (("--overwrite",), " --overwrite")):
+        process = start(batch(*more), folder, FAKE_OPEN_S="30")
+        assert process.stderr is not None
+        while "loading" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 130
+        assert "interrupted before this run computed a row; results of earlier runs are safe" in err
+        assert err.endswith(f"windlass run-batch -i in.jsonl -o out.jsonl -m model{again}\n")
+        assert (folder / "out.jsonl.journal").read_bytes() == before
 
 
 def test_a_full_disk_is_reported_and_the_job_goes_on_later(folder: Path) -> None:

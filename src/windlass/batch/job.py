@@ -63,8 +63,12 @@ class Summary:
     stats: EngineStats | None
 
     @property
+    def num_done(self) -> int:
+        return self.ok + self.refused + self.failed
+
+    @property
     def is_complete(self) -> bool:
-        return self.ok + self.refused + self.failed == self.rows
+        return self.num_done == self.rows
 
 
 def run_job(

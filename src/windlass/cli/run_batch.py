@@ -62,23 +62,30 @@ FLAGS = (
 
 
 def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
-    command = _resume_command(arguments)
     try:
-        return _run(values, command)
+        return _run(values, arguments)
     except WindlassError as error:
         if values["json"]:
             _print_json({"status": "failed", "error": str(error)})
         raise
     except KeyboardInterrupt:
-        print(f"\ninterrupted before any row ran; go on with:\n  {command}", file=sys.stderr)
+        # nothing was overwritten either: the very same command
+        command = _resume_command(arguments, has_begun=False)
+        print(
+            "\ninterrupted before this run computed a row; results of earlier runs are safe. "
+            f"Go on with:\n  {command}",
+            file=sys.stderr,
+        )
         return EXIT_INTERRUPTED
 
 
-def _run(values: Mapping[str, Any], command: str) -> int:
+def _run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     from windlass.batch.job import run_job
     from windlass.batch.progress import open_progress
 
-    with StopSignals() as signals:
+    command = _resume_command(arguments, has_begun=True)
+    farewell = f"stopped at once; finished rows are safe. Go on with:\n  {command}"
+    with StopSignals(farewell) as signals:
         engine = engine_options(values)
         options = _job_options(values, engine)
         plan: dict[str, Any] = {}  # stays empty where the job was already done
@@ -104,6 +111,7 @@ def _run(values: Mapping[str, Any], command: str) -> int:
         document = _summary_json(summary, options, values)
         _print_json({**document, "plan": plan} if plan else document)
     if not summary.is_complete:
+        command = _resume_command(arguments, has_begun=summary.num_done > 0)
         print(f"interrupted; finished rows are safe. Go on with:\n  {command}", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_ROWS_FAILED if summary.refused + summary.failed else 0
@@ -152,8 +160,9 @@ def _now() -> int:
     return int(given)
 
 
-def _resume_command(arguments: Sequence[str]) -> str:
-    kept = [argument for argument in arguments if argument != "--overwrite"]
+def _resume_command(arguments: Sequence[str], *, has_begun: bool) -> str:
+    """What goes on with the job. One without a row still has to overwrite what is there."""
+    kept = [argument for argument in arguments if argument != "--overwrite" or not has_begun]
     return shlex.join(["windlass", "run-batch", *kept])
 
 

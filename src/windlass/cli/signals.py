@@ -10,9 +10,11 @@ EXIT_INTERRUPTED = 130
 
 class StopSignals:
     """While entered, handles both signals. Until `defer` a signal raises KeyboardInterrupt at once:
-    there is nothing yet that could be lost."""
+    there is nothing yet that could be lost. `farewell`: what to say when the second one ends the
+    process."""
 
-    def __init__(self) -> None:
+    def __init__(self, farewell: str) -> None:
+        self._farewell = os.fsencode(f"\n{farewell}\n")
         self._is_deferred = False
         self._is_stopping = False
         self._before: dict[int, object] = {}
@@ -40,10 +42,12 @@ class StopSignals:
             raise KeyboardInterrupt
         if self._is_stopping:
             # results are written as they finish: leaving at once loses none
+            _say(self._farewell)
             os._exit(EXIT_INTERRUPTED)
         self._is_stopping = True
-        # os.write: print() is not safe inside a handler
-        os.write(
-            sys.stderr.fileno(),
-            b"\nstopping after the pass under way; once more stops at once\n",
-        )
+        _say(b"\nfinishing the pass under way, then stopping; once more stops at once\n")
+
+
+def _say(text: bytes) -> None:
+    # print() is not safe inside a handler
+    os.write(sys.stderr.fileno(), text)
