@@ -1,6 +1,7 @@
 """The composition root: from options to a running engine. The only place that sees all layers."""
 
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -78,20 +79,34 @@ class _Model:
 def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engine:
     """Everything between options and the first step; nothing is read but headers and tokenizer.
 
-    `device`: where weights go; the host if None. The engine closes it.
+    `device`: where weights go; the host if None. The engine closes it; so does a failure here.
     """
     return_freed_memory()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    tracer = Tracer(options.trace)
-    model = _read_model(options)
+    with ExitStack() as opened:
+        if device is not None:
+            opened.callback(device.close)
+        tracer = Tracer(options.trace)
+        opened.callback(tracer.close)
+        kernels = TorchKernels()
+        kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
+        model = _read_model(options, opened)
+        setup = _setup(options, model)
+        if device is None:
+            device = CpuDevice(setup.plan.read_threads, tracer=tracer)
+            opened.callback(device.close)
+        engine = _assemble(setup, model, kernels, device, tracer, opened)
+    return engine
+
+
+def _setup(options: EngineOptions, model: _Model) -> EngineSetup:
+    """The plan and all that requests need."""
     tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
     tokenizer = load_tokenizer(tokenizer_folder)
-    kernels = TorchKernels()
-    kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
     wanted = _wanted(options, model)
     plan = make_plan(model.spec, _sizes(model), options.host_memory or _default_budget(), wanted)
-    setup = EngineSetup(
+    return EngineSetup(
         plan=plan,
         tokenizer=tokenizer,
         default_params=_default_params(model.folder, options),
@@ -101,13 +116,18 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
         fingerprint=_fingerprint(model, tokenizer, options),
         peak_rss=peak_resident_bytes,
     )
-    device = device or CpuDevice(plan.read_threads, tracer=tracer)
-    return _assemble(setup, model, kernels, device, tracer)
 
 
 def _assemble(
-    setup: EngineSetup, model: _Model, kernels: Kernels, device: Device, tracer: Tracer
+    setup: EngineSetup,
+    model: _Model,
+    kernels: Kernels,
+    device: Device,
+    tracer: Tracer,
+    opened: ExitStack,
 ) -> Engine:
+    """The engine, which takes over what `opened` holds. Nothing made here may hold the engine: one
+    that is dropped must end by itself."""
     plan, spec = setup.plan, model.spec
     shape = pass_shape(spec, model.layout)
     forecast = PassForecast(_usage_forecast(spec))
@@ -115,6 +135,7 @@ def _assemble(
     weights = WeightStore(
         model.layout, model.source, device, _slots(plan), policy=policy, tracer=tracer
     )
+    opened.callback(weights.close)
     kv = KvStore(
         cache_shapes(spec),
         dtype=_cache_dtype(model),
@@ -146,13 +167,8 @@ def _assemble(
         logits: torch.Tensor = run_pass(runtime, shape, batch)
         return logits
 
-    def close() -> None:
-        weights.close()
-        device.close()
-        model.source.close()
-        tracer.close()
-
-    return Engine(setup, run, weights, admission, tracer=tracer, on_close=close)
+    on_close = opened.pop_all().close
+    return Engine(setup, run, weights, admission, tracer=tracer, on_close=on_close)
 
 
 def pass_shape(spec: ModelSpec, layout: Layout) -> PassShape:
@@ -181,7 +197,7 @@ def _usage_forecast(spec: ModelSpec) -> UsageForecast:
     return UsageForecast([f.num_experts if isinstance(f, Moe) else 0 for f in networks], top_k)
 
 
-def _read_model(options: EngineOptions) -> _Model:
+def _read_model(options: EngineOptions, opened: ExitStack) -> _Model:
     folder = resolve_model(options.model)
     config = read_config(folder)
     spec, names = read_spec(config)
@@ -190,6 +206,7 @@ def _read_model(options: EngineOptions) -> _Model:
         source = random_source(config, seed=options.seed)
     else:
         source = Checkpoint(folder, mode=options.load_mode)
+    opened.callback(source.close)
     return _Model(folder, config, spec, build_layout(spec, names, source.tensors), source)
 
 

@@ -3,7 +3,9 @@
 Knows no files and no HTTP. Fronts add requests and call `step`; results come back as they end.
 """
 
+import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -37,7 +39,7 @@ class _Open:
     left: int
     arrival: float
     first_token: float | None = None
-    error: str | None = None
+    failure: RequestError | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,8 @@ class Engine:
         tracer: Tracer,
         on_close: Callable[[], None],
     ) -> None:
+        """`on_close` must be idempotent and must not hold the engine: it also ends what an engine
+        that was dropped without `close` has left."""
         self.plan = setup.plan
         self.tokenizer = setup.tokenizer
         self.max_model_len = setup.max_model_len
@@ -78,6 +82,8 @@ class Engine:
         self._admission = admission
         self._tracer = tracer
         self._on_close = on_close
+        self._dropped = weakref.finalize(self, _close_aside, on_close)
+        self._dropped.atexit = False  # files and daemon threads end with the process
         self._open: dict[str, _Open] = {}
         self._passes = self._prompt_tokens = self._generated_tokens = 0
         self._pass_s = 0.0
@@ -183,7 +189,7 @@ class Engine:
                 deltas.append(choice.advance(logits_RV[taken], self.tokenizer))
                 self._generated_tokens += 1
             except RequestError as error:  # this request alone fails: constraints left no token
-                choice.finish_reason, entry.error = "error", str(error)
+                choice.finish_reason, entry.failure = "error", error
             taken += 1
             entry.first_token = entry.first_token or time.monotonic()
             if choice.finish_reason is not None:
@@ -207,7 +213,8 @@ class Engine:
                 first_token_time=entry.first_token,
                 finished_time=time.monotonic(),
             ),
-            error=entry.error,
+            error=str(entry.failure) if entry.failure else None,
+            error_code=entry.failure.code if entry.failure else None,
         )
 
     # --- state ------------------------------------------------------------------------------------
@@ -236,6 +243,7 @@ class Engine:
 
     def close(self) -> None:
         """Ends the reader threads, writes the trace. Idempotent."""
+        self._dropped.detach()
         self._on_close()
 
     def __enter__(self) -> "Engine":
@@ -243,3 +251,9 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _close_aside(close: Callable[[], None]) -> None:
+    """Closes in a thread of its own: the collector may run in a reader thread, for which `close`
+    waits."""
+    threading.Thread(target=close, name="close", daemon=True).start()
