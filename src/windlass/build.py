@@ -16,6 +16,7 @@ from windlass.device.base import Device
 from windlass.device.cpu import CpuDevice
 from windlass.device.host import (
     available_bytes,
+    memory_limits,
     peak_resident_bytes,
     resident_bytes,
     return_freed_memory,
@@ -58,10 +59,12 @@ from windlass.spec.names import Layout, TensorInfo
 from windlass.spec.registry import read_spec
 from windlass.synth import random_source
 from windlass.trace import Tracer
-from windlass.units import parse_bytes
+from windlass.units import MIB, parse_bytes
 from windlass.version import VERSION
 
 _DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
+# Left free below the limit of a memory cgroup: page tables and buffers of the kernel count too
+_LIMIT_MARGIN = 32 * MIB
 _SAMPLE_BYTES = 1 << 16  # of each weight file, at three places, for the fingerprint
 
 
@@ -105,7 +108,7 @@ def _setup(options: EngineOptions, model: _Model) -> EngineSetup:
     tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
     tokenizer = load_tokenizer(tokenizer_folder)
     wanted = _wanted(options, model)
-    plan = make_plan(model.spec, _sizes(model), options.host_memory or _default_budget(), wanted)
+    plan = make_plan(model.spec, _sizes(model), options.host_memory or default_budget(), wanted)
     return EngineSetup(
         plan=plan,
         tokenizer=tokenizer,
@@ -273,8 +276,10 @@ def _slots(plan: Plan) -> dict[Part, int]:
     }
 
 
-def _default_budget() -> int:
-    return resident_bytes() + int(_DEFAULT_SHARE * available_bytes())
+def default_budget() -> int:
+    """Memory for the whole process where the user names none: below every limit on it."""
+    budget = resident_bytes() + int(_DEFAULT_SHARE * available_bytes())
+    return min([budget, *(group.limit - _LIMIT_MARGIN for group in memory_limits())])
 
 
 def _default_params(folder: Path, options: EngineOptions) -> SamplingParams:
