@@ -2,7 +2,8 @@
 
 As a script it is `windlass` with this engine: `python tests/fake_engine.py run-batch -i ...`.
 FAKE_OPEN_S: seconds that opening takes; FAKE_STEP_S: seconds per step; FAKE_LOG: a file that gets
-one byte per generated token; FAKE_CAPACITY: sequences; FAKE_FINGERPRINT: what `fingerprint` says of the checkpoint.
+one byte per generated token; FAKE_CAPACITY: sequences; FAKE_FINGERPRINT: what `fingerprint` says
+of the checkpoint.
 """
 
 import os
@@ -75,7 +76,8 @@ class FakePlan:
 
 
 class FakeEngine:
-    """`fail_prompts`: prompts (text) whose results are errors, by how many times that happens."""
+    """`fail_prompts`: prompts (text) whose results are errors, by how many times that happens;
+    `error_code`: of these errors."""
 
     def __init__(
         self,
@@ -85,6 +87,7 @@ class FakeEngine:
         step_s: float = 0.0,
         log: str | None = None,
         fail_prompts: dict[str, int] | None = None,
+        error_code: str | None = None,
         fingerprint: str = "fake",
     ) -> None:
         self.tokenizer = FakeTokenizer()
@@ -97,6 +100,7 @@ class FakeEngine:
         self.is_closed = False
         self.added: list[Request] = []
         self.aborted: list[str] = []
+        self.error_code = error_code
         self.fail_prompts = fail_prompts or {}
         self._step_s = step_s
         self._log = open(log, "ab", buffering=0) if log else None
@@ -127,7 +131,7 @@ class FakeEngine:
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
-        del self._running[request_id]
+        self._running.pop(request_id, None)  # it may just have ended, as in the real one
 
     def step(self) -> StepResult:
         time.sleep(self._step_s)
@@ -155,7 +159,8 @@ class FakeEngine:
         prompt = self.tokenizer.decode(request.prompt_token_ids)
         if self.fail_prompts.get(prompt, 0) > 0:
             self.fail_prompts[prompt] -= 1
-            return RequestOutput.failed(request.request_id, "a fault on purpose")
+            failed = RequestOutput.failed(request.request_id, "a fault on purpose")
+            return replace(failed, error_code=self.error_code)
         outputs = tuple(
             CompletionOutput(
                 index=i,

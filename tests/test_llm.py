@@ -11,6 +11,7 @@ import torch
 from engines import make_model
 from fake_engine import BOS, FakeEngine, FakeTokenizer
 from windlass.engine.outputs import RequestOutput
+from windlass.engine.sampling import NOT_FINITE
 from windlass.engine.sequence import Request
 from windlass.errors import RequestError, UsageError
 from windlass.llm import LLM
@@ -290,3 +291,16 @@ def test_a_seeded_request_gives_the_same_text_in_any_batch(tmp_path: Path) -> No
     assert one.cumulative_logprob == pytest.approx(
         sum(step[t].logprob for t, step in zip(one.token_ids, one.logprobs or (), strict=True))
     )
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_logits_that_are_not_finite_fail_their_row_with_a_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("mixtral", tmp_path)
+    sizes: dict[str, Any] = {"host_memory": "4GiB", "max_model_len": 64, "threads": 1}
+    with LLM(str(tmp_path), max_num_seqs=2, max_num_batched_tokens=66, **sizes) as llm:
+        run_pass = llm._engine._run_pass
+        monkeypatch.setattr(llm._engine, "_run_pass", lambda batch: run_pass(batch) * float("nan"))
+        (result,) = llm.generate(["w5 w6"], SHORT, on_error="return")
+    assert (result.error_code, "not finite" in str(result.error)) == (NOT_FINITE, True)

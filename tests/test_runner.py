@@ -16,6 +16,7 @@ from windlass.batch.job import JobOptions, Summary, run_job
 from windlass.batch.progress import LineProgress, Meter, Snapshot, TerminalProgress, open_progress
 from windlass.batch.runner import result_line
 from windlass.engine.outputs import CompletionOutput, RequestOutput
+from windlass.engine.sampling import NOT_FINITE, NOTHING_ALLOWED
 from windlass.engine.sequence import Request, StepResult
 from windlass.errors import BudgetError, JobError, UsageError
 
@@ -367,6 +368,20 @@ def test_failures_are_retried_then_reported_then_run_again_on_a_resume(tmp_path:
     retried = FakeEngine()
     assert run(job, retried).ok == 3
     assert [each.seed_key for each in retried.added] == ["never"]
+
+
+def test_what_would_fail_again_is_not_tried_again(tmp_path: Path) -> None:
+    rows = [request("good"), request("bad", COMPLETIONS, prompt=["bad", "also"], max_tokens=3)]
+    for code, state in ((NOTHING_ALLOWED, "refused"), (NOT_FINITE, "failed")):
+        engine = FakeEngine(fail_prompts={"bad": 9}, error_code=code)
+        summary = run(options(tmp_path, *rows, overwrite=True), engine)
+        assert (summary.ok, getattr(summary, state)) == (1, 1)
+        assert [each.seed_key for each in engine.added] == ["good", "bad", "bad#1"]
+        got = results(tmp_path / "out")[1]
+        error = got["error"] or got["response"]["body"]["error"]
+        assert (error["code"], error["message"]) == (code, "a fault on purpose")
+        if state == "refused":
+            assert got["response"]["status_code"] == 400
 
 
 def test_a_failing_prompt_takes_its_row_along(tmp_path: Path) -> None:

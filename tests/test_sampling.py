@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from windlass.engine.sampling import (
+    NOT_FINITE,
+    NOTHING_ALLOWED,
     Sampled,
     Sampler,
     choice_seed,
@@ -249,9 +251,22 @@ def test_bad_requests_fail_alone_and_say_why() -> None:
         (name,) = params
         with pytest.raises(RequestError, match=f"{name}: got token id 4, allowed below 4"):
             sampler(4, **params)
-    only_eos = sampler(4, min_tokens=1, allowed_token_ids=[2], eos=(2,))
-    with pytest.raises(RequestError, match="leave no token"):
-        only_eos.sample(torch.zeros(4))
+    impossible = sampler(4, allowed_token_ids=[2])
+    with pytest.raises(RequestError, match="leave no token") as caught:
+        impossible.sample(torch.tensor([1.0, 1.0, -math.inf, 1.0]))
+    assert caught.value.code == NOTHING_ALLOWED
     for bad in (math.nan, math.inf):
-        with pytest.raises(RequestError, match="not finite"):
+        with pytest.raises(RequestError, match="not finite") as caught:
             sampler(4).sample(torch.tensor([0.0, bad, 1.0, 2.0]))
+        assert caught.value.code == NOT_FINITE
+
+
+def test_constraints_that_leave_no_token_are_refused_before_any_pass() -> None:
+    stops: dict[str, Any] = {"eos": (2, 99), "stop_token_ids": [1]}
+    with pytest.raises(
+        RequestError, match="only ids that end the text, and min_tokens 3"
+    ) as caught:
+        sampler(4, min_tokens=3, allowed_token_ids=[2, 1], **stops)
+    assert caught.value.param == "allowed_token_ids"
+    sampler(4, min_tokens=0, allowed_token_ids=[2, 1], **stops)
+    sampler(4, min_tokens=3, allowed_token_ids=[2, 3], **stops)

@@ -11,6 +11,7 @@ from windlass.batch.jobfile import Row
 from windlass.batch.journal import State
 from windlass.batch.ledger import Ledger
 from windlass.engine.outputs import RequestOutput
+from windlass.engine.sampling import NOT_FINITE
 from windlass.engine.sequence import Request, StepResult
 from windlass.engine.stats import EngineStats
 from windlass.errors import RequestError
@@ -149,7 +150,9 @@ class BatchRunner:
             return  # of a row that was aborted in this very pass
         flight, number = self._land(output.request_id)
         flight.outputs[number] = output
-        if output.error is not None or any(
+        if output.error is not None and output.error_code is not None:
+            self._give_up(flight, output.error, output.error_code)
+        elif output.error is not None or any(
             choice.finish_reason not in ("stop", "length") for choice in output.outputs
         ):
             self._retry(flight, output.error or "the engine gave it up")
@@ -164,11 +167,24 @@ class BatchRunner:
         self._num_sequences -= flight.api.prompts[number].params.n
         return flight, number
 
-    def _retry(self, flight: _Flight, reason: str) -> None:
+    def _give_up(self, flight: _Flight, reason: str, code: str) -> None:
+        """For what would come out the same again: the request's fault, or else the model's."""
+        self._ground(flight)
+        if code == NOT_FINITE:
+            self._store_error(flight.row, State.FAILED, code, reason)
+            return
+        status, body = error_response(RequestError(reason, code=code))
+        self._store_response(flight.row, State.REFUSED, status, body)
+
+    def _ground(self, flight: _Flight) -> None:
+        """Takes back what the row still has in the engine."""
         for request in flight.requests():
             if request.request_id in self._flying:
                 self._engine.abort(request.request_id)
                 self._land(request.request_id)
+
+    def _retry(self, flight: _Flight, reason: str) -> None:
+        self._ground(flight)
         flight.attempt += 1
         flight.outputs.clear()
         if flight.attempt <= self._settings.max_retries:

@@ -42,7 +42,8 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
-    """The result of one prompt. `error` says why, where every choice's finish_reason is `error`."""
+    """The result of one prompt. `error` says why, where a choice's finish_reason is `error`;
+    `error_code` (one of `engine.sampling`'s) is set where trying again would bring the same."""
 
     request_id: str
     prompt: str | None
@@ -53,6 +54,7 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    error_code: str | None = None
 
     @classmethod
     def failed(

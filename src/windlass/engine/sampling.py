@@ -25,6 +25,10 @@ from windlass.params import SamplingParams
 Floats = NDArray[np.floating[Any]]
 Ids = NDArray[np.int64]
 
+# Codes of errors while sampling; both come back whenever the row of logits does.
+NOTHING_ALLOWED = "no_token_allowed"  # the request's constraints leave no token
+NOT_FINITE = "logits_not_finite"  # the model's fault
+
 _DRAW_BLOCK = 512  # weights per partial sum of a draw: a row of 152k needs 300 sums, then 512
 
 
@@ -67,8 +71,9 @@ def uniform(seed: int, step: int) -> float:
 
 
 class Sampler:
-    """Draws the tokens of one sequence, in order. Raises RequestError for ids outside the
-    vocabulary, for logits that are not finite, and when the constraints leave no token."""
+    """Draws the tokens of one sequence, in order. Raises RequestError: when made, for ids outside
+    the vocabulary and constraints that contradict each other; in `sample`, with code NOT_FINITE or
+    NOTHING_ALLOWED."""
 
     def __init__(
         self,
@@ -90,6 +95,12 @@ class Sampler:
         stops = {*params.stop_token_ids, *eos_token_ids}
         self._stop_ids = np.array(sorted(t for t in stops if t < vocab_size), dtype=np.int64)
         self._allowed = self._checked("allowed_token_ids", params.allowed_token_ids or ())
+        if params.min_tokens and self._allowed.size and stops.issuperset(self._allowed.tolist()):
+            raise RequestError(
+                f"allowed_token_ids: got only ids that end the text, and min_tokens "
+                f"{params.min_tokens}, which allows none of them yet",
+                param="allowed_token_ids",
+            )
         self._bias_ids = self._checked("logit_bias", tuple(params.logit_bias))
         self._biases = np.array(list(params.logit_bias.values()), dtype=np.float32)
         self._has_penalties = (
@@ -104,12 +115,15 @@ class Sampler:
         assert raw_V.shape == (self._vocab_size,) and raw_V.dtype == np.float32, raw_V.shape
         best = int(raw_V.argmax())  # a NaN counts as the maximum
         if not np.isfinite(raw_V[best]):
-            raise RequestError("the model's logits are not finite")
+            raise RequestError("the model's logits are not finite", code=NOT_FINITE)
         own_V = self._constrained(raw_V)
         if own_V is not raw_V:
             best = int(own_V.argmax())
             if own_V[best] == -np.inf:
-                raise RequestError("allowed_token_ids and min_tokens leave no token to draw")
+                raise RequestError(
+                    "allowed_token_ids, min_tokens and logit_bias leave no token to draw",
+                    code=NOTHING_ALLOWED,
+                )
         token_id = best if self._params.is_greedy else self._draw(own_V, float(own_V[best]))
         self._record(token_id)
         if self._params.logprobs is None:
