@@ -42,9 +42,9 @@ class FakeTokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         add_generation_prompt: bool = True,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        if variables.get("raise"):
+        if variables and variables.get("raise"):
             raise RequestError("chat template: asked to", param="messages")
         text = str(tools) if tools and self.takes_tools else ""
         text += "".join(f"<{m['role']}>{m['content']}\n" for m in messages)

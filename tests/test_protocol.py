@@ -1,6 +1,7 @@
 """Bodies of the two endpoints: what is accepted, what is refused and how, what comes back."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
 from fake_engine import FakeEngine, FakeTokenizer, _fake_logprobs
+from tokenizers_for_tests import byte_level
 from windlass.engine.outputs import CompletionOutput, RequestOutput
 from windlass.engine.sequence import Request
+from windlass.engine.tokenizer import load as load_tokenizer
 from windlass.errors import RequestError
 from windlass.params import SamplingParams
 from windlass.protocol.openai import ApiRequest, Endpoint, ServedModel, parse_body
@@ -249,6 +252,14 @@ def test_tools_need_a_template_that_takes_them() -> None:
 def test_template_variables_and_generation_prompt_reach_the_template() -> None:
     ids = chat(chat_template_kwargs={"think": False}, add_generation_prompt=False).prompts[0]
     assert bytes(ids.token_ids).decode() == "<user>hello\n{'think': False}"
+
+
+def test_no_name_of_a_template_variable_is_an_internal_error(tmp_path: Path) -> None:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    model = served(tokenizer=load_tokenizer(tmp_path))
+    for name in ("self", "cls", "variables", "text", "source", "extra", "args", ""):
+        assert chat(model, chat_template_kwargs={name: 1}).num_sequences == 1
 
 
 def test_chat_body_is_openais() -> None:

@@ -111,11 +111,14 @@ def test_chat_renders_as_transformers_renders_it(
     fields = config(bos_token="<s>", eos_token="</s>", chat_template=template)
     folder = checkpoint(tmp_path, "metaspace_unigram", tokenizer_config__json=fields)
     tools = WEATHER if with_tools else None
-    options: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt, "thinking": "on"}
+    options: dict[str, Any] = {"tools": tools, "add_generation_prompt": prompt}
+    variables = {"thinking": "on"}
     ours, theirs = load(folder), reference(folder)
-    text = ours.render_chat(MESSAGES, **options)
+    text = ours.render_chat(MESSAGES, **options, variables=variables)
+    options |= variables
     assert text == theirs.apply_chat_template(MESSAGES, tokenize=False, **options)
     ids = theirs.apply_chat_template(MESSAGES, tokenize=True, return_dict=False, **options)
+    options = {"tools": tools, "add_generation_prompt": prompt, "variables": variables}
     assert ours.apply_chat_template(MESSAGES, **options) == ids
 
 
@@ -136,6 +139,19 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
     assert load(folder).render_chat(MESSAGES, WEATHER) == "with tools"
     assert load(folder).render_chat(MESSAGES) == "from the file"
+
+
+def test_variables_of_templates_may_have_any_name(tmp_path: Path) -> None:
+    plain = load(checkpoint(tmp_path))
+    names = ("self", "source", "extra", "variables", "text", "not a name")
+    variables = dict.fromkeys(names, 1)
+    template = "{{ source }}{{ extra }}{{ text }}"
+    assert plain.render_chat(MESSAGES, chat_template=template, variables=variables) == "111"
+    for name in ("raise_exception", "strftime_now"):
+        with pytest.raises(RequestError, match="chat template: .*not callable"):
+            plain.render_chat(
+                MESSAGES, chat_template="{{ " + name + "('x') }}", variables={name: 1}
+            )
 
 
 def test_chat_errors_are_the_requests(tmp_path: Path) -> None:

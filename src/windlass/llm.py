@@ -137,7 +137,6 @@ class LLM:
         `use_tqdm`, `on_error`, `on_result`, and `chat_template_kwargs`, the template's variables.
         """
         _refuse_unknown(options, ("use_tqdm", "on_error", "on_result", "chat_template_kwargs"))
-        variables = options.get("chat_template_kwargs") or {}
         tokenizer = self._engine.tokenizer
 
         def encode(conversation: Any) -> tuple[str | None, list[int]]:
@@ -146,7 +145,7 @@ class LLM:
                 tools,
                 add_generation_prompt=add_generation_prompt,
                 chat_template=chat_template,
-                **variables,
+                variables=options.get("chat_template_kwargs"),
             )
             return text, tokenizer.encode(text, add_special_tokens=False)
 

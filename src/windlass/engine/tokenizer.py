@@ -76,7 +76,7 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt as text. `chat_template`: text, or a name among the checkpoint's templates;
         `variables` reach the template. Raises RequestError, also where there is no template."""
@@ -95,7 +95,7 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """`render_chat`, encoded; the template writes BOS itself."""
         text = self.render_chat(
@@ -103,7 +103,7 @@ class Tokenizer:
             tools,
             add_generation_prompt=add_generation_prompt,
             chat_template=chat_template,
-            **variables,
+            variables=variables,
         )
         return self.encode(text, add_special_tokens=False)
 

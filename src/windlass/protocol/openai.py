@@ -55,7 +55,7 @@ class ChatTokenizer(Protocol):
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        **kwargs: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]: ...
 
 
@@ -188,19 +188,27 @@ def _max_tokens(body: Mapping[str, Any], *, is_chat: bool) -> int | None:
 
 def _chat_prompt(body: Mapping[str, Any], tokenizer: ChatTokenizer) -> list[int]:
     messages, tools = read_messages(body), read_tools(body)
-    kwargs = optional(body, "chat_template_kwargs", dict) or {}
-    refused = next((name for name in kwargs if name in _TEMPLATE_OWN), None)
+    variables = optional(body, "chat_template_kwargs", dict)
+    refused = next((name for name in variables or () if name in _TEMPLATE_OWN), None)
     if refused is not None:
         raise RequestError(
             f"chat_template_kwargs.{refused}: not a template variable",
             param="chat_template_kwargs",
         )
     generate = optional(body, "add_generation_prompt", bool)
-    kwargs = {**kwargs, "add_generation_prompt": generate is not False}
+
+    def render(tools: list[dict[str, Any]] | None) -> list[int]:
+        return tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            add_generation_prompt=generate is not False,
+            variables=variables,
+        )
+
     try:
-        ids = tokenizer.apply_chat_template(messages, tools=tools, **kwargs)
+        ids = render(tools)
         # a template that shows no tools renders the same without them
-        if tools and ids == tokenizer.apply_chat_template(messages, tools=None, **kwargs):
+        if tools and ids == render(None):
             raise RequestError(
                 "tools: this model's chat template does not take tools",
                 param="tools",
