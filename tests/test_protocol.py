@@ -15,7 +15,13 @@ from windlass.engine.sequence import Request
 from windlass.engine.tokenizer import load as load_tokenizer
 from windlass.errors import RequestError
 from windlass.params import SamplingParams
-from windlass.protocol.openai import ApiRequest, Endpoint, ServedModel, parse_body
+from windlass.protocol.openai import (
+    MAX_SEQUENCES,
+    ApiRequest,
+    Endpoint,
+    ServedModel,
+    parse_body,
+)
 from windlass.protocol.responses import error_response, response_body
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -54,7 +60,7 @@ def test_chat_renders_the_template_and_takes_the_rest_of_the_context() -> None:
     request = chat()
     assert bytes(request.prompts[0].token_ids) == b"<user>hello\n<assistant>"
     assert request.prompts[0].params.max_tokens == 100 - 23
-    assert request.num_sequences == 1
+    assert len(request.prompts) == 1
 
 
 def test_completion_defaults_to_16_tokens_but_never_more_than_fit() -> None:
@@ -194,6 +200,20 @@ def test_too_long_is_a_400_with_openais_code() -> None:
     assert chat(max_tokens=77).prompts[0].params.max_tokens == 77
 
 
+def test_the_sequences_of_one_body_are_limited() -> None:
+    assert chat(n=MAX_SEQUENCES).prompts[0].params.n == 128
+    assert len(complete(prompt=["a"] * 64, n=2).prompts) == 64
+    for call, param, text in (
+        (lambda: chat(n=129), "n", "n: got 129, allowed 128"),
+        (lambda: complete(prompt=["a"] * 65, n=2), "prompt", "n: got 2 for each of 65 prompts"),
+        (lambda: complete(prompt=[[5]] * 129), "prompt", "n: got 1 for each of 129 prompts"),
+    ):
+        with pytest.raises(RequestError, match=text) as caught:
+            call()
+        assert caught.value.param == param
+        assert error_response(caught.value)[0] == 400
+
+
 def test_model_is_any_served_name_or_absent_else_404() -> None:
     for name in ("m", "path/m", None):
         assert chat(model=name).model == "m"
@@ -259,7 +279,7 @@ def test_no_name_of_a_template_variable_is_an_internal_error(tmp_path: Path) -> 
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
     model = served(tokenizer=load_tokenizer(tmp_path))
     for name in ("self", "cls", "variables", "text", "source", "extra", "args", ""):
-        assert chat(model, chat_template_kwargs={name: 1}).num_sequences == 1
+        assert chat(model, chat_template_kwargs={name: 1}).prompts
 
 
 def test_chat_body_is_openais() -> None:

@@ -12,6 +12,7 @@ from windlass.protocol.fields import only, optional, refuse_unknown, shorten
 from windlass.protocol.messages import read_messages, read_tools
 
 MAX_LOGPROBS = 20  # OpenAI's and vLLM's limit
+MAX_SEQUENCES = 128  # prompts times n of one body: OpenAI's limit for n
 COMPLETION_MAX_TOKENS = 16  # where a completion names none; in chat: the rest of the context
 
 # Handed to SamplingParams as they are; it checks types and ranges.
@@ -85,10 +86,6 @@ class ApiRequest:
     model: str
     prompts: tuple[Prompt, ...]
 
-    @property
-    def num_sequences(self) -> int:
-        return sum(prompt.params.n for prompt in self.prompts)
-
 
 def parse_body(endpoint: Endpoint, body: Mapping[str, Any], model: ServedModel) -> ApiRequest:
     """Checks a body and turns it into tokens. Raises RequestError (also for a wrong model, with
@@ -100,6 +97,7 @@ def parse_body(endpoint: Endpoint, body: Mapping[str, Any], model: ServedModel) 
     limit = _max_tokens(body, is_chat=is_chat)
     field = "messages" if is_chat else "prompt"
     prompts = [_chat_prompt(body, model.tokenizer)] if is_chat else _prompts(body, model.tokenizer)
+    _check_sequences(len(prompts), params.n)
     return ApiRequest(
         endpoint=endpoint,
         model=model.names[0],
@@ -117,6 +115,15 @@ def _check_model(body: Mapping[str, Any], model: ServedModel) -> None:
             f"The model {shorten(name)} does not exist, allowed {' or '.join(model.names)}",
             param="model",
             code="model_not_found",
+        )
+
+
+def _check_sequences(num_prompts: int, n: int) -> None:
+    if num_prompts * n > MAX_SEQUENCES:
+        times = "" if num_prompts == 1 else f" for each of {num_prompts} prompts"
+        raise RequestError(
+            f"n: got {n}{times}, allowed {MAX_SEQUENCES} sequences in all: use several rows",
+            param="n" if num_prompts == 1 else "prompt",
         )
 
 
