@@ -1,0 +1,91 @@
+"""Measured peaks of whole processes against what the plan adds up to, where it is tightest: shapes
+whose scratch is large beside small weights."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from windlass.synth import preset
+
+CASES = {
+    # multi-head attention: keys and values as wide as queries, many sequences decode at once
+    "mha": (
+        preset("olmoe-1b-7b", num_layers=1)
+        | {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "vocab_size": 512},
+        dict(seqs=256, rows=320, prompt=60, new=3, count=256),
+    ),
+    # one very wide expert: the row-count comparison and the hidden states of an expert
+    "wide": (
+        preset("olmoe-1b-7b", num_layers=1)
+        | {"num_experts": 2, "num_experts_per_tok": 2, "intermediate_size": 14336,
+           "vocab_size": 512},
+        dict(seqs=8, rows=512, prompt=100, new=2, count=8),
+    ),
+    # a large vocabulary and long prompts over several micro-batches
+    "vocabulary": (
+        preset("qwen3-moe-1b", num_layers=1)
+        | {"num_experts": 4, "num_experts_per_tok": 4, "vocab_size": 150_000},
+        dict(seqs=64, rows=2048, prompt=700, new=2, count=64),
+    ),
+    "latent": (
+        {
+            "model_type": "deepseek_v2", "vocab_size": 512, "hidden_size": 1024,
+            "intermediate_size": 512, "moe_intermediate_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 64, "num_key_value_heads": 64, "n_shared_experts": 1,
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "routed_scaling_factor": 1.0,
+            "kv_lora_rank": 512, "q_lora_rank": None, "qk_rope_head_dim": 64, "v_head_dim": 64,
+            "qk_nope_head_dim": 64, "topk_method": "greedy", "n_group": None, "topk_group": None,
+            "first_k_dense_replace": 0, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0, "hidden_act": "silu", "attention_bias": False,
+            "tie_word_embeddings": False, "norm_topk_prob": False, "torch_dtype": "bfloat16",
+        },
+        dict(seqs=32, rows=512, prompt=120, new=3, count=32),
+    ),
+}  # fmt: skip
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from windlass.build import open_engine
+from windlass.engine.sequence import Request
+from windlass.options import EngineOptions
+from windlass.params import SamplingParams
+
+folder, case = sys.argv[1], json.loads(sys.argv[2])
+options = EngineOptions(
+    model=folder, load_format="dummy", host_memory=8 << 30, max_num_seqs=case["seqs"],
+    max_num_batched_tokens=case["rows"], max_model_len=case["prompt"] + case["new"],
+    moe_expert_cache_size="1", generation_config="vllm",
+)
+with open_engine(options) as engine:
+    for i in range(case["count"]):
+        prompt = tuple((7 * i + 13 * j) % 250 for j in range(case["prompt"]))
+        params = SamplingParams(max_tokens=case["new"], temperature=0.7, ignore_eos=True)
+        engine.add(Request(str(i), prompt, params, str(i)))
+    while engine.has_work:
+        engine.step()
+    print(json.dumps([engine.plan.total_bytes, engine.stats().peak_rss_bytes]))
+"""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_peak_stays_below_the_sum_of_the_plan(name, tmp_path):
+    config, case = CASES[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _write_tokenizer(tmp_path, config)
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    planned, peak = json.loads(done.stdout.splitlines()[-1])
+    mib = [round(x / 2**20) for x in (peak, planned)]
+    assert peak <= planned, f"{name}: peak {mib[0]} MiB, planned {mib[1]} MiB"
+    assert peak > 0.6 * planned, f"{name}: planned {mib[1]} MiB for a peak of {mib[0]} MiB"
+
+
+def _write_tokenizer(folder, config):
+    from tokenizers import Tokenizer, models
+
+    words = {f"w{i}": i for i in range(min(300, config["vocab_size"]))}
+    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
