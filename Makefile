@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	rm -rf $(DEMO_OUT) && mkdir -p $(DEMO_OUT)
 	$(BIN)/windlass run-batch -i examples/prompts.jsonl -o $(DEMO_OUT)/answers.jsonl \
-	  --model demo --moe-expert-cache-size 5 --trace $(DEMO_OUT)/trace.json
+	  --model demo --moe-expert-cache-size 8 --trace $(DEMO_OUT)/trace.json
 	$(BIN)/python scripts/show_answers.py examples/prompts.jsonl $(DEMO_OUT)/answers.jsonl
 
 test: setup
