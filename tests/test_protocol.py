@@ -10,7 +10,7 @@ from openai.types.chat import ChatCompletion
 
 from fake_engine import FakeEngine, FakeTokenizer, _fake_logprobs
 from tokenizers_for_tests import byte_level
-from windlass.engine.outputs import CompletionOutput, RequestOutput
+from windlass.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from windlass.engine.sequence import Request
 from windlass.engine.tokenizer import load as load_tokenizer
 from windlass.errors import RequestError
@@ -355,3 +355,39 @@ def test_text_offset_counts_characters_and_unknown_tokens_have_a_name() -> None:
     logprobs = body["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["ä", "token_id:5"]
     assert logprobs["text_offset"] == [0, 1]
+
+
+def test_parts_of_characters_keep_their_bytes_and_their_names() -> None:
+    pieces = {1: b"\xe4", 2: b"\xbd\xa0", 3: b"\xe5", 4: b"ok", 5: b"\xe6\xb0"}
+
+    def candidate(token: int, logprob: float) -> Logprob:
+        data = pieces[token]
+        return Logprob(logprob, 1, data.decode(errors="replace"), data)
+
+    steps = tuple(
+        {token: candidate(token, -1.0), 3: candidate(3, -2.0), 5: candidate(5, -3.0)}
+        for token in (1, 2, 4)
+    )
+    output = RequestOutput(
+        request_id="0",
+        prompt=None,
+        prompt_token_ids=(1,),
+        outputs=(
+            CompletionOutput(
+                index=0, text="你ok", token_ids=(1, 2, 4), logprobs=steps, finish_reason="stop"
+            ),
+        ),
+    )
+    content = response_body(
+        chat(logprobs=True, top_logprobs=3, max_tokens=3), [output], key="k", created=1
+    )["choices"][0]["logprobs"]["content"]
+    assert bytes(byte for step in content for byte in step["bytes"]).decode() == "你ok"
+    assert [top["bytes"] for top in content[0]["top_logprobs"]] == [[0xE4], [0xE5], [0xE6, 0xB0]]
+    logprobs = response_body(complete(logprobs=3, max_tokens=3), [output], key="k", created=1)[
+        "choices"
+    ][0]["logprobs"]
+    assert logprobs["tokens"] == [r"bytes:\xe4", r"bytes:\xbd\xa0", "ok"]
+    assert logprobs["top_logprobs"][0] == {
+        r"bytes:\xe4": -1.0, r"bytes:\xe5": -2.0, r"bytes:\xe6\xb0": -3.0,
+    }  # fmt: skip
+    assert logprobs["text_offset"] == [0, 0, 1]

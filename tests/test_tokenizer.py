@@ -201,8 +201,8 @@ def test_bytes_of_tokens() -> None:
         tokenizer = Tokenizer(ALL[name](), config={}, templates={})
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert b"".join(map(tokenizer.token_bytes, ids)).strip() == text.encode()
-        assert any("\ufffd" in tokenizer.token_text(i) for i in ids)  # a part of 龍
-    assert tokenizer.token_bytes(10**6) == b"" and tokenizer.token_text(10**6) == ""
+        assert any(tokenizer.token_bytes(i) == b"\xe9" for i in ids)  # a part of 龍
+    assert tokenizer.token_bytes(10**6) == b""
     byte = byte_level()
     bytes_of = Tokenizer(byte, config={}, templates={}).token_bytes
     assert {bytes_of(i) for i in range(3, 259)} == {bytes([b]) for b in range(256)}

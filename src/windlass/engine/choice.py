@@ -62,7 +62,7 @@ class Choice:
         self.token_ids.append(token)
         if sampled.logprob is not None and self.cumulative_logprob is not None:
             self.cumulative_logprob += sampled.logprob
-            self.logprobs.append(sampled.as_logprobs(tokenizer.token_text))
+            self.logprobs.append(sampled.as_logprobs(tokenizer.token_bytes))
         new_text = self._decide(token)
         return Delta(self.request.request_id, self.index, new_text, (token,))
 

@@ -7,11 +7,14 @@ from typing import NamedTuple
 
 class Logprob(NamedTuple):
     """One candidate of one step. `logprob` is of the model's raw distribution, before penalties
-    and temperature (vLLM's `raw_logprobs`); `rank` is 1 for the most likely token."""
+    and temperature (vLLM's `raw_logprobs`); `rank` is 1 for the most likely token. Joined
+    `token_bytes` are the text, also where a token is a part of a character and `decoded_token` has
+    U+FFFD."""
 
     logprob: float
     rank: int | None = None
     decoded_token: str | None = None
+    token_bytes: bytes | None = None
 
 
 LogprobsOfStep = Mapping[int, Logprob]  # token id -> its Logprob; the sampled token comes first

@@ -42,12 +42,14 @@ class Sampled:
     rank: int | None = None
     top: tuple[tuple[int, float, int], ...] = ()
 
-    def as_logprobs(self, token_text: Callable[[int], str]) -> dict[int, Logprob]:
+    def as_logprobs(self, token_bytes: Callable[[int], bytes]) -> dict[int, Logprob]:
         """vLLM's dict of this step: the drawn token first, then the most likely ones."""
         assert self.logprob is not None, "the request did not ask for logprobs"
-        step = {self.token_id: Logprob(self.logprob, self.rank, token_text(self.token_id))}
-        for token_id, logprob, rank in self.top:
-            step.setdefault(token_id, Logprob(logprob, rank, token_text(token_id)))
+        step: dict[int, Logprob] = {}
+        for token_id, logprob, rank in ((self.token_id, self.logprob, self.rank), *self.top):
+            data = token_bytes(token_id)
+            text = data.decode("utf-8", "replace")
+            step.setdefault(token_id, Logprob(logprob, rank, text, data))
         return step
 
 

@@ -115,10 +115,6 @@ class Tokenizer:
             found = self._bytes[token_id] = self._find_bytes(token_id)
         return found
 
-    def token_text(self, token_id: int) -> str:
-        """`token_bytes` as text, U+FFFD where they are no whole characters."""
-        return self.token_bytes(token_id).decode("utf-8", "replace")
-
     def special_text(self, token_id: int) -> str:
         """A token's content as the vocabulary has it."""
         return self._backend.id_to_token(token_id) or ""

@@ -1,5 +1,6 @@
 """Response bodies of OpenAI's two endpoints, from finished outputs. Knows no engine, no files."""
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,11 +71,10 @@ def _chat_step(token: int, step: LogprobsOfStep, top: int) -> dict[str, Any]:
 
 
 def _candidate(token: int, candidate: Logprob) -> dict[str, Any]:
-    text = _text(token, candidate)
     return {
-        "token": text,
+        "token": _text(token, candidate),
         "logprob": _finite(candidate.logprob),
-        "bytes": list(text.encode("utf-8", errors="replace")),
+        "bytes": list(_bytes(token, candidate)),
     }
 
 
@@ -87,19 +87,19 @@ def _completion_choice(choice: CompletionOutput, top: int | None) -> dict[str, A
 
 def _completion_logprobs(choice: CompletionOutput, top: int) -> dict[str, Any]:
     tokens, values, tops, offsets = [], [], [], []
-    offset = 0
+    offset = 0  # where the character begins that the token begins or goes on with
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token, step in zip(choice.token_ids, choice.logprobs or (), strict=True):
-        text = _text(token, step[token])
         best = dict(_best(step)[:top])
         best.setdefault(token, step[token])
         by_text: dict[str, float] = {}
         for i, candidate in best.items():  # different ids may share a text: the likelier stays
-            by_text.setdefault(_text(i, candidate), _finite(candidate.logprob))
-        tokens.append(text)
+            by_text.setdefault(_name(i, candidate), _finite(candidate.logprob))
+        tokens.append(_name(token, step[token]))
         values.append(_finite(step[token].logprob))
         tops.append(by_text)
         offsets.append(offset)
-        offset += len(text)
+        offset += len(decoder.decode(_bytes(token, step[token])))
     return {
         "tokens": tokens,
         "token_logprobs": values,
@@ -115,6 +115,22 @@ def _best(step: LogprobsOfStep) -> list[tuple[int, Logprob]]:
 def _text(token: int, candidate: Logprob) -> str:
     decoded = candidate.decoded_token
     return f"token_id:{token}" if decoded is None else decoded
+
+
+def _bytes(token: int, candidate: Logprob) -> bytes:
+    if candidate.token_bytes is None:
+        return _text(token, candidate).encode("utf-8", "replace")
+    return candidate.token_bytes
+
+
+def _name(token: int, candidate: Logprob) -> str:
+    """The text; of a part of a character its bytes, as OpenAI spells them: `bytes:\\xe4\\xbd`."""
+    data = _bytes(token, candidate)
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+    return _text(token, candidate)
 
 
 def _finite(logprob: float) -> float:
