@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import threading
 import time
 
@@ -10,7 +11,11 @@ import torch
 
 from engines import engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
+from windlass import build
 from windlass.errors import BudgetError
+from windlass.memory import weights
+from windlass.memory.views import make_views
+from windlass.units import MIB
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +83,38 @@ def test_closing_twice_is_closing_once(folder):
         run_all(engine, [request("a", [3, 4], max_tokens=1)])
     engine.close()
     assert _held(folder) == ([], [])
+
+
+# --- files whose tensors begin at odd places ------------------------------------------------------
+
+
+def _odd_copy(folder, target):
+    """The same checkpoint with a header one byte longer."""
+    shutil.copytree(folder, target)
+    data = (folder / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    odd = (end - 7).to_bytes(8, "little") + data[8:end] + b" " + data[end:]
+    (target / "model.safetensors").write_bytes(odd)
+    return target
+
+
+def test_copies_of_odd_tensors_are_part_of_the_plan(folder, tmp_path, monkeypatch):
+    copied = [0]
+
+    def watched(recipe, memory):
+        views = make_views(recipe, memory)
+        if views.has_copies:
+            storages = {t.untyped_storage().data_ptr(): t for t in views.tensors.values()}
+            copied.append(sum(t.untyped_storage().nbytes() for t in storages.values()))
+        return views
+
+    monkeypatch.setattr(weights, "make_views", watched)
+    monkeypatch.setattr(build, "resident_bytes", lambda: 200 * MIB)
+    one = request("a", prompts([9])[0], logprobs=2)
+    results = []
+    for path in (folder, _odd_copy(folder, tmp_path / "odd")):
+        with engine_for(path) as engine:
+            results.append(run_all(engine, [one])["a"].outputs)
+            assert engine.plan.process_bytes == 200 * MIB + max(copied)
+    assert results[0] == results[1]
+    assert max(copied) > 10_000

@@ -42,7 +42,7 @@ from windlass.memory.kv import (
 )
 from windlass.memory.recipe import slot_bytes
 from windlass.memory.rows import row_buffer_bytes
-from windlass.memory.views import dtype_of
+from windlass.memory.views import copied_bytes, dtype_of
 from windlass.memory.weights import WeightStore
 from windlass.options import EngineOptions, read_config, resolve_model
 from windlass.params import SamplingParams
@@ -214,10 +214,11 @@ def _read_model(options: EngineOptions, opened: ExitStack) -> _Model:
 
 
 def _sizes(model: _Model) -> Sizes:
-    shapes = cache_shapes(model.spec)
+    shapes, tensors = cache_shapes(model.spec), model.source.tensors
+    slots = slot_bytes(model.layout, tensors)
     return Sizes(
-        process_bytes=resident_bytes(),
-        slot_bytes=slot_bytes(model.layout, model.source.tensors),
+        process_bytes=resident_bytes() + copied_bytes(model.layout, tensors),
+        slot_bytes=slots,
         num_parts=Counter(key.part for key in model.layout.parts),
         bytes_per_token=bytes_per_token(shapes, _cache_dtype(model)),
         bytes_per_position=sum(

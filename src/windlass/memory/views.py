@@ -1,12 +1,13 @@
 """Canonical tensors over the bytes of a slot. Pure functions; the only place where stored bytes get
 a type."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
 from windlass.memory.recipe import ITEM_BYTES, Placement, Recipe
-from windlass.spec.names import Reshape, Take, Transpose, ViewOp
+from windlass.spec.names import Layout, Reshape, Take, TensorInfo, Transpose, ViewOp
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -21,6 +22,21 @@ class Views(NamedTuple):
 def dtype_of(name: str) -> torch.dtype:
     """The torch type of a safetensors type that Windlass runs."""
     return _DTYPES[name]
+
+
+def copied_bytes(layout: Layout, tensors: Mapping[str, TensorInfo]) -> int:
+    """The most that the views of one part copy to memory outside the slots; a pass leases one part
+    at a time. 0 unless a file's data begin at an odd place, as safetensors itself never writes."""
+    most = 0
+    for pieces in layout.parts.values():
+        items = [(ITEM_BYTES[tensors[piece.tensor].dtype], piece) for piece in pieces]
+        odd = (
+            (piece.stop - piece.start) * item
+            for item, piece in items
+            if tensors[piece.tensor].begin % item
+        )
+        most = max(most, sum(odd))
+    return most
 
 
 def make_views(recipe: Recipe, memory: torch.Tensor) -> Views:
