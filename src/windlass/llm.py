@@ -117,6 +117,9 @@ class LLM:
 
         All prompts are checked before any is computed: with `on_error="raise"` the first bad one
         raises RequestError, with "return" its row has `finish_reason` error and `.error`.
+
+        Prompts without a `seed` draw by the engine's seed and their place in `prompts`: the same
+        call gives the same text, whatever was called before; equal prompts in one call differ.
         """
         if lora_request is not None:
             raise UsageError(f"lora_request: got {lora_request!r}, allowed None: not supported yet")
@@ -166,7 +169,8 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Results as they end; `request_id` counts this object's prompts from 0. The prompts may be
         endless: only as many are taken as keep the engine busy. Bad ones become rows with
-        `finish_reason` error. Leaving the loop early aborts what is under way."""
+        `finish_reason` error. Leaving the loop early aborts what is under way. Draws as in
+        `generate`: by a prompt's place in this call."""
         self._check_open()
         if isinstance(prompts, (str, Mapping)):
             prompts = [prompts]
@@ -212,7 +216,11 @@ class LLM:
         for place, (row, params) in enumerate(rows):
             request_id = str(next(self._ids))
             try:
-                entry = self._prepare(request_id, row, encode, params)
+                text, ids = encode(row)
+                # the place is the seed's name: the same call gives the same text again
+                request = Request(request_id, tuple(ids), params, seed_key=str(place))
+                self._engine.validate(request)
+                entry = _Entry(request_id, text, request)
             except RequestError as error:
                 if on_error == "raise":
                     message = f"prompts[{place}]: {error}"
@@ -221,13 +229,6 @@ class LLM:
                 failure = RequestOutput.failed(request_id, str(error), prompt=text)
                 entry = _Entry(request_id, text, failure=failure)
             yield entry
-
-    def _prepare(self, request_id: str, row: Any, encode: Encode, params: SamplingParams) -> _Entry:
-        text, ids = encode(row)
-        # the number of a prompt is its seed's name: the same calls give the same text again
-        request = Request(request_id, tuple(ids), params, seed_key=request_id)
-        self._engine.validate(request)
-        return _Entry(request_id, text, request)
 
     def _iterate(self, entries: Iterator[_Entry]) -> Generator[RequestOutput, None, None]:
         """Results as they end. Takes no more entries than keep the engine busy; what has not ended
