@@ -2,9 +2,11 @@
 
 import gc
 import os
+import random
 import shutil
 import threading
 import time
+import tracemalloc
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ import torch
 from engines import engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
 from windlass import build
+from windlass.engine.choice import LogprobLog
+from windlass.engine.sampling import Sampled
 from windlass.errors import BudgetError
 from windlass.memory import weights
 from windlass.memory.views import make_views
@@ -118,3 +122,82 @@ def test_copies_of_odd_tensors_are_part_of_the_plan(folder, tmp_path, monkeypatc
             assert engine.plan.process_bytes == 200 * MIB + max(copied)
     assert results[0] == results[1]
     assert max(copied) > 10_000
+
+
+# --- memory of requests ---------------------------------------------------------------------------
+
+
+def _grown(act) -> int:
+    """Bytes of Python objects that `act` leaves."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        act()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+
+
+def test_waiting_choices_are_light_and_share_the_prompt(folder):
+    with engine_for(folder) as engine:
+        many = request("a", prompts([240])[0], max_tokens=1, n=500, repetition_penalty=1.2)
+        assert _grown(lambda: engine.add(many)) < 500 * 200
+        engine.step()
+        begun = engine._open["a"].choices
+        assert [choice.queued.index for choice in begun] == [0, 1]  # 512 rows per pass
+        first = begun[0].tokens(0, 240)
+        assert first == many.prompt_token_ids
+        engine.abort("a")
+        engine.check()
+        assert not engine.has_work and not engine._admission.waiting
+
+
+def test_every_choice_comes_back_once_and_in_order(folder):
+    one = request("a", [5, 6, 7], max_tokens=3, n=20, temperature=1.0)
+    with engine_for(folder) as engine:
+        outputs = run_all(engine, [one])["a"].outputs
+        assert [output.index for output in outputs] == list(range(20))
+        assert len({output.token_ids for output in outputs}) > 10
+        many = [
+            request(f"{n}", [5, 6, 7], max_tokens=3, n=n, temperature=1.0, seed=4) for n in (3, 20)
+        ]
+        few, all_of_them = run_all(engine, many).values()
+        assert few.outputs == all_of_them.outputs[:3]
+
+
+def test_a_log_of_logprobs_is_exact_and_compact():
+    chance = random.Random(3)
+
+    def step(num_top):
+        top = tuple(
+            (chance.randrange(200_000), -20 * chance.random(), i + 1) for i in range(num_top)
+        )
+        return Sampled(
+            chance.randrange(200_000), -chance.random(), chance.randrange(1, 200_000), top
+        )
+
+    steps = [step(count) for count in (20, 0, 3, *[20] * 500)]
+    log = LogprobLog()
+
+    def fill():
+        for one in steps:
+            log.add(one)
+
+    assert _grown(fill) < 500 * 21 * 20
+    assert log.steps() == steps
+
+
+def test_logprobs_are_the_same_from_the_log(folder):
+    """The drawn token comes first, then the most likely ones, each with its rank."""
+    one = request("a", prompts([9])[0], max_tokens=6, logprobs=4, temperature=1.5)
+    with engine_for(folder) as engine:
+        (output,) = run_all(engine, [one])["a"].outputs
+    assert output.logprobs is not None and len(output.logprobs) == 6
+    for token, step in zip(output.token_ids, output.logprobs, strict=True):
+        assert next(iter(step)) == token and len(step) in (4, 5)
+        ranks = sorted(entry.rank for entry in step.values())
+        assert ranks[:4] == [1, 2, 3, 4]
+        assert step[token].decoded_token == f"w{token}"
+    drawn = sum(s[t].logprob for t, s in zip(output.token_ids, output.logprobs, strict=True))
+    assert output.cumulative_logprob == pytest.approx(drawn)

@@ -8,9 +8,11 @@ rows as generated rows).
 """
 
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
-from windlass.engine.choice import Choice
+from windlass.engine.choice import Choice, Queued
+from windlass.engine.sequence import Request
 from windlass.memory.kv import KvStore
 from windlass.schedule.batch import CHUNK_TOKENS, Segment
 
@@ -35,23 +37,27 @@ class Admission:
         self._max_num_seqs = max_num_seqs
         self._max_rows = max_rows
         self._long_rope_after = long_rope_after
-        self.waiting: deque[Choice] = deque()
+        self.waiting: deque[Queued | Choice] = deque()  # a Choice: to be computed again
         self.running: list[Choice] = []  # oldest first
         self.num_preemptions = 0
 
-    def add(self, choice: Choice) -> None:
-        self.waiting.append(choice)
+    def add(self, queued: Queued) -> None:
+        self.waiting.append(queued)
 
     def remove(self, choice: Choice) -> None:
-        """The choice has ended or was aborted; its pages are free at once."""
-        if choice in self.running:
-            self.running.remove(choice)
-            self._release(choice)
-        else:
-            self.waiting.remove(choice)
+        """A running choice has ended; its pages are free at once."""
+        self.running.remove(choice)
+        self._release(choice)
 
-    def compose(self) -> list[Row]:
-        """The rows of the next pass; empty only when there is nothing to do."""
+    def drop(self, request: Request) -> None:
+        """Forgets all choices of `request`, running or waiting."""
+        for choice in [choice for choice in self.running if choice.request is request]:
+            self.remove(choice)
+        self.waiting = deque(one for one in self.waiting if one.request is not request)
+
+    def compose(self, start: Callable[[Queued], Choice]) -> list[Row]:
+        """The rows of the next pass; empty only when there is nothing to do. `start` makes the
+        choice of what is taken from the queue."""
         rows: list[Row] = []
         room = self._max_rows
         for choice in list(self.running):
@@ -65,17 +71,19 @@ class Admission:
             if choice.in_prompt:
                 room -= self._add_prompt(choice, room, rows)
         while room > 0 and self._can_admit():
-            choice = self.waiting[0]
-            if not self._fitting(choice, room):
+            first = self.waiting[0]
+            if not self._fitting(len(first.request.prompt_token_ids), room):
                 break
-            self._admit(self.waiting.popleft())
+            self.waiting.popleft()
+            choice = start(first) if isinstance(first, Queued) else first
+            self._admit(choice)
             room -= self._add_prompt(choice, room, rows)
         return rows
 
     def _can_admit(self) -> bool:
         if not self.waiting or len(self.running) >= self._max_num_seqs:
             return False
-        needed = self._kv.pages_for(len(self.waiting[0].token_ids) + 1)
+        needed = self._kv.pages_for(self.waiting[0].num_tokens + 1)
         # every running sequence may want one more page before the newcomer has ended
         return needed + len(self.running) <= self._kv.num_free_pages and self._kv.has_free_state
 
@@ -87,7 +95,7 @@ class Admission:
     def _grow(self, choice: Choice) -> bool:
         """Pages for all of the choice's tokens, at the cost of younger ones; False if it had to
         give way itself."""
-        missing = self._kv.pages_for(len(choice.token_ids)) - len(choice.pages)
+        missing = self._kv.pages_for(choice.num_tokens) - len(choice.pages)
         while missing > self._kv.num_free_pages:
             youngest = self.running[-1]
             self._preempt(youngest)
@@ -112,33 +120,32 @@ class Admission:
     def _generated(self, choice: Choice, room: int) -> Row:
         """Rows of generated tokens: one, or several after a preemption."""
         first = choice.num_computed
-        last = min(len(choice.token_ids), first + room)
+        last = min(choice.num_tokens, first + room)
         return self._row(choice, first, last, is_prompt=False)
 
     def _add_prompt(self, choice: Choice, room: int, rows: list[Row]) -> int:
         """Adds the next chunk of a prompt and returns its number of rows."""
-        count = self._fitting(choice, room)
+        count = self._fitting(choice.num_prompt - choice.num_computed, room)
         if count:
             first = choice.num_computed
             rows.append(self._row(choice, first, first + count, is_prompt=True))
         return count
 
-    def _fitting(self, choice: Choice, room: int) -> int:
+    def _fitting(self, left: int, room: int) -> int:
         """Prompt rows that fit: all that is left, or up to a multiple of CHUNK_TOKENS."""
-        left = choice.num_prompt - choice.num_computed
         return left if left <= room else room // CHUNK_TOKENS * CHUNK_TOKENS
 
     def _row(self, choice: Choice, first: int, last: int, *, is_prompt: bool) -> Row:
         after = self._long_rope_after
         segment = Segment(
             sequence=id(choice),
-            token_ids=tuple(choice.token_ids[first:last]),
+            token_ids=choice.tokens(first, last),
             first_position=first,
             pages=tuple(choice.pages),
             state_slot=choice.state_slot,
             is_prompt=is_prompt,
             long_rope=after is not None and choice.max_total > after,
-            wants_logits=last == len(choice.token_ids),
+            wants_logits=last == choice.num_tokens,
         )
         return Row(choice, segment)
 
@@ -148,4 +155,6 @@ class Admission:
         held = [page for choice in self.running for page in choice.pages]
         assert len(set(held)) == len(held), "a page belongs to two sequences"
         assert len(held) + self._kv.num_free_pages == self._kv.num_pages, "a page was lost"
-        assert all(not choice.pages for choice in self.waiting), "a waiting choice holds pages"
+        assert all(isinstance(one, Queued) or not one.pages for one in self.waiting), (
+            "a waiting choice holds pages"
+        )

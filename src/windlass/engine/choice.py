@@ -1,70 +1,126 @@
 """One sequence: a choice of a request, its tokens, text and place in memory. Mutable; one owner,
 the engine. Knows pages as numbers, no tensors but the row of logits it is given."""
 
+from array import array
 from dataclasses import dataclass, field
 
 import torch
 
-from windlass.engine.outputs import CompletionOutput, Logprob
-from windlass.engine.sampling import Sampler
+from windlass.engine.outputs import CompletionOutput, LogprobsOfStep
+from windlass.engine.sampling import Sampled, Sampler
 from windlass.engine.sequence import Delta, Request
 from windlass.engine.text import TextStream
 from windlass.engine.tokenizer import Tokenizer
 
 
-@dataclass(slots=True, eq=False)
-class Choice:
-    """`num_computed` positions have their keys and values in `pages`; the rest of `token_ids` is
-    still to be computed. `max_output` is at least 1."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Queued:
+    """A choice that has not begun: what waits by the thousand has no sampler, text or tokens of its
+    own. `max_output` is at least 1."""
 
     request: Request
     index: int
     max_output: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def max_total(self) -> int:
+        """Tokens of prompt and output at most; positions that may be cached are one fewer."""
+        return len(self.request.prompt_token_ids) + self.max_output
+
+
+class LogprobLog:
+    """Log-probabilities step by step, 16 bytes per candidate: a tenth of the dicts that results
+    have of them."""
+
+    __slots__ = ("_ids", "_ranks", "_logprobs", "_ends")
+
+    def __init__(self) -> None:
+        self._ids, self._ranks = array("i"), array("i")
+        self._logprobs = array("d")
+        self._ends = array("q")  # of each step; its drawn token comes first
+
+    def add(self, sampled: Sampled) -> None:
+        assert sampled.logprob is not None and sampled.rank is not None, "logprobs were asked for"
+        drawn = (sampled.token_id, sampled.logprob, sampled.rank)
+        ids, logprobs, ranks = zip(drawn, *sampled.top, strict=True)
+        self._ids.extend(ids)
+        self._logprobs.extend(logprobs)
+        self._ranks.extend(ranks)
+        self._ends.append(len(self._ids))
+
+    def steps(self) -> list[Sampled]:
+        """What was added."""
+        result, first = [], 0
+        for end in self._ends:
+            part = slice(first + 1, end)
+            top = zip(self._ids[part], self._logprobs[part], self._ranks[part], strict=True)
+            drawn = self._ids[first], self._logprobs[first], self._ranks[first]
+            result.append(Sampled(*drawn, tuple(top)))
+            first = end
+        return result
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """A choice that runs, or waits to be computed again. `num_computed` positions have their keys
+    and values in `pages`; the rest of the prompt and `output_ids` is still to be computed."""
+
+    queued: Queued
     sampler: Sampler
     text: TextStream | None  # None: the request does not want text
     eos_token_ids: frozenset[int]
-    token_ids: list[int] = field(default_factory=list)  # prompt, then output
+    output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
     state_slot: int = -1
     finish_reason: str | None = None
     stop_reason: str | int | None = None
-    cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    logprobs: LogprobLog = field(default_factory=LogprobLog)
 
-    def __post_init__(self) -> None:
-        self.token_ids.extend(self.request.prompt_token_ids)
-        if self.request.params.logprobs is not None:
-            self.cumulative_logprob = 0.0
+    @property
+    def request(self) -> Request:
+        return self.queued.request
 
     @property
     def num_prompt(self) -> int:
-        return len(self.request.prompt_token_ids)
+        return self.queued.num_tokens
 
     @property
-    def output_ids(self) -> list[int]:
-        return self.token_ids[self.num_prompt :]
+    def num_tokens(self) -> int:
+        return self.num_prompt + len(self.output_ids)
 
     @property
     def max_total(self) -> int:
-        """Tokens of prompt and output at most; positions that may be cached are one fewer."""
-        return self.num_prompt + self.max_output
+        return self.queued.max_total
 
     @property
     def in_prompt(self) -> bool:
         """Whether the next row to compute is a prompt token."""
         return self.num_computed < self.num_prompt
 
+    def tokens(self, first: int, last: int) -> tuple[int, ...]:
+        """Tokens from position `first` up to `last`: all of the prompt or all generated."""
+        before = self.num_prompt
+        if last <= before:
+            return self.request.prompt_token_ids[first:last]
+        assert first >= before, "a row is a prompt row or a generated row"
+        return tuple(self.output_ids[first - before : last - before])
+
     def advance(self, logits_V: torch.Tensor, tokenizer: Tokenizer) -> Delta:
         """Samples the next token of this choice and decides whether it ends here."""
         sampled = self.sampler.sample(logits_V)
         token = sampled.token_id
-        self.token_ids.append(token)
-        if sampled.logprob is not None and self.cumulative_logprob is not None:
+        self.output_ids.append(token)
+        if sampled.logprob is not None:
             self.cumulative_logprob += sampled.logprob
-            self.logprobs.append(sampled.as_logprobs(tokenizer.token_bytes))
+            self.logprobs.add(sampled)
         new_text = self._decide(token)
-        return Delta(self.request.request_id, self.index, new_text, (token,))
+        return Delta(self.request.request_id, self.queued.index, new_text, (token,))
 
     def _decide(self, token: int) -> str:
         """Sets `finish_reason` where the token ends the choice; returns the text to show.
@@ -84,20 +140,24 @@ class Choice:
             new_text = self.text.push(token)
             if self.text.stop_hit is not None:
                 self.finish_reason, self.stop_reason = "stop", self.text.stop_hit
-        if self.finish_reason is None and len(self.token_ids) >= self.max_total:
+        if self.finish_reason is None and self.num_tokens >= self.max_total:
             self.finish_reason = "length"
         if self.finish_reason is not None and self.text is not None:
             new_text += self.text.finish()
         return new_text
 
-    def output(self) -> CompletionOutput:
+    def output(self, tokenizer: Tokenizer) -> CompletionOutput:
         """The choice as it stands."""
+        has_logprobs = self.request.params.logprobs is not None
+        steps: list[LogprobsOfStep] = [
+            step.as_logprobs(tokenizer.token_bytes) for step in self.logprobs.steps()
+        ]
         return CompletionOutput(
-            index=self.index,
+            index=self.queued.index,
             text=self.text.text if self.text is not None else "",
             token_ids=tuple(self.output_ids),
-            cumulative_logprob=self.cumulative_logprob,
-            logprobs=tuple(self.logprobs) if self.request.params.logprobs is not None else None,
+            cumulative_logprob=self.cumulative_logprob if has_logprobs else None,
+            logprobs=tuple(steps) if has_logprobs else None,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
         )

@@ -7,12 +7,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from windlass.engine.admission import Admission, Row
-from windlass.engine.choice import Choice
+from windlass.engine.choice import Choice, Queued
 from windlass.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from windlass.engine.sampling import Sampler, choice_seed
 from windlass.engine.sequence import Delta, Request, StepResult
@@ -35,9 +35,9 @@ class _Open:
     """A request with choices still running."""
 
     request: Request
-    choices: list[Choice]
     left: int
     arrival: float
+    choices: list[Choice] = field(default_factory=list)  # that have begun, by their index
     first_token: float | None = None
     failure: RequestError | None = None
 
@@ -101,26 +101,26 @@ class Engine:
 
     def validate(self, request: Request) -> None:
         """Raises RequestError if the request cannot run here."""
-        self._make_choice(request, 0)
+        self._check(request)
         if request.request_id in self._open:
             raise RequestError(f"request id {request.request_id!r} is already running")
 
     def add(self, request: Request) -> None:
         """Queues a request; RequestError if it cannot run here."""
         self.validate(request)
-        choices = [self._make_choice(request, i) for i in range(request.params.n)]
-        self._open[request.request_id] = _Open(request, choices, len(choices), time.monotonic())
-        for choice in choices:
-            self._admission.add(choice)
+        params, room = request.params, self.max_model_len - len(request.prompt_token_ids)
+        max_output = room if params.max_tokens is None else params.max_tokens
+        self._open[request.request_id] = _Open(request, params.n, time.monotonic())
+        for index in range(params.n):
+            self._admission.add(Queued(request, index, max_output))
 
     def abort(self, request_id: str) -> None:
         """Drops a request; unknown ids are ignored, it may just have ended."""
         entry = self._open.pop(request_id, None)
-        for choice in entry.choices if entry else ():
-            if choice.finish_reason is None:
-                self._admission.remove(choice)
+        if entry is not None:
+            self._admission.drop(entry.request)
 
-    def _make_choice(self, request: Request, index: int) -> Choice:
+    def _check(self, request: Request) -> None:
         params, num_prompt = request.params, len(request.prompt_token_ids)
         if not num_prompt:
             raise RequestError("prompt has no tokens, allowed at least 1", param="prompt")
@@ -132,29 +132,41 @@ class Engine:
                 param="prompt" if room < 1 else "max_tokens",
                 code="context_length_exceeded",
             )
-        vocab_size = self._setup.vocab_size
-        if not all(0 <= token < vocab_size for token in request.prompt_token_ids):
+        vocab_size, ids = self._setup.vocab_size, request.prompt_token_ids
+        if min(ids) < 0 or max(ids) >= vocab_size:
             raise RequestError(f"prompt token ids: allowed 0 to {vocab_size - 1}", param="prompt")
-        eos = self.tokenizer.eos_token_ids
-        seed = choice_seed(
-            params, run_seed=self._setup.seed, seed_key=request.seed_key, choice=index
+        self._sampler(request, 0)  # checks the ids that the parameters name
+
+    def _start(self, queued: Queued) -> Choice:
+        """The choice that leaves the queue."""
+        request = queued.request
+        params = request.params
+        choice = Choice(
+            queued,
+            self._sampler(request, queued.index),
+            TextStream(self.tokenizer, params) if params.detokenize else None,
+            frozenset(self.tokenizer.eos_token_ids),
         )
-        sampler = Sampler(
-            params,
+        self._open[request.request_id].choices.append(choice)
+        return choice
+
+    def _sampler(self, request: Request, index: int) -> Sampler:
+        seed = choice_seed(
+            request.params, run_seed=self._setup.seed, seed_key=request.seed_key, choice=index
+        )
+        return Sampler(
+            request.params,
             prompt_token_ids=request.prompt_token_ids,
             seed=seed,
-            vocab_size=vocab_size,
-            eos_token_ids=sorted(eos),
+            vocab_size=self._setup.vocab_size,
+            eos_token_ids=self.tokenizer.eos_token_ids,
         )
-        text = TextStream(self.tokenizer, params) if params.detokenize else None
-        max_output = room if params.max_tokens is None else params.max_tokens
-        return Choice(request, index, max_output, sampler, text, frozenset(eos))
 
     # --- steps ------------------------------------------------------------------------------------
 
     def step(self) -> StepResult:
         """One pass and the tokens it brings."""
-        rows = self._admission.compose()
+        rows = self._admission.compose(self._start)
         if not rows:
             assert not self._open, "requests wait, but nothing can run"
             return StepResult((), ())
@@ -202,7 +214,9 @@ class Engine:
     def _finish(self, entry: _Open) -> RequestOutput:
         request = entry.request
         del self._open[request.request_id]
-        outputs: tuple[CompletionOutput, ...] = tuple(choice.output() for choice in entry.choices)
+        outputs: tuple[CompletionOutput, ...] = tuple(
+            choice.output(self.tokenizer) for choice in entry.choices
+        )
         return RequestOutput(
             request_id=request.request_id,
             prompt=None,
