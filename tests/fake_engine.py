@@ -29,6 +29,7 @@ class FakeTokenizer:
     """One token per byte."""
 
     takes_tools = False
+    tells_time = False
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
@@ -43,12 +44,14 @@ class FakeTokenizer:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        now: int | None = None,
     ) -> list[int]:
         if variables and variables.get("raise"):
             raise RequestError("chat template: asked to", param="messages")
         text = str(tools) if tools and self.takes_tools else ""
         text += "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
         text += f"{variables}" if variables else ""
+        text += f"<{now}>" if self.tells_time else ""
         return self.encode(text + "<assistant>" * add_generation_prompt, add_special_tokens=False)
 
 

@@ -262,8 +262,9 @@ def test_exit_codes_summary_and_json(folder: Path) -> None:
     good = [text for text in (folder / "in.jsonl").read_text().splitlines() if "torn" not in text]
     (folder / "in.jsonl").write_text("\n".join(good))
     assert run(batch(), folder).returncode == 0
-    late = run(batch(), folder, SOURCE_DATE_EPOCH="now")
-    assert (late.returncode, "SOURCE_DATE_EPOCH: got 'now'" in late.stderr) == (2, True)
+    for wrong in ("now", "999999999999"):
+        late = run(batch(), folder, SOURCE_DATE_EPOCH=wrong)
+        assert (late.returncode, f"SOURCE_DATE_EPOCH: got '{wrong}'" in late.stderr) == (2, True)
     failed = run(batch("--json", "-m", "nowhere"), folder)
     assert failed.returncode == 2
     assert json.loads(failed.stdout.splitlines()[-1])["status"] == "failed"

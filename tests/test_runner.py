@@ -214,6 +214,18 @@ def test_stopping_and_resuming_recomputes_nothing_and_changes_no_byte(tmp_path: 
     assert added + len(engine.added) <= 40 + 4 * 2 * engine.capacity
 
 
+def test_a_resume_on_another_day_renders_the_same_prompts(tmp_path: Path) -> None:
+    prompts = []
+    for created in (1790000000, 1790000000 + 86400):
+        engine = FakeEngine()
+        engine.tokenizer.tells_time = True
+        job = options(tmp_path, *[request(f"r{i}") for i in range(30)], created=created)
+        run(job, engine, stop_after=3)
+        prompts += [bytes(each.prompt_token_ids) for each in engine.added]
+    assert len(prompts) > 6
+    assert all(b"<1790000000>" in prompt for prompt in prompts)
+
+
 def test_a_finished_job_loads_no_model_and_writes_the_output_again(tmp_path: Path) -> None:
     job = options(tmp_path, request("a"), request("b"))
     run(job)

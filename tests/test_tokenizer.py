@@ -154,6 +154,15 @@ def test_variables_of_templates_may_have_any_name(tmp_path: Path) -> None:
             )
 
 
+def test_the_time_of_templates_can_be_fixed(tmp_path: Path) -> None:
+    template = "{% macro day() %}{{ strftime_now('%d %b %Y %H:%M') }}{% endmacro %}{{ day() }}"
+    tokenizer = load(checkpoint(tmp_path, chat_template__jinja=template))
+    assert tokenizer.render_chat(MESSAGES, now=1790000000) == "21 Sep 2026 14:13"
+    ids = tokenizer.apply_chat_template(MESSAGES, now=1790000000)
+    assert tokenizer.decode(ids) == "21 Sep 2026 14:13"
+    assert tokenizer.render_chat(MESSAGES) != "21 Sep 2026 14:13"
+
+
 def test_chat_errors_are_the_requests(tmp_path: Path) -> None:
     plain = load(checkpoint(tmp_path))
     assert not plain.has_chat_template

@@ -214,7 +214,11 @@ def _run_rows(
     is_stopping: Callable[[], bool],
 ) -> None:
     model = ServedModel(
-        options.served_names, engine.tokenizer, engine.max_model_len, engine.default_params
+        options.served_names,
+        engine.tokenizer,
+        engine.max_model_len,
+        engine.default_params,
+        now=manifest.created,  # a resume on another day must render the same prompts
     )
     runner = BatchRunner(engine, model, ledger, RunSettings(manifest.created, options.max_retries))
 

@@ -23,7 +23,8 @@ _SMALL_FILES = (
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """`options` and `engine` must be equal on a resume; `recorded` may differ. `created` (seconds
-    since 1970) is the `created` of every result, so that a restart changes no byte."""
+    since 1970) is the `created` of every result and the time that chat templates see, so that a
+    restart changes no byte."""
 
     created: int
     options: Mapping[str, Any]  # known before the model is loaded

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from windlass.batch.runner import JobEngine
 
 EXIT_ROWS_FAILED = 3
+_LAST_SECOND = 253402300799  # of the year 9999, where calendars end
 _FILES, _JOB = "files", "job"
 # what results depend on; everything else may change between two runs of one job
 _IDENTITY = ("dtype", "load_format", "generation_config", "seed")
@@ -155,7 +156,7 @@ def _now() -> int:
     given = os.environ.get("SOURCE_DATE_EPOCH")
     if given is None:
         return int(time.time())
-    if not given.isdecimal():
+    if not given.isdecimal() or int(given) > _LAST_SECOND:
         raise UsageError(f"SOURCE_DATE_EPOCH: got {given!r}, allowed seconds since 1970")
     return int(given)
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import jinja2
@@ -46,11 +46,16 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         source: str | None = None,
         extra: Mapping[str, Any] | None = None,
+        now: int | None = None,
     ) -> str:
         """The prompt. `source`: a template's text or name instead of the checkpoint's choice;
-        `extra`: variables of the template. Raises RequestError with the template's own message."""
+        `extra`: variables of the template; `now`: seconds since 1970 that `strftime_now` shall tell
+        in UTC, instead of the clock in local time. Raises RequestError with the template's own
+        message."""
+        fixed = {} if now is None else {"strftime_now": datetime.fromtimestamp(now, UTC).strftime}
         variables = {
             **self._variables,
+            **fixed,
             **_plain(extra or {}, "chat_template_kwargs"),
             "messages": [_with_reasoning(message) for message in _plain(messages, "messages")],
             "tools": None if tools is None else _plain(tools, "tools"),

@@ -77,15 +77,18 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
         variables: Mapping[str, Any] | None = None,
+        now: int | None = None,
     ) -> str:
         """The prompt as text. `chat_template`: text, or a name among the checkpoint's templates;
-        `variables` reach the template. Raises RequestError, also where there is no template."""
+        `variables` reach the template; `now` (seconds since 1970) replaces the clock. Raises
+        RequestError, also where there is no template."""
         return self._chat.render(
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             source=chat_template,
             extra=variables,
+            now=now,
         )
 
     def apply_chat_template(
@@ -96,6 +99,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
         variables: Mapping[str, Any] | None = None,
+        now: int | None = None,
     ) -> list[int]:
         """`render_chat`, encoded; the template writes BOS itself."""
         text = self.render_chat(
@@ -104,6 +108,7 @@ class Tokenizer:
             add_generation_prompt=add_generation_prompt,
             chat_template=chat_template,
             variables=variables,
+            now=now,
         )
         return self.encode(text, add_special_tokens=False)
 

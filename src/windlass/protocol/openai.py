@@ -57,17 +57,20 @@ class ChatTokenizer(Protocol):
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        now: int | None = None,
     ) -> list[int]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a body may ask for. `names[0]` is written into responses, all of them are accepted."""
+    """What a body may ask for. `names[0]` is written into responses, all of them are accepted.
+    `now`: the seconds since 1970 that chat templates see, None for the clock's."""
 
     names: tuple[str, ...]
     tokenizer: ChatTokenizer
     max_model_len: int
     default_params: SamplingParams
+    now: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,7 @@ def parse_body(endpoint: Endpoint, body: Mapping[str, Any], model: ServedModel) 
     params = _sampling_params(body, model.default_params, is_chat=is_chat)
     limit = _max_tokens(body, is_chat=is_chat)
     field = "messages" if is_chat else "prompt"
-    prompts = [_chat_prompt(body, model.tokenizer)] if is_chat else _prompts(body, model.tokenizer)
+    prompts = [_chat_prompt(body, model)] if is_chat else _prompts(body, model.tokenizer)
     _check_sequences(len(prompts), params.n)
     return ApiRequest(
         endpoint=endpoint,
@@ -193,7 +196,7 @@ def _max_tokens(body: Mapping[str, Any], *, is_chat: bool) -> int | None:
     return next(iter(given.values()), None)
 
 
-def _chat_prompt(body: Mapping[str, Any], tokenizer: ChatTokenizer) -> list[int]:
+def _chat_prompt(body: Mapping[str, Any], model: ServedModel) -> list[int]:
     messages, tools = read_messages(body), read_tools(body)
     variables = optional(body, "chat_template_kwargs", dict)
     refused = next((name for name in variables or () if name in _TEMPLATE_OWN), None)
@@ -205,11 +208,12 @@ def _chat_prompt(body: Mapping[str, Any], tokenizer: ChatTokenizer) -> list[int]
     generate = optional(body, "add_generation_prompt", bool)
 
     def render(tools: list[dict[str, Any]] | None) -> list[int]:
-        return tokenizer.apply_chat_template(
+        return model.tokenizer.apply_chat_template(
             messages,
             tools=tools,
             add_generation_prompt=generate is not False,
             variables=variables,
+            now=model.now,
         )
 
     try:
