@@ -201,3 +201,18 @@ def test_logprobs_are_the_same_from_the_log(folder):
         assert step[token].decoded_token == f"w{token}"
     drawn = sum(s[t].logprob for t, s in zip(output.token_ids, output.logprobs, strict=True))
     assert output.cumulative_logprob == pytest.approx(drawn)
+
+
+def test_preemptions_are_counted(folder):
+    with engine_for(folder) as engine:
+        kv = engine._admission._kv
+        held = kv.take_pages(kv.num_free_pages - 5)  # as if others had them
+        lengths = (20, 20, 20)
+        run_all(
+            engine,
+            [request(str(i), p, max_tokens=70) for i, p in enumerate(prompts(lengths))],
+            check=False,
+        )
+        assert engine.stats().num_preemptions > 0
+        kv.give_pages(held)
+        engine.check()

@@ -1,10 +1,10 @@
 """Which rows the next pass computes: admission by key/value pages. Knows counts, no tensors.
 
-Decode rows of running sequences go first, then chunks of prompts fill the pass up to its row limit,
-in the order of arrival; a waiting sequence joins as soon as pages for its prompt are free. Pages
-grow with the sequence; when none is left, the youngest sequence gives its pages back and is later
-computed again from its tokens, which gives the same bits (prompt rows as prompt rows, generated
-rows as generated rows).
+Decode rows of running sequences go first, at least one of each, then chunks of prompts fill the
+pass up to its row limit, in the order of arrival; a waiting sequence joins as soon as pages for its
+prompt are free. Pages grow with the sequence; when none is left, the youngest sequence gives its
+pages back and is later computed again from its tokens, which gives the same bits (prompt rows as
+prompt rows, generated rows as generated rows).
 """
 
 from collections import deque
@@ -58,15 +58,13 @@ class Admission:
     def compose(self, start: Callable[[Queued], Choice]) -> list[Row]:
         """The rows of the next pass; empty only when there is nothing to do. `start` makes the
         choice of what is taken from the queue."""
+        # oldest first, at the cost of the youngest, which is in its prompt from then on
+        decoding = [c for c in list(self.running) if not c.in_prompt and self._grow(c)]
         rows: list[Row] = []
         room = self._max_rows
-        for choice in list(self.running):
-            if choice in self.running and not choice.in_prompt and self._grow(choice):
-                row = self._generated(choice, room)
-                rows.append(row)
-                room -= row.segment.num_rows
-        rows = [row for row in rows if row.choice in self.running]
-        room = self._max_rows - sum(row.segment.num_rows for row in rows)
+        for following, choice in zip(range(len(decoding))[::-1], decoding, strict=True):
+            rows.append(self._generated(choice, room - following))  # a row for each that follows
+            room -= rows[-1].segment.num_rows
         for choice in self.running:
             if choice.in_prompt:
                 room -= self._add_prompt(choice, room, rows)
@@ -83,9 +81,17 @@ class Admission:
     def _can_admit(self) -> bool:
         if not self.waiting or len(self.running) >= self._max_num_seqs:
             return False
-        needed = self._kv.pages_for(self.waiting[0].num_tokens + 1)
-        # every running sequence may want one more page before the newcomer has ended
-        return needed + len(self.running) <= self._kv.num_free_pages and self._kv.has_free_state
+        newcomer = self.waiting[0]
+        needed = self._kv.pages_for(min(newcomer.num_tokens + 1, newcomer.max_total - 1))
+        kept = sum(map(self._may_want, self.running))
+        return needed + kept <= self._kv.num_free_pages and self._kv.has_free_state
+
+    def _may_want(self, choice: Choice) -> int:
+        """Pages kept free for a running choice, so that a newcomer does not drive it out at once:
+        those it lacks now, else one as long as it can grow."""
+        held = len(choice.pages)
+        most = self._kv.pages_for(choice.max_total - 1) - held
+        return min(most, max(1, self._kv.pages_for(choice.num_tokens) - held))
 
     def _admit(self, choice: Choice) -> None:
         choice.pages = self._kv.take_pages(self._kv.pages_for(choice.num_prompt))

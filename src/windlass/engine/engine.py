@@ -248,6 +248,7 @@ class Engine:
             peak_rss_bytes=self._setup.peak_rss(),
             running=len(self._admission.running),
             waiting=len(self._admission.waiting),
+            num_preemptions=self._admission.num_preemptions,
         )
 
     def check(self) -> None:

@@ -18,3 +18,4 @@ class EngineStats:
     peak_rss_bytes: int  # of the process
     running: int
     waiting: int
+    num_preemptions: int = 0  # sequences that gave their pages back, to be computed again
