@@ -105,12 +105,10 @@ def test_bits_do_not_depend_on_preemption(model):
 def test_threads_and_memory_are_no_excuse(model):
     """Two BLAS threads and buffered reads give the bits of one thread and direct reads."""
     path, alone = model
-    torch.set_num_threads(2)
-    try:
-        with engine_for(path, load_mode="buffered") as engine:
-            results = run_all(engine, _requests())
-    finally:
-        torch.set_num_threads(1)
+    with engine_for(path, load_mode="buffered", threads=2) as engine:
+        results = run_all(engine, _requests())
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)
     assert {name: _bits(output) for name, output in results.items()} == alone
 
 

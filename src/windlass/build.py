@@ -3,7 +3,6 @@
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from windlass.engine.tokenizer import load as load_tokenizer
 from windlass.errors import UsageError
 from windlass.experts.forecast import UsageForecast
 from windlass.experts.policies import FarthestNextUse
-from windlass.ids import Part
+from windlass.ids import Part, WeightKey
 from windlass.kernels.base import Kernels
 from windlass.kernels.reference import TorchKernels
 from windlass.memory.checkpoint import Checkpoint, WeightSource
@@ -44,7 +43,7 @@ from windlass.memory.recipe import slot_bytes
 from windlass.memory.rows import row_buffer_bytes
 from windlass.memory.views import copied_bytes, dtype_of
 from windlass.memory.weights import WeightStore
-from windlass.options import EngineOptions, read_config, resolve_model
+from windlass.options import EngineOptions, checkpoint_stamp, read_config, resolve_model
 from windlass.params import SamplingParams
 from windlass.plan import Plan
 from windlass.planner.budget import Sizes, Wanted, make_plan
@@ -62,10 +61,10 @@ from windlass.trace import Tracer
 from windlass.units import MIB, parse_bytes
 from windlass.version import VERSION
 
+_ELEMENTS_PER_THREAD = 1 << 17  # of an expert's largest matrix
 _DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
 # Left free below the limit of a memory cgroup: page tables and buffers of the kernel count too
 _LIMIT_MARGIN = 32 * MIB
-_SAMPLE_BYTES = 1 << 16  # of each weight file, at three places, for the fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +84,6 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
     `device`: where weights go; the host if None. The engine closes it; so does a failure here.
     """
     return_freed_memory()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     with ExitStack() as opened:
         if device is not None:
             opened.callback(device.close)
@@ -95,12 +92,24 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
         kernels = TorchKernels()
         kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
         model = _read_model(options, opened)
+        torch.set_num_threads(options.threads or _useful_threads(model))
         setup = _setup(options, model)
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
             opened.callback(device.close)
         engine = _assemble(setup, model, kernels, device, tracer, opened)
     return engine
+
+
+def _useful_threads(model: _Model) -> int:
+    """Threads that pay: waking one costs about what multiplying a few hundred KiB of weights does,
+    and much more where other work keeps the cores busy."""
+    matrix = max(piece.stop - piece.start for piece in model.layout.parts[_an_expert(model)])
+    return max(1, min(torch.get_num_threads(), matrix // _ELEMENTS_PER_THREAD))
+
+
+def _an_expert(model: _Model) -> WeightKey:
+    return model.layout.keys(Part.EXPERT)[0]
 
 
 def _setup(options: EngineOptions, model: _Model) -> EngineSetup:
@@ -253,7 +262,7 @@ def _expert_slots(text: str | None, model: _Model) -> int | None:
     """Slots of "auto" (None), of a size, or of a number of experts per layer."""
     if text is None or text == "auto":
         return None
-    if text.isdigit():
+    if text.isdecimal():
         layers = sum(isinstance(block.ffn, Moe) for block in model.spec.blocks)
         return int(text) * layers
     per_slot = slot_bytes(model.layout, model.source.tensors)[Part.EXPERT]
@@ -302,33 +311,11 @@ def _long_rope_after(spec: ModelSpec) -> int | None:
 def _fingerprint(model: _Model, tokenizer: Tokenizer, options: EngineOptions) -> dict[str, object]:
     """What would change results if it changed."""
     return {
-        "model": _digest(model, options),
+        "model": checkpoint_stamp(model.folder),
+        "load_format": options.load_format,
         "tokenizer": tokenizer.digest,
         "generation_config": options.generation_config,
         "seed": options.seed,
         "max_model_len": options.max_model_len,
         "version": VERSION,
     }
-
-
-def _digest(model: _Model, options: EngineOptions) -> str:
-    """Of the configuration, all headers, and samples of the weights."""
-    digest = blake2b(digest_size=16)
-    digest.update((model.folder / "config.json").read_bytes())
-    digest.update(options.load_format.encode())
-    for name, info in sorted(model.source.tensors.items()):
-        digest.update(f"{name} {info.dtype} {info.shape} {info.begin}".encode())
-    if options.load_format != "dummy":
-        for file in sorted({info.file for info in model.source.tensors.values()}):
-            digest.update(_sample(model.folder / file))
-    return digest.hexdigest()
-
-
-def _sample(path: Path) -> bytes:
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        taken = []
-        for place in (0, size // 2, max(0, size - _SAMPLE_BYTES)):
-            stream.seek(place)
-            taken.append(stream.read(_SAMPLE_BYTES))
-    return size.to_bytes(8, "big") + b"".join(taken)
