@@ -30,10 +30,10 @@ class Machine:
         self.rows = rows
         self.finished = []
 
-    def add(self, num_prompt, max_output, *, name="r"):
+    def add(self, num_prompt, max_output, *, name="r", longest=None):
         """Tokens are their positions."""
         request = Request(name, tuple(range(num_prompt)), SamplingParams(max_tokens=max_output), "")
-        self.admission.add(Queued(request, 0, max_output))
+        self.admission.add(Queued(request, 0, max_output, longest or num_prompt + max_output))
         return request
 
     def step(self):
@@ -141,3 +141,12 @@ def test_a_dropped_request_leaves_nothing():
     machine.admission.drop(requests[2])
     assert machine.kv.num_free_pages == 30
     assert machine.admission.compose(pytest.fail) == []
+
+
+def test_longrope_follows_what_a_choice_could_have_in_any_memory():
+    machine = Machine(pages=30, seqs=3, rows=3 + CHUNK_TOKENS, long_rope_after=16)
+    machine.add(8, 8)
+    machine.add(8, 9)
+    machine.add(8, 8, longest=17)  # would go on if there were more pages
+    assert [row.segment.long_rope for row in machine.step()] == [False, True, True]
+    assert [row.segment.long_rope for row in machine.step()] == [False, True, True]

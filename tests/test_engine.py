@@ -13,6 +13,7 @@ import torch
 
 from engines import engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
+from families import VOCAB
 from windlass import build
 from windlass.engine.choice import LogprobLog
 from windlass.engine.sampling import Sampled
@@ -216,3 +217,27 @@ def test_preemptions_are_counted(folder):
         assert engine.stats().num_preemptions > 0
         kv.give_pages(held)
         engine.check()
+
+
+# --- LongRoPE -------------------------------------------------------------------------------------
+
+
+def test_longrope_does_not_depend_on_memory(tmp_path):
+    """Its original context has 16 tokens. However few fit, a request that names no limit uses the
+    factors of what the model, or the user, allows."""
+    make_model("phimoe", tmp_path)
+
+    def first(max_tokens, *, max_model_len=None, fits=None):
+        """Log-probabilities of the first token, which ends the choice."""
+        one = request(
+            "a", [3, 4, 5], max_tokens=max_tokens, stop_token_ids=range(VOCAB), logprobs=3
+        )
+        with engine_for(tmp_path, max_model_len=max_model_len) as engine:
+            engine.max_model_len = fits or engine.max_model_len
+            return run_all(engine, [one])["a"].outputs[0].logprobs
+
+    short, long = first(13), first(14)
+    assert short != long
+    assert first(None) == first(None, fits=16) == long
+    assert first(None, max_model_len=16) == short
+    assert first(None, max_model_len=17) == long

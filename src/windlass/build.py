@@ -124,6 +124,7 @@ def _setup(options: EngineOptions, model: _Model) -> EngineSetup:
         default_params=_default_params(model.folder, options),
         vocab_size=model.spec.vocab_size,
         max_model_len=plan.max_model_len,
+        longest=options.max_model_len or model.spec.max_positions,
         seed=options.seed,
         fingerprint=_fingerprint(model, tokenizer, options),
         peak_rss=peak_resident_bytes,

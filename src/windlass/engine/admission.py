@@ -150,7 +150,7 @@ class Admission:
             pages=tuple(choice.pages),
             state_slot=choice.state_slot,
             is_prompt=is_prompt,
-            long_rope=after is not None and choice.max_total > after,
+            long_rope=after is not None and choice.queued.longest > after,
             wants_logits=last == choice.num_tokens,
         )
         return Row(choice, segment)

@@ -16,11 +16,12 @@ from windlass.engine.tokenizer import Tokenizer
 @dataclass(frozen=True, slots=True, eq=False)
 class Queued:
     """A choice that has not begun: what waits by the thousand has no sampler, text or tokens of its
-    own. `max_output` is at least 1."""
+    own. `max_output` is at least 1. `longest`: tokens that it could have if memory had no end."""
 
     request: Request
     index: int
     max_output: int
+    longest: int
 
     @property
     def num_tokens(self) -> int:

@@ -51,6 +51,7 @@ class EngineSetup:
     default_params: SamplingParams
     vocab_size: int
     max_model_len: int
+    longest: int  # the same where memory has no end: what the user or the model allows
     seed: int
     fingerprint: Mapping[str, object]  # what would change results
     peak_rss: Callable[[], int]
@@ -108,11 +109,13 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queues a request; RequestError if it cannot run here."""
         self.validate(request)
-        params, room = request.params, self.max_model_len - len(request.prompt_token_ids)
-        max_output = room if params.max_tokens is None else params.max_tokens
+        params, num_prompt = request.params, len(request.prompt_token_ids)
+        max_output, longest = self.max_model_len - num_prompt, self._setup.longest
+        if params.max_tokens is not None:
+            max_output, longest = params.max_tokens, num_prompt + params.max_tokens
         self._open[request.request_id] = _Open(request, params.n, time.monotonic())
         for index in range(params.n):
-            self._admission.add(Queued(request, index, max_output))
+            self._admission.add(Queued(request, index, max_output, longest))
 
     def abort(self, request_id: str) -> None:
         """Drops a request; unknown ids are ignored, it may just have ended."""
