@@ -16,8 +16,9 @@ from windlass.batch import journal as journal_module
 from windlass.batch.jobfile import JobFile
 from windlass.batch.journal import Journal, State
 from windlass.batch.ledger import Ledger
-from windlass.batch.manifest import Manifest, checkpoint_stamp, refuse_difference
+from windlass.batch.manifest import Manifest, refuse_difference
 from windlass.errors import JobError, UsageError
+from windlass.options import checkpoint_stamp
 
 DIGESTS = [bytes([i]) * 16 for i in range(9)]
 LINE = b'{"id":"x","error":null}\n'
@@ -263,3 +264,16 @@ def test_stamp_sees_weights_and_configuration_but_not_the_folder(tmp_path: Path)
     assert stamp != checkpoint_stamp(two)
     (one / "config.json").write_text('{"a": 1}')
     assert stamp != checkpoint_stamp(one)
+
+
+def test_stamp_sees_all_of_a_long_header(tmp_path: Path) -> None:
+    header, weights = bytearray(b" " * 400_000), bytes(3_000_000)
+    file = tmp_path / "model.safetensors"
+    stamps = set()
+    for place in range(0, 400_000, 100_001):
+        header[place] = ord("x")
+        file.write_bytes(len(header).to_bytes(8, "little") + header + weights)
+        stamps.add(checkpoint_stamp(tmp_path))
+    assert len(stamps) == 4
+    file.write_bytes(b"\xff" * 8 + b"torn")  # no header at all
+    assert checkpoint_stamp(tmp_path) not in stamps

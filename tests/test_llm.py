@@ -304,3 +304,9 @@ def test_logits_that_are_not_finite_fail_their_row_with_a_code(
         monkeypatch.setattr(llm._engine, "_run_pass", lambda batch: run_pass(batch) * float("nan"))
         (result,) = llm.generate(["w5 w6"], SHORT, on_error="return")
     assert (result.error_code, "not finite" in str(result.error)) == (NOT_FINITE, True)
+
+
+def test_a_cache_size_of_other_digits_is_the_users_error(tmp_path: Path) -> None:
+    make_model("mixtral", tmp_path)
+    with pytest.raises(UsageError, match="moe-expert-cache-size: got '²'"):
+        LLM(str(tmp_path), host_memory="4GiB", moe_expert_cache_size="²")

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from windlass.build import open_engine
 from windlass.engine.outputs import RequestOutput
-from windlass.engine.sequence import Request
+from windlass.engine.sequence import WINDOW, Request
 from windlass.engine.stats import EngineStats
 from windlass.errors import RequestError, UsageError
 from windlass.options import EngineOptions
@@ -28,7 +28,6 @@ ParamsOf = SamplingParams | Sequence[SamplingParams] | None
 OnError = Literal["raise", "return"]
 Encode = Callable[[Any], tuple[str | None, list[int]]]  # a row -> its text, if any, and its ids
 
-_WINDOW = 2  # times the engine's capacity: enough that a freed place is never left empty
 
 # vLLM's keywords for what Windlass does not do, with the only value that is no request for it.
 _REFUSED = {
@@ -237,7 +236,7 @@ class LLM:
         try:
             while True:
                 self._check_open()
-                room = max(1, _WINDOW * self._engine.capacity) - len(waiting)
+                room = max(1, WINDOW * self._engine.capacity) - len(waiting)
                 for entry in itertools.islice(entries, max(0, room)):
                     self._start(entry)
                     waiting.add(entry.request_id)

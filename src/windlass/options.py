@@ -1,7 +1,9 @@
-"""What a user may choose about an engine, and where models are found. No torch."""
+"""What a user may choose about an engine, and where models are found and told apart. No torch."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +11,16 @@ from windlass.errors import CheckpointError, ModelError, UsageError
 
 DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
+
+# Of a checkpoint's stamp: these files whole, of each weight file the header and samples.
+_SMALL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
+    "model.safetensors.index.json",
+)  # fmt: skip
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,3 +79,34 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ModelError(f"{path}: found a {type(document).__name__}, expected an object")
     return document
+
+
+def checkpoint_stamp(folder: Path) -> str:
+    """A digest of a checkpoint that reads little of its weights. Known without loading, so that a
+    finished job can notice another model. Raises UsageError if a file cannot be read."""
+    digest = blake2b(digest_size=16)
+    try:
+        for path in (folder / name for name in _SMALL_FILES):
+            if path.is_file():
+                digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+                digest.update(path.read_bytes())
+        for path in sorted(folder.glob("*.safetensors")):
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            for piece in _samples(path):
+                digest.update(piece)
+    except OSError as error:
+        raise UsageError(f"model: cannot read {str(folder)!r}: {error}") from error
+    return digest.hexdigest()
+
+
+def _samples(path: Path) -> Iterator[bytes]:
+    size = path.stat().st_size
+    with path.open("rb", buffering=0) as file:
+        yield (length := file.read(8))
+        left = min(int.from_bytes(length, "little"), size, _MAX_HEADER_BYTES)
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            left -= len(piece)
+            yield piece
+        for i in range(_SAMPLES):
+            file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+            yield file.read(_SAMPLE_BYTES)

@@ -1,7 +1,6 @@
 """What a job's results depend on, stored beside its output, so that a resume under other settings
 is refused. Knows no rows and no engine."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -12,12 +11,6 @@ from typing import Any
 from windlass.errors import JobError, UsageError
 
 FORMAT = 1
-_SAMPLES = 16  # places per weight file that the stamp reads
-_SAMPLE_BYTES = 4096
-_SMALL_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "tokenizer.model", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,30 +93,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def checkpoint_stamp(folder: Path) -> str:
-    """A digest of a checkpoint that reads a few kilobytes per file: small files whole, weight files
-    by size, header and samples. Known without loading, so that a finished job can notice another
-    model. Raises UsageError if a file cannot be read."""
-    digest = hashlib.blake2b(digest_size=16)
-    try:
-        for name in _SMALL_FILES:
-            path = folder / name
-            if path.is_file():
-                digest.update(f"{name} {path.stat().st_size}\n".encode())
-                digest.update(path.read_bytes())
-        for path in sorted(folder.glob("*.safetensors")):
-            _sample(path, digest)
-    except OSError as error:
-        raise UsageError(f"model: cannot read {str(folder)!r}: {error}") from error
-    return digest.hexdigest()
-
-
-def _sample(path: Path, digest: "hashlib.blake2b") -> None:
-    size = path.stat().st_size
-    digest.update(f"{path.name} {size}\n".encode())
-    with path.open("rb", buffering=0) as file:
-        for i in range(_SAMPLES):
-            file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))

@@ -12,14 +12,13 @@ from windlass.batch.journal import State
 from windlass.batch.ledger import Ledger
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.sampling import NOT_FINITE
-from windlass.engine.sequence import Request, StepResult
+from windlass.engine.sequence import WINDOW, Request, StepResult
 from windlass.engine.stats import EngineStats
 from windlass.errors import RequestError
 from windlass.params import SamplingParams
 from windlass.protocol.openai import ApiRequest, ChatTokenizer, ServedModel, parse_body
 from windlass.protocol.responses import error_response, response_body
 
-_WINDOW = 2  # times the engine's capacity: enough that a freed place is never left empty
 _LINE_BREAKS = {"\u2028": "\\u2028", "\u2029": "\\u2029", "\x85": "\\u0085"}
 
 
@@ -103,7 +102,7 @@ class BatchRunner:
         self, rows: Iterator[Row], is_stopping: Callable[[], bool], tick: Callable[[], None]
     ) -> bool:
         """Fills the window. False when there are no more rows."""
-        window = _WINDOW * self._engine.capacity
+        window = WINDOW * self._engine.capacity
         while self._num_sequences < window and not is_stopping():
             row = next(rows, None)
             if row is None:

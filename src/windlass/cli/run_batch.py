@@ -15,7 +15,7 @@ from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer
 from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
 from windlass.errors import UsageError, WindlassError
-from windlass.options import EngineOptions, resolve_model
+from windlass.options import EngineOptions, checkpoint_stamp, resolve_model
 from windlass.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -120,7 +120,6 @@ def _run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
 
 def _job_options(values: Mapping[str, Any], engine: EngineOptions) -> "JobOptions":
     from windlass.batch.job import JobOptions
-    from windlass.batch.manifest import checkpoint_stamp
 
     folder = resolve_model(engine.model)
     tokenizer = resolve_model(engine.tokenizer) if engine.tokenizer else None

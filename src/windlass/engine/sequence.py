@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from windlass.engine.outputs import RequestOutput
 from windlass.params import SamplingParams
 
+# What fronts keep in the engine, times its capacity: a freed place is never left empty.
+WINDOW = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

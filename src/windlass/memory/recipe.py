@@ -9,13 +9,12 @@ from typing import NamedTuple
 from windlass.device.base import ALIGN_BYTES
 from windlass.errors import CheckpointError
 from windlass.ids import Part, WeightKey
+from windlass.spec.layout import ITEM_BYTES
 from windlass.spec.names import Layout, Piece, TensorInfo, ViewOp
 from windlass.units import KIB, round_up
 
 # Reading a small gap costs less than a second read: 64 KiB take 30 us at 2 GB/s.
 _MERGE_GAP_BYTES = 64 * KIB
-
-ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 
 
 class Read(NamedTuple):

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from windlass.device.base import ALIGN_BYTES, Device
-from windlass.memory.recipe import ITEM_BYTES, ByteRange, merge_ranges
+from windlass.memory.recipe import ByteRange, merge_ranges
 from windlass.memory.transfer import Priority, TransferQueue
 from windlass.memory.views import dtype_of
+from windlass.spec.layout import ITEM_BYTES
 from windlass.spec.names import TensorInfo
 from windlass.units import round_up
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from windlass.memory.recipe import ITEM_BYTES, Placement, Recipe
+from windlass.memory.recipe import Placement, Recipe
+from windlass.spec.layout import ITEM_BYTES
 from windlass.spec.names import Layout, Reshape, Take, TensorInfo, Transpose, ViewOp
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
