@@ -330,6 +330,15 @@ def test_synth_writes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "qwen3-30b-a3b" in capsys.readouterr().err
 
 
+def test_a_finished_job_is_told_from_the_outside_without_torch() -> None:
+    code = (
+        "import sys, windlass.batch.job, windlass.batch.progress\n"
+        "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)\n"
+    )
+    result = run([sys.executable, "-c", code], SRC)
+    assert result.returncode == 0, result.stderr
+
+
 def test_help_and_import_load_nothing_heavy() -> None:
     code = (
         "import sys, windlass.cli\n"

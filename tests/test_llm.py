@@ -10,8 +10,7 @@ import torch
 
 from engines import make_model
 from fake_engine import BOS, FakeEngine, FakeTokenizer
-from windlass.engine.outputs import RequestOutput
-from windlass.engine.sampling import NOT_FINITE
+from windlass.engine.outputs import NOT_FINITE, RequestOutput
 from windlass.engine.sequence import Request
 from windlass.errors import RequestError, UsageError
 from windlass.llm import LLM

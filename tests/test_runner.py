@@ -15,8 +15,12 @@ from fake_engine import FakeEngine
 from windlass.batch.job import JobOptions, Summary, run_job
 from windlass.batch.progress import LineProgress, Meter, Snapshot, TerminalProgress, open_progress
 from windlass.batch.runner import result_line
-from windlass.engine.outputs import CompletionOutput, RequestOutput
-from windlass.engine.sampling import NOT_FINITE, NOTHING_ALLOWED
+from windlass.engine.outputs import (
+    NOT_FINITE,
+    NOTHING_ALLOWED,
+    CompletionOutput,
+    RequestOutput,
+)
 from windlass.engine.sequence import Request, StepResult
 from windlass.errors import BudgetError, JobError, UsageError
 

@@ -8,9 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from windlass.engine.outputs import NOT_FINITE, NOTHING_ALLOWED
 from windlass.engine.sampling import (
-    NOT_FINITE,
-    NOTHING_ALLOWED,
     Sampled,
     Sampler,
     choice_seed,

@@ -10,8 +10,7 @@ from typing import Any, Protocol
 from windlass.batch.jobfile import Row
 from windlass.batch.journal import State
 from windlass.batch.ledger import Ledger
-from windlass.engine.outputs import RequestOutput
-from windlass.engine.sampling import NOT_FINITE
+from windlass.engine.outputs import NOT_FINITE, RequestOutput
 from windlass.engine.sequence import WINDOW, Request, StepResult
 from windlass.engine.stats import EngineStats
 from windlass.errors import RequestError

@@ -18,16 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from windlass.engine.outputs import Logprob
+from windlass.engine.outputs import NOT_FINITE, NOTHING_ALLOWED, Logprob
 from windlass.errors import RequestError
 from windlass.params import SamplingParams
 
 Floats = NDArray[np.floating[Any]]
 Ids = NDArray[np.int64]
-
-# Codes of errors while sampling; both come back whenever the row of logits does.
-NOTHING_ALLOWED = "no_token_allowed"  # the request's constraints leave no token
-NOT_FINITE = "logits_not_finite"  # the model's fault
 
 _DRAW_BLOCK = 512  # weights per partial sum of a draw: a row of 152k needs 300 sums, then 512
 
