@@ -1,6 +1,7 @@
 """The Python API over a fake engine: order, errors that stay alone, lazy input, aborts."""
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from engines import make_model
+from engines import make_model, write_tokenizer
 from fake_engine import BOS, FakeEngine, FakeTokenizer
 from windlass.engine.outputs import NOT_FINITE, RequestOutput
 from windlass.engine.sequence import Request
@@ -303,6 +304,19 @@ def test_logits_that_are_not_finite_fail_their_row_with_a_code(
         monkeypatch.setattr(llm._engine, "_run_pass", lambda batch: run_pass(batch) * float("nan"))
         (result,) = llm.generate(["w5 w6"], SHORT, on_error="return")
     assert (result.error_code, "not finite" in str(result.error)) == (NOT_FINITE, True)
+
+
+def test_another_tokenizer_does_not_hide_what_ends_a_text(tmp_path: Path) -> None:
+    model, other = tmp_path / "model", tmp_path / "other"
+    make_model("mixtral", model)
+    other.mkdir()
+    write_tokenizer(other)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "eos_token_id": 7}))
+    with LLM(str(model), tokenizer=str(other), host_memory="4GiB", max_model_len=64) as llm:
+        params = SamplingParams(temperature=0, max_tokens=5, logit_bias={7: 100})
+        (result,) = llm.generate("w5 w6", params)
+    assert (result.outputs[0].finish_reason, result.outputs[0].token_ids) == ("stop", (7,))
 
 
 def test_a_cache_size_of_other_digits_is_the_users_error(tmp_path: Path) -> None:

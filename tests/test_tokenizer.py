@@ -126,7 +126,6 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
     several = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     folder = checkpoint(tmp_path, tokenizer_config__json=config(chat_template=several))
     tokenizer = load(folder)
-    assert tokenizer.has_chat_template
     assert tokenizer.render_chat(MESSAGES) == "plain"
     assert tokenizer.render_chat(MESSAGES, WEATHER) == "tools"
     assert tokenizer.render_chat(MESSAGES, chat_template="tool_use") == "tools"
@@ -165,7 +164,6 @@ def test_the_time_of_templates_can_be_fixed(tmp_path: Path) -> None:
 
 def test_chat_errors_are_the_requests(tmp_path: Path) -> None:
     plain = load(checkpoint(tmp_path))
-    assert not plain.has_chat_template
     with pytest.raises(RequestError, match="the checkpoint has none"):
         plain.render_chat(MESSAGES)
     for template, messages, message in (
@@ -198,6 +196,19 @@ def test_end_of_sequence_ids_of_all_files(tmp_path: Path) -> None:
     (folder / "config.json").unlink()
     assert load(folder).eos_token_ids == (2,)
     assert load(folder).digest != tokenizer.digest
+
+
+def test_another_tokenizer_keeps_the_end_of_sequence_ids_of_the_model(tmp_path: Path) -> None:
+    model, other = tmp_path / "model", tmp_path / "other"
+    model.mkdir()
+    other.mkdir()
+    checkpoint(model, config__json={"eos_token_id": 9}, generation_config__json={})
+    checkpoint(other, tokenizer_config__json=config(eos_token="<|im_end|>"))
+    assert load(other).eos_token_ids == (2,)
+    both = load(other, model_folder=model)
+    assert both.eos_token_ids == (2, 9)
+    assert both.digest != load(other).digest
+    assert load(model, model_folder=model).eos_token_ids == load(model).eos_token_ids == (9,)
 
 
 def test_special_tokens_map_of_older_checkpoints(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def _an_expert(model: _Model) -> WeightKey:
 def _setup(options: EngineOptions, model: _Model) -> EngineSetup:
     """The plan and all that requests need."""
     tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
-    tokenizer = load_tokenizer(tokenizer_folder)
+    tokenizer = load_tokenizer(tokenizer_folder, model_folder=model.folder)
     wanted = _wanted(options, model)
     plan = make_plan(model.spec, _sizes(model), options.host_memory or default_budget(), wanted)
     return EngineSetup(

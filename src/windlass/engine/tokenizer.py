@@ -52,10 +52,6 @@ class Tokenizer:
         self._anchor = self._find_anchor()
         self._bytes: dict[int, bytes] = {}
 
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self._chat.names)
-
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text, with the BOS that the checkpoint asks for unless told otherwise."""
         try:
@@ -143,17 +139,16 @@ class Tokenizer:
         return list(self._backend.encode("a", add_special_tokens=False).ids[-1:])
 
 
-def load(path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder. Raises CheckpointError for missing or broken files."""
+def load(path: Path, *, model_folder: Path | None = None) -> Tokenizer:
+    """The tokenizer of a checkpoint folder. With `model_folder`, what ends a text of that model
+    counts too: its tokenizer may be another's. Raises CheckpointError for missing or broken
+    files."""
     backend = _read_backend(path)
     config = _read_json(path / "special_tokens_map.json")  # older checkpoints
     config |= _read_json(path / "tokenizer_config.json")
-    eos: set[int] = set()
-    model_config = _read_json(path / "config.json")
-    text_config = model_config.get("text_config") or {}
-    for source in (_read_json(path / "generation_config.json"), model_config, text_config):
-        value = source.get("eos_token_id")
-        eos.update(value if isinstance(value, list) else [] if value is None else [value])
+    eos = _eos_token_ids(path)
+    if model_folder is not None:
+        eos |= _eos_token_ids(model_folder)
     return Tokenizer(
         backend,
         config=config,
@@ -161,6 +156,17 @@ def load(path: Path) -> Tokenizer:
         eos_token_ids=eos,
         digest=_digest(path, eos),
     )
+
+
+def _eos_token_ids(folder: Path) -> set[int]:
+    """Of the model, as its configuration has them."""
+    ids: set[int] = set()
+    config = _read_json(folder / "config.json")
+    text_config = config.get("text_config") or {}
+    for source in (_read_json(folder / "generation_config.json"), config, text_config):
+        value = source.get("eos_token_id")
+        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    return ids
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
