@@ -26,9 +26,6 @@ EXIT_FAILED, EXIT_USAGE = 1, 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Threads of torch's OpenMP spin before they sleep: beside any other work on the cores that made
-    # the demo job five times slower (29 s against 5.7 s). Read by libgomp when torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     try:
         return _dispatch(arguments)
     except UsageError as error:
