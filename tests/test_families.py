@@ -16,7 +16,7 @@ from windlass.ids import Part, WeightKey
 from windlass.kernels.base import Kernels
 from windlass.kernels.reference import TorchKernels
 from windlass.spec.layout import build_layout
-from windlass.spec.model import Gqa, Mla, ModelSpec, Moe
+from windlass.spec.model import Gqa, LongRopeScaling, Mla, ModelSpec, Moe
 from windlass.spec.names import Piece, Reshape, Take, TensorInfo
 from windlass.spec.registry import read_spec
 
@@ -88,7 +88,9 @@ def _attend(
     attention = spec.blocks[layer].attention
     assert isinstance(attention, Gqa | Mla) and attention.rope is not None
     table, num = RopeTable(attention.rope), len(x)
-    cos, sin = table.cos_sin(torch.arange(num), long_T=table.is_long(num))
+    scaling = attention.rope.scaling
+    is_long = isinstance(scaling, LongRopeScaling) and num > scaling.original_max
+    cos, sin = table.cos_sin(torch.arange(num), long_T=is_long)
     got = math.pre_attention(kernels, spec, attention, w, x, cos, sin)
     window = attention.window if isinstance(attention, Gqa) else None
     sinks = w["sinks"] if isinstance(attention, Gqa) and attention.sinks else None

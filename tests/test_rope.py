@@ -171,9 +171,6 @@ def test_only_longrope_looks_at_long() -> None:
         table = RopeTable(read(KINDS[kind]))
         short, long = (table.cos_sin(position, long_T=torch.tensor([x]))[0] for x in (False, True))
         assert torch.equal(short, long) != differs
-    table = RopeTable(read(KINDS["longrope"]))
-    assert not table.is_long(128) and table.is_long(129)
-    assert not RopeTable(read(KINDS["yarn"])).is_long(10**6)
 
 
 def test_rotation_keeps_lengths_and_relative_angles() -> None:

@@ -26,10 +26,6 @@ class Tracer:
         if self._file is not None:
             self._file.write("[")
 
-    @property
-    def is_enabled(self) -> bool:
-        return self._file is not None
-
     @contextmanager
     def span(self, name: str, lane: str = "compute", **args: Any) -> Iterator[None]:
         """Times the body on `lane`; `args` are shown with the span."""

@@ -94,8 +94,8 @@ class RopeTable:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (T, f) of each row's position (int64), times the attention factor.
 
-        `long_T` says which rows belong to sequences that may outgrow the original context
-        (`is_long`); only LongRoPE looks at it.
+        `long_T` says which rows belong to sequences that may outgrow the original context; only
+        LongRoPE looks at it.
         """
         if not isinstance(self.rope.scaling, LongRopeScaling):
             rows = self._rows(positions_T, long=False)
@@ -106,12 +106,6 @@ class RopeTable:
             both = [self._rows(positions_T, long=long) for long in (False, True)]
             rows = torch.where(long_T[:, None, None], both[1], both[0])
         return rows[:, 0], rows[:, 1]
-
-    def is_long(self, max_tokens: int) -> bool:
-        """Whether a sequence of at most `max_tokens` tokens (prompt and output) uses LongRoPE's
-        long factors. Fixed for a sequence's life, whatever else runs."""
-        scaling = self.rope.scaling
-        return isinstance(scaling, LongRopeScaling) and max_tokens > scaling.original_max
 
     def _rows(self, positions_T: torch.Tensor, *, long: bool) -> torch.Tensor:
         table = self._tables.get(long)

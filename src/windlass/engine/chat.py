@@ -34,10 +34,6 @@ class ChatTemplate:
         self._environment = _environment()
         self._compiled: dict[str, jinja2.Template] = {}
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._sources)
-
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

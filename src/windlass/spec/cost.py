@@ -1,4 +1,4 @@
-"""What a model needs by its description: parameters, cache bytes, operations. Pure arithmetic.
+"""What a model needs by its description: parameters and operations. Pure arithmetic.
 
 FLOPs count a multiplication and an addition as two; norms, activations and softmax are left out
 (under 1 % of a block).
@@ -36,17 +36,6 @@ def num_active_parameters(spec: ModelSpec) -> int:
     )
     table = 0 if spec.tied_head else prod(table_shape(spec)) - spec.hidden_size
     return blocks + _ends(spec) - table
-
-
-def kv_bytes_per_token(spec: ModelSpec, *, element_bytes: int = 4) -> int:
-    """Growth of a sequence's cache per token over all layers, windows not taken into account."""
-    return element_bytes * sum(_kv_elements(block.attention) for block in spec.blocks)
-
-
-def state_bytes_per_sequence(spec: ModelSpec, *, element_bytes: int = 4) -> int:
-    """Recurrent state of one sequence over all layers: of the delta rule a matrix per value head
-    and the last inputs of the convolution; 0 for softmax attention."""
-    return element_bytes * sum(_state_elements(block.attention) for block in spec.blocks)
 
 
 def block_flops_per_token(spec: ModelSpec, layer: int, *, context: int = 0) -> int:
@@ -92,23 +81,6 @@ def _elements(shapes: Shapes) -> int:
 
 def _matrices(shapes: Shapes) -> int:
     return sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
-
-
-def _kv_elements(attention: Attention) -> int:
-    match attention:
-        case Gqa():
-            return 2 * attention.num_kv_heads * attention.head_dim
-        case Mla():
-            return attention.kv_lora_rank + attention.rope.dim
-        case GatedDelta():
-            return 0
-
-
-def _state_elements(attention: Attention) -> int:
-    if not isinstance(attention, GatedDelta):
-        return 0
-    matrix = attention.num_v_heads * attention.k_head_dim * attention.v_head_dim
-    return matrix + attention.conv_dim * (attention.conv_kernel - 1)
 
 
 def _attention_flops(attention: Attention, context: int) -> int:
