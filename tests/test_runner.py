@@ -32,10 +32,14 @@ class Log:
 
     def __init__(self) -> None:
         self.said: list[str] = []
+        self.notes: list[str] = []
         self.snapshots: list[Snapshot] = []
 
     def say(self, text: str) -> None:
         self.said.append(text)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def update(self, take: Callable[[], Snapshot]) -> None:
         self.snapshots.append(take())
@@ -492,21 +496,50 @@ def snapshot(done: int, **stats: int) -> Snapshot:
 def test_meter_says_rates_shares_and_what_is_left() -> None:
     now = [0.0]
     meter = Meter(clock=lambda: now[0])
+    meter.note = "no pass has ended yet"
     assert meter.text() == "no pass has ended yet"
+    now[0] = 1000.0  # what came before the first row does not count
     meter.add(snapshot(2))
     assert "ETA unknown" in meter.text() and "hits -" in meter.text()
-    now[0] = 10.0
+    now[0] = 1010.0
     meter.add(
         snapshot(6, generated_tokens=50, bytes_read=20 << 20, expert_requests=8, expert_hits=6)
     )
     assert meter.text() == (
         "rows 6/10 (1 with errors), 5.0 tokens/s, disk 2.00 MiB/s, hits 75 %, ETA 10 s"
     )
-    now[0] = 100.0
+    now[0] = 1100.0
     meter.add(snapshot(6, generated_tokens=50))
-    now[0] = 101.0
+    now[0] = 1101.0
     meter.add(snapshot(6, generated_tokens=50))
     assert " 0.0 tokens/s" in meter.text()  # old rates are forgotten
+
+
+def test_the_scan_of_a_large_input_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("windlass.batch.jobfile._TELL_EVERY_S", 0.0)
+    log = Log()
+    run(options(tmp_path, request("a"), request("b")), log=log)
+    size = (tmp_path / "in").stat().st_size
+    assert log.notes == [
+        f"scanning {tmp_path / 'in'}: 0 lines, 0 B of {size} B",
+        f"scanning {tmp_path / 'in'}: 1 lines, {size // 2} B of {size} B",
+        "getting ready",
+        "no pass has ended yet",
+    ]
+    for kind in (LineProgress, TerminalProgress):
+        stream = io.StringIO()
+        progress = kind(stream)
+        progress.note("scanning [it]: 7 lines")
+        assert progress._meter.text() == "scanning [it]: 7 lines"
+    stream = io.StringIO()
+    with LineProgress(stream, every_s=0.02) as progress:
+        progress.note("scanning in: 7 lines")
+        deadline = time.monotonic() + 10
+        while not stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert stream.getvalue().startswith("scanning in: 7 lines\n")
 
 
 def test_plain_lines_come_while_the_job_is_busy() -> None:

@@ -82,7 +82,8 @@ def run_job(
     settings, JobError where the job cannot go on; finished rows are then safe in the journal.
     `open_engine` gets the context length."""
     _check_paths(options)
-    job = JobFile(options.input_file, strict=options.strict)
+    job = JobFile(options.input_file, strict=options.strict, tell=progress.note)
+    progress.note("getting ready")
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(options.journal_file))
         # an attempt that brought nothing leaves nothing behind
@@ -99,6 +100,7 @@ def run_job(
             engine = stack.enter_context(closing(open_engine(_context_length(options, stored))))
             load_s = time.monotonic() - begin
             manifest = _settle_manifest(options, engine, stored, journal)
+            progress.note("no pass has ended yet")
             begin = time.monotonic()
             _run_rows(job, ledger, engine, options, manifest, progress, is_stopping)
             run_s = time.monotonic() - begin

@@ -3,8 +3,10 @@ read row by row; holds about 50 bytes per row. Knows no tokens and no results.""
 
 import hashlib
 import json
+import os
+import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,10 +16,12 @@ import numpy as np
 from windlass.errors import JobError, UsageError
 from windlass.protocol.fields import shorten
 from windlass.protocol.openai import Endpoint
+from windlass.units import format_bytes
 
 DIGEST_BYTES = 16
 _FIELDS = ("custom_id", "method", "url", "body")
 _BOM = b"\xef\xbb\xbf"
+_TELL_EVERY_S = 0.25
 _MAX_REPORTED = 10  # of duplicates or malformed lines, in one message
 
 
@@ -44,10 +48,17 @@ class Row:
 
 class JobFile:
     """A scanned input file. Raises UsageError if it cannot be read or holds a `custom_id` twice,
-    or, if `strict`, any malformed line."""
+    or, if `strict`, any malformed line. `tell` hears now and then how far the scan is."""
 
-    def __init__(self, path: Path, *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        strict: bool = False,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self.path = path
+        self._tell = tell
         self._offsets = array("Q")
         self._lines = array("Q")
         self._digests = bytearray()
@@ -79,8 +90,14 @@ class JobFile:
         ids = bytearray()  # 8 bytes per row: candidates for duplicates
         malformed: list[str] = []
         with _open(self.path) as file:
+            size = os.fstat(file.fileno()).st_size
             offset = 0
+            told_at = time.monotonic()
             for number, text in enumerate(file, start=1):
+                if time.monotonic() - told_at >= _TELL_EVERY_S:
+                    told_at = time.monotonic()
+                    done = f"{format_bytes(offset)} of {format_bytes(size)}"
+                    self._tell(f"scanning {self.path}: {number - 1} lines, {done}")
                 row = _parse(text, number)
                 if row is not None:
                     self._offsets.append(offset)

@@ -34,6 +34,10 @@ class Progress(Protocol):
 
     def say(self, text: str) -> None: ...
 
+    def note(self, text: str) -> None:
+        """What goes on before rows run; shown where rates would be."""
+        ...
+
     def update(self, take: Callable[[], Snapshot]) -> None: ...
 
     def __enter__(self) -> "Progress": ...
@@ -53,12 +57,15 @@ class Meter:
     """Rates over the last `_WINDOW_S` and the time that is left."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.note = "starting"  # the text until there is a snapshot
         self._clock = clock
-        self._start = clock()
+        self._start = 0.0
         self._seen: deque[tuple[float, Snapshot]] = deque()
 
     def add(self, snapshot: Snapshot) -> None:
         now = self._clock()
+        if not self._seen:
+            self._start = now
         self._seen.append((now, snapshot))
         while len(self._seen) > 2 and now - self._seen[1][0] > _WINDOW_S:
             self._seen.popleft()
@@ -66,7 +73,7 @@ class Meter:
     def text(self) -> str:
         """`rows 12/100, 34.5 tokens/s, disk 1.20 GiB/s, hits 87 %, ETA 3 min 05 s`."""
         if not self._seen:
-            return "no pass has ended yet"
+            return self.note
         (first_s, first), (_, last) = self._seen[0], self._seen[-1]
         elapsed = max(self._clock() - first_s, 1e-9)
         done = last.stats
@@ -121,6 +128,10 @@ class LineProgress:
             self._stream.write(text + "\n")
             self._stream.flush()
 
+    def note(self, text: str) -> None:
+        with self._lock:
+            self._meter.note = text
+
     def update(self, take: Callable[[], Snapshot]) -> None:
         now = time.monotonic()
         if now - self._updated_at < min(_VIEW_EVERY_S, self._every_s):
@@ -148,7 +159,7 @@ class TerminalProgress:
         self._meter = Meter()
         self._bar = RichProgress(
             BarColumn(bar_width=24),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             TimeElapsedColumn(),
             console=Console(file=stream),
         )
@@ -166,6 +177,10 @@ class TerminalProgress:
 
     def say(self, text: str) -> None:
         self._bar.console.print(text, markup=False, highlight=False)
+
+    def note(self, text: str) -> None:
+        self._meter.note = text
+        self._bar.update(self._task, description=text)
 
     def update(self, take: Callable[[], Snapshot]) -> None:
         now = time.monotonic()
