@@ -14,8 +14,20 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import machine  # noqa: F401  before torch: it says how torch's threads wait
 import torch
-from machine import Rates, Timing, describe, head, measure, measure_rates, set_threads, table, write
+from machine import (
+    Others,
+    Rates,
+    Timing,
+    describe,
+    head,
+    measure,
+    measure_rates,
+    set_threads,
+    table,
+    write,
+)
 from torch.nn.functional import linear, silu
 
 from windlass.kernels.base import AttentionOptions, AttentionWork, Tensors
@@ -247,6 +259,7 @@ def main() -> None:
     set_threads(options.threads)
     torch.manual_seed(0)
     document: dict[str, Any] = {"bench": "kernels", **describe()}
+    others = Others()
     with torch.inference_mode():
         rates = measure_rates(quick=options.quick)
         print(head(document, rates))
@@ -257,7 +270,11 @@ def main() -> None:
     # again at the end: a difference says that something else ran meanwhile
     after = measure_rates(quick=options.quick)
     document["rates_after"] = after.to_json()
-    print(f"\nfp32 product at the end: {after.fp32_flops_per_s / 1e9:.0f} GFLOP/s")
+    document["others_cores"] = others.cores()
+    print(
+        f"\nfp32 product at the end: {after.fp32_flops_per_s / 1e9:.0f} GFLOP/s; "
+        f"{document['others_cores']:.2f} cores busy with other processes"
+    )
     write(document, options.json)
 
 

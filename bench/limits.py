@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from machine import Others
+
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
@@ -26,6 +28,7 @@ class Ran:
     cgroup_peak_bytes: int | None
     cgroup_limit_hits: int | None  # times the limit was reached; the page cache then shrinks
     cpu_s: float  # of all its threads, user and system
+    others_cores: float  # kept busy by other processes meanwhile
     no_cgroup: str | None = None  # why there is none
 
 
@@ -85,6 +88,7 @@ def run_limited(command: Sequence[str], limit_bytes: int) -> Ran:
 
 
 def _run(command: Sequence[str], group: _Group | None, no_cgroup: str | None) -> Ran:
+    others = Others()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -95,5 +99,6 @@ def _run(command: Sequence[str], group: _Group | None, no_cgroup: str | None) ->
         cgroup_peak_bytes=group.peak_bytes() if group else None,
         cgroup_limit_hits=group.limit_hits() if group else None,
         cpu_s=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        others_cores=others.cores(),
         no_cgroup=no_cgroup,
     )

@@ -15,6 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+# As the command line does, before torch is imported: see windlass/cli/__init__.py.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
 import torch
 
 from windlass.units import MIB
@@ -103,6 +106,32 @@ def set_threads(wanted: int | None) -> int:
     """Threads of torch: `wanted`, or all cores that this process may use."""
     torch.set_num_threads(wanted or len(os.sched_getaffinity(0)))
     return torch.get_num_threads()
+
+
+def busy_core_s() -> float:
+    """Seconds that cores of this machine have worked since it started, for anyone."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
+    user, nice, system, _, _, interrupts, soft_interrupts = fields[:7]
+    ticks = user + nice + system + interrupts + soft_interrupts
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def own_core_s() -> float:
+    """Of these, by this process and the children it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+class Others:
+    """Cores that other processes kept busy since it was made. Above 0.1 the numbers are theirs."""
+
+    def __init__(self) -> None:
+        self._start_s = time.perf_counter()
+        self._others_s = busy_core_s() - own_core_s()
+
+    def cores(self) -> float:
+        others_s = busy_core_s() - own_core_s() - self._others_s
+        return max(0.0, others_s) / (time.perf_counter() - self._start_s)
 
 
 def describe() -> dict[str, Any]:

@@ -11,6 +11,7 @@ at the disk's rate, its FLOPs at the rate of a large fp32 product; all measured 
 import argparse
 import json
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -174,6 +175,7 @@ def judge(budget: str, ran: Ran, said: dict[str, Any], limits: dict[str, float])
         "compute_share": computing / wall,
         "compute_flops_per_s": limits["flops"] / computing,
         "cores_busy": ran.cpu_s / (wall + said["load_time"]),
+        "others_cores": ran.others_cores,
         "expert_hit_share": said["expert_hits"] / said["expert_requests"],
         "peak_rss_bytes": said["peak_rss_bytes"],
         "peak_rss_share": said["peak_rss_bytes"] / plan["host_memory"],
@@ -215,6 +217,7 @@ def show(runs: Sequence[dict[str, Any]]) -> str:
         line("compute share", "{:.0f} %", "compute_share", 100),
         line("  its GFLOP/s", "{:.1f}", "compute_flops_per_s", 1e-9),
         line("cores busy", "{:.2f}", "cores_busy"),
+        line("  by other processes", "{:.2f}", "others_cores"),
         sizes("peak RSS", "peak_rss_bytes"),
         line("  of the budget", "{:.1f} %", "peak_rss_share", 100),
         sizes("cgroup peak", "cgroup_peak_bytes"),
@@ -321,6 +324,8 @@ def _limits(rates: Rates, model_bytes: int, disk_s: list[float], flops: int) -> 
 
 def main() -> None:
     options = _parse()
+    # ends through the clean-up: a memory group outlives its process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.dir:
         options.dir.mkdir(parents=True, exist_ok=True)
         document = bench(options, options.dir)
