@@ -31,6 +31,7 @@ _PIPELINE_SLOTS = 8  # experts: one at work, the others arriving, several reads 
 _USUAL_TOKENS = 1024  # of a sequence, where its length is not limited by the user
 _SMALLEST_CONTEXT = 512
 _LONGEST_TABLE = 16384  # positions; beyond, keys and values dwarf the tables
+_NOISE_BYTES = 4 * MIB  # the process itself weighs a little more or less in the next run
 _MIN_SLOTS = {
     Part.EXPERT: 2, Part.BLOCK: 2, Part.FFN: 1, Part.HEAD: 1, Part.FINAL: 1, Part.EMBED: 0,
 }  # fmt: skip
@@ -68,7 +69,7 @@ def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -
     if host_memory < smallest:
         raise BudgetError(
             f"host memory: got {format_bytes(host_memory)}, this model needs at least"
-            f" {round_up(smallest, MIB) // MIB}MiB ({format_bytes(sizes.process_bytes)} for the"
+            f" {round_up(smallest + _NOISE_BYTES, 8 * MIB) // MIB}MiB ({format_bytes(sizes.process_bytes)} for the"
             f" process itself, {format_bytes(smallest - sizes.process_bytes)} to run):"
             " raise --host-memory"
         )
