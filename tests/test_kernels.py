@@ -89,14 +89,19 @@ def test_pointwise_bits_do_not_depend_on_the_place(function):
         assert torch.equal(part, whole[first : first + size])
 
 
-def test_a_product_that_depends_on_the_row_count_falls_back_to_small_blocks():
-    def moody(x, w):  # sums in another order when there are more than eight rows
-        product = torch.mm(x, w.T)
-        return product if len(x) <= 8 else product + 1e-3
+def test_row_counts_that_change_bits_are_not_admitted():
+    def moody(x, w):  # every row count sums in its own order, but for 48 and 96
+        return torch.mm(x, w.T) + (0 if len(x) in (8, 48, 96) else 1e-3 * len(x))
 
     ladder = RowLadder(moody)
-    assert ladder.counts((6, 16)) == (4, 8)
-    assert [cut[:2] for cut in ladder.blocks(19, (6, 16))] == [(0, 8), (8, 16), (16, 19)]
+    assert ladder.counts((6, 16)) == (48, 96)
+    assert ladder.blocks(130, (6, 16)) == [(0, 96, 96), (96, 130, 48)]
+
+
+def test_a_product_that_always_depends_on_the_row_count_runs_in_one_size():
+    ladder = RowLadder(lambda x, w: torch.mm(x, w.T) + 1e-3 * len(x))
+    assert ladder.counts((6, 16)) == (32,)
+    assert [cut[:2] for cut in ladder.blocks(70, (6, 16))] == [(0, 32), (32, 64), (64, 70)]
 
 
 # --- attention ------------------------------------------------------------------------------------

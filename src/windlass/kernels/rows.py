@@ -5,7 +5,7 @@ edge kernels for a remainder). Which row counts agree bit for bit is a property 
 processor and the shape, so it is measured once per shape: `RowLadder` admits a row count only if
 every row of a random product equals the same row computed in the smallest block. Calls are padded
 up to an admitted count. If none but the smallest agrees, everything runs in blocks of that size:
-slower, never different. The padding is at most a third above 12 rows.
+slower, never different. The padding is at most a third above 16 rows.
 """
 
 import math
@@ -20,8 +20,9 @@ Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 ALIGN = 64  # bytes; what torch's allocator gives, and a multiple of all vector lengths
 # sgemm is at its full rate at 512 rows; larger calls are cut
-_STEPS = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-_BASES = (4, 8, 16, 32)
+# and fewer than 16 take no less time than 16
+_STEPS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_BASES = (8, 16, 32)
 
 
 class RowLadder:
