@@ -15,9 +15,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-# As the command line does, before torch is imported: see windlass/cli/__init__.py.
-os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-
 import torch
 
 from windlass.units import MIB
