@@ -67,10 +67,11 @@ def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -
     draft = _Draft(spec, sizes, wanted)
     smallest = draft.smallest()
     if host_memory < smallest:
+        named = round_up(smallest + _NOISE_BYTES, 8 * MIB) // MIB
         raise BudgetError(
-            f"host memory: got {format_bytes(host_memory)}, this model needs at least"
-            f" {round_up(smallest + _NOISE_BYTES, 8 * MIB) // MIB}MiB ({format_bytes(sizes.process_bytes)} for the"
-            f" process itself, {format_bytes(smallest - sizes.process_bytes)} to run):"
+            f"host memory: got {format_bytes(host_memory)}, this model needs at least {named}MiB"
+            f" ({format_bytes(sizes.process_bytes)} for the process itself,"
+            f" {format_bytes(smallest - sizes.process_bytes)} to run):"
             " raise --host-memory"
         )
     return draft.fill(host_memory)
