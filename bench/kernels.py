@@ -14,7 +14,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import machine  # noqa: F401  before torch: it says how torch's threads wait
 import torch
 from machine import (
     Others,

@@ -27,7 +27,7 @@ from windlass.engine.tokenizer import load as load_tokenizer
 from windlass.errors import UsageError
 from windlass.experts.forecast import UsageForecast
 from windlass.experts.policies import FarthestNextUse
-from windlass.ids import Part, WeightKey
+from windlass.ids import Part
 from windlass.kernels.base import Kernels
 from windlass.kernels.reference import TorchKernels
 from windlass.memory.checkpoint import Checkpoint, WeightSource
@@ -61,6 +61,7 @@ from windlass.trace import Tracer
 from windlass.units import MIB, parse_bytes
 from windlass.version import VERSION
 
+_MACHINE_THREADS = torch.get_num_threads()  # before any engine of this process set its own
 _ELEMENTS_PER_THREAD = 1 << 17  # of an expert's largest matrix
 _DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
 # Left free below the limit of a memory cgroup: page tables and buffers of the kernel count too
@@ -104,12 +105,9 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
 def _useful_threads(model: _Model) -> int:
     """Threads that pay: waking one costs about what multiplying a few hundred KiB of weights does,
     and much more where other work keeps the cores busy."""
-    matrix = max(piece.stop - piece.start for piece in model.layout.parts[_an_expert(model)])
-    return max(1, min(torch.get_num_threads(), matrix // _ELEMENTS_PER_THREAD))
-
-
-def _an_expert(model: _Model) -> WeightKey:
-    return model.layout.keys(Part.EXPERT)[0]
+    expert = model.layout.keys(Part.EXPERT)[0]
+    matrix = max(piece.stop - piece.start for piece in model.layout.parts[expert])
+    return max(1, min(_MACHINE_THREADS, matrix // _ELEMENTS_PER_THREAD))
 
 
 def _setup(options: EngineOptions, model: _Model) -> EngineSetup:
