@@ -29,7 +29,7 @@ from windlass.experts.forecast import UsageForecast
 from windlass.experts.policies import FarthestNextUse
 from windlass.ids import Part
 from windlass.kernels.base import Kernels
-from windlass.kernels.reference import TorchKernels
+from windlass.kernels.choose import choose_kernels
 from windlass.memory.checkpoint import Checkpoint, WeightSource
 from windlass.memory.kv import (
     CacheShape,
@@ -90,10 +90,11 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
             opened.callback(device.close)
         tracer = Tracer(options.trace)
         opened.callback(tracer.close)
-        kernels = TorchKernels()
-        kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
         model = _read_model(options, opened)
-        torch.set_num_threads(options.threads or _useful_threads(model))
+        threads = options.threads or _useful_threads(model)
+        torch.set_num_threads(threads)
+        kernels = choose_kernels(options.moe_backend, threads=threads)
+        kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
         setup = _setup(options, model)
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
@@ -166,6 +167,7 @@ def _assemble(
         announcer=Announcer(shape, num_experts, weights, forecast),
         forecast=forecast,
         tracer=tracer,
+        group_size=_group_size(plan, model),
     )
     admission = Admission(
         kv,
@@ -180,6 +182,15 @@ def _assemble(
 
     on_close = opened.pop_all().close
     return Engine(setup, run, weights, admission, tracer=tracer, on_close=on_close)
+
+
+def _group_size(plan: Plan, model: _Model) -> int:
+    """Experts that may be leased at once: slots beyond a group are what the link fills meanwhile."""
+    if copied_bytes(model.layout, model.source.tensors):
+        return 1  # copies outside the slots are planned for one part
+    return (
+        plan.num_experts if plan.expert_slots == plan.num_experts else plan.expert_slots // 4 or 1
+    )
 
 
 def pass_shape(spec: ModelSpec, layout: Layout) -> PassShape:

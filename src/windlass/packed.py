@@ -23,3 +23,14 @@ class Packed:
     zeros: torch.Tensor | None = None  # int32 words as stored
     groups: torch.Tensor | None = None  # (K,) int32: group of each k
     is_transposed: bool = False
+
+
+class StoredTensors(dict[str, torch.Tensor | Packed]):
+    """Tensors of one part by canonical name, views of its slot. `prepared` is where a kernel
+    backend keeps what it derived from them; it lives as long as they do."""
+
+    __slots__ = ("prepared",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prepared: dict[str, object] = {}

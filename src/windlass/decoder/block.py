@@ -8,7 +8,7 @@ Shapes: T rows, D hidden, H query heads, v value dim, r rotary pairs, V tokens o
 
 import torch
 
-from windlass.decoder.attention import Projected, attention_output, normalise, project
+from windlass.decoder.attention import Projected, attention_output, project
 from windlass.kernels.base import Kernels, Tensors
 from windlass.spec.model import Gqa, Mla, ModelSpec
 
@@ -18,9 +18,9 @@ def embed(spec: ModelSpec, rows_TD: torch.Tensor) -> torch.Tensor:
     return rows_TD.float() * spec.embed_multiplier
 
 
-def attention_input(spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
+def attention_input(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
     """What any kind of attention of a block reads: normalised hidden states."""
-    return normalise(spec.norm, w["input_norm.weight"], w.get("input_norm.bias"), x_TD)
+    return k.normalise(spec.norm, w["input_norm.weight"], w.get("input_norm.bias"), x_TD)
 
 
 def pre_attention(
@@ -33,7 +33,7 @@ def pre_attention(
     sin_Tr: torch.Tensor | None,
 ) -> Projected:
     """Everything of softmax attention up to the kernel."""
-    h_TD = attention_input(spec, w, x_TD)
+    h_TD = attention_input(k, spec, w, x_TD)
     return project(k, attention, spec.norm, w, h_TD, cos_Tr, sin_Tr)
 
 
@@ -50,9 +50,9 @@ def post_attention(
     return residual(spec, x_TD, attention_output(k, attention, w, o_THv, gate_THv))
 
 
-def ffn_input(spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
+def ffn_input(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
     """What router, experts, shared expert or dense network of a block read."""
-    return normalise(spec.norm, w["post_norm.weight"], w.get("post_norm.bias"), x_TD)
+    return k.normalise(spec.norm, w["post_norm.weight"], w.get("post_norm.bias"), x_TD)
 
 
 def residual(spec: ModelSpec, x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
@@ -61,9 +61,9 @@ def residual(spec: ModelSpec, x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.T
     return x_TD + y_TD * spec.residual_multiplier
 
 
-def final_norm(spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
+def final_norm(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
     """What the head reads."""
-    return normalise(spec.norm, w["norm.weight"], w.get("norm.bias"), x_TD)
+    return k.normalise(spec.norm, w["norm.weight"], w.get("norm.bias"), x_TD)
 
 
 def logits(

@@ -5,15 +5,16 @@ row blocks. Sums of a row never depend on other rows: products go through a `Row
 transcendental functions through `pointwise`. Shape legend: kernels/base.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
+from windlass.kernels import rowwise
 from windlass.kernels.attention import paged_attention
-from windlass.kernels.base import AttentionOptions, AttentionWork, Tensors
+from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows, Tensors
 from windlass.kernels.limits import TILE_BYTES
 from windlass.kernels.rows import RowLadder, pad_rows, padded_width
-from windlass.spec.model import Activation, ClampedSwiGlu
+from windlass.spec.model import Activation, ClampedSwiGlu, Norm, Rope
 from windlass.units import round_up
 
 _FEW_ROWS = (12, 128)
@@ -75,6 +76,36 @@ class TorchKernels:
         up_NI = self.linear(x_ND, w["up"], w.get("up_bias"))
         hidden_NI = self._activate(gate_NI, up_NI, activation)
         return self.linear(hidden_NI, w["down"], w.get("down_bias"))
+
+    def experts(
+        self,
+        x_TD: torch.Tensor,
+        work: Sequence[ExpertRows],
+        activation: Activation,
+        out: torch.Tensor,
+    ) -> None:
+        for w, rows, places in work:
+            out[places] = self.expert_ffn(x_TD[rows], w, activation)
+
+    def normalise(
+        self, norm: Norm, weight_D: torch.Tensor, bias_D: torch.Tensor | None, x: torch.Tensor
+    ) -> torch.Tensor:
+        return rowwise.normalise(norm, weight_D, bias_D, x)
+
+    def rotate(
+        self, x_THd: torch.Tensor, cos_Tf: torch.Tensor, sin_Tf: torch.Tensor, rope: Rope
+    ) -> torch.Tensor:
+        return rowwise.rotate(x_THd, cos_Tf, sin_Tf, rope)
+
+    def combine(
+        self,
+        weights_TA: torch.Tensor,
+        outputs_TAD: torch.Tensor,
+        shared_TD: torch.Tensor | None,
+        hidden_TD: torch.Tensor,
+        multiplier: float,
+    ) -> None:
+        rowwise.combine(weights_TA, outputs_TAD, shared_TD, hidden_TD, multiplier)
 
     def pointwise(
         self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from windlass.memory.recipe import Placement, Recipe
+from windlass.packed import StoredTensors
 from windlass.spec.layout import ITEM_BYTES
 from windlass.spec.names import Layout, Reshape, Take, TensorInfo, Transpose, ViewOp
 
@@ -16,7 +17,7 @@ _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 class Views(NamedTuple):
     """Tensors by canonical name. `has_copies`: some of them own memory outside the slot."""
 
-    tensors: dict[str, torch.Tensor]
+    tensors: StoredTensors
     has_copies: bool
 
 
@@ -43,7 +44,7 @@ def copied_bytes(layout: Layout, tensors: Mapping[str, TensorInfo]) -> int:
 def make_views(recipe: Recipe, memory: torch.Tensor) -> Views:
     """All tensors of a part whose bytes are in `memory` (uint8). Only a tensor that begins at a
     place where torch cannot view its type (odd, in effect) is copied."""
-    tensors = {}
+    tensors = StoredTensors()
     has_copies = False
     for place in recipe.placements:
         stored = memory[place.at : place.at + place.num_bytes]

@@ -67,33 +67,44 @@ class Lease:
 
 class Arrivals:
     """Iterator of leases in the order in which their parts become resident. The lease given out is
-    released when the next is asked for; `close`, or dropping the iterator, gives up the rest."""
+    released when the next is asked for; `close`, or dropping the iterator, gives up the rest. `ready`
+    takes more at once."""
 
     def __init__(self, store: "WeightStore", visit: Visit) -> None:
         self._store = store
         self._visit = visit
-        self._lease: Lease | None = None
+        self._leases: list[Lease] = []
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Lease:
-        if self._lease is not None:
-            self._lease.release()
-        self._lease = self._store._next(self._visit)
-        if self._lease is None:
+        self._release()
+        lease = self._store._next(self._visit)
+        if lease is None:
             raise StopIteration
-        return self._lease
+        self._leases.append(lease)
+        return lease
+
+    def ready(self, limit: int) -> list[Lease]:
+        """Up to `limit` further leases, of parts that need no waiting; released with the one that
+        `next` gave."""
+        more = self._store._ready(self._visit, limit)
+        self._leases += more
+        return more
 
     def close(self) -> None:
-        """Releases the current lease and demands the rest no more. Idempotent."""
-        if self._lease is not None:
-            self._lease.release()
+        """Releases the current leases and demands the rest no more. Idempotent."""
+        self._release()
         self._store._abandon(self._visit)
+
+    def _release(self) -> None:
+        while self._leases:
+            self._leases.pop().release()
 
     def __del__(self) -> None:
         # The collector may run inside the store itself, so the store cleans up when it next can.
-        self._store._dropped.append((self._visit, self._lease))
+        self._store._dropped.append((self._visit, self._leases))
 
 
 class WeightStore:
@@ -131,7 +142,7 @@ class WeightStore:
                 assert not piece.ops and piece.shape == info.shape, f"{key}: rows of {piece}"
                 self._rows[key] = RowReader(info, self._queue, device)
         self._visits: list[Visit] = []
-        self._dropped: deque[tuple[Visit, Lease | None]] = deque()
+        self._dropped: deque[tuple[Visit, list[Lease]]] = deque()
         self._wishes = WishList()
         self._requests: Counter[Part] = Counter()
         self._hits: Counter[Part] = Counter()
@@ -270,6 +281,16 @@ class WeightStore:
                 self._changed.wait()
                 self._wait_s += time.perf_counter() - begin
 
+    def _ready(self, visit: Visit, limit: int) -> list[Lease]:
+        """Leases of what `visit` need not wait for, at most `limit`."""
+        with self._changed:
+            leases = []
+            while visit.ready and len(leases) < limit:
+                entry = self._resident.entries[visit.ready.popleft()]
+                entry.visits.remove(visit)
+                leases.append(self._take(entry))
+            return leases
+
     def _unblock(self, visit: Visit) -> bool:
         """For a visit that has nothing under way: takes a slot that another visit keeps but does
         not use. False: something is loading, and waiting for it helps."""
@@ -330,8 +351,8 @@ class WeightStore:
 
     def _tidy(self) -> None:
         while self._dropped:
-            visit, lease = self._dropped.popleft()
-            if lease is not None:
+            visit, leases = self._dropped.popleft()
+            for lease in leases:
                 lease.release()
             self._abandon(visit)
 
