@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def _useful_threads(model: _Model) -> int:
     """Threads that pay: waking one costs about what multiplying a few hundred KiB of weights does,
     and much more where other work keeps the cores busy."""
     expert = model.layout.keys(Part.EXPERT)[0]
-    matrix = max(piece.stop - piece.start for piece in model.layout.parts[expert])
+    pieces = model.layout.parts[expert]
+    matrix = max(prod(p.packed.shape if p.packed else p.shape) for p in pieces)
     return max(1, min(_MACHINE_THREADS, matrix // _ELEMENTS_PER_THREAD))
 
 

@@ -15,6 +15,7 @@ import torch
 
 from windlass.decoder.rope import rotate
 from windlass.kernels.base import Kernels, Tensors
+from windlass.packed import Packed, plain, plain_or_none
 from windlass.spec.model import Attention, GatedDelta, Gqa, LayerNorm, Mla, Norm, RmsNorm
 
 
@@ -97,7 +98,7 @@ def attention_output(
 
 def linear(k: Kernels, w: Tensors, name: str, x_TD: torch.Tensor) -> torch.Tensor:
     """`name`'s weight, and its bias where the part has one."""
-    return k.linear(x_TD, w[f"{name}.weight"], w.get(f"{name}.bias"))
+    return k.linear(x_TD, w[f"{name}.weight"], plain_or_none(w, f"{name}.bias"))
 
 
 def _project_heads(
@@ -111,8 +112,8 @@ def _project_heads(
 ) -> Projected:
     q, key, value = (linear(k, w, f"{name}_proj", h_TD) for name in "qkv")
     if attention.qk_norm == "full":
-        q = normalise(norm, w["q_norm.weight"], None, q)
-        key = normalise(norm, w["k_norm.weight"], None, key)
+        q = normalise(norm, plain(w, "q_norm.weight"), None, q)
+        key = normalise(norm, plain(w, "k_norm.weight"), None, key)
     if attention.clip_qkv is not None:
         limit = attention.clip_qkv
         q, key, value = (x.clamp(-limit, limit) for x in (q, key, value))
@@ -120,8 +121,8 @@ def _project_heads(
     kv_heads = (len(h_TD), attention.num_kv_heads, attention.head_dim)
     q_THd, key_TKd, value_TKd = q.view(q_heads), key.view(kv_heads), value.view(kv_heads)
     if attention.qk_norm == "head":
-        q_THd = normalise(norm, w["q_norm.weight"], None, q_THd)
-        key_TKd = normalise(norm, w["k_norm.weight"], None, key_TKd)
+        q_THd = normalise(norm, plain(w, "q_norm.weight"), None, q_THd)
+        key_TKd = normalise(norm, plain(w, "k_norm.weight"), None, key_TKd)
     if attention.rope is not None:
         assert cos_Tr is not None and sin_Tr is not None, "rotary attention needs cos and sin"
         q_THd = rotate(q_THd, cos_Tr, sin_Tr, attention.rope)
@@ -144,19 +145,22 @@ def _project_latent(
     if attention.q_lora_rank is None:
         q = linear(k, w, "q_proj", h_TD)
     else:
-        low = normalise(latent_norm, w["q_a_norm.weight"], None, linear(k, w, "q_a_proj", h_TD))
+        low = linear(k, w, "q_a_proj", h_TD)
+        low = normalise(latent_norm, plain(w, "q_a_norm.weight"), None, low)
         q = linear(k, w, "q_b_proj", low)
     q_nope, q_rot = torch.split(
         q.view(len(h_TD), attention.num_heads, attention.nope_dim + attention.rope.dim),
         [attention.nope_dim, attention.rope.dim],
         dim=-1,
     )
-    q_THc = k.batched_linear(q_nope, w["k_up.weight"].transpose(1, 2))
+    k_up = w["k_up.weight"]
+    assert not isinstance(k_up, Packed), "a matrix for each head"
+    q_THc = k.batched_linear(q_nope, k_up.transpose(1, 2))
     q_rot = rotate(q_rot, cos_Tr, sin_Tr, attention.rope)
     latent, key_rot = torch.split(
         linear(k, w, "kv_a_proj", h_TD), [attention.kv_lora_rank, attention.rope.dim], dim=-1
     )
-    latent = normalise(latent_norm, w["kv_a_norm.weight"], None, latent)
+    latent = normalise(latent_norm, plain(w, "kv_a_norm.weight"), None, latent)
     key_rot = rotate(key_rot[:, None], cos_Tr, sin_Tr, attention.rope)
     key = torch.cat((latent[:, None], key_rot), dim=-1)
     value = key[..., : attention.kv_lora_rank]

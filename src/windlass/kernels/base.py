@@ -5,15 +5,15 @@ I intermediate, H query heads, K key/value heads, d head dim, v value dim, N row
 P pages, B tokens of a page, S sequences.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from windlass.packed import Tensors as Tensors
+from windlass.packed import Weight
 from windlass.spec.model import Activation
-
-Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +42,16 @@ class AttentionOptions:
 
 
 class Kernels(Protocol):
-    """Activations are fp32; weights come in their stored type, possibly as strided views."""
+    """Activations are fp32; weights come in their stored type, possibly as strided views, and
+    quantised ones packed as they are."""
 
     def linear(
-        self, x_TD: torch.Tensor, w: torch.Tensor, bias_E: torch.Tensor | None = None
+        self, x_TD: torch.Tensor, w: Weight, bias_E: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x @ w.T + bias -> (T, E). `w` is (E, D), or (g, n, D) with E = g n."""
         ...
 
-    def batched_linear(self, x_THa: torch.Tensor, w_Hba: torch.Tensor) -> torch.Tensor:
+    def batched_linear(self, x_THa: torch.Tensor, w_Hba: Weight) -> torch.Tensor:
         """One matrix per head: (T, H, a) x (H, b, a) -> (T, H, b)."""
         ...
 

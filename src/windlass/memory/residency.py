@@ -15,6 +15,7 @@ from windlass.memory.recipe import Recipe, make_recipe, slot_bytes
 from windlass.memory.transfer import Priority, Ticket, TransferQueue
 from windlass.memory.visit import Visit
 from windlass.memory.wishes import Wish
+from windlass.packed import Tensors
 from windlass.spec.names import Layout
 
 
@@ -30,7 +31,7 @@ class Entry:
         self.ticket: Ticket | None = None
         self.leases = 0
         self.visits: list[Visit] = []  # that still want it
-        self.tensors: dict[str, torch.Tensor] | None = None  # made at the first lease
+        self.tensors: Tensors | None = None  # made at the first lease
         self.is_prefetched = False
 
     @property

@@ -23,6 +23,7 @@ from windlass.memory.views import make_views
 from windlass.memory.visit import Visit
 from windlass.memory.wishes import Wish as Wish
 from windlass.memory.wishes import WishList
+from windlass.packed import Tensors
 from windlass.spec.names import Layout
 from windlass.trace import Tracer
 
@@ -32,17 +33,15 @@ class Lease:
 
     __slots__ = ("key", "_store", "_entry", "_tensors")
 
-    def __init__(
-        self, store: "WeightStore", entry: Entry, tensors: Mapping[str, torch.Tensor]
-    ) -> None:
+    def __init__(self, store: "WeightStore", entry: Entry, tensors: Tensors) -> None:
         self.key = entry.key
         self._store = store
         self._entry: Entry | None = entry
         self._tensors = tensors
 
     @property
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Canonical tensors by name, in their stored type, over the slot's memory."""
+    def tensors(self) -> Tensors:
+        """Canonical tensors by name, in their stored type or packed, over the slot's memory."""
         assert self._entry is not None, f"{self.key} is read after its lease was released"
         return self._tensors
 
