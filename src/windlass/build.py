@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ def _useful_threads(model: _Model) -> int:
     """Threads that pay: waking one costs about what multiplying a few hundred KiB of weights does,
     and much more where other work keeps the cores busy."""
     expert = model.layout.keys(Part.EXPERT)[0]
-    matrix = max(piece.stop - piece.start for piece in model.layout.parts[expert])
+    pieces = model.layout.parts[expert]
+    matrix = max(prod(p.packed.shape if p.packed else p.shape) for p in pieces)
     return max(1, min(_MACHINE_THREADS, matrix // _ELEMENTS_PER_THREAD))
 
 
@@ -167,7 +169,6 @@ def _assemble(
         announcer=Announcer(shape, num_experts, weights, forecast),
         forecast=forecast,
         tracer=tracer,
-        group_size=_group_size(plan, model),
     )
     admission = Admission(
         kv,
@@ -182,15 +183,6 @@ def _assemble(
 
     on_close = opened.pop_all().close
     return Engine(setup, run, weights, admission, tracer=tracer, on_close=on_close)
-
-
-def _group_size(plan: Plan, model: _Model) -> int:
-    """Experts that may be leased at once: slots beyond a group are what the link fills meanwhile."""
-    if copied_bytes(model.layout, model.source.tensors):
-        return 1  # copies outside the slots are planned for one part
-    return (
-        plan.num_experts if plan.expert_slots == plan.num_experts else plan.expert_slots // 4 or 1
-    )
 
 
 def pass_shape(spec: ModelSpec, layout: Layout) -> PassShape:

@@ -21,6 +21,7 @@ from windlass.ids import Part, WeightKey
 from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows, Kernels
 from windlass.memory.kv import KvStore
 from windlass.memory.weights import Lease, WeightStore
+from windlass.packed import plain
 from windlass.schedule.announce import Announcer, PassForecast
 from windlass.schedule.batch import Batch, MicroBatch
 from windlass.schedule.embedding import EmbeddingRows
@@ -65,10 +66,7 @@ class DeviceRuntime:
         announcer: Announcer,
         forecast: PassForecast,
         tracer: Tracer,
-        group_size: int,
     ) -> None:
-        """`group_size`: experts that may be leased at once."""
-        self._group_size = group_size
         self._spec = spec
         self._kernels = kernels
         self._weights = weights
@@ -88,7 +86,7 @@ class DeviceRuntime:
     def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[list[Lease]]:
         arriving = self._weights.arrivals(keys)
         for lease in arriving:
-            yield [lease, *arriving.ready(self._group_size - 1)]
+            yield [lease, *arriving.ready(self._weights.group_size - 1)]
 
     def announce(self, layer: int) -> None:
         self._announcer.enter(layer)
@@ -173,12 +171,12 @@ class DeviceRuntime:
         rows = batch.logit_rows
         with self._weights.lease(WeightKey(Part.FINAL)) as lease:
             h_RD = math.final_norm(self._kernels, self._spec, lease.tensors, hidden[rows])
-            bias_V = lease.tensors["head_bias"].clone() if self._spec.head_bias else None
+            bias_V = plain(lease.tensors, "head_bias").clone() if self._spec.head_bias else None
         return _Final(h_RD, h_RD.new_empty(len(rows), self._spec.vocab_size), bias_V, 0)
 
     def head(self, weights: Lease, final: _Final) -> None:
         w_VD = weights.tensors["weight"]
-        part = slice(final.column, final.column + len(w_VD))
+        part = slice(final.column, final.column + w_VD.shape[0])
         with self._tracer.span("head", rows=len(final.h_RD), chunk=weights.key.index):
             bias = None if final.bias_V is None else final.bias_V[part]
             logits = math.logits(self._kernels, self._spec, w_VD, bias, final.h_RD)
@@ -205,7 +203,7 @@ class DeviceRuntime:
             scale=attention.scale,
             value_dim=value_width(attention),
             window=gqa.window if gqa else None,
-            sinks_H=w["sinks"] if gqa and gqa.sinks else None,
+            sinks_H=plain(w, "sinks") if gqa and gqa.sinks else None,
         )
         key, value = self._kv.paged(layer)
         o_THv = self._kernels.attention(got.q_THd, key, value, places.work, options)

@@ -1,8 +1,8 @@
 """One pass: all rows of a batch through all layers (module-based batching, MoE-Gen section 4).
 
 Attention runs by micro-batch; routing sees all rows at once; each needed expert runs once over all
-of its rows, those in memory first and together, the others as they arrive. Ordinary code over a `Runtime`, which
-decides what is fetched when; nothing here knows a device.
+of its rows, those in memory first and together, the others as they arrive. Ordinary code over a
+`Runtime`, which decides what is fetched when; nothing here knows a device.
 """
 
 from dataclasses import dataclass

@@ -13,13 +13,12 @@ from windlass.kernels.base import (
     AttentionOptions,
     AttentionWork,
     ExpertRows,
-    Matrix,
     Tensors,
 )
 from windlass.kernels.cpu import library as lib
-from windlass.kernels.cpu.matrices import floats, matrices_of
+from windlass.kernels.cpu.matrices import floats, heads_of, matrices_of
 from windlass.kernels.reference import TorchKernels
-from windlass.packed import StoredTensors
+from windlass.packed import PackedStack, StoredTensors, Weight, plain_or_none
 from windlass.spec.model import Activation, ClampedSwiGlu, Norm, RmsNorm, Rope
 
 _TILE_ITEMS = 64  # rows times heads of a group that attention takes together (MQ in attention.h)
@@ -37,7 +36,7 @@ class NativeKernels(TorchKernels):
         lib.check(library.wl_set_threads(threads), "threads")
 
     def linear(
-        self, x_TD: torch.Tensor, w: Matrix, bias_E: torch.Tensor | None = None
+        self, x_TD: torch.Tensor, w: Weight, bias_E: torch.Tensor | None = None
     ) -> torch.Tensor:
         x_TD = _rows(x_TD)
         parts = matrices_of(w)
@@ -54,11 +53,13 @@ class NativeKernels(TorchKernels):
         lib.check(self._lib.wl_products(products, len(parts), len(x_TD)), "linear")
         return out_TE
 
-    def batched_linear(self, x_THa: torch.Tensor, w_Hba: torch.Tensor) -> torch.Tensor:
+    def batched_linear(
+        self, x_THa: torch.Tensor, w_Hba: torch.Tensor | PackedStack
+    ) -> torch.Tensor:
         num_rows, heads, _ = x_THa.shape
         if x_THa.stride(2) != 1:
             x_THa = x_THa.contiguous()
-        matrices = [matrices_of(w)[0] for w in w_Hba]
+        matrices = heads_of(w_Hba)
         out_THb = x_THa.new_empty(num_rows, heads, matrices[0].n)
         products = (lib.Product * heads)()
         for head, (product, m) in enumerate(zip(products, matrices, strict=True)):
@@ -194,8 +195,8 @@ class _Network:
 
     def __init__(self, w: Tensors) -> None:
         matrices = [_single(w[name]) for name in _FFN]
-        biases = [w.get(f"{name}_bias") for name in _FFN]
-        biases = [None if b is None else floats(b) for b in biases]
+        stored = [plain_or_none(w, f"{name}_bias") for name in _FFN]
+        biases = [None if b is None else floats(b) for b in stored]
         self._kept = (matrices, biases)
         self.struct = lib.Expert(
             *(c.pointer(m) for m in matrices),
@@ -203,7 +204,7 @@ class _Network:
         )
 
 
-def _single(w: Matrix) -> lib.Matrix:
+def _single(w: Weight) -> lib.Matrix:
     (matrix,) = matrices_of(w)
     return matrix
 
