@@ -55,6 +55,11 @@ class AttentionOptions:
 class Kernels(Protocol):
     """Activations are fp32; weights come in their stored type, possibly as strided views."""
 
+    @property
+    def name(self) -> str:
+        """Of the backend, as `moe_backend` has it."""
+        ...
+
     def linear(
         self, x_TD: torch.Tensor, w: Matrix, bias_E: torch.Tensor | None = None
     ) -> torch.Tensor:
