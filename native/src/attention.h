@@ -71,8 +71,8 @@ inline void score(const wl_attention &a, const wl_tile &tile, int64_t head, int6
     for (int64_t k0 = 0; k0 < a.key_dim; k0 += KC) {
       const int count = int(std::min<int64_t>(KC, a.key_dim - k0));
       for (int v = 0; v < NV; v++) {
-        Groups groups{scales + v * W, scales + NR, 0};
-        unpack_rows_of(a.keys.type, pointers + v * W, k0, count, bench.panel + v * W, &shape, &groups);
+        const Groups groups{scales + v * W, scales + NR, 0};
+        unpack_rows_of(a.keys.type, pointers + v * W, k0, count, bench.panel + v * W, &shape, groups);
       }
       multiply_panel(bench.queries, rows, a.key_dim, k0, count, bench.panel, c, k0 == 0);
     }

@@ -97,41 +97,53 @@ inline void unpack_awq(const wl_matrix &m, const int64_t columns[W], int64_t k0,
   }
 }
 
-/// Floats of scratch that `unpack_panel` needs for the scales of one vector of columns.
+inline int64_t num_groups(const wl_matrix &m) { return (m.k + m.block_k - 1) / m.block_k; }
+
+/// Floats of scratch for the scales of a panel.
 inline int64_t group_floats(const wl_matrix &m) {
   if (m.scale_type == WL_S_NONE) return 0;
-  int64_t all = (m.k + m.block_k - 1) / m.block_k;
-  int64_t groups = m.groups ? all : (KC + m.block_k - 1) / m.block_k + 1;
-  return 2 * W * (groups < all ? groups : all);
+  const int64_t all = num_groups(m), block = (KC + m.block_k - 1) / m.block_k + 1;
+  return 2 * NR * (m.groups || all < block ? all : block);
 }
+
+/// The columns of a panel, and the scales of one block of k.
+struct Source {
+  int64_t columns[NR];
+  const uint8_t *rows[NR];
+  Groups groups[NV];
+  Source(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *scratch) {
+    for (int i = 0; i < NR; i++) {
+      columns[i] = n0 + i < m.n ? n0 + i : m.n - 1;
+      rows[i] = static_cast<const uint8_t *>(m.codes) + columns[i] * m.stride_n;
+    }
+    if (m.scale_type == WL_S_NONE) return;
+    const int64_t low = m.groups ? 0 : k0 / m.block_k;
+    const int64_t high = m.groups ? num_groups(m) - 1 : (k0 + count - 1) / m.block_k;
+    for (int v = 0; v < NV; v++) {
+      groups[v].scale = scratch + 2 * v * (high - low + 1) * W;
+      groups[v].zero = groups[v].scale + (high - low + 1) * W;
+      groups[v].fill(m, columns + v * W, low, high);
+    }
+  }
+};
 
 /// Columns n0 to n0 + NR, k0 to k0 + count (at most KC, one block): panel[count][NR].
 inline void unpack_panel(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, float *scratch) {
+  const Source source(m, n0, k0, count, scratch);
   for (int v = 0; v < NV; v++) {
-    int64_t columns[W];
-    const int64_t first = n0 + v * W;
-    for (int i = 0; i < W; i++) columns[i] = first + i < m.n ? first + i : m.n - 1;
-    const bool full = first + W <= m.n;
-    float *dst = panel + v * W;
-    Groups table{}, *groups = nullptr;
-    if (m.scale_type != WL_S_NONE) {
-      int64_t low = m.groups ? 0 : k0 / m.block_k;
-      int64_t high = m.groups ? (m.k + m.block_k - 1) / m.block_k - 1 : (k0 + count - 1) / m.block_k;
-      table.scale = scratch;
-      table.zero = scratch + (high - low + 1) * W;
-      table.fill(m, columns, low, high);
-      groups = &table;
+    if (has_contiguous_rows(m)) {
+      unpack_rows_of(m.code, source.rows + v * W, k0, count, panel + v * W, &m, source.groups[v]);
+      continue;
     }
+    const int64_t *columns = source.columns + v * W;
+    const Groups *groups = source.groups + v;
+    const bool full = n0 + (v + 1) * W <= m.n;
     if (m.packing == WL_AWQ) {
-      unpack_awq(m, columns, k0, count, dst, groups);
+      unpack_awq(m, columns, k0, count, panel + v * W, groups);
     } else if (m.packing != WL_ROWS) {
-      unpack_gptq(m, columns, full, k0, count, dst, groups);
-    } else if (has_contiguous_rows(m)) {
-      const uint8_t *rows[W];
-      for (int i = 0; i < W; i++) rows[i] = static_cast<const uint8_t *>(m.codes) + columns[i] * m.stride_n;
-      unpack_rows_of(m.code, rows, k0, count, dst, &m, groups);
+      unpack_gptq(m, columns, full, k0, count, panel + v * W, groups);
     } else {
-      unpack_strided(m, columns, full, k0, count, dst, groups);
+      unpack_strided(m, columns, full, k0, count, panel + v * W, m.scale_type == WL_S_NONE ? nullptr : groups);
     }
   }
 }

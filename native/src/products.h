@@ -86,11 +86,12 @@ inline void product_task(wl::Team &team, int, void *context) {
   }
   team.barrier();
   Bench bench(round.max_groups);
+  const int64_t step = team.size() * NR;
   while ((i = team.next(round.panel_ends.back())) >= 0) {
     const auto [index, panel] = locate(round.panel_ends, i);
     const wl_product &p = round.products[index];
     const float *packed = round.packed[size_t(round.pack_of[size_t(index)])];
-    multiply_columns(*p.w, panel * NR, packed, round.num_rows, bench.panel, bench.groups, bench.first);
+    multiply_columns(*p.w, panel * NR, packed, round.num_rows, bench.panel, bench.groups, bench.first, step);
     write_rows(bench.first, round.num_rows, panel * NR, p.w->n, p.bias, p.out, p.ldo, nullptr, round.first_row);
   }
 }
@@ -159,11 +160,11 @@ inline V activate(const ExpertRound &round, V gate, V up) {
 }
 
 /// Hidden columns n0 .. n0 + NR of a segment, packed for the down projection.
-inline void hidden_columns(const ExpertRound &round, const Segment &s, int64_t n0, const Bench &bench) {
+inline void hidden_columns(const ExpertRound &round, const Segment &s, int64_t n0, const Bench &bench, int64_t step) {
   const wl_expert &e = *s.expert;
   const int64_t inner = e.gate->n, count = std::min<int64_t>(NR, inner - n0);
-  multiply_columns(*e.gate, n0, s.packed, s.rows, bench.panel, bench.groups, bench.first);
-  multiply_columns(*e.up, n0, s.packed, s.rows, bench.panel, bench.groups, bench.second);
+  multiply_columns(*e.gate, n0, s.packed, s.rows, bench.panel, bench.groups, bench.first, step);
+  multiply_columns(*e.up, n0, s.packed, s.rows, bench.panel, bench.groups, bench.second, step);
   float gate_bias[NR] = {}, up_bias[NR] = {};
   for (int64_t j = 0; j < count; j++) {
     if (e.gate_bias) gate_bias[j] = e.gate_bias[n0 + j];
@@ -197,16 +198,17 @@ inline void expert_task(wl::Team &team, int, void *context) {
   }
   team.barrier();
   Bench bench(round.max_groups);
+  const int64_t step = team.size() * NR;
   while ((i = team.next(round.hidden_ends.back())) >= 0) {
     const auto [index, panel] = locate(round.hidden_ends, i);
-    hidden_columns(round, round.segments[size_t(index)], panel * NR, bench);
+    hidden_columns(round, round.segments[size_t(index)], panel * NR, bench, step);
   }
   team.barrier();
   while ((i = team.next(round.out_ends.back())) >= 0) {
     const auto [index, panel] = locate(round.out_ends, i);
     const Segment &s = round.segments[size_t(index)];
     const wl_expert &e = *s.expert;
-    multiply_columns(*e.down, panel * NR, s.hidden, s.rows, bench.panel, bench.groups, bench.first);
+    multiply_columns(*e.down, panel * NR, s.hidden, s.rows, bench.panel, bench.groups, bench.first, step);
     write_rows(bench.first, s.rows, panel * NR, e.down->n, e.down_bias, round.out, round.ldo, e.places, s.first);
   }
 }

@@ -1,7 +1,7 @@
 """Which part is in which slot. Starts reads into slots and evicts; knows nothing of who waits."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -72,6 +72,11 @@ class Residency:
     def __contains__(self, part: Part) -> bool:
         """Whether this kind of part has slots at all."""
         return part in self._arenas
+
+    @property
+    def parts(self) -> Iterable[Part]:
+        """Kinds of parts that have slots."""
+        return self._arenas.keys()
 
     def fits(self, part: Part) -> bool:
         """Whether every part of this kind has a slot."""

@@ -155,6 +155,11 @@ class WeightStore:
         """Whether all parts of this kind have slots: then they stay resident once read."""
         return self._resident.fits(part)
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all kinds of parts have slots for all their keys (the embedding aside)."""
+        return all(self.fits(part) for part in self._resident.parts)
+
     def holds(self, key: WeightKey) -> bool:
         """Whether `key` is resident or under way. A hint: it may change at any moment."""
         return key in self._resident.entries
