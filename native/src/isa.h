@@ -19,7 +19,7 @@ inline void widen(const wl_matrix &m, float *out) {
     }
 }
 
-inline wl::Table make_table() {
+constexpr wl::Table make_table() {
   return {
       products,
       experts,

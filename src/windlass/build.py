@@ -96,7 +96,7 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
         torch.set_num_threads(threads)
         kernels = choose_kernels(options.moe_backend, threads=threads)
         kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
-        setup = _setup(options, model)
+        setup = _setup(options, model, kernels.name)
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
             opened.callback(device.close)
@@ -113,8 +113,8 @@ def _useful_threads(model: _Model) -> int:
     return max(1, min(_MACHINE_THREADS, matrix // _ELEMENTS_PER_THREAD))
 
 
-def _setup(options: EngineOptions, model: _Model) -> EngineSetup:
-    """The plan and all that requests need."""
+def _setup(options: EngineOptions, model: _Model, backend: str) -> EngineSetup:
+    """The plan and all that requests need. `backend`: the name of the kernels."""
     tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
     tokenizer = load_tokenizer(tokenizer_folder, model_folder=model.folder)
     wanted = _wanted(options, model)
@@ -127,7 +127,7 @@ def _setup(options: EngineOptions, model: _Model) -> EngineSetup:
         max_model_len=plan.max_model_len,
         longest=options.max_model_len or model.spec.max_positions,
         seed=options.seed,
-        fingerprint=_fingerprint(model, tokenizer, options),
+        fingerprint=_fingerprint(model, tokenizer, options, backend),
         peak_rss=peak_resident_bytes,
     )
 
@@ -310,11 +310,14 @@ def _long_rope_after(spec: ModelSpec) -> int | None:
     return None
 
 
-def _fingerprint(model: _Model, tokenizer: Tokenizer, options: EngineOptions) -> dict[str, object]:
+def _fingerprint(
+    model: _Model, tokenizer: Tokenizer, options: EngineOptions, backend: str
+) -> dict[str, object]:
     """What would change results if it changed."""
     return {
         "model": checkpoint_stamp(model.folder),
         "load_format": options.load_format,
+        "kernels": backend,
         "tokenizer": tokenizer.digest,
         "generation_config": options.generation_config,
         "seed": options.seed,

@@ -54,6 +54,11 @@ class Kernels(Protocol):
     """Activations are fp32; weights come in their stored type, possibly as strided views, and
     quantised ones packed as they are."""
 
+    @property
+    def name(self) -> str:
+        """Of the backend, as `moe_backend` has it."""
+        ...
+
     def linear(
         self, x_TD: torch.Tensor, w: Weight, bias_E: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -46,6 +46,10 @@ class TorchKernels:
         self._batched_rows = RowLadder(_batched_matmul)
         self._scratch = torch.empty(TILE_BYTES // 4)
 
+    @property
+    def name(self) -> str:
+        return "torch"
+
     def linear(
         self, x_TD: torch.Tensor, w: Weight, bias_E: torch.Tensor | None = None
     ) -> torch.Tensor:

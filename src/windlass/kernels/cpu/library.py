@@ -76,17 +76,21 @@ _SIGNATURES = {
 }
 
 
+def load() -> c.CDLL | str:
+    """The library, or in words why there is none. Loaded once."""
+    return _load(FILE)
+
+
 @cache
-def load(path: Path = FILE) -> c.CDLL | str:
-    """The library, or in words why there is none."""
+def _load(path: Path) -> c.CDLL | str:
     if not path.exists():
-        return "not built (no compiler at installation?)"
+        return "is not built (no compiler at installation?)"
     try:
         library = c.CDLL(str(path))
-    except OSError as error:
+        version = library.wl_abi_version()
+    except (OSError, AttributeError) as error:
         return f"cannot be loaded: {error}"
-    library.wl_abi_version.restype = _i32
-    if (version := library.wl_abi_version()) != ABI_VERSION:
+    if version != ABI_VERSION:
         return f"has interface {version}, expected {ABI_VERSION}: build it again"
     for name, types in _SIGNATURES.items():
         function = getattr(library, name)
@@ -102,6 +106,19 @@ def instruction_sets(library: c.CDLL) -> list[str]:
     """What this machine can run, best last."""
     text: bytes = library.wl_available()
     return text.decode().split(",")
+
+
+def use(library: c.CDLL, name: str) -> None:
+    """From now on calls run with this instruction set, one of `instruction_sets`. For tests and
+    benchmarks: the best is in use from the start."""
+    assert name in instruction_sets(library), f"{name}: not one of {instruction_sets(library)}"
+    check(library.wl_use(name.encode()), "wl_use")
+
+
+def in_use(library: c.CDLL) -> str:
+    """The instruction set that calls run with."""
+    text: bytes = library.wl_in_use()
+    return text.decode()
 
 
 def check(code: int, what: str) -> None:

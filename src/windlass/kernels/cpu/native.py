@@ -35,6 +35,10 @@ class NativeKernels(TorchKernels):
         self._lib = library
         lib.check(library.wl_set_threads(threads), "threads")
 
+    @property
+    def name(self) -> str:
+        return "cpu"
+
     def linear(
         self, x_TD: torch.Tensor, w: Weight, bias_E: torch.Tensor | None = None
     ) -> torch.Tensor:
