@@ -53,6 +53,7 @@ from windlass.schedule.batch import Batch
 from windlass.schedule.embedding import EmbeddingRows
 from windlass.schedule.on_device import DeviceRuntime, ropes
 from windlass.schedule.passes import PassShape, run_pass
+from windlass.schedule.runtime import Outcome
 from windlass.spec.layout import build_layout
 from windlass.spec.model import GatedDelta, Gqa, LongRopeScaling, Mla, ModelSpec, Moe
 from windlass.spec.names import Layout, TensorInfo
@@ -177,9 +178,8 @@ def _assemble(
         long_rope_after=_long_rope_after(spec),
     )
 
-    def run(batch: Batch) -> torch.Tensor:
-        logits: torch.Tensor = run_pass(runtime, shape, batch)
-        return logits
+    def run(batch: Batch) -> Outcome:
+        return run_pass(runtime, shape, batch)
 
     on_close = opened.pop_all().close
     return Engine(setup, run, weights, admission, tracer=tracer, on_close=on_close)

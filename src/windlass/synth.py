@@ -3,7 +3,6 @@ layout, or read from nowhere. The same configuration and seed give the same byte
 
 import json
 import shutil
-import struct
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from windlass.errors import UsageError
-from windlass.memory.header import INDEX_FILE, SINGLE_FILE
+from windlass.memory.header import INDEX_FILE, encode_header, natural_key, shard_name
 from windlass.spec.layout import expected_tensors
 from windlass.spec.model import ModelSpec, RmsNorm
 from windlass.spec.names import TensorInfo
@@ -210,43 +209,25 @@ def _mean_and_std(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> tuple[f
     return 0.0, 1 / sqrt(shape[-1])
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 2 before layer 10, and the tensors of an expert side by side."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
 def _place(
     shapes: Mapping[str, tuple[int, ...]], dtype: str, itemsize: int, shard_bytes: int
 ) -> tuple[_Shard, ...]:
     """Cuts the tensors into shards of about `shard_bytes` and lays each out as safetensors."""
     placed, shard, filled = [], 0, 0
-    for name in sorted(shapes, key=_natural):
+    for name in sorted(shapes, key=natural_key):
         size = prod(shapes[name]) * itemsize
         if filled and filled + size > shard_bytes:
             shard, filled = shard + 1, 0
         placed.append((shard, TensorInfo(name, "", dtype, shapes[name], filled, filled + size)))
         filled += size
     return tuple(
-        _shard(
-            SINGLE_FILE if shard == 0 else f"model-{i + 1:05d}-of-{shard + 1:05d}.safetensors",
-            [info for _, info in group],
-        )
+        _shard(shard_name(i, shard + 1), [info for _, info in group])
         for i, group in groupby(placed, key=lambda entry: entry[0])
     )
 
 
 def _shard(file: str, tensors: list[TensorInfo]) -> _Shard:
-    entries: dict[str, Any] = {
-        info.name: {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [info.begin, info.end],
-        }
-        for info in tensors
-    }
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
-    text += b" " * (-len(text) % 8)
-    header = struct.pack("<Q", len(text)) + text
+    header = encode_header(tensors)
     start = len(header)
     moved = (
         replace(info, file=file, begin=start + info.begin, end=start + info.end) for info in tensors

@@ -17,17 +17,20 @@ from windlass.decoder.delta import Segment as DeltaSegment
 from windlass.decoder.delta import delta_attention
 from windlass.decoder.moe import dense_ffn, route, shared_expert
 from windlass.decoder.rope import RopeTable
+from windlass.decoder.score import RunningLogprobs
 from windlass.ids import Part, WeightKey
 from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows, Kernels
 from windlass.memory.kv import KvStore
 from windlass.memory.weights import Lease, WeightStore
 from windlass.packed import plain
 from windlass.schedule.announce import Announcer, PassForecast
-from windlass.schedule.batch import Batch, MicroBatch
+from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
 from windlass.schedule.embedding import EmbeddingRows
-from windlass.schedule.runtime import Routed
+from windlass.schedule.runtime import Outcome, Routed
 from windlass.spec.model import GatedDelta, Gqa, Mla, ModelSpec, Moe, Rope
 from windlass.trace import Tracer
+
+_SCORE_BYTES = 8 << 20  # of logits that only a score is taken of
 
 
 class _Rows(NamedTuple):
@@ -49,6 +52,8 @@ class _Final:
     h_RD: torch.Tensor
     logits_RV: torch.Tensor
     bias_V: torch.Tensor | None
+    scores: RunningLogprobs
+    h_SD: torch.Tensor  # rows whose targets are scored
     column: int
 
 
@@ -168,23 +173,32 @@ class DeviceRuntime:
             hidden.copy_(math.residual(self._spec, hidden, y_TD))
 
     def enter_head(self, hidden: torch.Tensor, batch: Batch) -> _Final:
-        rows = batch.logit_rows
+        rows, scored = batch.logit_rows, batch.scored_rows
         with self._weights.lease(WeightKey(Part.FINAL)) as lease:
             h_RD = math.final_norm(self._kernels, self._spec, lease.tensors, hidden[rows])
+            h_SD = math.final_norm(self._kernels, self._spec, lease.tensors, hidden[scored])
             bias_V = plain(lease.tensors, "head_bias").clone() if self._spec.head_bias else None
-        return _Final(h_RD, h_RD.new_empty(len(rows), self._spec.vocab_size), bias_V, 0)
+        logits_RV = h_RD.new_empty(len(rows), self._spec.vocab_size)
+        return _Final(h_RD, logits_RV, bias_V, RunningLogprobs(batch.targets), h_SD, 0)
 
     def head(self, weights: Lease, final: _Final) -> None:
         w_VD = weights.tensors["weight"]
         part = slice(final.column, final.column + w_VD.shape[0])
         with self._tracer.span("head", rows=len(final.h_RD), chunk=weights.key.index):
             bias = None if final.bias_V is None else final.bias_V[part]
-            logits = math.logits(self._kernels, self._spec, w_VD, bias, final.h_RD)
-            final.logits_RV[:, part] = logits
+            if len(final.h_RD):
+                logits = math.logits(self._kernels, self._spec, w_VD, bias, final.h_RD)
+                final.logits_RV[:, part] = logits
+            # a few rows at a time: logits of all of them would be larger than the pass itself
+            step = max(CHUNK_TOKENS, _SCORE_BYTES // (4 * w_VD.shape[0]))
+            for first in range(0, len(final.h_SD), step):
+                rows = slice(first, first + step)
+                logits = math.logits(self._kernels, self._spec, w_VD, bias, final.h_SD[rows])
+                final.scores.add(rows, final.column, logits)
         final.column = part.stop
 
-    def finish(self, final: _Final) -> torch.Tensor:
-        return final.logits_RV
+    def finish(self, final: _Final) -> Outcome:
+        return Outcome(final.logits_RV, final.scores.logprobs())
 
     # --- attention --------------------------------------------------------------------------------
 
