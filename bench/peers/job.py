@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 _SEED = 0
+KEPT_TOKENS = 16  # of a result
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """`sequences` prompts of `prompt_tokens` random ids, each answered with `output_tokens` greedy
-    tokens, the end-of-sequence token ignored; at most `at_once` side by side, wave after wave.
+    tokens, the end-of-sequence token ignored; at most `at_once` side by side (0: as the engine
+    plans), wave after wave.
 
     Runners of engines that compute all sequences in step stop a phase after its limit and scale
     what they have: `prefill_limit_s` for the prompts of a wave (the caches of the others are then
@@ -36,7 +38,9 @@ class Job:
     prefill_limit_s: float = 1e9
     decode_limit_s: float = 1e9
     settings: dict[str, Any] = field(default_factory=dict)
-    logits: str | None = None  # write the logits after the first prompt to this .npy file
+    # write the logits after the first prompt to this .npy file; an engine that gives only the
+    # log-probabilities of some tokens writes two rows: their ids and these
+    logits: str | None = None
 
     def prompts(self) -> list[list[int]]:
         """The same for every engine; a longer list begins with a shorter one's prompts."""
@@ -63,6 +67,7 @@ class Result:
     prefill_share: float = 1.0  # of the job's prompt tokens that were computed
     decode_share: float = 1.0  # of the tokens after each first one
     peak_rss_bytes: int
+    own_rss_bytes: int
     tokens: tuple[int, ...] = ()  # of the first sequence
     more: dict[str, Any] = field(default_factory=dict)  # the engine's own
 
@@ -95,17 +100,21 @@ def whole_job(job: Job, waves: Sequence[Wave], *, load_s: float, more: dict[str,
         decode_s=decode_s * job.sequences / taken,
         prefill_share=sum(wave.computed for wave in waves) / job.sequences,
         decode_share=decoded / (job.sequences * steps) if steps else 1.0,
-        peak_rss_bytes=peak_rss_bytes(),
-        tokens=waves[0].tokens,
+        tokens=waves[0].tokens[:KEPT_TOKENS],
         more=more,
+        **memory_bytes(),
     )
 
 
-def peak_rss_bytes() -> int:
-    """VmHWM of this process: mapped pages of files count, as they do against a memory limit."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
+def memory_bytes() -> dict[str, int]:
+    """Fields of a result: VmHWM of this process, in which mapped pages of files count, and what
+    it holds now without such pages (RssAnon)."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return {
+        "peak_rss_bytes": int(fields["VmHWM"].split()[0]) * 1024,
+        "own_rss_bytes": int(fields["RssAnon"].split()[0]) * 1024,
+    }
 
 
 def run_job(run: Callable[[Job], Result]) -> None:

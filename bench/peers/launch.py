@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from limits import run_limited
@@ -21,6 +20,7 @@ _RUNNERS = {
     "transformers": (str(environment.PYTHON), "peers.run_transformers"),
 }
 ENGINES = tuple(_RUNNERS)
+_SET = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
 _SPARE_BYTES = 1_500_000_000  # for everything else on the machine
 
 
@@ -94,9 +94,6 @@ def run_in_group(engine: str, job: Job, timeout_s: float, limit_bytes: int) -> O
     return _read(ran.returncode, ran.stdout, "", seconds(), ran.others_cores, limited)
 
 
-_SET = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
-
-
 class _Seconds:
     def __init__(self) -> None:
         self._begin = os.times().elapsed
@@ -125,9 +122,3 @@ def _read(
         status="failed", seconds=seconds, message=f"exit {code}{killed}: {said[-1]:.300}",
         others_cores=others_cores, limited=limited,
     )  # fmt: skip
-
-
-def drop(path: Path) -> None:
-    """Asks the system to forget a file's pages."""
-    with path.open("rb") as stream:
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -14,6 +14,7 @@ from windlass.synth import preset, write_random_checkpoint
 _SEED = 0
 _GROUP = 32  # weights per scale, as in q8_0 and q4_0
 _QUANTIZE_LIMIT_S = 3600.0
+_WORKING_BYTES = 1_500_000_000  # of an engine: libraries, activations, logits
 _SMALL = {
     "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512,
     "num_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 2048,
@@ -123,31 +124,16 @@ def _prepare_checkpoint(model: Model) -> None:
         sys.exit(f"{model.checkpoint}: holds another model; give another --dir")
 
 
-def at_once(model: Model, engine: str, *, weight_bytes: int, tokens: int, sequences: int) -> int:
+def at_once(model: Model, engine: str, form: str, *, tokens: int, sequences: int) -> int:
     """Sequences that fit beside the weights, `sequences` or a half, a quarter ... of it; 0 where
     not even one does. For engines that do not find out by themselves."""
-    per_token = model.kv_bytes_per_token
-    if engine == "llama.cpp":
-        tokens = -(-tokens // 256) * 256  # rounded up for each sequence
-    else:
-        # while chunks are merged a layer is held twice; scores and hidden states of a chunk
-        tokens = tokens + tokens // 8
-    room = launch.memory_budget() - weight_bytes - _WORKING_BYTES
-    if weight_bytes == 2 * model.checkpoint_bytes and engine == "transformers":
-        per_token *= 2
+    per_sequence = model.kv_bytes_per_token * tokens
+    if engine == "llama.cpp":  # rounded up for each sequence
+        per_sequence = model.kv_bytes_per_token * (-(-tokens // 256) * 256)
+    if engine == "transformers":  # a part is held twice while chunks are merged
+        per_sequence = per_sequence * (2 if form == "float32" else 1) * 9 // 8
+    room = launch.memory_budget() - model.weight_bytes(engine, form) - _WORKING_BYTES
     count = sequences
-    while count and count * tokens * per_token > room:
+    while count and count * per_sequence > room:
         count //= 2
     return count
-
-
-_WORKING_BYTES = 1_500_000_000  # libraries, activations, logits
-
-
-def read_once(path: Path) -> None:
-    """Into the page cache: no run is the first to read its weights."""
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    for file in files:
-        with file.open("rb", buffering=0) as stream:
-            while stream.read(1 << 24):
-                pass

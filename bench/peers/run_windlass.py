@@ -8,10 +8,13 @@ by two runs: one that ends with each first token, and the whole. Settings: keywo
 import time
 from dataclasses import asdict
 
-from peers.job import Job, Result, peak_rss_bytes, run_job
+import numpy as np
+
+from peers.job import KEPT_TOKENS, Job, Result, memory_bytes, run_job
 from windlass import LLM, SamplingParams
 from windlass.version import VERSION
 
+_LOGPROBS = 20
 _ENOUGH_TOKENS = 32768  # of prompts in the first run: from there on its rate is the whole's
 
 
@@ -26,6 +29,13 @@ def _answers(llm: LLM, prompts: list[list[int]], output_tokens: int) -> tuple[fl
     return time.perf_counter() - begin, list(outputs[0].outputs[0].token_ids)
 
 
+def _save_logprobs(llm: LLM, prompt: list[int], path: str) -> None:
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=_LOGPROBS)
+    (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+    (step,) = output.outputs[0].logprobs
+    np.save(path, np.array([list(step), [each.logprob for each in step.values()]]))
+
+
 def _run(job: Job) -> Result:
     begin = time.perf_counter()
     settings = dict(job.settings)
@@ -34,12 +44,14 @@ def _run(job: Job) -> Result:
     with LLM(
         job.model,
         threads=job.threads,
-        max_num_seqs=job.at_once,
+        max_num_seqs=job.at_once or None,
         max_model_len=job.prompt_tokens + job.output_tokens,
         **settings,
     ) as llm:
         if is_warm:
             _answers(llm, prompts[:2], 2)
+        if job.logits:
+            _save_logprobs(llm, prompts[0], job.logits)
         load_s = time.perf_counter() - begin
         prefill_s, share = 0.0, 0.0
         if wants_prefill:
@@ -63,9 +75,9 @@ def _run(job: Job) -> Result:
         prefill_s=prefill_s,
         decode_s=max(0.0, total_s - prefill_s),
         prefill_share=share,
-        peak_rss_bytes=peak_rss_bytes(),
-        tokens=tuple(tokens),
+        tokens=tuple(tokens[:KEPT_TOKENS]),
         more=more,
+        **memory_bytes(),
     )
 
 

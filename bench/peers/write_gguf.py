@@ -2,8 +2,8 @@
 
     python -m peers.write_gguf MODEL OUT FORMAT          FORMAT: bf16, q8_0 or q4_0
 
-Every matrix is in the format, embedding and head too; norms and routers are fp32, as llama.cpp's
-own converter keeps them. There is no tokenizer: prompts are token ids. Runs where `gguf` is installed.
+Every matrix is in the format, embedding and head too; norms and routers are fp32, as in files made
+by llama.cpp's own converter. There is no tokenizer: prompts are token ids. Needs `gguf`.
 """
 
 import json
