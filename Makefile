@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_OUT := out/demo
 
-.PHONY: setup demo test test-all lint format bench golden mutate test-gpu bench-gpu clean
+.PHONY: setup demo test test-all lint format bench bench-peers golden mutate test-gpu bench-gpu clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,9 @@ format: setup
 bench: setup
 	$(BIN)/python bench/kernels.py --json bench/results/kernels.json
 	$(BIN)/python bench/offload.py --json bench/results/offload.json
+
+bench-peers: setup
+	$(BIN)/python -m bench.peers --json bench/results/peers.json --resume
 
 golden: setup
 	$(BIN)/python scripts/golden_table.py
