@@ -28,7 +28,9 @@ def ask(model: Model, engine: str, form: str, threads: int) -> dict[str, Any]:
     """An engine's log-probabilities (ids and values) and tokens."""
     settings = {"dtype": form} if engine == "transformers" else {}
     size = sweep.Size(**_SIZE, threads=threads)
-    job = sweep.make_job(model, engine, form, settings=settings, size=size)
+    job = sweep.make_job(
+        model, engine, form, settings=settings, size=size, limits_s=(_TIMEOUT_S, _TIMEOUT_S)
+    )
     if job is None:
         return sweep.no_room(model, engine, form, settings).to_json()
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +57,8 @@ def compare(reference: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]
     pairs = zip(answer["ids"][:_TOP], answer["logprobs"][:_TOP], strict=True)
     differences = [abs(known[token] - value) for token, value in pairs if token in known]
     wanted, got = reference["result"]["tokens"], answer["result"]["tokens"]
-    equal = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=True)) if a != b), len(got))
+    pairs_of_tokens = enumerate(zip(wanted, got, strict=True))
+    equal = next((i for i, (a, b) in pairs_of_tokens if a != b), len(got))
     return {
         "largest_difference": max(differences, default=float("inf")),
         "mean_difference": float(np.mean(differences)) if differences else float("inf"),

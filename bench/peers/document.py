@@ -48,6 +48,7 @@ class Document:
             return found
         if time.monotonic() > self._end:
             raise StopAfter
+        print(f"{name}: {key}", flush=True)
         entry = {"key": key, "engine": engine, "part": len(self.data["parts"]) - 1, **make()}
         self.data[name].append(entry)
         self.save()

@@ -103,8 +103,7 @@ class Limited:
             "limited", key, engine,
             lambda: self._measure(model, engine, requests, way, phase_s=self._wish.phase_s),
         )  # fmt: skip
-        total = f"{entry['total_s']:.1f} s" if entry["total_s"] else entry["message"]
-        print(f"limited: {key}: {total}", flush=True)
+        print(f"  {entry['total_s'] or entry['message']}", flush=True)
 
     def _measure(
         self, model: Model, engine: str, requests: int, way: _Way, *, phase_s: float

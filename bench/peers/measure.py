@@ -146,7 +146,7 @@ class Comparison:
             if job is None:
                 return case | sweep.no_room(model, engine, contender.form, settings).to_json()
             outcome = launch.run(engine, job, wish.timeout_s)
-            print(f"{name}, round {round_}: {_said(outcome)}", flush=True)
+            print(f"  {_said(outcome)}", flush=True)
             return case | {"settings": settings, "at_once": job.at_once} | outcome.to_json()
 
         return self._document.record("runs", f"{name}, round {round_}", engine, make)
