@@ -11,7 +11,7 @@
 namespace WL_NS {
 
 constexpr int64_t MC = 512;                 // rows packed at once: their panel results stay in the cache
-constexpr int64_t ROUND_FLOATS = 4 << 20;   // packed rows and hidden rows of one round
+constexpr int64_t ROUND_FLOATS = 1 << 20;   // packed rows and hidden rows of one round: they stay in the last-level cache
 
 /// A thread's own: a panel, scales of a matrix, results of two panels.
 struct Bench {
