@@ -228,6 +228,6 @@ def write_settings(path: Path, settings: dict[str, Any] | None) -> None:
 
 
 def _is_linear(name: str, skip: Callable[[str], bool]) -> bool:
-    is_projection = name.endswith("_proj.weight") or name.endswith("_proj_with_mqa.weight")
+    is_projection = name.endswith(("_proj.weight", "_proj_with_mqa.weight"))
     is_expert = name.split(".")[-2] in ("w1", "w2", "w3")
     return (is_projection or is_expert) and not skip(name)

@@ -22,7 +22,9 @@ class Case(NamedTuple):
     changes: dict[str, Any]
 
 
-FP8 = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128])
+FP8 = dict(
+    quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=[128, 128]
+)
 # two blocks or more each way, the last ones ragged
 DEEPSEEK = dict(
     hidden_size=160, num_hidden_layers=2, kv_lora_rank=144, q_lora_rank=136, qk_nope_head_dim=128,
@@ -97,7 +99,10 @@ CASES = {
         dict(moe_intermediate_size=23),
     ),
     "fp8-tensor": Case(
-        "mixtral", quantised.fp8_tensor, compressed("float-quantized", strategy="tensor", **FLOAT), {}
+        "mixtral",
+        quantised.fp8_tensor,
+        compressed("float-quantized", strategy="tensor", **FLOAT),
+        {},
     ),
     "gptq": Case("qwen3_moe", quantised.gptq(4, 8), gptq(), {}),
     "gptq-reordered": Case(

@@ -10,6 +10,8 @@ with one scale, and in some formats one zero point, for each block of `rows` x `
 from dataclasses import dataclass
 from typing import Literal
 
+METHODS = ("fp8", "mxfp4", "compressed-tensors", "gptq", "awq")  # as config.json calls them
+
 Code = Literal["e4m3", "e2m1", "int8", "int4"]
 Packing = Literal["rows", "gptq", "awq"]
 Zero = Literal["none", "rows", "gptq", "awq"]
@@ -27,7 +29,7 @@ class WeightFormat:
 
     `zero`: "none" is 8 or 128 for offset binary and 0 elsewhere; "rows" is (N / c, groups), packed
     like the codes of "rows" but along n; "gptq" is (groups, N / c), lowest bits first, and stands
-    for itself plus `zero_add`; "awq" is (groups, N / 8) in the order of its codes.
+    for itself plus `zero_add`, in as many bits; "awq" is (groups, N / 8) in the order of its codes.
     """
 
     code: Code
