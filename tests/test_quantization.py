@@ -38,7 +38,10 @@ def parse(settings: dict[str, Any], **outer: Any) -> Quantization:
 
 
 def scheme_of(settings: dict[str, Any], module: str) -> tuple[Scheme | None, bool]:
-    return parse(settings).find([module], is_expert=".experts." in module)
+    """And whether that is certain."""
+    found = parse(settings)
+    scheme = found.find([module], is_expert=".experts." in module)
+    return scheme, scheme is None or found.is_certain([module])
 
 
 def groups(settings: dict[str, Any], **more: Any) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from windlass.spec.quantization import Scheme
 from windlass.spec.stored import (
     RowSet,
     StoredTensor,
-    companions,
+    is_companion,
     packed_pieces,
     row_set,
     stored_tensors,
@@ -74,16 +74,15 @@ def build_layout(
     prefix = trunk_prefix(names, tensors)
     parts: dict[WeightKey, list[Piece]] = {}
     claimed: set[str] = set()
-    beside: set[str] = set()
     for wanted in all_wanted(spec, names):
         found = find(wanted, names, prefix, tensors)
-        if found.scheme is not None:
-            beside.update(companions(found.scheme.naming, found.name))
         for key, pieces in _pieces(wanted, found, tensors, head_chunk_bytes):
             claimed.update(piece.tensor for piece in pieces)
             parts.setdefault(key, []).extend(pieces)
     unused = sorted(set(tensors) - claimed)
-    _check_unused(spec, names, prefix, [tensors[name] for name in unused if name not in beside])
+    is_quantised = names.quantization is not None
+    strays = [n for n in unused if not (is_quantised and is_companion(n, claimed))]
+    _check_unused(spec, names, prefix, [tensors[name] for name in strays])
     layout = Layout({key: tuple(pieces) for key, pieces in parts.items()}, tuple(unused))
     if names.quantization is not None and not layout.is_quantised:
         raise CheckpointError(
@@ -120,7 +119,7 @@ def expected_stored(spec: ModelSpec, names: NameMap) -> dict[str, Expected]:
 def _expect(wanted: Wanted, source: Source, names: NameMap) -> Iterator[tuple[str, Expected]]:
     prefix = names.prefixes[0]
     name = name_of(source, prefix, wanted.key)
-    scheme, _ = scheme_of(wanted, names, prefix, name)
+    scheme = scheme_of(wanted, names, prefix, name)
     if scheme is None or not is_linear(wanted):
         yield name, Expected(_stored_shape(wanted, source))
         return

@@ -48,12 +48,12 @@ def find(wanted: Wanted, names: NameMap, prefix: str, tensors: Mapping[str, Tens
     candidates = [(name_of(source, prefix, wanted.key), source) for source in wanted.sources]
     place = f"{wanted.name} of {wanted.key}"
     for name, source in candidates:
-        scheme, is_certain = scheme_of(wanted, names, prefix, name)
+        scheme = scheme_of(wanted, names, prefix, name)
         codes = tensor_name(scheme.naming, "codes", name) if scheme is not None else name
         if scheme is not None and _is_packed(tensors.get(codes)):
             return Found(name, source, scheme)
         if name in tensors:
-            if scheme is not None and is_certain:
+            if scheme is not None and _is_certain(wanted, names, prefix, name):
                 raise CheckpointError(
                     f"{tensors[name].file}: tensor {name} has type {tensors[name].dtype}, but"
                     f" config.json says that it is quantised (expected {codes} as {scheme.naming};"
@@ -84,25 +84,32 @@ def _is_packed(codes: TensorInfo | None) -> bool:
     return codes is not None and codes.dtype not in PLAIN_TYPES
 
 
-def scheme_of(wanted: Wanted, names: NameMap, prefix: str, name: str) -> tuple[Scheme | None, bool]:
-    """How config.json says that a tensor is stored, and whether that is certain."""
+def scheme_of(wanted: Wanted, names: NameMap, prefix: str, name: str) -> Scheme | None:
+    """How config.json says that a tensor is packed, if it is."""
     if names.quantization is None or wanted.key.part in (Part.EMBED, Part.FINAL):
-        return None, True
+        return None
     is_head = wanted.key.part == Part.HEAD
     if is_head and wanted.sources == names.embed["weight"]:
-        return None, True
-    linear = is_linear(wanted)
-    if not linear and not is_head and not _PERHAPS_LINEAR.fullmatch(wanted.name):
-        return None, True
+        return None
+    if not is_head and not is_linear(wanted) and not _PERHAPS_LINEAR.fullmatch(wanted.name):
+        return None
+    spellings = _spellings(names, prefix, name)
+    return names.quantization.find(spellings, is_expert=wanted.key.part == Part.EXPERT)
+
+
+def _is_certain(wanted: Wanted, names: NameMap, prefix: str, name: str) -> bool:
+    """Whether a tensor that has a scheme must be packed."""
+    assert names.quantization is not None
+    return is_linear(wanted) and names.quantization.is_certain(_spellings(names, prefix, name))
+
+
+def _spellings(names: NameMap, prefix: str, name: str) -> list[str]:
+    """Of a module: lists may have the trunk's name as in another version of the model's code."""
     module = module_of(name)
-    is_expert = wanted.key.part == Part.EXPERT
-    # lists may spell the trunk's name as another version of the model's code
     rest = module.removeprefix(prefix)
-    spellings = [module]
-    if prefix and rest != module:
-        spellings += [other + rest for other in names.prefixes if other not in (prefix, "")]
-    scheme, is_certain = names.quantization.find(spellings, is_expert=is_expert)
-    return scheme, is_certain and linear
+    if not prefix or rest == module:
+        return [module]
+    return [module, *(other + rest for other in names.prefixes if other not in (prefix, ""))]
 
 
 def is_linear(wanted: Wanted) -> bool:
@@ -115,7 +122,7 @@ def is_linear(wanted: Wanted) -> bool:
 
 
 def _expected(wanted: Wanted, names: NameMap, prefix: str, name: str) -> str:
-    scheme, _ = scheme_of(wanted, names, prefix, name)
+    scheme = scheme_of(wanted, names, prefix, name)
     if scheme is not None:
         return f"config.json says that it is stored as {scheme.naming}"
     if names.quantization is None:
