@@ -46,6 +46,7 @@ class EngineOptions:
     threads: int | None = None
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     load_mode: Literal["auto", "dio", "buffered"] = "auto"
+    moe_backend: Literal["auto", "torch", "cpu"] = "auto"
     trace: Path | None = None
     generation_config: Literal["auto", "vllm"] = "auto"
 
@@ -55,6 +56,7 @@ class EngineOptions:
             ("quantization", (None, *METHODS)),
             ("load_format", ("auto", "safetensors", "dummy")),
             ("load_mode", ("auto", "dio", "buffered")),
+            ("moe_backend", ("auto", "torch", "cpu")),
             ("generation_config", ("auto", "vllm")),
         ):
             if (value := getattr(self, name)) not in allowed:

@@ -62,3 +62,14 @@ def plain(tensors: Tensors, name: str) -> torch.Tensor:
 def plain_or_none(tensors: Tensors, name: str) -> torch.Tensor | None:
     """The same, where the part has it."""
     return plain(tensors, name) if name in tensors else None
+
+
+class StoredTensors(dict[str, Weight]):
+    """Tensors of one part by canonical name, views of its slot. `prepared` is where a kernel
+    backend keeps what it derived from them; it lives as long as they do."""
+
+    __slots__ = ("prepared",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prepared: dict[str, object] = {}

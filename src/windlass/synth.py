@@ -3,7 +3,6 @@ layout, or read from nowhere. The same configuration and seed give the same byte
 
 import json
 import shutil
-import struct
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from windlass.errors import UsageError
-from windlass.memory.header import INDEX_FILE, SINGLE_FILE
+from windlass.memory.header import INDEX_FILE, encode_header, natural_key, shard_name
 from windlass.spec.layout import ITEM_BYTES, Expected, expected_stored
 from windlass.spec.model import ModelSpec, RmsNorm
 from windlass.spec.names import TensorInfo
@@ -271,11 +270,6 @@ def _mean_and_std(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> _Normal
     return _Normal(0.0, 1 / sqrt(shape[-1]))
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 2 before layer 10, and the tensors of an expert side by side."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
 def _place(
     shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str], shard_bytes: int
 ) -> tuple[_Shard, ...]:
@@ -283,20 +277,19 @@ def _place(
     types first, so that each tensor begins at a multiple of its type's size."""
     groups: list[list[TensorInfo]] = [[]]
     filled = 0
-    for name in sorted(shapes, key=_natural):
+    for name in sorted(shapes, key=natural_key):
         size = prod(shapes[name]) * ITEM_BYTES[types[name]]
         if filled and filled + size > shard_bytes:
             groups.append([])
             filled = 0
         groups[-1].append(TensorInfo(name, "", types[name], shapes[name], 0, size))
         filled += size
-    last = len(groups)
     return tuple(
         _shard(
-            SINGLE_FILE if last == 1 else f"model-{i:05d}-of-{last:05d}.safetensors",
+            shard_name(i, len(groups)),
             _end_to_end(sorted(group, key=lambda info: -ITEM_BYTES[info.dtype])),
         )
-        for i, group in enumerate(groups, start=1)
+        for i, group in enumerate(groups)
     )
 
 
@@ -310,17 +303,7 @@ def _end_to_end(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
 
 
 def _shard(file: str, tensors: list[TensorInfo]) -> _Shard:
-    entries: dict[str, Any] = {
-        info.name: {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [info.begin, info.end],
-        }
-        for info in tensors
-    }
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
-    text += b" " * (-len(text) % 8)
-    header = struct.pack("<Q", len(text)) + text
+    header = encode_header(tensors)
     start = len(header)
     moved = (
         replace(info, file=file, begin=start + info.begin, end=start + info.end) for info in tensors

@@ -8,7 +8,7 @@ Shapes: T rows, D hidden, H query heads, v value dim, r rotary pairs, V tokens o
 
 import torch
 
-from windlass.decoder.attention import Projected, attention_output, normalise, project
+from windlass.decoder.attention import Projected, attention_output, project
 from windlass.kernels.base import Kernels, Tensors
 from windlass.packed import Weight, plain, plain_or_none
 from windlass.spec.model import Gqa, Mla, ModelSpec
@@ -19,9 +19,9 @@ def embed(spec: ModelSpec, rows_TD: torch.Tensor) -> torch.Tensor:
     return rows_TD.float() * spec.embed_multiplier
 
 
-def attention_input(spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
+def attention_input(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
     """What any kind of attention of a block reads: normalised hidden states."""
-    return _norm(spec, w, "input_norm", x_TD)
+    return _norm(k, spec, w, "input_norm", x_TD)
 
 
 def pre_attention(
@@ -34,7 +34,7 @@ def pre_attention(
     sin_Tr: torch.Tensor | None,
 ) -> Projected:
     """Everything of softmax attention up to the kernel."""
-    h_TD = attention_input(spec, w, x_TD)
+    h_TD = attention_input(k, spec, w, x_TD)
     return project(k, attention, spec.norm, w, h_TD, cos_Tr, sin_Tr)
 
 
@@ -51,9 +51,9 @@ def post_attention(
     return residual(spec, x_TD, attention_output(k, attention, w, o_THv, gate_THv))
 
 
-def ffn_input(spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
+def ffn_input(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
     """What router, experts, shared expert or dense network of a block read."""
-    return _norm(spec, w, "post_norm", x_TD)
+    return _norm(k, spec, w, "post_norm", x_TD)
 
 
 def residual(spec: ModelSpec, x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
@@ -62,9 +62,9 @@ def residual(spec: ModelSpec, x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.T
     return x_TD + y_TD * spec.residual_multiplier
 
 
-def final_norm(spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
+def final_norm(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
     """What the head reads."""
-    return _norm(spec, w, "norm", x_TD)
+    return _norm(k, spec, w, "norm", x_TD)
 
 
 def logits(
@@ -79,6 +79,6 @@ def logits(
     return k.linear(h_TD, weight_VD, bias_V) / spec.logit_divisor
 
 
-def _norm(spec: ModelSpec, w: Tensors, name: str, x_TD: torch.Tensor) -> torch.Tensor:
+def _norm(k: Kernels, spec: ModelSpec, w: Tensors, name: str, x_TD: torch.Tensor) -> torch.Tensor:
     weight, bias = plain(w, f"{name}.weight"), plain_or_none(w, f"{name}.bias")
-    return normalise(spec.norm, weight, bias, x_TD)
+    return k.normalise(spec.norm, weight, bias, x_TD)

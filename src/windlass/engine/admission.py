@@ -142,7 +142,9 @@ class Admission:
         return left if left <= room else room // CHUNK_TOKENS * CHUNK_TOKENS
 
     def _row(self, choice: Choice, first: int, last: int, *, is_prompt: bool) -> Row:
-        after = self._long_rope_after
+        after, targets = self._long_rope_after, ()
+        if is_prompt and choice.scores_prompt:
+            targets = choice.request.prompt_token_ids[first + 1 : last + 1]
         segment = Segment(
             sequence=id(choice),
             token_ids=choice.tokens(first, last),
@@ -152,6 +154,7 @@ class Admission:
             is_prompt=is_prompt,
             long_rope=after is not None and choice.queued.longest > after,
             wants_logits=last == choice.num_tokens,
+            targets=targets,
         )
         return Row(choice, segment)
 

@@ -7,17 +7,18 @@ transcendental functions through `pointwise`. Shape legend: kernels/base.py.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from windlass.kernels import rowwise
 from windlass.kernels.attention import paged_attention
-from windlass.kernels.base import AttentionOptions, AttentionWork, Tensors
+from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows, Tensors
 from windlass.kernels.dequantise import dequantise
 from windlass.kernels.limits import TILE_BYTES, UNPACK_BYTES
 from windlass.kernels.rows import RowLadder, pad_rows, padded_width
 from windlass.packed import Packed, PackedStack, Weight, plain_or_none
-from windlass.spec.model import Activation, ClampedSwiGlu
+from windlass.spec.model import Activation, ClampedSwiGlu, Norm, Rope
 from windlass.units import round_up
 
 _FEW_ROWS = (12, 128)
@@ -45,6 +46,10 @@ class TorchKernels:
         self._batched_rows = RowLadder(_batched_matmul)
         self._scratch = torch.empty(TILE_BYTES // 4)
 
+    @property
+    def name(self) -> str:
+        return "torch"
+
     def linear(
         self, x_TD: torch.Tensor, w: Weight, bias_E: torch.Tensor | None = None
     ) -> torch.Tensor:
@@ -59,7 +64,9 @@ class TorchKernels:
             column += features
         return out_TE if bias_E is None else out_TE.add_(bias_E.float())
 
-    def batched_linear(self, x_THa: torch.Tensor, w_Hba: Weight) -> torch.Tensor:
+    def batched_linear(
+        self, x_THa: torch.Tensor, w_Hba: torch.Tensor | PackedStack
+    ) -> torch.Tensor:
         num_rows, heads, width = x_THa.shape
         features = w_Hba.shape[1]
         out_HTb = x_THa.new_empty(heads, num_rows, features)
@@ -78,6 +85,36 @@ class TorchKernels:
         up_NI = self.linear(x_ND, w["up"], plain_or_none(w, "up_bias"))
         hidden_NI = self._activate(gate_NI, up_NI, activation)
         return self.linear(hidden_NI, w["down"], plain_or_none(w, "down_bias"))
+
+    def experts(
+        self,
+        x_TD: torch.Tensor,
+        work: Sequence[ExpertRows],
+        activation: Activation,
+        out: torch.Tensor,
+    ) -> None:
+        for w, rows, places in work:
+            out[places] = self.expert_ffn(x_TD[rows], w, activation)
+
+    def normalise(
+        self, norm: Norm, weight_D: torch.Tensor, bias_D: torch.Tensor | None, x: torch.Tensor
+    ) -> torch.Tensor:
+        return rowwise.normalise(norm, weight_D, bias_D, x)
+
+    def rotate(
+        self, x_THd: torch.Tensor, cos_Tf: torch.Tensor, sin_Tf: torch.Tensor, rope: Rope
+    ) -> torch.Tensor:
+        return rowwise.rotate(x_THd, cos_Tf, sin_Tf, rope)
+
+    def combine(
+        self,
+        weights_TA: torch.Tensor,
+        outputs_TAD: torch.Tensor,
+        shared_TD: torch.Tensor | None,
+        hidden_TD: torch.Tensor,
+        multiplier: float,
+    ) -> None:
+        rowwise.combine(weights_TA, outputs_TAD, shared_TD, hidden_TD, multiplier)
 
     def pointwise(
         self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor

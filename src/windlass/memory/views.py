@@ -8,7 +8,7 @@ import torch
 
 from windlass.errors import CheckpointError
 from windlass.memory.recipe import Placement, Recipe
-from windlass.packed import Packed, PackedStack, Weight
+from windlass.packed import Packed, PackedStack, StoredTensors, Weight
 from windlass.spec.layout import ITEM_BYTES
 from windlass.spec.names import (
     Layout,
@@ -36,7 +36,7 @@ class Views(NamedTuple):
     """Tensors and packed matrices by canonical name. `has_copies`: some of them own memory outside
     the slot."""
 
-    tensors: dict[str, Weight]
+    tensors: StoredTensors
     has_copies: bool
 
 
@@ -63,7 +63,7 @@ def copied_bytes(layout: Layout, tensors: Mapping[str, TensorInfo]) -> int:
 def make_views(recipe: Recipe, memory: torch.Tensor) -> Views:
     """All tensors of a part whose bytes are in `memory` (uint8). Only a tensor that begins at a
     place where torch cannot view its type (odd, in effect) is copied."""
-    tensors: dict[str, Weight] = {}
+    tensors = StoredTensors()
     parts: dict[str, dict[Role, torch.Tensor]] = {}
     shapes: dict[str, PackedShape] = {}
     has_copies = False

@@ -17,6 +17,15 @@ class Routed:
     data: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a pass gives: logits (rows wanted, vocabulary), and the log-probability of each target
+    in segment order."""
+
+    logits: Any
+    logprobs: Any
+
+
 class Runtime(Protocol):
     """About ten calls. Hidden states and leases are opaque to the schedule."""
 
@@ -33,7 +42,8 @@ class Runtime(Protocol):
         ...
 
     def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[Any]:
-        """Leases of all `keys`: resident ones first, then as they arrive; each until the next."""
+        """Leases of all `keys` in groups: resident ones first, then as they arrive; each group
+        until the next."""
         ...
 
     def attention(self, layer: int, weights: Any, hidden: Any, rows: MicroBatch) -> None:
@@ -44,8 +54,8 @@ class Runtime(Protocol):
         """Norm and routing of all rows, and the shared expert where there is one."""
         ...
 
-    def expert(self, layer: int, weights: Any, routed: Routed) -> None:
-        """One expert over all of its rows."""
+    def experts(self, layer: int, group: Any, routed: Routed) -> None:
+        """A group of experts, each over all of its rows."""
         ...
 
     def leave_experts(self, layer: int, hidden: Any, routed: Routed) -> None:
@@ -61,13 +71,13 @@ class Runtime(Protocol):
         ...
 
     def enter_head(self, hidden: Any, batch: Batch) -> Any:
-        """Last norm of the rows whose logits are wanted."""
+        """Last norm of the rows whose logits or scores are wanted."""
         ...
 
     def head(self, weights: Any, final: Any) -> None:
         """Logits of one chunk of the vocabulary."""
         ...
 
-    def finish(self, final: Any) -> Any:
-        """The logits (rows wanted, vocabulary)."""
+    def finish(self, final: Any) -> Outcome:
+        """What the head gave."""
         ...
