@@ -158,15 +158,21 @@ def compare(case: Case, path: Path, **options: Any) -> tuple[bool, float]:
     return are_equal, worst
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("name", CASES)
-def test_equal_to_transformers_on_dequantised_weights(name: str, tmp_path: Path) -> None:
-    are_equal, worst = compare(CASES[name], tmp_path)
+def test_equal_to_transformers_on_dequantised_weights(
+    name: str, backend: str, tmp_path: Path
+) -> None:
+    are_equal, worst = compare(CASES[name], tmp_path, moe_backend=backend)
     assert are_equal
     assert worst <= TOLERANCE, f"{name}: {worst:.1e}"
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("name", ["fp8", "mxfp4", "gptq-reordered", "int8-everything"])
-def test_bits_do_not_depend_on_budget_batch_or_arrival(name: str, tmp_path: Path) -> None:
+def test_bits_do_not_depend_on_budget_batch_or_arrival(
+    name: str, backend: str, tmp_path: Path
+) -> None:
     case = CASES[name]
     make_quantised(case.family, case.quantiser, case.settings, tmp_path, **case.changes)
     requests = [
@@ -175,10 +181,12 @@ def test_bits_do_not_depend_on_budget_batch_or_arrival(name: str, tmp_path: Path
     ]
     alone = {}
     for one in requests:
-        with engine_for(tmp_path) as engine:
+        with engine_for(tmp_path, moe_backend=backend) as engine:
             alone.update(run_all(engine, [one]))
             slots = engine.plan.expert_slot_bytes
-    options = dict(moe_expert_cache_size=f"{2 * slots // 1024}KiB", micro_batch_size=64)
+    options = dict(
+        moe_expert_cache_size=f"{2 * slots // 1024}KiB", micro_batch_size=64, moe_backend=backend
+    )
     device = FakeDevice(seed=1)
     with engine_for(tmp_path, device=device, max_num_batched_tokens=75, **options) as engine:
         together = run_all(engine, requests)

@@ -75,8 +75,8 @@ def _zeros(w: Packed, first: int, last: int) -> torch.Tensor | None:
     per_word = 32 // bits
     words, start = _block_rows(per_word, first, last), first % per_word
     across = w.zeros[words] if w.format.zero == "rows" else w.zeros[:, words].t()
-    found = _unpack_down(across, bits)[start : start + last - first] + w.format.zero_add
-    return found.bitwise_and(2**bits - 1).float()
+    found = _unpack_down(across, bits)[start : start + last - first]
+    return found.add(w.format.zero_add).float()
 
 
 def _over_columns(w: Packed, per_group: torch.Tensor) -> torch.Tensor:
