@@ -193,7 +193,11 @@ def _wide_heads(w_Hba: Weight, heads: slice) -> torch.Tensor:
     if isinstance(w_Hba, torch.Tensor):
         return w_Hba[heads].float()
     assert isinstance(w_Hba, PackedStack), "heads of one packed matrix"
-    return torch.stack([dequantise(w, 0, w.shape[0]) for w in w_Hba.matrices[heads]])
+    matrices = w_Hba.matrices[heads]
+    wide = torch.empty(len(matrices), *matrices[0].shape)
+    for view, matrix in zip(wide, matrices, strict=True):
+        view.copy_(dequantise(matrix, 0, matrix.shape[0]))
+    return wide
 
 
 def _tiles(w: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
