@@ -188,7 +188,7 @@ class DeviceRuntime:
                 logits = math.logits(self._kernels, self._spec, w_VD, bias, final.h_RD)
                 final.logits_RV[:, part] = logits
             # a few rows at a time: logits of all of them would be larger than the pass itself
-            step = max(CHUNK_TOKENS, _SCORE_BYTES // (4 * len(w_VD)))
+            step = max(CHUNK_TOKENS, _SCORE_BYTES // (4 * w_VD.shape[0]))
             for first in range(0, len(final.h_SD), step):
                 rows = slice(first, first + step)
                 logits = math.logits(self._kernels, self._spec, w_VD, bias, final.h_SD[rows])
