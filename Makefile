@@ -1,4 +1,4 @@
-# The targets are the manual: setup demo test lint bench mutate, test-gpu bench-gpu.
+# The targets are the manual: setup native demo test lint bench mutate, test-native test-gpu bench-gpu.
 # `make demo` or `make test` is the only command needed on a fresh machine with Python 3.11.
 
 PYTHON ?= python3
@@ -6,15 +6,28 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_OUT := out/demo
+NATIVE := src/windlass/kernels/cpu/libwindlass_cpu.so
+NATIVE_SOURCES := $(wildcard native/*.py native/CMakeLists.txt native/include/*.h native/src/*)
+PYTHON_FILES := src tests bench scripts demo native setup.py
 
-.PHONY: setup demo test test-all lint format bench golden mutate test-gpu bench-gpu clean
+<<<<<<< HEAD
+.PHONY: setup native demo test test-all lint format bench golden mutate test-gpu bench-gpu clean
+=======
+.PHONY: setup demo test test-all lint format bench bench-peers golden mutate test-gpu bench-gpu clean
+>>>>>>> peers
 
-setup: $(STAMP)
+setup: $(STAMP) native
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+native: $(NATIVE)
+
+# Without a compiler one line says so, and torch's kernels are used.
+$(NATIVE): $(NATIVE_SOURCES) | $(STAMP)
+	$(BIN)/python native/build_native.py
 
 demo: setup
 	rm -rf $(DEMO_OUT) && mkdir -p $(DEMO_OUT)
@@ -29,19 +42,22 @@ test-all: setup
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
 lint: setup
-	$(BIN)/ruff format --check src tests bench scripts demo
-	$(BIN)/ruff check src tests bench scripts demo
+	$(BIN)/ruff format --check $(PYTHON_FILES)
+	$(BIN)/ruff check $(PYTHON_FILES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_sizes.py
 
 format: setup
-	$(BIN)/ruff format src tests bench scripts demo
-	$(BIN)/ruff check --fix src tests bench scripts demo
+	$(BIN)/ruff format $(PYTHON_FILES)
+	$(BIN)/ruff check --fix $(PYTHON_FILES)
 
 bench: setup
 	$(BIN)/python bench/kernels.py --json bench/results/kernels.json
 	$(BIN)/python bench/offload.py --json bench/results/offload.json
+
+bench-peers: setup
+	$(BIN)/python -m bench.peers --json bench/results/peers.json --resume
 
 golden: setup
 	$(BIN)/python scripts/golden_table.py
@@ -56,4 +72,4 @@ bench-gpu: setup
 	@$(BIN)/python -c "import sys; sys.exit('bench-gpu: no GPU runtime yet, see CHANGELOG')"
 
 clean:
-	rm -rf $(VENV) build out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NATIVE) build out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -128,15 +128,15 @@ class DeltaModel:
         for layer, block in enumerate(self.spec.blocks):
             w = self.checkpoint.part(Part.BLOCK, layer)
             if isinstance(block.attention, GatedDelta):
-                h = math.attention_input(self.spec, w, x)
+                h = math.attention_input(KERNELS, self.spec, w, x)
                 caches = self.caches[layer]
                 y = delta_attention(KERNELS, block.attention, w, h, segments, *caches)
                 x = math.residual(self.spec, x, y)
             else:
                 x = self._softmax(layer, w, x, segments)
-            y = _feed_forward(self.checkpoint, layer, w, math.ffn_input(self.spec, w, x))
+            y = _feed_forward(self.checkpoint, layer, w, math.ffn_input(KERNELS, self.spec, w, x))
             x = math.residual(self.spec, x, y)
-        h = math.final_norm(self.spec, self.checkpoint.part(Part.FINAL), x)
+        h = math.final_norm(KERNELS, self.spec, self.checkpoint.part(Part.FINAL), x)
         chunks = [self.checkpoint.part(*key) for key in self.checkpoint.layout.keys(Part.HEAD)]
         logits = [math.logits(KERNELS, self.spec, w["weight"], None, h) for w in chunks]
         return torch.cat(logits, dim=-1)

@@ -364,7 +364,7 @@ ENGINE = {
     "--generation-config", "--max-model-len", "-c", "--ctx-size", "--seed", "-s", "--host-memory",
     "--moe-expert-cache-size", "--moe-expert-cache", "--max-num-seqs", "-np", "--parallel",
     "--max-num-batched-tokens", "-b", "--batch-size", "--micro-batch-size", "-ub", "--ubatch-size",
-    "--threads", "-t", "--trace", "--config",
+    "--threads", "-t", "--moe-backend", "--trace", "--config",
 }  # fmt: skip
 OPTIONS = {
     "run-batch": ENGINE | {
@@ -437,6 +437,8 @@ def test_values_become_engine_options() -> None:
             "vllm",
             "--tokenizer",
             "tok",
+            "--moe-backend",
+            "torch",
         )  # fmt: skip
     )
     assert (options.model, options.host_memory, options.moe_expert_cache_size) == (
@@ -447,6 +449,7 @@ def test_values_become_engine_options() -> None:
     assert (options.seed, options.threads, options.load_format) == (9, 1, "dummy")
     assert (options.load_mode, options.trace) == ("dio", Path("t.json"))
     assert (options.generation_config, options.tokenizer) == ("vllm", "tok")
+    assert options.moe_backend == "torch"
     plain = engine_options(values())
     assert (plain.model, plain.host_memory, plain.max_model_len) == ("demo", None, None)
     assert engine_options(values("-c", "-1")).max_model_len is None
@@ -482,6 +485,7 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
         (["--host-memory", "24"], {}, "--host-memory: got '24', allowed a number with a unit"),
         (["--moe-expert-cache-size", "lots"], {}, "--moe-expert-cache-size: got 'lots'"),
         (["--load-mode", "mmap"], {}, "allowed auto, dio, buffered"),
+        (["--moe-backend", "triton"], {}, "allowed auto, torch, cpu"),
         (["--dtype", "int3"], {}, "--dtype: got 'int3'"),
         (["-i", "http://x"], {}, "--input-file: got 'http://x', allowed a local file"),
         (["-i", "-"], {}, "allowed a local file"),

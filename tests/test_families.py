@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from families import CASES, VOCAB, make_checkpoint, rewrite_config
 from windlass.decoder import block as math
-from windlass.decoder.moe import combine, dense_ffn, route, shared_expert
+from windlass.decoder.moe import dense_ffn, route, shared_expert
 from windlass.decoder.rope import RopeTable
 from windlass.ids import Part, WeightKey
 from windlass.kernels.base import Kernels
@@ -69,10 +69,10 @@ def dense_logits(
     for layer in range(len(spec.blocks)):
         w = checkpoint.part(Part.BLOCK, layer)
         x = _attend(kernels, spec, layer, w, x)
-        h = math.ffn_input(spec, w, x)
+        h = math.ffn_input(kernels, spec, w, x)
         x = math.residual(spec, x, _feed_forward(checkpoint, layer, w, h, kernels))
     final = checkpoint.part(Part.FINAL)
-    h = math.final_norm(spec, final, x)
+    h = math.final_norm(kernels, spec, final, x)
     chunks, first = [], 0
     for key in checkpoint.layout.keys(Part.HEAD):
         weight = checkpoint.part(*key)["weight"]
@@ -133,8 +133,10 @@ def _feed_forward(
         rows, slots = (ids == expert).nonzero(as_tuple=True)
         part = checkpoint.part(Part.EXPERT, layer, expert)
         outputs[rows, slots] = kernels.expert_ffn(h[rows], part, ffn.expert.activation)
-    y = combine(weights, outputs)
-    return y if ffn.shared is None else y + shared_expert(kernels, ffn.shared, w, h)
+    shared = None if ffn.shared is None else shared_expert(kernels, ffn.shared, w, h)
+    y = torch.zeros_like(h)
+    kernels.combine(weights, outputs, shared, y, 1.0)
+    return y
 
 
 def prompts() -> list[torch.Tensor]:

@@ -86,10 +86,13 @@ def engine_of(llm: LLM) -> Engine:
 def test_keywords_reach_the_engine_or_are_refused(options: list[EngineOptions]) -> None:
     LLM("demo", host_memory="2GiB", max_model_len=64, seed=3, max_num_seqs=8).close()
     LLM(moe_expert_cache_size=4, trace="x.json", gpu_memory_utilization=0.9).close()
-    first, second = options
+    LLM(moe_backend="torch").close()
+    first, second, third = options
     assert (first.host_memory, first.max_model_len, first.seed) == (2 << 30, 64, 3)
     assert (second.moe_expert_cache_size, str(second.trace)) == ("4", "x.json")
+    assert (first.moe_backend, third.moe_backend) == ("auto", "torch")
     for wrong, message in (
+        ({"moe_backend": "triton"}, "moe_backend: got 'triton', allowed auto, torch, cpu"),
         ({"host_memroy": "2GiB"}, r"unknown option: host_memroy \(did you mean host_memory\?\)"),
         ({"zzz": 1}, "unknown option: zzz, allowed .*host_memory"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: got 2, allowed only 1"),
@@ -101,7 +104,7 @@ def test_keywords_reach_the_engine_or_are_refused(options: list[EngineOptions]) 
     ):
         with pytest.raises(UsageError, match=message):
             LLM(**wrong)
-    assert len(options) == 2
+    assert len(options) == 3
 
 
 def test_results_keep_the_order_of_prompts_of_all_kinds(llm: LLM) -> None:

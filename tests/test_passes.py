@@ -15,7 +15,7 @@ class RecordingRuntime:
     """A `Runtime` without tensors: notes every call, and gives experts in another order."""
 
     def __init__(self, experts):
-        self.experts = experts
+        self.routed = experts
         self.calls = []
         self.held = []
 
@@ -34,10 +34,12 @@ class RecordingRuntime:
         self.held.remove(key)
 
     def arrivals(self, keys):
-        for key in reversed(keys):
-            self.held.append(key)
-            yield key
-            self.held.remove(key)
+        last_first = keys[::-1]
+        for group in (last_first[:1], last_first[1:]):
+            self.held += group
+            yield group
+            for key in group:
+                self.held.remove(key)
 
     def attention(self, layer, weights, hidden, rows):
         assert weights == WeightKey(Part.BLOCK, layer) and weights in self.held
@@ -46,11 +48,11 @@ class RecordingRuntime:
     def enter_experts(self, layer, weights, hidden):
         assert weights in self.held
         self.calls.append(("route", layer))
-        return Routed(self.experts, None)
+        return Routed(self.routed, None)
 
-    def expert(self, layer, weights, routed):
-        assert weights in self.held
-        self.calls.append(("expert", layer, weights.index))
+    def experts(self, layer, group, routed):
+        assert all(key in self.held for key in group)
+        self.calls.append(("experts", layer, *(key.index for key in group)))
 
     def leave_experts(self, layer, hidden, routed):
         self.calls.append(("combine", layer))
@@ -100,9 +102,8 @@ def test_a_pass_runs_attention_by_micro_batch_and_each_expert_once():
         ("attention", 1, 0, 100),
         ("attention", 1, 100, 60),
         ("route", 1),
-        ("expert", 1, 6),
-        ("expert", 1, 4),
-        ("expert", 1, 1),
+        ("experts", 1, 6),
+        ("experts", 1, 4, 1),
         ("combine", 1),
         ("announce", 2),
         ("head", 0),

@@ -8,8 +8,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from windlass.decoder.rope import RopeTable, frequencies, rotate
+from windlass.decoder.rope import RopeTable, frequencies
 from windlass.errors import ModelError
+from windlass.kernels.rowwise import rotate
 from windlass.spec.config import Config
 from windlass.spec.model import LongRopeScaling, NoScaling, Rope
 from windlass.spec.rope_config import mla_scale, read_rope, rotary_dim

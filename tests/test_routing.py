@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from windlass.decoder.attention import normalise
-from windlass.decoder.moe import combine, route
+from windlass.decoder.moe import route
 from windlass.kernels.reference import TorchKernels
+from windlass.kernels.rowwise import normalise
 from windlass.spec.model import (
     Ffn,
     Groups,
@@ -160,8 +160,11 @@ def test_norms_against_torch() -> None:
 def test_combination_goes_in_routing_order() -> None:
     outputs = torch.tensor([[[1e8], [-1e8], [1.0]], [[1.0], [1e8], [-1e8]]])
     ones = torch.ones(2, 3)
-    assert combine(ones, outputs).flatten().tolist() == [1.0, 0.0]  # fp32: 1 is lost in 1e8 first
-    assert combine(ones * 2, outputs[:, :1].expand(-1, 3, -1)).tolist() == [[6e8], [6.0]]
+    hidden = torch.zeros(2, 1)
+    KERNELS.combine(ones, outputs, None, hidden, 1.0)
+    assert hidden.tolist() == [[1.0], [0.0]]  # fp32: 1 is lost in 1e8 first
+    KERNELS.combine(ones * 2, outputs[:, :1].repeat(1, 3, 1), torch.ones(2, 1), hidden, 0.5)
+    assert hidden.tolist() == [[3e8], [3.5]]
 
 
 def test_bias_decides_the_choice_but_not_the_weight() -> None:

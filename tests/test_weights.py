@@ -346,7 +346,7 @@ def test_parts_without_slots_are_refused():
 
 OPERATIONS = st.lists(
     st.tuples(
-        st.sampled_from(["lease", "release", "visit", "next", "leave", "prefetch"]),
+        st.sampled_from(["lease", "release", "visit", "next", "ready", "leave", "prefetch"]),
         st.integers(0, 2),
         st.sets(st.integers(0, 3), min_size=1),
         st.floats(0.05, 1),
@@ -371,6 +371,9 @@ def operate(
         visits.append(store.arrivals(keys))
     elif name == "next" and visits:
         next(visits[0])
+    elif name == "ready" and visits:
+        more = visits[0].ready(2)
+        assert len({lease.key for lease in more}) == len(more) <= 2
     elif name == "leave" and visits:
         visits.pop().close()
     elif name == "prefetch":
@@ -391,11 +394,11 @@ def test_random_operations_keep_the_invariants_and_the_bytes(operations, slots, 
                 wishes = [Wish(key, layer, probability) for key in experts(layer, sorted(indices))]
                 operate(name, wishes, store, leases, visits)
             except BudgetError:
-                assert len(leases) + sum(visit._lease is not None for visit in visits) >= slots
+                assert len(leases) + sum(len(visit._leases) for visit in visits) >= slots
             except StopIteration:
                 visits.pop(0)
-            for lease in [*leases, *(visit._lease for visit in visits)]:
-                if lease is not None and lease._entry is not None:
+            for lease in [*leases, *(one for visit in visits for one in visit._leases)]:
+                if lease._entry is not None:
                     assert_is_expert(lease, tensors)
             store.check()
         for held in [*leases, *visits]:

@@ -66,6 +66,91 @@ typedef struct wl_matrix {
   const int32_t *groups;
 } wl_matrix;
 
+/* out[t] = w x[t] + bias for all rows t; `x` and `out` have row strides in floats. Products that
+ * follow each other with the same x share its packed rows. bias: fp32 (n) or null. */
+typedef struct wl_product {
+  const float *x;
+  int64_t ldx;
+  const wl_matrix *w;
+  const float *bias;
+  float *out;
+  int64_t ldo;
+} wl_product;
+
+/* One expert and its rows: row rows[i] of x goes through gate, up, activation and down to row
+ * places[i] of out. Null rows or places: 0, 1, 2, ... Biases are fp32 or null. */
+typedef struct wl_expert {
+  const wl_matrix *gate, *up, *down;
+  const float *gate_bias, *up_bias, *down_bias;
+  const int64_t *rows, *places;
+  int64_t num_rows;
+} wl_expert;
+
+enum wl_activation {
+  WL_SWIGLU = 0,         /* silu(gate) * up */
+  WL_CLAMPED_SWIGLU = 1, /* GPT-OSS: gate <= limit, |up| <= limit, (up + 1) gate sigmoid(alpha gate) */
+};
+
+/* Rows of one sequence that attend together: consecutive rows and positions. */
+typedef struct wl_tile {
+  int64_t row, num_rows, position;
+  const int64_t *pages; /* of the sequence, oldest first */
+} wl_tile;
+
+/* Paged keys or values: element (page, head, token, i) lies at data + page * page_stride +
+ * head * head_stride + token * token_stride bytes. With WL_INT8 a code means (code - 128) *
+ * scales[(page * heads + head) * page_tokens + token]. */
+typedef struct wl_cache {
+  const void *data;
+  int64_t page_stride, head_stride, token_stride;
+  int64_t width;        /* elements of a row that can be read */
+  int32_t type;         /* WL_F32, WL_BF16, WL_F16 or WL_INT8 */
+  const float *scales;  /* of WL_INT8 */
+} wl_cache;
+
+/* Causal softmax attention (grouped queries): q (T, H, d) and out (T, H, v), contiguous. */
+typedef struct wl_attention {
+  const float *q;
+  float *out;
+  int64_t num_heads, num_kv_heads, key_dim, value_dim;
+  float scale;
+  int64_t window;     /* positions that a query sees, itself included; 0: all */
+  const float *sinks; /* (H) or null: one more logit in the denominator */
+  int64_t page_tokens;
+  wl_cache keys, values;
+  const wl_tile *tiles;
+  int64_t num_tiles;
+} wl_attention;
+
+WL_API int32_t wl_abi_version(void);
+/* Names of the instruction sets that this library has and this machine can run, best last, comma
+ * separated; and the one in use. `wl_use` chooses one, by name; not while a call runs. */
+WL_API const char *wl_available(void);
+WL_API const char *wl_in_use(void);
+WL_API int32_t wl_use(const char *name);
+/* Threads of all calls, the caller's included. */
+WL_API int32_t wl_set_threads(int32_t threads);
+WL_API int32_t wl_get_threads(void);
+
+WL_API int32_t wl_products(const wl_product *products, int64_t num, int64_t num_rows);
+WL_API int32_t wl_experts(const float *x, int64_t ldx, float *out, int64_t ldo, const wl_expert *experts,
+                          int64_t num, int32_t activation, float alpha, float limit);
+WL_API int32_t wl_attend(const wl_attention *work);
+/* y = x / rms(x) * (weight + add), over the last dimension; weight fp32 or, with type, as stored. */
+WL_API int32_t wl_rms_norm(const float *x, int64_t ldx, float *y, int64_t ldy, int64_t num_rows,
+                           int64_t width, const void *weight, int32_t weight_type, float add, float eps);
+/* out[t] = residual[t] + multiplier * (shared[t] + sum over a of weights[t, a] * outputs[t, a]);
+ * shared may be null. */
+WL_API int32_t wl_combine(const float *outputs, const float *weights, const float *shared,
+                          const float *residual, float *out, int64_t num_rows, int64_t per_row,
+                          int64_t width, float multiplier);
+/* Rotates the first 2 * pairs elements of each head of x (T, H, d; strides in floats) in place. */
+WL_API int32_t wl_rotate(float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows,
+                         int64_t num_heads, int64_t pairs, const float *cos, const float *sin,
+                         int64_t table_stride, int32_t interleaved);
+/* fp32 copy of a matrix: out (n, k). For tests. */
+WL_API int32_t wl_widen(const wl_matrix *w, float *out);
+
 #ifdef __cplusplus
 }
 #endif

@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from windlass.experts.forecast import UsageForecast
 from windlass.experts.policies import FarthestNextUse
 from windlass.ids import Part
 from windlass.kernels.base import Kernels
-from windlass.kernels.reference import TorchKernels
+from windlass.kernels.choose import choose_kernels
 from windlass.memory.checkpoint import Checkpoint, WeightSource
 from windlass.memory.kv import (
     CacheShape,
@@ -91,11 +92,12 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
             opened.callback(device.close)
         tracer = Tracer(options.trace)
         opened.callback(tracer.close)
-        kernels = TorchKernels()
-        kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
         model = _read_model(options, opened)
-        torch.set_num_threads(options.threads or _useful_threads(model))
-        setup = _setup(options, model)
+        threads = options.threads or _useful_threads(model)
+        torch.set_num_threads(threads)
+        kernels = choose_kernels(options.moe_backend, threads=threads)
+        kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
+        setup = _setup(options, model, kernels.name)
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
             opened.callback(device.close)
@@ -107,12 +109,13 @@ def _useful_threads(model: _Model) -> int:
     """Threads that pay: waking one costs about what multiplying a few hundred KiB of weights does,
     and much more where other work keeps the cores busy."""
     expert = model.layout.keys(Part.EXPERT)[0]
-    matrix = max(piece.stop - piece.start for piece in model.layout.parts[expert])
+    pieces = model.layout.parts[expert]
+    matrix = max(prod(p.packed.shape if p.packed else p.shape) for p in pieces)
     return max(1, min(_MACHINE_THREADS, matrix // _ELEMENTS_PER_THREAD))
 
 
-def _setup(options: EngineOptions, model: _Model) -> EngineSetup:
-    """The plan and all that requests need."""
+def _setup(options: EngineOptions, model: _Model, backend: str) -> EngineSetup:
+    """The plan and all that requests need. `backend`: the name of the kernels."""
     tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
     tokenizer = load_tokenizer(tokenizer_folder, model_folder=model.folder)
     wanted = _wanted(options, model)
@@ -125,7 +128,7 @@ def _setup(options: EngineOptions, model: _Model) -> EngineSetup:
         max_model_len=plan.max_model_len,
         longest=options.max_model_len or model.spec.max_positions,
         seed=options.seed,
-        fingerprint=_fingerprint(model, tokenizer, options),
+        fingerprint=_fingerprint(model, tokenizer, options, backend),
         peak_rss=peak_resident_bytes,
     )
 
@@ -307,11 +310,14 @@ def _long_rope_after(spec: ModelSpec) -> int | None:
     return None
 
 
-def _fingerprint(model: _Model, tokenizer: Tokenizer, options: EngineOptions) -> dict[str, object]:
+def _fingerprint(
+    model: _Model, tokenizer: Tokenizer, options: EngineOptions, backend: str
+) -> dict[str, object]:
     """What would change results if it changed."""
     return {
         "model": checkpoint_stamp(model.folder),
         "load_format": options.load_format,
+        "kernels": backend,
         "tokenizer": tokenizer.digest,
         "generation_config": options.generation_config,
         "seed": options.seed,

@@ -43,6 +43,7 @@ class EngineOptions:
     threads: int | None = None
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     load_mode: Literal["auto", "dio", "buffered"] = "auto"
+    moe_backend: Literal["auto", "torch", "cpu"] = "auto"
     trace: Path | None = None
     generation_config: Literal["auto", "vllm"] = "auto"
 
@@ -51,6 +52,7 @@ class EngineOptions:
             ("dtype", ("auto",)),
             ("load_format", ("auto", "safetensors", "dummy")),
             ("load_mode", ("auto", "dio", "buffered")),
+            ("moe_backend", ("auto", "torch", "cpu")),
             ("generation_config", ("auto", "vllm")),
         ):
             if (value := getattr(self, name)) not in allowed:

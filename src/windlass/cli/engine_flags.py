@@ -54,6 +54,9 @@ ENGINE_FLAGS = (
          group=_BATCHING, help="tokens that attention takes at once (default: planned)"),
     Flag(name="threads", aliases=("-t",), read=integer(1), metavar="N", group=_BATCHING,
          help="of computation (default: the machine's cores)"),
+    Flag(name="moe-backend", read=choice("auto", "torch", "cpu"), default="auto", metavar="NAME",
+         group=_BATCHING,
+         help="kernels: cpu (the native library), torch, or auto: native where it can run"),
     Flag(name="trace", read=Path, metavar="FILE", group="records",
          help="write a Chrome trace that Perfetto opens"),
 )  # fmt: skip

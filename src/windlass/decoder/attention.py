@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from windlass.decoder.rope import rotate
 from windlass.kernels.base import Kernels, Tensors
-from windlass.spec.model import Attention, GatedDelta, Gqa, LayerNorm, Mla, Norm, RmsNorm
+from windlass.packed import Packed, PackedStack, plain, plain_or_none
+from windlass.spec.model import Attention, GatedDelta, Gqa, Mla, Norm, RmsNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +44,6 @@ def kv_shape(attention: Attention) -> tuple[int, int, int] | None:
 def value_width(attention: Gqa | Mla) -> int:
     """Dimensions of a value that the attention kernel reads and of each head it returns."""
     return attention.head_dim if isinstance(attention, Gqa) else attention.kv_lora_rank
-
-
-def normalise(
-    norm: Norm, weight_D: torch.Tensor, bias_D: torch.Tensor | None, x: torch.Tensor
-) -> torch.Tensor:
-    """Normalises the last dimension of `x`."""
-    weight = weight_D.float()
-    if isinstance(norm, LayerNorm):
-        centred = x - x.mean(-1, keepdim=True)
-        variance = (centred * centred).mean(-1, keepdim=True)
-        y = centred * (1.0 / torch.sqrt(variance + norm.eps)) * weight
-        return y if bias_D is None else y + bias_D.float()
-    y = x * (1.0 / torch.sqrt((x * x).mean(-1, keepdim=True) + norm.eps))
-    return y * (1.0 + weight) if norm.plus_one else y * weight
 
 
 def project(
@@ -89,7 +75,7 @@ def attention_output(
 ) -> torch.Tensor:
     """Output projection of what the attention kernel returned -> (T, D)."""
     if isinstance(attention, Mla):
-        o_THv = k.batched_linear(o_THv, w["v_up.weight"])
+        o_THv = k.batched_linear(o_THv, _heads(w, "v_up.weight"))
     if gate_THv is not None:
         o_THv = o_THv * k.pointwise(torch.sigmoid, gate_THv)
     return linear(k, w, "o_proj", o_THv.flatten(1))
@@ -97,7 +83,7 @@ def attention_output(
 
 def linear(k: Kernels, w: Tensors, name: str, x_TD: torch.Tensor) -> torch.Tensor:
     """`name`'s weight, and its bias where the part has one."""
-    return k.linear(x_TD, w[f"{name}.weight"], w.get(f"{name}.bias"))
+    return k.linear(x_TD, w[f"{name}.weight"], plain_or_none(w, f"{name}.bias"))
 
 
 def _project_heads(
@@ -111,8 +97,8 @@ def _project_heads(
 ) -> Projected:
     q, key, value = (linear(k, w, f"{name}_proj", h_TD) for name in "qkv")
     if attention.qk_norm == "full":
-        q = normalise(norm, w["q_norm.weight"], None, q)
-        key = normalise(norm, w["k_norm.weight"], None, key)
+        q = k.normalise(norm, plain(w, "q_norm.weight"), None, q)
+        key = k.normalise(norm, plain(w, "k_norm.weight"), None, key)
     if attention.clip_qkv is not None:
         limit = attention.clip_qkv
         q, key, value = (x.clamp(-limit, limit) for x in (q, key, value))
@@ -120,12 +106,12 @@ def _project_heads(
     kv_heads = (len(h_TD), attention.num_kv_heads, attention.head_dim)
     q_THd, key_TKd, value_TKd = q.view(q_heads), key.view(kv_heads), value.view(kv_heads)
     if attention.qk_norm == "head":
-        q_THd = normalise(norm, w["q_norm.weight"], None, q_THd)
-        key_TKd = normalise(norm, w["k_norm.weight"], None, key_TKd)
+        q_THd = k.normalise(norm, plain(w, "q_norm.weight"), None, q_THd)
+        key_TKd = k.normalise(norm, plain(w, "k_norm.weight"), None, key_TKd)
     if attention.rope is not None:
         assert cos_Tr is not None and sin_Tr is not None, "rotary attention needs cos and sin"
-        q_THd = rotate(q_THd, cos_Tr, sin_Tr, attention.rope)
-        key_TKd = rotate(key_TKd, cos_Tr, sin_Tr, attention.rope)
+        q_THd = k.rotate(q_THd, cos_Tr, sin_Tr, attention.rope)
+        key_TKd = k.rotate(key_TKd, cos_Tr, sin_Tr, attention.rope)
     gate = linear(k, w, "gate_proj", h_TD).view(q_heads) if attention.output_gate else None
     return Projected(q_THd, key_TKd, value_TKd, gate)
 
@@ -144,20 +130,27 @@ def _project_latent(
     if attention.q_lora_rank is None:
         q = linear(k, w, "q_proj", h_TD)
     else:
-        low = normalise(latent_norm, w["q_a_norm.weight"], None, linear(k, w, "q_a_proj", h_TD))
+        low = linear(k, w, "q_a_proj", h_TD)
+        low = k.normalise(latent_norm, plain(w, "q_a_norm.weight"), None, low)
         q = linear(k, w, "q_b_proj", low)
     q_nope, q_rot = torch.split(
         q.view(len(h_TD), attention.num_heads, attention.nope_dim + attention.rope.dim),
         [attention.nope_dim, attention.rope.dim],
         dim=-1,
     )
-    q_THc = k.batched_linear(q_nope, w["k_up.weight"].transpose(1, 2))
-    q_rot = rotate(q_rot, cos_Tr, sin_Tr, attention.rope)
+    q_THc = k.batched_linear(q_nope, _heads(w, "k_up.weight").transpose(1, 2))
+    q_rot = k.rotate(q_rot, cos_Tr, sin_Tr, attention.rope)
     latent, key_rot = torch.split(
         linear(k, w, "kv_a_proj", h_TD), [attention.kv_lora_rank, attention.rope.dim], dim=-1
     )
-    latent = normalise(latent_norm, w["kv_a_norm.weight"], None, latent)
-    key_rot = rotate(key_rot[:, None], cos_Tr, sin_Tr, attention.rope)
+    latent = k.normalise(latent_norm, plain(w, "kv_a_norm.weight"), None, latent)
+    key_rot = k.rotate(key_rot[:, None], cos_Tr, sin_Tr, attention.rope)
     key = torch.cat((latent[:, None], key_rot), dim=-1)
     value = key[..., : attention.kv_lora_rank]
     return Projected(torch.cat((q_THc, q_rot), dim=-1), key, value, None)
+
+
+def _heads(w: Tensors, name: str) -> torch.Tensor | PackedStack:
+    matrices = w[name]
+    assert not isinstance(matrices, Packed), f"{name}: a matrix for each head"
+    return matrices

@@ -8,8 +8,9 @@ Shapes: T rows, D hidden, H query heads, v value dim, r rotary pairs, V tokens o
 
 import torch
 
-from windlass.decoder.attention import Projected, attention_output, normalise, project
+from windlass.decoder.attention import Projected, attention_output, project
 from windlass.kernels.base import Kernels, Tensors
+from windlass.packed import Weight, plain, plain_or_none
 from windlass.spec.model import Gqa, Mla, ModelSpec
 
 
@@ -18,9 +19,9 @@ def embed(spec: ModelSpec, rows_TD: torch.Tensor) -> torch.Tensor:
     return rows_TD.float() * spec.embed_multiplier
 
 
-def attention_input(spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
+def attention_input(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
     """What any kind of attention of a block reads: normalised hidden states."""
-    return normalise(spec.norm, w["input_norm.weight"], w.get("input_norm.bias"), x_TD)
+    return _norm(k, spec, w, "input_norm", x_TD)
 
 
 def pre_attention(
@@ -33,7 +34,7 @@ def pre_attention(
     sin_Tr: torch.Tensor | None,
 ) -> Projected:
     """Everything of softmax attention up to the kernel."""
-    h_TD = attention_input(spec, w, x_TD)
+    h_TD = attention_input(k, spec, w, x_TD)
     return project(k, attention, spec.norm, w, h_TD, cos_Tr, sin_Tr)
 
 
@@ -50,9 +51,9 @@ def post_attention(
     return residual(spec, x_TD, attention_output(k, attention, w, o_THv, gate_THv))
 
 
-def ffn_input(spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
+def ffn_input(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
     """What router, experts, shared expert or dense network of a block read."""
-    return normalise(spec.norm, w["post_norm.weight"], w.get("post_norm.bias"), x_TD)
+    return _norm(k, spec, w, "post_norm", x_TD)
 
 
 def residual(spec: ModelSpec, x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
@@ -61,18 +62,23 @@ def residual(spec: ModelSpec, x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.T
     return x_TD + y_TD * spec.residual_multiplier
 
 
-def final_norm(spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
+def final_norm(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
     """What the head reads."""
-    return normalise(spec.norm, w["norm.weight"], w.get("norm.bias"), x_TD)
+    return _norm(k, spec, w, "norm", x_TD)
 
 
 def logits(
     k: Kernels,
     spec: ModelSpec,
-    weight_VD: torch.Tensor,
+    weight_VD: Weight,
     bias_V: torch.Tensor | None,
     h_TD: torch.Tensor,
 ) -> torch.Tensor:
     """Logits of one chunk of the vocabulary; `bias_V` is that chunk's range of `head_bias`."""
     bias_V = None if bias_V is None else bias_V.float()
     return k.linear(h_TD, weight_VD, bias_V) / spec.logit_divisor
+
+
+def _norm(k: Kernels, spec: ModelSpec, w: Tensors, name: str, x_TD: torch.Tensor) -> torch.Tensor:
+    weight, bias = plain(w, f"{name}.weight"), plain_or_none(w, f"{name}.bias")
+    return k.normalise(spec.norm, weight, bias, x_TD)

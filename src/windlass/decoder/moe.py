@@ -1,7 +1,7 @@
 """Routing and feed-forward networks of one block. Pure functions over (description, weights).
 
 Which experts are in memory, and in which order they run, is not known here: `route` says who is
-needed, `combine` adds up what came back in each row's own order.
+needed.
 
 Shapes: T rows, D hidden, E experts, A experts per row, G groups.
 """
@@ -10,6 +10,7 @@ import torch
 
 from windlass.decoder.attention import linear
 from windlass.kernels.base import Kernels, Tensors
+from windlass.packed import plain
 from windlass.spec.model import (
     Ffn,
     Groups,
@@ -47,14 +48,6 @@ def route(
             return _sparse_mixer(logits_TE, routing.jitter_eps)
 
 
-def combine(weights_TA: torch.Tensor, outputs_TAD: torch.Tensor) -> torch.Tensor:
-    """Weighted sum of each row's expert outputs, in the row's routing order -> (T, D)."""
-    total = outputs_TAD[:, 0] * weights_TA[:, :1]
-    for slot in range(1, outputs_TAD.shape[1]):
-        total = total + outputs_TAD[:, slot] * weights_TA[:, slot : slot + 1]
-    return total
-
-
 def shared_expert(k: Kernels, shared: Shared, w: Tensors, h_TD: torch.Tensor) -> torch.Tensor:
     """The expert that every row uses -> (T, D)."""
     names = ("gate", "up", "down")
@@ -73,7 +66,7 @@ def dense_ffn(k: Kernels, ffn: Ffn, w: Tensors, h_TD: torch.Tensor) -> torch.Ten
 
 
 def _select_bias(routing: SoftmaxTopK | SigmoidTopK, w: Tensors) -> torch.Tensor | None:
-    return w["router.select_bias"].float() if routing.select_bias else None
+    return plain(w, "router.select_bias").float() if routing.select_bias else None
 
 
 def _choose(

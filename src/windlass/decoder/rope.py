@@ -1,6 +1,6 @@
-"""Rotary positions: frequencies, tables of cos and sin, rotation of heads. Pure math.
+"""Rotary positions: frequencies, and tables of cos and sin. Pure math.
 
-Shapes: T rows, H heads, d head dim, f = rope.dim / 2 frequencies.
+Shapes: T rows, f = rope.dim / 2 frequencies.
 """
 
 import math
@@ -124,20 +124,3 @@ class RopeTable:
             angles = (positions[:, None] * inv_freq_f).double()
             blocks.append(torch.stack((angles.cos(), angles.sin()), dim=1).float() * factor)
         return torch.cat(blocks)
-
-
-def rotate(
-    x_THd: torch.Tensor, cos_Tf: torch.Tensor, sin_Tf: torch.Tensor, rope: Rope
-) -> torch.Tensor:
-    """Rotates the first `rope.dim` dimensions of each head; the others pass. A new tensor."""
-    cos, sin = cos_Tf[:, None], sin_Tf[:, None]
-    turned = x_THd[..., : rope.dim]
-    if rope.interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-    else:
-        a, b = turned.chunk(2, dim=-1)
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    if rope.dim == x_THd.shape[-1]:
-        return turned
-    return torch.cat((turned, x_THd[..., rope.dim :]), dim=-1)

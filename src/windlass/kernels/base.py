@@ -5,15 +5,24 @@ I intermediate, H query heads, K key/value heads, d head dim, v value dim, N row
 P pages, B tokens of a page, S sequences.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
-from windlass.spec.model import Activation
+from windlass.packed import PackedStack, Weight
+from windlass.packed import Tensors as Tensors
+from windlass.spec.model import Activation, Norm, Rope
 
-Tensors = Mapping[str, torch.Tensor]
+
+class ExpertRows(NamedTuple):
+    """One expert's weights, and its rows: `rows` of the input go to `places` of the output (int64,
+    equally many)."""
+
+    w: Tensors
+    rows: torch.Tensor
+    places: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +51,63 @@ class AttentionOptions:
 
 
 class Kernels(Protocol):
-    """Activations are fp32; weights come in their stored type, possibly as strided views."""
+    """Activations are fp32; weights come in their stored type, possibly as strided views, and
+    quantised ones packed as they are."""
+
+    @property
+    def name(self) -> str:
+        """Of the backend, as `moe_backend` has it."""
+        ...
 
     def linear(
-        self, x_TD: torch.Tensor, w: torch.Tensor, bias_E: torch.Tensor | None = None
+        self, x_TD: torch.Tensor, w: Weight, bias_E: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x @ w.T + bias -> (T, E). `w` is (E, D), or (g, n, D) with E = g n."""
         ...
 
-    def batched_linear(self, x_THa: torch.Tensor, w_Hba: torch.Tensor) -> torch.Tensor:
+    def batched_linear(
+        self, x_THa: torch.Tensor, w_Hba: torch.Tensor | PackedStack
+    ) -> torch.Tensor:
         """One matrix per head: (T, H, a) x (H, b, a) -> (T, H, b)."""
         ...
 
     def expert_ffn(self, x_ND: torch.Tensor, w: Tensors, activation: Activation) -> torch.Tensor:
         """gate, up, activation, down. `w`: `gate` (I, D), `up` (I, D), `down` (D, I) and, where the
         experts have biases, `gate_bias`, `up_bias`, `down_bias`."""
+        ...
+
+    def experts(
+        self,
+        x_TD: torch.Tensor,
+        work: Sequence[ExpertRows],
+        activation: Activation,
+        out: torch.Tensor,
+    ) -> None:
+        """`expert_ffn` of several experts over gathered rows, written to their places of `out`."""
+        ...
+
+    def normalise(
+        self, norm: Norm, weight_D: torch.Tensor, bias_D: torch.Tensor | None, x: torch.Tensor
+    ) -> torch.Tensor:
+        """Normalises the last dimension of `x`."""
+        ...
+
+    def rotate(
+        self, x_THd: torch.Tensor, cos_Tf: torch.Tensor, sin_Tf: torch.Tensor, rope: Rope
+    ) -> torch.Tensor:
+        """Rotates the first `rope.dim` dimensions of each head; the others pass. A new tensor."""
+        ...
+
+    def combine(
+        self,
+        weights_TA: torch.Tensor,
+        outputs_TAD: torch.Tensor,
+        shared_TD: torch.Tensor | None,
+        hidden_TD: torch.Tensor,
+        multiplier: float,
+    ) -> None:
+        """Adds `multiplier` times (the weighted sum of each row's expert outputs, in the row's
+        routing order, plus the shared expert's) to `hidden_TD`, in place."""
         ...
 
     def pointwise(

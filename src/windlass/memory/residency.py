@@ -1,7 +1,7 @@
 """Which part is in which slot. Starts reads into slots and evicts; knows nothing of who waits."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -15,6 +15,7 @@ from windlass.memory.recipe import Recipe, make_recipe, slot_bytes
 from windlass.memory.transfer import Priority, Ticket, TransferQueue
 from windlass.memory.visit import Visit
 from windlass.memory.wishes import Wish
+from windlass.packed import StoredTensors
 from windlass.spec.names import Layout
 
 
@@ -30,7 +31,7 @@ class Entry:
         self.ticket: Ticket | None = None
         self.leases = 0
         self.visits: list[Visit] = []  # that still want it
-        self.tensors: dict[str, torch.Tensor] | None = None  # made at the first lease
+        self.tensors: StoredTensors | None = None  # made at the first lease
         self.is_prefetched = False
 
     @property
@@ -71,6 +72,11 @@ class Residency:
     def __contains__(self, part: Part) -> bool:
         """Whether this kind of part has slots at all."""
         return part in self._arenas
+
+    @property
+    def parts(self) -> Iterable[Part]:
+        """Kinds of parts that have slots."""
+        return self._arenas.keys()
 
     def fits(self, part: Part) -> bool:
         """Whether every part of this kind has a slot."""

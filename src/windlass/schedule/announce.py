@@ -58,9 +58,12 @@ class Announcer:
         self._weights = weights
         self._forecast = forecast
         self._stops = [list(_parts(shape, num_experts, i)) for i in range(len(shape.is_moe) + 1)]
+        self._is_complete = False  # everything has a slot for good and is there
 
     def enter(self, layer: int) -> None:
         """The pass enters `layer`; the head counts as one more layer."""
+        if self._is_complete:
+            return
         wishes: list[Wish] = []
         weighed = looked_at = 0
         for distance in range(len(self._stops)):
@@ -74,6 +77,8 @@ class Announcer:
             looked_at += len(stop)
             if len(wishes) >= _HORIZON or weighed >= _MAX_WEIGHED or looked_at >= _MAX_LOOKED_AT:
                 break
+        else:
+            self._is_complete = not weighed and self._weights.keeps_all
         self._weights.prefetch(wishes)
 
 

@@ -15,13 +15,14 @@ from windlass.decoder import block as math
 from windlass.decoder.attention import value_width
 from windlass.decoder.delta import Segment as DeltaSegment
 from windlass.decoder.delta import delta_attention
-from windlass.decoder.moe import combine, dense_ffn, route, shared_expert
+from windlass.decoder.moe import dense_ffn, route, shared_expert
 from windlass.decoder.rope import RopeTable
 from windlass.decoder.score import RunningLogprobs
 from windlass.ids import Part, WeightKey
-from windlass.kernels.base import AttentionOptions, AttentionWork, Kernels
+from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows, Kernels
 from windlass.memory.kv import KvStore
 from windlass.memory.weights import Lease, WeightStore
+from windlass.packed import plain
 from windlass.schedule.announce import Announcer, PassForecast
 from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
 from windlass.schedule.embedding import EmbeddingRows
@@ -29,7 +30,6 @@ from windlass.schedule.runtime import Outcome, Routed
 from windlass.spec.model import GatedDelta, Gqa, Mla, ModelSpec, Moe, Rope
 from windlass.trace import Tracer
 
-_COMBINE_ROWS = 256  # rows combined at once: their expert outputs stay in the cache
 _SCORE_BYTES = 8 << 20  # of logits that only a score is taken of
 
 
@@ -88,8 +88,10 @@ class DeviceRuntime:
     def lease(self, key: WeightKey) -> AbstractContextManager[Lease]:
         return self._weights.lease(key)
 
-    def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[Lease]:
-        return self._weights.arrivals(keys)
+    def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[list[Lease]]:
+        arriving = self._weights.arrivals(keys)
+        for lease in arriving:
+            yield [lease, *arriving.ready(self._weights.group_size - 1)]
 
     def announce(self, layer: int) -> None:
         self._announcer.enter(layer)
@@ -119,7 +121,7 @@ class DeviceRuntime:
         moe = self._spec.blocks[layer].ffn
         assert isinstance(moe, Moe), "the schedule asked for experts of a dense layer"
         with self._tracer.span("route", layer=layer, rows=len(hidden)):
-            h_TD = math.ffn_input(self._spec, weights.tensors, hidden)
+            h_TD = math.ffn_input(self._kernels, self._spec, weights.tensors, hidden)
             weights_TA, ids_TA = route(self._kernels, moe, weights.tensors, h_TD)
             flat = ids_TA.flatten()
             order = torch.argsort(flat, stable=True)
@@ -137,31 +139,31 @@ class DeviceRuntime:
         rows = order // ids_TA.shape[1]
         return Routed(experts, _Rows(h_TD, weights_TA, order, rows, bounds, outputs, shared))
 
-    def expert(self, layer: int, weights: Lease, routed: Routed) -> None:
+    def experts(self, layer: int, group: Sequence[Lease], routed: Routed) -> None:
         moe, data = self._spec.blocks[layer].ffn, routed.data
-        assert isinstance(moe, Moe), "the schedule asked for an expert of a dense layer"
-        index = weights.key.index
-        part = slice(data.bounds[index], data.bounds[index + 1])
-        places = data.order[part]
-        with self._tracer.span("expert", layer=layer, expert=index, rows=len(places)):
-            x_ND = data.h_TD[data.rows[part]]
-            activation = moe.expert.activation
-            data.outputs[places] = self._kernels.expert_ffn(x_ND, weights.tensors, activation)
+        assert isinstance(moe, Moe), "the schedule asked for experts of a dense layer"
+        work = []
+        for lease in group:
+            part = slice(data.bounds[lease.key.index], data.bounds[lease.key.index + 1])
+            work.append(ExpertRows(lease.tensors, data.rows[part], data.order[part]))
+        rows = sum(len(one.rows) for one in work)
+        with self._tracer.span("experts", layer=layer, experts=len(work), rows=rows):
+            self._kernels.experts(data.h_TD, work, moe.expert.activation, data.outputs)
 
     def leave_experts(self, layer: int, hidden: torch.Tensor, routed: Routed) -> None:
         data: _Rows = routed.data
         with self._tracer.span("combine", layer=layer, rows=len(hidden)):
             per_row = data.weights_TA.shape[1]
-            outputs_TAD = data.outputs.view(len(hidden), per_row, -1)
-            for first in range(0, len(hidden), _COMBINE_ROWS):
-                part = slice(first, first + _COMBINE_ROWS)
-                total = combine(data.weights_TA[part], outputs_TAD[part])
-                if data.shared_TD is not None:
-                    total = total + data.shared_TD[part]
-                hidden[part] = math.residual(self._spec, hidden[part], total)
+            self._kernels.combine(
+                data.weights_TA,
+                data.outputs.view(len(hidden), per_row, -1),
+                data.shared_TD,
+                hidden,
+                self._spec.residual_multiplier,
+            )
 
     def enter_dense(self, layer: int, weights: Lease, hidden: torch.Tensor) -> torch.Tensor:
-        return math.ffn_input(self._spec, weights.tensors, hidden)
+        return math.ffn_input(self._kernels, self._spec, weights.tensors, hidden)
 
     def dense(self, layer: int, weights: Lease, hidden: torch.Tensor, normed: torch.Tensor) -> None:
         ffn = self._spec.blocks[layer].ffn
@@ -173,15 +175,15 @@ class DeviceRuntime:
     def enter_head(self, hidden: torch.Tensor, batch: Batch) -> _Final:
         rows, scored = batch.logit_rows, batch.scored_rows
         with self._weights.lease(WeightKey(Part.FINAL)) as lease:
-            h_RD = math.final_norm(self._spec, lease.tensors, hidden[rows])
-            h_SD = math.final_norm(self._spec, lease.tensors, hidden[scored])
-            bias_V = lease.tensors["head_bias"].clone() if self._spec.head_bias else None
+            h_RD = math.final_norm(self._kernels, self._spec, lease.tensors, hidden[rows])
+            h_SD = math.final_norm(self._kernels, self._spec, lease.tensors, hidden[scored])
+            bias_V = plain(lease.tensors, "head_bias").clone() if self._spec.head_bias else None
         logits_RV = h_RD.new_empty(len(rows), self._spec.vocab_size)
         return _Final(h_RD, logits_RV, bias_V, RunningLogprobs(batch.targets), h_SD, 0)
 
     def head(self, weights: Lease, final: _Final) -> None:
         w_VD = weights.tensors["weight"]
-        part = slice(final.column, final.column + len(w_VD))
+        part = slice(final.column, final.column + w_VD.shape[0])
         with self._tracer.span("head", rows=len(final.h_RD), chunk=weights.key.index):
             bias = None if final.bias_V is None else final.bias_V[part]
             if len(final.h_RD):
@@ -215,7 +217,7 @@ class DeviceRuntime:
             scale=attention.scale,
             value_dim=value_width(attention),
             window=gqa.window if gqa else None,
-            sinks_H=w["sinks"] if gqa and gqa.sinks else None,
+            sinks_H=plain(w, "sinks") if gqa and gqa.sinks else None,
         )
         key, value = self._kv.paged(layer)
         o_THv = self._kernels.attention(got.q_THd, key, value, places.work, options)
@@ -226,7 +228,7 @@ class DeviceRuntime:
     def _delta(
         self, layer: int, attention: GatedDelta, lease: Lease, x_TD: torch.Tensor, rows: MicroBatch
     ) -> torch.Tensor:
-        h_TD = math.attention_input(self._spec, lease.tensors, x_TD)
+        h_TD = math.attention_input(self._kernels, self._spec, lease.tensors, x_TD)
         segments = self._places[rows.first_row].delta
         conv, state = self._kv.states(layer)
         y_TD = delta_attention(self._kernels, attention, lease.tensors, h_TD, segments, conv, state)

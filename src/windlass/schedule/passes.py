@@ -1,8 +1,8 @@
 """One pass: all rows of a batch through all layers (module-based batching, MoE-Gen section 4).
 
 Attention runs by micro-batch; routing sees all rows at once; each needed expert runs once over all
-of its rows, those in memory first, the others as they arrive. Ordinary code over a `Runtime`, which
-decides what is fetched when; nothing here knows a device.
+of its rows, those in memory first and together, the others as they arrive. Ordinary code over a
+`Runtime`, which decides what is fetched when; nothing here knows a device.
 """
 
 from dataclasses import dataclass
@@ -45,8 +45,8 @@ def _moe_layer(rt: Runtime, layer: int, hidden: Any, batch: Batch) -> None:
             rt.attention(layer, weights, hidden, rows)
         routed = rt.enter_experts(layer, weights, hidden)
     keys = [WeightKey(Part.EXPERT, layer, expert) for expert in routed.experts]
-    for weights in rt.arrivals(keys):
-        rt.expert(layer, weights, routed)
+    for group in rt.arrivals(keys):
+        rt.experts(layer, group, routed)
     rt.leave_experts(layer, hidden, routed)
 
 

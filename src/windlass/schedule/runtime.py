@@ -42,7 +42,8 @@ class Runtime(Protocol):
         ...
 
     def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[Any]:
-        """Leases of all `keys`: resident ones first, then as they arrive; each until the next."""
+        """Leases of all `keys` in groups: resident ones first, then as they arrive; each group
+        until the next."""
         ...
 
     def attention(self, layer: int, weights: Any, hidden: Any, rows: MicroBatch) -> None:
@@ -53,8 +54,8 @@ class Runtime(Protocol):
         """Norm and routing of all rows, and the shared expert where there is one."""
         ...
 
-    def expert(self, layer: int, weights: Any, routed: Routed) -> None:
-        """One expert over all of its rows."""
+    def experts(self, layer: int, group: Any, routed: Routed) -> None:
+        """A group of experts, each over all of its rows."""
         ...
 
     def leave_experts(self, layer: int, hidden: Any, routed: Routed) -> None:

@@ -1,0 +1,116 @@
+// The C functions: which instruction set runs, and no exception that leaves.
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "pool.h"
+#include "table.h"
+
+namespace {
+
+struct Choice {
+  const char *name;
+  const wl::Table *table;
+  bool (*runs)();
+};
+
+const Choice CHOICES[] = {
+    {"avx2", &wl::avx2_table,
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+    {"avx512", &wl::avx512_table,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     }},
+};
+
+const Choice *best() {
+  const Choice *found = nullptr;
+  for (const Choice &choice : CHOICES)
+    if (choice.runs()) found = &choice;
+  return found;
+}
+
+const Choice *in_use = best();
+
+template <typename F>
+int32_t guarded(F call) {
+  if (!in_use) return WL_E_ARGUMENT;
+  try {
+    call(*in_use->table);
+    return WL_OK;
+  } catch (const std::bad_alloc &) {
+    return WL_E_MEMORY;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t wl_abi_version(void) { return WL_ABI_VERSION; }
+
+const char *wl_available(void) {
+  static const std::string names = [] {
+    std::string all;
+    for (const Choice &choice : CHOICES)
+      if (choice.runs()) all += (all.empty() ? "" : ",") + std::string(choice.name);
+    return all;
+  }();
+  return names.c_str();
+}
+
+const char *wl_in_use(void) { return in_use ? in_use->name : ""; }
+
+int32_t wl_use(const char *name) {
+  for (const Choice &choice : CHOICES)
+    if (!std::strcmp(choice.name, name) && choice.runs()) {
+      in_use = &choice;
+      return WL_OK;
+    }
+  return WL_E_ARGUMENT;
+}
+
+int32_t wl_set_threads(int32_t threads) {
+  wl::set_threads(threads);
+  return WL_OK;
+}
+
+int32_t wl_get_threads(void) { return wl::get_threads(); }
+
+int32_t wl_products(const wl_product *products, int64_t num, int64_t num_rows) {
+  return guarded([&](const wl::Table &t) { t.products(products, num, num_rows); });
+}
+
+int32_t wl_experts(const float *x, int64_t ldx, float *out, int64_t ldo, const wl_expert *experts, int64_t num,
+                   int32_t activation, float alpha, float limit) {
+  return guarded([&](const wl::Table &t) { t.experts(x, ldx, out, ldo, experts, num, activation, alpha, limit); });
+}
+
+int32_t wl_attend(const wl_attention *work) {
+  return guarded([&](const wl::Table &t) { t.attend(*work); });
+}
+
+int32_t wl_rms_norm(const float *x, int64_t ldx, float *y, int64_t ldy, int64_t num_rows, int64_t width,
+                    const void *weight, int32_t weight_type, float add, float eps) {
+  return guarded([&](const wl::Table &t) { t.rms_norm(x, ldx, y, ldy, num_rows, width, weight, weight_type, add, eps); });
+}
+
+int32_t wl_combine(const float *outputs, const float *weights, const float *shared, const float *residual, float *out,
+                   int64_t num_rows, int64_t per_row, int64_t width, float multiplier) {
+  return guarded([&](const wl::Table &t) {
+    t.combine(outputs, weights, shared, residual, out, num_rows, per_row, width, multiplier);
+  });
+}
+
+int32_t wl_rotate(float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows, int64_t num_heads, int64_t pairs,
+                  const float *cos, const float *sin, int64_t table_stride, int32_t interleaved) {
+  return guarded([&](const wl::Table &t) {
+    t.rotate(x, row_stride, head_stride, num_rows, num_heads, pairs, cos, sin, table_stride, interleaved);
+  });
+}
+
+int32_t wl_widen(const wl_matrix *w, float *out) {
+  return guarded([&](const wl::Table &t) { t.widen(*w, out); });
+}
+}

@@ -1,0 +1,39 @@
+// Everything, compiled for the instruction set of the including file, as one table.
+#pragma once
+
+#include "attention.h"
+#include "rows.h"
+#include "table.h"
+
+namespace WL_NS {
+
+inline void widen(const wl_matrix &m, float *out) {
+  wl::Scratch memory;
+  float *panel = memory.floats(KC * NR + group_floats(m));
+  for (int64_t n0 = 0; n0 < m.n; n0 += NR)
+    for (int64_t k0 = 0; k0 < m.k; k0 += KC) {
+      const int count = int(std::min<int64_t>(KC, m.k - k0));
+      unpack_panel(m, n0, k0, count, panel, panel + KC * NR);
+      for (int64_t n = n0; n < std::min(m.n, n0 + NR); n++)
+        for (int k = 0; k < count; k++) out[n * m.k + k0 + k] = panel[k * NR + n - n0];
+    }
+}
+
+constexpr wl::Table make_table() {
+  return {
+      products,
+      experts,
+      attend,
+      [](const float *x, int64_t ldx, float *y, int64_t ldy, int64_t rows, int64_t width, const void *w, int32_t type,
+         float add, float eps) { rms_norm({x, ldx, y, ldy, rows, width, w, type, add, eps}); },
+      [](const float *o, const float *w, const float *s, const float *r, float *out, int64_t rows, int64_t per_row,
+         int64_t width, float multiplier) { combine({o, w, s, r, out, rows, per_row, width, multiplier}); },
+      [](float *x, int64_t row, int64_t head, int64_t rows, int64_t heads, int64_t pairs, const float *cos,
+         const float *sin, int64_t stride, int32_t interleaved) {
+        rotate({x, row, head, rows, heads, pairs, cos, sin, stride, interleaved});
+      },
+      widen,
+  };
+}
+
+}  // namespace WL_NS

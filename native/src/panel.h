@@ -1,0 +1,151 @@
+// One panel of any matrix: chooses the way its codes are read.
+#pragma once
+
+#include "unpack.h"
+
+namespace WL_NS {
+
+inline int item_bytes(int code) {
+  return code == WL_F32 ? 4 : code == WL_BF16 || code == WL_F16 ? 2 : 1;
+}
+
+inline bool has_contiguous_rows(const wl_matrix &m) {
+  return m.packing == WL_ROWS && (m.code == WL_E2M1 || m.code == WL_INT4 || m.stride_k == item_bytes(m.code));
+}
+
+/// W codes of one k, any strides; also the value where the code needs no scale.
+inline V load_strided(const wl_matrix &m, const int64_t columns[W], int64_t k, bool full) {
+  const uint8_t *base = static_cast<const uint8_t *>(m.codes) + k * m.stride_k;
+  const uint8_t *first = base + columns[0] * m.stride_n;
+  const int item = item_bytes(m.code);
+  if (full && m.stride_n == item) {
+    switch (m.code) {
+      case WL_F32: return v_load(reinterpret_cast<const float *>(first));
+      case WL_BF16: return load_bf16(first);
+      case WL_F16: return load_f16(first);
+      case WL_E4M3: return decode_e4m3(load_bytes(first));
+      case WL_INT8: return to_float(load_bytes(first));
+    }
+  }
+  // every second element: read with its neighbours, except at the very end of the matrix
+  if (full && m.code == WL_BF16 && m.stride_n == 4 && k + 1 < m.k)
+    return as_float(i_shl<16>(i_load(first)));
+  int32_t bits[W];
+  for (int i = 0; i < W; i++) {
+    const uint8_t *p = base + columns[i] * m.stride_n;
+    uint32_t x = 0;
+    std::memcpy(&x, p, size_t(item));
+    bits[i] = int32_t(m.code == WL_BF16 ? x << 16 : x);
+  }
+  VI r = i_load(bits);
+  return m.code == WL_F16 ? half_to_float(r) : m.code == WL_E4M3 ? decode_e4m3(r)
+       : m.code == WL_INT8 ? to_float(r) : as_float(r);
+}
+
+inline void unpack_strided(const wl_matrix &m, const int64_t columns[W], bool full, int64_t k0, int count,
+                           float *dst, const Groups *groups) {
+  for (int i = 0; i < count; i++) {
+    V x = load_strided(m, columns, k0 + i, full);
+    if (groups) {
+      int64_t g = (m.groups ? m.groups[k0 + i] : (k0 + i) / m.block_k) - groups->first;
+      x = v_mul(v_sub(x, v_load(groups->zero + g * W)), v_load(groups->scale + g * W));
+    }
+    v_store(dst + int64_t(i) * NR, x);
+  }
+}
+
+/// Words of W columns: `words(k)` gives them for the word of k, `PER` codes of BITS bits each.
+inline void unpack_gptq(const wl_matrix &m, const int64_t columns[W], bool full, int64_t k0, int count,
+                        float *dst, const Groups *groups) {
+  const int bits = m.packing == WL_GPTQ8 ? 8 : 4, per = 32 / bits;
+  const VI mask = i_set((1 << bits) - 1);
+  const int32_t *words = static_cast<const int32_t *>(m.codes);
+  const int64_t stride = m.stride_k / 4;
+  VI word = i_set(0);
+  int64_t held = -1;
+  for (int i = 0; i < count; i++) {
+    const int64_t k = k0 + i, row = k / per;
+    if (row != held) {
+      int32_t lanes[W];
+      for (int j = 0; !full && j < W; j++) lanes[j] = words[row * stride + columns[j]];
+      word = full ? i_load(words + row * stride + columns[0]) : i_load(lanes);
+      held = row;
+    }
+    VI code = i_and(i_shr_by(word, int(k % per) * bits), mask);
+    int64_t g = (m.groups ? m.groups[k] : k / m.block_k) - groups->first;
+    V x = v_sub(to_float(code), v_load(groups->zero + g * W));
+    v_store(dst + int64_t(i) * NR, v_mul(x, v_load(groups->scale + g * W)));
+  }
+}
+
+inline void unpack_awq(const wl_matrix &m, const int64_t columns[W], int64_t k0, int count, float *dst,
+                       const Groups *groups) {
+  int32_t shifts[W], word_of[W];
+  for (int i = 0; i < W; i++) {
+    shifts[i] = 4 * AWQ_ORDER[columns[i] % 8];
+    word_of[i] = int32_t(columns[i] / 8);
+  }
+  const VI shift = i_load(shifts), mask = i_set(15);
+  const int32_t *words = static_cast<const int32_t *>(m.codes);
+  for (int i = 0; i < count; i++) {
+    const int64_t k = k0 + i;
+    int32_t lanes[W];
+    for (int j = 0; j < W; j++) lanes[j] = words[k * (m.stride_k / 4) + word_of[j]];
+    int64_t g = (m.groups ? m.groups[k] : k / m.block_k) - groups->first;
+    V x = v_sub(to_float(i_and(i_shrv(i_load(lanes), shift), mask)), v_load(groups->zero + g * W));
+    v_store(dst + int64_t(i) * NR, v_mul(x, v_load(groups->scale + g * W)));
+  }
+}
+
+inline int64_t num_groups(const wl_matrix &m) { return (m.k + m.block_k - 1) / m.block_k; }
+
+/// Floats of scratch for the scales of a panel.
+inline int64_t group_floats(const wl_matrix &m) {
+  if (m.scale_type == WL_S_NONE) return 0;
+  const int64_t all = num_groups(m), block = (KC + m.block_k - 1) / m.block_k + 1;
+  return 2 * NR * (m.groups || all < block ? all : block);
+}
+
+/// The columns of a panel, and the scales of one block of k.
+struct Source {
+  int64_t columns[NR];
+  const uint8_t *rows[NR];
+  Groups groups[NV];
+  Source(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *scratch) {
+    for (int i = 0; i < NR; i++) {
+      columns[i] = n0 + i < m.n ? n0 + i : m.n - 1;
+      rows[i] = static_cast<const uint8_t *>(m.codes) + columns[i] * m.stride_n;
+    }
+    if (m.scale_type == WL_S_NONE) return;
+    const int64_t low = m.groups ? 0 : k0 / m.block_k;
+    const int64_t high = m.groups ? num_groups(m) - 1 : (k0 + count - 1) / m.block_k;
+    for (int v = 0; v < NV; v++) {
+      groups[v].scale = scratch + 2 * v * (high - low + 1) * W;
+      groups[v].zero = groups[v].scale + (high - low + 1) * W;
+      groups[v].fill(m, columns + v * W, low, high);
+    }
+  }
+};
+
+/// Columns n0 to n0 + NR, k0 to k0 + count (at most KC, one block): panel[count][NR].
+inline void unpack_panel(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, float *scratch) {
+  const Source source(m, n0, k0, count, scratch);
+  for (int v = 0; v < NV; v++) {
+    if (has_contiguous_rows(m)) {
+      unpack_rows_of(m.code, source.rows + v * W, k0, count, panel + v * W, &m, source.groups[v]);
+      continue;
+    }
+    const int64_t *columns = source.columns + v * W;
+    const Groups *groups = source.groups + v;
+    const bool full = n0 + (v + 1) * W <= m.n;
+    if (m.packing == WL_AWQ) {
+      unpack_awq(m, columns, k0, count, panel + v * W, groups);
+    } else if (m.packing != WL_ROWS) {
+      unpack_gptq(m, columns, full, k0, count, panel + v * W, groups);
+    } else {
+      unpack_strided(m, columns, full, k0, count, panel + v * W, m.scale_type == WL_S_NONE ? nullptr : groups);
+    }
+  }
+}
+
+}  // namespace WL_NS

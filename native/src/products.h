@@ -1,0 +1,254 @@
+// Dense products and expert networks over gathered rows: phases that all threads go through together.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "gemm.h"
+#include "pool.h"
+#include "scratch.h"
+
+namespace WL_NS {
+
+constexpr int64_t MC = 512;                 // rows packed at once: their panel results stay in the cache
+constexpr int64_t ROUND_FLOATS = 4 << 20;   // packed rows and hidden rows of one round
+
+/// A thread's own: a panel, scales of a matrix, results of two panels.
+struct Bench {
+  float *panel, *groups, *first, *second;
+  explicit Bench(int64_t group_floats) {
+    thread_local wl::Scratch scratch;
+    panel = scratch.floats(KC * NR + 2 * MC * NR + group_floats);
+    first = panel + KC * NR;
+    second = first + MC * NR;
+    groups = second + MC * NR;
+  }
+};
+
+/// Where item `i` of a list of lists lies: `ends` are running totals.
+inline std::pair<int64_t, int64_t> locate(const std::vector<int64_t> &ends, int64_t i) {
+  const int64_t list = std::upper_bound(ends.begin(), ends.end(), i) - ends.begin();
+  return {list, i - (list ? ends[size_t(list) - 1] : 0)};
+}
+
+inline int64_t num_panels(int64_t n) { return (n + NR - 1) / NR; }
+
+/// Block `b` of rows `first + i` (of `rows`, where given) of x into `packed`.
+inline void pack_block(const float *x, int64_t ldx, const int64_t *rows, int64_t first, Blocks blocks,
+                       int64_t b, int64_t width, float *packed) {
+  const float *pointers[MR];
+  const int64_t begin = blocks.begin(b);
+  const int mr = blocks.size(b);
+  for (int i = 0; i < mr; i++) {
+    const int64_t row = first + begin + i;
+    pointers[i] = x + (rows ? rows[row] : row) * ldx;
+  }
+  pack_rows(pointers, mr, width, packed + begin * width);
+}
+
+inline void write_rows(const float *c, int64_t rows, int64_t n0, int64_t n, const float *bias, float *out,
+                       int64_t ldo, const int64_t *places, int64_t first) {
+  const int64_t count = std::min<int64_t>(NR, n - n0);
+  for (int64_t i = 0; i < rows; i++) {
+    float *to = out + (places ? places[first + i] : first + i) * ldo + n0;
+    const float *from = c + i * NR;
+    if (count == NR) {
+      for (int v = 0; v < NV; v++) {
+        V y = v_load(from + v * W);
+        v_store(to + v * W, bias ? v_add(y, v_load(bias + n0 + v * W)) : y);
+      }
+    } else {
+      for (int64_t j = 0; j < count; j++) to[j] = bias ? from[j] + bias[n0 + j] : from[j];
+    }
+  }
+}
+
+// --- dense products -------------------------------------------------------------------------------
+
+struct ProductRound {
+  const wl_product *products;
+  int64_t first_row, num_rows, max_groups;
+  std::vector<int64_t> packs;       // index of the product whose rows a pack is
+  std::vector<int64_t> pack_of;     // of each product
+  std::vector<float *> packed;      // of each pack
+  std::vector<int64_t> panel_ends;  // running totals of panels, by product
+};
+
+inline void product_task(wl::Team &team, int, void *context) {
+  const ProductRound &round = *static_cast<ProductRound *>(context);
+  const Blocks blocks{round.num_rows};
+  const int64_t num_blocks = blocks.count();
+  int64_t i;
+  while ((i = team.next(num_blocks * int64_t(round.packs.size()))) >= 0) {
+    const size_t pack = size_t(i / num_blocks);
+    const wl_product &p = round.products[round.packs[pack]];
+    pack_block(p.x, p.ldx, nullptr, round.first_row, blocks, i % num_blocks, p.w->k, round.packed[pack]);
+  }
+  team.barrier();
+  Bench bench(round.max_groups);
+  const int64_t step = team.size() * NR;
+  while ((i = team.next(round.panel_ends.back())) >= 0) {
+    const auto [index, panel] = locate(round.panel_ends, i);
+    const wl_product &p = round.products[index];
+    const float *packed = round.packed[size_t(round.pack_of[size_t(index)])];
+    multiply_columns(*p.w, panel * NR, packed, round.num_rows, bench.panel, bench.groups, bench.first, step);
+    write_rows(bench.first, round.num_rows, panel * NR, p.w->n, p.bias, p.out, p.ldo, nullptr, round.first_row);
+  }
+}
+
+inline void products(const wl_product *all, int64_t num, int64_t num_rows) {
+  static thread_local wl::Scratch scratch;
+  for (int64_t row = 0; row < num_rows; row += MC) {
+    const int64_t rows = std::min(MC, num_rows - row);
+    for (int64_t begin = 0, end; begin < num; begin = end) {
+      ProductRound round{};
+      round.products = all + begin;
+      round.first_row = row;
+      round.num_rows = rows;
+      int64_t floats = 0, panels = 0;
+      std::vector<int64_t> offsets;
+      for (end = begin; end < num; end++) {
+        const wl_product &p = all[end];
+        const bool shared = end > begin && p.x == all[end - 1].x && p.ldx == all[end - 1].ldx && p.w->k == all[end - 1].w->k;
+        if (!shared) {
+          if (end > begin && floats + rows * p.w->k > ROUND_FLOATS) break;
+          round.packs.push_back(end - begin);
+          offsets.push_back(floats);
+          floats += (rows * p.w->k + 15) / 16 * 16;
+        }
+        round.pack_of.push_back(int64_t(round.packs.size()) - 1);
+        round.panel_ends.push_back(panels += num_panels(p.w->n));
+        round.max_groups = std::max(round.max_groups, group_floats(*p.w));
+      }
+      float *memory = scratch.floats(floats);
+      for (int64_t offset : offsets) round.packed.push_back(memory + offset);
+      wl::run_team(product_task, &round);
+    }
+  }
+}
+
+// --- experts --------------------------------------------------------------------------------------
+
+/// At most MC rows of one expert.
+struct Segment {
+  const wl_expert *expert;
+  int64_t first, rows;
+  float *packed, *hidden;
+};
+
+struct ExpertRound {
+  const float *x;
+  int64_t ldx;
+  float *out;
+  int64_t ldo;
+  int32_t activation;
+  float alpha, limit;
+  int64_t max_groups;
+  std::vector<Segment> segments;
+  std::vector<int64_t> block_ends, hidden_ends, out_ends;  // running totals of items
+};
+
+inline V silu(V x) { return v_div(x, v_add(v_set(1.0f), v_exp(v_sub(v_zero(), x)))); }
+
+inline V activate(const ExpertRound &round, V gate, V up) {
+  if (round.activation == WL_SWIGLU) return v_mul(silu(gate), up);
+  // the limit comes first: min and max then pass on NaN in their second operand
+  gate = v_min(v_set(round.limit), gate);
+  up = v_max(v_set(-round.limit), v_min(v_set(round.limit), up));
+  V sigmoid = v_div(v_set(1.0f), v_add(v_set(1.0f), v_exp(v_mul(gate, v_set(-round.alpha)))));
+  return v_mul(v_mul(v_add(up, v_set(1.0f)), gate), sigmoid);
+}
+
+/// Hidden columns n0 .. n0 + NR of a segment, packed for the down projection.
+inline void hidden_columns(const ExpertRound &round, const Segment &s, int64_t n0, const Bench &bench, int64_t step) {
+  const wl_expert &e = *s.expert;
+  const int64_t inner = e.gate->n, count = std::min<int64_t>(NR, inner - n0);
+  multiply_columns(*e.gate, n0, s.packed, s.rows, bench.panel, bench.groups, bench.first, step);
+  multiply_columns(*e.up, n0, s.packed, s.rows, bench.panel, bench.groups, bench.second, step);
+  float gate_bias[NR] = {}, up_bias[NR] = {};
+  for (int64_t j = 0; j < count; j++) {
+    if (e.gate_bias) gate_bias[j] = e.gate_bias[n0 + j];
+    if (e.up_bias) up_bias[j] = e.up_bias[n0 + j];
+  }
+  for (int64_t i = 0; i < s.rows; i++)
+    for (int v = 0; v < NV; v++) {
+      float *gate = bench.first + i * NR + v * W;
+      V g = v_load(gate), u = v_load(bench.second + i * NR + v * W);
+      if (e.gate_bias) g = v_add(g, v_load(gate_bias + v * W));
+      if (e.up_bias) u = v_add(u, v_load(up_bias + v * W));
+      v_store(gate, activate(round, g, u));
+    }
+  const Blocks blocks{s.rows};
+  for (int64_t b = 0; b < blocks.count(); b++) {
+    const float *pointers[MR];
+    const int64_t begin = blocks.begin(b);
+    const int mr = blocks.size(b);
+    for (int i = 0; i < mr; i++) pointers[i] = bench.first + (begin + i) * NR;
+    pack_rows(pointers, mr, count, s.hidden + begin * inner + n0 * mr);
+  }
+}
+
+inline void expert_task(wl::Team &team, int, void *context) {
+  const ExpertRound &round = *static_cast<ExpertRound *>(context);
+  int64_t i;
+  while ((i = team.next(round.block_ends.back())) >= 0) {
+    const auto [index, block] = locate(round.block_ends, i);
+    const Segment &s = round.segments[size_t(index)];
+    pack_block(round.x, round.ldx, s.expert->rows, s.first, Blocks{s.rows}, block, s.expert->gate->k, s.packed);
+  }
+  team.barrier();
+  Bench bench(round.max_groups);
+  const int64_t step = team.size() * NR;
+  while ((i = team.next(round.hidden_ends.back())) >= 0) {
+    const auto [index, panel] = locate(round.hidden_ends, i);
+    hidden_columns(round, round.segments[size_t(index)], panel * NR, bench, step);
+  }
+  team.barrier();
+  while ((i = team.next(round.out_ends.back())) >= 0) {
+    const auto [index, panel] = locate(round.out_ends, i);
+    const Segment &s = round.segments[size_t(index)];
+    const wl_expert &e = *s.expert;
+    multiply_columns(*e.down, panel * NR, s.hidden, s.rows, bench.panel, bench.groups, bench.first, step);
+    write_rows(bench.first, s.rows, panel * NR, e.down->n, e.down_bias, round.out, round.ldo, e.places, s.first);
+  }
+}
+
+inline void experts(const float *x, int64_t ldx, float *out, int64_t ldo, const wl_expert *all, int64_t num,
+                    int32_t activation, float alpha, float limit) {
+  static thread_local wl::Scratch scratch;
+  int64_t index = 0, first = 0;
+  while (index < num) {
+    ExpertRound round{x, ldx, out, ldo, activation, alpha, limit, 0, {}, {}, {}, {}};
+    int64_t floats = 0, blocks = 0, hidden = 0, outs = 0;
+    std::vector<int64_t> offsets;
+    while (index < num && (round.segments.empty() || floats < ROUND_FLOATS)) {
+      const wl_expert &e = all[index];
+      const int64_t rows = std::min(MC, e.num_rows - first);
+      if (rows > 0) {
+        offsets.push_back(floats);
+        floats += (rows * e.gate->k + 15) / 16 * 16;
+        offsets.push_back(floats);
+        floats += (rows * e.gate->n + 15) / 16 * 16;
+        round.segments.push_back({&e, first, rows, nullptr, nullptr});
+        round.block_ends.push_back(blocks += Blocks{rows}.count());
+        round.hidden_ends.push_back(hidden += num_panels(e.gate->n));
+        round.out_ends.push_back(outs += num_panels(e.down->n));
+        for (const wl_matrix *m : {e.gate, e.up, e.down}) round.max_groups = std::max(round.max_groups, group_floats(*m));
+      }
+      first += rows;
+      if (first >= e.num_rows) {
+        index++;
+        first = 0;
+      }
+    }
+    if (round.segments.empty()) return;
+    float *memory = scratch.floats(floats);
+    for (size_t s = 0; s < round.segments.size(); s++) {
+      round.segments[s].packed = memory + offsets[2 * s];
+      round.segments[s].hidden = memory + offsets[2 * s + 1];
+    }
+    wl::run_team(expert_task, &round);
+  }
+}
+
+}  // namespace WL_NS

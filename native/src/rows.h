@@ -1,0 +1,148 @@
+// Small row-wise operations, where a library call for each step costs more than the arithmetic.
+#pragma once
+
+#include "products.h"
+
+namespace WL_NS {
+
+constexpr int64_t SMALL = 1 << 15;  // elements below which waking threads does not pay
+
+inline V load_as(const void *p, int32_t type, int64_t i) {
+  const uint8_t *bytes = static_cast<const uint8_t *>(p);
+  return type == WL_F32 ? v_load(reinterpret_cast<const float *>(bytes) + i)
+       : type == WL_BF16 ? load_bf16(bytes + 2 * i) : load_f16(bytes + 2 * i);
+}
+
+/// The first `count` < W elements, zeros behind them.
+inline V load_tail(const void *p, int32_t type, int64_t i, int count) {
+  alignas(64) uint8_t copy[W * 4] = {};
+  const int item = item_bytes(type);
+  std::memcpy(copy, static_cast<const uint8_t *>(p) + i * item, size_t(count * item));
+  return load_as(copy, type, 0);
+}
+
+inline void store_tail(float *p, V x, int count) {
+  float lanes[W];
+  v_store(lanes, x);
+  std::memcpy(p, lanes, size_t(count) * 4);
+}
+
+struct NormWork {
+  const float *x;
+  int64_t ldx;
+  float *y;
+  int64_t ldy, num_rows, width;
+  const void *weight;
+  int32_t type;
+  float add, eps;
+};
+
+inline void norm_row(const NormWork &n, int64_t row) {
+  const float *x = n.x + row * n.ldx;
+  float *y = n.y + row * n.ldy;
+  const int rest = int(n.width % W);
+  const int64_t even = n.width - rest;
+  V sum = v_zero();
+  for (int64_t i = 0; i < even; i += W) sum = v_fma(v_load(x + i), v_load(x + i), sum);
+  if (rest) {
+    V tail = load_tail(x, WL_F32, even, rest);
+    sum = v_fma(tail, tail, sum);
+  }
+  const V scale = v_set(1.0f / std::sqrt(v_sum(sum) / float(n.width) + n.eps)), add = v_set(n.add);
+  for (int64_t i = 0; i < even; i += W)
+    v_store(y + i, v_mul(v_mul(v_load(x + i), scale), v_add(load_as(n.weight, n.type, i), add)));
+  if (rest) {
+    V w = v_add(load_tail(n.weight, n.type, even, rest), add);
+    store_tail(y + even, v_mul(v_mul(load_tail(x, WL_F32, even, rest), scale), w), rest);
+  }
+}
+
+inline void norm_task(wl::Team &team, int, void *context) {
+  const NormWork &n = *static_cast<NormWork *>(context);
+  int64_t i;
+  const int64_t step = std::max<int64_t>(1, SMALL / 4 / n.width);
+  while ((i = team.next((n.num_rows + step - 1) / step)) >= 0)
+    for (int64_t row = i * step; row < std::min(n.num_rows, (i + 1) * step); row++) norm_row(n, row);
+}
+
+inline void rms_norm(NormWork n) {
+  if (n.num_rows * n.width > SMALL) return wl::run_team(norm_task, &n);
+  for (int64_t row = 0; row < n.num_rows; row++) norm_row(n, row);
+}
+
+struct CombineWork {
+  const float *outputs, *weights, *shared, *residual;
+  float *out;
+  int64_t num_rows, per_row, width;
+  float multiplier;
+};
+
+inline void combine_row(const CombineWork &c, int64_t row) {
+  const float *weights = c.weights + row * c.per_row, *outputs = c.outputs + row * c.per_row * c.width;
+  for (int64_t i = 0; i < c.width; i += W) {
+    const int count = int(std::min<int64_t>(W, c.width - i));
+    auto get = [&](const float *p) { return count == W ? v_load(p) : load_tail(p, WL_F32, 0, count); };
+    V sum = v_mul(v_set(weights[0]), get(outputs + i));
+    for (int64_t a = 1; a < c.per_row; a++) sum = v_fma(v_set(weights[a]), get(outputs + a * c.width + i), sum);
+    if (c.shared) sum = v_add(sum, get(c.shared + row * c.width + i));
+    sum = v_fma(v_set(c.multiplier), sum, get(c.residual + row * c.width + i));
+    if (count == W) v_store(c.out + row * c.width + i, sum);
+    else store_tail(c.out + row * c.width + i, sum, count);
+  }
+}
+
+inline void combine_task(wl::Team &team, int, void *context) {
+  const CombineWork &c = *static_cast<CombineWork *>(context);
+  int64_t i;
+  const int64_t step = std::max<int64_t>(1, SMALL / 4 / (c.width * c.per_row));
+  while ((i = team.next((c.num_rows + step - 1) / step)) >= 0)
+    for (int64_t row = i * step; row < std::min(c.num_rows, (i + 1) * step); row++) combine_row(c, row);
+}
+
+inline void combine(CombineWork c) {
+  if (c.num_rows * c.per_row * c.width > SMALL) return wl::run_team(combine_task, &c);
+  for (int64_t row = 0; row < c.num_rows; row++) combine_row(c, row);
+}
+
+struct RotateWork {
+  float *x;
+  int64_t row_stride, head_stride, num_rows, num_heads, pairs;
+  const float *cos, *sin;
+  int64_t table_stride;
+  int32_t interleaved;
+};
+
+inline void rotate_row(const RotateWork &r, int64_t row) {
+  const float *cos = r.cos + row * r.table_stride, *sin = r.sin + row * r.table_stride;
+  for (int64_t head = 0; head < r.num_heads; head++) {
+    float *x = r.x + row * r.row_stride + head * r.head_stride;
+    int64_t i = 0;
+    for (; !r.interleaved && i + W <= r.pairs; i += W) {
+      V a = v_load(x + i), b = v_load(x + r.pairs + i), c = v_load(cos + i), s = v_load(sin + i);
+      v_store(x + i, v_sub(v_mul(a, c), v_mul(b, s)));
+      v_store(x + r.pairs + i, v_add(v_mul(b, c), v_mul(a, s)));
+    }
+    const int64_t step = r.interleaved ? 2 : 1, other = r.interleaved ? 1 : r.pairs;
+    for (; i < r.pairs; i++) {
+      float &a = x[i * step], &b = x[i * step + other];
+      const float turned = a * cos[i] - b * sin[i];
+      b = b * cos[i] + a * sin[i];
+      a = turned;
+    }
+  }
+}
+
+inline void rotate_task(wl::Team &team, int, void *context) {
+  const RotateWork &r = *static_cast<RotateWork *>(context);
+  int64_t i;
+  const int64_t step = 16;
+  while ((i = team.next((r.num_rows + step - 1) / step)) >= 0)
+    for (int64_t row = i * step; row < std::min(r.num_rows, (i + 1) * step); row++) rotate_row(r, row);
+}
+
+inline void rotate(RotateWork r) {
+  if (r.num_rows * r.num_heads * r.pairs > SMALL) return wl::run_team(rotate_task, &r);
+  for (int64_t row = 0; row < r.num_rows; row++) rotate_row(r, row);
+}
+
+}  // namespace WL_NS

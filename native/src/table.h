@@ -1,0 +1,20 @@
+// The entry points of one instruction set.
+#pragma once
+
+#include "../include/windlass_cpu.h"
+
+namespace wl {
+
+struct Table {
+  void (*products)(const wl_product *, int64_t, int64_t);
+  void (*experts)(const float *, int64_t, float *, int64_t, const wl_expert *, int64_t, int32_t, float, float);
+  void (*attend)(const wl_attention &);
+  void (*rms_norm)(const float *, int64_t, float *, int64_t, int64_t, int64_t, const void *, int32_t, float, float);
+  void (*combine)(const float *, const float *, const float *, const float *, float *, int64_t, int64_t, int64_t, float);
+  void (*rotate)(float *, int64_t, int64_t, int64_t, int64_t, int64_t, const float *, const float *, int64_t, int32_t);
+  void (*widen)(const wl_matrix &, float *);
+};
+
+extern const Table avx2_table, avx512_table;
+
+}  // namespace wl

@@ -1,0 +1,176 @@
+// Stored weights to fp32 panels. A panel holds NR columns n of up to KC consecutive k as
+// panel[k][NR]; columns beyond the matrix repeat its last one. Matrices whose rows are contiguous
+// are transposed in registers: 32 bits of W rows at a time, one to eight codes each.
+#pragma once
+
+#include "../include/windlass_cpu.h"
+#include "simd.h"
+
+namespace WL_NS {
+
+constexpr int KC = 256;  // inner block: sums over it are added to the result in this order
+constexpr int AWQ_ORDER[8] = {0, 4, 1, 5, 2, 6, 3, 7};  // nibble of column n % 8
+
+inline float scalar_bf16(uint16_t x) {
+  uint32_t bits = uint32_t(x) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+inline float load_scale(const wl_matrix &m, int64_t n, int64_t group) {
+  int64_t i = n * m.scale_stride_n + group * m.scale_stride_k;
+  switch (m.scale_type) {
+    case WL_S_F32: return static_cast<const float *>(m.scales)[i];
+    case WL_S_BF16: return scalar_bf16(static_cast<const uint16_t *>(m.scales)[i]);
+    case WL_S_F16: return _cvtsh_ss(static_cast<const uint16_t *>(m.scales)[i]);
+    case WL_S_E8M0: {
+      uint32_t e = static_cast<const uint8_t *>(m.scales)[i];
+      uint32_t bits = e == 255 ? 0x7fc00000u : e ? e << 23 : 0x00400000u;  // 2^-127 is denormal
+      float f;
+      std::memcpy(&f, &bits, 4);
+      return f;
+    }
+    default: return 1.0f;
+  }
+}
+
+inline float load_zero(const wl_matrix &m, int64_t n, int64_t group) {
+  const bool wide = m.code == WL_INT8;
+  const int per = wide ? 4 : 8, bits = wide ? 8 : 4;
+  const uint32_t *words = static_cast<const uint32_t *>(m.zeros);
+  uint32_t mask = (1u << bits) - 1;
+  switch (m.zero_type) {
+    case WL_Z_ROWS: return float((words[(n / per) * m.zero_stride + group] >> (bits * (n % per))) & mask);
+    case WL_Z_GPTQ: {
+      uint32_t z = (words[group * m.zero_stride + n / per] >> (bits * (n % per))) & mask;
+      return float(z + uint32_t(m.zero_add));
+    }
+    case WL_Z_AWQ: return float((words[group * m.zero_stride + n / 8] >> (4 * AWQ_ORDER[n % 8])) & 15);
+    default: return m.code == WL_INT4 ? 8.0f : m.code == WL_INT8 ? 128.0f : 0.0f;
+  }
+}
+
+constexpr float FP4[16] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
+                           -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
+
+/// Scale and zero of W columns for each group of a range of k.
+struct Groups {
+  float *scale, *zero;  // [group - first][W]
+  int64_t first = 0;
+  void fill(const wl_matrix &m, const int64_t columns[W], int64_t first_group, int64_t last_group) {
+    first = first_group;
+    const bool plain = m.zero_type == WL_Z_NONE;
+    const float fixed = plain ? load_zero(m, 0, 0) : 0.0f;
+    for (int64_t g = first_group; g <= last_group; g++) {
+      float *s = scale + (g - first) * W, *z = zero + (g - first) * W;
+      for (int i = 0; i < W; i++) {
+        s[i] = load_scale(m, columns[i] / m.block_n, g);
+        z[i] = plain ? fixed : load_zero(m, columns[i] / m.block_n, g);
+      }
+    }
+  }
+};
+
+inline V decode_e4m3(VI byte) {  // in the low 8 bits of each lane
+  VI low = i_and(byte, i_set(0x7f));
+  VI half = i_or(i_shl<7>(low), i_shl<8>(i_and(byte, i_set(0x80))));
+  V x = v_mul(half_to_float(half), v_set(256.0f));
+  return where_equal(low, i_set(0x7f), v_set(__builtin_nanf("")), x);
+}
+
+inline V decode_code(int code, VI bits, V zero) {
+  switch (code) {
+    case WL_E4M3: return decode_e4m3(bits);
+    case WL_E2M1: return lookup16(bits, FP4);
+    default: return v_sub(to_float(bits), zero);
+  }
+}
+
+constexpr int codes_per_word(int code) {
+  return code == WL_F32 ? 1 : code == WL_BF16 || code == WL_F16 ? 2
+       : code == WL_E4M3 || code == WL_INT8 ? 4 : 8;
+}
+
+/// W rows at `rows` + offset: W words of each, as codes_per_word * W vectors at dst[k * NR].
+template <int CODE>
+inline void unpack_words(const uint8_t *const rows[W], int64_t offset, float *dst, int64_t k, const wl_matrix *m,
+                         const Groups &groups) {
+  auto put = [dst](int i, V x) { v_store(dst + int64_t(i) * NR, x); };
+  constexpr int PER = codes_per_word(CODE);
+  VI r[W];
+  for (int i = 0; i < W; i++) r[i] = i_load(rows[i] + offset);
+  transpose(r);
+  if constexpr (CODE == WL_F32) {
+    for (int i = 0; i < W; i++) put(i, as_float(r[i]));
+  } else if constexpr (CODE == WL_BF16) {
+    const VI high = i_set(int32_t(0xffff0000));
+    for (int i = 0; i < W; i++) {
+      put(2 * i, as_float(i_shl<16>(r[i])));
+      put(2 * i + 1, as_float(i_and(r[i], high)));
+    }
+  } else if constexpr (CODE == WL_F16) {
+    for (int i = 0; i < W; i++) {
+      put(2 * i, half_to_float(r[i]));
+      put(2 * i + 1, half_to_float(i_shr<16>(r[i])));
+    }
+  } else {
+    constexpr int BITS = 32 / PER;
+    const VI mask = i_set((1 << BITS) - 1);
+    V scale = v_set(1.0f), zero = v_zero();
+    for (int i = 0; i < W; i++) {
+      if (!m->groups) {  // groups are never narrower than a word
+        int64_t g = (k + i * PER) / m->block_k - groups.first;
+        scale = v_load(groups.scale + g * W);
+        zero = v_load(groups.zero + g * W);
+      }
+      for (int j = 0; j < PER; j++) {
+        if (m->groups) {
+          int64_t g = k + i * PER + j < m->k ? m->groups[k + i * PER + j] - groups.first : 0;
+          scale = v_load(groups.scale + g * W);
+          zero = v_load(groups.zero + g * W);
+        }
+        VI bits = i_and(i_shr_by(r[i], j * BITS), mask);
+        put(i * PER + j, v_mul(decode_code(CODE, bits, zero), scale));
+      }
+    }
+  }
+}
+
+/// W columns whose codes are contiguous in k. Few rows at once: the hardware follows 16 streams, not
+/// 32 (36 against 19 GB/s for one thread of a Zen 5).
+template <int CODE>
+inline void unpack_rows(const uint8_t *const rows[W], int64_t k0, int count, float *dst, const wl_matrix *m,
+                        const Groups &groups) {
+  constexpr int PER = codes_per_word(CODE), STEP = PER * W;
+  int k = 0;
+  for (; k + STEP <= count; k += STEP)
+    unpack_words<CODE>(rows, (k0 + k) * 4 / PER, dst + int64_t(k) * NR, k0 + k, m, groups);
+  if (k == count) return;
+  // a ragged end: only bytes that exist are read, only columns that exist are written
+  alignas(64) uint8_t copy[W][W * 4] = {};
+  alignas(64) float tail[STEP * NR];
+  const uint8_t *ends[W];
+  const int bytes = ((count - k) * 4 + PER - 1) / PER;
+  for (int i = 0; i < W; i++) {
+    std::memcpy(copy[i], rows[i] + (k0 + k) * 4 / PER, size_t(bytes));
+    ends[i] = copy[i];
+  }
+  unpack_words<CODE>(ends, 0, tail, k0 + k, m, groups);
+  for (int i = 0; i < STEP && k + i < count; i++) v_store(dst + int64_t(k + i) * NR, v_load(tail + i * NR));
+}
+
+inline void unpack_rows_of(int code, const uint8_t *const rows[W], int64_t k0, int count, float *dst,
+                           const wl_matrix *m, const Groups &groups) {
+  switch (code) {
+    case WL_F32: return unpack_rows<WL_F32>(rows, k0, count, dst, m, groups);
+    case WL_BF16: return unpack_rows<WL_BF16>(rows, k0, count, dst, m, groups);
+    case WL_F16: return unpack_rows<WL_F16>(rows, k0, count, dst, m, groups);
+    case WL_E4M3: return unpack_rows<WL_E4M3>(rows, k0, count, dst, m, groups);
+    case WL_E2M1: return unpack_rows<WL_E2M1>(rows, k0, count, dst, m, groups);
+    case WL_INT8: return unpack_rows<WL_INT8>(rows, k0, count, dst, m, groups);
+    case WL_INT4: return unpack_rows<WL_INT4>(rows, k0, count, dst, m, groups);
+  }
+}
+
+}  // namespace WL_NS

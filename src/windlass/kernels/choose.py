@@ -1,0 +1,26 @@
+"""Which kernels a run uses. Chosen once, at the start."""
+
+import sys
+
+from windlass.errors import UsageError
+from windlass.kernels.base import Kernels
+from windlass.kernels.cpu import library
+from windlass.kernels.cpu.native import NativeKernels
+from windlass.kernels.reference import TorchKernels
+
+
+def choose_kernels(backend: str, *, threads: int) -> Kernels:
+    """`backend`: "cpu" (native, or UsageError), "torch", or "auto": native where it can run, else
+    torch with one line that says so."""
+    if backend == "torch":
+        return TorchKernels()
+    found = library.load()
+    if not isinstance(found, str):
+        return NativeKernels(found, threads=threads)
+    if backend == "cpu":
+        raise UsageError(f"moe_backend: got 'cpu', but the native library {found}")
+    print(  # noqa: T201
+        f"kernels: the native library {found}; torch's are used (few rows: up to 10 times slower)",
+        file=sys.stderr,
+    )
+    return TorchKernels()
