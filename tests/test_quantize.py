@@ -98,13 +98,13 @@ def test_errors_are_what_is_stored_and_never_larger_than_with_plain_ranges(
 
 
 def test_the_search_is_near_the_best_of_all_scales_and_far_better_than_none() -> None:
-    for name, group, gain in (("int4", 32, 0.95), ("int4", 128, 0.93), ("int8", 128, 0.999)):
+    for name, group, gain in (("int4", 32, 0.81), ("int4", 128, 0.76), ("int8", 128, 0.96)):
         scheme, w = make_scheme(name, group), weights("normal")
         found = round_to_nearest(w, scheme, torch.bfloat16).squared_error
         plain = plain_errors(w, scheme, scheme.highest)
         everything = [plain_errors(w, scheme, scheme.highest / (1 - 0.004 * i)) for i in range(200)]
         best = float(torch.stack([*everything, plain]).amin(0).sum())
-        assert found < 1.04 * best
+        assert found < 1.003 * best
         assert found < gain * float(plain.sum())
 
 
@@ -262,7 +262,9 @@ def test_odd_sizes_move_to_the_end_of_a_file(tmp_path: Path) -> None:
     quantize(tmp_path / "model", tmp_path / "out")
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(after[f"mtp.{x}"], tensors[f"mtp.{x}"]) for x in "abcd")
-    assert after["mtp.a"].data_ptr() % 2 == 0
+    sizes = {"I64": 8, "I32": 4, "F32": 4, "BF16": 2, "U8": 1}
+    infos = read_headers(tmp_path / "out").values()
+    assert not [info.name for info in infos if info.begin % sizes[info.dtype]]
 
 
 def test_config_is_the_sources_with_llm_compressors_keys_and_other_files_come_along(
