@@ -9,6 +9,7 @@ import torch
 
 from engines import engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
+from windlass.kernels.cpu import library
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
 LENGTHS = (90, 3, 33, 64, 17, 150)
@@ -102,14 +103,22 @@ def test_bits_do_not_depend_on_preemption(model):
     assert {name: _bits(output) for name, output in results.items()} == expected
 
 
-def test_threads_and_memory_are_no_excuse(model):
-    """Two BLAS threads and buffered reads give the bits of one thread and direct reads."""
-    path, alone = model
-    with engine_for(path, load_mode="buffered", threads=2) as engine:
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_threads_and_memory_are_no_excuse(model, backend):
+    """Two threads and buffered reads give the bits of one thread and direct reads."""
+    path, _ = model
+    found = library.load()
+    if backend == "cpu" and isinstance(found, str):
+        pytest.skip(f"the native library {found}")
+    with engine_for(path, threads=1, moe_backend=backend) as engine:
+        alone = run_all(engine, _requests())
+    with engine_for(path, load_mode="buffered", threads=2, moe_backend=backend) as engine:
         results = run_all(engine, _requests())
-    assert torch.get_num_threads() == 2
+        # the two pools never work at the same time
+        assert torch.get_num_threads() == (2 if backend == "torch" else 1)
+        assert backend == "torch" or found.wl_get_threads() == 2
     torch.set_num_threads(1)
-    assert {name: _bits(output) for name, output in results.items()} == alone
+    assert all(_bits(results[name]) == _bits(output) for name, output in alone.items())
 
 
 def test_trace_shows_reads_beside_compute(model, tmp_path):
