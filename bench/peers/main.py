@@ -67,7 +67,7 @@ def _parse() -> argparse.Namespace:
     options = parser.parse_args()
     quick = options.quick
     options.models = options.models or (models.QUICK_MODELS if quick else models.FULL_MODELS)
-    options.sequences = options.sequences or ([1, 4] if quick else [1, 16, 64, 256])
+    options.sequences = options.sequences or ([4] if quick else [1, 16, 64, 256])
     options.prompts = options.prompts or ([32] if quick else [128, 512])
     options.output_tokens = options.output_tokens or (4 if quick else 64)
     options.rounds = options.rounds or (1 if quick else 3)
