@@ -154,6 +154,8 @@ def main() -> None:
     described, rates = _head(options)
     print(head(described, rates), flush=True)
     document = Document(options.json, described, stop_after_s=options.stop_after)
+    if document.data["machine"]["threads"] != threads:
+        sys.exit(f"{options.json}: measured with other --threads")
     document.forget(engines=options.again, retry=options.retry)
     is_whole = _measure(options, document, threads)
     part = document.data["parts"][-1]
