@@ -89,13 +89,20 @@ inline void unpack_values(const wl_attention &a, const wl_tile &tile, int64_t he
     for (int v = 0; v < NV; v++) {
       const int64_t at = v0 + v * W;
       V x = v_zero();
-      if (row && at + W <= c.width) {
+      if (row && at < c.width) {
+        const uint8_t *from = row + at * item_bytes(c.type);
+        alignas(64) uint8_t tail[W * 4];
+        if (at + W > c.width) {  // the row ends inside this vector
+          std::memset(tail, 0, sizeof tail);
+          std::memcpy(tail, from, size_t((c.width - at) * item_bytes(c.type)));
+          from = tail;
+        }
         switch (c.type) {
-          case WL_F32: x = v_load(reinterpret_cast<const float *>(row) + at); break;
-          case WL_BF16: x = load_bf16(row + 2 * at); break;
-          case WL_F16: x = load_f16(row + 2 * at); break;
+          case WL_F32: x = v_load(reinterpret_cast<const float *>(from)); break;
+          case WL_BF16: x = load_bf16(from); break;
+          case WL_F16: x = load_f16(from); break;
           default:
-            x = v_mul(v_sub(to_float(load_bytes(row + at)), v_set(128.0f)), v_set(cache_scale(a, c, tile, head, t)));
+            x = v_mul(v_sub(to_float(load_bytes(from)), v_set(128.0f)), v_set(cache_scale(a, c, tile, head, t)));
         }
       }
       v_store(dst + v * W, x);
