@@ -343,7 +343,8 @@ def test_help_and_import_load_nothing_heavy() -> None:
     code = (
         "import sys, windlass.cli\n"
         "for words in (['--help'], ['run-batch', '--help'], ['generate', '--help'],\n"
-        "              ['synth', '--help'], ['--version'], ['run-batch', '--nope']):\n"
+        "              ['quantize', '--help'], ['synth', '--help'], ['--version'],\n"
+        "              ['run-batch', '--nope']):\n"
         "    windlass.cli.main(words)\n"
         "heavy = {'torch', 'transformers', 'numpy', 'tokenizers', 'jinja2', 'rich'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
@@ -359,7 +360,8 @@ def test_help_and_import_load_nothing_heavy() -> None:
 # --- options ---
 
 ENGINE = {
-    "--model", "-m", "--tokenizer", "--dtype", "--load-format", "--load-mode", "-lm",
+    "--model", "-m", "--tokenizer", "--dtype", "--quantization", "-q", "--load-format",
+    "--load-mode", "-lm",
     "--generation-config", "--max-model-len", "-c", "--ctx-size", "--seed", "-s", "--host-memory",
     "--moe-expert-cache-size", "--moe-expert-cache", "--max-num-seqs", "-np", "--parallel",
     "--max-num-batched-tokens", "-b", "--batch-size", "--micro-batch-size", "-ub", "--ubatch-size",
@@ -374,6 +376,10 @@ OPTIONS = {
     "generate": ENGINE | {
         "--chat", "--system", "--max-tokens", "-n", "--temperature", "--temp", "--top-p", "--top-k",
         "--min-p", "--repetition-penalty", "--stop", "--ignore-eos", "--json",
+    },
+    "quantize": {
+        "--model", "-m", "--out", "-o", "--format", "--group", "--experts-only", "--threads", "-t",
+        "--text", "--window", "--host-memory", "--verbose", "--json", "--config",
     },
     "synth": {
         "--model-config", "--config", "--out", "-o", "--num-layers", "--dtype", "--shard-size",

@@ -17,6 +17,8 @@ from windlass.errors import RequestError, UsageError
 from windlass.llm import LLM
 from windlass.options import EngineOptions
 from windlass.params import SamplingParams
+from windlass.schedule.batch import Batch
+from windlass.schedule.runtime import Outcome
 
 SHORT = SamplingParams(max_tokens=4)
 
@@ -95,7 +97,7 @@ def test_keywords_reach_the_engine_or_are_refused(options: list[EngineOptions]) 
         ({"zzz": 1}, "unknown option: zzz, allowed .*host_memory"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: got 2, allowed only 1"),
         ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization: got 0.5"),
-        ({"quantization": "awq"}, "quantization: got 'awq'"),
+        ({"quantization": "int3"}, "quantization: got 'int3', allowed fp8, mxfp4"),
         ({"cpu_offload_gb": 4}, "cpu_offload_gb: got 4"),
         ({"host_memory": "2"}, "host_memory: got '2'"),
         ({"dtype": "int3"}, "dtype: got 'int3'"),
@@ -304,7 +306,12 @@ def test_logits_that_are_not_finite_fail_their_row_with_a_code(
     sizes: dict[str, Any] = {"host_memory": "4GiB", "max_model_len": 64, "threads": 1}
     with LLM(str(tmp_path), max_num_seqs=2, max_num_batched_tokens=66, **sizes) as llm:
         run_pass = llm._engine._run_pass
-        monkeypatch.setattr(llm._engine, "_run_pass", lambda batch: run_pass(batch) * float("nan"))
+
+        def broken(batch: Batch) -> Outcome:
+            outcome = run_pass(batch)
+            return Outcome(outcome.logits * float("nan"), outcome.logprobs)
+
+        monkeypatch.setattr(llm._engine, "_run_pass", broken)
         (result,) = llm.generate(["w5 w6"], SHORT, on_error="return")
     assert (result.error_code, "not finite" in str(result.error)) == (NOT_FINITE, True)
 

@@ -13,6 +13,7 @@ from families import CASES, make_checkpoint
 from test_families import TOLERANCE, Checkpoint, dense_logits, prompts
 from windlass.errors import CheckpointError
 from windlass.kernels.base import AttentionOptions, AttentionWork, Tensors
+from windlass.kernels.reference import TorchKernels
 from windlass.spec.layout import build_layout
 from windlass.spec.model import Activation, ClampedSwiGlu, Groups, Moe, NoGroups, SparseMixer
 
@@ -40,7 +41,7 @@ _CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-class PlainKernels:
+class PlainKernels(TorchKernels):
     """torch as it is: faster for tiny models than kernels that keep rows independent."""
 
     def linear(

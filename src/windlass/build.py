@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,10 @@ from windlass.schedule.batch import Batch
 from windlass.schedule.embedding import EmbeddingRows
 from windlass.schedule.on_device import DeviceRuntime, ropes
 from windlass.schedule.passes import PassShape, run_pass
+from windlass.schedule.runtime import Outcome
 from windlass.spec.layout import build_layout
 from windlass.spec.model import GatedDelta, Gqa, LongRopeScaling, Mla, ModelSpec, Moe
-from windlass.spec.names import Layout, TensorInfo
+from windlass.spec.names import Layout, NameMap, TensorInfo
 from windlass.spec.registry import read_spec
 from windlass.synth import random_source
 from windlass.trace import Tracer
@@ -93,7 +95,9 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
         model = _read_model(options, opened)
         threads = options.threads or _useful_threads(model)
         torch.set_num_threads(threads)
-        kernels = choose_kernels(options.moe_backend, threads=threads)
+        kernels = choose_kernels(
+            options.moe_backend, threads=threads, bf16_rows=options.dtype == "bfloat16"
+        )
         kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
         setup = _setup(options, model, kernels.name)
         if device is None:
@@ -107,7 +111,8 @@ def _useful_threads(model: _Model) -> int:
     """Threads that pay: waking one costs about what multiplying a few hundred KiB of weights does,
     and much more where other work keeps the cores busy."""
     expert = model.layout.keys(Part.EXPERT)[0]
-    matrix = max(piece.stop - piece.start for piece in model.layout.parts[expert])
+    pieces = model.layout.parts[expert]
+    matrix = max(prod(p.packed.shape if p.packed else p.shape) for p in pieces)
     return max(1, min(_MACHINE_THREADS, matrix // _ELEMENTS_PER_THREAD))
 
 
@@ -167,7 +172,6 @@ def _assemble(
         announcer=Announcer(shape, num_experts, weights, forecast),
         forecast=forecast,
         tracer=tracer,
-        group_size=_group_size(plan, model),
     )
     admission = Admission(
         kv,
@@ -176,21 +180,11 @@ def _assemble(
         long_rope_after=_long_rope_after(spec),
     )
 
-    def run(batch: Batch) -> torch.Tensor:
-        logits: torch.Tensor = run_pass(runtime, shape, batch)
-        return logits
+    def run(batch: Batch) -> Outcome:
+        return run_pass(runtime, shape, batch)
 
     on_close = opened.pop_all().close
     return Engine(setup, run, weights, admission, tracer=tracer, on_close=on_close)
-
-
-def _group_size(plan: Plan, model: _Model) -> int:
-    """Experts that may be leased at once: slots beyond a group are what the link fills meanwhile."""
-    if copied_bytes(model.layout, model.source.tensors):
-        return 1  # copies outside the slots are planned for one part
-    return (
-        plan.num_experts if plan.expert_slots == plan.num_experts else plan.expert_slots // 4 or 1
-    )
 
 
 def pass_shape(spec: ModelSpec, layout: Layout) -> PassShape:
@@ -223,6 +217,7 @@ def _read_model(options: EngineOptions, opened: ExitStack) -> _Model:
     folder = resolve_model(options.model)
     config = read_config(folder)
     spec, names = read_spec(config)
+    _check_quantization(options.quantization, names)
     source: WeightSource
     if options.load_format == "dummy":
         source = random_source(config, seed=options.seed)
@@ -230,6 +225,15 @@ def _read_model(options: EngineOptions, opened: ExitStack) -> _Model:
         source = Checkpoint(folder, mode=options.load_mode)
     opened.callback(source.close)
     return _Model(folder, config, spec, build_layout(spec, names, source.tensors), source)
+
+
+def _check_quantization(asserted: str | None, names: NameMap) -> None:
+    found = None if names.quantization is None else names.quantization.method
+    if asserted is not None and asserted != found:
+        raise UsageError(
+            f"quantization: got {asserted!r}, but the checkpoint's weights are"
+            f" {'not quantised' if found is None else found}"
+        )
 
 
 def _sizes(model: _Model) -> Sizes:
@@ -330,5 +334,6 @@ def _fingerprint(
         "generation_config": options.generation_config,
         "seed": options.seed,
         "max_model_len": options.max_model_len,
+        "dtype": "bfloat16" if options.dtype == "bfloat16" else "float32",
         "version": VERSION,
     }

@@ -1,6 +1,7 @@
 """A matrix as a quantised checkpoint stores it: a format and views of its tensors."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,8 +25,46 @@ class Packed:
     groups: torch.Tensor | None = None  # (K,) int32: group of each k
     is_transposed: bool = False
 
+    def t(self) -> "Packed":
+        """The transpose, of the same stored bytes."""
+        return replace(self, shape=self.shape[::-1], is_transposed=not self.is_transposed)
 
-class StoredTensors(dict[str, torch.Tensor | Packed]):
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedStack:
+    """Matrices of one format and shape, in place of a tensor (g, N, K): one for each head."""
+
+    matrices: tuple[Packed, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.matrices), *self.matrices[0].shape
+
+    def transpose(self, dim0: int, dim1: int) -> "PackedStack":
+        """As of a tensor (g, N, K); only of its last two dimensions."""
+        assert {dim0 % 3, dim1 % 3} == {1, 2}, f"transpose of {dim0} and {dim1}"
+        return PackedStack(tuple(matrix.t() for matrix in self.matrices))
+
+
+# What a part is made of. Norms, biases, the embedding's table and everything else that is no matrix
+# of a linear map are always plain tensors.
+Weight = torch.Tensor | Packed | PackedStack
+Tensors = Mapping[str, Weight]
+
+
+def plain(tensors: Tensors, name: str) -> torch.Tensor:
+    """A tensor that no format packs."""
+    tensor = tensors[name]
+    assert isinstance(tensor, torch.Tensor), f"{name} is packed"
+    return tensor
+
+
+def plain_or_none(tensors: Tensors, name: str) -> torch.Tensor | None:
+    """The same, where the part has it."""
+    return plain(tensors, name) if name in tensors else None
+
+
+class StoredTensors(dict[str, Weight]):
     """Tensors of one part by canonical name, views of its slot. `prepared` is where a kernel
     backend keeps what it derived from them; it lives as long as they do."""
 

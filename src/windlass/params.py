@@ -15,7 +15,7 @@ _TOO_LARGE = 1e30  # stays finite in the sampler's fp32
 
 # Fields of vLLM that Windlass does not apply: accepted at their default, else refused.
 _UNSUPPORTED = (
-    "repetition_detection", "thinking_token_budget", "prompt_logprobs", "flat_logprobs",
+    "repetition_detection", "thinking_token_budget", "flat_logprobs",
     "logprob_token_ids", "prompt_logprob_token_ids", "prompt_logprob_start", "structured_outputs",
     "bad_words", "stream_interval", "skip_reading_prefix_cache", "extra_args",
 )  # fmt: skip
@@ -124,6 +124,11 @@ class SamplingParams:
             _integer("seed", self.seed)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, -1)
+        if self.prompt_logprobs not in (None, 0) or self.prompt_logprobs is False:
+            raise UsageError(
+                f"prompt_logprobs: got {self.prompt_logprobs!r}, allowed None, or 0 for those of"
+                " the prompt's own tokens: others are not supported yet"
+            )
 
     def _check_length(self) -> None:
         if self.max_tokens is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from windlass.kernels.base import Kernels, Tensors
+from windlass.packed import Packed, PackedStack, plain, plain_or_none
 from windlass.spec.model import Attention, GatedDelta, Gqa, Mla, Norm, RmsNorm
 
 
@@ -74,7 +75,7 @@ def attention_output(
 ) -> torch.Tensor:
     """Output projection of what the attention kernel returned -> (T, D)."""
     if isinstance(attention, Mla):
-        o_THv = k.batched_linear(o_THv, w["v_up.weight"])
+        o_THv = k.batched_linear(o_THv, _heads(w, "v_up.weight"))
     if gate_THv is not None:
         o_THv = o_THv * k.pointwise(torch.sigmoid, gate_THv)
     return linear(k, w, "o_proj", o_THv.flatten(1))
@@ -82,7 +83,7 @@ def attention_output(
 
 def linear(k: Kernels, w: Tensors, name: str, x_TD: torch.Tensor) -> torch.Tensor:
     """`name`'s weight, and its bias where the part has one."""
-    return k.linear(x_TD, w[f"{name}.weight"], w.get(f"{name}.bias"))
+    return k.linear(x_TD, w[f"{name}.weight"], plain_or_none(w, f"{name}.bias"))
 
 
 def _project_heads(
@@ -96,8 +97,8 @@ def _project_heads(
 ) -> Projected:
     q, key, value = (linear(k, w, f"{name}_proj", h_TD) for name in "qkv")
     if attention.qk_norm == "full":
-        q = k.normalise(norm, w["q_norm.weight"], None, q)
-        key = k.normalise(norm, w["k_norm.weight"], None, key)
+        q = k.normalise(norm, plain(w, "q_norm.weight"), None, q)
+        key = k.normalise(norm, plain(w, "k_norm.weight"), None, key)
     if attention.clip_qkv is not None:
         limit = attention.clip_qkv
         q, key, value = (x.clamp(-limit, limit) for x in (q, key, value))
@@ -105,8 +106,8 @@ def _project_heads(
     kv_heads = (len(h_TD), attention.num_kv_heads, attention.head_dim)
     q_THd, key_TKd, value_TKd = q.view(q_heads), key.view(kv_heads), value.view(kv_heads)
     if attention.qk_norm == "head":
-        q_THd = k.normalise(norm, w["q_norm.weight"], None, q_THd)
-        key_TKd = k.normalise(norm, w["k_norm.weight"], None, key_TKd)
+        q_THd = k.normalise(norm, plain(w, "q_norm.weight"), None, q_THd)
+        key_TKd = k.normalise(norm, plain(w, "k_norm.weight"), None, key_TKd)
     if attention.rope is not None:
         assert cos_Tr is not None and sin_Tr is not None, "rotary attention needs cos and sin"
         q_THd = k.rotate(q_THd, cos_Tr, sin_Tr, attention.rope)
@@ -129,20 +130,27 @@ def _project_latent(
     if attention.q_lora_rank is None:
         q = linear(k, w, "q_proj", h_TD)
     else:
-        low = k.normalise(latent_norm, w["q_a_norm.weight"], None, linear(k, w, "q_a_proj", h_TD))
+        low = linear(k, w, "q_a_proj", h_TD)
+        low = k.normalise(latent_norm, plain(w, "q_a_norm.weight"), None, low)
         q = linear(k, w, "q_b_proj", low)
     q_nope, q_rot = torch.split(
         q.view(len(h_TD), attention.num_heads, attention.nope_dim + attention.rope.dim),
         [attention.nope_dim, attention.rope.dim],
         dim=-1,
     )
-    q_THc = k.batched_linear(q_nope, w["k_up.weight"].transpose(1, 2))
+    q_THc = k.batched_linear(q_nope, _heads(w, "k_up.weight").transpose(1, 2))
     q_rot = k.rotate(q_rot, cos_Tr, sin_Tr, attention.rope)
     latent, key_rot = torch.split(
         linear(k, w, "kv_a_proj", h_TD), [attention.kv_lora_rank, attention.rope.dim], dim=-1
     )
-    latent = k.normalise(latent_norm, w["kv_a_norm.weight"], None, latent)
+    latent = k.normalise(latent_norm, plain(w, "kv_a_norm.weight"), None, latent)
     key_rot = k.rotate(key_rot[:, None], cos_Tr, sin_Tr, attention.rope)
     key = torch.cat((latent[:, None], key_rot), dim=-1)
     value = key[..., : attention.kv_lora_rank]
     return Projected(torch.cat((q_THc, q_rot), dim=-1), key, value, None)
+
+
+def _heads(w: Tensors, name: str) -> torch.Tensor | PackedStack:
+    matrices = w[name]
+    assert not isinstance(matrices, Packed), f"{name}: a matrix for each head"
+    return matrices

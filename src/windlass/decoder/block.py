@@ -10,6 +10,7 @@ import torch
 
 from windlass.decoder.attention import Projected, attention_output, project
 from windlass.kernels.base import Kernels, Tensors
+from windlass.packed import Weight, plain, plain_or_none
 from windlass.spec.model import Gqa, Mla, ModelSpec
 
 
@@ -20,7 +21,7 @@ def embed(spec: ModelSpec, rows_TD: torch.Tensor) -> torch.Tensor:
 
 def attention_input(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
     """What any kind of attention of a block reads: normalised hidden states."""
-    return k.normalise(spec.norm, w["input_norm.weight"], w.get("input_norm.bias"), x_TD)
+    return _norm(k, spec, w, "input_norm", x_TD)
 
 
 def pre_attention(
@@ -52,7 +53,7 @@ def post_attention(
 
 def ffn_input(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
     """What router, experts, shared expert or dense network of a block read."""
-    return k.normalise(spec.norm, w["post_norm.weight"], w.get("post_norm.bias"), x_TD)
+    return _norm(k, spec, w, "post_norm", x_TD)
 
 
 def residual(spec: ModelSpec, x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
@@ -63,16 +64,21 @@ def residual(spec: ModelSpec, x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.T
 
 def final_norm(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
     """What the head reads."""
-    return k.normalise(spec.norm, w["norm.weight"], w.get("norm.bias"), x_TD)
+    return _norm(k, spec, w, "norm", x_TD)
 
 
 def logits(
     k: Kernels,
     spec: ModelSpec,
-    weight_VD: torch.Tensor,
+    weight_VD: Weight,
     bias_V: torch.Tensor | None,
     h_TD: torch.Tensor,
 ) -> torch.Tensor:
     """Logits of one chunk of the vocabulary; `bias_V` is that chunk's range of `head_bias`."""
     bias_V = None if bias_V is None else bias_V.float()
     return k.linear(h_TD, weight_VD, bias_V) / spec.logit_divisor
+
+
+def _norm(k: Kernels, spec: ModelSpec, w: Tensors, name: str, x_TD: torch.Tensor) -> torch.Tensor:
+    weight, bias = plain(w, f"{name}.weight"), plain_or_none(w, f"{name}.bias")
+    return k.normalise(spec.norm, weight, bias, x_TD)

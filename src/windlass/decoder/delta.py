@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from windlass.kernels.base import Kernels, Tensors
+from windlass.packed import plain
 from windlass.spec.model import GatedDelta
 
 CHUNK = 64  # positions; where a prompt is cut between passes, the cut is at a multiple of this
@@ -108,13 +109,13 @@ def _project(
 ) -> _Inputs:
     names = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
     mixed_TC = torch.cat([kernels.linear(h_TD, w[name]) for name in names], dim=-1)
-    mixed_TC = _convolve(mixed_TC, w["conv.weight"].float(), segments, conv_state)
+    mixed_TC = _convolve(mixed_TC, plain(w, "conv.weight").float(), segments, conv_state)
     mixed_TC = kernels.pointwise(F.silu, mixed_TC)
     width = spec.num_k_heads * spec.k_head_dim
     q, k, v = mixed_TC[:, :width], mixed_TC[:, width : 2 * width], mixed_TC[:, 2 * width :]
     head = (-1, spec.num_k_heads, spec.k_head_dim)
-    step_TH = kernels.linear(h_TD, w["a_proj.weight"]) + w["dt_bias"].float()
-    rate_H = kernels.pointwise(torch.exp, w["a_log"].float())
+    step_TH = kernels.linear(h_TD, w["a_proj.weight"]) + plain(w, "dt_bias").float()
+    rate_H = kernels.pointwise(torch.exp, plain(w, "a_log").float())
     return _Inputs(
         q_nGd=_unit(q.reshape(head)) / math.sqrt(spec.k_head_dim),
         k_nGd=_unit(k.reshape(head)),
@@ -219,5 +220,7 @@ def _output(
 ) -> torch.Tensor:
     gate_TC = kernels.pointwise(F.silu, kernels.linear(h_TD, w["z_proj.weight"]))
     mean_TH1 = (out_THv * out_THv).mean(dim=-1, keepdim=True)
-    normed_THv = out_THv / torch.sqrt(mean_TH1 + spec.norm_eps) * w["out_norm.weight"].float()
+    normed_THv = (
+        out_THv / torch.sqrt(mean_TH1 + spec.norm_eps) * plain(w, "out_norm.weight").float()
+    )
     return kernels.linear(normed_THv.flatten(1) * gate_TC, w["o_proj.weight"])

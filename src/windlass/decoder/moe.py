@@ -10,6 +10,7 @@ import torch
 
 from windlass.decoder.attention import linear
 from windlass.kernels.base import Kernels, Tensors
+from windlass.packed import plain
 from windlass.spec.model import (
     Ffn,
     Groups,
@@ -65,7 +66,7 @@ def dense_ffn(k: Kernels, ffn: Ffn, w: Tensors, h_TD: torch.Tensor) -> torch.Ten
 
 
 def _select_bias(routing: SoftmaxTopK | SigmoidTopK, w: Tensors) -> torch.Tensor | None:
-    return w["router.select_bias"].float() if routing.select_bias else None
+    return plain(w, "router.select_bias").float() if routing.select_bias else None
 
 
 def _choose(

@@ -82,6 +82,7 @@ class Choice:
     stop_reason: str | int | None = None
     cumulative_logprob: float = 0.0
     logprobs: LogprobLog = field(default_factory=LogprobLog)
+    prompt_logprobs: dict[int, float] = field(default_factory=dict)  # of the token at a position
 
     @property
     def request(self) -> Request:
@@ -98,6 +99,11 @@ class Choice:
     @property
     def max_total(self) -> int:
         return self.queued.max_total
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether its pass gives log-probabilities of the prompt: those of all choices are one."""
+        return self.request.params.prompt_logprobs is not None and self.queued.index == 0
 
     @property
     def in_prompt(self) -> bool:
@@ -146,6 +152,17 @@ class Choice:
         if self.finish_reason is not None and self.text is not None:
             new_text += self.text.finish()
         return new_text
+
+    def prompt_output(self, tokenizer: Tokenizer) -> tuple[LogprobsOfStep | None, ...] | None:
+        """Of each prompt token but the first, which follows nothing; None if not asked for. Ranks
+        are not known."""
+        if not self.scores_prompt:
+            return None
+        found = self.prompt_logprobs
+        return tuple(
+            Sampled(token, found[place]).as_logprobs(tokenizer.token_bytes) if place else None
+            for place, token in enumerate(self.request.prompt_token_ids)
+        )
 
     def output(self, tokenizer: Tokenizer) -> CompletionOutput:
         """The choice as it stands."""

@@ -6,7 +6,7 @@ Knows no files and no HTTP. Fronts add requests and call `step`; results come ba
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -25,9 +25,10 @@ from windlass.memory.weights import WeightStore
 from windlass.params import SamplingParams
 from windlass.plan import Plan
 from windlass.schedule.batch import Batch, make_batch
+from windlass.schedule.runtime import Outcome
 from windlass.trace import Tracer
 
-RunPass = Callable[[Batch], torch.Tensor]
+RunPass = Callable[[Batch], Outcome]
 
 
 @dataclass(slots=True)
@@ -179,29 +180,32 @@ class Engine:
                 [row.segment for row in rows], micro_batch_tokens=self.plan.micro_batch_tokens
             )
             with torch.inference_mode():
-                logits_RV = self._run_pass(batch)
+                outcome = self._run_pass(batch)
             self._passes += 1
-            with self._tracer.span("sample", rows=len(logits_RV)):
-                result = self._take(rows, logits_RV)
+            with self._tracer.span("sample", rows=len(outcome.logits)):
+                result = self._take(rows, outcome)
         self._pass_s += time.perf_counter() - begin
         stats = self._weights.stats()
         self._tracer.counter("rows", rows=batch.num_rows)
         self._tracer.counter("disk", bytes=stats.bytes_read)
         return result
 
-    def _take(self, rows: list[Row], logits_RV: torch.Tensor) -> StepResult:
+    def _take(self, rows: list[Row], outcome: Outcome) -> StepResult:
         finished: list[RequestOutput] = []
         deltas: list[Delta] = []
         taken = 0
+        scores: Iterator[float] = iter(outcome.logprobs.tolist())
         for choice, segment in rows:
             choice.num_computed += segment.num_rows
+            for place, _ in enumerate(segment.targets, segment.first_position + 1):
+                choice.prompt_logprobs[place] = next(scores)
             if segment.is_prompt:
                 self._prompt_tokens += segment.num_rows
             if not segment.wants_logits:
                 continue
             entry = self._open[choice.request.request_id]
             try:
-                deltas.append(choice.advance(logits_RV[taken], self.tokenizer))
+                deltas.append(choice.advance(outcome.logits[taken], self.tokenizer))
                 self._generated_tokens += 1
             except RequestError as error:  # this request alone fails: constraints left no token
                 choice.finish_reason, entry.failure = "error", error
@@ -225,6 +229,7 @@ class Engine:
             prompt=None,
             prompt_token_ids=request.prompt_token_ids,
             outputs=outputs,
+            prompt_logprobs=entry.choices[0].prompt_output(self.tokenizer),
             metrics=RequestMetrics(
                 arrival_time=entry.arrival,
                 first_token_time=entry.first_token,

@@ -57,7 +57,7 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     outputs: tuple[CompletionOutput, ...]
     finished: bool = True
-    prompt_logprobs: None = None
+    prompt_logprobs: tuple[LogprobsOfStep | None, ...] | None = None  # of the first token: None
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0
     error: str | None = None

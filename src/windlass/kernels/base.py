@@ -5,17 +5,15 @@ I intermediate, H query heads, K key/value heads, d head dim, v value dim, N row
 P pages, B tokens of a page, S sequences.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
-from windlass.packed import Packed
+from windlass.packed import PackedStack, Weight
+from windlass.packed import Tensors as Tensors
 from windlass.spec.model import Activation, Norm, Rope
-
-Matrix = torch.Tensor | Packed
-Tensors = Mapping[str, Matrix]
 
 
 class ExpertRows(NamedTuple):
@@ -53,7 +51,8 @@ class AttentionOptions:
 
 
 class Kernels(Protocol):
-    """Activations are fp32; weights come in their stored type, possibly as strided views."""
+    """Activations are fp32; weights come in their stored type, possibly as strided views, and
+    quantised ones packed as they are."""
 
     @property
     def name(self) -> str:
@@ -61,12 +60,14 @@ class Kernels(Protocol):
         ...
 
     def linear(
-        self, x_TD: torch.Tensor, w: Matrix, bias_E: torch.Tensor | None = None
+        self, x_TD: torch.Tensor, w: Weight, bias_E: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x @ w.T + bias -> (T, E). `w` is (E, D), or (g, n, D) with E = g n."""
         ...
 
-    def batched_linear(self, x_THa: torch.Tensor, w_Hba: torch.Tensor) -> torch.Tensor:
+    def batched_linear(
+        self, x_THa: torch.Tensor, w_Hba: torch.Tensor | PackedStack
+    ) -> torch.Tensor:
         """One matrix per head: (T, H, a) x (H, b, a) -> (T, H, b)."""
         ...
 

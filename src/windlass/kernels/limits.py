@@ -3,6 +3,7 @@
 from windlass.units import MIB
 
 TILE_BYTES = 8 * MIB  # of widened weights; measured flat between 4 and 16 MiB
+UNPACK_BYTES = MIB // 2  # of a packed matrix's elements that are dequantised at once
 PROBE_BYTES = 8 * MIB  # of the rows and results with which a shape's row counts are compared
 TILE_ROWS = 32  # prompt rows that attention takes together
 BLOCK_PAGES = 2  # pages of keys that it takes at once

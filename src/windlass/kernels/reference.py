@@ -1,19 +1,23 @@
-"""Torch kernels: stored weights are widened to fp32 tile by tile and multiplied by the BLAS.
+"""Torch kernels: stored weights are widened to fp32, packed ones dequantised, tile by tile, and
+multiplied by the BLAS.
 
 A tile of widened weights stays in the last-level cache, is filled once per call and used by all
 row blocks. Sums of a row never depend on other rows: products go through a `RowLadder`,
 transcendental functions through `pointwise`. Shape legend: kernels/base.py.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from windlass.kernels import rowwise
 from windlass.kernels.attention import paged_attention
 from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows, Tensors
-from windlass.kernels.limits import TILE_BYTES
+from windlass.kernels.dequantise import dequantise
+from windlass.kernels.limits import TILE_BYTES, UNPACK_BYTES
 from windlass.kernels.rows import RowLadder, pad_rows, padded_width
+from windlass.packed import Packed, PackedStack, Weight, plain_or_none
 from windlass.spec.model import Activation, ClampedSwiGlu, Norm, Rope
 from windlass.units import round_up
 
@@ -37,7 +41,9 @@ def _batched_matmul(x_HTa: torch.Tensor, w_Hba: torch.Tensor) -> torch.Tensor:
 class TorchKernels:
     """Implements `Kernels` on a CPU. Owns one scratch tile; used by one thread at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, bf16_rows: bool = False) -> None:
+        """`bf16_rows`: products round their rows to bf16 before they multiply."""
+        self._bf16_rows = bf16_rows
         self._rows = RowLadder(_matmul)
         self._batched_rows = RowLadder(_batched_matmul)
         self._scratch = torch.empty(TILE_BYTES // 4)
@@ -47,13 +53,13 @@ class TorchKernels:
         return "torch"
 
     def linear(
-        self, x_TD: torch.Tensor, w: torch.Tensor, bias_E: torch.Tensor | None = None
+        self, x_TD: torch.Tensor, w: Weight, bias_E: torch.Tensor | None = None
     ) -> torch.Tensor:
+        x_TD = self._narrow(x_TD)
         num_rows, width = x_TD.shape
-        out_TE = x_TD.new_empty(num_rows, w.numel() // width)
+        out_TE = x_TD.new_empty(num_rows, math.prod(w.shape[:-1]))
         column = 0
-        for tile in _tiles(w, width):
-            w_ED = self._widen(tile, width)
+        for w_ED in self._wide_tiles(w, width):
             features = w_ED.shape[0]
             for first, last, count in self._rows.blocks(num_rows, tuple(w_ED.shape)):
                 y = _matmul(pad_rows(x_TD[first:last], count), w_ED)
@@ -61,7 +67,9 @@ class TorchKernels:
             column += features
         return out_TE if bias_E is None else out_TE.add_(bias_E.float())
 
-    def batched_linear(self, x_THa: torch.Tensor, w_Hba: torch.Tensor) -> torch.Tensor:
+    def batched_linear(
+        self, x_THa: torch.Tensor, w_Hba: torch.Tensor | PackedStack
+    ) -> torch.Tensor:
         num_rows, heads, width = x_THa.shape
         features = w_Hba.shape[1]
         out_HTb = x_THa.new_empty(heads, num_rows, features)
@@ -69,17 +77,17 @@ class TorchKernels:
         step = max(1, TILE_BYTES // (4 * width * features))
         for head in range(0, heads, step):
             group = slice(head, min(head + step, heads))
-            w = pad_rows(w_Hba[group].float(), features)
+            w = pad_rows(_wide_heads(w_Hba, group), features)
             for first, last, count in self._batched_rows.blocks(num_rows, tuple(w.shape)):
                 y = _batched_matmul(pad_rows(x_HTa[group, first:last], count), w)
                 out_HTb[group, first:last] = y[:, : last - first]
         return out_HTb.transpose(0, 1)
 
     def expert_ffn(self, x_ND: torch.Tensor, w: Tensors, activation: Activation) -> torch.Tensor:
-        gate_NI = self.linear(x_ND, w["gate"], w.get("gate_bias"))
-        up_NI = self.linear(x_ND, w["up"], w.get("up_bias"))
+        gate_NI = self.linear(x_ND, w["gate"], plain_or_none(w, "gate_bias"))
+        up_NI = self.linear(x_ND, w["up"], plain_or_none(w, "up_bias"))
         hidden_NI = self._activate(gate_NI, up_NI, activation)
-        return self.linear(hidden_NI, w["down"], w.get("down_bias"))
+        return self.linear(hidden_NI, w["down"], plain_or_none(w, "down_bias"))
 
     def experts(
         self,
@@ -136,6 +144,9 @@ class TorchKernels:
     ) -> torch.Tensor:
         return paged_attention(self.pointwise, q_THd, key_PKBd, value_PKBv, work, options)
 
+    def _narrow(self, x: torch.Tensor) -> torch.Tensor:
+        return x.bfloat16().float() if self._bf16_rows else x
+
     def _activate(
         self, gate: torch.Tensor, up: torch.Tensor, activation: Activation
     ) -> torch.Tensor:
@@ -145,17 +156,54 @@ class TorchKernels:
             return (up + 1) * gate * self.pointwise(torch.sigmoid, activation.alpha * gate)
         return self.pointwise(torch.nn.functional.silu, gate).mul_(up)
 
-    def _widen(self, tile: torch.Tensor, width: int) -> torch.Tensor:
-        """fp32 copy (n, padded width) of a tile in the scratch; valid until the next call."""
+    def _wide_tiles(self, w: Weight, width: int) -> Iterator[torch.Tensor]:
+        """fp32 copies (n, padded width) of the weights in the scratch, tile by tile; each valid
+        until the next."""
+        if isinstance(w, PackedStack):
+            for matrix in w.matrices:
+                yield from self._wide_tiles(matrix, width)
+        elif isinstance(w, Packed):
+            rows = max(1, TILE_BYTES // (4 * width))
+            for first in range(0, w.shape[0], rows):
+                yield self._unpack(w, first, min(first + rows, w.shape[0]))
+        else:
+            for tile in _tiles(w, width):
+                view = self._wide(tile.shape[:-1], width)
+                view[..., :width] = tile
+                yield view.view(-1, view.shape[-1])
+
+    def _unpack(self, w: Packed, first: int, last: int) -> torch.Tensor:
+        width = w.shape[1]
+        view = self._wide((last - first,), width)
+        # in steps: what dequantising makes on the way is several times as large as its result
+        step = max(1, UNPACK_BYTES // (4 * width))
+        for row in range(first, last, step):
+            end = min(row + step, last)
+            view[row - first : end - first, :width] = dequantise(w, row, end)
+        return view
+
+    def _wide(self, outer: tuple[int, ...], width: int) -> torch.Tensor:
+        """The scratch as (*outer, padded width), zeros beyond `width`."""
         wide = padded_width(width)
-        size = tile.numel() // width * wide
+        size = math.prod(outer) * wide
         if size > self._scratch.numel():  # one output row wider than the tile
             self._scratch = torch.empty(size)
-        view = self._scratch[:size].view(*tile.shape[:-1], wide)
-        view[..., :width] = tile
+        view = self._scratch[:size].view(*outer, wide)
         if wide != width:
             view[..., width:] = 0
-        return view.view(-1, wide)
+        return view
+
+
+def _wide_heads(w_Hba: Weight, heads: slice) -> torch.Tensor:
+    """fp32 matrices of some heads."""
+    if isinstance(w_Hba, torch.Tensor):
+        return w_Hba[heads].float()
+    assert isinstance(w_Hba, PackedStack), "heads of one packed matrix"
+    matrices = w_Hba.matrices[heads]
+    wide = torch.empty(len(matrices), *matrices[0].shape)
+    for view, matrix in zip(wide, matrices, strict=True):
+        view.copy_(dequantise(matrix, 0, matrix.shape[0]))
+    return wide
 
 
 def _tiles(w: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:

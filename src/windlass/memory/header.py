@@ -3,6 +3,7 @@ everything a header can get wrong; knows no model and needs no torch."""
 
 import json
 import struct
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,32 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
             )
         found[name] = shards[file][name]
     return found
+
+
+def encode_header(tensors: Sequence[TensorInfo]) -> bytes:
+    """The beginning of a file that holds `tensors`, whose `begin` and `end` count from where the
+    data begin, which is a multiple of 8."""
+    entries: dict[str, Any] = {
+        info.name: {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [info.begin, info.end],
+        }
+        for info in tensors
+    }
+    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sorts layer 2 before layer 10, and the tensors of an expert side by side."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def shard_name(index: int, count: int) -> str:
+    """Of the `index`th of `count` weight files, as the hub calls them."""
+    return SINGLE_FILE if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def _read_index(folder: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from windlass.device.base import ALIGN_BYTES
 from windlass.errors import CheckpointError
 from windlass.ids import Part, WeightKey
 from windlass.spec.layout import ITEM_BYTES
-from windlass.spec.names import Layout, Piece, TensorInfo, ViewOp
+from windlass.spec.names import Layout, PackedShape, Piece, Role, TensorInfo, ViewOp
 from windlass.units import KIB, round_up
 
 # Reading a small gap costs less than a second read: 64 KiB take 30 us at 2 GB/s.
@@ -28,7 +28,8 @@ class Read(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One canonical tensor inside a slot. `at` is any byte offset."""
+    """One canonical tensor inside a slot, or one tensor of a packed matrix. `at` is any byte
+    offset."""
 
     name: str
     at: int
@@ -36,6 +37,8 @@ class Placement:
     dtype: str
     shape: tuple[int, ...]
     ops: tuple[ViewOp, ...]
+    role: Role
+    packed: PackedShape | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,8 @@ def make_recipe(key: WeightKey, layout: Layout, tensors: Mapping[str, TensorInfo
                 dtype=tensors[piece.tensor].dtype,
                 shape=piece.shape,
                 ops=piece.ops,
+                role=piece.role,
+                packed=piece.packed,
             )
         )
     return Recipe(reads, tuple(placements), sum(read.num_bytes for read in reads))

@@ -1,21 +1,40 @@
-"""Canonical tensors over the bytes of a slot. Pure functions; the only place where stored bytes get
-a type."""
+"""Canonical tensors and packed matrices over the bytes of a slot. Pure functions; the only place
+where stored bytes get a type."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
+from windlass.errors import CheckpointError
 from windlass.memory.recipe import Placement, Recipe
-from windlass.packed import StoredTensors
+from windlass.packed import Packed, PackedStack, StoredTensors, Weight
 from windlass.spec.layout import ITEM_BYTES
-from windlass.spec.names import Layout, Reshape, Take, TensorInfo, Transpose, ViewOp
+from windlass.spec.names import (
+    Layout,
+    PackedShape,
+    Reshape,
+    Role,
+    Take,
+    TensorInfo,
+    Transpose,
+    ViewOp,
+)
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.uint8,  # exponents
+    "U8": torch.uint8,
+    "I32": torch.int32,
+}
 
 
 class Views(NamedTuple):
-    """Tensors by canonical name. `has_copies`: some of them own memory outside the slot."""
+    """Tensors and packed matrices by canonical name. `has_copies`: some of them own memory outside
+    the slot."""
 
     tensors: StoredTensors
     has_copies: bool
@@ -45,14 +64,70 @@ def make_views(recipe: Recipe, memory: torch.Tensor) -> Views:
     """All tensors of a part whose bytes are in `memory` (uint8). Only a tensor that begins at a
     place where torch cannot view its type (odd, in effect) is copied."""
     tensors = StoredTensors()
+    parts: dict[str, dict[Role, torch.Tensor]] = {}
+    shapes: dict[str, PackedShape] = {}
     has_copies = False
     for place in recipe.placements:
         stored = memory[place.at : place.at + place.num_bytes]
         if stored.storage_offset() % ITEM_BYTES[place.dtype]:
             stored = stored.clone()
             has_copies = True
-        tensors[place.name] = _canonical(stored, place)
+        tensor = _canonical(stored, place)
+        if place.packed is None:
+            tensors[place.name] = tensor
+        else:
+            shapes[place.name] = place.packed
+            parts.setdefault(place.name, {})[place.role] = tensor
+    for name, shape in shapes.items():
+        tensors[name] = _packed(name, shape, parts[name])
     return Views(tensors, has_copies)
+
+
+def _packed(name: str, shape: PackedShape, tensors: dict[Role, torch.Tensor]) -> Weight:
+    """One matrix, or one for each head, over the views of its tensors."""
+    if "groups" in tensors:
+        scales = tensors["scales"].shape
+        by_rows = shape.format.packing == "rows"
+        _check_groups(name, tensors["groups"], scales[-1] if by_rows else scales[0])
+    if len(shape.shape) == 2:
+        return _matrix(shape, tensors)
+    by_rows = shape.format.packing == "rows"
+    # tensors without heads belong to all of them
+    heads = {
+        role: t.unbind(0 if by_rows else 1) if t.dim() == 3 else (t,) * shape.shape[0]
+        for role, t in tensors.items()
+    }
+    return PackedStack(
+        tuple(
+            _matrix(shape, {role: views[i] for role, views in heads.items()})
+            for i in range(shape.shape[0])
+        )
+    )
+
+
+def _matrix(shape: PackedShape, tensors: dict[Role, torch.Tensor]) -> Packed:
+    codes, scales = tensors["codes"], tensors["scales"]
+    if shape.format.packing != "rows":
+        scales = scales.t()
+    elif codes.dtype == torch.int32:
+        codes = codes.view(torch.uint8)
+    return Packed(
+        format=shape.format,
+        shape=(shape.shape[-2], shape.shape[-1]),
+        codes=codes,
+        scales=scales,
+        zeros=tensors.get("zeros"),
+        groups=tensors.get("groups"),
+    )
+
+
+def _check_groups(name: str, groups: torch.Tensor, num_groups: int) -> None:
+    """Kernels trust the numbers of groups."""
+    least, most = int(groups.min()), int(groups.max())
+    if least < 0 or most >= num_groups:
+        raise CheckpointError(
+            f"groups of {name}: found {least} to {most}, allowed 0 to {num_groups - 1}"
+        )
 
 
 def _canonical(stored: torch.Tensor, place: Placement) -> torch.Tensor:

@@ -4,8 +4,6 @@ what weights are for, nor which of them matter (the policy and the wishes say th
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import Self
 
 import torch
 
@@ -14,97 +12,19 @@ from windlass.errors import BudgetError
 from windlass.ids import Part, WeightKey
 from windlass.memory.checkpoint import WeightSource
 from windlass.memory.eviction import EvictionPolicy
+from windlass.memory.leases import Arrivals as Arrivals
+from windlass.memory.leases import Lease as Lease
 from windlass.memory.recipe import slot_bytes as slot_bytes
 from windlass.memory.residency import Entry, Residency
 from windlass.memory.rows import RowReader
 from windlass.memory.stats import StoreStats as StoreStats
 from windlass.memory.transfer import BLOCK_BYTES, Priority, State, TransferQueue
-from windlass.memory.views import make_views
+from windlass.memory.views import copied_bytes, make_views
 from windlass.memory.visit import Visit
 from windlass.memory.wishes import Wish as Wish
 from windlass.memory.wishes import WishList
 from windlass.spec.names import Layout
 from windlass.trace import Tracer
-
-
-class Lease:
-    """The right to read one resident part until `release`. A context manager."""
-
-    __slots__ = ("key", "_store", "_entry", "_tensors")
-
-    def __init__(
-        self, store: "WeightStore", entry: Entry, tensors: Mapping[str, torch.Tensor]
-    ) -> None:
-        self.key = entry.key
-        self._store = store
-        self._entry: Entry | None = entry
-        self._tensors = tensors
-
-    @property
-    def tensors(self) -> Mapping[str, torch.Tensor]:
-        """Canonical tensors by name, in their stored type, over the slot's memory."""
-        assert self._entry is not None, f"{self.key} is read after its lease was released"
-        return self._tensors
-
-    def release(self) -> None:
-        """Lets the part be evicted. Idempotent."""
-        entry, self._entry = self._entry, None
-        if entry is not None:
-            self._tensors = {}
-            self._store._release(entry)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
-
-
-class Arrivals:
-    """Iterator of leases in the order in which their parts become resident. The lease given out is
-    released when the next is asked for; `close`, or dropping the iterator, gives up the rest. `ready`
-    takes more at once."""
-
-    def __init__(self, store: "WeightStore", visit: Visit) -> None:
-        self._store = store
-        self._visit = visit
-        self._leases: list[Lease] = []
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Lease:
-        self._release()
-        lease = self._store._next(self._visit)
-        if lease is None:
-            raise StopIteration
-        self._leases.append(lease)
-        return lease
-
-    def ready(self, limit: int) -> list[Lease]:
-        """Up to `limit` further leases, of parts that need no waiting; released with the one that
-        `next` gave."""
-        more = self._store._ready(self._visit, limit)
-        self._leases += more
-        return more
-
-    def close(self) -> None:
-        """Releases the current leases and demands the rest no more. Idempotent."""
-        self._release()
-        self._store._abandon(self._visit)
-
-    def _release(self) -> None:
-        while self._leases:
-            self._leases.pop().release()
-
-    def __del__(self) -> None:
-        # The collector may run inside the store itself, so the store cleans up when it next can.
-        self._store._dropped.append((self._visit, self._leases))
 
 
 class WeightStore:
@@ -134,6 +54,11 @@ class WeightStore:
             source, device, block_bytes=block_bytes, on_room=self._pump, tracer=tracer
         )
         self._changed = self._queue.changed
+        num_experts = len(layout.keys(Part.EXPERT))
+        if not self._resident.fits(Part.EXPERT):
+            num_experts = max(1, slots.get(Part.EXPERT, 0) // 4)
+        # copies are outside the slots, and planned for one part
+        self._group_size = 1 if copied_bytes(layout, source.tensors) else num_experts
         self._rows: dict[WeightKey, RowReader] = {}
         if Part.EMBED not in self._resident:
             for key in layout.keys(Part.EMBED):
@@ -154,6 +79,11 @@ class WeightStore:
     def fits(self, part: Part) -> bool:
         """Whether all parts of this kind have slots: then they stay resident once read."""
         return self._resident.fits(part)
+
+    @property
+    def group_size(self) -> int:
+        """Experts to lease at once: a quarter of the slots, so that the link has others to fill."""
+        return self._group_size
 
     @property
     def keeps_all(self) -> bool:
@@ -289,7 +219,7 @@ class WeightStore:
     def _ready(self, visit: Visit, limit: int) -> list[Lease]:
         """Leases of what `visit` need not wait for, at most `limit`."""
         with self._changed:
-            leases = []
+            leases: list[Lease] = []
             while visit.ready and len(leases) < limit:
                 entry = self._resident.entries[visit.ready.popleft()]
                 entry.visits.remove(visit)

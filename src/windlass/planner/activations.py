@@ -3,16 +3,21 @@
 Mirrors schedule/on_device.py and the kernels; a test compares with measured peaks.
 """
 
-from windlass.kernels.limits import PROBE_BYTES, TILE_BYTES, attention_scratch_bytes
+from windlass.kernels.limits import (
+    PROBE_BYTES,
+    TILE_BYTES,
+    UNPACK_BYTES,
+    attention_scratch_bytes,
+)
 from windlass.spec.model import Attention, Ffn, GatedDelta, Gqa, Mla, ModelSpec, Moe
 from windlass.units import MIB
 
 _F32 = 4
 # malloc rounds, torch keeps small blocks, padded copies of one row block live for a moment
 _SLACK = 1.15
-# One widened tile; the rows, moved rows, results and weights of a row-count comparison; the rest is
-# what Python and the allocator take while a job runs.
-_SCRATCH_BYTES = TILE_BYTES + 4 * PROBE_BYTES + 12 * MIB
+# One widened tile and what unpacking into it makes; the rows, moved rows, results and weights of a
+# row-count comparison; the rest is what Python and the allocator take while a job runs.
+_SCRATCH_BYTES = TILE_BYTES + 8 * UNPACK_BYTES + 4 * PROBE_BYTES + 12 * MIB
 
 
 def activation_bytes(

@@ -19,6 +19,7 @@ class Segment:
     is_prompt: bool
     long_rope: bool
     wants_logits: bool  # of the last row
+    targets: tuple[int, ...] = ()  # tokens whose log-probability after the first rows is wanted
 
     @property
     def num_rows(self) -> int:
@@ -51,6 +52,21 @@ class Batch:
             if segment.wants_logits:
                 rows.append(first - 1)
         return rows
+
+    @property
+    def scored_rows(self) -> list[int]:
+        """Rows after which the log-probability of a token is wanted, in segment order."""
+        rows: list[int] = []
+        first = 0
+        for segment in self.segments:
+            rows.extend(range(first, first + len(segment.targets)))
+            first += segment.num_rows
+        return rows
+
+    @property
+    def targets(self) -> list[int]:
+        """Those tokens, one for each of `scored_rows`."""
+        return [token for segment in self.segments for token in segment.targets]
 
 
 def make_batch(segments: list[Segment], *, micro_batch_tokens: int) -> Batch:

@@ -6,6 +6,7 @@ import torch
 
 from windlass.ids import Part, WeightKey
 from windlass.memory.weights import WeightStore
+from windlass.packed import plain
 
 _EMBED = WeightKey(Part.EMBED)
 
@@ -21,4 +22,4 @@ class EmbeddingRows:
         if not self._weights.fits(Part.EMBED):
             return self._weights.read_rows(_EMBED, token_ids)
         with self._weights.lease(_EMBED) as lease:
-            return lease.tensors["weight"][torch.tensor(token_ids)]
+            return plain(lease.tensors, "weight")[torch.tensor(token_ids)]

@@ -17,16 +17,21 @@ from windlass.decoder.delta import Segment as DeltaSegment
 from windlass.decoder.delta import delta_attention
 from windlass.decoder.moe import dense_ffn, route, shared_expert
 from windlass.decoder.rope import RopeTable
+from windlass.decoder.score import RunningLogprobs
+from windlass.device.host import empty
 from windlass.ids import Part, WeightKey
 from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows, Kernels
 from windlass.memory.kv import KvStore
 from windlass.memory.weights import Lease, WeightStore
+from windlass.packed import plain
 from windlass.schedule.announce import Announcer, PassForecast
-from windlass.schedule.batch import Batch, MicroBatch
+from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
 from windlass.schedule.embedding import EmbeddingRows
-from windlass.schedule.runtime import Routed
+from windlass.schedule.runtime import Outcome, Routed
 from windlass.spec.model import GatedDelta, Gqa, Mla, ModelSpec, Moe, Rope
 from windlass.trace import Tracer
+
+_SCORE_BYTES = 8 << 20  # of logits that only a score is taken of
 
 
 class _Rows(NamedTuple):
@@ -48,6 +53,8 @@ class _Final:
     h_RD: torch.Tensor
     logits_RV: torch.Tensor
     bias_V: torch.Tensor | None
+    scores: RunningLogprobs
+    h_SD: torch.Tensor  # rows whose targets are scored
     column: int
 
 
@@ -65,10 +72,7 @@ class DeviceRuntime:
         announcer: Announcer,
         forecast: PassForecast,
         tracer: Tracer,
-        group_size: int,
     ) -> None:
-        """`group_size`: experts that may be leased at once."""
-        self._group_size = group_size
         self._spec = spec
         self._kernels = kernels
         self._weights = weights
@@ -79,6 +83,7 @@ class DeviceRuntime:
         self._tracer = tracer
         self._ropes = {rope: RopeTable(rope) for rope in ropes(spec)}
         self._places: dict[int, _Places] = {}
+        self._outputs: torch.Tensor | None = None
 
     # --- weights ----------------------------------------------------------------------------------
 
@@ -88,7 +93,7 @@ class DeviceRuntime:
     def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[list[Lease]]:
         arriving = self._weights.arrivals(keys)
         for lease in arriving:
-            yield [lease, *arriving.ready(self._group_size - 1)]
+            yield [lease, *arriving.ready(self._weights.group_size - 1)]
 
     def announce(self, layer: int) -> None:
         self._announcer.enter(layer)
@@ -131,10 +136,17 @@ class DeviceRuntime:
         bounds = [0]
         for count in counts:
             bounds.append(bounds[-1] + count)
-        outputs = h_TD.new_empty(len(flat), h_TD.shape[1])
+        outputs = self._expert_outputs(len(flat), h_TD.shape[1])
         experts = tuple(expert for expert, count in enumerate(counts) if count)
         rows = order // ids_TA.shape[1]
         return Routed(experts, _Rows(h_TD, weights_TA, order, rows, bounds, outputs, shared))
+
+    def _expert_outputs(self, *shape: int) -> torch.Tensor:
+        """Memory of one layer's expert outputs, the same for all layers of a pass."""
+        if self._outputs is None or self._outputs.shape != shape:
+            self._outputs = None  # freed before the next is made
+            self._outputs = empty(*shape)
+        return self._outputs
 
     def experts(self, layer: int, group: Sequence[Lease], routed: Routed) -> None:
         moe, data = self._spec.blocks[layer].ffn, routed.data
@@ -170,23 +182,33 @@ class DeviceRuntime:
             hidden.copy_(math.residual(self._spec, hidden, y_TD))
 
     def enter_head(self, hidden: torch.Tensor, batch: Batch) -> _Final:
-        rows = batch.logit_rows
+        rows, scored = batch.logit_rows, batch.scored_rows
         with self._weights.lease(WeightKey(Part.FINAL)) as lease:
             h_RD = math.final_norm(self._kernels, self._spec, lease.tensors, hidden[rows])
-            bias_V = lease.tensors["head_bias"].clone() if self._spec.head_bias else None
-        return _Final(h_RD, h_RD.new_empty(len(rows), self._spec.vocab_size), bias_V, 0)
+            h_SD = math.final_norm(self._kernels, self._spec, lease.tensors, hidden[scored])
+            bias_V = plain(lease.tensors, "head_bias").clone() if self._spec.head_bias else None
+        logits_RV = h_RD.new_empty(len(rows), self._spec.vocab_size)
+        return _Final(h_RD, logits_RV, bias_V, RunningLogprobs(batch.targets), h_SD, 0)
 
     def head(self, weights: Lease, final: _Final) -> None:
         w_VD = weights.tensors["weight"]
-        part = slice(final.column, final.column + len(w_VD))
+        part = slice(final.column, final.column + w_VD.shape[0])
         with self._tracer.span("head", rows=len(final.h_RD), chunk=weights.key.index):
             bias = None if final.bias_V is None else final.bias_V[part]
-            logits = math.logits(self._kernels, self._spec, w_VD, bias, final.h_RD)
-            final.logits_RV[:, part] = logits
+            if len(final.h_RD):
+                logits = math.logits(self._kernels, self._spec, w_VD, bias, final.h_RD)
+                final.logits_RV[:, part] = logits
+            # a few rows at a time: logits of all of them would be larger than the pass itself
+            step = max(CHUNK_TOKENS, _SCORE_BYTES // (4 * w_VD.shape[0]))
+            for first in range(0, len(final.h_SD), step):
+                rows = slice(first, first + step)
+                logits = math.logits(self._kernels, self._spec, w_VD, bias, final.h_SD[rows])
+                final.scores.add(rows, final.column, logits)
         final.column = part.stop
 
-    def finish(self, final: _Final) -> torch.Tensor:
-        return final.logits_RV
+    def finish(self, final: _Final) -> Outcome:
+        self._outputs = None
+        return Outcome(final.logits_RV, final.scores.logprobs())
 
     # --- attention --------------------------------------------------------------------------------
 
@@ -205,7 +227,7 @@ class DeviceRuntime:
             scale=attention.scale,
             value_dim=value_width(attention),
             window=gqa.window if gqa else None,
-            sinks_H=w["sinks"] if gqa and gqa.sinks else None,
+            sinks_H=plain(w, "sinks") if gqa and gqa.sinks else None,
         )
         key, value = self._kv.paged(layer)
         o_THv = self._kernels.attention(got.q_THd, key, value, places.work, options)

@@ -1,8 +1,8 @@
 """One pass: all rows of a batch through all layers (module-based batching, MoE-Gen section 4).
 
 Attention runs by micro-batch; routing sees all rows at once; each needed expert runs once over all
-of its rows, those in memory first and together, the others as they arrive. Ordinary code over a `Runtime`, which
-decides what is fetched when; nothing here knows a device.
+of its rows, those in memory first and together, the others as they arrive. Ordinary code over a
+`Runtime`, which decides what is fetched when; nothing here knows a device.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from typing import Any
 
 from windlass.ids import Part, WeightKey
 from windlass.schedule.batch import Batch
-from windlass.schedule.runtime import Runtime
+from windlass.schedule.runtime import Outcome, Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,8 @@ class PassShape:
     num_head_chunks: int
 
 
-def run_pass(rt: Runtime, shape: PassShape, batch: Batch) -> Any:
-    """Runs `batch` and returns the logits of `batch.logit_rows`."""
+def run_pass(rt: Runtime, shape: PassShape, batch: Batch) -> Outcome:
+    """Runs `batch`; the logits of `batch.logit_rows`, the scores of `batch.targets`."""
     hidden = rt.begin(batch)
     for layer, is_moe in enumerate(shape.is_moe):
         rt.announce(layer)
@@ -32,7 +32,7 @@ def run_pass(rt: Runtime, shape: PassShape, batch: Batch) -> Any:
             _dense_layer(rt, layer, hidden, batch)
     rt.announce(len(shape.is_moe))
     final = rt.enter_head(hidden, batch)
-    if batch.logit_rows:
+    if batch.logit_rows or batch.scored_rows:
         for key in (WeightKey(Part.HEAD, -1, i) for i in range(shape.num_head_chunks)):
             with rt.lease(key) as weights:
                 rt.head(weights, final)

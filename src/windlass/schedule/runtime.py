@@ -17,6 +17,15 @@ class Routed:
     data: Any
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a pass gives: logits (rows wanted, vocabulary), and the log-probability of each target
+    in segment order."""
+
+    logits: Any
+    logprobs: Any
+
+
 class Runtime(Protocol):
     """About ten calls. Hidden states and leases are opaque to the schedule."""
 
@@ -62,13 +71,13 @@ class Runtime(Protocol):
         ...
 
     def enter_head(self, hidden: Any, batch: Batch) -> Any:
-        """Last norm of the rows whose logits are wanted."""
+        """Last norm of the rows whose logits or scores are wanted."""
         ...
 
     def head(self, weights: Any, final: Any) -> None:
         """Logits of one chunk of the vocabulary."""
         ...
 
-    def finish(self, final: Any) -> Any:
-        """The logits (rows wanted, vocabulary)."""
+    def finish(self, final: Any) -> Outcome:
+        """What the head gave."""
         ...

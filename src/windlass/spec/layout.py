@@ -9,47 +9,53 @@ from typing import NamedTuple
 
 from windlass.errors import CheckpointError
 from windlass.ids import Part, WeightKey
-from windlass.spec.model import Ffn, GatedDelta, ModelSpec
+from windlass.spec.locate import (
+    PLAIN_TYPES,
+    Found,
+    find,
+    is_linear,
+    name_of,
+    scheme_of,
+    trunk_prefix,
+)
+from windlass.spec.model import ModelSpec
 from windlass.spec.names import (
     Layout,
     NameMap,
     Piece,
     Reshape,
     Source,
-    Sources,
     Take,
     TensorInfo,
     Transpose,
     ViewOp,
 )
-from windlass.spec.shapes import (
-    Shapes,
-    block_shapes,
-    ffn_shapes,
-    final_shapes,
-    table_shape,
+from windlass.spec.quantization import Scheme
+from windlass.spec.stored import (
+    RowSet,
+    StoredTensor,
+    is_companion,
+    packed_pieces,
+    row_set,
+    stored_tensors,
+    tensor_name,
+    whole_rows,
 )
+from windlass.spec.wanted import Wanted, all_wanted
 from windlass.units import MIB
 
-ITEM_BYTES: Mapping[str, int] = {"BF16": 2, "F16": 2, "F32": 4}
+ITEM_BYTES: Mapping[str, int] = {
+    "BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I32": 4
+}  # fmt: skip
 
 # Tensors of published checkpoints that text generation does not need. Any other tensor that the
 # spec does not claim means that config.json and weights disagree, which is an error.
 _UNUSED = (
     r"(^|\.)mtp[._]",  # multi-token prediction
     r"\.rotary_emb\.inv_freq$",  # computed, written by old versions of transformers
+    r"\.[qkv]_(scale|zero_point)$",  # of quantised queries, keys and values
     r"^(model\.)?(visual|vision_tower|vision_model|audio_tower|multi_modal_projector)\.",
 )
-
-
-class _Wanted(NamedTuple):
-    """One canonical tensor of one part, and where it may lie."""
-
-    key: WeightKey
-    name: str
-    shape: tuple[int, ...]
-    sources: tuple[Source, ...]
-    num_stacked: int  # experts in a tensor that holds all
 
 
 def build_layout(
@@ -65,109 +71,160 @@ def build_layout(
     Raises CheckpointError for a tensor that is missing, has another shape than the spec says or a
     type that Windlass does not run, and for one that the spec does not use but probably should.
     """
-    prefix = _trunk_prefix(names, tensors)
+    prefix = trunk_prefix(names, tensors)
     parts: dict[WeightKey, list[Piece]] = {}
     claimed: set[str] = set()
-    for wanted in _all_wanted(spec, names):
-        info, source = _find(wanted, prefix, tensors)
-        piece = _piece(wanted, source, info)
-        claimed.add(info.name)
-        pieces = (
-            _row_chunks(piece, info, head_chunk_bytes) if wanted.key.part == Part.HEAD else [piece]
-        )
-        for index, one in enumerate(pieces):
-            key = wanted.key._replace(index=index) if wanted.key.part == Part.HEAD else wanted.key
-            parts.setdefault(key, []).append(one)
+    for wanted in all_wanted(spec, names):
+        found = find(wanted, names, prefix, tensors)
+        for key, pieces in _pieces(wanted, found, tensors, head_chunk_bytes):
+            claimed.update(piece.tensor for piece in pieces)
+            parts.setdefault(key, []).extend(pieces)
     unused = sorted(set(tensors) - claimed)
-    _check_unused(spec, names, prefix, [tensors[name] for name in unused])
-    return Layout({key: tuple(pieces) for key, pieces in parts.items()}, tuple(unused))
+    is_quantised = names.quantization is not None
+    strays = [n for n in unused if not (is_quantised and is_companion(n, claimed))]
+    _check_unused(spec, names, prefix, [tensors[name] for name in strays])
+    layout = Layout({key: tuple(pieces) for key, pieces in parts.items()}, tuple(unused))
+    if names.quantization is not None and not layout.is_quantised:
+        raise CheckpointError(
+            f"config.json says that weights are quantised with {names.quantization.method},"
+            " found no quantised tensor"
+        )
+    return layout
+
+
+class Expected(NamedTuple):
+    """A tensor that a checkpoint should have: plain, or one of those of a quantised matrix."""
+
+    shape: tuple[int, ...]
+    scheme: Scheme | None = None
+    stored: StoredTensor | None = None
+    width: int = 0  # of the matrix
 
 
 def expected_tensors(spec: ModelSpec, names: NameMap) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a checkpoint of this model as the hub has them, from the spec alone."""
-    tensors: dict[str, tuple[int, ...]] = {}
-    for wanted in _all_wanted(spec, names):
+    return {name: expected.shape for name, expected in expected_stored(spec, names).items()}
+
+
+def expected_stored(spec: ModelSpec, names: NameMap) -> dict[str, Expected]:
+    """The same, with how each tensor is stored. Routers and the head are plain."""
+    tensors: dict[str, Expected] = {}
+    for wanted in all_wanted(spec, names):
         source = wanted.sources[0]
-        name, shape = _name(source, names.prefixes[0], wanted.key), _stored_shape(wanted, source)
-        assert tensors.setdefault(name, shape) == shape, f"{name} has two shapes"
+        for name, expected in _expect(wanted, source, names):
+            assert tensors.setdefault(name, expected) == expected, f"{name} has two shapes"
     return tensors
 
 
-# --- what is wanted -------------------------------------------------------------------------------
-
-
-def _all_wanted(spec: ModelSpec, names: NameMap) -> Iterator[_Wanted]:
-    """Every canonical tensor of the model; the whole head as one."""
-    table = {"weight": table_shape(spec)}
-    yield from _wanted(WeightKey(Part.EMBED), table, names.embed)
-    for layer in range(len(spec.blocks)):
-        yield from _wanted_block(spec, names, layer)
-    yield from _wanted(WeightKey(Part.FINAL), final_shapes(spec), names.final)
-    head = names.embed if spec.tied_head else names.head
-    yield from _wanted(WeightKey(Part.HEAD), table, head)
-
-
-def _wanted_block(spec: ModelSpec, names: NameMap, layer: int) -> Iterator[_Wanted]:
-    block, hidden = spec.blocks[layer], spec.hidden_size
-    is_delta = isinstance(block.attention, GatedDelta)
-    sources = {**names.block, **(names.delta if is_delta else names.attention), **names.moe}
-    yield from _wanted(WeightKey(Part.BLOCK, layer), block_shapes(spec, layer), sources)
-    if isinstance(block.ffn, Ffn):
-        shapes = ffn_shapes(block.ffn, hidden)
-        yield from _wanted(WeightKey(Part.FFN, layer), shapes, names.ffn)
+def _expect(wanted: Wanted, source: Source, names: NameMap) -> Iterator[tuple[str, Expected]]:
+    prefix = names.prefixes[0]
+    name = name_of(source, prefix, wanted.key)
+    scheme = scheme_of(wanted, names, prefix, name)
+    if scheme is None or not is_linear(wanted):
+        yield name, Expected(_stored_shape(wanted, source))
         return
-    shapes = ffn_shapes(block.ffn.expert, hidden)
-    num = block.ffn.num_experts
-    for index in range(num):
-        yield from _wanted(WeightKey(Part.EXPERT, layer, index), shapes, names.expert, num)
+    rows = _supported_rows(wanted, source, name, scheme)
+    leading = (wanted.num_stacked,) if source.stacked == "experts" else ()
+    for stored in stored_tensors(scheme, rows.n, rows.k):
+        shape = (*leading, *stored.shapes[0])
+        own = tensor_name(scheme.naming, stored.role, name)
+        yield own, Expected(shape, scheme, stored, rows.k)
 
 
-def _wanted(
-    key: WeightKey, shapes: Shapes, sources: Sources, num_stacked: int = 0
-) -> Iterator[_Wanted]:
-    for name, shape in shapes.items():
-        assert name in sources, f"the name map has no source of {name} in {key}"
-        yield _Wanted(key, name, shape, sources[name], num_stacked)
+# --- what is read of it ---------------------------------------------------------------------------
 
 
-# --- where it is ----------------------------------------------------------------------------------
+def _pieces(
+    wanted: Wanted, found: Found, tensors: Mapping[str, TensorInfo], head_chunk_bytes: int
+) -> Iterator[tuple[WeightKey, list[Piece]]]:
+    """Keys and their pieces: one key, or for the head one for each chunk."""
+    if found.scheme is None:
+        info = tensors[found.name]
+        piece = _piece(wanted, found.source, info)
+        if wanted.key.part != Part.HEAD:
+            yield wanted.key, [piece]
+            return
+        for index, chunk in enumerate(_row_chunks(piece, info, head_chunk_bytes)):
+            yield wanted.key._replace(index=index), [chunk]
+        return
+    rows = _checked_rows(wanted, found, found.scheme, tensors)
+    at = wanted.key.index if found.source.stacked == "experts" else 0
+    if wanted.key.part != Part.HEAD:
+        yield wanted.key, packed_pieces(wanted.name, found.name, found.scheme, rows, index=at)
+        return
+    for index, some in enumerate(_head_rows(found.scheme, rows, head_chunk_bytes)):
+        pieces = packed_pieces(wanted.name, found.name, found.scheme, some)
+        yield wanted.key._replace(index=index), pieces
 
 
-def _trunk_prefix(names: NameMap, tensors: Mapping[str, TensorInfo]) -> str:
-    """The prefix with which the embedding table exists; the usual one if there is none."""
-    for prefix in names.prefixes:
-        if any(source.name.format(model=prefix) in tensors for source in names.embed["weight"]):
-            return prefix
-    return names.prefixes[0]
-
-
-def _name(source: Source, prefix: str, key: WeightKey) -> str:
-    return source.name.format(model=prefix, layer=key.layer, expert=key.index)
-
-
-def _find(
-    wanted: _Wanted, prefix: str, tensors: Mapping[str, TensorInfo]
-) -> tuple[TensorInfo, Source]:
-    candidates = [(_name(source, prefix, wanted.key), source) for source in wanted.sources]
-    for name, source in candidates:
-        if name in tensors:
-            return tensors[name], source
+def _checked_rows(
+    wanted: Wanted, found: Found, scheme: Scheme, tensors: Mapping[str, TensorInfo]
+) -> RowSet:
+    """The rows of the stored matrix, whose tensors are all there and as they should be."""
     place = f"{wanted.name} of {wanted.key}"
-    for name, _ in candidates:
-        if f"{name}_blocks" in tensors:
+    rows = _supported_rows(wanted, found.source, found.name, scheme)
+    is_stack = found.source.stacked == "experts"
+    for stored in stored_tensors(scheme, rows.n, rows.k):
+        name = tensor_name(scheme.naming, stored.role, found.name)
+        if name not in tensors:
             raise CheckpointError(
-                f"{tensors[f'{name}_blocks'].file}: {name} is stored as quantised blocks, "
-                f"allowed {', '.join(ITEM_BYTES)} ({place})"
+                f"tensor {name} is missing: {stored.role} of {found.name} ({place})"
             )
-    spellings = " or ".join(name for name, _ in candidates)
-    files = sorted({info.file for info in tensors.values()})
-    looked = ", ".join(files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
-    raise CheckpointError(
-        f"tensor {spellings} is missing ({place}); looked in {looked or 'no files'}"
+        leading = (wanted.num_stacked,) if is_stack else ()
+        _check_stored(tensors[name], stored, leading, place)
+    folded = rows.shape if len(rows.shape) == len(wanted.shape) else (prod(rows.shape[:-1]), rows.k)
+    assert folded == wanted.shape, f"{wanted.name}: views give {rows}, wanted {wanted.shape}"
+    return rows
+
+
+def _supported_rows(wanted: Wanted, source: Source, name: str, scheme: Scheme) -> RowSet:
+    """The rows of the stored matrix that `wanted` is. CheckpointError where a format is not known
+    to be stored as this model type has the tensor: experts in one tensor for all, or turned."""
+    rows = row_set(source.shape or wanted.shape, source.ops)
+    is_turned = bool(source.ops) and isinstance(source.ops[-1], Transpose)
+    form = scheme.format
+    can_stack = source.stacked == "no" or (
+        source.stacked == "experts" and form.rows > 0 and not form.has_groups
     )
+    if rows is None or not can_stack or (is_turned and scheme.naming != "mxfp4"):
+        raise CheckpointError(
+            f"tensor {name} is quantised as {scheme.naming}, which is not supported where this"
+            f" model type keeps {wanted.name} of {wanted.key}"
+        )
+    return rows
 
 
-def _stored_shape(wanted: _Wanted, source: Source) -> tuple[int, ...]:
+def _check_stored(
+    info: TensorInfo, stored: StoredTensor, leading: tuple[int, ...], place: str
+) -> None:
+    allowed = [(*leading, *shape) for shape in stored.shapes]
+    if info.shape not in allowed:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name} has shape {list(info.shape)}, "
+            f"allowed {list(allowed[0])} ({place})"
+        )
+    if info.dtype not in stored.dtypes:
+        raise CheckpointError(
+            f"{info.file}: tensor {info.name} has type {info.dtype}, "
+            f"allowed {', '.join(stored.dtypes)} ({place})"
+        )
+
+
+def _head_rows(scheme: Scheme, rows: RowSet, chunk_bytes: int) -> list[RowSet]:
+    """The head in ranges of rows, where the format allows it."""
+    unit = whole_rows(scheme, rows)
+    if unit is None:
+        return [rows]
+    codes = stored_tensors(scheme, rows.n, rows.k)[0]
+    per_row = codes.flat[1] * ITEM_BYTES[codes.dtypes[0]]
+    step = max(unit, chunk_bytes // per_row // unit * unit)
+    return [
+        replace(rows, first=first, count=min(step, rows.n - first))
+        for first in range(0, rows.n, step)
+    ]
+
+
+def _stored_shape(wanted: Wanted, source: Source) -> tuple[int, ...]:
     """Of the whole tensor on disk."""
     shape = source.shape or wanted.shape
     if source.stacked == "experts":
@@ -177,7 +234,7 @@ def _stored_shape(wanted: _Wanted, source: Source) -> tuple[int, ...]:
     return shape
 
 
-def _piece(wanted: _Wanted, source: Source, info: TensorInfo) -> Piece:
+def _piece(wanted: Wanted, source: Source, info: TensorInfo) -> Piece:
     expected = _stored_shape(wanted, source)
     place = f"{wanted.name} of {wanted.key}"
     if info.shape != expected:
@@ -185,10 +242,10 @@ def _piece(wanted: _Wanted, source: Source, info: TensorInfo) -> Piece:
             f"{info.file}: tensor {info.name} has shape {list(info.shape)}, "
             f"allowed {list(expected)} ({place})"
         )
-    if info.dtype not in ITEM_BYTES:
+    if info.dtype not in PLAIN_TYPES:
         raise CheckpointError(
             f"{info.file}: tensor {info.name} has type {info.dtype}, "
-            f"allowed {', '.join(ITEM_BYTES)} ({place})"
+            f"allowed {', '.join(PLAIN_TYPES)} ({place})"
         )
     shape, ops = source.shape or wanted.shape, source.ops
     start = 0 if source.stacked == "no" else wanted.key.index * prod(shape)
@@ -201,7 +258,7 @@ def _piece(wanted: _Wanted, source: Source, info: TensorInfo) -> Piece:
     return Piece(wanted.name, info.name, start, start + prod(shape), shape, ops)
 
 
-def _check_views(wanted: _Wanted, shape: tuple[int, ...], ops: tuple[ViewOp, ...]) -> None:
+def _check_views(wanted: Wanted, shape: tuple[int, ...], ops: tuple[ViewOp, ...]) -> None:
     """A name map's views must give the canonical tensor; a matrix may stay (g, n, D)."""
     for op in ops:
         match op:

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from windlass.ids import WeightKey
+from windlass.spec.formats import WeightFormat
+from windlass.spec.quantization import Quantization
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor. `dtype` in its spelling: BF16, F16, F32."""
+    """What a safetensors header says of one tensor. `dtype` in its spelling: BF16, F8_E4M3, I32."""
 
     name: str
     file: str
@@ -80,8 +82,21 @@ class NameMap:
     ffn: Sources = field(default_factory=dict)
     final: Sources
     head: Sources
+    quantization: Quantization | None = None
     prefixes: tuple[str, ...] = ("model.", "model.language_model.", "language_model.model.",
                                  "language_model.", "")  # fmt: skip
+
+
+Role = Literal["whole", "codes", "scales", "zeros", "groups"]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedShape:
+    """What the codes, scales, ... of one name are together: a quantised matrix (N, K), or a stack
+    of them (g, N, K)."""
+
+    format: WeightFormat
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +104,9 @@ class Piece:
     """One canonical tensor of a part: a contiguous range of a checkpoint tensor, then views.
 
     The elements `start:stop` (row-major, of the tensor `tensor`) are viewed as `shape`; `ops` then
-    give the canonical tensor, in general a strided view. Several pieces may share one range.
+    give the canonical tensor, in general a strided view. Several pieces may share one range. A
+    quantised matrix has one piece for each of its tensors, all with its name and `packed`; `role`
+    tells them apart.
     """
 
     name: str
@@ -98,6 +115,8 @@ class Piece:
     stop: int
     shape: tuple[int, ...]
     ops: tuple[ViewOp, ...] = ()
+    role: Role = "whole"
+    packed: PackedShape | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +128,11 @@ class Layout:
     unused: tuple[
         str, ...
     ]  # names on disk that no part reads (multi-token prediction, vision, ...)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether any matrix is packed."""
+        return any(piece.packed is not None for pieces in self.parts.values() for piece in pieces)
 
     def keys(self, part: str) -> list[WeightKey]:
         """Keys of one kind, in (layer, index) order."""

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from windlass.errors import ModelError
@@ -26,6 +27,7 @@ from windlass.spec.families import (
 )
 from windlass.spec.model import ModelSpec
 from windlass.spec.names import NameMap
+from windlass.spec.quantization import read_quantization
 
 Family = Callable[[Config], tuple[ModelSpec, NameMap]]
 
@@ -105,13 +107,8 @@ def read_spec(config: Mapping[str, Any]) -> tuple[ModelSpec, NameMap]:
         family = FAMILIES.get(settings.get("model_type", str, ""))
     if family is None:
         raise _unknown(model_type)
-    for part in (outer, settings):
-        if part.has("quantization_config") or part.has("compression_config"):
-            raise ModelError(
-                "config.json: quantization_config is set, allowed only bf16, fp16 and fp32 "
-                "weights: quantised checkpoints are not supported yet"
-            )
     spec, names = family(settings)
+    names = replace(names, quantization=read_quantization(_quantised(outer, settings)))
     for key in settings.unread():
         value, harmless = settings.raw[key], _HARMLESS.get(key)
         if harmless is not None and value not in harmless:
@@ -120,6 +117,18 @@ def read_spec(config: Mapping[str, Any]) -> tuple[ModelSpec, NameMap]:
                 f"{settings.where}: {key} is {value!r}, allowed {allowed} for {spec.family}"
             )
     return spec, names
+
+
+def _quantised(outer: Config, settings: Config) -> Config:
+    """The part of config.json that says how weights are stored: either, or both in one voice."""
+    keys = ("quantization_config", "compression_config")
+    inner, whole = ([part.raw.get(key) for key in keys] for part in (settings, outer))
+    if any(inner) and any(whole) and inner != whole:
+        raise ModelError(
+            "config.json: quantization_config is given twice and differs, allowed one, or both"
+            " the same"
+        )
+    return settings if any(inner) else outer
 
 
 def _unknown(model_type: str) -> ModelError:

@@ -1,0 +1,212 @@
+"""Tables for people from a document of a comparison, and what became of the aims."""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from machine import table
+
+from peers.models import TWINS
+from windlass.units import format_bytes
+
+# Windlass's format -> what it is compared with, and the least ratio of total throughput aimed at
+# with 64 sequences
+_AIMS_AT_64 = {
+    ("windlass bf16", "llama.cpp bf16"): 2.5,
+    ("windlass bf16", "transformers best"): 2.2,
+    ("windlass int8", "llama.cpp q8_0"): 1.5,
+    ("windlass int4", "llama.cpp q4_0"): 1.5,
+}
+_AIM_LIMITED, _AIM_LIMITED_ALONE = 2.0, 5.0
+_OF_LLAMA = {theirs: ours for ours, theirs in TWINS.items()}
+
+Case = tuple[str, int, int]  # model, prompt tokens, sequences
+
+
+def our_twin(engine: str, form: str) -> str | None:
+    """Windlass's row beside another engine's."""
+    if engine == "windlass":
+        return None
+    return f"windlass {_OF_LLAMA.get(form, 'bf16')}"
+
+
+class Cells:
+    """Rates of a case by contender: medians over rounds."""
+
+    def __init__(self, entries: Sequence[dict[str, Any]]) -> None:
+        self._by_name: dict[str, list[dict[str, Any]]] = {}
+        for entry in entries:
+            self._by_name.setdefault(f"{entry['engine']} {entry['form']}", []).append(entry)
+
+    def names(self) -> list[str]:
+        return list(self._by_name)
+
+    def entries(self, name: str) -> list[dict[str, Any]]:
+        return self._by_name[name]
+
+    def rates(self, name: str) -> dict[str, float] | None:
+        """Tokens per second; None where nothing was measured."""
+        done = [entry for entry in self._by_name.get(name, ()) if entry["result"] is not None]
+        if not done:
+            return None
+        each = [_rates(entry) for entry in done]
+        medians = {key: statistics.median(rates[key] for rates in each) for key in each[0]}
+        totals = [rates["total"] for rates in each]
+        return medians | {"spread": (max(totals) - min(totals)) / medians["total"]}
+
+    def ratio(self, ours: str, theirs: str, key: str) -> float | None:
+        mine, other = self.rates(ours), self.rates(theirs)
+        if mine is None or other is None or not other[key]:
+            return None
+        return mine[key] / other[key]
+
+
+def _rates(entry: dict[str, Any]) -> dict[str, float]:
+    result, count = entry["result"], entry["sequences"]
+    prompt, output = entry["prompt_tokens"], entry["output_tokens"]
+    prefill_s, decode_s = result["prefill_s"], result["decode_s"]
+    return {
+        "prefill": count * prompt / prefill_s,
+        "decode": count * (output - 1) / decode_s if decode_s else 0.0,
+        "total": count * (prompt + output) / (prefill_s + decode_s),
+    }
+
+
+def cases(document: dict[str, Any]) -> dict[Case, Cells]:
+    found: dict[Case, list[dict[str, Any]]] = {}
+    for entry in document["runs"]:
+        case = (entry["model"], entry["prompt_tokens"], entry["sequences"])
+        found.setdefault(case, []).append(entry)
+    return {case: Cells(entries) for case, entries in found.items()}
+
+
+def _note(entries: Sequence[dict[str, Any]]) -> str:
+    """What a reader must know of a row."""
+    last = entries[-1]
+    if last["result"] is None:
+        return f"{last['status']}: {last['message']}"[:60]
+    notes = []
+    result, settings = last["result"], last["settings"]
+    if "dtype" in settings:
+        notes.append(settings["dtype"])
+    if 0 < last["at_once"] < last["sequences"]:
+        notes.append(f"{last['at_once']} at once")
+    for phase in ("prefill", "decode"):
+        share = min(e["result"][f"{phase}_share"] for e in entries if e["result"])
+        if share < 0.999:
+            notes.append(f"{phase} from {100 * share:.0f} %")
+    if result["more"].get("bytes_read"):
+        notes.append(f"read {format_bytes(result['more']['bytes_read'])}")
+    others = max(e["others_cores"] for e in entries)
+    return ", ".join(notes + ([f"others {others:.1f} cores"] if others > 0.1 else []))
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f} x"
+
+
+def case_table(case: Case, cells: Cells) -> str:
+    """One row per contender; ratios are Windlass's rate in the same format over the row's."""
+    model, prompt, sequences = case
+    rows = []
+    for name in cells.names():
+        rates, entries = cells.rates(name), cells.entries(name)
+        if rates is None:
+            rows.append([name, *[""] * 7, _note(entries)])
+            continue
+        ours = our_twin(entries[0]["engine"], entries[0]["form"])
+        done = [entry["result"]["peak_rss_bytes"] for entry in entries if entry["result"]]
+        rows.append([
+            name, f"{rates['prefill']:.1f}", f"{rates['decode']:.1f}", f"{rates['total']:.1f}",
+            f"{100 * rates['spread']:.0f} %, {len(done)}", format_bytes(max(done)),
+            _ratio(ours and cells.ratio(ours, name, "total")),
+            _ratio(ours and cells.ratio(ours, name, "decode")), _note(entries),
+        ])  # fmt: skip
+    heads = (f"{model}, prompt {prompt}, {sequences} sequences", "prefill/s", "decode/s",
+             "total tokens/s", "spread, rounds", "peak memory", "Windlass, total",
+             "Windlass, decode", "notes")  # fmt: skip
+    return table(heads, rows)
+
+
+def limited_table(model: str, entries: Sequence[dict[str, Any]]) -> str:
+    rows = []
+    for entry in entries:
+        name = f"{entry['engine']}, {entry['requests']} requests"
+        if entry["total_s"] is None:
+            rows.append([name, "", "", "", "", f"{entry['status']}: {entry['message']}"[:60]])
+            continue
+        result = entry["result"]
+        tokens = entry["requests"] * (entry["prompt_tokens"] + entry["output_tokens"])
+        notes = [] if entry["limited"]["no_cgroup"] is None else ["no cgroup, not enforced"]
+        if min(result["prefill_share"] or 1, result["decode_share"]) < 0.999:
+            notes.append(f"from {100 * result['prefill_share']:.0f} % of prompts, "
+                         f"{100 * result['decode_share']:.0f} % of decoding")  # fmt: skip
+        if not entry["is_third"]:
+            notes.append("more than a third")
+        rows.append([
+            name, str(entry["at_once"] or "planned"), f"{entry['total_s']:.1f}",
+            f"{tokens / entry['total_s']:.1f}", format_bytes(result["peak_rss_bytes"]),
+            ", ".join(notes),
+        ])  # fmt: skip
+    limit = format_bytes(entries[0]["limit_bytes"])
+    heads = (f"{model} in {limit}", "at once", "s", "tokens/s", "peak memory", "notes")
+    return table(heads, rows)
+
+
+def limited_ratio(entries: Sequence[dict[str, Any]], *, alone: bool) -> float | None:
+    """llama.cpp's seconds over Windlass's, for all requests or for one alone."""
+    seconds = {
+        entry["engine"]: entry["total_s"] for entry in entries if (entry["requests"] == 1) == alone
+    }
+    ours, theirs = seconds.get("windlass"), seconds.get("llama.cpp")
+    return theirs / ours if ours and theirs else None
+
+
+def aims(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every aim that this document says something about; `ratio` None: not measured."""
+    found: list[dict[str, Any]] = []
+
+    def add(text: str, wanted: float, ratio: float | None) -> None:
+        is_met = None if ratio is None else ratio >= wanted
+        found.append({"aim": text, "wanted": wanted, "ratio": ratio, "is_met": is_met})
+
+    if "quick" in document:
+        return found
+    for (model, prompt, sequences), cells in cases(document).items():
+        for (ours, theirs), wanted in _AIMS_AT_64.items():
+            where = f"{model}, prompt {prompt}: {ours} over {theirs}"
+            if sequences == 64:
+                add(f"{where}, total, 64 sequences", wanted, cells.ratio(ours, theirs, "total"))
+            if sequences == 1 and theirs.startswith("llama.cpp"):
+                add(f"{where}, decode, 1 sequence", 1.0, cells.ratio(ours, theirs, "decode"))
+    for model, entries in limited(document).items():
+        add(f"{model} in a third: many requests, over llama.cpp", _AIM_LIMITED,
+            limited_ratio(entries, alone=False))  # fmt: skip
+        add(f"{model} in a third: 1 request, over llama.cpp", _AIM_LIMITED_ALONE,
+            limited_ratio(entries, alone=True))  # fmt: skip
+    return found
+
+
+def limited(document: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for entry in document["limited"]:
+        found.setdefault(entry["model"], []).append(entry)
+    return found
+
+
+def aims_table(found: Sequence[dict[str, Any]]) -> str:
+    words = {True: "met", False: "missed", None: "not measured"}
+    rows = [
+        [each["aim"], f"{each['wanted']:.1f} x", _ratio(each["ratio"]), words[each["is_met"]]]
+        for each in found
+    ]
+    return table(("aim", "wanted", "measured", ""), rows)
+
+
+def show(document: dict[str, Any]) -> str:
+    """All tables."""
+    parts = [case_table(case, cells) for case, cells in cases(document).items()]
+    parts += [limited_table(model, entries) for model, entries in limited(document).items()]
+    parts += [f"skipped: {name}: {why}" for name, why in document["skipped"].items()]
+    found = aims(document)
+    return "\n\n".join(parts + ([aims_table(found)] if found else []))

@@ -1,0 +1,89 @@
+"""The right to read resident parts, one by one or as they arrive. Knows entries, not slots."""
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from windlass.memory.residency import Entry
+from windlass.memory.visit import Visit
+from windlass.packed import Tensors
+
+if TYPE_CHECKING:
+    from windlass.memory.weights import WeightStore
+
+
+class Lease:
+    """The right to read one resident part until `release`. A context manager."""
+
+    __slots__ = ("key", "_store", "_entry", "_tensors")
+
+    def __init__(self, store: "WeightStore", entry: Entry, tensors: Tensors) -> None:
+        self.key = entry.key
+        self._store = store
+        self._entry: Entry | None = entry
+        self._tensors = tensors
+
+    @property
+    def tensors(self) -> Tensors:
+        """Canonical tensors by name, in their stored type or packed, over the slot's memory."""
+        assert self._entry is not None, f"{self.key} is read after its lease was released"
+        return self._tensors
+
+    def release(self) -> None:
+        """Lets the part be evicted. Idempotent."""
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            self._tensors = {}
+            self._store._release(entry)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class Arrivals:
+    """Iterator of leases in the order in which their parts become resident. The lease given out is
+    released when the next is asked for; `close`, or dropping the iterator, gives up the rest.
+    `ready` takes more at once."""
+
+    def __init__(self, store: "WeightStore", visit: Visit) -> None:
+        self._store = store
+        self._visit = visit
+        self._leases: list[Lease] = []
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Lease:
+        self._release()
+        lease = self._store._next(self._visit)
+        if lease is None:
+            raise StopIteration
+        self._leases.append(lease)
+        return lease
+
+    def ready(self, limit: int) -> list[Lease]:
+        """Up to `limit` further leases, of parts that need no waiting; released with the one that
+        `next` gave."""
+        more = self._store._ready(self._visit, limit)
+        self._leases += more
+        return more
+
+    def close(self) -> None:
+        """Releases the current leases and demands the rest no more. Idempotent."""
+        self._release()
+        self._store._abandon(self._visit)
+
+    def _release(self) -> None:
+        while self._leases:
+            self._leases.pop().release()
+
+    def __del__(self) -> None:
+        # The collector may run inside the store itself, so the store cleans up when it next can.
+        self._store._dropped.append((self._visit, self._leases))
