@@ -254,18 +254,36 @@ const char *name_of(const Storage &s) {
   return name;
 }
 
-void multiply(const float *x, const std::vector<float> &w, int64_t n, int64_t k, const float *bias, double *out, double *bounds) {
+namespace {
+
+float round_bf16(float x) {
+  if (std::isnan(x)) return x;
+  uint32_t bits = read<uint32_t>(&x);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  return read<float>(&bits);
+}
+
+}  // namespace
+
+void multiply(const float *x, const Stored &stored, int32_t precision, const float *bias, double *out, double *bounds) {
+  const int64_t n = stored.m.n, k = stored.m.k;
+  std::vector<float> w = stored.all(), row(x, x + k);
+  const bool is_rounded = precision == WL_BF16_ROWS, is_paired = is_rounded && !std::strcmp(wl_in_use(), "avx512_bf16");
+  for (float &one : row) one = is_rounded ? round_bf16(one) : one;
+  for (float &one : w) one = is_paired ? round_bf16(one) : one;
   for (int64_t i = 0; i < n; i++) {
-    double sum = 0, size = 0;
+    double sum = 0, size = 0, flushed = 0;
     for (int64_t j = 0; j < k; j++) {
-      const double term = double(x[j]) * double(w[size_t(i * k + j)]);
-      sum += term;
-      size += std::fabs(term);
+      const double a = double(row[size_t(j)]), b = double(w[size_t(i * k + j)]);
+      sum += a * b;
+      size += std::fabs(a * b);
+      flushed += std::fabs(a) + std::fabs(b) + 1;
     }
     if (bias) sum += double(bias[i]), size += std::fabs(double(bias[i]));
     out[i] = sum;
-    // n additions, each off by half a unit of a partial sum that is at most `size`
-    bounds[i] = double(k + 2) * std::ldexp(size, -24) + std::ldexp(double(k + 2), -149);
+    // k additions, each off by half a unit of a partial sum that is at most `size`; products of
+    // pairs take denormals for zeros
+    bounds[i] = double(k + 2) * std::ldexp(size, -24) + std::ldexp(double(k + 2), -149) + (is_paired ? std::ldexp(flushed, -126) : 0);
   }
 }
 

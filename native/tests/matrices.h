@@ -38,9 +38,9 @@ std::vector<Storage> all_storages(Run &run);
 /// One of them.
 Storage any_storage(Run &run);
 
-/// Row `x` times each row of a matrix of `n` rows of `k` elements, in double; `bounds`: how far a
-/// sum in single precision may be off, in whatever order.
-void multiply(const float *x, const std::vector<float> &w, int64_t n, int64_t k, const float *bias, double *out, double *bounds);
+/// Row `x` times each row of `w`, in double; `bounds`: how far a sum in single precision may be off,
+/// in whatever order. With WL_BF16_ROWS both sides are rounded as the instruction set in use does.
+void multiply(const float *x, const Stored &w, int32_t precision, const float *bias, double *out, double *bounds);
 
 /// Bits of a usual number of a 16-bit type, its size from about 2^exponent to 8 times that.
 uint16_t usual_bits(Run &run, int32_t code, int exponent);

@@ -44,11 +44,11 @@ double slope(int kind, double gate, double up, double g, double u) {
 }
 
 /// One row through a network, and how far single precision may be off.
-void reference(const Network &net, int kind, const float *x, std::vector<double> &out, std::vector<double> &bounds) {
+void reference(const Network &net, int kind, int32_t precision, const float *x, std::vector<double> &out, std::vector<double> &bounds) {
   const int64_t width = net.gate->m.k, inner = net.gate->m.n;
   std::vector<double> gate(size_t(inner), 0.0), up(gate), gate_bound(gate), up_bound(gate);
-  test::multiply(x, net.gate->all(), inner, width, net.has_bias ? net.gate_bias.data() : nullptr, gate.data(), gate_bound.data());
-  test::multiply(x, net.up->all(), inner, width, net.has_bias ? net.up_bias.data() : nullptr, up.data(), up_bound.data());
+  test::multiply(x, *net.gate, precision, net.has_bias ? net.gate_bias.data() : nullptr, gate.data(), gate_bound.data());
+  test::multiply(x, *net.up, precision, net.has_bias ? net.up_bias.data() : nullptr, up.data(), up_bound.data());
   const std::vector<float> down = net.down->all();
   out.assign(size_t(width), 0.0);
   bounds.assign(size_t(width), 0.0);
@@ -59,7 +59,8 @@ void reference(const Network &net, int kind, const float *x, std::vector<double>
       const double h = activate(kind, gate[at], up[at]), w = double(down[size_t(i * inner + j)]);
       sum += h * w;
       size += std::fabs(h * w);
-      carried += std::fabs(w) * (slope(kind, gate[at], up[at], gate_bound[at], up_bound[at]) + 1e-6 * std::fabs(h) + 1e-37);
+      const double rounding = precision == WL_BF16_ROWS ? 0.0041 : 0;  // of hidden values, and of w
+      carried += std::fabs(w) * (slope(kind, gate[at], up[at], gate_bound[at], up_bound[at]) + (1e-6 + 2 * rounding) * std::fabs(h) + 1e-37);
     }
     out[size_t(i)] = sum;
     bounds[size_t(i)] = carried + double(inner + 2) * std::ldexp(size, -24);
@@ -73,6 +74,7 @@ struct Case {
     ldx = width + run.pick<int64_t>({0, 0, 3}), ldo = width + run.pick<int64_t>({0, 0, 5});
     x = run.normals((num_rows - 1) * ldx + width);
     kind = run.chance(0.5) ? WL_SWIGLU : WL_CLAMPED_SWIGLU;
+    precision = run.chance(0.4) ? WL_BF16_ROWS : WL_EXACT_ROWS;
     const int64_t inner = run.size(most_inner);
     const test::Storage storage = test::any_storage(run);
     int64_t total = 0;
@@ -95,7 +97,7 @@ struct Case {
   }
   std::vector<float> buffer() const { return std::vector<float>(size_t(std::max<int64_t>(0, (num_places - 1) * ldo + width)), UNTOUCHED); }
   void call(const std::vector<wl_expert> &list, std::vector<float> &out) const {
-    CHECK(wl_experts(x.data(), ldx, out.data(), ldo, list.data(), int64_t(list.size()), kind, ALPHA, LIMIT) == WL_OK, "refused");
+    CHECK(wl_experts(x.data(), ldx, out.data(), ldo, list.data(), int64_t(list.size()), kind, ALPHA, LIMIT, precision) == WL_OK, "refused");
   }
   std::vector<wl_expert> all() const {
     std::vector<wl_expert> list;
@@ -109,7 +111,7 @@ struct Case {
   }
   void expect_right(const std::vector<float> &out, size_t i, int64_t at) const {
     std::vector<double> expected, bounds;
-    reference(*networks[i], kind, x.data() + rows[i][size_t(at)] * ldx, expected, bounds);
+    reference(*networks[i], kind, precision, x.data() + rows[i][size_t(at)] * ldx, expected, bounds);
     for (int64_t d = 0; d < width; d++) {
       const double got = double(out[size_t(places[i][size_t(at)] * ldo + d)]);
       CHECK(test::near(got, expected[size_t(d)], bounds[size_t(d)]), "%s width %ld inner %ld expert %zu row %ld column %ld: %g, expected %g within %g",
@@ -122,7 +124,7 @@ struct Case {
   }
 
   int64_t rows_of_x, width = 0, ldx = 0, ldo = 0, num_places = 0;
-  int32_t kind = 0;
+  int32_t kind = 0, precision = WL_EXACT_ROWS;
   std::vector<float> x;
   std::vector<std::unique_ptr<Network>> networks;
   std::vector<std::vector<int64_t>> rows, places;
@@ -228,7 +230,7 @@ TEST(activations_over_their_whole_range) {
       float x[2] = {run.normal() * run.pick({1.0f, 10.0f, 60.0f, 100.0f}), run.normal() * run.pick({1.0f, 30.0f})}, out[2];
       if (run.chance(0.1)) x[0] = run.pick({0.0f, -0.0f, test::DENORMAL, 87.0f, -87.0f, 88.7f, -88.7f, 1e30f, -1e30f, 104.0f, -104.0f});
       e.num_rows = 1;
-      CHECK(wl_experts(x, 2, out, 2, &e, 1, kind, ALPHA, LIMIT) == WL_OK, "refused");
+      CHECK(wl_experts(x, 2, out, 2, &e, 1, kind, ALPHA, LIMIT, WL_EXACT_ROWS) == WL_OK, "refused");
       const double expected = activate(kind, double(x[0]), double(x[1]));
       // the exponent is rounded; exp overflows just below where it would in double: then this is 0
       const double relative = 1e-6 + std::ldexp(std::fabs(double(ALPHA * x[0])), -23);

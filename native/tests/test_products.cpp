@@ -34,7 +34,7 @@ struct Products {
     for (size_t i = 0; i < matrices.size(); i++)
       list.push_back({x(i, first), ldx[input_of[i]], &matrices[i]->m, has_bias[i] ? biases[i].data() : nullptr,
                       out.data() + first * ldo + column[i], ldo});
-    CHECK(wl_products(list.data(), int64_t(list.size()), last - first) == WL_OK, "refused");
+    CHECK(wl_products(list.data(), int64_t(list.size()), last - first, precision) == WL_OK, "refused");
   }
   const float *x(size_t i, int64_t row) const { return inputs[input_of[i]].data() + row * ldx[input_of[i]]; }
   std::vector<float> buffer() const {
@@ -43,6 +43,7 @@ struct Products {
   }
 
   int64_t rows, ldo = 0;
+  int32_t precision = WL_EXACT_ROWS;
   std::vector<std::unique_ptr<Stored>> matrices;
   std::vector<std::vector<float>> inputs, biases;
   std::vector<int64_t> ldx, column;
@@ -55,12 +56,12 @@ void expect_right(const Products &p, const std::vector<float> &out, int64_t row)
   for (size_t i = 0; i < p.matrices.size(); i++) {
     const wl_matrix &m = p.matrices[i]->m;
     std::vector<double> expected(size_t(m.n)), bounds(size_t(m.n));
-    test::multiply(p.x(i, row), p.matrices[i]->all(), m.n, m.k, p.has_bias[i] ? p.biases[i].data() : nullptr, expected.data(), bounds.data());
+    test::multiply(p.x(i, row), *p.matrices[i], p.precision, p.has_bias[i] ? p.biases[i].data() : nullptr, expected.data(), bounds.data());
     for (int64_t n = 0; n < m.n; n++) {
       const float got = out[size_t(row * p.ldo + p.column[i] + n)];
       written[size_t(p.column[i] + n)] = true;
-      CHECK(test::near(double(got), expected[size_t(n)], bounds[size_t(n)]), "%s (%ld, %ld) row %ld of %ld, column %ld: %g, expected %g",
-            test::name_of(p.matrices[i]->storage), long(m.n), long(m.k), long(row), long(p.rows), long(n), double(got), expected[size_t(n)]);
+      CHECK(test::near(double(got), expected[size_t(n)], bounds[size_t(n)]), "%s (%ld, %ld) precision %d row %ld of %ld, column %ld: %g, expected %g",
+            test::name_of(p.matrices[i]->storage), long(m.n), long(m.k), p.precision, long(row), long(p.rows), long(n), double(got), expected[size_t(n)]);
     }
   }
   for (int64_t n = 0; n < p.ldo && row * p.ldo + n < int64_t(out.size()); n++)
@@ -78,6 +79,7 @@ TEST(products_of_every_storage) {
   for (int i = 0; i < run.tries(6); i++)
     for (const test::Storage &storage : test::all_storages(run)) {
       Products p(run.size(20));
+      p.precision = run.chance(0.5);
       p.add(run, storage, run.size(100), run.size(600));
       std::vector<float> out = p.buffer();
       wl_set_threads(int32_t(run.between(1, 3)));
@@ -92,6 +94,7 @@ TEST(products_are_right_and_depend_on_their_row_alone) {
     const bool is_large = i % 16 == 0;
     const int64_t rows = is_large ? run.between(500, 1100) : run.size(70);
     Products p(rows);
+    p.precision = run.chance(0.5);
     int64_t k = 0;
     for (int64_t num = run.between(1, 4); num; num--) {
       if (!k || run.chance(0.3)) k = run.size(is_large ? 300 : 700);
@@ -132,6 +135,7 @@ TEST(products_in_several_rounds) {
 TEST(infinities_nans_and_denormals_of_a_row_or_column_stay_there) {
   for (int i = 0; i < run.tries(40); i++) {
     Products p(run.size(30));
+    p.precision = run.chance(0.5);
     p.add(run, test::any_storage(run), run.size(200), run.size(600));
     const wl_matrix &m = p.matrices[0]->m;
     std::vector<float> before = p.buffer(), after = p.buffer();
@@ -154,6 +158,7 @@ TEST(a_column_of_nan_changes_no_other) {
   for (int32_t code : {WL_F32, WL_BF16, WL_F16})
     for (int i = 0; i < run.tries(8); i++) {
       Products p(run.size(20));
+      p.precision = run.chance(0.5);
       p.add(run, {.code = code, .packing = WL_ROWS}, run.size(80), run.size(300));
       const Stored &s = *p.matrices[0];
       const int64_t bad = run.between(0, s.m.n - 1), item = code == WL_F32 ? 4 : 2;
@@ -169,6 +174,6 @@ TEST(a_column_of_nan_changes_no_other) {
 TEST(nothing_to_do_is_done) {
   const Stored s(run, {.code = WL_F32, .packing = WL_ROWS}, 3, 4);
   const wl_product product{nullptr, 4, &s.m, nullptr, nullptr, 3};
-  CHECK(wl_products(&product, 1, 0) == WL_OK, "no rows");
-  CHECK(wl_products(nullptr, 0, 5) == WL_OK, "no products");
+  CHECK(wl_products(&product, 1, 0, WL_EXACT_ROWS) == WL_OK, "no rows");
+  CHECK(wl_products(nullptr, 0, 5, WL_EXACT_ROWS) == WL_OK, "no products");
 }
