@@ -101,12 +101,18 @@ inline void unpack_values_as(const wl_cache &c, const Places &values, int64_t v0
       const int64_t at = v0 + v * W;
       const uint8_t *row = values.rows[i];
       V x = v_zero();
-      if (at + W <= c.width) {
-        if constexpr (TYPE == WL_F32) x = v_load(reinterpret_cast<const float *>(row) + at);
-        if constexpr (TYPE == WL_BF16) x = load_bf16(row + 2 * at);
-        if constexpr (TYPE == WL_F16) x = load_f16(row + 2 * at);
-        if constexpr (TYPE == WL_INT8)
-          x = v_mul(v_sub(to_float(load_bytes(row + at)), v_set(128.0f)), v_set(values.scales[i]));
+      if (at < c.width) {
+        const uint8_t *from = row + at * item_bytes(TYPE);
+        alignas(64) uint8_t tail[W * 4];
+        if (at + W > c.width) {  // the row ends inside this vector
+          std::memset(tail, 0, sizeof tail);
+          std::memcpy(tail, from, size_t((c.width - at) * item_bytes(TYPE)));
+          from = tail;
+        }
+        if constexpr (TYPE == WL_F32) x = v_load(reinterpret_cast<const float *>(from));
+        if constexpr (TYPE == WL_BF16) x = load_bf16(from);
+        if constexpr (TYPE == WL_F16) x = load_f16(from);
+        if constexpr (TYPE == WL_INT8) x = v_mul(v_sub(to_float(load_bytes(from)), v_set(128.0f)), v_set(values.scales[i]));
       }
       v_store(panel + i * NR + v * W, x);
     }
