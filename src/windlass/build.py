@@ -95,7 +95,9 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
         model = _read_model(options, opened)
         threads = options.threads or _useful_threads(model)
         torch.set_num_threads(threads)
-        kernels = choose_kernels(options.moe_backend, threads=threads)
+        kernels = choose_kernels(
+            options.moe_backend, threads=threads, bf16_rows=options.dtype == "bfloat16"
+        )
         kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
         setup = _setup(options, model, kernels.name)
         if device is None:
@@ -332,5 +334,6 @@ def _fingerprint(
         "generation_config": options.generation_config,
         "seed": options.seed,
         "max_model_len": options.max_model_len,
+        "dtype": "bfloat16" if options.dtype == "bfloat16" else "float32",
         "version": VERSION,
     }

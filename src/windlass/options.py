@@ -52,7 +52,7 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("dtype", ("auto",)),
+            ("dtype", ("auto", "float32", "bfloat16")),
             ("quantization", (None, *METHODS)),
             ("load_format", ("auto", "safetensors", "dummy")),
             ("load_mode", ("auto", "dio", "buffered")),

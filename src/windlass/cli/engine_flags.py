@@ -27,8 +27,11 @@ ENGINE_FLAGS = (
          help="folder of a Hugging Face checkpoint, or demo, the model that is shipped (default)"),
     Flag(name="tokenizer", metavar="DIR", group=_MODEL,
          help="folder of another tokenizer (default: the model's)"),
-    Flag(name="dtype", read=choice("auto"), default="auto", metavar="TYPE", group=_MODEL,
-         help="auto: weights stay as stored, results are computed in float32; nothing else yet"),
+    Flag(name="dtype", read=choice("auto", "float32", "bfloat16"), default="auto", metavar="TYPE",
+         group=_MODEL,
+         help="what matrix products multiply: auto (float32) or bfloat16, the activations rounded "
+         "as transformers and vLLM do it: up to twice as fast with AVX512-BF16 or AMX; weights "
+         "stay as stored, sums are float32"),
     Flag(name="quantization", aliases=("-q",), read=choice(*METHODS), metavar="METHOD",
          group=_MODEL, help="asserts how the weights are stored, which the checkpoint itself says: "
          + ", ".join(METHODS)),

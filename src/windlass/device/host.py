@@ -1,13 +1,18 @@
 """What the operating system says of this process and machine. Linux; bytes throughout."""
 
 import ctypes
+import math
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 _PROC = Path("/proc")
 _M_MMAP_THRESHOLD = -3  # from malloc.h
 _MMAP_THRESHOLD_BYTES = 4 << 20
+_HUGE_PAGE_BYTES = 2 << 20
 
 
 class MemoryLimit(NamedTuple):
@@ -68,6 +73,19 @@ def return_freed_memory() -> None:
     except (OSError, AttributeError):  # another C library: nothing to set
         return
     mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+
+
+def empty(*shape: int) -> torch.Tensor:
+    """An uninitialised fp32 tensor. Large ones lie in huge pages of their own: freed, they are
+    given back at once, and made, they cost few page faults (4 KiB pages: 15 % of a large pass)."""
+    num_bytes = 4 * math.prod(shape)
+    if num_bytes < _MMAP_THRESHOLD_BYTES:
+        return torch.empty(shape)
+    memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % _HUGE_PAGE_BYTES
+    return whole[start : start + num_bytes].view(torch.float32).view(shape)
 
 
 def _groups(proc: Path) -> Iterator[tuple[Path, _Files]]:

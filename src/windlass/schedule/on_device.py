@@ -18,6 +18,7 @@ from windlass.decoder.delta import delta_attention
 from windlass.decoder.moe import dense_ffn, route, shared_expert
 from windlass.decoder.rope import RopeTable
 from windlass.decoder.score import RunningLogprobs
+from windlass.device.host import empty
 from windlass.ids import Part, WeightKey
 from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows, Kernels
 from windlass.memory.kv import KvStore
@@ -82,6 +83,7 @@ class DeviceRuntime:
         self._tracer = tracer
         self._ropes = {rope: RopeTable(rope) for rope in ropes(spec)}
         self._places: dict[int, _Places] = {}
+        self._outputs: torch.Tensor | None = None
 
     # --- weights ----------------------------------------------------------------------------------
 
@@ -134,10 +136,17 @@ class DeviceRuntime:
         bounds = [0]
         for count in counts:
             bounds.append(bounds[-1] + count)
-        outputs = h_TD.new_empty(len(flat), h_TD.shape[1])
+        outputs = self._expert_outputs(len(flat), h_TD.shape[1])
         experts = tuple(expert for expert, count in enumerate(counts) if count)
         rows = order // ids_TA.shape[1]
         return Routed(experts, _Rows(h_TD, weights_TA, order, rows, bounds, outputs, shared))
+
+    def _expert_outputs(self, *shape: int) -> torch.Tensor:
+        """Memory of one layer's expert outputs, the same for all layers of a pass."""
+        if self._outputs is None or self._outputs.shape != shape:
+            self._outputs = None  # freed before the next is made
+            self._outputs = empty(*shape)
+        return self._outputs
 
     def experts(self, layer: int, group: Sequence[Lease], routed: Routed) -> None:
         moe, data = self._spec.blocks[layer].ffn, routed.data
@@ -198,6 +207,7 @@ class DeviceRuntime:
         final.column = part.stop
 
     def finish(self, final: _Final) -> Outcome:
+        self._outputs = None
         return Outcome(final.logits_RV, final.scores.logprobs())
 
     # --- attention --------------------------------------------------------------------------------

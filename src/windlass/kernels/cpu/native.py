@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from windlass.device.host import empty
 from windlass.kernels.base import (
     AttentionOptions,
     AttentionWork,
@@ -28,11 +29,13 @@ _FFN = ("gate", "up", "down")
 
 class NativeKernels(TorchKernels):
     """Implements `Kernels` with the native library; what that lacks, torch computes. Called from
-    one thread; the library's own pool of `threads` takes part."""
+    one thread; the library's own pool of `threads` takes part. `bf16_rows`: products round their
+    rows to bf16, as models that compute in bf16 do; sums are fp32 all the same."""
 
-    def __init__(self, library: c.CDLL, *, threads: int) -> None:
-        super().__init__()
+    def __init__(self, library: c.CDLL, *, threads: int, bf16_rows: bool = False) -> None:
+        super().__init__(bf16_rows=bf16_rows)
         self._lib = library
+        self._precision = int(bf16_rows)
         lib.check(library.wl_set_threads(threads), "threads")
 
     @property
@@ -44,7 +47,7 @@ class NativeKernels(TorchKernels):
     ) -> torch.Tensor:
         x_TD = _rows(x_TD)
         parts = matrices_of(w)
-        out_TE = x_TD.new_empty(len(x_TD), sum(m.n for m in parts))
+        out_TE = empty(len(x_TD), sum(m.n for m in parts))
         bias = None if bias_E is None else floats(bias_E)
         products = (lib.Product * len(parts))()
         column = 0
@@ -54,7 +57,7 @@ class NativeKernels(TorchKernels):
             product.bias = None if bias is None else bias.data_ptr() + 4 * column
             product.out, product.ldo = out_TE.data_ptr() + 4 * column, out_TE.stride(0)
             column += m.n
-        lib.check(self._lib.wl_products(products, len(parts), len(x_TD)), "linear")
+        lib.check(self._lib.wl_products(products, len(parts), len(x_TD), self._precision), "linear")
         return out_TE
 
     def batched_linear(
@@ -64,7 +67,7 @@ class NativeKernels(TorchKernels):
         if x_THa.stride(2) != 1:
             x_THa = x_THa.contiguous()
         matrices = heads_of(w_Hba)
-        out_THb = x_THa.new_empty(num_rows, heads, matrices[0].n)
+        out_THb = empty(num_rows, heads, matrices[0].n)
         products = (lib.Product * heads)()
         for head, (product, m) in enumerate(zip(products, matrices, strict=True)):
             product.x = x_THa.data_ptr() + 4 * head * x_THa.stride(1)
@@ -72,13 +75,14 @@ class NativeKernels(TorchKernels):
             product.w = c.pointer(m)
             product.out = out_THb.data_ptr() + 4 * head * m.n
             product.ldo = heads * m.n
-        lib.check(self._lib.wl_products(products, heads, num_rows), "batched_linear")
+        # always exact: the matrices may be recurrent states
+        lib.check(self._lib.wl_products(products, heads, num_rows, 0), "batched_linear")
         return out_THb
 
     def expert_ffn(self, x_ND: torch.Tensor, w: Tensors, activation: Activation) -> torch.Tensor:
         x_ND = _rows(x_ND)
         network = _network(w)
-        out_ND = x_ND.new_empty(len(x_ND), network.struct.down.contents.n)
+        out_ND = empty(len(x_ND), network.struct.down.contents.n)
         one = lib.Expert.from_buffer_copy(network.struct)
         one.num_rows = len(x_ND)
         self._run_experts(x_ND, (lib.Expert * 1)(one), activation, out_ND)
@@ -114,7 +118,7 @@ class NativeKernels(TorchKernels):
             kind, alpha, limit = 1, activation.alpha, activation.limit
         code = self._lib.wl_experts(
             x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), experts, len(experts),
-            kind, alpha, limit,
+            kind, alpha, limit, self._precision,
         )  # fmt: skip
         lib.check(code, "experts")
 
@@ -128,7 +132,7 @@ class NativeKernels(TorchKernels):
     ) -> torch.Tensor:
         q_THd = q_THd.contiguous()
         num_rows, num_heads, key_dim = q_THd.shape
-        out_THv = q_THd.new_empty(num_rows, num_heads, options.value_dim)
+        out_THv = empty(num_rows, num_heads, options.value_dim)
         kv_heads, page_tokens = key_PKBd.shape[1:3]
         tiles, pages = _tiles(work, max(1, _TILE_ITEMS // (num_heads // kv_heads)))
         sinks = None if options.sinks_H is None else floats(options.sinks_H)
@@ -152,7 +156,7 @@ class NativeKernels(TorchKernels):
             return super().normalise(norm, weight_D, bias_D, x)
         width = x.shape[-1]
         rows = _rows(x.reshape(-1, width))
-        y = torch.empty(x.shape)
+        y = empty(*x.shape)
         weight_D = weight_D.contiguous()
         code = self._lib.wl_rms_norm(
             rows.data_ptr(), rows.stride(0), y.data_ptr(), width, len(rows), width,
@@ -164,7 +168,7 @@ class NativeKernels(TorchKernels):
     def rotate(
         self, x_THd: torch.Tensor, cos_Tf: torch.Tensor, sin_Tf: torch.Tensor, rope: Rope
     ) -> torch.Tensor:
-        y_THd = x_THd.clone(memory_format=torch.contiguous_format)
+        y_THd = empty(*x_THd.shape).copy_(x_THd)
         assert cos_Tf.stride() == sin_Tf.stride() and cos_Tf.stride(1) == 1
         code = self._lib.wl_rotate(
             y_THd.data_ptr(), y_THd.stride(0), y_THd.stride(1), *y_THd.shape[:2], rope.dim // 2,
