@@ -34,6 +34,7 @@ def _sizes(spec: ModelSpec) -> Sizes:
             Part.HEAD: -(-table // (16 * MIB)), Part.FINAL: 1, Part.EMBED: 1,
         },
         bytes_per_token=layers * 4 * KIB,
+        kv_cache_dtype="bfloat16",
         bytes_per_position=512,
         row_buffer_bytes=2 * MIB,
         state_bytes=0,
