@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 FILE_LINES = 400
-TOTAL_LINES = 14_000  # of src/windlass; raised only with a reason in docs/decisions/
+TOTAL_LINES = 18_000  # of src/windlass; raised only with a reason in docs/decisions/
 
 
 def main() -> int:

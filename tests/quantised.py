@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from delta_model import DELTA_CASES, make_delta_checkpoint
 from engines import write_tokenizer
 from families import make_checkpoint
 
@@ -181,16 +182,16 @@ def make_quantised(
     settings: dict[str, Any],
     path: Path,
     *,
-    also: Callable[[str], bool] = lambda module: False,
-    skip: Callable[[str], bool] = lambda module: False,
+    everything: bool = False,
     **changes: Any,
 ) -> torch.nn.Module:
-    """A checkpoint of `family` in `path` whose linear modules are quantised, but for routers, the
-    head and what `skip` says; returns transformers' model of the weights that it means.
+    """A checkpoint of `family` in `path` whose linear modules are quantised, but for routers and
+    the head unless `everything` is; returns transformers' model of the weights that it means.
 
-    `settings` become config.json's quantization_config; `also` names more modules.
+    `settings` become config.json's quantization_config.
     """
-    make_checkpoint(family, path, **changes)
+    make = make_delta_checkpoint if family in DELTA_CASES else make_checkpoint
+    make(family, path, **changes)
     tensors = load_file(path / "model.safetensors")
     twin = path / "twin"
     twin.mkdir()
@@ -201,7 +202,7 @@ def make_quantised(
             for ending in parts[0][0]:
                 stored[name + ending] = torch.stack([part[0][ending] for part in parts])
             tensors[name] = torch.stack([part[1].T for part in parts])
-        elif family != "gpt_oss" and (_is_linear(name, skip) or also(name)):
+        elif family != "gpt_oss" and _is_linear(name, everything=everything):
             found, tensors[name] = quantiser(tensors[name])
             module = name.removesuffix(".weight")
             stored |= {module + ending: tensor for ending, tensor in found.items()}
@@ -227,7 +228,11 @@ def write_settings(path: Path, settings: dict[str, Any] | None) -> None:
     (path / "config.json").write_text(json.dumps(config))
 
 
-def _is_linear(name: str, skip: Callable[[str], bool]) -> bool:
-    is_projection = name.endswith("_proj.weight") or name.endswith("_proj_with_mqa.weight")
-    is_expert = name.split(".")[-2] in ("w1", "w2", "w3")
-    return (is_projection or is_expert) and not skip(name)
+def _is_linear(name: str, *, everything: bool) -> bool:
+    if not name.endswith(".weight"):
+        return False
+    module = name.split(".")[-2]
+    if module in ("gate", "shared_expert_gate", "lm_head"):
+        return everything
+    others = ("w1", "w2", "w3", "kv_a_proj_with_mqa", "in_proj_qkvz", "in_proj_ba")
+    return module.endswith("_proj") or module in others

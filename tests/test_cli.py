@@ -361,7 +361,8 @@ def test_help_and_import_load_nothing_heavy() -> None:
 # --- options ---
 
 ENGINE = {
-    "--model", "-m", "--tokenizer", "--dtype", "--load-format", "--load-mode", "-lm",
+    "--model", "-m", "--tokenizer", "--dtype", "--quantization", "-q", "--load-format",
+    "--load-mode", "-lm",
     "--generation-config", "--max-model-len", "-c", "--ctx-size", "--seed", "-s", "--host-memory",
     "--moe-expert-cache-size", "--moe-expert-cache", "--kv-cache-dtype",
     "--max-num-seqs", "-np", "--parallel",

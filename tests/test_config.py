@@ -101,12 +101,6 @@ def test_model_type_is_needed() -> None:
     assert "model_type is missing" in refusal({})
 
 
-@pytest.mark.parametrize("model_type", PUBLISHED)
-def test_quantised_checkpoints_are_refused(model_type: str) -> None:
-    config = published(model_type, quantization_config={"quant_method": "fp8"})
-    assert "quantised checkpoints are not supported yet" in refusal(config)
-
-
 def test_text_config_inside_a_multimodal_file() -> None:
     inner = published("mixtral")
     spec, names = read_spec({"model_type": "some_vl", "text_config": inner})

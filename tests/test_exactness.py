@@ -134,3 +134,19 @@ def test_trace_shows_reads_beside_compute(model, tmp_path):
     assert overlapping > 0.1 * len(reads) > 0, f"{overlapping} of {len(reads)} reads overlap"
     assert stats.prefetch_issued > 0 and stats.prefetch_used > 0
     assert any(e["ph"] == "C" for e in events)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_rounded_activations_change_results_but_depend_on_nothing_else(model, backend):
+    engine_of, exact = model
+    options = dict(dtype="bfloat16", moe_backend=backend)
+    alone = {}
+    for one in _requests()[::2]:
+        with engine_of(**options) as engine:
+            alone.update(run_all(engine, [one]))
+    with engine_of(moe_expert_cache_size="130KiB", threads=2, **options) as engine:
+        results = run_all(engine, _requests())
+    torch.set_num_threads(1)
+    for name, output in alone.items():
+        assert _bits(results[name]) == _bits(output), name
+    assert any(_bits(output) != exact[name] for name, output in alone.items())

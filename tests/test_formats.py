@@ -1,5 +1,6 @@
 """Quantised checkpoints through the whole engine: transformers runs the dequantised weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,9 +8,11 @@ import pytest
 import torch
 
 import quantised
-from engines import engine_for, logprob_rows, prompts, request, run_all
+from engines import engine_for, logprob_rows, make_model, prompts, request, run_all
+from fakes import FakeDevice
 from quantised import Quantiser, make_quantised
 from test_engine_golden import TOLERANCE, _reference
+from windlass.errors import UsageError
 
 LENGTHS = (70, 9)
 STEPS = 32
@@ -38,7 +41,10 @@ MXFP4 = dict(
 )  # fmt: skip
 
 
-def compressed(form: str, **weights: Any) -> dict[str, Any]:
+_ROUTERS = ("lm_head", "re:.*mlp.gate$", "re:.*block_sparse_moe.gate$")
+
+
+def compressed(form: str, *, ignore: Sequence[str] = _ROUTERS, **weights: Any) -> dict[str, Any]:
     """As llm-compressor writes it."""
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "dynamic": False,
                "observer": "minmax", "observer_kwargs": {}, "group_size": None,
@@ -47,7 +53,7 @@ def compressed(form: str, **weights: Any) -> dict[str, Any]:
              "output_activations": None}  # fmt: skip
     return {
         "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group},
-        "ignore": ["lm_head", "re:.*mlp.gate$", "re:.*block_sparse_moe.gate$"],
+        "ignore": list(ignore),
         "kv_cache_scheme": None, "quantization_status": "compressed", "version": "0.9.4",
         "global_compression_ratio": None, "sparsity_config": {}, "transform_config": {},
     }  # fmt: skip
@@ -99,7 +105,10 @@ CASES = {
         dict(moe_intermediate_size=23),
     ),
     "fp8-tensor": Case(
-        "mixtral", quantised.fp8_tensor, compressed("float-quantized", strategy="tensor", **FLOAT), {}
+        "mixtral",
+        quantised.fp8_tensor,
+        compressed("float-quantized", strategy="tensor", **FLOAT),
+        {},
     ),
     "gptq": Case("qwen3_moe", quantised.gptq(4, 8), gptq(), {}),
     "gptq-reordered": Case(
@@ -112,6 +121,24 @@ CASES = {
         {},
     ),
     "awq": Case("mixtral", quantised.awq(8), AWQ, {}),
+    "int4-fused": Case(  # rows of each head of fused projections
+        "qwen3_next",
+        quantised.compressed(4, 8),
+        compressed("pack-quantized", **INT, ignore=["lm_head", "re:.*gate$"]),
+        {},
+    ),
+    "int8-everything": Case(  # routers, gates and the head too
+        "qwen3_next",
+        quantised.compressed(8, -1),
+        compressed("pack-quantized", num_bits=8, strategy="channel", ignore=[]),
+        dict(everything=True),
+    ),
+    "fp8-everything": Case(
+        "qwen3_moe",
+        quantised.fp8_tensor,
+        compressed("float-quantized", strategy="tensor", ignore=[], **FLOAT),
+        dict(everything=True),
+    ),
 }  # fmt: skip
 
 
@@ -131,8 +158,72 @@ def compare(case: Case, path: Path, **options: Any) -> tuple[bool, float]:
     return are_equal, worst
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("name", CASES)
-def test_equal_to_transformers_on_dequantised_weights(name: str, tmp_path: Path) -> None:
-    are_equal, worst = compare(CASES[name], tmp_path)
+def test_equal_to_transformers_on_dequantised_weights(
+    name: str, backend: str, tmp_path: Path
+) -> None:
+    are_equal, worst = compare(CASES[name], tmp_path, moe_backend=backend)
     assert are_equal
     assert worst <= TOLERANCE, f"{name}: {worst:.1e}"
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("name", ["fp8", "mxfp4", "gptq-reordered", "int8-everything"])
+def test_bits_do_not_depend_on_budget_batch_or_arrival(
+    name: str, backend: str, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    make_quantised(case.family, case.quantiser, case.settings, tmp_path, **case.changes)
+    requests = [
+        request(f"r{i}", p, max_tokens=5 + 3 * i, logprobs=3)
+        for i, p in enumerate(prompts((70, 3, 33)))
+    ]
+    alone = {}
+    for one in requests:
+        with engine_for(tmp_path, moe_backend=backend) as engine:
+            alone.update(run_all(engine, [one]))
+            slots = engine.plan.expert_slot_bytes
+    options = dict(
+        moe_expert_cache_size=f"{2 * slots // 1024}KiB", micro_batch_size=64, moe_backend=backend
+    )
+    device = FakeDevice(seed=1)
+    with engine_for(tmp_path, device=device, max_num_batched_tokens=75, **options) as engine:
+        together = run_all(engine, requests)
+        stats = engine.stats()
+    assert stats.expert_hits < stats.expert_requests
+    for key, output in alone.items():
+        first, second = output.outputs[0], together[key].outputs[0]
+        assert first.token_ids == second.token_ids and first.logprobs == second.logprobs
+
+
+def test_packed_bytes_are_all_that_is_read_and_kept(tmp_path: Path) -> None:
+    """Slots and reads are those of the stored codes, a quarter of bf16's."""
+    case = CASES["int4-group"]
+    settings = dict(moe_intermediate_size=512, hidden_size=256)
+    make_quantised(case.family, case.quantiser, case.settings, tmp_path, **settings)
+    elements = 3 * 512 * 256
+    with engine_for(tmp_path) as engine:
+        run_all(engine, [request("a", prompts((9,))[0])])
+        slot = engine.plan.expert_slot_bytes
+        stats = engine.stats()
+    stored = elements // 2 + 2 * elements // 8  # bf16 scales
+    assert stored <= slot <= stored + 6 * 4096
+    files = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert stats.bytes_read < 1.2 * files
+
+
+@pytest.mark.parametrize(("asserted", "found"), [("fp8", "gptq"), ("awq", None), ("gptq", "gptq")])
+def test_quantization_is_an_assertion(asserted: str, found: str | None, tmp_path: Path) -> None:
+    if found is None:
+        make_model("qwen3_moe", tmp_path)
+    else:
+        case = CASES[found]
+        make_quantised(case.family, case.quantiser, case.settings, tmp_path)
+    if asserted == found:
+        engine_for(tmp_path, quantization=asserted).close()
+        return
+    with pytest.raises(UsageError) as caught:
+        engine_for(tmp_path, quantization=asserted)
+    assert f"quantization: got '{asserted}'" in str(caught.value)
+    assert (found or "not quantised") in str(caught.value)

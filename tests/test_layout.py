@@ -186,11 +186,14 @@ def test_unsupported_types(dtype: str) -> None:
     assert f"{GATE} has type {dtype}, allowed BF16, F16, F32" in error(spec, names, tensors)
 
 
-def test_quantised_blocks_are_refused() -> None:
+@pytest.mark.parametrize("ending", ["weight_blocks", "weight_packed", "qweight"])
+def test_packed_tensors_need_a_word_in_the_config(ending: str) -> None:
     spec, names, tensors = mixtral()
-    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
-    tensors[f"{name}_blocks"] = tensors.pop(name)
-    assert "stored as quantised blocks" in error(spec, names, tensors)
+    module = "model.layers.0.block_sparse_moe.experts.0.w1."
+    tensors[module + ending] = tensors.pop(module + "weight")
+    message = error(spec, names, tensors)
+    assert f"stored packed, as {module}{ending}" in message
+    assert "config.json has no quantization_config" in message
 
 
 @pytest.mark.parametrize(

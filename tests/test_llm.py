@@ -97,7 +97,7 @@ def test_keywords_reach_the_engine_or_are_refused(options: list[EngineOptions]) 
         ({"zzz": 1}, "unknown option: zzz, allowed .*host_memory"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: got 2, allowed only 1"),
         ({"gpu_memory_utilization": 0.5}, "gpu_memory_utilization: got 0.5"),
-        ({"quantization": "awq"}, "quantization: got 'awq'"),
+        ({"quantization": "int3"}, "quantization: got 'int3', allowed fp8, mxfp4"),
         ({"cpu_offload_gb": 4}, "cpu_offload_gb: got 4"),
         ({"host_memory": "2"}, "host_memory: got '2'"),
         ({"dtype": "int3"}, "dtype: got 'int3'"),

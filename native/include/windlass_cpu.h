@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define WL_ABI_VERSION 1
+#define WL_ABI_VERSION 2
 #define WL_API __attribute__((visibility("default")))
 
 enum { WL_OK = 0, WL_E_ARGUMENT = 1, WL_E_MEMORY = 2 };
@@ -132,9 +132,14 @@ WL_API int32_t wl_use(const char *name);
 WL_API int32_t wl_set_threads(int32_t threads);
 WL_API int32_t wl_get_threads(void);
 
-WL_API int32_t wl_products(const wl_product *products, int64_t num, int64_t num_rows);
+/* What products multiply: rows as they are (fp32), or rounded to bf16, with sums in fp32 either way.
+ * Where the processor multiplies bf16, weights of other types are rounded to bf16 too. */
+enum wl_precision { WL_EXACT_ROWS = 0, WL_BF16_ROWS = 1 };
+
+WL_API int32_t wl_products(const wl_product *products, int64_t num, int64_t num_rows, int32_t precision);
 WL_API int32_t wl_experts(const float *x, int64_t ldx, float *out, int64_t ldo, const wl_expert *experts,
-                          int64_t num, int32_t activation, float alpha, float limit);
+                          int64_t num, int32_t activation, float alpha, float limit,
+                          int32_t precision);
 WL_API int32_t wl_attend(const wl_attention *work);
 /* y = x / rms(x) * (weight + add), over the last dimension; weight fp32 or, with type, as stored. */
 WL_API int32_t wl_rms_norm(const float *x, int64_t ldx, float *y, int64_t ldy, int64_t num_rows,

@@ -22,6 +22,12 @@ const Choice CHOICES[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      }},
+    {"avx512_bf16", &wl::avx512_bf16_table,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512bf16");
+     }},
 };
 
 const Choice *best() {
@@ -78,13 +84,17 @@ int32_t wl_set_threads(int32_t threads) {
 
 int32_t wl_get_threads(void) { return wl::get_threads(); }
 
-int32_t wl_products(const wl_product *products, int64_t num, int64_t num_rows) {
-  return guarded([&](const wl::Table &t) { t.products(products, num, num_rows); });
+int32_t wl_products(const wl_product *products, int64_t num, int64_t num_rows, int32_t precision) {
+  return guarded([&](const wl::Table &t) {
+    (precision == WL_BF16_ROWS ? t.products_bf16 : t.products)(products, num, num_rows);
+  });
 }
 
 int32_t wl_experts(const float *x, int64_t ldx, float *out, int64_t ldo, const wl_expert *experts, int64_t num,
-                   int32_t activation, float alpha, float limit) {
-  return guarded([&](const wl::Table &t) { t.experts(x, ldx, out, ldo, experts, num, activation, alpha, limit); });
+                   int32_t activation, float alpha, float limit, int32_t precision) {
+  return guarded([&](const wl::Table &t) {
+    (precision == WL_BF16_ROWS ? t.experts_bf16 : t.experts)(x, ldx, out, ldo, experts, num, activation, alpha, limit);
+  });
 }
 
 int32_t wl_attend(const wl_attention *work) {

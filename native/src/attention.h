@@ -74,7 +74,7 @@ inline void score(const wl_attention &a, const wl_tile &tile, int64_t head, int6
         const Groups groups{scales + v * W, scales + NR, 0};
         unpack_rows_of(a.keys.type, pointers + v * W, k0, count, bench.panel + v * W, &shape, groups);
       }
-      multiply_panel(bench.queries, rows, a.key_dim, k0, count, bench.panel, c, k0 == 0);
+      multiply_panel<Exact>(bench.queries, rows, a.key_dim, k0, count, bench.panel, c, k0 == 0);
     }
   }
 }
@@ -182,7 +182,7 @@ inline void attend_item(const wl_attention &a, const wl_tile &tile, int64_t grou
     }
     for (int64_t p = 0; p < panels; p++) {
       unpack_values(a, tile, group, t0, last, p * NR, bench.panel);
-      multiply_panel(bench.weights, rows, BK, 0, BK, bench.panel, bench.out + p * rows * NR, false);
+      multiply_panel<Exact>(bench.weights, rows, BK, 0, BK, bench.panel, bench.out + p * rows * NR, false);
     }
   }
   for (int64_t r = 0; r < rows; r++) {

@@ -75,28 +75,67 @@ inline void micro(const float *rows, const float *panel, int count, float *c, bo
     }
 }
 
-using Micro = void (*)(const float *, const float *, int, float *, bool, const Ahead &);
+/// fp32 rows times fp32 panels. A mode says what packed rows and panels are made of: 32-bit units,
+/// UNIT columns of k in each.
+struct Exact {
+  static constexpr int UNIT = 1;
+  static void pack(const float *const *rows, int mr, int64_t count, float *dst) { pack_rows(rows, mr, count, dst); }
+  static void unpack(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, float *scratch) {
+    unpack_panel(m, n0, k0, count, panel, scratch);
+  }
+  template <int M>
+  static void tile(const float *rows, const float *panel, int units, float *c, bool fresh, const Ahead &ahead) {
+    micro<M>(rows, panel, units, c, fresh, ahead);
+  }
+};
 
-inline void run_micro(int mr, const float *rows, const float *panel, int count, float *c, bool fresh,
-                      const Ahead &ahead) {
-  static constexpr Micro table[] = {
-      micro<1>, micro<2>, micro<3>, micro<4>, micro<5>, micro<6>,
-#if defined(__AVX512F__)
-      micro<7>, micro<8>, micro<9>, micro<10>, micro<11>, micro<12>,
-#endif
-  };
-  static_assert(sizeof(table) / sizeof(table[0]) == MR, "one micro tile for each number of rows");
-  table[mr - 1](rows, panel, count, c, fresh, ahead);
+/// The same with rows rounded to bf16, where no instruction multiplies bf16.
+struct Rounded : Exact {
+  static void pack(const float *const *rows, int mr, int64_t count, float *dst) {
+    pack_rows(rows, mr, count, dst);
+    int64_t i = 0;
+    for (; i + W <= mr * count; i += W) v_store(dst + i, round_bf16(v_load(dst + i)));
+    if (i < mr * count) {
+      float lanes[W] = {};
+      std::memcpy(lanes, dst + i, size_t(mr * count - i) * 4);
+      v_store(lanes, round_bf16(v_load(lanes)));
+      std::memcpy(dst + i, lanes, size_t(mr * count - i) * 4);
+    }
+  }
+};
+
+/// 32-bit units of a packed row of k columns.
+template <class Mode>
+inline int64_t packed_width(int64_t k) {
+  return (k + Mode::UNIT - 1) / Mode::UNIT;
 }
 
-/// c[rows][NR] (+)= all packed blocks of `rows` rows of width `width`, k0 to k0 + count, times panel.
+template <class Mode>
+inline void run_tile(int mr, const float *rows, const float *panel, int units, float *c, bool fresh,
+                     const Ahead &ahead) {
+  using Tile = void (*)(const float *, const float *, int, float *, bool, const Ahead &);
+  static constexpr Tile table[] = {
+      Mode::template tile<1>, Mode::template tile<2>, Mode::template tile<3>,
+      Mode::template tile<4>, Mode::template tile<5>, Mode::template tile<6>,
+#if defined(__AVX512F__)
+      Mode::template tile<7>, Mode::template tile<8>, Mode::template tile<9>,
+      Mode::template tile<10>, Mode::template tile<11>, Mode::template tile<12>,
+#endif
+  };
+  static_assert(sizeof(table) / sizeof(table[0]) == MR, "one tile for each number of rows");
+  table[mr - 1](rows, panel, units, c, fresh, ahead);
+}
+
+/// c[rows][NR] (+)= all packed blocks of `rows` rows of `width` units, k0 to k0 + count, times panel.
+template <class Mode>
 inline void multiply_panel(const float *packed, int64_t rows, int64_t width, int64_t k0, int count,
                            const float *panel, float *c, bool fresh, Ahead ahead = {}) {
   const Blocks blocks{rows};
+  const int units = int(packed_width<Mode>(count));
   for (int64_t b = 0; b < blocks.count(); b++) {
     const int64_t begin = blocks.begin(b);
     const int mr = blocks.size(b);
-    run_micro(mr, packed + begin * width + k0 * mr, panel, count, c + begin * NR, fresh, ahead);
+    run_tile<Mode>(mr, packed + begin * width + k0 / Mode::UNIT * mr, panel, units, c + begin * NR, fresh, ahead);
     ahead = {};
   }
 }
@@ -113,12 +152,14 @@ inline Ahead panel_after(const wl_matrix &m, int64_t n0, int64_t k0, int64_t ste
 
 /// Columns n0 .. n0 + NR of packed rows times a matrix, all of k: c[rows][NR]. `step`: columns to the
 /// panel that this thread will probably take next.
+template <class Mode>
 inline void multiply_columns(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *panel,
                              float *scratch, float *c, int64_t step) {
   for (int64_t k0 = 0; k0 < m.k; k0 += KC) {
     const int count = int(m.k - k0 < KC ? m.k - k0 : KC);
-    unpack_panel(m, n0, k0, count, panel, scratch);
-    multiply_panel(packed, rows, m.k, k0, count, panel, c, k0 == 0, panel_after(m, n0, k0, step));
+    Mode::unpack(m, n0, k0, count, panel, scratch);
+    multiply_panel<Mode>(packed, rows, packed_width<Mode>(m.k), k0, count, panel, c, k0 == 0,
+                         panel_after(m, n0, k0, step));
   }
 }
 

@@ -34,6 +34,7 @@ inline std::pair<int64_t, int64_t> locate(const std::vector<int64_t> &ends, int6
 inline int64_t num_panels(int64_t n) { return (n + NR - 1) / NR; }
 
 /// Block `b` of rows `first + i` (of `rows`, where given) of x into `packed`.
+template <class Mode>
 inline void pack_block(const float *x, int64_t ldx, const int64_t *rows, int64_t first, Blocks blocks,
                        int64_t b, int64_t width, float *packed) {
   const float *pointers[MR];
@@ -43,7 +44,7 @@ inline void pack_block(const float *x, int64_t ldx, const int64_t *rows, int64_t
     const int64_t row = first + begin + i;
     pointers[i] = x + (rows ? rows[row] : row) * ldx;
   }
-  pack_rows(pointers, mr, width, packed + begin * width);
+  Mode::pack(pointers, mr, width, packed + begin * packed_width<Mode>(width));
 }
 
 inline void write_rows(const float *c, int64_t rows, int64_t n0, int64_t n, const float *bias, float *out,
@@ -74,6 +75,7 @@ struct ProductRound {
   std::vector<int64_t> panel_ends;  // running totals of panels, by product
 };
 
+template <class Mode>
 inline void product_task(wl::Team &team, int, void *context) {
   const ProductRound &round = *static_cast<ProductRound *>(context);
   const Blocks blocks{round.num_rows};
@@ -82,7 +84,7 @@ inline void product_task(wl::Team &team, int, void *context) {
   while ((i = team.next(num_blocks * int64_t(round.packs.size()))) >= 0) {
     const size_t pack = size_t(i / num_blocks);
     const wl_product &p = round.products[round.packs[pack]];
-    pack_block(p.x, p.ldx, nullptr, round.first_row, blocks, i % num_blocks, p.w->k, round.packed[pack]);
+    pack_block<Mode>(p.x, p.ldx, nullptr, round.first_row, blocks, i % num_blocks, p.w->k, round.packed[pack]);
   }
   team.barrier();
   Bench bench(round.max_groups);
@@ -91,11 +93,12 @@ inline void product_task(wl::Team &team, int, void *context) {
     const auto [index, panel] = locate(round.panel_ends, i);
     const wl_product &p = round.products[index];
     const float *packed = round.packed[size_t(round.pack_of[size_t(index)])];
-    multiply_columns(*p.w, panel * NR, packed, round.num_rows, bench.panel, bench.groups, bench.first, step);
+    multiply_columns<Mode>(*p.w, panel * NR, packed, round.num_rows, bench.panel, bench.groups, bench.first, step);
     write_rows(bench.first, round.num_rows, panel * NR, p.w->n, p.bias, p.out, p.ldo, nullptr, round.first_row);
   }
 }
 
+template <class Mode>
 inline void products(const wl_product *all, int64_t num, int64_t num_rows) {
   static thread_local wl::Scratch scratch;
   for (int64_t row = 0; row < num_rows; row += MC) {
@@ -111,10 +114,10 @@ inline void products(const wl_product *all, int64_t num, int64_t num_rows) {
         const wl_product &p = all[end];
         const bool shared = end > begin && p.x == all[end - 1].x && p.ldx == all[end - 1].ldx && p.w->k == all[end - 1].w->k;
         if (!shared) {
-          if (end > begin && floats + rows * p.w->k > ROUND_FLOATS) break;
+          if (end > begin && floats + rows * packed_width<Mode>(p.w->k) > ROUND_FLOATS) break;
           round.packs.push_back(end - begin);
           offsets.push_back(floats);
-          floats += (rows * p.w->k + 15) / 16 * 16;
+          floats += (rows * packed_width<Mode>(p.w->k) + 15) / 16 * 16;
         }
         round.pack_of.push_back(int64_t(round.packs.size()) - 1);
         round.panel_ends.push_back(panels += num_panels(p.w->n));
@@ -122,7 +125,7 @@ inline void products(const wl_product *all, int64_t num, int64_t num_rows) {
       }
       float *memory = scratch.floats(floats);
       for (int64_t offset : offsets) round.packed.push_back(memory + offset);
-      wl::run_team(product_task, &round);
+      wl::run_team(product_task<Mode>, &round);
     }
   }
 }
@@ -160,11 +163,12 @@ inline V activate(const ExpertRound &round, V gate, V up) {
 }
 
 /// Hidden columns n0 .. n0 + NR of a segment, packed for the down projection.
+template <class Mode>
 inline void hidden_columns(const ExpertRound &round, const Segment &s, int64_t n0, const Bench &bench, int64_t step) {
   const wl_expert &e = *s.expert;
   const int64_t inner = e.gate->n, count = std::min<int64_t>(NR, inner - n0);
-  multiply_columns(*e.gate, n0, s.packed, s.rows, bench.panel, bench.groups, bench.first, step);
-  multiply_columns(*e.up, n0, s.packed, s.rows, bench.panel, bench.groups, bench.second, step);
+  multiply_columns<Mode>(*e.gate, n0, s.packed, s.rows, bench.panel, bench.groups, bench.first, step);
+  multiply_columns<Mode>(*e.up, n0, s.packed, s.rows, bench.panel, bench.groups, bench.second, step);
   float gate_bias[NR] = {}, up_bias[NR] = {};
   for (int64_t j = 0; j < count; j++) {
     if (e.gate_bias) gate_bias[j] = e.gate_bias[n0 + j];
@@ -184,35 +188,37 @@ inline void hidden_columns(const ExpertRound &round, const Segment &s, int64_t n
     const int64_t begin = blocks.begin(b);
     const int mr = blocks.size(b);
     for (int i = 0; i < mr; i++) pointers[i] = bench.first + (begin + i) * NR;
-    pack_rows(pointers, mr, count, s.hidden + begin * inner + n0 * mr);
+    Mode::pack(pointers, mr, count, s.hidden + begin * packed_width<Mode>(inner) + n0 / Mode::UNIT * mr);
   }
 }
 
+template <class Mode>
 inline void expert_task(wl::Team &team, int, void *context) {
   const ExpertRound &round = *static_cast<ExpertRound *>(context);
   int64_t i;
   while ((i = team.next(round.block_ends.back())) >= 0) {
     const auto [index, block] = locate(round.block_ends, i);
     const Segment &s = round.segments[size_t(index)];
-    pack_block(round.x, round.ldx, s.expert->rows, s.first, Blocks{s.rows}, block, s.expert->gate->k, s.packed);
+    pack_block<Mode>(round.x, round.ldx, s.expert->rows, s.first, Blocks{s.rows}, block, s.expert->gate->k, s.packed);
   }
   team.barrier();
   Bench bench(round.max_groups);
   const int64_t step = team.size() * NR;
   while ((i = team.next(round.hidden_ends.back())) >= 0) {
     const auto [index, panel] = locate(round.hidden_ends, i);
-    hidden_columns(round, round.segments[size_t(index)], panel * NR, bench, step);
+    hidden_columns<Mode>(round, round.segments[size_t(index)], panel * NR, bench, step);
   }
   team.barrier();
   while ((i = team.next(round.out_ends.back())) >= 0) {
     const auto [index, panel] = locate(round.out_ends, i);
     const Segment &s = round.segments[size_t(index)];
     const wl_expert &e = *s.expert;
-    multiply_columns(*e.down, panel * NR, s.hidden, s.rows, bench.panel, bench.groups, bench.first, step);
+    multiply_columns<Mode>(*e.down, panel * NR, s.hidden, s.rows, bench.panel, bench.groups, bench.first, step);
     write_rows(bench.first, s.rows, panel * NR, e.down->n, e.down_bias, round.out, round.ldo, e.places, s.first);
   }
 }
 
+template <class Mode>
 inline void experts(const float *x, int64_t ldx, float *out, int64_t ldo, const wl_expert *all, int64_t num,
                     int32_t activation, float alpha, float limit) {
   static thread_local wl::Scratch scratch;
@@ -226,9 +232,9 @@ inline void experts(const float *x, int64_t ldx, float *out, int64_t ldo, const 
       const int64_t rows = std::min(MC, e.num_rows - first);
       if (rows > 0) {
         offsets.push_back(floats);
-        floats += (rows * e.gate->k + 15) / 16 * 16;
+        floats += (rows * packed_width<Mode>(e.gate->k) + 15) / 16 * 16;
         offsets.push_back(floats);
-        floats += (rows * e.gate->n + 15) / 16 * 16;
+        floats += (rows * packed_width<Mode>(e.gate->n) + 15) / 16 * 16;
         round.segments.push_back({&e, first, rows, nullptr, nullptr});
         round.block_ends.push_back(blocks += Blocks{rows}.count());
         round.hidden_ends.push_back(hidden += num_panels(e.gate->n));
@@ -247,7 +253,7 @@ inline void experts(const float *x, int64_t ldx, float *out, int64_t ldo, const 
       round.segments[s].packed = memory + offsets[2 * s];
       round.segments[s].hidden = memory + offsets[2 * s + 1];
     }
-    wl::run_team(expert_task, &round);
+    wl::run_team(expert_task<Mode>, &round);
   }
 }
 

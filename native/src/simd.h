@@ -58,6 +58,7 @@ inline VI load_bytes(const void *p) {  // W bytes to W lanes
 inline V where_equal(VI a, VI b, V yes, V no) {
   return _mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(a, b), no, yes);
 }
+inline V where_nan(V x, V yes, V no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), no, yes); }
 inline V lookup16(VI index, const float *table) {
   return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
 }
@@ -140,6 +141,7 @@ inline VI load_bytes(const void *p) {
 inline V where_equal(VI a, VI b, V yes, V no) {
   return _mm256_blendv_ps(no, yes, as_float(_mm256_cmpeq_epi32(a, b)));
 }
+inline V where_nan(V x, V yes, V no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }
 inline V lookup16(VI index, const float *table) {
   V low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
   V high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
@@ -169,6 +171,13 @@ inline void transpose(VI r[W]) {
 
 constexpr int NV = 2;
 constexpr int NR = NV * W;
+
+/// To the nearest bf16, ties to even; NaN stays NaN.
+inline V round_bf16(V x) {
+  const VI bits = as_int(x), odd = i_and(i_shr<16>(bits), i_set(1));
+  const VI up = i_and(i_add(bits, i_add(odd, i_set(0x7fff))), i_set(int32_t(0xffff0000)));
+  return where_nan(x, x, as_float(up));
+}
 
 /// e to the x: relative error below 2e-7; 0 below -87.3, infinite above 88.8.
 inline V v_exp(V x) {

@@ -56,7 +56,7 @@ from windlass.schedule.passes import PassShape, run_pass
 from windlass.schedule.runtime import Outcome
 from windlass.spec.layout import build_layout
 from windlass.spec.model import GatedDelta, Gqa, LongRopeScaling, Mla, ModelSpec, Moe
-from windlass.spec.names import Layout, TensorInfo
+from windlass.spec.names import Layout, NameMap, TensorInfo
 from windlass.spec.registry import read_spec
 from windlass.synth import random_source
 from windlass.trace import Tracer
@@ -99,7 +99,9 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
         model = _read_model(options, opened)
         threads = options.threads or _useful_threads(model)
         torch.set_num_threads(threads)
-        kernels = choose_kernels(options.moe_backend, threads=threads)
+        kernels = choose_kernels(
+            options.moe_backend, threads=threads, bf16_rows=options.dtype == "bfloat16"
+        )
         kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
         setup = _setup(options, model, kernels.name)
         if device is None:
@@ -220,6 +222,7 @@ def _read_model(options: EngineOptions, opened: ExitStack) -> _Model:
     folder = resolve_model(options.model)
     config = read_config(folder)
     spec, names = read_spec(config)
+    _check_quantization(options.quantization, names)
     source: WeightSource
     if options.load_format == "dummy":
         source = random_source(config, seed=options.seed)
@@ -227,6 +230,15 @@ def _read_model(options: EngineOptions, opened: ExitStack) -> _Model:
         source = Checkpoint(folder, mode=options.load_mode)
     opened.callback(source.close)
     return _Model(folder, config, spec, build_layout(spec, names, source.tensors), source)
+
+
+def _check_quantization(asserted: str | None, names: NameMap) -> None:
+    found = None if names.quantization is None else names.quantization.method
+    if asserted is not None and asserted != found:
+        raise UsageError(
+            f"quantization: got {asserted!r}, but the checkpoint's weights are"
+            f" {'not quantised' if found is None else found}"
+        )
 
 
 def _sizes(model: _Model, options: EngineOptions) -> Sizes:
@@ -333,5 +345,6 @@ def _fingerprint(
         "generation_config": options.generation_config,
         "seed": options.seed,
         "max_model_len": options.max_model_len,
+        "dtype": "bfloat16" if options.dtype == "bfloat16" else "float32",
         "version": VERSION,
     }

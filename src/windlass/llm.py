@@ -31,7 +31,6 @@ Encode = Callable[[Any], tuple[str | None, list[int]]]  # a row -> its text, if 
 
 # vLLM's keywords for what Windlass does not do, with the only value that is no request for it.
 _REFUSED = {
-    "quantization": None,
     "gpu_memory_utilization": 0.9,
     "cpu_offload_gb": 0,
     "tensor_parallel_size": 1,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from windlass.errors import CheckpointError, ModelError, UsageError
+from windlass.spec.formats import METHODS
 
 DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
@@ -29,6 +30,7 @@ KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8")
 class EngineOptions:
     """Flags of every command that runs a model. None: chosen by the plan. Sizes in bytes.
 
+    `quantization` asserts how the checkpoint's weights are stored; the checkpoint itself says it.
     `moe_expert_cache_size`: "auto", a size with a unit, or a number of experts per layer.
     `kv_cache_dtype`: what keys and values are kept in, "auto" for the checkpoint's type.
     """
@@ -36,6 +38,7 @@ class EngineOptions:
     model: str = DEMO
     tokenizer: str | None = None
     dtype: str = "auto"
+    quantization: str | None = None
     host_memory: int | None = None
     moe_expert_cache_size: str | None = None
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
@@ -53,7 +56,8 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("dtype", ("auto",)),
+            ("dtype", ("auto", "float32", "bfloat16")),
+            ("quantization", (None, *METHODS)),
             ("load_format", ("auto", "safetensors", "dummy")),
             ("load_mode", ("auto", "dio", "buffered")),
             ("moe_backend", ("auto", "torch", "cpu")),
@@ -61,7 +65,8 @@ class EngineOptions:
             ("generation_config", ("auto", "vllm")),
         ):
             if (value := getattr(self, name)) not in allowed:
-                raise UsageError(f"{name}: got {value!r}, allowed {', '.join(allowed)}")
+                listed = ", ".join(one for one in allowed if one is not None)
+                raise UsageError(f"{name}: got {value!r}, allowed {listed}")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads: got {self.threads}, allowed 1 or more")
 

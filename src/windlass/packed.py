@@ -49,8 +49,8 @@ class PackedStack:
         return PackedStack(tuple(matrix.t() for matrix in self.matrices))
 
 
-# What a part is made of. Norms, biases, the router's and the embedding's tensors and everything
-# else that is no matrix of a linear map are always plain tensors.
+# What a part is made of. Norms, biases, the embedding's table and everything else that is no matrix
+# of a linear map are always plain tensors.
 Weight = torch.Tensor | Packed | PackedStack
 Tensors = Mapping[str, Weight]
 

@@ -5,19 +5,18 @@ import json
 import shutil
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import groupby
-from math import prod, sqrt
+from math import log2, prod, sqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from windlass.errors import UsageError
 from windlass.memory.header import INDEX_FILE, encode_header, natural_key, shard_name
-from windlass.spec.layout import expected_tensors
+from windlass.spec.layout import ITEM_BYTES, Expected, expected_stored
 from windlass.spec.model import ModelSpec, RmsNorm
 from windlass.spec.names import TensorInfo
 from windlass.spec.registry import read_spec
@@ -54,6 +53,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _TORCH = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_BY_NAME = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# Standard deviation of all codes of a format, each as likely as the others
+_CODE_STD = {"int4": 4.6, "int8": 74.0, "e2m1": 2.9, "e4m3": 100.0}
 
 # Elements of the one random block that all tensors repeat, each from its own place. A prime, so
 # that no power of two divides it and the rows of a matrix differ.
@@ -170,23 +173,31 @@ class _Weights:
             raise UsageError(f"dtype: got {dtype!r}, allowed {', '.join(DTYPES)}")
         self.spec, names = read_spec(config)
         self._seed = seed
-        self._itemsize = _TORCH[dtype].itemsize
-        shapes = expected_tensors(self.spec, names)
-        self.shards = _place(shapes, DTYPES[dtype], self._itemsize, shard_bytes)
+        expected = expected_stored(self.spec, names)
+        types = {
+            name: one.stored.dtypes[0] if one.stored else DTYPES[dtype]
+            for name, one in expected.items()
+        }
+        shapes = {name: one.shape for name, one in expected.items()}
+        self.shards = _place(shapes, types, shard_bytes)
         self.num_bytes = sum(s.tensors[-1].end for s in self.shards)
-        self._kinds = {
-            name: _mean_and_std(self.spec, name, shape) for name, shape in shapes.items()
+        self._values = {
+            name: _packed_values(one) if one.stored else _mean_and_std(self.spec, name, one.shape)
+            for name, one in expected.items()
         }
         normal = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(seed))
-        self._blocks: dict[tuple[float, float], memoryview] = {}
-        for mean, std in set(self._kinds.values()):
-            block = (normal * std + mean).to(_TORCH[dtype]).view(torch.uint8)
-            self._blocks[mean, std] = block.numpy().data.toreadonly()
+        self._blocks = {
+            values: _block(values, normal, _TORCH[dtype]) for values in set(self._values.values())
+        }
 
     def pieces(self, info: TensorInfo, start: int, stop: int) -> Iterator[memoryview]:
         """Bytes `start:stop` of a tensor, in parts."""
-        block = self._blocks[self._kinds[info.name]]
-        first = zlib.crc32(f"{self._seed}:{info.name}".encode()) % _BLOCK * self._itemsize
+        values = self._values[info.name]
+        block = self._blocks[values]
+        first = 0
+        if not isinstance(values, bytes):
+            first = zlib.crc32(f"{self._seed}:{info.name}".encode()) % _BLOCK
+            first *= len(block) // _BLOCK
         while start < stop:
             at = (first + start) % len(block)
             piece = block[at : at + stop - start]
@@ -194,36 +205,101 @@ class _Weights:
             start += len(piece)
 
 
-def _mean_and_std(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+class _Normal(NamedTuple):
+    """Random numbers of a plain tensor."""
+
+    mean: float
+    std: float
+
+
+class _AnyCode(NamedTuple):
+    """Random codes of a packed matrix; fp8 has two that are no numbers."""
+
+    has_nan: bool
+
+
+_Values = _Normal | _AnyCode | bytes  # bytes are repeated
+
+
+def _block(values: _Values, normal: torch.Tensor, dtype: torch.dtype) -> memoryview:
+    """What a tensor of such values repeats."""
+    if isinstance(values, bytes):
+        return memoryview(values * (_BLOCK // len(values) + 1))
+    if isinstance(values, _Normal):
+        block = (normal * values.std + values.mean).to(dtype).view(torch.uint8)
+    else:
+        block = normal.view(torch.uint8)[::4].clone()  # the low bits of a mantissa are uniform
+        if values.has_nan:
+            block[block & 0x7F == 0x7F] = 0
+    return block.numpy().data.toreadonly()
+
+
+def _packed_values(expected: Expected) -> _Values:
+    """Of a tensor of a quantised matrix: random codes, whose scales, all the same, give the
+    elements a standard deviation of about 1 / sqrt(inputs)."""
+    assert expected.scheme is not None and expected.stored is not None
+    form, kind = expected.scheme.format, expected.stored.dtypes[0]
+    match expected.stored.role:
+        case "codes":
+            return _AnyCode(form.code == "e4m3")
+        case "zeros":
+            zero = (8 if form.code == "int4" else 128) - form.zero_add
+            return bytes([17 * zero if form.code == "int4" else zero])
+        case "groups":
+            return (torch.arange(expected.width) // form.columns).int().numpy().tobytes()
+        case _:
+            scale = 1 / (_CODE_STD[form.code] * sqrt(expected.width))
+            if kind == "U8":
+                return bytes([127 + round(log2(scale))])
+            number = torch.tensor(scale).to(_BY_NAME[kind])
+            return number.view(1).view(torch.uint8).numpy().tobytes()
+
+
+def _mean_and_std(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> _Normal:
     """Activations keep a scale of about 1 through every matrix: std is 1 / sqrt(inputs)."""
     if "norm" in name and len(shape) == 1:
         # the norm inside the gated delta rule has plain weights in every family
         centred = isinstance(spec.norm, RmsNorm) and spec.norm.plus_one
-        return (0.0 if centred and "linear_attn" not in name else 1.0), 0.05
+        return _Normal(0.0 if centred and "linear_attn" not in name else 1.0, 0.05)
     if name.endswith("A_log"):
-        return -1.0, 1.0
+        return _Normal(-1.0, 1.0)
     if len(shape) == 1:
-        return 0.0, 1.0 if name.endswith("sinks") else 0.02
+        return _Normal(0.0, 1.0 if name.endswith("sinks") else 0.02)
     if name.endswith(("embed_tokens.weight", "wte.weight")) and not spec.tied_head:
-        return 0.0, 1.0
-    return 0.0, 1 / sqrt(shape[-1])
+        return _Normal(0.0, 1.0)
+    return _Normal(0.0, 1 / sqrt(shape[-1]))
 
 
 def _place(
-    shapes: Mapping[str, tuple[int, ...]], dtype: str, itemsize: int, shard_bytes: int
+    shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str], shard_bytes: int
 ) -> tuple[_Shard, ...]:
-    """Cuts the tensors into shards of about `shard_bytes` and lays each out as safetensors."""
-    placed, shard, filled = [], 0, 0
+    """Cuts the tensors into shards of about `shard_bytes` and lays each out as safetensors: wider
+    types first, so that each tensor begins at a multiple of its type's size."""
+    groups: list[list[TensorInfo]] = [[]]
+    filled = 0
     for name in sorted(shapes, key=natural_key):
-        size = prod(shapes[name]) * itemsize
+        size = prod(shapes[name]) * ITEM_BYTES[types[name]]
         if filled and filled + size > shard_bytes:
-            shard, filled = shard + 1, 0
-        placed.append((shard, TensorInfo(name, "", dtype, shapes[name], filled, filled + size)))
+            groups.append([])
+            filled = 0
+        groups[-1].append(TensorInfo(name, "", types[name], shapes[name], 0, size))
         filled += size
     return tuple(
-        _shard(shard_name(i, shard + 1), [info for _, info in group])
-        for i, group in groupby(placed, key=lambda entry: entry[0])
+        _shard(
+            shard_name(i, len(groups)),
+            _end_to_end(sorted(group, key=lambda info: -ITEM_BYTES[info.dtype])),
+        )
+        for i, group in enumerate(groups)
     )
+
+
+def _end_to_end(tensors: Iterable[TensorInfo]) -> list[TensorInfo]:
+    placed, at = [], 0
+    for info in tensors:
+        size = info.end - info.begin
+        placed.append(replace(info, begin=at, end=at + size))
+        at += size
+    return placed
 
 
 def _shard(file: str, tensors: list[TensorInfo]) -> _Shard:

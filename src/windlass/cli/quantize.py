@@ -74,7 +74,6 @@ def _run(values: Mapping[str, Any]) -> int:
         if values[name] is not None and values["text"] is None:
             raise UsageError(f"--{name.replace('_', '-')}: allowed only with --text")
     from windlass.quantize.job import QuantizeOptions, quantize
-    from windlass.quantize.perplexity import read_text
     from windlass.quantize.progress import Progress
     from windlass.quantize.report import kind_lines, tensor_lines
     from windlass.quantize.scheme import make_scheme
@@ -86,7 +85,7 @@ def _run(values: Mapping[str, Any]) -> int:
         experts_only=values["experts_only"],
         threads=values["threads"],
     )
-    text = None if values["text"] is None else read_text(values["text"])
+    text = None if values["text"] is None else _read_text(values)
     with Progress() as progress:
         progress.begin("quantised", lambda per_s: f"{format_bytes(per_s)}/s")
         result = quantize(
@@ -101,6 +100,14 @@ def _run(values: Mapping[str, Any]) -> int:
     if values["json"]:
         print(json.dumps(_document(result, values, measured)))
     return 0
+
+
+def _read_text(values: Mapping[str, Any]) -> str:
+    """Read, and the window found possible, before hours of other work."""
+    from windlass.quantize.perplexity import check_window, read_text
+
+    check_window(values["model"], values["window"] or _DEFAULT_WINDOW)
+    return read_text(values["text"])
 
 
 def _perplexities(

@@ -142,9 +142,8 @@ class Admission:
         return left if left <= room else room // CHUNK_TOKENS * CHUNK_TOKENS
 
     def _row(self, choice: Choice, first: int, last: int, *, is_prompt: bool) -> Row:
-        after, targets = self._long_rope_after, ()
-        if is_prompt and choice.scores_prompt:
-            targets = choice.request.prompt_token_ids[first + 1 : last + 1]
+        after = self._long_rope_after
+        is_scored = is_prompt and choice.scores_prompt
         segment = Segment(
             sequence=id(choice),
             token_ids=choice.tokens(first, last),
@@ -154,7 +153,7 @@ class Admission:
             is_prompt=is_prompt,
             long_rope=after is not None and choice.queued.longest > after,
             wants_logits=last == choice.num_tokens,
-            targets=targets,
+            targets=choice.request.prompt_token_ids[first + 1 : last + 1] if is_scored else (),
         )
         return Row(choice, segment)
 

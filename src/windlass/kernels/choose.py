@@ -9,18 +9,18 @@ from windlass.kernels.cpu.native import NativeKernels
 from windlass.kernels.reference import TorchKernels
 
 
-def choose_kernels(backend: str, *, threads: int) -> Kernels:
+def choose_kernels(backend: str, *, threads: int, bf16_rows: bool) -> Kernels:
     """`backend`: "cpu" (native, or UsageError), "torch", or "auto": native where it can run, else
-    torch with one line that says so."""
+    torch with one line that says so. `bf16_rows`: products round their rows to bf16."""
     if backend == "torch":
-        return TorchKernels()
+        return TorchKernels(bf16_rows=bf16_rows)
     found = library.load()
     if not isinstance(found, str):
-        return NativeKernels(found, threads=threads)
+        return NativeKernels(found, threads=threads, bf16_rows=bf16_rows)
     if backend == "cpu":
         raise UsageError(f"moe_backend: got 'cpu', but the native library {found}")
     print(  # noqa: T201
         f"kernels: the native library {found}; torch's are used (few rows: up to 10 times slower)",
         file=sys.stderr,
     )
-    return TorchKernels()
+    return TorchKernels(bf16_rows=bf16_rows)

@@ -76,7 +76,7 @@ def _zeros(w: Packed, first: int, last: int) -> torch.Tensor | None:
     words, start = _block_rows(per_word, first, last), first % per_word
     across = w.zeros[words] if w.format.zero == "rows" else w.zeros[:, words].t()
     found = _unpack_down(across, bits)[start : start + last - first]
-    return (found + w.format.zero_add).float()
+    return found.add(w.format.zero_add).float()
 
 
 def _over_columns(w: Packed, per_group: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,9 @@ def _batched_matmul(x_HTa: torch.Tensor, w_Hba: torch.Tensor) -> torch.Tensor:
 class TorchKernels:
     """Implements `Kernels` on a CPU. Owns one scratch tile; used by one thread at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, bf16_rows: bool = False) -> None:
+        """`bf16_rows`: products round their rows to bf16 before they multiply."""
+        self._bf16_rows = bf16_rows
         self._rows = RowLadder(_matmul)
         self._batched_rows = RowLadder(_batched_matmul)
         self._scratch = torch.empty(TILE_BYTES // 4)
@@ -53,6 +55,7 @@ class TorchKernels:
     def linear(
         self, x_TD: torch.Tensor, w: Weight, bias_E: torch.Tensor | None = None
     ) -> torch.Tensor:
+        x_TD = self._narrow(x_TD)
         num_rows, width = x_TD.shape
         out_TE = x_TD.new_empty(num_rows, math.prod(w.shape[:-1]))
         column = 0
@@ -141,6 +144,9 @@ class TorchKernels:
     ) -> torch.Tensor:
         return paged_attention(self.pointwise, q_THd, keys, values, work, options)
 
+    def _narrow(self, x: torch.Tensor) -> torch.Tensor:
+        return x.bfloat16().float() if self._bf16_rows else x
+
     def _activate(
         self, gate: torch.Tensor, up: torch.Tensor, activation: Activation
     ) -> torch.Tensor:
@@ -193,7 +199,11 @@ def _wide_heads(w_Hba: Weight, heads: slice) -> torch.Tensor:
     if isinstance(w_Hba, torch.Tensor):
         return w_Hba[heads].float()
     assert isinstance(w_Hba, PackedStack), "heads of one packed matrix"
-    return torch.stack([dequantise(w, 0, w.shape[0]) for w in w_Hba.matrices[heads]])
+    matrices = w_Hba.matrices[heads]
+    wide = torch.empty(len(matrices), *matrices[0].shape)
+    for view, matrix in zip(wide, matrices, strict=True):
+        view.copy_(dequantise(matrix, 0, matrix.shape[0]))
+    return wide
 
 
 def _tiles(w: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:

@@ -170,7 +170,8 @@ def prepare(path: Path, identity: Mapping[str, Any], places: Places) -> None:
             f"{path}: got a file or a folder with files, allowed an empty or new folder, or one "
             "that the same command began"
         )
-    _check_disk(path, places)
+    if not (path / _CONFIG_FILE).exists():
+        _check_disk(path, places)
     with _reporting(path):
         path.mkdir(parents=True, exist_ok=True)
         if not state.exists():

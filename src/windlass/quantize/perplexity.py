@@ -4,6 +4,7 @@ so that weights which do not fit into memory are read as rarely as in a batch jo
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import exp
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from windlass.build import open_engine
 from windlass.engine.engine import Engine
 from windlass.engine.sequence import WINDOW, Request
 from windlass.errors import RequestError, UsageError
-from windlass.options import EngineOptions
+from windlass.options import EngineOptions, read_config, resolve_model
 from windlass.params import SamplingParams
+from windlass.spec.registry import read_spec
 from windlass.units import MIB, format_bytes
 
 _LONGEST_TEXT = 64 * MIB
@@ -48,6 +50,13 @@ def read_text(path: Path) -> str:
     return text
 
 
+def check_window(model: str, window: int) -> None:
+    """Raises UsageError where the model cannot have as many tokens, and one more."""
+    longest = read_spec(read_config(resolve_model(model)))[0].max_positions - 1
+    if window > longest:
+        raise UsageError(f"window: got {window}, allowed 2 to {longest} for this model")
+
+
 def measure(
     options: EngineOptions,
     text: str,
@@ -79,12 +88,10 @@ def _measure(
     total, done, logprob, count = sum(map(len, windows)), 0, 0.0, 0
     waiting = iter(enumerate(windows))
     in_engine = 0
-    while True:
-        while in_engine < WINDOW * engine.capacity and (entry := next(waiting, None)) is not None:
-            engine.add(Request(str(entry[0]), entry[1], params, seed_key=str(entry[0])))
+    while done < total:
+        for index, ids in islice(waiting, WINDOW * engine.capacity - in_engine):
+            engine.add(Request(str(index), ids, params, seed_key=str(index)))
             in_engine += 1
-        if not in_engine:
-            return Perplexity(logprob, count)
         for output in engine.step().finished:
             if output.error is not None:
                 raise RequestError(f"text: {output.error}")
@@ -98,3 +105,4 @@ def _measure(
             in_engine -= 1
             done += len(output.prompt_token_ids)
         on_step(done, total)
+    return Perplexity(logprob, count)

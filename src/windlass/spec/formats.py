@@ -10,6 +10,8 @@ with one scale, and in some formats one zero point, for each block of `rows` x `
 from dataclasses import dataclass
 from typing import Literal
 
+METHODS = ("fp8", "mxfp4", "compressed-tensors", "gptq", "awq")  # as config.json calls them
+
 Code = Literal["e4m3", "e2m1", "int8", "int4"]
 Packing = Literal["rows", "gptq", "awq"]
 Zero = Literal["none", "rows", "gptq", "awq"]

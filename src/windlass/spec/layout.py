@@ -9,6 +9,15 @@ from typing import NamedTuple
 
 from windlass.errors import CheckpointError
 from windlass.ids import Part, WeightKey
+from windlass.spec.locate import (
+    PLAIN_TYPES,
+    Found,
+    find,
+    is_linear,
+    name_of,
+    scheme_of,
+    trunk_prefix,
+)
 from windlass.spec.model import ModelSpec
 from windlass.spec.names import (
     Layout,
@@ -25,9 +34,7 @@ from windlass.spec.quantization import Scheme
 from windlass.spec.stored import (
     RowSet,
     StoredTensor,
-    companions,
-    module_of,
-    packed_names,
+    is_companion,
     packed_pieces,
     row_set,
     stored_tensors,
@@ -37,15 +44,9 @@ from windlass.spec.stored import (
 from windlass.spec.wanted import Wanted, all_wanted
 from windlass.units import MIB
 
-PLAIN_TYPES = ("BF16", "F16", "F32")
 ITEM_BYTES: Mapping[str, int] = {
     "BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "F8_E8M0": 1, "U8": 1, "I32": 4
 }  # fmt: skip
-
-# Quantised where config.json says so of linear modules. Of the others here (routers and gates are
-# linear modules in some programs only, the head by its own setting), the tensors on disk decide.
-_LINEAR = re.compile(r"(.*_proj|[kv]_up|shared\.(gate|up|down))\.weight|gate|up|down")
-_PERHAPS_LINEAR = re.compile(r"(router|shared\.mix|[ab]_proj)\.weight")
 
 # Tensors of published checkpoints that text generation does not need. Any other tensor that the
 # spec does not claim means that config.json and weights disagree, which is an error.
@@ -70,19 +71,18 @@ def build_layout(
     Raises CheckpointError for a tensor that is missing, has another shape than the spec says or a
     type that Windlass does not run, and for one that the spec does not use but probably should.
     """
-    prefix = _trunk_prefix(names, tensors)
+    prefix = trunk_prefix(names, tensors)
     parts: dict[WeightKey, list[Piece]] = {}
     claimed: set[str] = set()
-    beside: set[str] = set()
     for wanted in all_wanted(spec, names):
-        found = _find(wanted, names, prefix, tensors)
-        if found.scheme is not None:
-            beside.update(companions(found.scheme.naming, found.name))
+        found = find(wanted, names, prefix, tensors)
         for key, pieces in _pieces(wanted, found, tensors, head_chunk_bytes):
             claimed.update(piece.tensor for piece in pieces)
             parts.setdefault(key, []).extend(pieces)
     unused = sorted(set(tensors) - claimed)
-    _check_unused(spec, names, prefix, [tensors[name] for name in unused if name not in beside])
+    is_quantised = names.quantization is not None
+    strays = [n for n in unused if not (is_quantised and is_companion(n, claimed))]
+    _check_unused(spec, names, prefix, [tensors[name] for name in strays])
     layout = Layout({key: tuple(pieces) for key, pieces in parts.items()}, tuple(unused))
     if names.quantization is not None and not layout.is_quantised:
         raise CheckpointError(
@@ -92,112 +92,50 @@ def build_layout(
     return layout
 
 
+class Expected(NamedTuple):
+    """A tensor that a checkpoint should have: plain, or one of those of a quantised matrix."""
+
+    shape: tuple[int, ...]
+    scheme: Scheme | None = None
+    stored: StoredTensor | None = None
+    width: int = 0  # of the matrix
+
+
 def expected_tensors(spec: ModelSpec, names: NameMap) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a checkpoint of this model as the hub has them, from the spec alone."""
-    tensors: dict[str, tuple[int, ...]] = {}
+    return {name: expected.shape for name, expected in expected_stored(spec, names).items()}
+
+
+def expected_stored(spec: ModelSpec, names: NameMap) -> dict[str, Expected]:
+    """The same, with how each tensor is stored. Routers and the head are plain."""
+    tensors: dict[str, Expected] = {}
     for wanted in all_wanted(spec, names):
         source = wanted.sources[0]
-        name, shape = _name(source, names.prefixes[0], wanted.key), _stored_shape(wanted, source)
-        assert tensors.setdefault(name, shape) == shape, f"{name} has two shapes"
+        for name, expected in _expect(wanted, source, names):
+            assert tensors.setdefault(name, expected) == expected, f"{name} has two shapes"
     return tensors
 
 
-# --- where it is ----------------------------------------------------------------------------------
-
-
-def _trunk_prefix(names: NameMap, tensors: Mapping[str, TensorInfo]) -> str:
-    """The prefix with which the embedding table exists; the usual one if there is none."""
-    for prefix in names.prefixes:
-        if any(source.name.format(model=prefix) in tensors for source in names.embed["weight"]):
-            return prefix
-    return names.prefixes[0]
-
-
-def _name(source: Source, prefix: str, key: WeightKey) -> str:
-    return source.name.format(model=prefix, layer=key.layer, expert=key.index)
-
-
-class _Found(NamedTuple):
-    """Where a canonical tensor lies. `name`: of the plain tensor, which is not there where a
-    `scheme` says how a matrix is packed."""
-
-    name: str
-    source: Source
-    scheme: Scheme | None
-
-
-def _find(wanted: Wanted, names: NameMap, prefix: str, tensors: Mapping[str, TensorInfo]) -> _Found:
-    candidates = [(_name(source, prefix, wanted.key), source) for source in wanted.sources]
-    place = f"{wanted.name} of {wanted.key}"
-    for name, source in candidates:
-        scheme, is_certain = _scheme(wanted, names, prefix, name)
-        codes = tensor_name(scheme.naming, "codes", name) if scheme is not None else name
-        if scheme is not None and _is_packed(tensors.get(codes)):
-            return _Found(name, source, scheme)
-        if name in tensors:
-            if scheme is not None and is_certain:
-                raise CheckpointError(
-                    f"{tensors[name].file}: tensor {name} has type {tensors[name].dtype}, but"
-                    f" config.json says that it is quantised (expected {codes} as {scheme.naming};"
-                    f" {place})"
-                )
-            return _Found(name, source, None)
-    for name, _ in candidates:
-        for packed in packed_names(name):
-            if packed in tensors:
-                raise CheckpointError(
-                    f"{tensors[packed].file}: {name} is stored packed, as {packed}, but"
-                    f" {_expected(wanted, names, prefix, name)} ({place})"
-                )
-    spellings = " or ".join(name for name, _ in candidates)
-    files = sorted({info.file for info in tensors.values()})
-    looked = ", ".join(files[:4]) + (f" and {len(files) - 4} more" if len(files) > 4 else "")
-    raise CheckpointError(
-        f"tensor {spellings} is missing ({place}); looked in {looked or 'no files'}"
-    )
-
-
-def _is_packed(codes: TensorInfo | None) -> bool:
-    return codes is not None and codes.dtype not in PLAIN_TYPES
-
-
-def _scheme(wanted: Wanted, names: NameMap, prefix: str, name: str) -> tuple[Scheme | None, bool]:
-    """How config.json says that a tensor is stored, and whether that is certain."""
-    if names.quantization is None or wanted.key.part in (Part.EMBED, Part.FINAL):
-        return None, True
-    is_head = wanted.key.part == Part.HEAD
-    if is_head and wanted.sources == names.embed["weight"]:
-        return None, True
-    is_linear = not is_head and _LINEAR.fullmatch(wanted.name) is not None
-    perhaps = is_head or _PERHAPS_LINEAR.fullmatch(wanted.name) is not None
-    if not is_linear and not perhaps:
-        return None, True
-    module = module_of(name)
-    is_expert = wanted.key.part == Part.EXPERT
-    # lists may spell the trunk's name as another version of the model's code
-    rest = module.removeprefix(prefix)
-    spellings = [module]
-    if prefix and rest != module:
-        spellings += [other + rest for other in names.prefixes if other not in (prefix, "")]
-    found = [names.quantization.find(one, is_expert=is_expert) for one in spellings]
-    scheme, is_certain = next((one for one in found if one[0] is None), found[0])
-    return scheme, is_certain and not perhaps
-
-
-def _expected(wanted: Wanted, names: NameMap, prefix: str, name: str) -> str:
-    scheme, _ = _scheme(wanted, names, prefix, name)
-    if scheme is not None:
-        return f"config.json says that it is stored as {scheme.naming}"
-    if names.quantization is None:
-        return "config.json has no quantization_config"
-    return f"config.json says that it is not quantised, allowed {', '.join(PLAIN_TYPES)}"
+def _expect(wanted: Wanted, source: Source, names: NameMap) -> Iterator[tuple[str, Expected]]:
+    prefix = names.prefixes[0]
+    name = name_of(source, prefix, wanted.key)
+    scheme = scheme_of(wanted, names, prefix, name)
+    if scheme is None or not is_linear(wanted):
+        yield name, Expected(_stored_shape(wanted, source))
+        return
+    rows = _supported_rows(wanted, source, name, scheme)
+    leading = (wanted.num_stacked,) if source.stacked == "experts" else ()
+    for stored in stored_tensors(scheme, rows.n, rows.k):
+        shape = (*leading, *stored.shapes[0])
+        own = tensor_name(scheme.naming, stored.role, name)
+        yield own, Expected(shape, scheme, stored, rows.k)
 
 
 # --- what is read of it ---------------------------------------------------------------------------
 
 
 def _pieces(
-    wanted: Wanted, found: _Found, tensors: Mapping[str, TensorInfo], head_chunk_bytes: int
+    wanted: Wanted, found: Found, tensors: Mapping[str, TensorInfo], head_chunk_bytes: int
 ) -> Iterator[tuple[WeightKey, list[Piece]]]:
     """Keys and their pieces: one key, or for the head one for each chunk."""
     if found.scheme is None:
@@ -220,23 +158,12 @@ def _pieces(
 
 
 def _checked_rows(
-    wanted: Wanted, found: _Found, scheme: Scheme, tensors: Mapping[str, TensorInfo]
+    wanted: Wanted, found: Found, scheme: Scheme, tensors: Mapping[str, TensorInfo]
 ) -> RowSet:
     """The rows of the stored matrix, whose tensors are all there and as they should be."""
     place = f"{wanted.name} of {wanted.key}"
-    source, shape = found.source, found.source.shape or wanted.shape
-    rows = row_set(shape, source.ops)
-    is_stack = source.stacked == "experts"
-    if rows is None or source.stacked == "rows" or (is_stack and not _can_stack(scheme)):
-        raise CheckpointError(
-            f"tensor {found.name} is quantised as {scheme.naming}: not supported where this model"
-            f" type has it ({place})"
-        )
-    if isinstance((source.ops or (None,))[-1], Transpose) and scheme.naming != "mxfp4":
-        raise CheckpointError(
-            f"tensor {found.name}, stored (inputs, outputs), is quantised as {scheme.naming},"
-            f" allowed mxfp4 ({place})"
-        )
+    rows = _supported_rows(wanted, found.source, found.name, scheme)
+    is_stack = found.source.stacked == "experts"
     for stored in stored_tensors(scheme, rows.n, rows.k):
         name = tensor_name(scheme.naming, stored.role, found.name)
         if name not in tensors:
@@ -250,9 +177,21 @@ def _checked_rows(
     return rows
 
 
-def _can_stack(scheme: Scheme) -> bool:
-    """Whether each expert's tensors can be a range of tensors for all."""
-    return scheme.format.rows > 0 and not scheme.format.has_groups
+def _supported_rows(wanted: Wanted, source: Source, name: str, scheme: Scheme) -> RowSet:
+    """The rows of the stored matrix that `wanted` is. CheckpointError where a format is not known
+    to be stored as this model type has the tensor: experts in one tensor for all, or turned."""
+    rows = row_set(source.shape or wanted.shape, source.ops)
+    is_turned = bool(source.ops) and isinstance(source.ops[-1], Transpose)
+    form = scheme.format
+    can_stack = source.stacked == "no" or (
+        source.stacked == "experts" and form.rows > 0 and not form.has_groups
+    )
+    if rows is None or not can_stack or (is_turned and scheme.naming != "mxfp4"):
+        raise CheckpointError(
+            f"tensor {name} is quantised as {scheme.naming}, which is not supported where this"
+            f" model type keeps {wanted.name} of {wanted.key}"
+        )
+    return rows
 
 
 def _check_stored(

@@ -25,11 +25,19 @@ class Modules:
     def __contains__(self, name: str) -> bool:
         if self.everything or name in self.names or name.endswith(self.endings):
             return True
-        if self.trees and any(name[:end] in self.trees for end in _ends(name)):
+        if self.trees and self._is_under_tree(name):
             return True
         if any(fragment in name for fragment in self.fragments):
             return True
         return any(pattern.match(name) for pattern in _compiled(self.patterns))
+
+    def _is_under_tree(self, name: str) -> bool:
+        end = name.find(".")
+        while end != -1:
+            if name[:end] in self.trees:
+                return True
+            end = name.find(".", end + 1)
+        return name in self.trees
 
 
 def hub_modules(keys: Iterable[str], where: str) -> Modules:
@@ -65,9 +73,3 @@ def _check(patterns: Iterable[str], where: str) -> None:
 @lru_cache
 def _compiled(patterns: tuple[str, ...]) -> tuple[re.Pattern[str], ...]:
     return tuple(re.compile(pattern) for pattern in patterns)
-
-
-def _ends(name: str) -> Iterable[int]:
-    """Where the modules around `name`, and itself, end."""
-    yield from (i for i, char in enumerate(name) if char == ".")
-    yield len(name)

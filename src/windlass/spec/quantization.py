@@ -38,14 +38,23 @@ class Quantization:
     is_strict: bool = True
     only_experts: bool = False
 
-    def find(self, module: str, *, is_expert: bool) -> tuple[Scheme | None, bool]:
-        """The scheme of a linear module, None for a dense one; and whether that is certain."""
-        if (self.only_experts and not is_expert) or module in self.dense:
-            return None, True
+    def find(self, spellings: Sequence[str], *, is_expert: bool) -> Scheme | None:
+        """The scheme of a linear module, whose name may have several spellings; None for a dense
+        one."""
+        if (self.only_experts and not is_expert) or _any_in(spellings, self.dense):
+            return None
         for modules, scheme in self.groups:
-            if module in modules:
-                return scheme, self.is_strict and module not in self.unsure
-        return None, True
+            if _any_in(spellings, modules):
+                return scheme
+        return None
+
+    def is_certain(self, spellings: Sequence[str]) -> bool:
+        """Whether a module with a scheme must be stored so."""
+        return self.is_strict and not _any_in(spellings, self.unsure)
+
+
+def _any_in(spellings: Sequence[str], modules: Modules) -> bool:
+    return any(name in modules for name in spellings)
 
 
 def read_quantization(config: Config) -> Quantization | None:

@@ -1,6 +1,7 @@
 """The tensors that a quantised matrix has on disk: names, types, shapes, and which part of each
 belongs to given rows of the matrix. Knows no family and no file."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import lru_cache
 from math import lcm, prod
@@ -22,6 +23,11 @@ _ENDINGS: dict[Naming, dict[Role, str]] = {
         "codes": "_packed", "scales": "_scale", "zeros": "_zero_point", "groups": "_g_idx"
     },
 }  # fmt: skip
+# Endings of tensors that need not be read -> those of the codes that they lie beside
+_COMPANIONS = {"weight_shape": ("weight_packed",), "g_idx": ("qweight",)} | {
+    ending: ("weight", "weight_packed")
+    for ending in ("input_scale", "output_scale", "input_zero_point", "output_zero_point")
+}
 # What stands in place of "weight"
 _WORDS: dict[Role, str] = {
     "codes": "qweight", "scales": "scales", "zeros": "qzeros", "groups": "g_idx"
@@ -40,13 +46,11 @@ def module_of(name: str) -> str:
     return name.removesuffix(".weight")
 
 
-def companions(naming: Naming, name: str) -> tuple[str, ...]:
-    """Tensors beside a quantised matrix that need not be read: its shape, which is known; groups in
-    their natural order; scales of activations."""
-    module = module_of(name)
-    own = {"packed": (f"{name}_shape",), "gptq": (f"{module}.g_idx",)}.get(naming, ())
-    ends = ("input_scale", "output_scale", "input_zero_point", "output_zero_point")
-    return (*own, *(f"{module}.{end}" for end in ends))
+def is_companion(name: str, claimed: Container[str]) -> bool:
+    """Whether a tensor lies beside a quantised matrix and need not be read: the matrix's shape,
+    which is known; groups in their natural order; what belongs to quantised activations."""
+    module, _, ending = name.rpartition(".")
+    return any(f"{module}.{codes}" in claimed for codes in _COMPANIONS.get(ending, ()))
 
 
 def packed_names(name: str) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import ctypes as c
 from functools import cache
 from pathlib import Path
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FILE = Path(__file__).parent / "libwindlass_cpu.so"
 
 CODES = {"f32": 0, "bf16": 1, "f16": 2, "e4m3": 3, "e2m1": 4, "int8": 5, "int4": 6}
@@ -64,8 +64,8 @@ class Attention(c.Structure):
 
 
 _SIGNATURES = {
-    "wl_products": [_ptr, _i64, _i64],
-    "wl_experts": [_ptr, _i64, _ptr, _i64, _ptr, _i64, _i32, _f32, _f32],
+    "wl_products": [_ptr, _i64, _i64, _i32],
+    "wl_experts": [_ptr, _i64, _ptr, _i64, _ptr, _i64, _i32, _f32, _f32, _i32],
     "wl_attend": [c.POINTER(Attention)],
     "wl_rms_norm": [_ptr, _i64, _ptr, _i64, _i64, _i64, _ptr, _i32, _f32, _f32],
     "wl_combine": [_ptr, _ptr, _ptr, _ptr, _ptr, _i64, _i64, _i64, _f32],

@@ -29,11 +29,13 @@ _FFN = ("gate", "up", "down")
 
 class NativeKernels(TorchKernels):
     """Implements `Kernels` with the native library; what that lacks, torch computes. Called from
-    one thread; the library's own pool of `threads` takes part."""
+    one thread; the library's own pool of `threads` takes part. `bf16_rows`: products round their
+    rows to bf16, as models that compute in bf16 do; sums are fp32 all the same."""
 
-    def __init__(self, library: c.CDLL, *, threads: int) -> None:
-        super().__init__()
+    def __init__(self, library: c.CDLL, *, threads: int, bf16_rows: bool = False) -> None:
+        super().__init__(bf16_rows=bf16_rows)
         self._lib = library
+        self._precision = int(bf16_rows)
         lib.check(library.wl_set_threads(threads), "threads")
 
     @property
@@ -55,7 +57,7 @@ class NativeKernels(TorchKernels):
             product.bias = None if bias is None else bias.data_ptr() + 4 * column
             product.out, product.ldo = out_TE.data_ptr() + 4 * column, out_TE.stride(0)
             column += m.n
-        lib.check(self._lib.wl_products(products, len(parts), len(x_TD)), "linear")
+        lib.check(self._lib.wl_products(products, len(parts), len(x_TD), self._precision), "linear")
         return out_TE
 
     def batched_linear(
@@ -73,7 +75,8 @@ class NativeKernels(TorchKernels):
             product.w = c.pointer(m)
             product.out = out_THb.data_ptr() + 4 * head * m.n
             product.ldo = heads * m.n
-        lib.check(self._lib.wl_products(products, heads, num_rows), "batched_linear")
+        # always exact: the matrices may be recurrent states
+        lib.check(self._lib.wl_products(products, heads, num_rows, 0), "batched_linear")
         return out_THb
 
     def expert_ffn(self, x_ND: torch.Tensor, w: Tensors, activation: Activation) -> torch.Tensor:
@@ -115,7 +118,7 @@ class NativeKernels(TorchKernels):
             kind, alpha, limit = 1, activation.alpha, activation.limit
         code = self._lib.wl_experts(
             x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), experts, len(experts),
-            kind, alpha, limit,
+            kind, alpha, limit, self._precision,
         )  # fmt: skip
         lib.check(code, "experts")
 
