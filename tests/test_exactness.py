@@ -12,9 +12,8 @@ from engines import engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
-MODELS = [(family, "auto") for family in FAMILIES] + [  # and what keys and values are kept in
-    ("qwen3_moe", "int8"), ("deepseek_v3", "int8"), ("gpt_oss", "int8"),
-]  # fmt: skip
+PLAIN = [(family, "auto") for family in FAMILIES]  # and what keys and values are kept in
+MODELS = [*PLAIN, ("qwen3_moe", "int8"), ("deepseek_v3", "int8"), ("gpt_oss", "int8")]
 LENGTHS = (90, 3, 33, 64, 17, 150)
 COMBINATIONS = 6  # of each model: 42 in all
 
@@ -76,6 +75,7 @@ def test_bits_do_not_depend_on_budget_batch_order_or_arrival(model, seed):
     assert stats.expert_requests > 0
 
 
+@pytest.mark.parametrize("model", PLAIN, ids="-".join, indirect=True)
 def test_small_caches_really_read_again(model):
     engine_of, _ = model
     with engine_of(moe_expert_cache_size="64KiB") as engine:
@@ -119,6 +119,7 @@ def test_threads_and_memory_are_no_excuse(model):
     assert {name: _bits(output) for name, output in results.items()} == alone
 
 
+@pytest.mark.parametrize("model", PLAIN, ids="-".join, indirect=True)
 def test_trace_shows_reads_beside_compute(model, tmp_path):
     engine_of, _ = model
     file = tmp_path / "trace.json"
