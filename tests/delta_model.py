@@ -20,6 +20,7 @@ from windlass.decoder.delta import Segment, delta_attention, state_shapes
 from windlass.decoder.rope import RopeTable
 from windlass.ids import Part
 from windlass.kernels.base import AttentionOptions, AttentionWork
+from windlass.packed import PagedRows
 from windlass.spec.model import GatedDelta, Gqa
 
 VOCAB = 101
@@ -178,5 +179,5 @@ class DeltaModel:
         options = AttentionOptions(
             scale=attention.scale, value_dim=value_width(attention), window=attention.window
         )
-        o = KERNELS.attention(got.q_THd, key, value, work, options)
+        o = KERNELS.attention(got.q_THd, PagedRows(key), PagedRows(value), work, options)
         math.post_attention(KERNELS, self.spec, attention, w, x, o, got.gate_THv)

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from windlass.packed import PackedStack, Weight
+from windlass.packed import PackedStack, PagedRows, Weight
 from windlass.packed import Tensors as Tensors
 from windlass.spec.model import Activation, Norm, Rope
 
@@ -124,15 +124,14 @@ class Kernels(Protocol):
     def attention(
         self,
         q_THd: torch.Tensor,
-        key_PKBd: torch.Tensor,
-        value_PKBv: torch.Tensor,
+        keys: PagedRows,
+        values: PagedRows,
         work: AttentionWork,
         options: AttentionOptions,
     ) -> torch.Tensor:
         """Causal softmax attention of every row over its sequence's pages -> (T, H, v).
 
-        The stores are of any floating type, and may be wider than d and `options.value_dim`
-        (zeros), so that rows are aligned.
-        `value_PKBv` may be a view of the keys (MLA: their first v columns).
+        Rows may be wider than d and `options.value_dim` (zeros), so that they are aligned.
+        `values` may be a view of the keys (MLA: their first v columns).
         """
         ...

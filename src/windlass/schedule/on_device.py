@@ -232,8 +232,8 @@ class DeviceRuntime:
             window=gqa.window if gqa else None,
             sinks_H=plain(w, "sinks") if gqa and gqa.sinks else None,
         )
-        key, value = self._kv.paged(layer)
-        o_THv = self._kernels.attention(got.q_THd, key, value, places.work, options)
+        keys, values = self._kv.paged(layer)
+        o_THv = self._kernels.attention(got.q_THd, keys, values, places.work, options)
         math.post_attention(self._kernels, self._spec, attention, w, x_TD, o_THv, got.gate_THv)
 
     def _delta(
