@@ -11,18 +11,19 @@ namespace {
 struct Choice {
   const char *name;
   const wl::Table *table;
+  const wl::Products *rounded;  // of rows rounded to bf16
   bool (*runs)();
 };
 
 const Choice CHOICES[] = {
-    {"avx2", &wl::avx2_table,
+    {"avx2", &wl::avx2_table, &wl::avx2_table.rounded,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
-    {"avx512", &wl::avx512_table,
+    {"avx512", &wl::avx512_table, &wl::avx512_table.rounded,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      }},
-    {"avx512_bf16", &wl::avx512_bf16_table,
+    {"avx512_bf16", &wl::avx512_table, &wl::avx512_bf16_products,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -86,14 +87,15 @@ int32_t wl_get_threads(void) { return wl::get_threads(); }
 
 int32_t wl_products(const wl_product *products, int64_t num, int64_t num_rows, int32_t precision) {
   return guarded([&](const wl::Table &t) {
-    (precision == WL_BF16_ROWS ? t.products_bf16 : t.products)(products, num, num_rows);
+    (precision == WL_BF16_ROWS ? *in_use->rounded : t.exact).products(products, num, num_rows);
   });
 }
 
 int32_t wl_experts(const float *x, int64_t ldx, float *out, int64_t ldo, const wl_expert *experts, int64_t num,
                    int32_t activation, float alpha, float limit, int32_t precision) {
   return guarded([&](const wl::Table &t) {
-    (precision == WL_BF16_ROWS ? t.experts_bf16 : t.experts)(x, ldx, out, ldo, experts, num, activation, alpha, limit);
+    const wl::Products &kind = precision == WL_BF16_ROWS ? *in_use->rounded : t.exact;
+    kind.experts(x, ldx, out, ldo, experts, num, activation, alpha, limit);
   });
 }
 

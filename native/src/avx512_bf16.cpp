@@ -1,5 +1,7 @@
 #define WL_NS wl_avx512_bf16
-#include "isa.h"
+#include "pairs.h"
+#include "table.h"
 
 // constinit: code of this file must not run before the processor has been asked
-constinit const wl::Table wl::avx512_bf16_table = wl_avx512_bf16::make_table();
+constinit const wl::Products wl::avx512_bf16_products = {wl_avx512_bf16::products<wl_avx512_bf16::Pairs>,
+                                                         wl_avx512_bf16::experts<wl_avx512_bf16::Pairs>};

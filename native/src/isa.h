@@ -2,7 +2,6 @@
 #pragma once
 
 #include "attention.h"
-#include "pairs.h"
 #include "rows.h"
 #include "table.h"
 
@@ -22,10 +21,8 @@ inline void widen(const wl_matrix &m, float *out) {
 
 constexpr wl::Table make_table() {
   return {
-      products<Exact>,
-      products<Bf16>,
-      experts<Exact>,
-      experts<Bf16>,
+      {products<Exact>, experts<Exact>},
+      {products<Rounded>, experts<Rounded>},
       attend,
       [](const float *x, int64_t ldx, float *y, int64_t ldy, int64_t rows, int64_t width, const void *w, int32_t type,
          float add, float eps) { rms_norm({x, ldx, y, ldy, rows, width, w, type, add, eps}); },

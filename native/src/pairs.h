@@ -2,11 +2,9 @@
 // Weights of other types are rounded to bf16 on the way into a panel.
 #pragma once
 
-#include "gemm.h"
+#include "products.h"
 
 namespace WL_NS {
-
-#if defined(__AVX512BF16__)
 
 inline VI to_pairs(V low, V high) {  // low in even, high in odd places: one pair in each lane
   VI a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
@@ -110,13 +108,5 @@ struct Pairs {
     }
   }
 };
-
-using Bf16 = Pairs;
-
-#else
-
-using Bf16 = Rounded;
-
-#endif
 
 }  // namespace WL_NS

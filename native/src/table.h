@@ -5,11 +5,14 @@
 
 namespace wl {
 
-struct Table {
+/// Products of one kind of rows.
+struct Products {
   void (*products)(const wl_product *, int64_t, int64_t);
-  void (*products_bf16)(const wl_product *, int64_t, int64_t);
   void (*experts)(const float *, int64_t, float *, int64_t, const wl_expert *, int64_t, int32_t, float, float);
-  void (*experts_bf16)(const float *, int64_t, float *, int64_t, const wl_expert *, int64_t, int32_t, float, float);
+};
+
+struct Table {
+  Products exact, rounded;
   void (*attend)(const wl_attention &);
   void (*rms_norm)(const float *, int64_t, float *, int64_t, int64_t, int64_t, const void *, int32_t, float, float);
   void (*combine)(const float *, const float *, const float *, const float *, float *, int64_t, int64_t, int64_t, float);
@@ -17,6 +20,7 @@ struct Table {
   void (*widen)(const wl_matrix &, float *);
 };
 
-extern const Table avx2_table, avx512_table, avx512_bf16_table;
+extern const Table avx2_table, avx512_table;
+extern const Products avx512_bf16_products;
 
 }  // namespace wl
