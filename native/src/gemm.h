@@ -53,6 +53,12 @@ struct Ahead {
   int64_t offset = 0;
   int count = 0, per_step = 0, lines = 0;
 
+  /// What block `b` of `blocks` fetches: some of the lines of each row.
+  Ahead part(int64_t b, int64_t blocks) const {
+    const int first = int(b * lines / blocks);
+    return {rows, offset + 64 * first, count, per_step, int((b + 1) * lines / blocks) - first};
+  }
+
   void fetch(int step) const {
     const int first = step * per_step, end = first + per_step < count ? first + per_step : count;
     for (int r = first; r < end; r++)
@@ -142,14 +148,14 @@ inline void run_tile(int mr, const float *rows, const float *panel, int units, f
 /// c[rows][NR] (+)= all packed blocks of `rows` rows of `width` units, k0 to k0 + count, times panel.
 template <class Mode>
 inline void multiply_panel(const float *packed, int64_t rows, int64_t width, int64_t k0, int count,
-                           const float *panel, float *c, bool fresh, Ahead ahead = {}) {
+                           const float *panel, float *c, bool fresh, const Ahead &ahead = {}) {
   const Blocks blocks{rows};
   const int units = int(packed_width<Mode>(count));
   for (int64_t b = 0; b < blocks.count(); b++) {
     const int64_t begin = blocks.begin(b);
     const int mr = blocks.size(b);
-    run_tile<Mode>(mr, packed + begin * width + k0 / Mode::UNIT * mr, panel, units, c + begin * NR, fresh, ahead);
-    ahead = {};
+    run_tile<Mode>(mr, packed + begin * width + k0 / Mode::UNIT * mr, panel, units, c + begin * NR, fresh,
+                   ahead.part(b, blocks.count()));
   }
 }
 
