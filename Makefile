@@ -10,11 +10,8 @@ NATIVE := src/windlass/kernels/cpu/libwindlass_cpu.so
 NATIVE_SOURCES := $(wildcard native/*.py native/CMakeLists.txt native/include/*.h native/src/*)
 PYTHON_FILES := src tests bench scripts demo native setup.py
 
-<<<<<<< HEAD
-.PHONY: setup native demo test test-all lint format bench golden mutate test-gpu bench-gpu clean
-=======
-.PHONY: setup demo test test-all lint format bench bench-peers golden mutate test-gpu bench-gpu clean
->>>>>>> peers
+.PHONY: setup native demo test test-all lint format bench bench-peers golden mutate test-native \
+  test-gpu bench-gpu clean
 
 setup: $(STAMP) native
 
@@ -37,6 +34,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+# The native kernels in C++: sanitizers, emulated processors, instructions. Skips what is not there.
+test-native: $(STAMP)
+	$(BIN)/python native/tests/run.py
 
 test-all: setup
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
