@@ -15,7 +15,7 @@ _FUNCTION = re.compile(r"^[0-9a-f]+ <(.*)>:$")
 
 
 def violations(library: str) -> tuple[int, list[str]]:
-    """The number of functions, and one line for each that uses what its namespace does not allow."""
+    """The number of functions, and a line for each that uses what its namespace does not allow."""
     command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", library]
     listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     name, count, found = "", 0, {}

@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import build_native
+import build_native  # noqa: E402
 
 BUILDS = HERE.parents[1] / "build/native"
 _NO_FORK = ("--skip", "a_forked_child_computes")
