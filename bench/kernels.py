@@ -31,6 +31,7 @@ from torch.nn.functional import linear, silu
 
 from windlass.kernels.base import AttentionOptions, AttentionWork, Tensors
 from windlass.kernels.reference import TorchKernels
+from windlass.packed import PagedRows
 from windlass.spec.model import SwiGlu
 from windlass.units import MIB, round_up
 
@@ -177,9 +178,9 @@ def bench_experts(rates: Rates, *, quick: bool) -> list[dict[str, Any]]:
 # --- attention ------------------------------------------------------------------------------------
 
 
-def _stores(heads: _Heads, pages: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _stores(heads: _Heads, pages: int) -> tuple[PagedRows, PagedRows]:
     shape = (pages, heads.kv, _PAGE_TOKENS, heads.dim)
-    return torch.randn(shape).to(_KV_TYPE), torch.randn(shape).to(_KV_TYPE)
+    return PagedRows(torch.randn(shape).to(_KV_TYPE)), PagedRows(torch.randn(shape).to(_KV_TYPE))
 
 
 def _work(lengths: tuple[int, int], sequences: int, *, is_prompt: bool) -> AttentionWork:
@@ -198,11 +199,11 @@ def _work(lengths: tuple[int, int], sequences: int, *, is_prompt: bool) -> Atten
 
 
 def _attention(heads: _Heads, work: AttentionWork) -> Timing:
-    key, value = _stores(heads, sum(map(len, work.pages)))
+    keys, values = _stores(heads, sum(map(len, work.pages)))
     q_THd = torch.randn(sum(work.num_rows), heads.query, heads.dim)
     options = AttentionOptions(scale=heads.dim**-0.5, value_dim=heads.dim)
     kernels = TorchKernels()
-    return measure(lambda: kernels.attention(q_THd, key, value, work, options))
+    return measure(lambda: kernels.attention(q_THd, keys, values, work, options))
 
 
 def bench_decode(rates: Rates, *, quick: bool) -> list[dict[str, Any]]:

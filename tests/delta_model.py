@@ -20,6 +20,7 @@ from windlass.decoder.delta import Segment, delta_attention, state_shapes
 from windlass.decoder.rope import RopeTable
 from windlass.ids import Part
 from windlass.kernels.base import AttentionOptions, AttentionWork
+from windlass.packed import PagedRows
 from windlass.spec.model import GatedDelta, Gqa
 
 VOCAB = 101
@@ -131,11 +132,11 @@ class DeltaModel:
                 h = math.attention_input(KERNELS, self.spec, w, x)
                 caches = self.caches[layer]
                 y = delta_attention(KERNELS, block.attention, w, h, segments, *caches)
-                x = math.residual(self.spec, x, y)
+                math.residual(KERNELS, self.spec, x, y)
             else:
-                x = self._softmax(layer, w, x, segments)
+                self._softmax(layer, w, x, segments)
             y = _feed_forward(self.checkpoint, layer, w, math.ffn_input(KERNELS, self.spec, w, x))
-            x = math.residual(self.spec, x, y)
+            math.residual(KERNELS, self.spec, x, y)
         h = math.final_norm(KERNELS, self.spec, self.checkpoint.part(Part.FINAL), x)
         chunks = [self.checkpoint.part(*key) for key in self.checkpoint.layout.keys(Part.HEAD)]
         logits = [math.logits(KERNELS, self.spec, w["weight"], None, h) for w in chunks]
@@ -178,5 +179,5 @@ class DeltaModel:
         options = AttentionOptions(
             scale=attention.scale, value_dim=value_width(attention), window=attention.window
         )
-        o = KERNELS.attention(got.q_THd, key, value, work, options)
-        return math.post_attention(KERNELS, self.spec, attention, w, x, o, got.gate_THv)
+        o = KERNELS.attention(got.q_THd, PagedRows(key), PagedRows(value), work, options)
+        math.post_attention(KERNELS, self.spec, attention, w, x, o, got.gate_THv)

@@ -16,6 +16,12 @@ CASES = {
         | {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "vocab_size": 512},
         dict(seqs=256, rows=320, prompt=60, new=3, count=256),
     ),
+    # the same, rows of keys and values rounded to int8 as they are written
+    "mha-int8": (
+        preset("olmoe-1b-7b", num_layers=1)
+        | {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "vocab_size": 512},
+        dict(seqs=256, rows=320, prompt=60, new=3, count=256, kv_cache_dtype="int8"),
+    ),
     # one very wide expert: the row-count comparison and the hidden states of an expert
     "wide": (
         preset("olmoe-1b-7b", num_layers=1)
@@ -58,6 +64,7 @@ options = EngineOptions(
     model=folder, load_format="dummy", host_memory=8 << 30, max_num_seqs=case["seqs"],
     max_num_batched_tokens=case["rows"], max_model_len=case["prompt"] + case["new"],
     moe_expert_cache_size="1", generation_config="vllm",
+    kv_cache_dtype=case.get("kv_cache_dtype", "auto"),
 )
 with open_engine(options) as engine:
     for i in range(case["count"]):

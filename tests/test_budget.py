@@ -4,11 +4,14 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from windlass.build import cache_shapes
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
+from windlass.memory.kv import bytes_per_token
 from windlass.plan import Plan
 from windlass.planner.budget import Sizes, Wanted, make_plan
 from windlass.spec.model import ModelSpec
@@ -34,6 +37,7 @@ def _sizes(spec: ModelSpec) -> Sizes:
             Part.HEAD: -(-table // (16 * MIB)), Part.FINAL: 1, Part.EMBED: 1,
         },
         bytes_per_token=layers * 4 * KIB,
+        kv_cache_dtype="bfloat16",
         bytes_per_position=512,
         row_buffer_bytes=2 * MIB,
         state_bytes=0,
@@ -108,6 +112,21 @@ def test_a_large_budget_holds_everything_and_a_larger_one_no_less():
     for small, large in zip(plans, plans[1:], strict=False):
         assert small.max_num_seqs <= large.max_num_seqs
         assert small.expert_slots <= large.expert_slots
+
+
+@pytest.mark.parametrize(("name", "width"), [("qwen3-moe-1b", 64), ("olmoe-1b-7b", 128)])
+def test_int8_rows_are_room_for_nearly_twice_the_tokens(name, width):
+    spec = SPECS[name]
+    assert spec.blocks[0].attention.head_dim == width
+    pages = {}
+    for dtype in (torch.bfloat16, torch.int8):
+        per_token = bytes_per_token(cache_shapes(spec), dtype)
+        sizes = replace(_sizes(spec), bytes_per_token=per_token)
+        plan = make_plan(spec, sizes, 1 * GIB, Wanted(max_num_seqs=64, max_num_batched_tokens=512))
+        assert plan.kv_pages * plan.page_tokens < 64 * 1024, "the budget must be what limits"
+        pages[dtype] = plan.kv_pages
+    more = pages[torch.int8] / pages[torch.bfloat16]
+    assert more == pytest.approx(2 * width / (width + 4), rel=0.02)
 
 
 def test_recurrent_state_is_counted():

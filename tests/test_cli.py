@@ -15,7 +15,7 @@ import pytest
 
 from windlass import __version__
 from windlass.cli import COMMANDS, main
-from windlass.cli.engine_flags import REFUSED, engine_options, refuse_known
+from windlass.cli.engine_flags import REFUSED, engine_options, refuse_known, translate_known
 from windlass.cli.flags import read_values
 from windlass.errors import UsageError
 
@@ -232,6 +232,7 @@ def test_a_rival_and_other_settings_are_refused(folder: Path) -> None:
     process.communicate(timeout=30)
     for more, variables, text in (
         (["--seed", "4"], {}, "seed: the job has 0, now 4"),
+        (["-ctk", "q8_0", "-ctv", "q8_0"], {}, "kv_cache_dtype: the job has 'auto', now 'int8'"),
         (["-a", "x"], {"FAKE_FINGERPRINT": "b"}, "served_model_name: the job has 'model', now 'x'"),
         ([], {"WINDLASS_GENERATION_CONFIG": "vllm"}, "generation_config: the job has 'auto'"),
     ):
@@ -363,7 +364,8 @@ ENGINE = {
     "--model", "-m", "--tokenizer", "--dtype", "--quantization", "-q", "--load-format",
     "--load-mode", "-lm",
     "--generation-config", "--max-model-len", "-c", "--ctx-size", "--seed", "-s", "--host-memory",
-    "--moe-expert-cache-size", "--moe-expert-cache", "--max-num-seqs", "-np", "--parallel",
+    "--moe-expert-cache-size", "--moe-expert-cache", "--kv-cache-dtype",
+    "--max-num-seqs", "-np", "--parallel",
     "--max-num-batched-tokens", "-b", "--batch-size", "--micro-batch-size", "-ub", "--ubatch-size",
     "--threads", "-t", "--moe-backend", "--trace", "--config",
 }  # fmt: skip
@@ -440,6 +442,8 @@ def test_values_become_engine_options() -> None:
             "tok",
             "--moe-backend",
             "torch",
+            "--kv-cache-dtype",
+            "int8",
         )  # fmt: skip
     )
     assert (options.model, options.host_memory, options.moe_expert_cache_size) == (
@@ -450,7 +454,7 @@ def test_values_become_engine_options() -> None:
     assert (options.seed, options.threads, options.load_format) == (9, 1, "dummy")
     assert (options.load_mode, options.trace) == ("dio", Path("t.json"))
     assert (options.generation_config, options.tokenizer) == ("vllm", "tok")
-    assert options.moe_backend == "torch"
+    assert (options.moe_backend, options.kv_cache_dtype) == ("torch", "int8")
     plain = engine_options(values())
     assert (plain.model, plain.host_memory, plain.max_model_len) == ("demo", None, None)
     assert engine_options(values("-c", "-1")).max_model_len is None
@@ -488,6 +492,11 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
         (["--load-mode", "mmap"], {}, "allowed auto, dio, buffered"),
         (["--moe-backend", "triton"], {}, "allowed auto, torch, cpu"),
         (["--dtype", "int3"], {}, "--dtype: got 'int3'"),
+        (
+            ["--kv-cache-dtype", "fp8"],
+            {},
+            "got 'fp8', allowed auto, bfloat16, float16, float32, int8",
+        ),
         (["-i", "http://x"], {}, "--input-file: got 'http://x', allowed a local file"),
         (["-i", "-"], {}, "allowed a local file"),
         (["--seed"], {}, "expected one argument"),
@@ -530,6 +539,28 @@ def test_known_flags_of_others_are_refused_unless_they_ask_for_nothing() -> None
             assert refuse_known(["-i", "a", name, value, "-o"]) == ["-i", "a", "-o"]
             assert refuse_known([f"{name}={value}"]) == []
     assert refuse_known(["--", "-ngl"]) == ["--", "-ngl"]
+
+
+@pytest.mark.parametrize(
+    ("word", "dtype"),
+    [("f16", "float16"), ("bf16", "bfloat16"), ("f32", "float32"), ("q8_0", "int8")],
+)
+def test_llama_cpps_cache_types_are_one_option_here(word: str, dtype: str) -> None:
+    wanted = ["--kv-cache-dtype", dtype]
+    assert translate_known(["-i", "a", "-ctk", word, f"-ctv={word}"]) == ["-i", "a", *wanted]
+    words = [f"--cache-type-v={word}", "--cache-type-k", word, "-s", "1", "--", "-ctk"]
+    assert translate_known(words) == ["-s", "1", *wanted, "--", "-ctk"]
+    assert values(*translate_known(words[:-2]))["kv_cache_dtype"] == dtype
+
+
+@pytest.mark.parametrize(
+    "words", [["-ctk", "q8_0"], ["-ctk", "q8_0", "-ctv", "f16"], ["-ctk", "q4_0", "-ctv", "q4_0"],
+              ["-ctv"]],
+)  # fmt: skip
+def test_other_cache_types_are_refused(words: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"allowed f16, bf16, f32, q8_0, the same for -ctk and"):
+        translate_known(words)
+    assert main(["generate", *words, "Hello"]) == 2
 
 
 def test_usage_errors_exit_2(

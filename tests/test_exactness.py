@@ -3,16 +3,20 @@ however rows are cut, however little memory there is, and in whatever order weig
 
 import json
 import random
+from functools import partial
 
 import pytest
 import torch
 
 from engines import engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
+from windlass.kernels.cpu import library
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
+PLAIN = [(family, "auto") for family in FAMILIES]  # and what keys and values are kept in
+MODELS = [*PLAIN, ("qwen3_moe", "int8"), ("deepseek_v3", "int8"), ("gpt_oss", "int8")]
 LENGTHS = (90, 3, 33, 64, 17, 150)
-COMBINATIONS = 6  # of each family: 24 in all
+COMBINATIONS = 6  # of each model: 42 in all
 
 
 def _requests():
@@ -35,21 +39,24 @@ def _bits(output):
     return choice.token_ids, choice.cumulative_logprob, choice.logprobs, choice.finish_reason
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=MODELS, ids="-".join)
 def model(request, tmp_path_factory):
-    """A checkpoint and the results of each request alone, with everything in memory."""
-    path = tmp_path_factory.mktemp(request.param)
-    make_model(request.param, path, dtype=torch.bfloat16)
+    """What opens engines of a checkpoint, and the results of each request alone, with everything in
+    memory."""
+    family, kv_cache_dtype = request.param
+    path = tmp_path_factory.mktemp(family)
+    make_model(family, path, dtype=torch.bfloat16)
+    engine_of = partial(engine_for, path, kv_cache_dtype=kv_cache_dtype)
     alone = {}
     for one in _requests():
-        with engine_for(path) as engine:
+        with engine_of() as engine:
             alone.update(run_all(engine, [one]))
-    return path, {name: _bits(output) for name, output in alone.items()}
+    return engine_of, {name: _bits(output) for name, output in alone.items()}
 
 
 @pytest.mark.parametrize("seed", range(COMBINATIONS))
 def test_bits_do_not_depend_on_budget_batch_order_or_arrival(model, seed):
-    path, alone = model
+    engine_of, alone = model
     chance = random.Random(seed)
     chosen = chance.sample(_requests(), chance.randint(2, len(alone)))
     seqs = chance.randint(1, 8)
@@ -60,7 +67,7 @@ def test_bits_do_not_depend_on_budget_batch_order_or_arrival(model, seed):
         micro_batch_size=chance.choice((64, 65, 100, 500)),
     )
     device = FakeDevice(seed=seed) if seed % 2 else None
-    with engine_for(path, device=device, **options) as engine:
+    with engine_of(device=device, **options) as engine:
         results = run_all(engine, chosen)
         stats = engine.stats()
     assert len(results) == len(chosen)
@@ -69,12 +76,13 @@ def test_bits_do_not_depend_on_budget_batch_order_or_arrival(model, seed):
     assert stats.expert_requests > 0
 
 
+@pytest.mark.parametrize("model", PLAIN, ids="-".join, indirect=True)
 def test_small_caches_really_read_again(model):
-    path, _ = model
-    with engine_for(path, moe_expert_cache_size="64KiB") as engine:
+    engine_of, _ = model
+    with engine_of(moe_expert_cache_size="64KiB") as engine:
         run_all(engine, _requests()[:2])
         small = engine.stats()
-    with engine_for(path) as engine:
+    with engine_of() as engine:
         run_all(engine, _requests()[:2])
         large = engine.stats()
     assert small.bytes_read > 2 * large.bytes_read
@@ -83,12 +91,12 @@ def test_small_caches_really_read_again(model):
 
 def test_bits_do_not_depend_on_preemption(model):
     """Few pages: the younger sequences give theirs back and are computed again."""
-    path, _ = model
+    engine_of, _ = model
     long = [request(f"r{i}", p, max_tokens=70) for i, p in enumerate(prompts((30, 5, 60, 31)))]
-    with engine_for(path) as engine:
+    with engine_of() as engine:
         expected = {name: _bits(output) for name, output in run_all(engine, long).items()}
         assert engine._admission.num_preemptions == 0
-    with engine_for(path) as engine:
+    with engine_of() as engine:
         kv = engine._admission._kv
         held = kv.take_pages(kv.num_free_pages - 8)  # as if another had them
         for one in long:
@@ -102,20 +110,29 @@ def test_bits_do_not_depend_on_preemption(model):
     assert {name: _bits(output) for name, output in results.items()} == expected
 
 
-def test_threads_and_memory_are_no_excuse(model):
-    """Two BLAS threads and buffered reads give the bits of one thread and direct reads."""
-    path, alone = model
-    with engine_for(path, load_mode="buffered", threads=2) as engine:
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_threads_and_memory_are_no_excuse(model, backend):
+    """Two threads and buffered reads give the bits of one thread and direct reads."""
+    engine_of, _ = model
+    found = library.load()
+    if backend == "cpu" and isinstance(found, str):
+        pytest.skip(f"the native library {found}")
+    with engine_of(threads=1, moe_backend=backend) as engine:
+        alone = run_all(engine, _requests())
+    with engine_of(load_mode="buffered", threads=2, moe_backend=backend) as engine:
         results = run_all(engine, _requests())
-    assert torch.get_num_threads() == 2
+        # the two pools never work at the same time
+        assert torch.get_num_threads() == (2 if backend == "torch" else 1)
+        assert backend == "torch" or found.wl_get_threads() == 2
     torch.set_num_threads(1)
-    assert {name: _bits(output) for name, output in results.items()} == alone
+    assert all(_bits(results[name]) == _bits(output) for name, output in alone.items())
 
 
+@pytest.mark.parametrize("model", PLAIN, ids="-".join, indirect=True)
 def test_trace_shows_reads_beside_compute(model, tmp_path):
-    path, _ = model
+    engine_of, _ = model
     file = tmp_path / "trace.json"
-    with engine_for(path, trace=file, moe_expert_cache_size="130KiB") as engine:
+    with engine_of(trace=file, moe_expert_cache_size="130KiB") as engine:
         run_all(engine, _requests())
         stats = engine._weights.stats()
     events = json.loads(file.read_text())
@@ -129,15 +146,16 @@ def test_trace_shows_reads_beside_compute(model, tmp_path):
     assert any(e["ph"] == "C" for e in events)
 
 
+@pytest.mark.parametrize("model", PLAIN, ids="-".join, indirect=True)
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_rounded_activations_change_results_but_depend_on_nothing_else(model, backend):
-    path, exact = model
+    engine_of, exact = model
     options = dict(dtype="bfloat16", moe_backend=backend)
     alone = {}
     for one in _requests()[::2]:
-        with engine_for(path, **options) as engine:
+        with engine_of(**options) as engine:
             alone.update(run_all(engine, [one]))
-    with engine_for(path, moe_expert_cache_size="130KiB", threads=2, **options) as engine:
+    with engine_of(moe_expert_cache_size="130KiB", threads=2, **options) as engine:
         results = run_all(engine, _requests())
     torch.set_num_threads(1)
     for name, output in alone.items():

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from windlass.kernels.base import AttentionOptions, AttentionWork
 from windlass.kernels.rows import RowLadder
+from windlass.packed import PagedRows
 from windlass.spec.model import ClampedSwiGlu, SwiGlu
 
 PAGE = 4
@@ -155,7 +156,7 @@ def test_attention_is_right_for_ragged_rows(kernels, sequences, shape, window, h
     sinks = torch.randn(heads) if has_sinks else None
     work = _work(sequences, pages)
     options = AttentionOptions(scale=0.3, value_dim=value_dim, window=window, sinks_H=sinks)
-    out = kernels.attention(q, key, value, work, options)
+    out = kernels.attention(q, PagedRows(key), PagedRows(value), work, options)
     for i, (position, rows, _) in enumerate(sequences):
         part = slice(work.first_row[i], work.first_row[i] + rows)
         expected = _naive(q[part], key, value, pages[i], position, 0.3, window, sinks)
@@ -187,26 +188,25 @@ def test_attention_bits_do_not_depend_on_chunks_or_company(kernels, lengths, win
     torch.manual_seed(seed)
     sequences = [(0, length, kind) for length, kind in lengths]
     key, value, pages = _store([length for length, _ in lengths], 2, 7, 5)
+    store = PagedRows(key), PagedRows(value)
     q = torch.randn(sum(length for length, _ in lengths), 4, 7)
     work = _work(sequences, pages)
     options = AttentionOptions(scale=0.3, value_dim=5, window=window, sinks_H=torch.randn(4))
-    together = kernels.attention(q, key, value, work, options)
+    together = kernels.attention(q, *store, work, options)
     for i, (length, kind) in enumerate(lengths):
         start, begin = work.first_row[i], 0
         while begin < length:
             rows = min(int(torch.randint(1, 50, ())), length - begin)
             alone = _work([(begin, rows, kind)], [pages[i]])
             part = slice(start + begin, start + begin + rows)
-            assert torch.equal(
-                kernels.attention(q[part], key, value, alone, options), together[part]
-            )
+            assert torch.equal(kernels.attention(q[part], *store, alone, options), together[part])
             begin += rows
 
 
 def test_attention_stays_finite_with_large_logits(kernels):
     key, value, pages = _store([40], 1, 8, 8)
     q = torch.randn(40, 2, 8) * 1e4
-    out = kernels.attention(
-        q, key, value, _work([(0, 40, True)], pages), AttentionOptions(scale=1.0, value_dim=8)
-    )
+    options = AttentionOptions(scale=1.0, value_dim=8)
+    work = _work([(0, 40, True)], pages)
+    out = kernels.attention(q, PagedRows(key), PagedRows(value), work, options)
     assert torch.isfinite(out).all()

@@ -3,6 +3,7 @@ themselves: a row's bits depend on that row alone. Every C function over every s
 native/tests (`make test-native`)."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from backends import LIBRARY, NATIVE, kernels_of
 from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows
 from windlass.kernels.cpu.native import NativeKernels
 from windlass.kernels.reference import TorchKernels
-from windlass.packed import StoredTensors
+from windlass.packed import INT8_ZERO, PagedRows, StoredTensors
 from windlass.spec.model import ClampedSwiGlu, LayerNorm, NoScaling, RmsNorm, Rope, SwiGlu
 
 TORCH = TorchKernels()
@@ -183,6 +184,7 @@ PAGE = 4
 SHAPES = st.sampled_from([
     (4, 2, 8, 8), (3, 3, 5, 7), (8, 1, 12, 4), (16, 2, 64, 64), (5, 1, 33, 31), (2, 1, 300, 20)
 ])  # fmt: skip
+CACHE_TYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int8])
 LENGTHS = st.lists(
     st.tuples(st.integers(0, 150), st.integers(1, 70), st.booleans()), min_size=1, max_size=5
 )
@@ -203,6 +205,15 @@ def attention_work(sequences) -> tuple[AttentionWork, int]:
     return work, sum(counts)
 
 
+def rows_of(x: torch.Tensor, dtype: torch.dtype) -> PagedRows:
+    """Rows of a cache; int8 ones with scales of their own."""
+    if dtype is not torch.int8:
+        return PagedRows(x.to(dtype))
+    scales = x.abs().amax(-1) / 127
+    codes = (x / scales[..., None]).round() + INT8_ZERO
+    return PagedRows(codes.to(torch.uint8), scales)
+
+
 def alone(work: AttentionWork, i: int, first: int, last: int) -> AttentionWork:
     """Rows `first` to `last` of one sequence."""
     return AttentionWork(
@@ -220,23 +231,23 @@ def test_attention(native, sequences, shape, dtype, window, has_sinks, is_latent
     torch.manual_seed(seed)
     work, pages = attention_work(sequences)
     width = -(-max(key_dim, value_dim) // 32) * 32 + 32 * (seed % 2)
-    key = torch.randn(pages, groups, PAGE, width).to(dtype)
-    value = key[..., :value_dim] if is_latent else torch.randn_like(key)
-    key[..., max(key_dim, value_dim) :] = 0
+    keys = rows_of(torch.randn(pages, groups, PAGE, width), dtype)
+    values = rows_of(torch.randn(pages, groups, PAGE, width), dtype)
+    if is_latent:  # values are the first columns of the keys
+        values = replace(keys, rows_PKBd=keys.rows_PKBd[..., :value_dim])
     q = torch.randn(sum(work.num_rows), heads, key_dim)
     options = AttentionOptions(
         scale=key_dim**-0.5, value_dim=value_dim, window=window,
         sinks_H=torch.randn(heads) if has_sinks else None,
     )  # fmt: skip
-    padded = q if key_dim >= value_dim else torch.nn.functional.pad(q, (0, value_dim - key_dim))
-    whole = native.attention(q, key, value, work, options)
-    close(whole, TORCH.attention(padded, key, value, work, options))
+    whole = native.attention(q, keys, values, work, options)
+    close(whole, TORCH.attention(q, keys, values, work, options))
     for i, rows in enumerate(work.num_rows):
         for threads, part in zip(THREADS * rows, cuts(rows, seed + i), strict=False):
             threads_of(native, threads)
             mine = slice(work.first_row[i] + part.start, work.first_row[i] + part.stop)
             one = alone(work, i, part.start, part.stop)
-            assert torch.equal(native.attention(q[mine], key, value, one, options), whole[mine])
+            assert torch.equal(native.attention(q[mine], keys, values, one, options), whole[mine])
     threads_of(native, 1)
 
 

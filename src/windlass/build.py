@@ -65,6 +65,10 @@ from windlass.version import VERSION
 
 _MACHINE_THREADS = torch.get_num_threads()  # before any engine of this process set its own
 _ELEMENTS_PER_THREAD = 1 << 17  # of an expert's largest matrix
+_CACHE_DTYPES = {
+    "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
+    "int8": torch.int8,
+}  # fmt: skip
 _DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
 # Left free below the limit of a memory cgroup: page tables and buffers of the kernel count too
 _LIMIT_MARGIN = 32 * MIB
@@ -94,7 +98,6 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
         opened.callback(tracer.close)
         model = _read_model(options, opened)
         threads = options.threads or _useful_threads(model)
-        torch.set_num_threads(threads)
         kernels = choose_kernels(
             options.moe_backend, threads=threads, bf16_rows=options.dtype == "bfloat16"
         )
@@ -121,7 +124,8 @@ def _setup(options: EngineOptions, model: _Model, backend: str) -> EngineSetup:
     tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
     tokenizer = load_tokenizer(tokenizer_folder, model_folder=model.folder)
     wanted = _wanted(options, model)
-    plan = make_plan(model.spec, _sizes(model), options.host_memory or default_budget(), wanted)
+    sizes = _sizes(model, options)
+    plan = make_plan(model.spec, sizes, options.host_memory or default_budget(), wanted)
     return EngineSetup(
         plan=plan,
         tokenizer=tokenizer,
@@ -155,7 +159,7 @@ def _assemble(
     opened.callback(weights.close)
     kv = KvStore(
         cache_shapes(spec),
-        dtype=_cache_dtype(model),
+        dtype=_CACHE_DTYPES[plan.kv_cache_dtype],
         num_pages=plan.kv_pages,
         page_tokens=plan.page_tokens,
         state_slots=plan.state_slots,
@@ -236,14 +240,16 @@ def _check_quantization(asserted: str | None, names: NameMap) -> None:
         )
 
 
-def _sizes(model: _Model) -> Sizes:
+def _sizes(model: _Model, options: EngineOptions) -> Sizes:
     shapes, tensors = cache_shapes(model.spec), model.source.tensors
+    cache_dtype = _cache_dtype(model, options)
     slots = slot_bytes(model.layout, tensors)
     return Sizes(
         process_bytes=resident_bytes() + copied_bytes(model.layout, tensors),
         slot_bytes=slots,
         num_parts=Counter(key.part for key in model.layout.parts),
-        bytes_per_token=bytes_per_token(shapes, _cache_dtype(model)),
+        bytes_per_token=bytes_per_token(shapes, _CACHE_DTYPES[cache_dtype]),
+        kv_cache_dtype=cache_dtype,
         bytes_per_position=sum(
             2 * RopeTable(rope).bytes_per_position for rope in ropes(model.spec)
         ),
@@ -257,9 +263,12 @@ def _embedding(model: _Model) -> TensorInfo:
     return model.source.tensors[model.layout.parts[key][0].tensor]
 
 
-def _cache_dtype(model: _Model) -> torch.dtype:
-    """Keys and values are kept in the type that the checkpoint's weights have."""
-    return dtype_of(_embedding(model).dtype)
+def _cache_dtype(model: _Model, options: EngineOptions) -> str:
+    """What keys and values are kept in: what the user said, or the type that weights have."""
+    if options.kv_cache_dtype != "auto":
+        return options.kv_cache_dtype
+    stored = dtype_of(_embedding(model).dtype)
+    return next(name for name, dtype in _CACHE_DTYPES.items() if dtype is stored)
 
 
 def _wanted(options: EngineOptions, model: _Model) -> Wanted:
@@ -330,6 +339,7 @@ def _fingerprint(
         "model": checkpoint_stamp(model.folder),
         "load_format": options.load_format,
         "kernels": backend,
+        "kv_cache_dtype": _cache_dtype(model, options),
         "tokenizer": tokenizer.digest,
         "generation_config": options.generation_config,
         "seed": options.seed,

@@ -23,6 +23,8 @@ _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
@@ -30,6 +32,7 @@ class EngineOptions:
 
     `quantization` asserts how the checkpoint's weights are stored; the checkpoint itself says it.
     `moe_expert_cache_size`: "auto", a size with a unit, or a number of experts per layer.
+    `kv_cache_dtype`: what keys and values are kept in, "auto" for the checkpoint's type.
     """
 
     model: str = DEMO
@@ -38,6 +41,7 @@ class EngineOptions:
     quantization: str | None = None
     host_memory: int | None = None
     moe_expert_cache_size: str | None = None
+    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     micro_batch_size: int | None = None
@@ -57,6 +61,7 @@ class EngineOptions:
             ("load_format", ("auto", "safetensors", "dummy")),
             ("load_mode", ("auto", "dio", "buffered")),
             ("moe_backend", ("auto", "torch", "cpu")),
+            ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("generation_config", ("auto", "vllm")),
         ):
             if (value := getattr(self, name)) not in allowed:

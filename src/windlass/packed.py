@@ -1,4 +1,5 @@
-"""A matrix as a quantised checkpoint stores it: a format and views of its tensors."""
+"""What is stored in fewer bits than it is computed in: a matrix as a quantised checkpoint stores it
+(a format and views of its tensors), keys and values as their store keeps them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -6,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from windlass.spec.formats import WeightFormat
+
+INT8_ZERO = 128  # the code of 0 in a byte
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,6 +65,15 @@ def plain(tensors: Tensors, name: str) -> torch.Tensor:
 def plain_or_none(tensors: Tensors, name: str) -> torch.Tensor | None:
     """The same, where the part has it."""
     return plain(tensors, name) if name in tensors else None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PagedRows:
+    """Keys or values of a layer: a row for each page (P), head (K) and token (B). Rows are of a
+    floating type or, with `scales_PKB` (fp32), uint8: (code - INT8_ZERO) * scale of the row."""
+
+    rows_PKBd: torch.Tensor
+    scales_PKB: torch.Tensor | None = None
 
 
 class StoredTensors(dict[str, Weight]):

@@ -31,6 +31,7 @@ class Plan:
     ffn_slot_bytes: int
     head_slot_bytes: int
     kv_page_bytes: int
+    kv_cache_dtype: str  # what keys and values are kept in; never "auto"
     total_bytes: int  # what the plan adds up to; at most host_memory
     num_experts: int  # parts of each kind in the checkpoint
     num_blocks: int
@@ -47,7 +48,7 @@ class Plan:
             f"plan: {format_bytes(self.total_bytes)} of {format_bytes(self.host_memory)}: process"
             f" {format_bytes(self.process_bytes)}, activations"
             f" {format_bytes(self.activation_bytes)}, keys and values {format_bytes(kv_bytes)}"
-            f" ({self.kv_pages * self.page_tokens} tokens)",
+            f" ({self.kv_pages * self.page_tokens} tokens in {self.kv_cache_dtype})",
             f"plan: experts in memory {self.expert_slots} of {self.num_experts}"
             f" ({format_bytes(self.expert_slots * self.expert_slot_bytes)}), dense blocks"
             f" {self.block_slots} of {self.num_blocks}, head {self.head_slots} of"

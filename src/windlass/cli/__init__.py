@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from windlass import __version__
 from windlass.cli import generate, quantize, run_batch, synth
-from windlass.cli.engine_flags import refuse_known
+from windlass.cli.engine_flags import refuse_known, translate_known
 from windlass.cli.flags import (
     Command,
     build_parser,
@@ -67,7 +67,7 @@ def _dispatch(arguments: list[str]) -> int:
             print(matching_help(command, option.removeprefix("--help=")))
             return 0
     environment = system_environment(COMMANDS)
-    return command.run(read_values(command, refuse_known(rest), environment), rest)
+    return command.run(read_values(command, translate_known(refuse_known(rest)), environment), rest)
 
 
 def _overview() -> str:

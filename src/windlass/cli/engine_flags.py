@@ -7,7 +7,7 @@ from typing import Any
 
 from windlass.cli.flags import Flag, choice, count, integer, size
 from windlass.errors import UsageError
-from windlass.options import EngineOptions, read_config, resolve_model
+from windlass.options import KV_CACHE_DTYPES, EngineOptions, read_config, resolve_model
 from windlass.spec.formats import METHODS
 from windlass.spec.registry import read_spec
 
@@ -53,6 +53,10 @@ ENGINE_FLAGS = (
     Flag(name="moe-expert-cache-size", aliases=("--moe-expert-cache",), read=_cache_size,
          metavar="SIZE", group=_MEMORY,
          help="memory for experts: auto, a size, or a number of experts per layer"),
+    Flag(name="kv-cache-dtype", read=choice(*KV_CACHE_DTYPES), default="auto", metavar="TYPE",
+         group=_MEMORY,
+         help="keys and values in memory: auto (the checkpoint's type), bfloat16, float16, float32 "
+         "or int8 (about half of bfloat16, not exact; -ctk q8_0 -ctv q8_0 means the same)"),
     Flag(name="max-num-seqs", aliases=("-np", "--parallel"), read=integer(1), metavar="N",
          group=_BATCHING, help="sequences per pass (default: planned)"),
     Flag(name="max-num-batched-tokens", aliases=("-b", "--batch-size"), read=integer(1),
@@ -92,11 +96,41 @@ REFUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
     **dict.fromkeys(("-hf", "--hf-repo", "--revision", "--download-dir"),
                     (_NONE, "nothing is downloaded: give --model a local folder")),
     "--trust-remote-code": (_NONE, "code of checkpoints is never run"),
-    **dict.fromkeys(("-ctk", "--cache-type-k", "-ctv", "--cache-type-v", "--kv-cache-dtype"),
-                    (("auto",), "keys and values are kept as they are computed")),
     "--offload-prefetch-step": (("auto",), "prefetching is not adjustable yet"),
     "--override-generation-config": (_NONE, "set sampling fields in each request"),
 }  # fmt: skip
+
+
+# llama.cpp's options, one for keys and one for values: what must be given alike is one option here
+_CACHE_TYPES = {
+    "-ctk": "-ctk", "--cache-type-k": "-ctk", "-ctv": "-ctv", "--cache-type-v": "-ctv",
+}  # fmt: skip
+_CACHE_DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "q8_0": "int8"}
+
+
+def translate_known(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `-ctk q8_0 -ctv q8_0` as `--kv-cache-dtype int8`. Raises UsageError where
+    the two differ, one is missing, or they name a type that Windlass lacks."""
+    kept: list[str] = []
+    found: dict[str, str] = {}
+    rest = list(arguments)
+    while rest and rest[0] != "--":
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        if name in _CACHE_TYPES:
+            found[_CACHE_TYPES[name]] = value if equals or not rest else rest.pop(0)
+        else:
+            kept.append(argument)
+    if not found:
+        return list(arguments)
+    keys, values = found.get("-ctk"), found.get("-ctv")
+    if keys != values or keys not in _CACHE_DTYPES:
+        given = " ".join(f"{name} {text}" for name, text in found.items())
+        raise UsageError(
+            f"{given}: allowed {', '.join(_CACHE_DTYPES)}, the same for -ctk and -ctv"
+            " (or --kv-cache-dtype)"
+        )
+    return [*kept, "--kv-cache-dtype", _CACHE_DTYPES[keys], *rest]
 
 
 def refuse_known(arguments: Sequence[str]) -> list[str]:

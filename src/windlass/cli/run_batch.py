@@ -26,7 +26,7 @@ EXIT_ROWS_FAILED = 3
 _LAST_SECOND = 253402300799  # of the year 9999, where calendars end
 _FILES, _JOB = "files", "job"
 # what results depend on; everything else may change between two runs of one job
-_IDENTITY = ("dtype", "load_format", "generation_config", "seed")
+_IDENTITY = ("dtype", "kv_cache_dtype", "load_format", "generation_config", "seed")
 
 
 def _path(text: str) -> Path:

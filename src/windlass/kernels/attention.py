@@ -21,6 +21,7 @@ from windlass.kernels.limits import (
     TILE_ROWS,
     attention_tile_elements,
 )
+from windlass.packed import INT8_ZERO, PagedRows
 
 Pointwise = Callable[[Callable[[torch.Tensor], torch.Tensor], torch.Tensor], torch.Tensor]
 
@@ -38,20 +39,21 @@ class _Tile:
 def paged_attention(
     pointwise: Pointwise,
     q_THd: torch.Tensor,
-    key_PKBd: torch.Tensor,
-    value_PKBv: torch.Tensor,
+    keys: PagedRows,
+    values: PagedRows,
     work: AttentionWork,
     options: AttentionOptions,
 ) -> torch.Tensor:
     """Attention of every row of the call -> (T, H, v); see `Kernels.attention`."""
     num_rows, num_heads, key_dim = q_THd.shape
-    page_tokens, widths = key_PKBd.shape[2], (key_PKBd.shape[3], value_PKBv.shape[3])
+    _, num_kv_heads, page_tokens, key_width = keys.rows_PKBd.shape
+    widths = (key_width, values.rows_PKBd.shape[3])
     out = q_THd.new_empty(num_rows, num_heads, options.value_dim)
-    q_THd = pad(q_THd * options.scale, (0, key_PKBd.shape[3] - key_dim))
-    walk = _Walk(pointwise, q_THd, key_PKBd, value_PKBv, options)
+    q_THd = pad(q_THd * options.scale, (0, key_width - key_dim))
+    walk = _Walk(pointwise, q_THd, keys, values, options)
     for rows_per_tile, tiles in ((TILE_ROWS, _tiles(work, True)), (1, _tiles(work, False))):
         per_tile = attention_tile_elements(
-            num_heads, key_PKBd.shape[1], widths, rows=rows_per_tile, page_tokens=page_tokens
+            num_heads, num_kv_heads, widths, rows=rows_per_tile, page_tokens=page_tokens
         )
         step = max(1, ATTENTION_ELEMENTS // per_tile)
         tiles.sort(key=lambda tile: tile.position)  # tiles of like length walk together
@@ -80,20 +82,20 @@ class _Walk:
         self,
         pointwise: Pointwise,
         q_THd: torch.Tensor,
-        key_PKBd: torch.Tensor,
-        value_PKBv: torch.Tensor,
+        keys: PagedRows,
+        values: PagedRows,
         options: AttentionOptions,
     ) -> None:
         self._pointwise = pointwise
         self._q_THd = q_THd
-        self._key = key_PKBd
-        self._value = value_PKBv
+        self._keys = keys
+        self._values = values
         self._options = options
-        self._block_tokens = BLOCK_PAGES * key_PKBd.shape[2]
+        self._block_tokens = BLOCK_PAGES * keys.rows_PKBd.shape[2]
 
     def run(self, tiles: list[_Tile], size: int, out: torch.Tensor) -> None:
         """Attention of `tiles`, all of `size` rows (the last of a chunk padded), into `out`."""
-        heads, groups = self._q_THd.shape[1], self._key.shape[1]
+        heads, groups = self._q_THd.shape[1], self._keys.rows_PKBd.shape[1]
         rows = torch.tensor([[t.row + min(i, t.num_rows - 1) for i in range(size)] for t in tiles])
         starts = torch.tensor([t.position for t in tiles])
         position_nQ = starts[:, None] + torch.arange(size)
@@ -106,7 +108,7 @@ class _Walk:
                  for t, f in zip(tiles, first, strict=True)]  # fmt: skip
         top = q.new_full(q.shape[:3], _LOWEST)
         total = q.new_zeros(q.shape[:3])
-        acc = q.new_zeros(*q.shape[:3], self._value.shape[3])
+        acc = q.new_zeros(*q.shape[:3], self._values.rows_PKBd.shape[3])
         for step in range(max(count)):
             live = [i for i, blocks in enumerate(count) if step < blocks]
             pick = slice(None) if len(live) == len(tiles) else torch.tensor(live)
@@ -149,7 +151,7 @@ class _Walk:
         """One key block for the live tiles: new running maximum, sum and output."""
         top, total, acc = state
         tiles, groups, rows = q.shape[:3]
-        keys, values = self._gather(self._key, pages), self._gather(self._value, pages)
+        keys, values = _gather(self._keys, pages), _gather(self._values, pages)
         scores = torch.bmm(q.flatten(0, 1), keys.transpose(1, 2))
         scores = scores.view(tiles, groups, mask.shape[1], rows // mask.shape[1], -1)
         scores.masked_fill_(mask[:, None, :, None, :], float("-inf"))
@@ -160,14 +162,6 @@ class _Walk:
         update = torch.bmm(weights.flatten(0, 1), values).view(acc.shape)
         total = total * fade + weights.sum(-1)
         return new_top, total, (acc * fade[..., None]).add_(update)
-
-    def _gather(self, store_PKBd: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
-        """Blocks of (n, BLOCK_PAGES) pages -> fp32 (n K, tokens of the block, d)."""
-        count, per_block = pages.shape
-        picked = store_PKBd[pages.flatten()].float()  # (n p, K, B, d)
-        _, groups, page_tokens, width = picked.shape
-        picked = picked.view(count, per_block, groups, page_tokens, width).transpose(1, 2)
-        return picked.reshape(count * groups, per_block * page_tokens, width)
 
     def _finish(
         self, top: torch.Tensor, total: torch.Tensor, acc: torch.Tensor, groups: int
@@ -182,3 +176,14 @@ class _Walk:
         fade = self._pointwise(torch.exp, top - final)
         total = total * fade + self._pointwise(torch.exp, sink - final)
         return acc * fade[..., None] / total[..., None]
+
+
+def _gather(store: PagedRows, pages: torch.Tensor) -> torch.Tensor:
+    """Blocks of (n, BLOCK_PAGES) pages -> fp32 (n K, tokens of the block, d)."""
+    count, per_block = pages.shape
+    picked = store.rows_PKBd[pages.flatten()].float()  # (n p, K, B, d)
+    if store.scales_PKB is not None:
+        picked.sub_(INT8_ZERO).mul_(store.scales_PKB[pages.flatten()][..., None])
+    _, groups, page_tokens, width = picked.shape
+    picked = picked.view(count, per_block, groups, page_tokens, width).transpose(1, 2)
+    return picked.reshape(count * groups, per_block * page_tokens, width)

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from windlass.packed import PackedStack, Weight
+from windlass.packed import PackedStack, PagedRows, Weight
 from windlass.packed import Tensors as Tensors
 from windlass.spec.model import Activation, Norm, Rope
 
@@ -98,6 +98,10 @@ class Kernels(Protocol):
         """Rotates the first `rope.dim` dimensions of each head; the others pass. A new tensor."""
         ...
 
+    def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
+        """Adds `multiplier` times `y_TD` to `hidden_TD`, in place."""
+        ...
+
     def combine(
         self,
         weights_TA: torch.Tensor,
@@ -120,15 +124,14 @@ class Kernels(Protocol):
     def attention(
         self,
         q_THd: torch.Tensor,
-        key_PKBd: torch.Tensor,
-        value_PKBv: torch.Tensor,
+        keys: PagedRows,
+        values: PagedRows,
         work: AttentionWork,
         options: AttentionOptions,
     ) -> torch.Tensor:
         """Causal softmax attention of every row over its sequence's pages -> (T, H, v).
 
-        The stores are of any floating type, and may be wider than d and `options.value_dim`
-        (zeros), so that rows are aligned.
-        `value_PKBv` may be a view of the keys (MLA: their first v columns).
+        Rows may be wider than d and `options.value_dim` (zeros), so that they are aligned.
+        `values` may be a view of the keys (MLA: their first v columns).
         """
         ...

@@ -17,7 +17,7 @@ from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows, T
 from windlass.kernels.dequantise import dequantise
 from windlass.kernels.limits import TILE_BYTES, UNPACK_BYTES
 from windlass.kernels.rows import RowLadder, pad_rows, padded_width
-from windlass.packed import Packed, PackedStack, Weight, plain_or_none
+from windlass.packed import Packed, PackedStack, PagedRows, Weight, plain_or_none
 from windlass.spec.model import Activation, ClampedSwiGlu, Norm, Rope
 from windlass.units import round_up
 
@@ -109,6 +109,10 @@ class TorchKernels:
     ) -> torch.Tensor:
         return rowwise.rotate(x_THd, cos_Tf, sin_Tf, rope)
 
+    def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
+        # in two steps: a fused multiply-add would round otherwise in a vector's tail
+        hidden_TD += y_TD * multiplier
+
     def combine(
         self,
         weights_TA: torch.Tensor,
@@ -137,12 +141,12 @@ class TorchKernels:
     def attention(
         self,
         q_THd: torch.Tensor,
-        key_PKBd: torch.Tensor,
-        value_PKBv: torch.Tensor,
+        keys: PagedRows,
+        values: PagedRows,
         work: AttentionWork,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        return paged_attention(self.pointwise, q_THd, key_PKBd, value_PKBv, work, options)
+        return paged_attention(self.pointwise, q_THd, keys, values, work, options)
 
     def _narrow(self, x: torch.Tensor) -> torch.Tensor:
         return x.bfloat16().float() if self._bf16_rows else x

@@ -1,9 +1,9 @@
 """Keys, values and recurrent states of live sequences. Knows pages and state slots, not requests.
 
-A page holds `page_tokens` positions of one sequence in all attention layers. Rows are stored in the
-checkpoint's type, as transformers and vLLM do, and as wide as alignment asks (zeros beyond);
-recurrent states are fp32. A page is cleared when it is handed out, so that
-nothing of an earlier sequence, not even a NaN under a mask, can reach a later one.
+A page holds `page_tokens` positions of one sequence in all attention layers. Rows are as wide as
+alignment asks (zeros beyond) and of a floating type, or int8: bytes and an fp32 scale for each row,
+which come from that row alone. Recurrent states are fp32. A page is cleared when it is handed out,
+so that nothing of an earlier sequence, not even a NaN under a mask, can reach a later one.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+from windlass.packed import INT8_ZERO, PagedRows
 from windlass.units import round_up
 
-_ALIGN = 16  # elements: rows start at multiples of 64 bytes
+_ALIGN = 16  # elements: a vector of the widest unit
+_LARGEST = 127  # code, either way: rounding is symmetric
+_SCALE = torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +29,11 @@ class PagedShape:
     value_dim: int
     value_in_key: bool = False
 
-    @property
-    def elements_per_token(self) -> int:
-        width = round_up(self.key_dim, _ALIGN)
-        if not self.value_in_key:
-            width += round_up(self.value_dim, _ALIGN)
-        return self.num_heads * width
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        widths = [self.key_dim] if self.value_in_key else [self.key_dim, self.value_dim]
+        scale = _SCALE.itemsize if dtype is torch.int8 else 0
+        row_bytes = [round_up(width, _ALIGN) * dtype.itemsize + scale for width in widths]
+        return self.num_heads * sum(row_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,7 @@ CacheShape = PagedShape | StateShape
 
 def bytes_per_token(shapes: Sequence[CacheShape], dtype: torch.dtype) -> int:
     """Bytes of one position over all layers."""
-    elements = sum(s.elements_per_token for s in shapes if isinstance(s, PagedShape))
-    return elements * dtype.itemsize
+    return sum(s.bytes_per_token(dtype) for s in shapes if isinstance(s, PagedShape))
 
 
 def state_bytes(shapes: Sequence[CacheShape]) -> int:
@@ -62,7 +63,8 @@ def state_bytes(shapes: Sequence[CacheShape]) -> int:
 
 
 class KvStore:
-    """Pages and state slots of one device. Owned by the runtime's thread."""
+    """Pages and state slots of one device. Owned by the runtime's thread. `dtype` is that of rows:
+    a floating type, or int8."""
 
     def __init__(
         self,
@@ -75,8 +77,8 @@ class KvStore:
     ) -> None:
         self.page_tokens = page_tokens
         self.num_pages = num_pages
-        self._keys: dict[int, torch.Tensor] = {}
-        self._values: dict[int, torch.Tensor] = {}
+        self._keys: dict[int, PagedRows] = {}
+        self._values: dict[int, PagedRows] = {}
         self._states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for layer, shape in enumerate(shapes):
             if isinstance(shape, StateShape):
@@ -84,12 +86,11 @@ class KvStore:
                 self._states[layer] = (conv, torch.zeros(state_slots, *shape.state))
                 continue
             rows = (num_pages, shape.num_heads, page_tokens)
-            key = torch.zeros(*rows, round_up(shape.key_dim, _ALIGN), dtype=dtype)
-            self._keys[layer] = key
+            keys = self._keys[layer] = _zero_rows(rows, shape.key_dim, dtype)
             self._values[layer] = (
-                key[..., : shape.value_dim]
+                PagedRows(keys.rows_PKBd[..., : shape.value_dim], keys.scales_PKB)
                 if shape.value_in_key
-                else torch.zeros(*rows, round_up(shape.value_dim, _ALIGN), dtype=dtype)
+                else _zero_rows(rows, shape.value_dim, dtype)
             )
         self._free_pages = list(range(num_pages - 1, -1, -1))
         self._free_states = list(range(state_slots - 1, -1, -1))
@@ -107,10 +108,10 @@ class KvStore:
         """Hands out cleared pages; there must be enough."""
         assert count <= len(self._free_pages), "admission must not promise pages that are not free"
         pages = [self._free_pages.pop() for _ in range(count)]
-        for layer, key in self._keys.items():
-            key[pages] = 0
-            if self._values[layer].data_ptr() != key.data_ptr():
-                self._values[layer][pages] = 0
+        for layer, keys in self._keys.items():
+            _clear(keys, pages)
+            if not self._is_shared(layer):
+                _clear(self._values[layer], pages)
         return pages
 
     def give_pages(self, pages: Sequence[int]) -> None:
@@ -142,15 +143,18 @@ class KvStore:
         value_TKv: torch.Tensor,
     ) -> None:
         """Writes rows at `place` = (page of each row, offset in the page)."""
-        pages, offsets = place
-        key, value = self._keys[layer], self._values[layer]
-        key[pages, :, offsets, : key_TKd.shape[2]] = key_TKd.to(key.dtype)
-        if value.data_ptr() != key.data_ptr():
-            value[pages, :, offsets, : value_TKv.shape[2]] = value_TKv.to(value.dtype)
+        _write(self._keys[layer], place, key_TKd)
+        if not self._is_shared(layer):
+            _write(self._values[layer], place, value_TKv)
 
-    def paged(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (P, K, B, d) and values (P, K, B, v) of an attention layer."""
+    def paged(self, layer: int) -> tuple[PagedRows, PagedRows]:
+        """Keys and values of an attention layer."""
         return self._keys[layer], self._values[layer]
+
+    def _is_shared(self, layer: int) -> bool:
+        """Whether values are a view of the keys."""
+        keys, values = self._keys[layer], self._values[layer]
+        return keys.rows_PKBd.data_ptr() == values.rows_PKBd.data_ptr()
 
     def states(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Convolution windows (S, channels, kernel - 1) and states (S, heads, dk, dv)."""
@@ -164,3 +168,40 @@ class KvStore:
         ):
             assert len(set(free)) == len(free), "a page or state slot was given back twice"
             assert all(0 <= slot < total for slot in free), "a free slot is out of range"
+
+
+def _zero_rows(rows: tuple[int, int, int], width: int, dtype: torch.dtype) -> PagedRows:
+    shape = (*rows, round_up(width, _ALIGN))
+    if dtype is not torch.int8:
+        return PagedRows(torch.zeros(shape, dtype=dtype))
+    codes = torch.full(shape, INT8_ZERO, dtype=torch.uint8)
+    return PagedRows(codes, torch.zeros(rows, dtype=_SCALE))
+
+
+def _clear(store: PagedRows, pages: list[int]) -> None:
+    if store.scales_PKB is None:
+        store.rows_PKBd[pages] = 0
+        return
+    store.rows_PKBd[pages] = INT8_ZERO
+    store.scales_PKB[pages] = 0
+
+
+def _write(store: PagedRows, place: tuple[torch.Tensor, torch.Tensor], x_TKd: torch.Tensor) -> None:
+    pages, offsets = place
+    width = x_TKd.shape[2]
+    if store.scales_PKB is None:
+        store.rows_PKBd[pages, :, offsets, :width] = x_TKd.to(store.rows_PKBd.dtype)
+        return
+    codes_TKd, scales_TK = rounded(x_TKd)
+    store.rows_PKBd[pages, :, offsets, :width] = codes_TKd
+    store.scales_PKB[pages, :, offsets] = scales_TK
+
+
+def rounded(x_TKd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of fp32 rows. Maximum, division and rounding are exact or rounded once, so a
+    row's codes depend on nothing but the row. A row of zeros gets scale 0; a NaN or an infinity
+    makes its whole row NaN when it is widened."""
+    scales_TK = x_TKd.abs().amax(-1).div_(_LARGEST)
+    steps = torch.where(scales_TK == 0, 1.0, scales_TK)
+    codes = (x_TKd / steps[..., None]).round_().clamp_(-_LARGEST, _LARGEST).add_(INT8_ZERO)
+    return codes.nan_to_num_(INT8_ZERO).to(torch.uint8), scales_TK

@@ -56,6 +56,7 @@ class Sizes:
     slot_bytes: Mapping[Part, int]
     num_parts: Mapping[Part, int]
     bytes_per_token: int  # keys and values, all layers
+    kv_cache_dtype: str  # which they are kept in
     bytes_per_position: int  # tables of rotary positions
     row_buffer_bytes: int  # where the embedding's rows are read one by one
     state_bytes: int  # recurrent state of a sequence, all layers
@@ -219,6 +220,7 @@ class _Draft:
             ffn_slot_bytes=slot_bytes.get(Part.FFN, 0),
             head_slot_bytes=slot_bytes.get(Part.HEAD, 0),
             kv_page_bytes=self._page_bytes,
+            kv_cache_dtype=self._sizes.kv_cache_dtype,
             total_bytes=total,
             num_experts=self._sizes.num_parts.get(Part.EXPERT, 0),
             num_blocks=self._sizes.num_parts.get(Part.BLOCK, 0),

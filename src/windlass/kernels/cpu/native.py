@@ -19,7 +19,7 @@ from windlass.kernels.base import (
 from windlass.kernels.cpu import library as lib
 from windlass.kernels.cpu.matrices import floats, heads_of, matrices_of
 from windlass.kernels.reference import TorchKernels
-from windlass.packed import PackedStack, StoredTensors, Weight, plain_or_none
+from windlass.packed import PackedStack, PagedRows, StoredTensors, Weight, plain_or_none
 from windlass.spec.model import Activation, ClampedSwiGlu, Norm, RmsNorm, Rope
 
 _TILE_ITEMS = 64  # rows times heads of a group that attention takes together (MQ in attention.h)
@@ -125,15 +125,15 @@ class NativeKernels(TorchKernels):
     def attention(
         self,
         q_THd: torch.Tensor,
-        key_PKBd: torch.Tensor,
-        value_PKBv: torch.Tensor,
+        keys: PagedRows,
+        values: PagedRows,
         work: AttentionWork,
         options: AttentionOptions,
     ) -> torch.Tensor:
         q_THd = q_THd.contiguous()
         num_rows, num_heads, key_dim = q_THd.shape
         out_THv = empty(num_rows, num_heads, options.value_dim)
-        kv_heads, page_tokens = key_PKBd.shape[1:3]
+        kv_heads, page_tokens = keys.rows_PKBd.shape[1:3]
         tiles, pages = _tiles(work, max(1, _TILE_ITEMS // (num_heads // kv_heads)))
         sinks = None if options.sinks_H is None else floats(options.sinks_H)
         attention = lib.Attention(
@@ -142,7 +142,7 @@ class NativeKernels(TorchKernels):
             key_dim=key_dim, value_dim=options.value_dim,
             scale=options.scale, window=options.window or 0,
             sinks=None if sinks is None else sinks.data_ptr(), page_tokens=page_tokens,
-            keys=_cache(key_PKBd), values=_cache(value_PKBv),
+            keys=_cache(keys), values=_cache(values),
             tiles=c.addressof(tiles), num_tiles=len(tiles),
         )  # fmt: skip
         lib.check(self._lib.wl_attend(c.byref(attention)), "attention")
@@ -176,6 +176,10 @@ class NativeKernels(TorchKernels):
         )  # fmt: skip
         lib.check(code, "rotate")
         return y_THd
+
+    def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
+        ones_T1 = torch.ones(len(y_TD), 1)
+        self.combine(ones_T1, y_TD.contiguous()[:, None], None, hidden_TD, multiplier)
 
     def combine(
         self,
@@ -233,13 +237,16 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _cache(store_PKBd: torch.Tensor) -> lib.Cache:
-    page, head, token, one = store_PKBd.stride()
+def _cache(store: PagedRows) -> lib.Cache:
+    rows, scales = store.rows_PKBd, store.scales_PKB
+    page, head, token, one = rows.stride()
     assert one == 1, "rows of keys and values lie side by side"
-    item = store_PKBd.itemsize
+    assert scales is None or scales.is_contiguous(), "a scale for each row, in their order"
+    item = rows.itemsize
     return lib.Cache(
-        data=store_PKBd.data_ptr(), page_stride=page * item, head_stride=head * item,
-        token_stride=token * item, width=token, type=_TYPES[store_PKBd.dtype],
+        data=rows.data_ptr(), page_stride=page * item, head_stride=head * item,
+        token_stride=token * item, width=token, type=_TYPES[rows.dtype],
+        scales=None if scales is None else scales.data_ptr(),
     )  # fmt: skip
 
 
