@@ -35,6 +35,10 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
+# The native kernels in C++: sanitizers, emulated processors, instructions. Skips what is not there.
+test-native: $(STAMP)
+	$(BIN)/python native/tests/run.py
+
 test-all: setup
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 

@@ -31,6 +31,16 @@ def missing() -> str | None:
 
 def build(target: Path, *, folder: Path = FOLDER) -> None:
     """Compiles in `folder` and puts the library at `target`. Raises CalledProcessError."""
+    configure(folder)
+    _run(*build_command(folder, os.cpu_count() or 1), "--target", "windlass_cpu")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".partial")
+    shutil.copyfile(folder / NAME, partial)
+    partial.replace(target)  # processes that run the old one keep it
+
+
+def configure(folder: Path, *options: str) -> None:
+    """Makes or refreshes a build folder. Raises CalledProcessError."""
     cmake, ninja = _tool("cmake"), _tool("ninja")
     assert cmake is not None, "missing() was not asked"
     # tools of an isolated installation are elsewhere each time
@@ -38,12 +48,12 @@ def build(target: Path, *, folder: Path = FOLDER) -> None:
     if _generator(folder) not in (None, tool[1]):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _run(cmake, "-S", HERE, "-B", folder, *tool, "-DCMAKE_BUILD_TYPE=Release")
-    _run(cmake, "--build", folder, "--target", "windlass_cpu", "--parallel", os.cpu_count() or 1)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".partial")
-    shutil.copyfile(folder / NAME, partial)
-    partial.replace(target)  # processes that run the old one keep it
+    _run(cmake, "-S", HERE, "-B", folder, *tool, "-DCMAKE_BUILD_TYPE=Release", *options)
+
+
+def build_command(folder: Path, jobs: int) -> list[str]:
+    """What compiles a configured folder."""
+    return [_tool("cmake") or "cmake", "--build", str(folder), "--parallel", str(jobs)]
 
 
 def _tool(name: str) -> str | None:

@@ -27,7 +27,6 @@ from windlass.spec.quantization import Scheme, read_quantization
 from windlass.spec.stored import RowSet, packed_pieces, whole_rows
 
 N, K = 176, 160  # more than one 128-block each way, the last one ragged
-KERNELS = TorchKernels()
 
 
 class Kind(NamedTuple):
@@ -165,7 +164,7 @@ def test_rows_that_begin_inside_a_block(stored: Stored) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name].unit <= 8])
-def test_heads(name: str, tmp_path: Path) -> None:
+def test_heads(kernels: TorchKernels, name: str, tmp_path: Path) -> None:
     """Each of four ranges of 44 rows has 16 rows of this tensor, from its eighth on; of 48 where
     44 would cut a word."""
     stride = 48 if KINDS[name].unit == 8 else 44
@@ -174,43 +173,43 @@ def test_heads(name: str, tmp_path: Path) -> None:
     stack = stored.read(RowSet(4 * stride, width, 8, 16, 1, 4, stride))
     expected = stored.meant.view(4, stride, width)[:, 8:24]
     assert isinstance(stack, PackedStack) and stack.shape == expected.shape
-    check_stack(stack, expected)
+    check_stack(kernels, stack, expected)
 
 
-def test_heads_of_whole_blocks(tmp_path: Path) -> None:
+def test_heads_of_whole_blocks(kernels: TorchKernels, tmp_path: Path) -> None:
     stored = store("fp8", tmp_path, rows=768)
     stack = stored.read(RowSet(768, K, 128, 256, 1, 2, 384))
     assert isinstance(stack, PackedStack)
-    check_stack(stack, stored.meant.view(2, 384, K)[:, 128:])
+    check_stack(kernels, stack, stored.meant.view(2, 384, K)[:, 128:])
     with pytest.raises(CheckpointError, match="an entry stands for 128 rows, .* needs 64 from 128"):
         stored.read(RowSet(768, K, 128, 64, 1, 2, 384))
 
 
-def check_stack(stack: PackedStack, expected: torch.Tensor) -> None:
+def check_stack(kernels: TorchKernels, stack: PackedStack, expected: torch.Tensor) -> None:
     x = torch.randn(30, stack.shape[0], stack.shape[2])
-    y = KERNELS.batched_linear(x, stack)
-    assert torch.equal(y, KERNELS.batched_linear(x, expected))
-    back = KERNELS.batched_linear(y, stack.transpose(1, 2))
-    assert torch.equal(back, KERNELS.batched_linear(y, expected.transpose(1, 2)))
+    y = kernels.batched_linear(x, stack)
+    assert torch.equal(y, kernels.batched_linear(x, expected))
+    back = kernels.batched_linear(y, stack.transpose(1, 2))
+    assert torch.equal(back, kernels.batched_linear(y, expected.transpose(1, 2)))
     rows = torch.randn(5, stack.shape[2])
-    flat = torch.cat([KERNELS.linear(rows, one) for one in expected], dim=1)
-    assert torch.equal(KERNELS.linear(rows, stack), flat)
+    flat = torch.cat([kernels.linear(rows, one) for one in expected], dim=1)
+    assert torch.equal(kernels.linear(rows, stack), flat)
 
 
-def test_kernels_multiply_what_is_meant_row_by_row(stored: Stored) -> None:
+def test_kernels_multiply_what_is_meant_row_by_row(kernels: TorchKernels, stored: Stored) -> None:
     packed, bias = stored.whole(), torch.randn(N)
     x = torch.randn(300, packed.shape[1])
-    whole = KERNELS.linear(x, packed, bias)
-    assert torch.equal(whole, KERNELS.linear(x, stored.meant, bias))
+    whole = kernels.linear(x, packed, bias)
+    assert torch.equal(whole, kernels.linear(x, stored.meant, bias))
     for first, last in ((0, 1), (299, 300), (5, 18), (13, 300)):
-        assert torch.equal(KERNELS.linear(x[first:last], packed, bias), whole[first:last])
+        assert torch.equal(kernels.linear(x[first:last], packed, bias), whole[first:last])
     own = {"gate": packed, "up": packed, "down": packed.t()}
     plain = {"gate": stored.meant, "up": stored.meant, "down": stored.meant.T}
-    got, expected = (KERNELS.expert_ffn(x, w, SwiGlu()) for w in (own, plain))
+    got, expected = (kernels.expert_ffn(x, w, SwiGlu()) for w in (own, plain))
     assert torch.equal(got, expected)
 
 
-def test_a_matrix_larger_than_a_tile(tmp_path: Path) -> None:
+def test_a_matrix_larger_than_a_tile(kernels: TorchKernels, tmp_path: Path) -> None:
     weight = torch.randn(2200, 1024)  # 9 MB in fp32
     tensors, meant = quantised.fp8_block()(weight)
     save_file({"x" + ending: t for ending, t in tensors.items()}, tmp_path / "model.safetensors")
@@ -218,7 +217,7 @@ def test_a_matrix_larger_than_a_tile(tmp_path: Path) -> None:
     assert scheme is not None
     packed = Stored(tmp_path, scheme.groups[0][1], meant, 128).whole()
     x = torch.randn(3, 1024)
-    torch.testing.assert_close(KERNELS.linear(x, packed), x @ meant.T, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(kernels.linear(x, packed), x @ meant.T, atol=1e-3, rtol=1e-4)
 
 
 def test_whole_rows_of_the_head(stored: Stored) -> None:

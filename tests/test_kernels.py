@@ -6,56 +6,54 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from windlass.kernels.base import AttentionOptions, AttentionWork
-from windlass.kernels.reference import TorchKernels
 from windlass.kernels.rows import RowLadder
 from windlass.packed import PagedRows
 from windlass.spec.model import ClampedSwiGlu, SwiGlu
 
-KERNELS = TorchKernels()
 PAGE = 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("width", "features"), [(64, 24), (33, 57), (7, 5), (512, 1030), (96, 1)])
-def test_linear_is_right_and_row_independent(dtype, width, features):
+def test_linear_is_right_and_row_independent(kernels, dtype, width, features):
     w = torch.randn(features, width).to(dtype)
     bias = torch.randn(features).to(dtype)
     x = torch.randn(700, width)
-    whole = KERNELS.linear(x, w, bias)
+    whole = kernels.linear(x, w, bias)
     torch.testing.assert_close(whole, x @ w.float().T + bias.float(), atol=1e-4, rtol=1e-4)
     for first, last in ((0, 1), (1, 2), (699, 700), (5, 18), (100, 413), (13, 700)):
-        assert torch.equal(KERNELS.linear(x[first:last], w, bias), whole[first:last])
+        assert torch.equal(kernels.linear(x[first:last], w, bias), whole[first:last])
 
 
-def test_linear_takes_strided_and_grouped_weights():
+def test_linear_takes_strided_and_grouped_weights(kernels):
     fused = torch.randn(2 * 6, 16).bfloat16()
     x = torch.randn(9, 16)
-    even = KERNELS.linear(x, fused[::2])
-    assert torch.equal(even, KERNELS.linear(x, fused[::2].contiguous()))
+    even = kernels.linear(x, fused[::2])
+    assert torch.equal(even, kernels.linear(x, fused[::2].contiguous()))
     grouped = fused.view(3, 4, 16)[:, 1:3]
     assert torch.equal(
-        KERNELS.linear(x, grouped), KERNELS.linear(x, grouped.reshape(6, 16).contiguous())
+        kernels.linear(x, grouped), kernels.linear(x, grouped.reshape(6, 16).contiguous())
     )
 
 
-def test_linear_larger_than_a_tile():
+def test_linear_larger_than_a_tile(kernels):
     w = torch.randn(3000, 1024).bfloat16()  # 12 MiB widened
     x = torch.randn(5, 1024)
-    torch.testing.assert_close(KERNELS.linear(x, w), x @ w.float().T, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(kernels.linear(x, w), x @ w.float().T, atol=1e-3, rtol=1e-4)
 
 
-def test_batched_linear_is_right_and_row_independent():
+def test_batched_linear_is_right_and_row_independent(kernels):
     w = torch.randn(3, 10, 12).bfloat16()
     x = torch.randn(600, 3, 12)
-    whole = KERNELS.batched_linear(x, w)
+    whole = kernels.batched_linear(x, w)
     expected = torch.einsum("tha,hba->thb", x, w.float())
     torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
     for first, last in ((0, 1), (3, 8), (590, 600)):
-        assert torch.equal(KERNELS.batched_linear(x[first:last], w), whole[first:last])
+        assert torch.equal(kernels.batched_linear(x[first:last], w), whole[first:last])
 
 
 @pytest.mark.parametrize("activation", [SwiGlu(), ClampedSwiGlu(alpha=1.702, limit=7.0)])
-def test_expert_ffn_is_right_and_row_independent(activation):
+def test_expert_ffn_is_right_and_row_independent(kernels, activation):
     w = {
         "gate": torch.randn(24, 40).bfloat16(),
         "up": torch.randn(24, 40).bfloat16(),
@@ -73,20 +71,20 @@ def test_expert_ffn_is_right_and_row_independent(activation):
         gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
         hidden = (up + 1) * gate * torch.sigmoid(1.702 * gate)
     expected = hidden @ w["down"].float().T + w["down_bias"]
-    whole = KERNELS.expert_ffn(x, w, activation)
+    whole = kernels.expert_ffn(x, w, activation)
     torch.testing.assert_close(whole, expected, atol=1e-3, rtol=1e-4)
     for first, last in ((0, 1), (17, 30), (299, 300)):
-        assert torch.equal(KERNELS.expert_ffn(x[first:last], w, activation), whole[first:last])
+        assert torch.equal(kernels.expert_ffn(x[first:last], w, activation), whole[first:last])
 
 
 @pytest.mark.parametrize("function", [torch.exp, torch.sigmoid, torch.nn.functional.silu,
                                       torch.nn.functional.softplus])  # fmt: skip
-def test_pointwise_bits_do_not_depend_on_the_place(function):
+def test_pointwise_bits_do_not_depend_on_the_place(kernels, function):
     x = torch.randn(70_001) * 5
-    whole = KERNELS.pointwise(function, x)
+    whole = kernels.pointwise(function, x)
     torch.testing.assert_close(whole, function(x))
     for first, size in ((0, 1), (1, 1), (3, 17), (11, 33_000), (7, 66_666), (69_990, 11)):
-        part = KERNELS.pointwise(function, x[first : first + size])
+        part = kernels.pointwise(function, x[first : first + size])
         assert torch.equal(part, whole[first : first + size])
 
 
@@ -150,7 +148,7 @@ def _naive(q_THd, key, value, pages, position, scale, window, sinks):
     st.booleans(),
     st.integers(0, 10_000),
 )
-def test_attention_is_right_for_ragged_rows(sequences, shape, window, has_sinks, seed):
+def test_attention_is_right_for_ragged_rows(kernels, sequences, shape, window, has_sinks, seed):
     heads, groups, key_dim, value_dim = shape
     torch.manual_seed(seed)
     key, value, pages = _store([a + b for a, b, _ in sequences], groups, key_dim, value_dim)
@@ -158,7 +156,7 @@ def test_attention_is_right_for_ragged_rows(sequences, shape, window, has_sinks,
     sinks = torch.randn(heads) if has_sinks else None
     work = _work(sequences, pages)
     options = AttentionOptions(scale=0.3, value_dim=value_dim, window=window, sinks_H=sinks)
-    out = KERNELS.attention(q, PagedRows(key), PagedRows(value), work, options)
+    out = kernels.attention(q, PagedRows(key), PagedRows(value), work, options)
     for i, (position, rows, _) in enumerate(sequences):
         part = slice(work.first_row[i], work.first_row[i] + rows)
         expected = _naive(q[part], key, value, pages[i], position, 0.3, window, sinks)
@@ -186,7 +184,7 @@ def _work(sequences, pages):
     st.sampled_from([None, 7]),
     st.integers(0, 10_000),
 )
-def test_attention_bits_do_not_depend_on_chunks_or_company(lengths, window, seed):
+def test_attention_bits_do_not_depend_on_chunks_or_company(kernels, lengths, window, seed):
     torch.manual_seed(seed)
     sequences = [(0, length, kind) for length, kind in lengths]
     key, value, pages = _store([length for length, _ in lengths], 2, 7, 5)
@@ -194,21 +192,21 @@ def test_attention_bits_do_not_depend_on_chunks_or_company(lengths, window, seed
     q = torch.randn(sum(length for length, _ in lengths), 4, 7)
     work = _work(sequences, pages)
     options = AttentionOptions(scale=0.3, value_dim=5, window=window, sinks_H=torch.randn(4))
-    together = KERNELS.attention(q, *store, work, options)
+    together = kernels.attention(q, *store, work, options)
     for i, (length, kind) in enumerate(lengths):
         start, begin = work.first_row[i], 0
         while begin < length:
             rows = min(int(torch.randint(1, 50, ())), length - begin)
             alone = _work([(begin, rows, kind)], [pages[i]])
             part = slice(start + begin, start + begin + rows)
-            assert torch.equal(KERNELS.attention(q[part], *store, alone, options), together[part])
+            assert torch.equal(kernels.attention(q[part], *store, alone, options), together[part])
             begin += rows
 
 
-def test_attention_stays_finite_with_large_logits():
+def test_attention_stays_finite_with_large_logits(kernels):
     key, value, pages = _store([40], 1, 8, 8)
     q = torch.randn(40, 2, 8) * 1e4
     options = AttentionOptions(scale=1.0, value_dim=8)
     work = _work([(0, 40, True)], pages)
-    out = KERNELS.attention(q, PagedRows(key), PagedRows(value), work, options)
+    out = kernels.attention(q, PagedRows(key), PagedRows(value), work, options)
     assert torch.isfinite(out).all()
