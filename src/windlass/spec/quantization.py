@@ -325,7 +325,7 @@ _TOOLS = frozenset(
     "cache_block_outputs use_cuda_fp16 use_exllama max_input_length exllama_config disable_exllama "
     "meta model_seqlen pad_token_id model_name_or_path model_file_base_name true_sequential "
     "static_groups damp_percent damp_auto_increment act_group_aware lm_head mse quant_method "
-    "do_fuse fuse_max_seq_len modules_to_fuse sym".split()
+    "do_fuse fuse_max_seq_len modules_to_fuse sym method".split()
 )
 _HARMLESS: Mapping[str, frozenset[str]] = {
     "fp8": frozenset({"dequantize", "quant_method", "weight_per_tensor", "act_per_tensor"}),
