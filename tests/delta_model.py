@@ -132,11 +132,11 @@ class DeltaModel:
                 h = math.attention_input(KERNELS, self.spec, w, x)
                 caches = self.caches[layer]
                 y = delta_attention(KERNELS, block.attention, w, h, segments, *caches)
-                x = math.residual(self.spec, x, y)
+                math.residual(KERNELS, self.spec, x, y)
             else:
-                x = self._softmax(layer, w, x, segments)
+                self._softmax(layer, w, x, segments)
             y = _feed_forward(self.checkpoint, layer, w, math.ffn_input(KERNELS, self.spec, w, x))
-            x = math.residual(self.spec, x, y)
+            math.residual(KERNELS, self.spec, x, y)
         h = math.final_norm(KERNELS, self.spec, self.checkpoint.part(Part.FINAL), x)
         chunks = [self.checkpoint.part(*key) for key in self.checkpoint.layout.keys(Part.HEAD)]
         logits = [math.logits(KERNELS, self.spec, w["weight"], None, h) for w in chunks]
@@ -180,4 +180,4 @@ class DeltaModel:
             scale=attention.scale, value_dim=value_width(attention), window=attention.window
         )
         o = KERNELS.attention(got.q_THd, PagedRows(key), PagedRows(value), work, options)
-        return math.post_attention(KERNELS, self.spec, attention, w, x, o, got.gate_THv)
+        math.post_attention(KERNELS, self.spec, attention, w, x, o, got.gate_THv)

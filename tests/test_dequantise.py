@@ -156,6 +156,14 @@ def test_every_second_row(stored: Stored) -> None:
     assert torch.equal(dequantise(part, 2, 40), stored.meant[1::2][2:40])
 
 
+def test_rows_that_begin_inside_a_block(stored: Stored) -> None:
+    first = stored.unit // 2
+    rows = RowSet(N, stored.meant.shape[1], first, N - first)
+    if stored.unit > 1:
+        with pytest.raises(CheckpointError, match=f"needs {N - first} from {first} on; allowed"):
+            stored.read(rows)
+
+
 @pytest.mark.parametrize("name", [name for name in KINDS if KINDS[name].unit <= 8])
 def test_heads(name: str, tmp_path: Path) -> None:
     """Each of four ranges of 44 rows has 16 rows of this tensor, from its eighth on; of 48 where

@@ -10,6 +10,7 @@ import torch
 
 from engines import engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
+from windlass.kernels.cpu import library
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
 PLAIN = [(family, "auto") for family in FAMILIES]  # and what keys and values are kept in
@@ -109,14 +110,22 @@ def test_bits_do_not_depend_on_preemption(model):
     assert {name: _bits(output) for name, output in results.items()} == expected
 
 
-def test_threads_and_memory_are_no_excuse(model):
-    """Two BLAS threads and buffered reads give the bits of one thread and direct reads."""
-    engine_of, alone = model
-    with engine_of(load_mode="buffered", threads=2) as engine:
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_threads_and_memory_are_no_excuse(model, backend):
+    """Two threads and buffered reads give the bits of one thread and direct reads."""
+    engine_of, _ = model
+    found = library.load()
+    if backend == "cpu" and isinstance(found, str):
+        pytest.skip(f"the native library {found}")
+    with engine_of(threads=1, moe_backend=backend) as engine:
+        alone = run_all(engine, _requests())
+    with engine_of(load_mode="buffered", threads=2, moe_backend=backend) as engine:
         results = run_all(engine, _requests())
-    assert torch.get_num_threads() == 2
+        # the two pools never work at the same time
+        assert torch.get_num_threads() == (2 if backend == "torch" else 1)
+        assert backend == "torch" or found.wl_get_threads() == 2
     torch.set_num_threads(1)
-    assert {name: _bits(output) for name, output in results.items()} == alone
+    assert all(_bits(results[name]) == _bits(output) for name, output in alone.items())
 
 
 @pytest.mark.parametrize("model", PLAIN, ids="-".join, indirect=True)
@@ -137,6 +146,7 @@ def test_trace_shows_reads_beside_compute(model, tmp_path):
     assert any(e["ph"] == "C" for e in events)
 
 
+@pytest.mark.parametrize("model", PLAIN, ids="-".join, indirect=True)
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_rounded_activations_change_results_but_depend_on_nothing_else(model, backend):
     engine_of, exact = model

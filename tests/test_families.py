@@ -68,9 +68,9 @@ def dense_logits(
     x = math.embed(spec, checkpoint.part(Part.EMBED)["weight"][ids])
     for layer in range(len(spec.blocks)):
         w = checkpoint.part(Part.BLOCK, layer)
-        x = _attend(kernels, spec, layer, w, x)
+        _attend(kernels, spec, layer, w, x)
         h = math.ffn_input(kernels, spec, w, x)
-        x = math.residual(spec, x, _feed_forward(checkpoint, layer, w, h, kernels))
+        math.residual(kernels, spec, x, _feed_forward(checkpoint, layer, w, h, kernels))
     final = checkpoint.part(Part.FINAL)
     h = math.final_norm(kernels, spec, final, x)
     chunks, first = [], 0
@@ -84,7 +84,7 @@ def dense_logits(
 
 def _attend(
     kernels: Kernels, spec: ModelSpec, layer: int, w: Mapping[str, torch.Tensor], x: torch.Tensor
-) -> torch.Tensor:
+) -> None:
     attention = spec.blocks[layer].attention
     assert isinstance(attention, Gqa | Mla) and attention.rope is not None
     table, num = RopeTable(attention.rope), len(x)
@@ -95,7 +95,7 @@ def _attend(
     window = attention.window if isinstance(attention, Gqa) else None
     sinks = w["sinks"] if isinstance(attention, Gqa) and attention.sinks else None
     o = _naive(got.q_THd, got.key_TKd, got.value_TKv, attention.scale, window, sinks)
-    return math.post_attention(kernels, spec, attention, w, x, o, got.gate_THv)
+    math.post_attention(kernels, spec, attention, w, x, o, got.gate_THv)
 
 
 def _naive(

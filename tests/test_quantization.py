@@ -377,6 +377,21 @@ def test_tensors_that_do_not_fit(settings: dict[str, Any], change: Change, messa
     assert message in found and EXPERT in found
 
 
+@pytest.mark.parametrize("prefix", ["", "language_model.model."])
+def test_lists_in_the_spelling_of_other_code(prefix: str) -> None:
+    """The trunk is called otherwise on disk than in the list."""
+    plain = "layers.0.block_sparse_moe.experts.3"
+    settings = {**AWQ, "modules_to_not_convert": [f"model.{plain}"]}
+    spec, names, tensors = mixtral(settings)
+    assert f"model.{plain}.w1.weight" in tensors
+    renamed = {name.replace("model.", prefix, 1): info for name, info in tensors.items()}
+    renamed = {name: replace(info, name=name) for name, info in renamed.items()}
+    assert build_layout(spec, names, renamed).is_quantised
+    other = {**AWQ, "modules_to_not_convert": ["model.layers.1"]}
+    stray = replace(names, quantization=parse(other))
+    assert f"{plain}.w1.weight has type BF16" in error(spec, stray, renamed)
+
+
 def test_tables_and_norms_are_never_packed() -> None:
     spec, names, tensors = mixtral(FP8)
     for name in ("model.embed_tokens.weight", "model.norm.weight"):

@@ -282,7 +282,7 @@ def test_config_is_the_sources_with_llm_compressors_keys_and_other_files_come_al
     assert "lm_head" in ignored and "model.layers.0.mlp.gate" in ignored
     weights = {
         "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64,
-        "block_structure": None, "dynamic": False, "actorder": None, "observer": "minmax",
+        "block_structure": None, "dynamic": False, "actorder": None, "observer": "mse",
         "observer_kwargs": {},
     }  # fmt: skip
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None,

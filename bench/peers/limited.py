@@ -17,7 +17,7 @@ _LLAMA_SETTINGS = {
 }  # fmt: skip
 _START_UBATCH, _OTHER_UBATCHES = 2048, (512, 8192)  # rows of a trip through the weights
 _SWEEP_LIMIT_S = 60.0  # of each phase of a wave
-_LEAST_BYTES = 900 * _MIB  # a smaller limit holds no Python with torch
+_LEAST_BYTES = 512 * _MIB  # a smaller limit holds no Python with torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,8 @@ class Limited:
             return list(wish.windlass_sequences)
         tokens = wish.prompt_tokens + wish.output_tokens
         room = _SHARE_FOR_KV * self.limit_bytes(model) / (tokens * model.kv_bytes_per_token)
-        return [count for count in wish.llama_sequences if count <= room]
+        most = min(room, wish.requests)
+        return [count for count in wish.llama_sequences if count <= most]
 
     def _best(self, model: Model, engine: str) -> _Way | None:
         """By a share of the job: as many requests as run at once, or all where it is planned."""

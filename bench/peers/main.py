@@ -67,7 +67,7 @@ def _parse() -> argparse.Namespace:
     options = parser.parse_args()
     quick = options.quick
     options.models = options.models or (models.QUICK_MODELS if quick else models.FULL_MODELS)
-    options.sequences = options.sequences or ([1, 4] if quick else [1, 16, 64, 256])
+    options.sequences = options.sequences or ([4] if quick else [1, 16, 64, 256])
     options.prompts = options.prompts or ([32] if quick else [128, 512])
     options.output_tokens = options.output_tokens or (4 if quick else 64)
     options.rounds = options.rounds or (1 if quick else 3)
@@ -154,6 +154,8 @@ def main() -> None:
     described, rates = _head(options)
     print(head(described, rates), flush=True)
     document = Document(options.json, described, stop_after_s=options.stop_after)
+    if document.data["machine"]["threads"] != threads:
+        sys.exit(f"{options.json}: measured with other --threads")
     document.forget(engines=options.again, retry=options.retry)
     is_whole = _measure(options, document, threads)
     part = document.data["parts"][-1]

@@ -60,11 +60,13 @@ class Comparison:
         found = []
         for contender in self.wish.contenders:
             why = models.prepare(model, contender.engine, contender.form)
+            skipped = self._document.data["skipped"]
+            skipped.pop(f"{model.name} {contender}", None)
             if why is None:
                 found.append(contender)
                 continue
             print(f"{model.name}, {contender}: skipped: {why}", flush=True)
-            self._document.data["skipped"][f"{model.name} {contender}"] = why
+            skipped[f"{model.name} {contender}"] = why
         self._document.data["models"][model.name] = model.shape()
         return found
 

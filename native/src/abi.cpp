@@ -60,7 +60,7 @@ const char *wl_available(void) {
   static const std::string names = [] {
     std::string all;
     for (const Choice &choice : CHOICES)
-      if (choice.runs()) all += (all.empty() ? "" : ",") + std::string(choice.name);
+      if (choice.runs()) all.append(all.empty() ? "" : ",").append(choice.name);
     return all;
   }();
   return names.c_str();

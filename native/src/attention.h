@@ -41,65 +41,89 @@ struct AttentionBench {
   }
 };
 
-inline const uint8_t *cache_row(const wl_attention &a, const wl_cache &c, const wl_tile &t, int64_t head, int64_t position) {
-  return static_cast<const uint8_t *>(c.data) + t.pages[position / a.page_tokens] * c.page_stride +
-         head * c.head_stride + position % a.page_tokens * c.token_stride;
-}
+/// Where the rows of a block's positions lie; those after the last one point to zeros.
+struct Places {
+  const uint8_t *rows[BK];
+  float scales[BK];
 
-inline float cache_scale(const wl_attention &a, const wl_cache &c, const wl_tile &t, int64_t head, int64_t position) {
-  const int64_t page = t.pages[position / a.page_tokens];
-  return c.scales[(page * a.num_kv_heads + head) * a.page_tokens + position % a.page_tokens];
-}
-
-/// scores[panel][rows][NR] = queries times the keys of positions t0 .. t0 + BK.
-inline void score(const wl_attention &a, const wl_tile &tile, int64_t head, int64_t t0, int64_t last, int64_t rows,
-                  const AttentionBench &bench) {
-  wl_matrix shape{};  // of a column's scale: one for all of k
-  shape.block_k = a.key_dim;
-  for (int p = 0; p < BP; p++) {
-    float *c = bench.scores + p * rows * NR;
-    const uint8_t *pointers[NR];
-    float scales[2 * NR];
-    for (int i = 0; i < NR; i++) {
-      const int64_t t = t0 + p * NR + i;
-      pointers[i] = t <= last ? cache_row(a, a.keys, tile, head, t) : reinterpret_cast<const uint8_t *>(bench.zeros);
-      if (a.keys.scales) {
-        scales[i] = t <= last ? cache_scale(a, a.keys, tile, head, t) : 0.0f;
-        scales[NR + i] = 128.0f;
+  void fill(const wl_attention &a, const wl_cache &c, const wl_tile &t, int64_t head, int64_t t0, int64_t last,
+            const float *zeros) {
+    int64_t page = t0 / a.page_tokens, offset = t0 % a.page_tokens;
+    for (int i = 0; i < BK; i++) {
+      if (t0 + i > last) {
+        rows[i] = reinterpret_cast<const uint8_t *>(zeros);
+        scales[i] = 0.0f;
+        continue;
+      }
+      const int64_t at = t.pages[page];
+      rows[i] = static_cast<const uint8_t *>(c.data) + at * c.page_stride + head * c.head_stride + offset * c.token_stride;
+      if (c.scales) scales[i] = c.scales[(at * a.num_kv_heads + head) * a.page_tokens + offset];
+      if (++offset == a.page_tokens) {
+        offset = 0;
+        page++;
       }
     }
+  }
+
+  /// `count` rows from `first` on, for `steps` steps of micro tiles to fetch.
+  Ahead ahead(int first, int count, int64_t bytes, int64_t steps) const {
+    return {rows + first, 0, count, int((count + steps - 1) / std::max<int64_t>(steps, 1)), int((bytes + 63) / 64)};
+  }
+};
+
+/// scores[panel][rows][NR] = queries times the keys of a block.
+inline void score(const wl_attention &a, const Places &keys, const Places *next, int64_t rows, const AttentionBench &bench) {
+  wl_matrix shape{};  // of a column's scale: one for all of k
+  shape.block_k = a.key_dim;
+  float zeros[W];
+  v_store(zeros, v_set(128.0f));
+  for (int p = 0; p < BP; p++)
     for (int64_t k0 = 0; k0 < a.key_dim; k0 += KC) {
       const int count = int(std::min<int64_t>(KC, a.key_dim - k0));
       for (int v = 0; v < NV; v++) {
-        const Groups groups{scales + v * W, scales + NR, 0};
-        unpack_rows_of(a.keys.type, pointers + v * W, k0, count, bench.panel + v * W, &shape, groups);
+        const int first = p * NR + v * W;
+        Groups groups;
+        groups.scale = const_cast<float *>(keys.scales) + first;
+        groups.zero = zeros;
+        unpack_rows_of(a.keys.type, keys.rows + first, k0, count, bench.panel + v * W, &shape, groups);
       }
-      multiply_panel<Exact>(bench.queries, rows, a.key_dim, k0, count, bench.panel, c, k0 == 0);
+      Ahead ahead;
+      if (next && k0 == 0) ahead = next->ahead(p * NR, NR, a.key_dim * item_bytes(a.keys.type), count / KSTEP);
+      multiply_panel<Exact>(bench.queries, rows, a.key_dim, k0, count, bench.panel, bench.scores + p * rows * NR, k0 == 0, ahead);
     }
-  }
 }
 
-/// panel[BK][NR] = columns v0 .. v0 + NR of the values of positions t0 .. t0 + BK.
-inline void unpack_values(const wl_attention &a, const wl_tile &tile, int64_t head, int64_t t0, int64_t last, int64_t v0, float *panel) {
-  const wl_cache &c = a.values;
-  for (int i = 0; i < BK; i++) {
-    float *dst = panel + i * NR;
-    const int64_t t = t0 + i;
-    const uint8_t *row = t <= last ? cache_row(a, c, tile, head, t) : nullptr;
+/// panel[BK][NR] = columns v0 .. v0 + NR of the values of a block.
+template <int TYPE>
+inline void unpack_values_as(const wl_cache &c, const Places &values, int64_t v0, float *panel) {
+  for (int i = 0; i < BK; i++)
     for (int v = 0; v < NV; v++) {
       const int64_t at = v0 + v * W;
+      const uint8_t *row = values.rows[i];
       V x = v_zero();
-      if (row && at + W <= c.width) {
-        switch (c.type) {
-          case WL_F32: x = v_load(reinterpret_cast<const float *>(row) + at); break;
-          case WL_BF16: x = load_bf16(row + 2 * at); break;
-          case WL_F16: x = load_f16(row + 2 * at); break;
-          default:
-            x = v_mul(v_sub(to_float(load_bytes(row + at)), v_set(128.0f)), v_set(cache_scale(a, c, tile, head, t)));
+      if (at < c.width) {
+        const uint8_t *from = row + at * item_bytes(TYPE);
+        alignas(64) uint8_t tail[W * 4];
+        if (at + W > c.width) {  // the row ends inside this vector
+          std::memset(tail, 0, sizeof tail);
+          std::memcpy(tail, from, size_t((c.width - at) * item_bytes(TYPE)));
+          from = tail;
         }
+        if constexpr (TYPE == WL_F32) x = v_load(reinterpret_cast<const float *>(from));
+        if constexpr (TYPE == WL_BF16) x = load_bf16(from);
+        if constexpr (TYPE == WL_F16) x = load_f16(from);
+        if constexpr (TYPE == WL_INT8) x = v_mul(v_sub(to_float(load_bytes(from)), v_set(128.0f)), v_set(values.scales[i]));
       }
-      v_store(dst + v * W, x);
+      v_store(panel + i * NR + v * W, x);
     }
+}
+
+inline void unpack_values(const wl_cache &c, const Places &values, int64_t v0, float *panel) {
+  switch (c.type) {
+    case WL_F32: return unpack_values_as<WL_F32>(c, values, v0, panel);
+    case WL_BF16: return unpack_values_as<WL_BF16>(c, values, v0, panel);
+    case WL_F16: return unpack_values_as<WL_F16>(c, values, v0, panel);
+    default: return unpack_values_as<WL_INT8>(c, values, v0, panel);
   }
 }
 
@@ -158,8 +182,18 @@ inline void attend_item(const wl_attention &a, const wl_tile &tile, int64_t grou
   std::memset(bench.out, 0, size_t(rows * panels * NR) * 4);
   const int64_t last = tile.position + tile.num_rows - 1;
   const int64_t oldest = a.window ? std::max<int64_t>(0, tile.position - a.window + 1) : 0;
-  for (int64_t t0 = oldest / BK * BK; t0 <= last; t0 += BK) {
-    score(a, tile, group, t0, last, rows, bench);
+  Places keys[2], values[2];
+  const bool shared = a.values.data == a.keys.data;  // latent attention: values are part of the keys
+  auto find = [&](int64_t t0, int i) {
+    keys[i].fill(a, a.keys, tile, group, t0, last, bench.zeros);
+    if (!shared) values[i].fill(a, a.values, tile, group, t0, last, bench.zeros);
+  };
+  int now = 0;
+  find(oldest / BK * BK, now);
+  for (int64_t t0 = oldest / BK * BK; t0 <= last; t0 += BK, now ^= 1) {
+    const bool more = t0 + BK <= last;
+    if (more) find(t0 + BK, now ^ 1);
+    score(a, keys[now], more ? &keys[now ^ 1] : nullptr, rows, bench);
     for (int64_t r = 0; r < rows; r++) {
       float *row[BP];
       for (int p = 0; p < BP; p++) row[p] = bench.scores + (p * rows + r) * NR;
@@ -181,8 +215,14 @@ inline void attend_item(const wl_attention &a, const wl_tile &tile, int64_t grou
       }
     }
     for (int64_t p = 0; p < panels; p++) {
-      unpack_values(a, tile, group, t0, last, p * NR, bench.panel);
-      multiply_panel<Exact>(bench.weights, rows, BK, 0, BK, bench.panel, bench.out + p * rows * NR, false);
+      unpack_values(a.values, shared ? keys[now] : values[now], p * NR, bench.panel);
+      Ahead ahead;
+      if (more && !shared) {
+        const int per_panel = int((BK + panels - 1) / panels), from = int(p) * per_panel;
+        const int num = std::max(0, std::min(per_panel, BK - from));
+        ahead = values[now ^ 1].ahead(from, num, v * item_bytes(a.values.type), BK / KSTEP);
+      }
+      multiply_panel<Exact>(bench.weights, rows, BK, 0, BK, bench.panel, bench.out + p * rows * NR, false, ahead);
     }
   }
   for (int64_t r = 0; r < rows; r++) {

@@ -1,4 +1,5 @@
 #define WL_NS wl_avx512_bf16
 #include "isa.h"
 
-const wl::Table wl::avx512_bf16_table = wl_avx512_bf16::make_table();
+// constinit: code of this file must not run before the processor has been asked
+constinit const wl::Table wl::avx512_bf16_table = wl_avx512_bf16::make_table();

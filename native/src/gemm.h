@@ -38,12 +38,26 @@ inline void pack_rows(const float *const *rows, int mr, int64_t count, float *ds
     for (int i = 0; i < mr; i++) dst[k * mr + i] = rows[i][k];
 }
 
-/// What the next panel will read: `lines` cache lines of each of its NR rows. Fetched into the
-/// second-level cache while a micro tile computes, a row for every KSTEP columns.
+/// Starts to bring a line into the second-level cache. gcc 12 removes loops that do nothing else unless
+/// something volatile is in them (attention at 7 instead of 17 GB/s).
+inline void fetch_line(const uint8_t *p) {
+  asm volatile("" ::"r"(p));
+  _mm_prefetch(reinterpret_cast<const char *>(p), _MM_HINT_T1);
+}
+
+/// What will be read next: `lines` cache lines of each of `count` rows, at `offset`. They are fetched
+/// into the second-level cache while a micro tile computes, `per_step` rows for every KSTEP columns: the
+/// buffers for lines under way are few, and a burst would wait for them.
 struct Ahead {
-  const uint8_t *first = nullptr;
-  int64_t stride = 0;
-  int lines = 0;
+  const uint8_t *const *rows = nullptr;
+  int64_t offset = 0;
+  int count = 0, per_step = 0, lines = 0;
+
+  void fetch(int step) const {
+    const int first = step * per_step, end = first + per_step < count ? first + per_step : count;
+    for (int r = first; r < end; r++)
+      for (int i = 0; i < lines; i++) fetch_line(rows[r] + offset + 64 * i);
+  }
 };
 constexpr int KSTEP = KC / NR;
 
@@ -62,8 +76,7 @@ inline void micro(const float *rows, const float *panel, int count, float *c, bo
   };
   int k = 0;
   for (; k + KSTEP <= count; k += KSTEP) {
-    const uint8_t *next = ahead.first + k / KSTEP * ahead.stride;
-    for (int i = 0; i < ahead.lines; i++) _mm_prefetch(reinterpret_cast<const char *>(next + 64 * i), _MM_HINT_T1);
+    ahead.fetch(k / KSTEP);
 #pragma GCC unroll 4
     for (int i = 0; i < KSTEP; i++) step(k + i);
   }
@@ -140,14 +153,14 @@ inline void multiply_panel(const float *packed, int64_t rows, int64_t width, int
   }
 }
 
-/// The panel after (n0, k0): the next block of k, or the first of the columns at n0 + step.
-inline Ahead panel_after(const wl_matrix &m, int64_t n0, int64_t k0, int64_t step) {
+/// The panel after (n0, k0), whose rows are given: the next block of k, or the first of the columns at
+/// n0 + step.
+inline Ahead panel_after(const wl_matrix &m, const uint8_t *const rows[NR], int64_t n0, int64_t k0, int64_t step) {
   if (!has_contiguous_rows(m)) return {};
-  const int64_t bytes = int64_t(KC) * 4 / codes_per_word(m.code);
+  const int per = codes_per_word(m.code);
   const bool same = k0 + KC < m.k;
   if (!same && n0 + step + NR > m.n) return {};
-  const int64_t n = same ? n0 : n0 + step, k = same ? (k0 + KC) * 4 / codes_per_word(m.code) : 0;
-  return {static_cast<const uint8_t *>(m.codes) + n * m.stride_n + k, m.stride_n, int(bytes / 64)};
+  return {rows, same ? (k0 + KC) * 4 / per : step * m.stride_n, NR, 1, KC * 4 / per / 64};
 }
 
 /// Columns n0 .. n0 + NR of packed rows times a matrix, all of k: c[rows][NR]. `step`: columns to the
@@ -155,11 +168,14 @@ inline Ahead panel_after(const wl_matrix &m, int64_t n0, int64_t k0, int64_t ste
 template <class Mode>
 inline void multiply_columns(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *panel,
                              float *scratch, float *c, int64_t step) {
+  const uint8_t *rows_of[NR];
+  for (int i = 0; i < NR; i++)
+    rows_of[i] = static_cast<const uint8_t *>(m.codes) + (n0 + i < m.n ? n0 + i : m.n - 1) * m.stride_n;
   for (int64_t k0 = 0; k0 < m.k; k0 += KC) {
     const int count = int(m.k - k0 < KC ? m.k - k0 : KC);
     Mode::unpack(m, n0, k0, count, panel, scratch);
     multiply_panel<Mode>(packed, rows, packed_width<Mode>(m.k), k0, count, panel, c, k0 == 0,
-                         panel_after(m, n0, k0, step));
+                         panel_after(m, rows_of, n0, k0, step));
   }
 }
 

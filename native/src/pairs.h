@@ -66,8 +66,7 @@ struct Pairs {
     constexpr int STEP = KSTEP / UNIT;
     int k = 0;
     for (; k + STEP <= units; k += STEP) {
-      const uint8_t *next = ahead.first + k / STEP * ahead.stride;
-      for (int i = 0; i < ahead.lines; i++) _mm_prefetch(reinterpret_cast<const char *>(next + 64 * i), _MM_HINT_T1);
+      ahead.fetch(k / STEP);
 #pragma GCC unroll 4
       for (int i = 0; i < STEP; i++) step(k + i);
     }

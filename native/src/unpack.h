@@ -92,10 +92,11 @@ constexpr int codes_per_word(int code) {
        : code == WL_E4M3 || code == WL_INT8 ? 4 : 8;
 }
 
-/// W rows at `rows` + offset: W words of each, as codes_per_word * W vectors at dst[k * NR].
+/// W rows at `rows` + offset: W words of each, as codes_per_word * W vectors at dst[k * NR]. Columns
+/// from `end` on do not exist: nothing is looked up for them.
 template <int CODE>
-inline void unpack_words(const uint8_t *const rows[W], int64_t offset, float *dst, int64_t k, const wl_matrix *m,
-                         const Groups &groups) {
+inline void unpack_words(const uint8_t *const rows[W], int64_t offset, float *dst, int64_t k, int64_t end,
+                         const wl_matrix *m, const Groups &groups) {
   auto put = [dst](int i, V x) { v_store(dst + int64_t(i) * NR, x); };
   constexpr int PER = codes_per_word(CODE);
   VI r[W];
@@ -119,14 +120,14 @@ inline void unpack_words(const uint8_t *const rows[W], int64_t offset, float *ds
     const VI mask = i_set((1 << BITS) - 1);
     V scale = v_set(1.0f), zero = v_zero();
     for (int i = 0; i < W; i++) {
-      if (!m->groups) {  // groups are never narrower than a word
+      if (!m->groups && k + i * PER < end) {  // groups are never narrower than a word
         int64_t g = (k + i * PER) / m->block_k - groups.first;
         scale = v_load(groups.scale + g * W);
         zero = v_load(groups.zero + g * W);
       }
       for (int j = 0; j < PER; j++) {
         if (m->groups) {
-          int64_t g = k + i * PER + j < m->k ? m->groups[k + i * PER + j] - groups.first : 0;
+          int64_t g = k + i * PER + j < end ? m->groups[k + i * PER + j] - groups.first : 0;
           scale = v_load(groups.scale + g * W);
           zero = v_load(groups.zero + g * W);
         }
@@ -145,7 +146,7 @@ inline void unpack_rows(const uint8_t *const rows[W], int64_t k0, int count, flo
   constexpr int PER = codes_per_word(CODE), STEP = PER * W;
   int k = 0;
   for (; k + STEP <= count; k += STEP)
-    unpack_words<CODE>(rows, (k0 + k) * 4 / PER, dst + int64_t(k) * NR, k0 + k, m, groups);
+    unpack_words<CODE>(rows, (k0 + k) * 4 / PER, dst + int64_t(k) * NR, k0 + k, k0 + count, m, groups);
   if (k == count) return;
   // a ragged end: only bytes that exist are read, only columns that exist are written
   alignas(64) uint8_t copy[W][W * 4] = {};
@@ -156,7 +157,7 @@ inline void unpack_rows(const uint8_t *const rows[W], int64_t k0, int count, flo
     std::memcpy(copy[i], rows[i] + (k0 + k) * 4 / PER, size_t(bytes));
     ends[i] = copy[i];
   }
-  unpack_words<CODE>(ends, 0, tail, k0 + k, m, groups);
+  unpack_words<CODE>(ends, 0, tail, k0 + k, k0 + count, m, groups);
   for (int i = 0; i < STEP && k + i < count; i++) v_store(dst + int64_t(k + i) * NR, v_load(tail + i * NR));
 }
 

@@ -98,7 +98,6 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
         opened.callback(tracer.close)
         model = _read_model(options, opened)
         threads = options.threads or _useful_threads(model)
-        torch.set_num_threads(threads)
         kernels = choose_kernels(
             options.moe_backend, threads=threads, bf16_rows=options.dtype == "bfloat16"
         )

@@ -46,9 +46,9 @@ def post_attention(
     x_TD: torch.Tensor,
     o_THv: torch.Tensor,
     gate_THv: torch.Tensor | None,
-) -> torch.Tensor:
-    """Everything after the kernel: hidden states with this block's attention added."""
-    return residual(spec, x_TD, attention_output(k, attention, w, o_THv, gate_THv))
+) -> None:
+    """Everything after the kernel: adds this block's attention to the hidden states, in place."""
+    residual(k, spec, x_TD, attention_output(k, attention, w, o_THv, gate_THv))
 
 
 def ffn_input(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
@@ -56,10 +56,9 @@ def ffn_input(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> to
     return _norm(k, spec, w, "post_norm", x_TD)
 
 
-def residual(spec: ModelSpec, x_TD: torch.Tensor, y_TD: torch.Tensor) -> torch.Tensor:
-    """Adds a sublayer's output."""
-    # in two steps: a fused multiply-add would round otherwise in a vector's tail
-    return x_TD + y_TD * spec.residual_multiplier
+def residual(k: Kernels, spec: ModelSpec, x_TD: torch.Tensor, y_TD: torch.Tensor) -> None:
+    """Adds a sublayer's output to the hidden states, in place."""
+    k.accumulate(x_TD, y_TD, spec.residual_multiplier)
 
 
 def final_norm(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:

@@ -98,6 +98,10 @@ class Kernels(Protocol):
         """Rotates the first `rope.dim` dimensions of each head; the others pass. A new tensor."""
         ...
 
+    def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
+        """Adds `multiplier` times `y_TD` to `hidden_TD`, in place."""
+        ...
+
     def combine(
         self,
         weights_TA: torch.Tensor,

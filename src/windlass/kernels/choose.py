@@ -2,6 +2,8 @@
 
 import sys
 
+import torch
+
 from windlass.errors import UsageError
 from windlass.kernels.base import Kernels
 from windlass.kernels.cpu import library
@@ -12,10 +14,13 @@ from windlass.kernels.reference import TorchKernels
 def choose_kernels(backend: str, *, threads: int, bf16_rows: bool) -> Kernels:
     """`backend`: "cpu" (native, or UsageError), "torch", or "auto": native where it can run, else
     torch with one line that says so. `bf16_rows`: products round their rows to bf16."""
+    torch.set_num_threads(threads)
     if backend == "torch":
         return TorchKernels(bf16_rows=bf16_rows)
     found = library.load()
     if not isinstance(found, str):
+        # what little torch still does must not spin beside the library's own threads
+        torch.set_num_threads(1)
         return NativeKernels(found, threads=threads, bf16_rows=bf16_rows)
     if backend == "cpu":
         raise UsageError(f"moe_backend: got 'cpu', but the native library {found}")

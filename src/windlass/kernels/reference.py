@@ -109,6 +109,10 @@ class TorchKernels:
     ) -> torch.Tensor:
         return rowwise.rotate(x_THd, cos_Tf, sin_Tf, rope)
 
+    def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
+        # in two steps: a fused multiply-add would round otherwise in a vector's tail
+        hidden_TD += y_TD * multiplier
+
     def combine(
         self,
         weights_TA: torch.Tensor,

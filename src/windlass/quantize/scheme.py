@@ -84,7 +84,7 @@ def quantization_config(scheme: Scheme, ignored: Sequence[str]) -> dict[str, Any
         "block_structure": None,
         "dynamic": False,
         "actorder": None,
-        "observer": "minmax",
+        "observer": "mse",
         "observer_kwargs": {},
     }
     return {

@@ -115,9 +115,9 @@ class DeviceRuntime:
         part = slice(rows.first_row, rows.first_row + rows.num_rows)
         with self._tracer.span("attention", layer=layer, rows=rows.num_rows):
             if isinstance(attention, GatedDelta):
-                hidden[part] = self._delta(layer, attention, weights, hidden[part], rows)
+                self._delta(layer, attention, weights, hidden[part], rows)
             else:
-                hidden[part] = self._softmax(layer, attention, weights, hidden[part], rows)
+                self._softmax(layer, attention, weights, hidden[part], rows)
 
     def enter_experts(self, layer: int, weights: Lease, hidden: torch.Tensor) -> Routed:
         moe = self._spec.blocks[layer].ffn
@@ -179,7 +179,7 @@ class DeviceRuntime:
         assert not isinstance(ffn, Moe), "the schedule asked for a dense network of a MoE layer"
         with self._tracer.span("dense", layer=layer, rows=len(hidden)):
             y_TD = dense_ffn(self._kernels, ffn, weights.tensors, normed)
-            hidden.copy_(math.residual(self._spec, hidden, y_TD))
+            math.residual(self._kernels, self._spec, hidden, y_TD)
 
     def enter_head(self, hidden: torch.Tensor, batch: Batch) -> _Final:
         rows, scored = batch.logit_rows, batch.scored_rows
@@ -214,12 +214,15 @@ class DeviceRuntime:
 
     def _softmax(
         self, layer: int, attention: Gqa | Mla, lease: Lease, x_TD: torch.Tensor, rows: MicroBatch
-    ) -> torch.Tensor:
+    ) -> None:
         places, w = self._places[rows.first_row], lease.tensors
         cos = sin = None
         if attention.rope is not None:
-            table = self._ropes[attention.rope]
-            cos, sin = table.cos_sin(places.positions, long_T=places.long_rope)
+            if attention.rope not in places.tables:
+                table = self._ropes[attention.rope]
+                found = table.cos_sin(places.positions, long_T=places.long_rope)
+                places.tables[attention.rope] = found
+            cos, sin = places.tables[attention.rope]
         got = math.pre_attention(self._kernels, self._spec, attention, w, x_TD, cos, sin)
         self._kv.append(layer, (places.pages, places.offsets), got.key_TKd, got.value_TKv)
         gqa = attention if isinstance(attention, Gqa) else None
@@ -231,18 +234,16 @@ class DeviceRuntime:
         )
         keys, values = self._kv.paged(layer)
         o_THv = self._kernels.attention(got.q_THd, keys, values, places.work, options)
-        return math.post_attention(
-            self._kernels, self._spec, attention, w, x_TD, o_THv, got.gate_THv
-        )
+        math.post_attention(self._kernels, self._spec, attention, w, x_TD, o_THv, got.gate_THv)
 
     def _delta(
         self, layer: int, attention: GatedDelta, lease: Lease, x_TD: torch.Tensor, rows: MicroBatch
-    ) -> torch.Tensor:
+    ) -> None:
         h_TD = math.attention_input(self._kernels, self._spec, lease.tensors, x_TD)
         segments = self._places[rows.first_row].delta
         conv, state = self._kv.states(layer)
         y_TD = delta_attention(self._kernels, attention, lease.tensors, h_TD, segments, conv, state)
-        return math.residual(self._spec, x_TD, y_TD)
+        math.residual(self._kernels, self._spec, x_TD, y_TD)
 
 
 class _Places(NamedTuple):
@@ -254,6 +255,7 @@ class _Places(NamedTuple):
     long_rope: torch.Tensor
     work: AttentionWork
     delta: list[DeltaSegment]
+    tables: dict[Rope, tuple[torch.Tensor, torch.Tensor]]  # cos and sin, filled as layers ask
 
 
 def _places(micro: MicroBatch, page_tokens: int) -> _Places:
@@ -286,7 +288,7 @@ def _places(micro: MicroBatch, page_tokens: int) -> _Places:
     ]
     where = torch.tensor(positions)
     return _Places(
-        where, torch.tensor(pages), where % page_tokens, torch.tensor(long_rope), work, delta
+        where, torch.tensor(pages), where % page_tokens, torch.tensor(long_rope), work, delta, {}
     )
 
 

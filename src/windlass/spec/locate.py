@@ -89,8 +89,6 @@ def scheme_of(wanted: Wanted, names: NameMap, prefix: str, name: str) -> Scheme 
     if names.quantization is None or wanted.key.part in (Part.EMBED, Part.FINAL):
         return None
     is_head = wanted.key.part == Part.HEAD
-    if is_head and wanted.sources == names.embed["weight"]:
-        return None
     if not is_head and not is_linear(wanted) and not _PERHAPS_LINEAR.fullmatch(wanted.name):
         return None
     spellings = _spellings(names, prefix, name)
@@ -106,10 +104,10 @@ def _is_certain(wanted: Wanted, names: NameMap, prefix: str, name: str) -> bool:
 def _spellings(names: NameMap, prefix: str, name: str) -> list[str]:
     """Of a module: lists may have the trunk's name as in another version of the model's code."""
     module = module_of(name)
-    rest = module.removeprefix(prefix)
-    if not prefix or rest == module:
+    if not module.startswith(prefix):
         return [module]
-    return [module, *(other + rest for other in names.prefixes if other not in (prefix, ""))]
+    rest = module.removeprefix(prefix)
+    return [module, *(other + rest for other in names.prefixes if other != prefix)]
 
 
 def is_linear(wanted: Wanted) -> bool:

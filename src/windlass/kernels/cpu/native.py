@@ -177,6 +177,10 @@ class NativeKernels(TorchKernels):
         lib.check(code, "rotate")
         return y_THd
 
+    def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
+        ones_T1 = torch.ones(len(y_TD), 1)
+        self.combine(ones_T1, y_TD.contiguous()[:, None], None, hidden_TD, multiplier)
+
     def combine(
         self,
         weights_TA: torch.Tensor,

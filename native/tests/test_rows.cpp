@@ -1,0 +1,121 @@
+// Row-wise operations: normalisation, combination, rotation.
+#include "matrices.h"
+
+namespace {
+
+constexpr float UNTOUCHED = -12345.0f;
+
+/// A weight vector of a stored type, ending with its last byte.
+std::vector<uint8_t> stored(test::Run &run, int32_t type, int64_t count, std::vector<float> &values) {
+  values.resize(size_t(count));
+  std::vector<uint8_t> bytes(size_t(count * (type == WL_F32 ? 4 : 2)));
+  for (int64_t i = 0; i < count; i++) {
+    const float x = 1.0f + 0.3f * run.normal();
+    const uint16_t half = test::usual_bits(run, type, -1);
+    values[size_t(i)] = type == WL_F32 ? x : test::from_bits(type, half);
+    if (type == WL_F32) std::memcpy(bytes.data() + 4 * i, &x, 4);
+    else std::memcpy(bytes.data() + 2 * i, &half, 2);
+  }
+  return bytes;
+}
+
+}  // namespace
+
+TEST(rms_norm_is_right_and_a_row_depends_on_itself_alone) {
+  for (int i = 0; i < run.tries(200); i++) {
+    const bool is_large = i % 20 == 0;
+    const int64_t rows = run.size(is_large ? 500 : 30), width = run.size(is_large ? 300 : 700);
+    const int64_t ldx = width + run.pick<int64_t>({0, 0, 3}), ldy = width + run.pick<int64_t>({0, 0, 7});
+    std::vector<float> x = run.normals((rows - 1) * ldx + width), weight;
+    for (int64_t row = 0; row < rows; row++)
+      if (run.chance(0.1)) x[size_t(row * ldx + run.between(0, width - 1))] = run.pick({test::INF, test::NOT_A_NUMBER, test::DENORMAL, 1e15f, 0.0f});
+    const int32_t type = run.pick<int32_t>({WL_F32, WL_BF16, WL_F16});
+    const std::vector<uint8_t> bytes = stored(run, type, width, weight);
+    const float add = run.pick({0.0f, 1.0f}), eps = run.pick({1e-6f, 1e-5f, 1e-2f});
+    std::vector<float> y(size_t((rows - 1) * ldy + width), UNTOUCHED);
+    wl_set_threads(int32_t(run.between(1, 3)));
+    CHECK(wl_rms_norm(x.data(), ldx, y.data(), ldy, rows, width, bytes.data(), type, add, eps) == WL_OK, "refused");
+    for (int64_t row = 0; row < rows; row++) {
+      const float *from = &x[size_t(row * ldx)], *to = &y[size_t(row * ldy)];
+      double squares = 0;
+      for (int64_t d = 0; d < width; d++) squares += double(from[d]) * double(from[d]);
+      const double scale = 1 / std::sqrt(squares / double(width) + double(eps));
+      for (int64_t d = 0; d < width; d++) {
+        const double expected = double(from[d]) * scale * (double(weight[size_t(d)]) + double(add));
+        CHECK(test::near(double(to[d]), expected, (3e-7 + 3e-8 * double(width / 8)) * std::fabs(expected) + 1e-37), "width %ld column %ld: %g, expected %g",
+              long(width), long(d), double(to[d]), expected);
+      }
+      std::vector<float> alone(static_cast<size_t>(width));
+      wl_rms_norm(from, ldx, alone.data(), width, 1, width, bytes.data(), type, add, eps);
+      CHECK(test::first_difference(alone.data(), to, width) < 0, "row %ld of %ld alone", long(row), long(rows));
+      for (int64_t d = width; d < ldy && row + 1 < rows; d++) CHECK(to[d] == UNTOUCHED, "beside a row");
+    }
+  }
+  wl_set_threads(1);
+}
+
+TEST(combine_is_right_and_a_row_depends_on_itself_alone) {
+  for (int i = 0; i < run.tries(200); i++) {
+    const bool is_large = i % 20 == 0;
+    const int64_t rows = run.size(is_large ? 200 : 20), width = run.size(is_large ? 300 : 500), per_row = run.between(1, 9);
+    std::vector<float> outputs = run.normals(rows * per_row * width);
+    for (float &x : outputs)
+      if (run.chance(0.001)) x = run.pick({test::INF, test::NOT_A_NUMBER, test::DENORMAL});
+    const std::vector<float> weights = run.normals(rows * per_row), shared = run.normals(rows * width), residual = run.normals(rows * width);
+    const bool has_shared = run.chance(0.5);
+    const float multiplier = run.pick({1.0f, 2.5f});
+    std::vector<float> out = residual;  // in place
+    wl_set_threads(int32_t(run.between(1, 3)));
+    CHECK(wl_combine(outputs.data(), weights.data(), has_shared ? shared.data() : nullptr, out.data(), out.data(), rows, per_row, width, multiplier) == WL_OK, "refused");
+    for (int64_t row = 0; row < rows; row++) {
+      for (int64_t d = 0; d < width; d++) {
+        const size_t at = size_t(row * width + d);
+        double sum = has_shared ? double(shared[at]) : 0, size = std::fabs(sum);
+        for (int64_t a = 0; a < per_row; a++) {
+          const double term = double(weights[size_t(row * per_row + a)]) * double(outputs[size_t((row * per_row + a) * width + d)]);
+          sum += term, size += std::fabs(term);
+        }
+        const double expected = double(residual[at]) + double(multiplier) * sum;
+        CHECK(test::near(double(out[at]), expected, 1e-6 * (double(multiplier) * size + std::fabs(double(residual[at])))), "row %ld column %ld: %g, expected %g",
+              long(row), long(d), double(out[at]), expected);
+      }
+      std::vector<float> alone(static_cast<size_t>(width));
+      wl_combine(&outputs[size_t(row * per_row * width)], &weights[size_t(row * per_row)], has_shared ? &shared[size_t(row * width)] : nullptr,
+                 &residual[size_t(row * width)], alone.data(), 1, per_row, width, multiplier);
+      CHECK(test::first_difference(alone.data(), &out[size_t(row * width)], width) < 0, "row %ld of %ld alone", long(row), long(rows));
+    }
+  }
+  wl_set_threads(1);
+}
+
+TEST(rotate_is_right_and_a_row_depends_on_itself_alone) {
+  for (int i = 0; i < run.tries(200); i++) {
+    const bool is_large = i % 20 == 0;
+    const int64_t rows = run.size(is_large ? 600 : 20), heads = run.between(1, 6), pairs = run.size(70), dim = 2 * pairs + run.pick<int64_t>({0, 0, 1, 6});
+    const int64_t head_stride = dim + run.pick<int64_t>({0, 0, 3}), row_stride = (heads - 1) * head_stride + dim + run.pick<int64_t>({0, 0, 4});
+    const int64_t table_stride = pairs + run.pick<int64_t>({0, 0, 2});
+    const std::vector<float> x = run.normals((rows - 1) * row_stride + (heads - 1) * head_stride + dim);
+    const std::vector<float> cos = run.normals((rows - 1) * table_stride + pairs), sin = run.normals((rows - 1) * table_stride + pairs);
+    const int32_t interleaved = run.chance(0.5);
+    std::vector<float> y = x;
+    wl_set_threads(int32_t(run.between(1, 3)));
+    CHECK(wl_rotate(y.data(), row_stride, head_stride, rows, heads, pairs, cos.data(), sin.data(), table_stride, interleaved) == WL_OK, "refused");
+    std::vector<double> expected(x.begin(), x.end());
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t head = 0; head < heads; head++)
+        for (int64_t p = 0; p < pairs; p++) {
+          const size_t base = size_t(row * row_stride + head * head_stride), one = base + size_t(interleaved ? 2 * p : p);
+          const size_t two = interleaved ? one + 1 : one + size_t(pairs);
+          const double c = double(cos[size_t(row * table_stride + p)]), s = double(sin[size_t(row * table_stride + p)]);
+          expected[one] = double(x[one]) * c - double(x[two]) * s;
+          expected[two] = double(x[two]) * c + double(x[one]) * s;
+        }
+    for (size_t at = 0; at < x.size(); at++)
+      CHECK(test::near(double(y[at]), expected[at], 3e-6), "%zu: %g, expected %g", at, double(y[at]), expected[at]);
+    const int64_t row = run.between(0, rows - 1), length = (heads - 1) * head_stride + dim;
+    std::vector<float> alone(x.begin() + row * row_stride, x.begin() + row * row_stride + length);
+    wl_rotate(alone.data(), row_stride, head_stride, 1, heads, pairs, &cos[size_t(row * table_stride)], &sin[size_t(row * table_stride)], table_stride, interleaved);
+    CHECK(test::first_difference(alone.data(), &y[size_t(row * row_stride)], length) < 0, "row %ld of %ld alone", long(row), long(rows));
+  }
+  wl_set_threads(1);
+}
