@@ -10,11 +10,8 @@ NATIVE := src/windlass/kernels/cpu/libwindlass_cpu.so
 NATIVE_SOURCES := $(wildcard native/*.py native/CMakeLists.txt native/include/*.h native/src/*)
 PYTHON_FILES := src tests bench scripts demo native setup.py
 
-<<<<<<< HEAD
-.PHONY: setup native demo test test-all lint format bench golden mutate test-gpu bench-gpu clean
-=======
-.PHONY: setup demo test test-all lint format bench bench-peers golden mutate test-gpu bench-gpu clean
->>>>>>> peers
+.PHONY: setup native demo test test-all lint format bench bench-peers golden mutate test-gpu \
+  bench-gpu clean
 
 setup: $(STAMP) native
 
@@ -55,6 +52,7 @@ format: setup
 bench: setup
 	$(BIN)/python bench/kernels.py --json bench/results/kernels.json
 	$(BIN)/python bench/offload.py --json bench/results/offload.json
+	$(BIN)/python bench/kv_error.py --json bench/results/kv_error.json
 
 bench-peers: setup
 	$(BIN)/python -m bench.peers --json bench/results/peers.json --resume
