@@ -10,8 +10,8 @@ NATIVE := src/windlass/kernels/cpu/libwindlass_cpu.so
 NATIVE_SOURCES := $(wildcard native/*.py native/CMakeLists.txt native/include/*.h native/src/*)
 PYTHON_FILES := src tests bench scripts demo native setup.py
 
-.PHONY: setup native demo test test-all lint format bench bench-peers golden mutate test-gpu \
-  bench-gpu clean
+.PHONY: setup native demo test test-all test-native lint format bench bench-kernels bench-peers golden mutate \
+  test-gpu bench-gpu clean
 
 setup: $(STAMP) native
 
