@@ -56,6 +56,7 @@ format: setup
 bench: setup
 	$(BIN)/python bench/kernels.py --json bench/results/kernels.json
 	$(BIN)/python bench/offload.py --json bench/results/offload.json
+	$(BIN)/python bench/kv_error.py --json bench/results/kv_error.json
 
 bench-peers: setup
 	$(BIN)/python -m bench.peers --json bench/results/peers.json --resume
