@@ -75,17 +75,17 @@ def return_freed_memory() -> None:
     mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
 
 
-def empty(*shape: int) -> torch.Tensor:
-    """An uninitialised fp32 tensor. Large ones lie in huge pages of their own: freed, they are
-    given back at once, and made, they cost few page faults (4 KiB pages: 15 % of a large pass)."""
-    num_bytes = 4 * math.prod(shape)
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """An uninitialised tensor. Large ones lie in huge pages of their own: freed, they are given
+    back at once, and made, they cost few page faults (4 KiB pages: 15 % of a large pass)."""
+    num_bytes = dtype.itemsize * math.prod(shape)
     if num_bytes < _MMAP_THRESHOLD_BYTES:
-        return torch.empty(shape)
+        return torch.empty(shape, dtype=dtype)
     memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % _HUGE_PAGE_BYTES
-    return whole[start : start + num_bytes].view(torch.float32).view(shape)
+    return whole[start : start + num_bytes].view(dtype).view(shape)
 
 
 def _groups(proc: Path) -> Iterator[tuple[Path, _Files]]:

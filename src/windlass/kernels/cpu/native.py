@@ -36,6 +36,10 @@ class NativeKernels(TorchKernels):
         super().__init__(bf16_rows=bf16_rows)
         self._lib = library
         self._precision = int(bf16_rows)
+        # of the last call: the layers of a pass share their work
+        self._tiles: tuple[AttentionWork | None, int, c.Array[lib.Tile] | None, object] = (
+            None, 0, None, None,
+        )  # fmt: skip
         lib.check(library.wl_set_threads(threads), "threads")
 
     @property
@@ -134,7 +138,7 @@ class NativeKernels(TorchKernels):
         num_rows, num_heads, key_dim = q_THd.shape
         out_THv = empty(num_rows, num_heads, options.value_dim)
         kv_heads, page_tokens = keys.rows_PKBd.shape[1:3]
-        tiles, pages = _tiles(work, max(1, _TILE_ITEMS // (num_heads // kv_heads)))
+        tiles = self._tiles_of(work, max(1, _TILE_ITEMS // (num_heads // kv_heads)))
         sinks = None if options.sinks_H is None else floats(options.sinks_H)
         attention = lib.Attention(
             q=q_THd.data_ptr(), out=out_THv.data_ptr(),
@@ -146,8 +150,14 @@ class NativeKernels(TorchKernels):
             tiles=c.addressof(tiles), num_tiles=len(tiles),
         )  # fmt: skip
         lib.check(self._lib.wl_attend(c.byref(attention)), "attention")
-        del pages
         return out_THv
+
+    def _tiles_of(self, work: AttentionWork, most: int) -> "c.Array[lib.Tile]":
+        last, last_most, tiles, _ = self._tiles
+        if last is not work or last_most != most or tiles is None:
+            tiles, kept = _tiles(work, most)
+            self._tiles = (work, most, tiles, kept)
+        return tiles
 
     def normalise(
         self, norm: Norm, weight_D: torch.Tensor, bias_D: torch.Tensor | None, x: torch.Tensor
