@@ -53,10 +53,12 @@ format: setup
 	$(BIN)/ruff format $(PYTHON_FILES)
 	$(BIN)/ruff check --fix $(PYTHON_FILES)
 
-bench: setup
-	$(BIN)/python bench/kernels.py --json bench/results/kernels.json
+bench: bench-kernels
 	$(BIN)/python bench/offload.py --json bench/results/offload.json
 	$(BIN)/python bench/kv_error.py --json bench/results/kv_error.json
+
+bench-kernels: setup
+	$(BIN)/python bench/kernels.py --json bench/results/kernels.json
 
 bench-peers: setup
 	$(BIN)/python -m bench.peers --json bench/results/peers.json --resume

@@ -1,16 +1,16 @@
 """How fast the kernels are, beside what the machine could do, all in one run.
 
-    python bench/kernels.py [--json FILE] [--quick] [--threads N]
+    python bench/kernels.py [--json FILE] [--quick] [--threads N] [--instruction-set NAME]
 
-Experts are called in turn from a set larger than the last-level cache, as in a run, where each is
-used once per pass. A bound is the larger of two times: stored bytes at the memory's read rate,
-FLOPs at the rate of a large fp32 product. Shape legend: kernels/base.py.
+Experts are called in groups, in turn from a set larger than the last-level cache, as in a run,
+where each is used once per pass. A bound is the larger of two times: stored bytes at the memory's read
+rate, FLOPs at the rate of a large fp32 product of the BLAS. Shape legend: kernels/base.py.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,19 @@ from machine import (
 )
 from torch.nn.functional import linear, silu
 
-from windlass.kernels.base import AttentionOptions, AttentionWork, Tensors
+from windlass.device.host import empty
+from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows
+from windlass.kernels.cpu import library
+from windlass.kernels.cpu.native import NativeKernels
 from windlass.kernels.reference import TorchKernels
-from windlass.packed import PagedRows
+from windlass.packed import Packed, PagedRows, StoredTensors, Tensors
+from windlass.spec.formats import WeightFormat
 from windlass.spec.model import SwiGlu
 from windlass.units import MIB, round_up
 
-_COLD_BYTES = 160 * MIB  # of experts called in turn
-_MEMORY_BOUND_ROWS = 4  # up to here, bytes per second say more than FLOPs
+_COLD_BYTES = 256 * MIB  # of experts called in turn
+_GROUP = 8  # experts of one call, as a layer has them
+_MEMORY_BOUND_ROWS = 8  # up to here, bytes per second say more than FLOPs
 _PAGE_TOKENS = 32
 _SEQUENCES = 32
 _PROMPT = 512
@@ -45,30 +50,35 @@ _KV_TYPE = torch.bfloat16  # keys and values are kept in the checkpoint's type
 
 @dataclass(frozen=True, slots=True)
 class _Expert:
-    """An expert's shape and the row counts to measure; `torch_rows`: up to here also torch's own
-    bf16 product, which takes seconds beyond."""
+    """An expert's shape and the row counts to measure."""
 
     model: str
     hidden: int
     intermediate: int
     rows: tuple[int, ...]
-    torch_rows: int
 
     @property
-    def num_bytes(self) -> int:
-        return 2 * 3 * self.hidden * self.intermediate
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return {
+            "gate": (self.intermediate, self.hidden),
+            "up": (self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+        }
 
     def flops(self, rows: int) -> int:
         return 2 * 3 * self.hidden * self.intermediate * rows
 
 
-_ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_SMALL = _Expert("qwen3-moe-1b", 1024, 512, _ROWS)
 _EXPERTS = (
-    _Expert("qwen3-30b-a3b", 2048, 768, _ROWS, 2048),
-    _Expert("olmoe-1b-7b", 2048, 1024, _ROWS, 2048),
-    _Expert("mixtral-8x7b", 4096, 14336, (1, 16, 128, 512), 128),
+    _SMALL,
+    _Expert("qwen3-30b-a3b", 2048, 768, _ROWS),
+    _Expert("olmoe-1b-7b", 2048, 1024, _ROWS),
+    _Expert("mixtral-8x7b", 4096, 14336, (1, 4, 16, 128, 512)),
 )
-_QUICK_EXPERTS = (_Expert("qwen3-30b-a3b", 2048, 768, (1, 16, 128), 16),)
+_QUICK_EXPERTS = (_Expert("qwen3-moe-1b", 1024, 512, (1, 16, 128)),)
+_FORMAT_ROWS = (1, 4, 16, 64, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,86 +102,176 @@ _HEADS = (_Heads(16, 8, 64), _Heads(32, 4, 128))
 
 # --- experts --------------------------------------------------------------------------------------
 
+Kernels = NativeKernels | TorchKernels
+_Matrix = Callable[[int, int], torch.Tensor | Packed]
 
-def _experts(shape: _Expert) -> Iterator[Tensors]:
-    """Random bf16 experts, forever in turn."""
-    count = max(1, -(-_COLD_BYTES // shape.num_bytes))
-    sizes = {
-        "gate": (shape.intermediate, shape.hidden),
-        "up": (shape.intermediate, shape.hidden),
-        "down": (shape.hidden, shape.intermediate),
-    }
-    return cycle(
-        [
-            {name: (torch.randn(size) / size[1] ** 0.5).bfloat16() for name, size in sizes.items()}
-            for _ in range(count)
-        ]
-    )
+
+def _bf16(n: int, k: int) -> torch.Tensor:
+    return empty(n, k, dtype=torch.bfloat16).copy_(torch.randn(n, k) / k**0.5)
+
+
+def _rows_of(code: Any, columns: int, rows: int = 1) -> _Matrix:
+    """A matrix whose codes lie row by row, with a scale for each `rows` x `columns`."""
+    per_byte = 2 if code in ("int4", "e2m1") else 1
+
+    def make(n: int, k: int) -> Packed:
+        # no code of fp8 is NaN, none is large
+        codes = torch.randint(0, 0x70, (n, k // per_byte), dtype=torch.uint8)
+        scale_type = torch.uint8 if code == "e2m1" else torch.bfloat16
+        scales = torch.full((-(-n // rows), k // columns), 0.01).to(torch.bfloat16)
+        if scale_type is torch.uint8:
+            scales = torch.full((n, k // columns), 120, dtype=torch.uint8)
+        form = WeightFormat(code=code, rows=rows, columns=columns)
+        return Packed(form, (n, k), empty(*codes.shape, dtype=torch.uint8).copy_(codes), scales)
+
+    return make
+
+
+def _gptq(n: int, k: int) -> Packed:
+    codes = torch.randint(-(2**31), 2**31, (k // 8, n)).int()
+    zeros = torch.randint(-(2**31), 2**31, (k // 128, n // 8)).int()
+    form = WeightFormat(code="int4", packing="gptq", columns=128, zero="gptq", zero_add=1)
+    scales = torch.full((k // 128, n), 0.01).half().t()
+    return Packed(form, (n, k), empty(*codes.shape, dtype=torch.int32).copy_(codes), scales, zeros)
+
+
+def _awq(n: int, k: int) -> Packed:
+    codes = torch.randint(-(2**31), 2**31, (k, n // 8)).int()
+    zeros = torch.randint(-(2**31), 2**31, (k // 128, n // 8)).int()
+    form = WeightFormat(code="int4", packing="awq", columns=128, zero="awq")
+    scales = torch.full((k // 128, n), 0.01).half().t()
+    return Packed(form, (n, k), empty(*codes.shape, dtype=torch.int32).copy_(codes), scales, zeros)
+
+
+_FORMATS: dict[str, _Matrix] = {
+    "int8 g32": _rows_of("int8", 32),
+    "int4 g32": _rows_of("int4", 32),
+    "int4 g128": _rows_of("int4", 128),
+    "fp8 128x128": _rows_of("e4m3", 128, 128),
+    "mxfp4": _rows_of("e2m1", 32),
+    "gptq int4 g128": _gptq,
+    "awq int4 g128": _awq,
+}
+
+
+def _num_bytes(w: Tensors) -> int:
+    """Stored, scales and zero points included."""
+    total = 0
+    for matrix in w.values():
+        if isinstance(matrix, torch.Tensor):
+            total += matrix.numel() * matrix.itemsize
+        elif isinstance(matrix, Packed):
+            parts = (matrix.codes, matrix.scales, matrix.zeros)
+            total += sum(t.numel() * t.itemsize for t in parts if t is not None)
+    return total
+
+
+def _experts(shape: _Expert, make: _Matrix) -> list[StoredTensors]:
+    """Random experts, together larger than the caches."""
+    made: list[StoredTensors] = []
+    while not made or (len(made) + 1) * _num_bytes(made[0]) <= max(
+        _COLD_BYTES, _GROUP * _num_bytes(made[0])
+    ):
+        expert = StoredTensors()
+        expert.update({name: make(*size) for name, size in shape.shapes.items()})
+        made.append(expert)
+    return made
+
+
+def _measure_group(
+    kernels: Kernels, shape: _Expert, experts: Sequence[StoredTensors], rows: int
+) -> float:
+    """Seconds of one expert over `rows` rows, median."""
+    turn = cycle(experts)
+    group = min(_GROUP if rows <= 256 else 1, len(experts))
+    x_TD = torch.randn(rows * group, shape.hidden)
+    out = empty(rows * group, shape.hidden)
+    places = [torch.arange(i * rows, (i + 1) * rows) for i in range(group)]
+
+    def call() -> None:
+        work = [ExpertRows(w, p, p) for w, p in zip(islice(turn, group), places, strict=True)]
+        kernels.experts(x_TD, work, SwiGlu(), out)
+
+    for _ in range(-(-len(experts) // group)):
+        call()  # structures of all experts are made once in a run
+    return measure(call, repeats=15).median_s / group
 
 
 def _torch_ffn(x_ND: torch.Tensor, w: Tensors) -> torch.Tensor:
-    return linear(silu(linear(x_ND, w["gate"])) * linear(x_ND, w["up"]), w["down"])
+    gate, up, down = (w[name] for name in ("gate", "up", "down"))
+    assert isinstance(gate, torch.Tensor) and isinstance(up, torch.Tensor)
+    assert isinstance(down, torch.Tensor)
+    return linear(silu(linear(x_ND, gate)) * linear(x_ND, up), down)
 
 
-def _expert_row(
-    shape: _Expert, rows: int, *, weights: Iterator[Tensors], kernels: TorchKernels, rates: Rates
+def _measure_torch(shape: _Expert, experts: Sequence[StoredTensors], rows: int) -> float:
+    """The same by torch's own bf16 products."""
+    turn, narrow = cycle(experts), torch.randn(rows, shape.hidden).bfloat16()
+    return measure(lambda: _torch_ffn(narrow, next(turn)), repeats=7, limit_s=0.5).median_s
+
+
+def _result(
+    name: str, shape: _Expert, num_bytes: int, rows: int, seconds: float, rates: Rates
 ) -> dict[str, Any]:
-    x_ND = torch.randn(rows, shape.hidden)
-    ours = measure(lambda: kernels.expert_ffn(x_ND, next(weights), SwiGlu()))
-    narrow = x_ND.bfloat16()
-    theirs = None
-    if rows <= shape.torch_rows:
-        theirs = measure(lambda: _torch_ffn(narrow, next(weights)), repeats=5, limit_s=0.5)
-    bandwidth_s = shape.num_bytes / rates.read_bytes_per_s
+    bandwidth_s = num_bytes / rates.read_bytes_per_s
     compute_s = shape.flops(rows) / rates.fp32_flops_per_s
-    bound_s = max(bandwidth_s, compute_s)
     return {
-        "model": shape.model,
-        "hidden": shape.hidden,
-        "intermediate": shape.intermediate,
-        "rows": rows,
-        "windlass": ours.to_json(),
-        "torch_bf16": theirs and theirs.to_json(),
-        "flops_per_s": shape.flops(rows) / ours.median_s,
-        "share_of_fp32_rate": compute_s / ours.median_s,
-        "stored_bytes_per_s": shape.num_bytes / ours.median_s,
-        "bound_s": bound_s,
+        "format": name, "model": shape.model, "hidden": shape.hidden,
+        "intermediate": shape.intermediate, "rows": rows, "seconds": seconds,
+        "flops_per_s": shape.flops(rows) / seconds,
+        "share_of_fp32_rate": compute_s / seconds,
+        "stored_bytes_per_s": num_bytes / seconds,
+        "share_of_read_rate": bandwidth_s / seconds,
         "binds": "memory" if bandwidth_s > compute_s else "compute",
-        "share_of_bound": bound_s / ours.median_s,
-        "speedup_over_torch_bf16": theirs and theirs.median_s / ours.median_s,
-    }
+        "share_of_bound": max(bandwidth_s, compute_s) / seconds,
+    }  # fmt: skip
 
 
-def _expert_cells(row: dict[str, Any]) -> list[str]:
-    theirs, speedup = row["torch_bf16"], row["speedup_over_torch_bf16"]
-    ours = Timing(**row["windlass"])
+def _cells(row: dict[str, Any]) -> list[str]:
     few = row["rows"] <= _MEMORY_BOUND_ROWS
     return [
-        row["model"],
-        str(row["rows"]),
-        f"{1e3 * ours.median_s:.2f}",
-        f"{100 * ours.spread:.0f} %",
-        f"{row['flops_per_s'] / 1e9:.1f}",
-        f"{100 * row['share_of_fp32_rate']:.0f} %",
-        f"{row['stored_bytes_per_s'] / 1e9:.2f}" if few else "",
-        f"{1e3 * row['bound_s']:.2f} {row['binds']}",
-        f"{100 * row['share_of_bound']:.0f} %",
-        f"{1e3 * theirs['median_s']:.2f}" if theirs else "",
-        f"{speedup:.1f} x" if speedup else "",
-    ]
+        row["format"], row["model"], str(row["rows"]), f"{1e3 * row['seconds']:.3f}",
+        f"{row['flops_per_s'] / 1e9:.0f}", f"{100 * row['share_of_fp32_rate']:.0f} %",
+        f"{row['stored_bytes_per_s'] / 1e9:.1f}" if few else "",
+        f"{100 * row['share_of_read_rate']:.0f} %" if few else "",
+        f"{100 * row['share_of_bound']:.0f} % of {row['binds']}",
+        f"{row['torch_bf16_seconds'] / row['seconds']:.1f} x" if "torch_bf16_seconds" in row else "",
+    ]  # fmt: skip
 
 
-def bench_experts(rates: Rates, *, quick: bool) -> list[dict[str, Any]]:
-    """`expert_ffn` of one expert by number of rows."""
-    kernels, results, cells = TorchKernels(), [], []
+_HEAD = ("weights", "model", "rows", "ms", "GFLOP/s", "of fp32", "GB/s", "of read rate", "of bound",
+         "against torch bf16")  # fmt: skip
+
+
+def bench_experts(
+    rates: Rates, exact: Kernels, rounded: Kernels, *, quick: bool
+) -> list[dict[str, Any]]:
+    """One expert by number of rows: bf16 weights, rows exact and rounded to bf16."""
+    results = []
     for shape in _QUICK_EXPERTS if quick else _EXPERTS:
-        weights = _experts(shape)
+        experts = _experts(shape, _bf16)
+        num_bytes = _num_bytes(experts[0])
         for rows in shape.rows:
-            results.append(_expert_row(shape, rows, weights=weights, kernels=kernels, rates=rates))
-            cells.append(_expert_cells(results[-1]))
-    heads = ("expert_ffn, bf16", "rows", "ms", "spread", "GFLOP/s", "of fp32", "GB/s", "bound ms",
-             "of bound", "torch bf16 ms", "speedup")  # fmt: skip
-    print("\n" + table(heads, cells))
+            for name, kernels in (("bf16", exact), ("bf16, rows bf16", rounded)):
+                seconds = _measure_group(kernels, shape, experts, rows)
+                row = _result(name, shape, num_bytes, rows, seconds, rates)
+                if kernels is rounded:  # the same arithmetic as torch's
+                    row["torch_bf16_seconds"] = _measure_torch(shape, experts, rows)
+                results.append(row)
+    results.sort(key=lambda row: row["format"])
+    print("\n" + table(_HEAD, [_cells(row) for row in results]))
+    return results
+
+
+def bench_formats(rates: Rates, exact: Kernels, *, quick: bool) -> list[dict[str, Any]]:
+    """One expert in every format, exact rows."""
+    results = []
+    for name, make in _FORMATS.items():
+        experts = _experts(_SMALL, make)
+        for rows in (1, 64) if quick else _FORMAT_ROWS:
+            seconds = _measure_group(exact, _SMALL, experts, rows)
+            results.append(_result(name, _SMALL, _num_bytes(experts[0]), rows, seconds, rates))
+    print("\n" + table(_HEAD, [_cells(row) for row in results]))
     return results
 
 
@@ -198,20 +298,19 @@ def _work(lengths: tuple[int, int], sequences: int, *, is_prompt: bool) -> Atten
     )
 
 
-def _attention(heads: _Heads, work: AttentionWork) -> Timing:
+def _attention(kernels: Kernels, heads: _Heads, work: AttentionWork) -> Timing:
     keys, values = _stores(heads, sum(map(len, work.pages)))
     q_THd = torch.randn(sum(work.num_rows), heads.query, heads.dim)
     options = AttentionOptions(scale=heads.dim**-0.5, value_dim=heads.dim)
-    kernels = TorchKernels()
     return measure(lambda: kernels.attention(q_THd, keys, values, work, options))
 
 
-def bench_decode(rates: Rates, *, quick: bool) -> list[dict[str, Any]]:
+def bench_decode(rates: Rates, kernels: Kernels, *, quick: bool) -> list[dict[str, Any]]:
     """One new token of each of 32 sequences over their keys and values."""
     results, cells = [], []
     for heads in _HEADS:
         for context in (128,) if quick else (128, 512, 2048):
-            timing = _attention(heads, _work((context, 1), _SEQUENCES, is_prompt=False))
+            timing = _attention(kernels, heads, _work((context, 1), _SEQUENCES, is_prompt=False))
             num_bytes = _SEQUENCES * context * heads.bytes_per_token
             rate = num_bytes / timing.median_s
             results.append({
@@ -230,11 +329,11 @@ def bench_decode(rates: Rates, *, quick: bool) -> list[dict[str, Any]]:
     return results
 
 
-def bench_prefill(rates: Rates) -> list[dict[str, Any]]:
+def bench_prefill(rates: Rates, kernels: Kernels) -> list[dict[str, Any]]:
     """All rows of one prompt. FLOPs of what the causal mask leaves."""
     results, cells = [], []
     for heads in _HEADS:
-        timing = _attention(heads, _work((_PROMPT, _PROMPT), 1, is_prompt=True))
+        timing = _attention(kernels, heads, _work((_PROMPT, _PROMPT), 1, is_prompt=True))
         flops = 4 * heads.query * heads.dim * _PROMPT * (_PROMPT + 1) // 2
         rate = flops / timing.median_s
         results.append({
@@ -250,30 +349,51 @@ def bench_prefill(rates: Rates) -> list[dict[str, Any]]:
     return results
 
 
+def _kernels(threads: int, instruction_set: str | None) -> tuple[Kernels, Kernels]:
+    """Exact ones, and those that round rows to bf16."""
+    found = library.load()
+    if isinstance(found, str):
+        print(f"the native library {found}: torch's kernels are measured")
+        return TorchKernels(), TorchKernels(bf16_rows=True)
+    if instruction_set is not None and found.wl_use(instruction_set.encode()):
+        raise SystemExit(
+            f"instruction set: got {instruction_set!r}, allowed"
+            f" {', '.join(library.instruction_sets(found))} on this machine"
+        )
+    exact = NativeKernels(found, threads=threads)
+    return exact, NativeKernels(found, threads=threads, bf16_rows=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rates of the CPU kernels on this machine.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     parser.add_argument("--quick", action="store_true", help="a few shapes, some seconds")
     parser.add_argument("--threads", type=int, metavar="N", help="default: all cores")
+    parser.add_argument("--instruction-set", metavar="NAME", help="default: the best")
     options = parser.parse_args()
-    set_threads(options.threads)
+    threads = set_threads(options.threads)
     torch.manual_seed(0)
     document: dict[str, Any] = {"bench": "kernels", **describe()}
+    exact, rounded = _kernels(threads, options.instruction_set)
+    found = library.load()
+    document["instruction_set"] = "torch" if isinstance(found, str) else found.wl_in_use().decode()
     others = Others()
     with torch.inference_mode():
         rates = measure_rates(quick=options.quick)
-        print(head(document, rates))
+        print(head(document, rates), f"instruction set {document['instruction_set']}", sep="\n")
         document["rates"] = rates.to_json()
-        document["experts"] = bench_experts(rates, quick=options.quick)
-        document["decode"] = bench_decode(rates, quick=options.quick)
-        document["prefill"] = bench_prefill(rates)
+        document["experts"] = bench_experts(rates, exact, rounded, quick=options.quick)
+        document["formats"] = bench_formats(rates, exact, quick=options.quick)
+        document["decode"] = bench_decode(rates, exact, quick=options.quick)
+        document["prefill"] = bench_prefill(rates, exact)
     # again at the end: a difference says that something else ran meanwhile
     after = measure_rates(quick=options.quick)
     document["rates_after"] = after.to_json()
     document["others_cores"] = others.cores()
     print(
-        f"\nfp32 product at the end: {after.fp32_flops_per_s / 1e9:.0f} GFLOP/s; "
-        f"{document['others_cores']:.2f} cores busy with other processes"
+        f"\nat the end: fp32 product {after.fp32_flops_per_s / 1e9:.0f} GFLOP/s, read "
+        f"{after.read_bytes_per_s / 1e9:.1f} GB/s; {document['others_cores']:.2f} cores busy with "
+        "other processes"
     )
     write(document, options.json)
 

@@ -78,21 +78,19 @@ inline void unpack_gptq(const wl_matrix &m, const int64_t columns[W], bool full,
   }
 }
 
-inline void unpack_awq(const wl_matrix &m, const int64_t columns[W], int64_t k0, int count, float *dst,
+inline void unpack_awq(const wl_matrix &m, const int64_t columns[W], bool full, int64_t k0, int count, float *dst,
                        const Groups *groups) {
-  int32_t shifts[W], word_of[W];
-  for (int i = 0; i < W; i++) {
-    shifts[i] = 4 * AWQ_ORDER[columns[i] % 8];
-    word_of[i] = int32_t(columns[i] / 8);
-  }
+  int32_t shifts[W];
+  for (int i = 0; i < W; i++) shifts[i] = 4 * AWQ_ORDER[columns[i] % 8];
   const VI shift = i_load(shifts), mask = i_set(15);
   const int32_t *words = static_cast<const int32_t *>(m.codes);
   for (int i = 0; i < count; i++) {
-    const int64_t k = k0 + i;
+    const int32_t *row = words + (k0 + i) * (m.stride_k / 4);
     int32_t lanes[W];
-    for (int j = 0; j < W; j++) lanes[j] = words[k * (m.stride_k / 4) + word_of[j]];
-    int64_t g = (m.groups ? m.groups[k] : k / m.block_k) - groups->first;
-    V x = v_sub(to_float(i_and(i_shrv(i_load(lanes), shift), mask)), v_load(groups->zero + g * W));
+    for (int j = 0; !full && j < W; j++) lanes[j] = row[columns[j] / 8];
+    const VI codes = full ? spread(row + columns[0] / 8) : i_load(lanes);
+    int64_t g = (m.groups ? m.groups[k0 + i] : (k0 + i) / m.block_k) - groups->first;
+    V x = v_sub(to_float(i_and(i_shrv(codes, shift), mask)), v_load(groups->zero + g * W));
     v_store(dst + int64_t(i) * NR, v_mul(x, v_load(groups->scale + g * W)));
   }
 }
@@ -139,7 +137,7 @@ inline void unpack_panel(const wl_matrix &m, int64_t n0, int64_t k0, int count, 
     const Groups *groups = source.groups + v;
     const bool full = n0 + (v + 1) * W <= m.n;
     if (m.packing == WL_AWQ) {
-      unpack_awq(m, columns, k0, count, panel + v * W, groups);
+      unpack_awq(m, columns, full, k0, count, panel + v * W, groups);
     } else if (m.packing != WL_ROWS) {
       unpack_gptq(m, columns, full, k0, count, panel + v * W, groups);
     } else {

@@ -55,6 +55,10 @@ inline V load_bf16(const void *p) {
 inline VI load_bytes(const void *p) {  // W bytes to W lanes
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i *>(p)));
 }
+/// W / 8 words, each in eight lanes.
+inline VI spread(const int32_t *words) {
+  return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set1_epi32(words[0])), _mm256_set1_epi32(words[1]), 1);
+}
 inline V where_equal(VI a, VI b, V yes, V no) {
   return _mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(a, b), no, yes);
 }
@@ -138,6 +142,7 @@ inline V load_bf16(const void *p) {
 inline VI load_bytes(const void *p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i *>(p)));
 }
+inline VI spread(const int32_t *words) { return _mm256_set1_epi32(words[0]); }
 inline V where_equal(VI a, VI b, V yes, V no) {
   return _mm256_blendv_ps(no, yes, as_float(_mm256_cmpeq_epi32(a, b)));
 }
