@@ -36,7 +36,7 @@ enum wl_code {
 enum wl_packing {
   WL_ROWS = 0,  /* codes + n * stride_n + k * stride_k bytes; 4-bit: stride_k is ignored, k / 2 */
   WL_GPTQ = 1,  /* int32 words [k / 8][n], nibble k % 8 */
-  WL_AWQ = 2,   /* int32 words [k][n / 8], nibble AWQ_ORDER[n % 8] */
+  WL_AWQ = 2,   /* int32 words [k][n / 8], nibble (0, 4, 1, 5, 2, 6, 3, 7)[n % 8] */
   WL_GPTQ8 = 3, /* int32 words [k / 4][n], byte k % 4 */
 };
 
@@ -46,8 +46,8 @@ enum wl_scale { WL_S_NONE = 0, WL_S_F32 = 1, WL_S_BF16 = 2, WL_S_F16 = 3, WL_S_E
 enum wl_zero {
   WL_Z_NONE = 0,  /* the format's own: 8 or 128 for offset-binary codes, else 0 */
   WL_Z_ROWS = 1,  /* compressed-tensors: packed along n, like the codes: int32 [n / c][group] */
-  WL_Z_GPTQ = 2,  /* int32 [group][n / c], nibble or byte n % c; stored less one where zero_add */
-  WL_Z_AWQ = 3,   /* int32 [group][n / 8], nibble AWQ_ORDER[n % 8] */
+  WL_Z_GPTQ = 2,  /* int32 [group][n / c], nibble or byte n % c, plus zero_add (modulo its range) */
+  WL_Z_AWQ = 3,   /* int32 [group][n / 8], nibbles like the codes */
 };
 
 /* One matrix (n, k): weight = (code - zero) * scale, scale and zero of its block of

@@ -44,7 +44,7 @@ inline float load_zero(const wl_matrix &m, int64_t n, int64_t group) {
     case WL_Z_ROWS: return float((words[(n / per) * m.zero_stride + group] >> (bits * (n % per))) & mask);
     case WL_Z_GPTQ: {
       uint32_t z = (words[group * m.zero_stride + n / per] >> (bits * (n % per))) & mask;
-      return float(z + uint32_t(m.zero_add));
+      return float((z + uint32_t(m.zero_add)) & mask);  // AutoGPTQ stores a zero of 0 as the largest code
     }
     case WL_Z_AWQ: return float((words[group * m.zero_stride + n / 8] >> (4 * AWQ_ORDER[n % 8])) & 15);
     default: return m.code == WL_INT4 ? 8.0f : m.code == WL_INT8 ? 128.0f : 0.0f;

@@ -100,7 +100,7 @@ float Stored::element(int64_t n, int64_t k) const {
   switch (m.zero_type) {
     case WL_Z_ROWS: zero = float(zeros[size_t(row / per * m.zero_stride + group)] >> (width * (row % per)) & mask); break;
     case WL_Z_GPTQ:
-      zero = float((zeros[size_t(group * m.zero_stride + row / per)] >> (width * (row % per)) & mask) + uint32_t(m.zero_add));
+      zero = float(((zeros[size_t(group * m.zero_stride + row / per)] >> (width * (row % per))) + uint32_t(m.zero_add)) & mask);
       break;
     case WL_Z_AWQ: zero = float(zeros[size_t(group * m.zero_stride + row / 8)] >> (4 * AWQ[row % 8]) & 15); break;
   }
@@ -188,8 +188,6 @@ void place_zeros(Stored &s, Run &run) {
   for (uint32_t &word : s.zeros) word = run.bits();
   m.zeros = s.zeros.data();
   m.zero_add = m.zero_type == WL_Z_GPTQ && run.chance(0.5);
-  if (m.zero_add && m.code == WL_INT8)  // 255 + 1 has no meaning
-    for (uint32_t &word : s.zeros) word &= 0x7f7f7f7fu;
 }
 
 }  // namespace

@@ -76,7 +76,8 @@ def _zeros(w: Packed, first: int, last: int) -> torch.Tensor | None:
     words, start = _block_rows(per_word, first, last), first % per_word
     across = w.zeros[words] if w.format.zero == "rows" else w.zeros[:, words].t()
     found = _unpack_down(across, bits)[start : start + last - first]
-    return found.add(w.format.zero_add).float()
+    # AutoGPTQ stores a zero of 0, less one, as the largest code
+    return found.add(w.format.zero_add).bitwise_and(2**bits - 1).float()
 
 
 def _over_columns(w: Packed, per_group: torch.Tensor) -> torch.Tensor:
