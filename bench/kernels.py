@@ -4,11 +4,12 @@
 
 Experts are called in groups, in turn from a set larger than the last-level cache, as in a run,
 where each is used once per pass. A bound is the larger of two times: stored bytes at the
-memory's read rate, FLOPs at the rate of a large fp32 product of the BLAS. Shape legend: kernels/base.py.
+memory's read rate, FLOPs at the rate of a large fp32 product of the BLAS. Shape legend:
+kernels/base.py.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -27,6 +28,7 @@ from machine import (
     table,
     write,
 )
+from matrices import FORMATS, Matrix, bf16, num_bytes
 from torch.nn.functional import linear, silu
 
 from windlass.device.host import empty
@@ -34,8 +36,7 @@ from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows
 from windlass.kernels.cpu import library
 from windlass.kernels.cpu.native import NativeKernels
 from windlass.kernels.reference import TorchKernels
-from windlass.packed import Packed, PagedRows, StoredTensors, Tensors
-from windlass.spec.formats import WeightFormat
+from windlass.packed import PagedRows, StoredTensors, Tensors
 from windlass.spec.model import SwiGlu
 from windlass.units import MIB, round_up
 
@@ -103,74 +104,13 @@ _HEADS = (_Heads(16, 8, 64), _Heads(32, 4, 128))
 # --- experts --------------------------------------------------------------------------------------
 
 Kernels = NativeKernels | TorchKernels
-_Matrix = Callable[[int, int], torch.Tensor | Packed]
 
 
-def _bf16(n: int, k: int) -> torch.Tensor:
-    return empty(n, k, dtype=torch.bfloat16).copy_(torch.randn(n, k) / k**0.5)
-
-
-def _rows_of(code: Any, columns: int, rows: int = 1) -> _Matrix:
-    """A matrix whose codes lie row by row, with a scale for each `rows` x `columns`."""
-    per_byte = 2 if code in ("int4", "e2m1") else 1
-
-    def make(n: int, k: int) -> Packed:
-        # no code of fp8 is NaN, none is large
-        codes = torch.randint(0, 0x70, (n, k // per_byte), dtype=torch.uint8)
-        scale_type = torch.uint8 if code == "e2m1" else torch.bfloat16
-        scales = torch.full((-(-n // rows), k // columns), 0.01).to(torch.bfloat16)
-        if scale_type is torch.uint8:
-            scales = torch.full((n, k // columns), 120, dtype=torch.uint8)
-        form = WeightFormat(code=code, rows=rows, columns=columns)
-        return Packed(form, (n, k), empty(*codes.shape, dtype=torch.uint8).copy_(codes), scales)
-
-    return make
-
-
-def _gptq(n: int, k: int) -> Packed:
-    codes = torch.randint(-(2**31), 2**31, (k // 8, n)).int()
-    zeros = torch.randint(-(2**31), 2**31, (k // 128, n // 8)).int()
-    form = WeightFormat(code="int4", packing="gptq", columns=128, zero="gptq", zero_add=1)
-    scales = torch.full((k // 128, n), 0.01).half().t()
-    return Packed(form, (n, k), empty(*codes.shape, dtype=torch.int32).copy_(codes), scales, zeros)
-
-
-def _awq(n: int, k: int) -> Packed:
-    codes = torch.randint(-(2**31), 2**31, (k, n // 8)).int()
-    zeros = torch.randint(-(2**31), 2**31, (k // 128, n // 8)).int()
-    form = WeightFormat(code="int4", packing="awq", columns=128, zero="awq")
-    scales = torch.full((k // 128, n), 0.01).half().t()
-    return Packed(form, (n, k), empty(*codes.shape, dtype=torch.int32).copy_(codes), scales, zeros)
-
-
-_FORMATS: dict[str, _Matrix] = {
-    "int8 g32": _rows_of("int8", 32),
-    "int4 g32": _rows_of("int4", 32),
-    "int4 g128": _rows_of("int4", 128),
-    "fp8 128x128": _rows_of("e4m3", 128, 128),
-    "mxfp4": _rows_of("e2m1", 32),
-    "gptq int4 g128": _gptq,
-    "awq int4 g128": _awq,
-}
-
-
-def _num_bytes(w: Tensors) -> int:
-    """Stored, scales and zero points included."""
-    total = 0
-    for matrix in w.values():
-        if isinstance(matrix, torch.Tensor):
-            total += matrix.numel() * matrix.itemsize
-        elif isinstance(matrix, Packed):
-            parts = (matrix.codes, matrix.scales, matrix.zeros)
-            total += sum(t.numel() * t.itemsize for t in parts if t is not None)
-    return total
-
-
-def _experts(shape: _Expert, make: _Matrix) -> list[StoredTensors]:
+def _experts(shape: _Expert, make: Matrix) -> list[StoredTensors]:
     """Random experts, together larger than the caches."""
     made: list[StoredTensors] = []
-    while not made or (len(made) + 1) * _num_bytes(made[0]) <= max(
-        _COLD_BYTES, _GROUP * _num_bytes(made[0])
+    while not made or (len(made) + 1) * num_bytes(made[0]) <= max(
+        _COLD_BYTES, _GROUP * num_bytes(made[0])
     ):
         expert = StoredTensors()
         expert.update({name: make(*size) for name, size in shape.shapes.items()})
@@ -213,14 +153,14 @@ def _measure_torch(shape: _Expert, experts: Sequence[StoredTensors], rows: int) 
 def _result(
     name: str, shape: _Expert, num_bytes: int, rows: int, seconds: float, rates: Rates
 ) -> dict[str, Any]:
-    bandwidth_s = num_bytes / rates.read_bytes_per_s
+    bandwidth_s = size / rates.read_bytes_per_s
     compute_s = shape.flops(rows) / rates.fp32_flops_per_s
     return {
         "format": name, "model": shape.model, "hidden": shape.hidden,
         "intermediate": shape.intermediate, "rows": rows, "seconds": seconds,
         "flops_per_s": shape.flops(rows) / seconds,
         "share_of_fp32_rate": compute_s / seconds,
-        "stored_bytes_per_s": num_bytes / seconds,
+        "stored_bytes_per_s": size / seconds,
         "share_of_read_rate": bandwidth_s / seconds,
         "binds": "memory" if bandwidth_s > compute_s else "compute",
         "share_of_bound": max(bandwidth_s, compute_s) / seconds,
@@ -249,12 +189,12 @@ def bench_experts(
     """One expert by number of rows: bf16 weights, rows exact and rounded to bf16."""
     results = []
     for shape in _QUICK_EXPERTS if quick else _EXPERTS:
-        experts = _experts(shape, _bf16)
-        num_bytes = _num_bytes(experts[0])
+        experts = _experts(shape, bf16)
+        size = num_bytes(experts[0])
         for rows in shape.rows:
             for name, kernels in (("bf16", exact), ("bf16, rows bf16", rounded)):
                 seconds = _measure_group(kernels, shape, experts, rows)
-                row = _result(name, shape, num_bytes, rows, seconds, rates)
+                row = _result(name, shape, size, rows, seconds, rates)
                 if kernels is rounded:  # the same arithmetic as torch's
                     row["torch_bf16_seconds"] = _measure_torch(shape, experts, rows)
                 results.append(row)
@@ -266,11 +206,11 @@ def bench_experts(
 def bench_formats(rates: Rates, exact: Kernels, *, quick: bool) -> list[dict[str, Any]]:
     """One expert in every format, exact rows."""
     results = []
-    for name, make in _FORMATS.items():
+    for name, make in FORMATS.items():
         experts = _experts(_SMALL, make)
         for rows in (1, 64) if quick else _FORMAT_ROWS:
             seconds = _measure_group(exact, _SMALL, experts, rows)
-            results.append(_result(name, _SMALL, _num_bytes(experts[0]), rows, seconds, rates))
+            results.append(_result(name, _SMALL, num_bytes(experts[0]), rows, seconds, rates))
     print("\n" + table(_HEAD, [_cells(row) for row in results]))
     return results
 

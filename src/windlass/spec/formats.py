@@ -29,7 +29,8 @@ class WeightFormat:
 
     `zero`: "none" is 8 or 128 for offset binary and 0 elsewhere; "rows" is (N / c, groups), packed
     like the codes of "rows" but along n; "gptq" is (groups, N / c), lowest bits first, and stands
-    for itself plus `zero_add`, modulo its range; "awq" is (groups, N / 8) in the order of its codes.
+    for itself plus `zero_add`, modulo its range; "awq" is (groups, N / 8) in the order of its
+    codes.
     """
 
     code: Code
