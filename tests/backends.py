@@ -12,9 +12,9 @@ from windlass.kernels.reference import TorchKernels
 
 LIBRARY = library.load()
 SETS = [] if isinstance(LIBRARY, str) else library.instruction_sets(LIBRARY)
-NATIVE = SETS or [
-    pytest.param("native", marks=pytest.mark.skip(reason=f"the native library {LIBRARY}"))
-]
+_MISSING = () if SETS else (pytest.mark.skip(reason=f"the native library {LIBRARY}"),)
+NATIVE = SETS or [pytest.param("native", marks=_MISSING)]
+CPU = pytest.param("cpu", marks=_MISSING)  # the backend by its name, for tests of whole engines
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from backends import CPU
 from windlass.synth import preset
 
 CASES = {
@@ -63,7 +64,7 @@ folder, case = sys.argv[1], json.loads(sys.argv[2])
 options = EngineOptions(
     model=folder, load_format="dummy", host_memory=8 << 30, max_num_seqs=case["seqs"],
     max_num_batched_tokens=case["rows"], max_model_len=case["prompt"] + case["new"],
-    moe_expert_cache_size="1", generation_config="vllm",
+    moe_expert_cache_size="1", generation_config="vllm", moe_backend=sys.argv[3],
     kv_cache_dtype=case.get("kv_cache_dtype", "auto"),
 )
 with open_engine(options) as engine:
@@ -77,12 +78,13 @@ with open_engine(options) as engine:
 """
 
 
+@pytest.mark.parametrize("backend", ["torch", CPU])
 @pytest.mark.parametrize("name", CASES)
-def test_the_peak_stays_below_the_sum_of_the_plan(name, tmp_path):
+def test_the_peak_stays_below_the_sum_of_the_plan(name, backend, tmp_path):
     config, case = CASES[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     _write_tokenizer(tmp_path, config)
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), json.dumps(case)]
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), json.dumps(case), backend]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     planned, peak = json.loads(done.stdout.splitlines()[-1])

@@ -13,6 +13,7 @@ from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
 from windlass.memory.kv import bytes_per_token
 from windlass.plan import Plan
+from windlass.planner.activations import Backend
 from windlass.planner.budget import Sizes, Wanted, make_plan
 from windlass.spec.model import ModelSpec
 from windlass.spec.registry import read_spec
@@ -41,6 +42,7 @@ def _sizes(spec: ModelSpec) -> Sizes:
         bytes_per_position=512,
         row_buffer_bytes=2 * MIB,
         state_bytes=0,
+        backend=Backend("torch", threads=1),
     )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ from windlass.memory.weights import WeightStore
 from windlass.options import EngineOptions, checkpoint_stamp, read_config, resolve_model
 from windlass.params import SamplingParams
 from windlass.plan import Plan
+from windlass.planner.activations import Backend
 from windlass.planner.budget import Sizes, Wanted, make_plan
 from windlass.schedule.announce import Announcer, PassForecast
 from windlass.schedule.batch import Batch
@@ -102,7 +103,7 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
             options.moe_backend, threads=threads, bf16_rows=options.dtype == "bfloat16"
         )
         kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
-        setup = _setup(options, model, kernels.name)
+        setup = _setup(options, model, Backend(kernels.name, threads))
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
             opened.callback(device.close)
@@ -119,12 +120,12 @@ def _useful_threads(model: _Model) -> int:
     return max(1, min(_MACHINE_THREADS, matrix // _ELEMENTS_PER_THREAD))
 
 
-def _setup(options: EngineOptions, model: _Model, backend: str) -> EngineSetup:
-    """The plan and all that requests need. `backend`: the name of the kernels."""
+def _setup(options: EngineOptions, model: _Model, backend: Backend) -> EngineSetup:
+    """The plan and all that requests need."""
     tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
     tokenizer = load_tokenizer(tokenizer_folder, model_folder=model.folder)
     wanted = _wanted(options, model)
-    sizes = _sizes(model, options)
+    sizes = _sizes(model, options, backend)
     plan = make_plan(model.spec, sizes, options.host_memory or default_budget(), wanted)
     return EngineSetup(
         plan=plan,
@@ -240,7 +241,7 @@ def _check_quantization(asserted: str | None, names: NameMap) -> None:
         )
 
 
-def _sizes(model: _Model, options: EngineOptions) -> Sizes:
+def _sizes(model: _Model, options: EngineOptions, backend: Backend) -> Sizes:
     shapes, tensors = cache_shapes(model.spec), model.source.tensors
     cache_dtype = _cache_dtype(model, options)
     slots = slot_bytes(model.layout, tensors)
@@ -255,6 +256,7 @@ def _sizes(model: _Model, options: EngineOptions) -> Sizes:
         ),
         row_buffer_bytes=row_buffer_bytes(_embedding(model)),
         state_bytes=state_bytes(shapes),
+        backend=backend,
     )
 
 
@@ -332,13 +334,13 @@ def _long_rope_after(spec: ModelSpec) -> int | None:
 
 
 def _fingerprint(
-    model: _Model, tokenizer: Tokenizer, options: EngineOptions, backend: str
+    model: _Model, tokenizer: Tokenizer, options: EngineOptions, backend: Backend
 ) -> dict[str, object]:
     """What would change results if it changed."""
     return {
         "model": checkpoint_stamp(model.folder),
         "load_format": options.load_format,
-        "kernels": backend,
+        "kernels": backend.name,
         "kv_cache_dtype": _cache_dtype(model, options),
         "tokenizer": tokenizer.digest,
         "generation_config": options.generation_config,

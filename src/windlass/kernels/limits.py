@@ -9,6 +9,14 @@ TILE_ROWS = 32  # prompt rows that attention takes together
 BLOCK_PAGES = 2  # pages of keys that it takes at once
 ATTENTION_ELEMENTS = 4 << 20  # fp32; what the tiles of one attention step may take
 
+# The native library (a test reads them in native/src)
+NATIVE_ROWS = 512  # MC: rows whose packed copies are made at once
+NATIVE_ROUND_FLOATS = 1 << 20  # of packed rows, for which several products or experts are joined
+NATIVE_INNER = 256  # KC: rows of a panel of weights
+NATIVE_COLUMNS = 32  # NR
+NATIVE_BLOCK = 64  # BK: positions that attention takes at once
+NATIVE_QUERIES = 80  # MQ + W: rows times heads that attention takes at once
+
 
 def attention_tile_elements(
     num_heads: int, num_kv_heads: int, widths: tuple[int, int], *, rows: int, page_tokens: int
@@ -30,3 +38,14 @@ def attention_scratch_bytes(
         num_heads, num_kv_heads, widths, rows=TILE_ROWS, page_tokens=page_tokens
     )
     return 4 * max(ATTENTION_ELEMENTS, tile)
+
+
+def native_thread_bytes(key_width: int, value_width: int, *, groups: int) -> int:
+    """Upper bound of what each of the native library's threads keeps: for products a panel, results
+    of two panels and the scales of `groups` groups; for attention queries, scores, weights, output,
+    a panel."""
+    panel = NATIVE_INNER * NATIVE_COLUMNS
+    product = panel + 2 * (NATIVE_ROWS + groups) * NATIVE_COLUMNS
+    row = key_width + value_width + NATIVE_COLUMNS + 2 * NATIVE_BLOCK + 3
+    attention = NATIVE_QUERIES * row + panel + key_width + value_width + NATIVE_BLOCK
+    return 4 * (product + attention)

@@ -3,11 +3,16 @@
 Mirrors schedule/on_device.py and the kernels; a test compares with measured peaks.
 """
 
+from dataclasses import dataclass
+
 from windlass.kernels.limits import (
+    NATIVE_ROUND_FLOATS,
+    NATIVE_ROWS,
     PROBE_BYTES,
     TILE_BYTES,
     UNPACK_BYTES,
     attention_scratch_bytes,
+    native_thread_bytes,
 )
 from windlass.spec.model import Attention, Ffn, GatedDelta, Gqa, Mla, ModelSpec, Moe
 from windlass.units import MIB
@@ -15,27 +20,49 @@ from windlass.units import MIB
 _F32 = 4
 # malloc rounds, torch keeps small blocks, padded copies of one row block live for a moment
 _SLACK = 1.15
+_PROCESS_BYTES = 12 * MIB  # what Python and the allocator take while a job runs
 # One widened tile and what unpacking into it makes; the rows, moved rows, results and weights of a
-# row-count comparison; the rest is what Python and the allocator take while a job runs.
-_SCRATCH_BYTES = TILE_BYTES + 8 * UNPACK_BYTES + 4 * PROBE_BYTES + 12 * MIB
+# row-count comparison.
+_TORCH_BYTES = TILE_BYTES + 8 * UNPACK_BYTES + 4 * PROBE_BYTES
+_NATIVE_GROUPS = 1024  # of k with scales of their own, in a matrix with activation order
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The kernels that a pass runs on: their name and threads."""
+
+    name: str
+    threads: int
 
 
 def activation_bytes(
-    spec: ModelSpec, *, rows: int, micro_rows: int, seqs: int, page_tokens: int
+    spec: ModelSpec, backend: Backend, *, rows: int, micro_rows: int, seqs: int, page_tokens: int
 ) -> int:
     """Bytes that a pass over `rows` rows allocates at most, with attention over `micro_rows` at a
     time and logits of `seqs` rows."""
     width = spec.hidden_size
     micro = min(rows, micro_rows)
-    attention = max(_attention(b.attention, width, micro, page_tokens) for b in spec.blocks)
-    network = max(_network(block.ffn, width) for block in spec.blocks)
-    hidden = 2 * rows * width
+    is_native = backend.name == "cpu"
+    of_attention = _native_attention if is_native else _attention
+    of_network = _native_network if is_native else _network
+    attention = max(of_attention(b.attention, width, micro, page_tokens) for b in spec.blocks)
+    network = max(of_network(block.ffn, width) for block in spec.blocks)
+    # the outputs of experts wait by place, in memory that all layers share
+    kept = (2 + max(_top_k(block.ffn) for block in spec.blocks)) * rows * width
     phases = (attention, rows * network, seqs * (3 * spec.vocab_size + 2 * width))
-    return round(_SLACK * _F32 * (hidden + max(phases))) + _SCRATCH_BYTES
+    scratch = _native_scratch_bytes(spec, backend.threads, rows) if is_native else _TORCH_BYTES
+    return round(_SLACK * _F32 * (kept + max(phases))) + scratch + _PROCESS_BYTES
+
+
+def _top_k(ffn: Ffn | Moe) -> int:
+    return ffn.top_k if isinstance(ffn, Moe) else 0
+
+
+# --- torch: fp32 elements that live at the same time ----------------------------------------------
 
 
 def _attention(attention: Attention, width: int, rows: int, page_tokens: int) -> int:
-    """fp32 elements that live at the same time in attention over `rows` rows."""
+    """In attention over `rows` rows."""
     match attention:
         case Gqa():
             heads, kv_heads, dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
@@ -49,17 +76,86 @@ def _attention(attention: Attention, width: int, rows: int, page_tokens: int) ->
             widths = (latent, attention.kv_lora_rank)
             scratch = attention_scratch_bytes(heads, 1, widths, page_tokens)
         case GatedDelta():
-            value = attention.num_v_heads * attention.v_head_dim
-            per_row = 3 * width + 5 * attention.conv_dim + 5 * value
-            scratch = 0
+            return _delta(attention, width, rows)
     return rows * per_row + scratch // _F32
 
 
+def _delta(attention: GatedDelta, width: int, rows: int) -> int:
+    value = attention.num_v_heads * attention.v_head_dim
+    return rows * (3 * width + 5 * attention.conv_dim + 5 * value)
+
+
 def _network(ffn: Ffn | Moe, width: int) -> int:
+    """For each row of a feed-forward network, without the outputs of experts."""
     if isinstance(ffn, Ffn):
         return 3 * width + 4 * ffn.intermediate
     # in the worst case one expert gets all rows: its inputs, three hidden tensors, its outputs
     expert = 3 * width + 4 * ffn.expert.intermediate
     shared = 2 * width + 4 * ffn.shared.ffn.intermediate if ffn.shared else 0
-    routing = 4 * ffn.num_experts + 8 * ffn.top_k
-    return width + routing + max(ffn.top_k * width + expert, shared) + (width if shared else 0)
+    return width + _routing(ffn) + max(expert, shared) + (width if shared else 0)
+
+
+def _routing(moe: Moe) -> int:
+    return 4 * moe.num_experts + 8 * moe.top_k
+
+
+# --- native: nothing is gathered or widened outside the library's own memory ----------------------
+
+
+def _native_attention(attention: Attention, width: int, rows: int, page_tokens: int) -> int:
+    match attention:
+        case Gqa():
+            query = attention.num_heads * attention.head_dim
+            key = attention.num_kv_heads * attention.head_dim
+            per_row = 2 * width + (3 + 3 * attention.output_gate) * query + 4 * key
+        case Mla():
+            heads, latent = attention.num_heads, attention.kv_lora_rank + attention.rope.dim
+            query = heads * (attention.nope_dim + attention.rope.dim)
+            per_row = 3 * width + 2 * query + 2 * heads * latent + 4 * latent
+        case GatedDelta():
+            return _delta(attention, width, rows)
+    return rows * per_row
+
+
+def _native_network(ffn: Ffn | Moe, width: int) -> int:
+    if isinstance(ffn, Ffn):
+        return 3 * width
+    shared = 2 * width if ffn.shared else 0
+    return width + _routing(ffn) + shared
+
+
+def _native_scratch_bytes(spec: ModelSpec, threads: int, rows: int) -> int:
+    """What the library keeps between calls: packed rows of products, packed and hidden rows of
+    experts, and each thread's own."""
+    packed = min(rows, NATIVE_ROWS)
+    widest = max(spec.hidden_size, *(_widest_input(block.attention) for block in spec.blocks))
+    network = spec.hidden_size + max(_intermediate(block.ffn) for block in spec.blocks)
+    products = max(NATIVE_ROUND_FLOATS, packed * widest)
+    experts = NATIVE_ROUND_FLOATS + packed * network
+    own = max(_native_thread_bytes(block.attention) for block in spec.blocks)
+    return _F32 * (products + experts) + threads * own
+
+
+def _widest_input(attention: Attention) -> int:
+    match attention:
+        case Gqa():
+            return attention.num_heads * attention.head_dim
+        case Mla():
+            return max(attention.num_heads * attention.v_head_dim, attention.q_lora_rank or 0)
+        case GatedDelta():
+            return attention.num_v_heads * attention.v_head_dim
+
+
+def _intermediate(ffn: Ffn | Moe) -> int:
+    if isinstance(ffn, Ffn):
+        return ffn.intermediate
+    return max(ffn.expert.intermediate, ffn.shared.ffn.intermediate if ffn.shared else 0)
+
+
+def _native_thread_bytes(attention: Attention) -> int:
+    widths = (0, 0)
+    if isinstance(attention, Gqa):
+        widths = (attention.head_dim, attention.head_dim)
+    if isinstance(attention, Mla):
+        widths = (attention.kv_lora_rank + attention.rope.dim, attention.kv_lora_rank)
+    return native_thread_bytes(*widths, groups=_NATIVE_GROUPS)

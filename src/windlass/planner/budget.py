@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
 from windlass.plan import Plan
-from windlass.planner.activations import activation_bytes
+from windlass.planner.activations import Backend, activation_bytes
 from windlass.spec.model import ModelSpec
 from windlass.units import MIB, format_bytes, round_up
 
@@ -60,6 +60,7 @@ class Sizes:
     bytes_per_position: int  # tables of rotary positions
     row_buffer_bytes: int  # where the embedding's rows are read one by one
     state_bytes: int  # recurrent state of a sequence, all layers
+    backend: Backend
 
 
 def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -> Plan:
@@ -174,7 +175,12 @@ class _Draft:
     def _activations(self, seqs: int, rows: int) -> int:
         micro = self._wanted.micro_batch_tokens or _MICRO_ROWS
         return activation_bytes(
-            self._spec, rows=rows, micro_rows=micro, seqs=seqs, page_tokens=PAGE_TOKENS
+            self._spec,
+            self._sizes.backend,
+            rows=rows,
+            micro_rows=micro,
+            seqs=seqs,
+            page_tokens=PAGE_TOKENS,
         )
 
     def _tables(self) -> int:

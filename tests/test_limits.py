@@ -1,0 +1,28 @@
+"""What the planner says of the native library's memory, against the library's sources."""
+
+import re
+from pathlib import Path
+
+from windlass.kernels import limits
+
+SOURCES = Path(__file__).parent.parent / "native/src"
+
+
+def constants() -> dict[str, int]:
+    """Integers of the widest instruction set, by name."""
+    text = "\n".join(path.read_text() for path in sorted(SOURCES.glob("*.h")))
+    found: dict[str, int] = {}
+    for name, value in re.findall(r"constexpr int(?:64_t)? (\w+) = ([\w *<+]+);", text):
+        numbers = re.sub(r"[A-Z]+", lambda match: str(found[match[0]]), value)
+        found.setdefault(name, eval(numbers))  # 1 << 20, and sums and products of the names before
+    return found
+
+
+def test_sizes_of_the_native_library() -> None:
+    found = constants()
+    assert limits.NATIVE_ROWS == found["MC"]
+    assert limits.NATIVE_ROUND_FLOATS == found["ROUND_FLOATS"]
+    assert limits.NATIVE_INNER == found["KC"]
+    assert limits.NATIVE_COLUMNS == found["NV"] * found["W"]
+    assert limits.NATIVE_BLOCK == found["BK"]
+    assert limits.NATIVE_QUERIES == found["MQ"] + found["W"]
