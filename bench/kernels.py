@@ -151,7 +151,7 @@ def _measure_torch(shape: _Expert, experts: Sequence[StoredTensors], rows: int) 
 
 
 def _result(
-    name: str, shape: _Expert, num_bytes: int, rows: int, seconds: float, rates: Rates
+    name: str, shape: _Expert, size: int, rows: int, seconds: float, rates: Rates
 ) -> dict[str, Any]:
     bandwidth_s = size / rates.read_bytes_per_s
     compute_s = shape.flops(rows) / rates.fp32_flops_per_s

@@ -1,4 +1,4 @@
-"""Random matrices as checkpoints store them, in pages as a run has them. For benchmarks of kernels."""
+"""Random matrices as checkpoints store them, in pages as a run has them, to time kernels on."""
 
 from collections.abc import Callable
 from typing import Any
