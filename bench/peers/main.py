@@ -82,6 +82,7 @@ def _parse() -> argparse.Namespace:
 
 def _contenders(options: argparse.Namespace) -> tuple[Contender, ...]:
     forms = {*options.formats, *(TWINS[form] for form in options.formats)}
+    forms |= {form + models.ROUNDED for form in options.formats}
     forms |= {"best"} if "bf16" in options.formats else set()
     return tuple(c for c in CONTENDERS if c.engine in options.engines and c.form in forms)
 

@@ -24,11 +24,14 @@ class Contender:
 
 CONTENDERS = (
     Contender("windlass", "bf16"),
+    Contender("windlass", "bf16" + models.ROUNDED),
     Contender("llama.cpp", "bf16"),
     Contender("transformers", "best"),
     Contender("windlass", "int8"),
+    Contender("windlass", "int8" + models.ROUNDED),
     Contender("llama.cpp", "q8_0"),
     Contender("windlass", "int4"),
+    Contender("windlass", "int4" + models.ROUNDED),
     Contender("llama.cpp", "q4_0"),
 )
 
@@ -75,7 +78,10 @@ class Comparison:
         wide = check.reference_dtype(model)
         asked = [("transformers", wide)]
         asked += [("transformers", "bfloat16")] if wide != "bfloat16" else []
-        asked += [(c.engine, c.form) for c in contenders if c.engine != "transformers"]
+        asked += [
+            (c.engine, c.form) for c in contenders
+            if c.engine != "transformers" and not c.form.endswith(models.ROUNDED)
+        ]  # fmt: skip
         if all(c.engine == "windlass" for c in contenders):
             return
         entries: list[dict[str, Any]] = []
@@ -99,7 +105,10 @@ class Comparison:
     def settings(self, model: Model, contender: Contender, sequences: int) -> dict[str, Any] | None:
         """The engine's best for so many sequences; None where nothing ran."""
         if contender.engine == "windlass":
-            return {"host_memory": launch.memory_budget()}
+            rounded = contender.form.endswith(models.ROUNDED)
+            return {"host_memory": launch.memory_budget()} | (
+                {"dtype": "bfloat16"} if rounded else {}
+            )
         many = max(s for s in (1, min(_WARM_SIZES[1], max(self.wish.sequences))) if s <= sequences)
         size = sweep.Size(
             sequences=many, prompt_tokens=min(self.wish.prompts), threads=self.wish.threads,

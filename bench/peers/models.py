@@ -30,6 +30,7 @@ _QUICK: dict[str, tuple[str, dict[str, Any]]] = {
 
 FULL_MODELS = ("qwen3-moe-1b", "olmoe-1b-7b")
 QUICK_MODELS = tuple(_QUICK)
+ROUNDED = " rounded"  # the same weights, products of rows rounded to bf16 (--dtype bfloat16)
 # What Windlass and llama.cpp call a format of the same size
 TWINS = {"bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 
@@ -48,6 +49,7 @@ class Model:
 
     def file(self, engine: str, form: str) -> Path:
         """Where an engine finds the weights: a GGUF file or a folder."""
+        form = form.removesuffix(ROUNDED)
         if engine == "llama.cpp":
             return self.folder / f"{form}.gguf"
         return self.checkpoint if engine == "transformers" else self.folder / form
@@ -99,7 +101,7 @@ def prepare(model: Model, engine: str, form: str) -> str | None:
         command += [str(model.checkpoint), str(path), form]
     else:
         command = [sys.executable, "-m", "windlass.cli", "quantize", "--model"]
-        command += [str(model.checkpoint), "--out", str(path), "--format", form]
+        command += [str(model.checkpoint), "--out", str(path), "--format", path.name]
         command += ["--group", str(_GROUP)]
     done = subprocess.run(
         command, env=launch.environ(1), capture_output=True, text=True, check=False,
