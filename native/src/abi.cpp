@@ -1,4 +1,8 @@
 // The C functions: which instruction set runs, and no exception that leaves.
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <cstring>
 #include <new>
 #include <string>
@@ -15,6 +19,25 @@ struct Choice {
   bool (*runs)();
 };
 
+bool has_avx512_bf16() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16");
+}
+
+/// Tile registers with bf16 products, and the system's leave to use them.
+bool has_amx() {
+  if (!has_avx512_bf16()) return false;
+#if defined(WL_AMX_EMULATED)
+  return true;
+#else
+  unsigned a, b, c, d;
+  constexpr unsigned BF16 = 1u << 22, TILE = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (BF16 | TILE)) != (BF16 | TILE)) return false;
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#endif
+}
+
 const Choice CHOICES[] = {
     {"avx2", &wl::avx2_table, &wl::avx2_table.rounded,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
@@ -23,12 +46,8 @@ const Choice CHOICES[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      }},
-    {"avx512_bf16", &wl::avx512_table, &wl::avx512_bf16_products,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512bf16");
-     }},
+    {"avx512_bf16", &wl::avx512_table, &wl::avx512_bf16_products, has_avx512_bf16},
+    {"amx", &wl::avx512_table, &wl::amx_products, has_amx},
 };
 
 const Choice *best() {

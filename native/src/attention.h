@@ -72,12 +72,15 @@ struct Places {
 };
 
 /// scores[panel][rows][NR] = queries times the keys of a block.
-inline void score(const wl_attention &a, const Places &keys, const Places *next, int64_t rows, const AttentionBench &bench) {
+/// Panels of which no position is `valid` are left as they are: all of their scores are masked.
+inline void score(const wl_attention &a, const Places &keys, int valid, const Places *next, int64_t rows,
+                  const AttentionBench &bench) {
   wl_matrix shape{};  // of a column's scale: one for all of k
   shape.block_k = a.key_dim;
   float zeros[W];
   v_store(zeros, v_set(128.0f));
-  for (int p = 0; p < BP; p++)
+  const int panels = (valid + NR - 1) / NR;
+  for (int p = 0; p < panels; p++)
     for (int64_t k0 = 0; k0 < a.key_dim; k0 += KC) {
       const int count = int(std::min<int64_t>(KC, a.key_dim - k0));
       for (int v = 0; v < NV; v++) {
@@ -88,15 +91,18 @@ inline void score(const wl_attention &a, const Places &keys, const Places *next,
         unpack_rows_of(a.keys.type, keys.rows + first, k0, count, bench.panel + v * W, &shape, groups);
       }
       Ahead ahead;
-      if (next && k0 == 0) ahead = next->ahead(p * NR, NR, a.key_dim * item_bytes(a.keys.type), count / KSTEP);
+      if (next && k0 == 0) {
+        const int from = p * BK / panels, num = (p + 1) * BK / panels - from;
+        ahead = next->ahead(from, num, a.key_dim * item_bytes(a.keys.type), count / KSTEP);
+      }
       multiply_panel<Exact>(bench.queries, rows, a.key_dim, k0, count, bench.panel, bench.scores + p * rows * NR, k0 == 0, ahead);
     }
 }
 
-/// panel[BK][NR] = columns v0 .. v0 + NR of the values of a block.
+/// panel[valid][NR] = columns v0 .. v0 + NR of the values of a block.
 template <int TYPE>
-inline void unpack_values_as(const wl_cache &c, const Places &values, int64_t v0, float *panel) {
-  for (int i = 0; i < BK; i++)
+inline void unpack_values_as(const wl_cache &c, const Places &values, int valid, int64_t v0, float *panel) {
+  for (int i = 0; i < valid; i++)
     for (int v = 0; v < NV; v++) {
       const int64_t at = v0 + v * W;
       const uint8_t *row = values.rows[i];
@@ -118,12 +124,12 @@ inline void unpack_values_as(const wl_cache &c, const Places &values, int64_t v0
     }
 }
 
-inline void unpack_values(const wl_cache &c, const Places &values, int64_t v0, float *panel) {
+inline void unpack_values(const wl_cache &c, const Places &values, int valid, int64_t v0, float *panel) {
   switch (c.type) {
-    case WL_F32: return unpack_values_as<WL_F32>(c, values, v0, panel);
-    case WL_BF16: return unpack_values_as<WL_BF16>(c, values, v0, panel);
-    case WL_F16: return unpack_values_as<WL_F16>(c, values, v0, panel);
-    default: return unpack_values_as<WL_INT8>(c, values, v0, panel);
+    case WL_F32: return unpack_values_as<WL_F32>(c, values, valid, v0, panel);
+    case WL_BF16: return unpack_values_as<WL_BF16>(c, values, valid, v0, panel);
+    case WL_F16: return unpack_values_as<WL_F16>(c, values, valid, v0, panel);
+    default: return unpack_values_as<WL_INT8>(c, values, valid, v0, panel);
   }
 }
 
@@ -157,8 +163,34 @@ inline void soften(const wl_attention &a, float *const row[BP], int64_t position
   top = new_top;
 }
 
-/// All heads `first .. first + heads` of a group, all rows of a tile.
-inline void attend_item(const wl_attention &a, const wl_tile &tile, int64_t group, int64_t first, int64_t heads, const AttentionBench &bench) {
+/// Some heads of a group, `first .. first + heads`, and all rows of a tile.
+struct Item {
+  const wl_tile *tile;
+  int64_t group, first, heads;
+  int64_t last() const { return tile->position + tile->num_rows - 1; }
+  /// Position at which the first block begins that a row sees.
+  int64_t begin(const wl_attention &a) const {
+    return a.window ? std::max<int64_t>(0, tile->position - a.window + 1) / BK * BK : 0;
+  }
+};
+
+/// Keys and values of the block that is computed and of the one after, which is fetched meanwhile.
+struct Pipeline {
+  Places keys[2], values[2];
+  int now = 0;
+  bool shared;  // latent attention: values are part of the keys
+  explicit Pipeline(const wl_attention &a) : shared(a.values.data == a.keys.data) {}
+  void find(const wl_attention &a, const Item &item, int64_t t0, int at, const float *zeros) {
+    keys[at].fill(a, a.keys, *item.tile, item.group, t0, item.last(), zeros);
+    if (!shared) values[at].fill(a, a.values, *item.tile, item.group, t0, item.last(), zeros);
+  }
+};
+
+/// `pipeline` holds the item's first block, and then that of the item `after`, where there is one.
+inline void attend_item(const wl_attention &a, const Item &item, const Item *after, Pipeline &pipeline,
+                        const AttentionBench &bench) {
+  const wl_tile &tile = *item.tile;
+  const int64_t group = item.group, first = item.first, heads = item.heads;
   const int64_t rows = tile.num_rows * heads, d = a.key_dim, v = a.value_dim, panels = num_panels(v);
   const int64_t head0 = group * (a.num_heads / a.num_kv_heads) + first;
   const Blocks blocks{rows};
@@ -180,20 +212,12 @@ inline void attend_item(const wl_attention &a, const wl_tile &tile, int64_t grou
     bench.total[r] = 0.0f;
   }
   std::memset(bench.out, 0, size_t(rows * panels * NR) * 4);
-  const int64_t last = tile.position + tile.num_rows - 1;
-  const int64_t oldest = a.window ? std::max<int64_t>(0, tile.position - a.window + 1) : 0;
-  Places keys[2], values[2];
-  const bool shared = a.values.data == a.keys.data;  // latent attention: values are part of the keys
-  auto find = [&](int64_t t0, int i) {
-    keys[i].fill(a, a.keys, tile, group, t0, last, bench.zeros);
-    if (!shared) values[i].fill(a, a.values, tile, group, t0, last, bench.zeros);
-  };
-  int now = 0;
-  find(oldest / BK * BK, now);
-  for (int64_t t0 = oldest / BK * BK; t0 <= last; t0 += BK, now ^= 1) {
-    const bool more = t0 + BK <= last;
-    if (more) find(t0 + BK, now ^ 1);
-    score(a, keys[now], more ? &keys[now ^ 1] : nullptr, rows, bench);
+  const int64_t last = item.last();
+  for (int64_t t0 = item.begin(a); t0 <= last; t0 += BK, pipeline.now ^= 1) {
+    const int now = pipeline.now, then = now ^ 1, valid = int(std::min<int64_t>(BK, last - t0 + 1));
+    const bool own = t0 + BK <= last, more = own || after;
+    if (more) pipeline.find(a, own ? item : *after, own ? t0 + BK : after->begin(a), then, bench.zeros);
+    score(a, pipeline.keys[now], valid, more ? &pipeline.keys[then] : nullptr, rows, bench);
     for (int64_t r = 0; r < rows; r++) {
       float *row[BP];
       for (int p = 0; p < BP; p++) row[p] = bench.scores + (p * rows + r) * NR;
@@ -215,14 +239,14 @@ inline void attend_item(const wl_attention &a, const wl_tile &tile, int64_t grou
       }
     }
     for (int64_t p = 0; p < panels; p++) {
-      unpack_values(a.values, shared ? keys[now] : values[now], p * NR, bench.panel);
+      unpack_values(a.values, pipeline.shared ? pipeline.keys[now] : pipeline.values[now], valid, p * NR, bench.panel);
       Ahead ahead;
-      if (more && !shared) {
+      if (more && !pipeline.shared) {
         const int per_panel = int((BK + panels - 1) / panels), from = int(p) * per_panel;
         const int num = std::max(0, std::min(per_panel, BK - from));
-        ahead = values[now ^ 1].ahead(from, num, v * item_bytes(a.values.type), BK / KSTEP);
+        ahead = pipeline.values[then].ahead(from, num, v * item_bytes(a.values.type), valid / KSTEP);
       }
-      multiply_panel<Exact>(bench.weights, rows, BK, 0, BK, bench.panel, bench.out + p * rows * NR, false, ahead);
+      multiply_panel<Exact>(bench.weights, rows, BK, 0, valid, bench.panel, bench.out + p * rows * NR, false, ahead);
     }
   }
   for (int64_t r = 0; r < rows; r++) {
@@ -245,13 +269,23 @@ inline void attention_task(wl::Team &team, int, void *context) {
   const AttentionRound &round = *static_cast<AttentionRound *>(context);
   const wl_attention &a = *round.work;
   AttentionBench bench(a);
-  int64_t i;
-  while ((i = team.next(a.num_tiles * round.items_per_tile)) >= 0) {
-    const wl_tile &tile = a.tiles[i / round.items_per_tile];
-    const int64_t item = i % round.items_per_tile, chunks = round.items_per_tile / a.num_kv_heads;
-    const int64_t first = item % chunks * round.heads_per_item;
-    const int64_t heads = std::min(round.heads_per_item, round.share - first);
-    attend_item(a, tile, item / chunks, first, heads, bench);
+  Pipeline pipeline(a);
+  auto take = [&](Item &item) {
+    const int64_t i = team.next(a.num_tiles * round.items_per_tile);
+    if (i < 0) return false;
+    const int64_t at = i % round.items_per_tile, chunks = round.items_per_tile / a.num_kv_heads;
+    const int64_t first = at % chunks * round.heads_per_item;
+    item = {a.tiles + i / round.items_per_tile, at / chunks, first, std::min(round.heads_per_item, round.share - first)};
+    return true;
+  };
+  Item item, after;
+  if (!take(item)) return;
+  pipeline.find(a, item, item.begin(a), pipeline.now, bench.zeros);
+  while (true) {
+    const bool more = take(after);
+    attend_item(a, item, more ? &after : nullptr, pipeline, bench);
+    if (!more) return;
+    item = after;
   }
 }
 

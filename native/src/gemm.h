@@ -95,9 +95,9 @@ inline void micro(const float *rows, const float *panel, int count, float *c, bo
 }
 
 /// fp32 rows times fp32 panels. A mode says what packed rows and panels are made of: 32-bit units,
-/// UNIT columns of k in each.
+/// UNIT columns of k in each, a multiple of ROUND of them in a row.
 struct Exact {
-  static constexpr int UNIT = 1;
+  static constexpr int UNIT = 1, ROUND = 1;
   static void pack(const float *const *rows, int mr, int64_t count, float *dst) { pack_rows(rows, mr, count, dst); }
   static void unpack(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, float *scratch) {
     unpack_panel(m, n0, k0, count, panel, scratch);
@@ -126,7 +126,7 @@ struct Rounded : Exact {
 /// 32-bit units of a packed row of k columns.
 template <class Mode>
 inline int64_t packed_width(int64_t k) {
-  return (k + Mode::UNIT - 1) / Mode::UNIT;
+  return (k + Mode::UNIT * Mode::ROUND - 1) / (Mode::UNIT * Mode::ROUND) * Mode::ROUND;
 }
 
 template <class Mode>
@@ -139,6 +139,9 @@ inline void run_tile(int mr, const float *rows, const float *panel, int units, f
 #if defined(__AVX512F__)
       Mode::template tile<7>, Mode::template tile<8>, Mode::template tile<9>,
       Mode::template tile<10>, Mode::template tile<11>, Mode::template tile<12>,
+#endif
+#if defined(WL_MR)
+      Mode::template tile<13>, Mode::template tile<14>, Mode::template tile<15>, Mode::template tile<16>,
 #endif
   };
   static_assert(sizeof(table) / sizeof(table[0]) == MR, "one tile for each number of rows");

@@ -13,7 +13,7 @@ inline VI to_pairs(V low, V high) {  // low in even, high in odd places: one pai
 }
 
 struct Pairs {
-  static constexpr int UNIT = 2;
+  static constexpr int UNIT = 2, ROUND = 1;
 
   static void pack(const float *const *rows, int mr, int64_t count, float *dst) {
     const int64_t units = (count + 1) / 2;

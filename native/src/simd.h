@@ -14,7 +14,11 @@ namespace WL_NS {
 using V = __m512;
 using VI = __m512i;
 constexpr int W = 16;
+#if defined(WL_MR)
+constexpr int MR = WL_MR;
+#else
 constexpr int MR = 12;  // 24 sums, 2 columns, 1 row element: 27 of 32 registers
+#endif
 
 inline V v_zero() { return _mm512_setzero_ps(); }
 inline V v_set(float x) { return _mm512_set1_ps(x); }

@@ -21,6 +21,6 @@ struct Table {
 };
 
 extern const Table avx2_table, avx512_table;
-extern const Products avx512_bf16_products;
+extern const Products avx512_bf16_products, amx_products;
 
 }  // namespace wl

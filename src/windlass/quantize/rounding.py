@@ -11,7 +11,7 @@ import torch
 from windlass.quantize.scheme import Scheme
 
 # Scales tried, as shares of the one that reaches the largest element. Four bits pay for clipping up
-# to 60 % of the range, eight bits only for a little: docs/decisions/0006-quantize.md.
+# to 60 % of the range, eight bits only for a little: docs/decisions/0007-quantize.md.
 _SHARES = {
     4: [1.0 - 0.03 * i for i in range(21)],
     8: [1.0 - 0.005 * i for i in range(21)],
