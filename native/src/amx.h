@@ -21,36 +21,42 @@ struct SoftTiles {
 };
 inline thread_local SoftTiles soft_tiles;
 
-inline void tile_config(const TileConfig &c) { soft_tiles.config = c; }
-inline void tile_release() {}
-template <int T> inline void tile_zero() { std::memset(soft_tiles.data[T], 0, sizeof soft_tiles.data[T]); }
-template <int T> inline void tile_load(const float *p, int64_t stride) {
-  for (int r = 0; r < soft_tiles.config.rows[T]; r++)
-    std::memcpy(soft_tiles.data[T][r], reinterpret_cast<const char *>(p) + r * stride, soft_tiles.config.bytes[T]);
+inline void soft_zero(int t) { std::memset(soft_tiles.data[t], 0, sizeof soft_tiles.data[t]); }
+inline void soft_load(int t, const float *p, int64_t stride) {
+  for (int r = 0; r < soft_tiles.config.rows[t]; r++)
+    std::memcpy(soft_tiles.data[t][r], reinterpret_cast<const char *>(p) + r * stride, soft_tiles.config.bytes[t]);
 }
-template <int T> inline void tile_store(float *p, int64_t stride) {
-  for (int r = 0; r < soft_tiles.config.rows[T]; r++)
-    std::memcpy(reinterpret_cast<char *>(p) + r * stride, soft_tiles.data[T][r], soft_tiles.config.bytes[T]);
+inline void soft_store(int t, float *p, int64_t stride) {
+  for (int r = 0; r < soft_tiles.config.rows[t]; r++)
+    std::memcpy(reinterpret_cast<char *>(p) + r * stride, soft_tiles.data[t][r], soft_tiles.config.bytes[t]);
 }
-template <int C, int A, int B> inline void tile_multiply() {
-  for (int m = 0; m < soft_tiles.config.rows[A]; m++)
+inline void soft_multiply(int c, int a, int b) {
+  for (int m = 0; m < soft_tiles.config.rows[a]; m++)
     for (int n = 0; n < 16; n++)
-      for (int k = 0; k < soft_tiles.config.rows[B]; k++) {
-        uint16_t a[2], b[2];
-        std::memcpy(a, &soft_tiles.data[A][m][k], 4);
-        std::memcpy(b, &soft_tiles.data[B][k][n], 4);
-        soft_tiles.data[C][m][n] += scalar_bf16(a[0]) * scalar_bf16(b[0]) + scalar_bf16(a[1]) * scalar_bf16(b[1]);
+      for (int k = 0; k < soft_tiles.config.rows[b]; k++) {
+        uint16_t x[2], y[2];
+        std::memcpy(x, &soft_tiles.data[a][m][k], 4);
+        std::memcpy(y, &soft_tiles.data[b][k][n], 4);
+        soft_tiles.data[c][m][n] += scalar_bf16(x[0]) * scalar_bf16(y[0]) + scalar_bf16(x[1]) * scalar_bf16(y[1]);
       }
 }
 
+// Macros, since a tile's number must be a literal for the intrinsics.
+#define WL_TILE_CONFIG(c) soft_tiles.config = c
+#define WL_TILE_RELEASE()
+#define WL_TILE_ZERO(t) soft_zero(t)
+#define WL_TILE_LOAD(t, p, stride) soft_load(t, p, stride)
+#define WL_TILE_STORE(t, p, stride) soft_store(t, p, stride)
+#define WL_TILE_MULTIPLY(c, a, b) soft_multiply(c, a, b)
+
 #else
 
-inline void tile_config(const TileConfig &c) { _tile_loadconfig(&c); }
-inline void tile_release() { _tile_release(); }
-template <int T> inline void tile_zero() { _tile_zero(T); }
-template <int T> inline void tile_load(const float *p, int64_t stride) { _tile_loadd(T, p, stride); }
-template <int T> inline void tile_store(float *p, int64_t stride) { _tile_stored(T, p, stride); }
-template <int C, int A, int B> inline void tile_multiply() { _tile_dpbf16ps(C, A, B); }
+#define WL_TILE_CONFIG(c) _tile_loadconfig(&c)
+#define WL_TILE_RELEASE() _tile_release()
+#define WL_TILE_ZERO(t) _tile_zero(t)
+#define WL_TILE_LOAD(t, p, stride) _tile_loadd(t, p, stride)
+#define WL_TILE_STORE(t, p, stride) _tile_stored(t, p, stride)
+#define WL_TILE_MULTIPLY(c, a, b) _tile_dpbf16ps(c, a, b)
 
 #endif
 
@@ -84,22 +90,22 @@ struct Tiles {
       config.bytes[t] = 64;
       config.rows[t] = uint8_t(t < 3 ? M : W);
     }
-    tile_config(config);
-    tile_zero<0>();
-    tile_zero<1>();
+    WL_TILE_CONFIG(config);
+    WL_TILE_ZERO(0);
+    WL_TILE_ZERO(1);
     constexpr int STEPS = W * UNIT / KSTEP;  // of fetching, in a chunk
     for (int u = 0; u < units; u += W) {
       for (int s = 0; s < STEPS; s++) ahead.fetch(u / W * STEPS + s);
-      tile_load<2>(rows + int64_t(u) * M, W * 4);
-      tile_load<3>(panel + int64_t(u) * NR, NR * 4);
-      tile_load<4>(panel + int64_t(u) * NR + W, NR * 4);
-      tile_multiply<0, 2, 3>();
-      tile_multiply<1, 2, 4>();
+      WL_TILE_LOAD(2, rows + int64_t(u) * M, W * 4);
+      WL_TILE_LOAD(3, panel + int64_t(u) * NR, NR * 4);
+      WL_TILE_LOAD(4, panel + int64_t(u) * NR + W, NR * 4);
+      WL_TILE_MULTIPLY(0, 2, 3);
+      WL_TILE_MULTIPLY(1, 2, 4);
     }
     alignas(64) float sums[M][NR];
-    tile_store<0>(&sums[0][0], NR * 4);
-    tile_store<1>(&sums[0][W], NR * 4);
-    tile_release();
+    WL_TILE_STORE(0, &sums[0][0], NR * 4);
+    WL_TILE_STORE(1, &sums[0][W], NR * 4);
+    WL_TILE_RELEASE();
     for (int m = 0; m < M; m++)
       for (int v = 0; v < NV; v++) {
         float *p = c + m * NR + v * W;
