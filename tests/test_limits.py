@@ -13,6 +13,8 @@ def constants() -> dict[str, int]:
     text = "\n".join(path.read_text() for path in sorted(SOURCES.glob("*.h")))
     found: dict[str, int] = {}
     for name, value in re.findall(r"constexpr int(?:64_t)? (\w+) = ([\w *<+]+);", text):
+        if value.startswith("WL_"):  # set by the file that includes it
+            continue
         numbers = re.sub(r"[A-Z]+", lambda match: str(found[match[0]]), value)
         found.setdefault(name, eval(numbers))  # 1 << 20, and sums and products of the names before
     return found
