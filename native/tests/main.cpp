@@ -1,5 +1,5 @@
 // Runs every test with every instruction set of this machine.
-//     test_native [--quick] [--only NAME] [--skip NAME] [--expect SETS]
+//     test_native [--quick] [--only NAME] [--skip NAME] [--set NAME] [--expect SETS]
 // SETS: the instruction sets that must be available, comma separated; "" where none may be.
 #include <chrono>
 #include <cstdarg>
@@ -37,10 +37,11 @@ std::string text(const char *format, ...) {
 
 int main(int count, char **arguments) {
   int scale = 8;
-  std::string only, skipped, expected = wl_available();
+  std::string only, only_set, skipped, expected = wl_available();
   for (int i = 1; i < count; i++) {
     if (!std::strcmp(arguments[i], "--quick")) scale = 1;
     if (!std::strcmp(arguments[i], "--only") && i + 1 < count) only = arguments[++i];
+    if (!std::strcmp(arguments[i], "--set") && i + 1 < count) only_set = arguments[++i];
     if (!std::strcmp(arguments[i], "--skip") && i + 1 < count) skipped = arguments[++i];
     if (!std::strcmp(arguments[i], "--expect") && i + 1 < count) expected = arguments[++i];
   }
@@ -51,6 +52,7 @@ int main(int count, char **arguments) {
   std::string set;
   while (std::getline(sets, set, ',')) {
     if (wl_use(set.c_str()) != WL_OK || set != wl_in_use()) return 2;
+    if (!only_set.empty() && set != only_set) continue;
     for (const test::Test &one : test::tests()) {
       if ((!only.empty() && only != one.name) || skipped == one.name) continue;
       const int before = test::failures;

@@ -176,7 +176,7 @@ Case::Shape any_shape(Run &run) {
 }  // namespace
 
 TEST(attention_is_right_and_a_row_depends_on_its_sequence_alone) {
-  for (int i = 0; i < run.tries(80); i++) {
+  for (int i = 0; i < run.tries(56); i++) {
     const bool is_long = i % 10 == 0;
     const int32_t type = run.pick<int32_t>({WL_F32, WL_BF16, WL_F16, WL_INT8});
     Case c(run, any_shape(run), type, run.between(1, 5), is_long ? 700 : 130, is_long ? 200 : 60);

@@ -133,7 +133,7 @@ struct Case {
 }  // namespace
 
 TEST(experts_are_right_and_a_row_depends_on_itself_alone) {
-  for (int i = 0; i < run.tries(64); i++) {
+  for (int i = 0; i < run.tries(40); i++) {
     const bool is_large = i % 16 == 0;
     Case c(run, is_large ? run.between(500, 1100) : run.size(60), run.between(1, 5), is_large ? 40 : 300, is_large ? 30 : 300);
     if (!c.num_places) continue;

@@ -90,7 +90,7 @@ TEST(products_of_every_storage) {
 }
 
 TEST(products_are_right_and_depend_on_their_row_alone) {
-  for (int i = 0; i < run.tries(64); i++) {
+  for (int i = 0; i < run.tries(48); i++) {
     const bool is_large = i % 16 == 0;
     const int64_t rows = is_large ? run.between(500, 1100) : run.size(70);
     Products p(rows);
