@@ -23,7 +23,7 @@ def violations(library: str) -> tuple[int, list[str]]:
         if match := _FUNCTION.match(line):
             name = match[1]
             count += 1
-        elif "wl_avx512" in name:
+        elif "wl_avx512" in name or "wl_amx" in name:
             continue
         elif _AVX512.search(line) or ("wl_avx2" not in name and _AVX.search(line)):
             found.setdefault(name, line.strip())
