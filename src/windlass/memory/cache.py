@@ -107,7 +107,7 @@ class WeightCache:
             return self._take(entry)
 
     def begin(self, keys: Iterable[WeightKey]) -> Visit:
-        """Demands `keys` (distinct): reading begins at once, for as many as slots and link allow."""
+        """Demands `keys` (distinct); reading begins at once, as far as slots and link allow."""
         with self._changed:
             visit = Visit()
             for key in keys:

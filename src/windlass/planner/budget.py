@@ -7,7 +7,7 @@ same reads per pass, so dense parts, head, experts, embedding in this order.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
@@ -46,6 +46,7 @@ class Wanted:
     max_num_batched_tokens: int | None = None
     micro_batch_tokens: int | None = None
     max_model_len: int | None = None
+    kv_pages: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +62,8 @@ class Sizes:
     row_buffer_bytes: int  # where the embedding's rows are read one by one
     state_bytes: int  # recurrent state of a sequence, all layers
     backend: Backend
+    # how matrices are stored, as hardware profiles call it; "bfloat16" of parts that are absent
+    weight_kinds: Mapping[Part, str] = field(default_factory=dict)
 
 
 def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -> Plan:
@@ -97,7 +100,7 @@ class _Draft:
             self._sizes.process_bytes
             + self._activations(seqs, rows)
             + self._slots_bytes(self._least_slots())
-            + self._pages(context) * self._page_bytes
+            + (self._wanted.kv_pages or self._pages(context)) * self._page_bytes
             + self._tables()
             + seqs * self._sizes.state_bytes
         )
@@ -108,10 +111,11 @@ class _Draft:
         slots = self._least_slots()
         least = self._slots_bytes(slots)
         context = self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
-        least += self._pages(context) * self._page_bytes
+        least_pages = self._wanted.kv_pages or self._pages(context)
+        least += least_pages * self._page_bytes
         seqs, rows = self._pass_size(free, least)
         left = free - self._activations(seqs, rows) - seqs * self._sizes.state_bytes
-        room = left - self._slots_bytes(slots) - self._pages(context) * self._page_bytes
+        room = left - self._slots_bytes(slots) - least_pages * self._page_bytes
         self._grow(slots, Part.EXPERT, room, most=_PIPELINE_SLOTS)
         pages = self._grow_pages(left - self._slots_bytes(slots), seqs)
         left -= pages * self._page_bytes
@@ -142,6 +146,8 @@ class _Draft:
 
     def _grow_pages(self, left: int, seqs: int) -> int:
         """Pages for `seqs` sequences of usual length, within their share of what is left."""
+        if self._wanted.kv_pages is not None:
+            return self._wanted.kv_pages
         usual = min(self._wanted.max_model_len or _USUAL_TOKENS, self._spec.max_positions)
         least = self._pages(
             self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
@@ -242,7 +248,7 @@ def _check(wanted: Wanted, spec: ModelSpec) -> None:
         )
     for name, least in (
         ("expert_slots", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", _CHUNK + 1),
-        ("micro_batch_tokens", _CHUNK), ("max_model_len", 2),
+        ("micro_batch_tokens", _CHUNK), ("max_model_len", 2), ("kv_pages", 1),
     ):  # fmt: skip
         value = getattr(wanted, name)
         if value is not None and value < least:

@@ -1,5 +1,5 @@
-"""The runtime that only counts: the schedule, the weight cache, the policy and the forecast are those
-of the device, on a virtual clock. Knows rows, keys, bytes and seconds; no tensor, no file.
+"""The runtime that only counts: the schedule, the weight cache, the policy and the forecast are
+those of the device, on a virtual clock. Knows rows, keys, bytes and seconds; no tensor, no file.
 
 The caller is the one thread of a real engine: it waits for weights, and for what it has the lanes
 compute. Attention of several micro-batches may be under way at once where the lanes that it needs
