@@ -478,8 +478,8 @@ def test_bits_are_those_without_sharing_on_few_pages(engine_of):
         expected = _bits(run_all(engine, _wanted()))
     with engine_of(max_num_batched_tokens=140) as engine:
         kv = engine._admission._kv
-        kv.num_pages = 8  # 256 tokens, the longest request: as if others had the rest
-        kv.pool = PagePool(8)
+        kv.num_pages = 10  # the longest request takes 8: as if others had the rest
+        kv.pool = PagePool(10)
         results = run_all(engine, _wanted())
         stats = engine.stats()
     assert stats.num_preemptions > 0 and stats.prefix_cache_hits > 0
