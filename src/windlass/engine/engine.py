@@ -102,6 +102,15 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._open)
 
+    def expected_output_tokens(self, max_tokens: int, quantile: float | None = None) -> float:
+        """Tokens of an answer that may have `max_tokens`: the mean by what has ended so far (the
+        short ones end first), or what the share `quantile` of answers does not exceed. `max_tokens`
+        where none has ended."""
+        lengths = self._admission.lengths
+        if quantile is None:
+            return lengths.mean(max_tokens)
+        return lengths.quantile(quantile, max_tokens)
+
     def validate(self, request: Request) -> None:
         """Raises RequestError if the request cannot run here."""
         self._check(request)
@@ -217,6 +226,8 @@ class Engine:
                 self._generated_tokens += 1
             except RequestError as error:  # this request alone fails: constraints left no token
                 choice.finish_reason, entry.failure = "error", error
+            else:
+                self._observe(choice)
             taken += 1
             entry.first_token = entry.first_token or time.monotonic()
             if choice.finish_reason is not None:
@@ -225,6 +236,10 @@ class Engine:
                 if not entry.left:
                     finished.append(self._finish(entry))
         return StepResult(tuple(finished), tuple(deltas))
+
+    def _observe(self, choice: Choice) -> None:
+        if choice.finish_reason is not None:
+            self._admission.lengths.observe(len(choice.output_ids), choice.queued.max_output)
 
     def _finish(self, entry: _Open) -> RequestOutput:
         request = entry.request
