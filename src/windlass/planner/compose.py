@@ -25,12 +25,14 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a plan allows: rows and sequences per pass, pages of keys and values."""
+    """What a plan allows: rows and sequences per pass, pages of keys and values; prompt rows beside
+    rows that decode, at most, where they are bounded."""
 
     max_rows: int
     max_seqs: int
     num_pages: int
     page_tokens: int
+    mixed_prefill_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,9 @@ class _Composer:
         room = self._limits.max_rows - int(wanted.sum())
         if room < 0:
             room, wanted = self._squeezed(wanted)
+        bound = self._limits.mixed_prefill_rows
+        if bound is not None and wanted.any():
+            room = min(room, bound)
         counts = wanted.tolist()
         for i in np.flatnonzero(~decoding).tolist():
             counts[i] = _fitting(int(self._prompt[i] - self._computed[i]), room)

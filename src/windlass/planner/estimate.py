@@ -96,7 +96,13 @@ def estimate(
         raise UsageError(
             f"workload: a sequence has {workload.longest} tokens, allowed {plan.max_model_len}"
         )
-    limits = Limits(plan.max_num_batched_tokens, plan.max_num_seqs, plan.kv_pages, plan.page_tokens)
+    limits = Limits(
+        plan.max_num_batched_tokens,
+        plan.max_num_seqs,
+        plan.kv_pages,
+        plan.page_tokens,
+        plan.mixed_prefill_tokens,
+    )
     parts = _parts(workload, plan.max_num_seqs)
     composed = [list(compose(part, limits)) for part in parts]
     times = PassTimes(spec, sizes, plan, profile, composed[-1], on_clock=on_clock)
