@@ -188,8 +188,15 @@ def _assemble(
     def run(batch: Batch) -> Outcome:
         return run_pass(runtime, shape, batch)
 
-    on_close = opened.pop_all().close
-    return Engine(setup, run, weights, admission, tracer=tracer, on_close=on_close)
+    return Engine(
+        setup,
+        run,
+        weights,
+        admission,
+        tracer=tracer,
+        disk_busy_s=lambda: device.busy_s,
+        on_close=opened.pop_all().close,
+    )
 
 
 def pass_shape(spec: ModelSpec, layout: Layout) -> PassShape:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from windlass import __version__
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer
+from windlass.cli.report import phase_json, phase_lines
 from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
 from windlass.errors import UsageError, WindlassError
 from windlass.options import EngineOptions, checkpoint_stamp, resolve_model
@@ -186,6 +187,7 @@ def _summary_lines(summary: "Summary", options: "JobOptions") -> list[str]:
             f"tokens: {stats.prompt_tokens} in, {stats.generated_tokens} out; "
             f"{stats.generated_tokens / seconds:.2f} out per s, "
             f"{(stats.prompt_tokens + stats.generated_tokens) / seconds:.2f} per s in all",
+            *phase_lines(stats),
             f"disk: {format_bytes(stats.bytes_read)} read, "
             f"{format_bytes(stats.bytes_read / seconds)}/s; experts found in memory: {hits}",
             f"memory: {format_bytes(stats.peak_rss_bytes)} at the peak",
@@ -231,6 +233,7 @@ def _summary_json(
             "weights_wait_time": stats.wait_s,
             "pass_time": stats.pass_s,
             "peak_rss_bytes": stats.peak_rss_bytes,
+            **phase_json(stats),
         }
     return document
 

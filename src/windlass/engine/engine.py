@@ -13,6 +13,7 @@ import torch
 
 from windlass.engine.admission import Admission, Row
 from windlass.engine.choice import Choice, Queued
+from windlass.engine.meter import PhaseMeter, Readings
 from windlass.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from windlass.engine.sampling import Sampler, choice_seed
 from windlass.engine.sequence import Delta, Request, StepResult
@@ -69,6 +70,7 @@ class Engine:
         admission: Admission,
         *,
         tracer: Tracer,
+        disk_busy_s: Callable[[], float],
         on_close: Callable[[], None],
     ) -> None:
         """`on_close` must be idempotent and must not hold the engine: it also ends what an engine
@@ -89,6 +91,8 @@ class Engine:
         self._open: dict[str, _Open] = {}
         self._passes = self._prompt_tokens = self._generated_tokens = 0
         self._pass_s = 0.0
+        self._disk_busy_s = disk_busy_s
+        self._meter = PhaseMeter()
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -170,11 +174,11 @@ class Engine:
 
     def step(self) -> StepResult:
         """One pass and the tokens it brings."""
+        begin = time.perf_counter()
         rows = self._admission.compose(self._start)
         if not rows:
             assert not self._open, "requests wait, but nothing can run"
             return StepResult((), ())
-        begin = time.perf_counter()
         with self._tracer.span("pass", lane="engine", segments=len(rows)):
             batch = make_batch(
                 [row.segment for row in rows], micro_batch_tokens=self.plan.micro_batch_tokens
@@ -184,7 +188,15 @@ class Engine:
             self._passes += 1
             with self._tracer.span("sample", rows=len(outcome.logits)):
                 result = self._take(rows, outcome)
-        self._pass_s += time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self._pass_s += seconds
+        self._meter.add(
+            batch.segments,
+            self._readings(),
+            passes=1,
+            output_tokens=len(result.deltas),
+            seconds=seconds,
+        )
         stats = self._weights.stats()
         self._tracer.counter("rows", rows=batch.num_rows)
         self._tracer.counter("disk", bytes=stats.bytes_read)
@@ -257,7 +269,12 @@ class Engine:
             running=len(self._admission.running),
             waiting=len(self._admission.waiting),
             num_preemptions=self._admission.num_preemptions,
+            phases=dict(self._meter.phases),
         )
+
+    def _readings(self) -> Readings:
+        store = self._weights.stats()
+        return Readings(store.bytes_read, self._disk_busy_s(), store.wait_s, self._tracer.seconds)
 
     def check(self) -> None:
         """Invariants of all stores; cheap enough for tests after every step."""
