@@ -563,6 +563,17 @@ def test_other_cache_types_are_refused(words: list[str]) -> None:
     assert main(["generate", *words, "Hello"]) == 2
 
 
+@pytest.mark.parametrize("own", [["--kv-cache-dtype", "float16"], ["--kv-cache-dtype=auto"]])
+def test_cache_types_that_contradict_each_other_are_refused(own: list[str]) -> None:
+    types = ["-ctk", "q8_0", "-ctv", "q8_0"]
+    for words in ([*own, *types], [*types, *own]):
+        with pytest.raises(UsageError, match="allowed only int8: they mean the same"):
+            translate_known(words)
+        assert main(["generate", *words, "Hello"]) == 2
+    same = ["--kv-cache-dtype", "int8"]
+    assert values(*translate_known([*same, *types]))["kv_cache_dtype"] == "int8"
+
+
 def test_usage_errors_exit_2(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
