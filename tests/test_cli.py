@@ -367,7 +367,7 @@ ENGINE = {
     "--moe-expert-cache-size", "--moe-expert-cache", "--kv-cache-dtype",
     "--max-num-seqs", "-np", "--parallel",
     "--max-num-batched-tokens", "-b", "--batch-size", "--micro-batch-size", "-ub", "--ubatch-size",
-    "--threads", "-t", "--moe-backend", "--trace", "--config",
+    "--threads", "-t", "--moe-backend", "--trace", "--config", "--schedule", "--plan",
 }  # fmt: skip
 OPTIONS = {
     "run-batch": ENGINE | {
@@ -444,6 +444,10 @@ def test_values_become_engine_options() -> None:
             "torch",
             "--kv-cache-dtype",
             "int8",
+            "--schedule",
+            "model-based",
+            "--plan",
+            "p.json",
         )  # fmt: skip
     )
     assert (options.model, options.host_memory, options.moe_expert_cache_size) == (
@@ -455,6 +459,7 @@ def test_values_become_engine_options() -> None:
     assert (options.load_mode, options.trace) == ("dio", Path("t.json"))
     assert (options.generation_config, options.tokenizer) == ("vllm", "tok")
     assert (options.moe_backend, options.kv_cache_dtype) == ("torch", "int8")
+    assert (options.schedule, options.plan) == ("model-based", Path("p.json"))
     plain = engine_options(values())
     assert (plain.model, plain.host_memory, plain.max_model_len) == ("demo", None, None)
     assert engine_options(values("-c", "-1")).max_model_len is None

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,18 @@ from windlass.memory.recipe import slot_bytes
 from windlass.memory.rows import row_buffer_bytes
 from windlass.memory.views import copied_bytes, dtype_of
 from windlass.memory.weights import WeightStore
-from windlass.options import EngineOptions, checkpoint_stamp, read_config, resolve_model
+from windlass.options import (
+    EngineOptions,
+    checkpoint_stamp,
+    read_config,
+    read_plan,
+    resolve_model,
+)
 from windlass.params import SamplingParams
 from windlass.plan import Plan
 from windlass.planner.activations import Backend
 from windlass.planner.budget import Sizes, Wanted, make_plan
+from windlass.planner.replay import check_replay
 from windlass.schedule.announce import Announcer, PassForecast
 from windlass.schedule.batch import Batch
 from windlass.schedule.embedding import EmbeddingRows
@@ -124,9 +131,14 @@ def _setup(options: EngineOptions, model: _Model, backend: Backend) -> EngineSet
     """The plan and all that requests need."""
     tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
     tokenizer = load_tokenizer(tokenizer_folder, model_folder=model.folder)
+    replayed = read_plan(options.plan) if options.plan else None
+    if replayed is not None and options.kv_cache_dtype == "auto":
+        options = replace(options, kv_cache_dtype=_known_cache_dtype(replayed))
     wanted = _wanted(options, model)
     sizes = _sizes(model, options, backend)
-    plan = make_plan(model.spec, sizes, options.host_memory or default_budget(), wanted)
+    if replayed is not None:
+        check_replay(replayed, model.spec, sizes, wanted, options.host_memory or largest_budget())
+    plan = replayed or make_plan(model.spec, sizes, options.host_memory or default_budget(), wanted)
     return EngineSetup(
         plan=plan,
         tokenizer=tokenizer,
@@ -174,7 +186,7 @@ def _assemble(
         weights,
         kv,
         embedding=EmbeddingRows(weights),
-        announcer=Announcer(shape, num_experts, weights, forecast),
+        announcer=Announcer(shape, num_experts, weights, forecast) if plan.overlap else None,
         forecast=forecast,
         tracer=tracer,
     )
@@ -280,6 +292,14 @@ def _cache_dtype(model: _Model, options: EngineOptions) -> str:
     return next(name for name, dtype in _CACHE_DTYPES.items() if dtype is stored)
 
 
+def _known_cache_dtype(plan: Plan) -> Any:
+    if plan.kv_cache_dtype not in _CACHE_DTYPES:
+        raise UsageError(
+            f"plan: kv_cache_dtype: got {plan.kv_cache_dtype!r}, allowed {', '.join(_CACHE_DTYPES)}"
+        )
+    return plan.kv_cache_dtype
+
+
 def _wanted(options: EngineOptions, model: _Model) -> Wanted:
     return Wanted(
         expert_slots=_expert_slots(options.moe_expert_cache_size, model),
@@ -287,6 +307,7 @@ def _wanted(options: EngineOptions, model: _Model) -> Wanted:
         max_num_batched_tokens=options.max_num_batched_tokens,
         micro_batch_tokens=options.micro_batch_size,
         max_model_len=options.max_model_len,
+        schedule=options.schedule,
     )
 
 
@@ -320,7 +341,16 @@ def _slots(plan: Plan) -> dict[Part, int]:
 
 def default_budget() -> int:
     """Memory for the whole process where the user names none: below every limit on it."""
-    budget = resident_bytes() + int(_DEFAULT_SHARE * available_bytes())
+    return _budget(_DEFAULT_SHARE)
+
+
+def largest_budget() -> int:
+    """All memory that this process could have."""
+    return _budget(1.0)
+
+
+def _budget(share: float) -> int:
+    budget = resident_bytes() + int(share * available_bytes())
     return min([budget, *(group.limit - _LIMIT_MARGIN for group in memory_limits())])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from windlass.cli.flags import Flag, choice, count, integer, size
 from windlass.errors import UsageError
 from windlass.options import KV_CACHE_DTYPES, EngineOptions, read_config, resolve_model
+from windlass.plan import SCHEDULES
 from windlass.spec.formats import METHODS
 from windlass.spec.registry import read_spec
 
@@ -63,6 +64,13 @@ ENGINE_FLAGS = (
          metavar="N", group=_BATCHING, help="tokens per pass (default: planned)"),
     Flag(name="micro-batch-size", aliases=("-ub", "--ubatch-size"), read=integer(1), metavar="N",
          group=_BATCHING, help="tokens that attention takes at once (default: planned)"),
+    Flag(name="schedule", read=choice(*SCHEDULES), metavar="NAME", group=_BATCHING,
+         help="module-based (default: each expert once per pass over all of its rows) or "
+         "model-based (every micro-batch through all layers by itself, as other programs do it; "
+         "for comparison, results are the same)"),
+    Flag(name="plan", read=Path, metavar="FILE", group=_MEMORY,
+         help="replay a plan that an earlier run wrote (FILE.plan.json beside its output): the "
+         "same values, or an error where they do not fit"),
     Flag(name="threads", aliases=("-t",), read=integer(1), metavar="N", group=_BATCHING,
          help="of computation (default: the machine's cores)"),
     Flag(name="moe-backend", read=choice("auto", "torch", "cpu"), default="auto", metavar="NAME",

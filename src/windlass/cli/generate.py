@@ -92,6 +92,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
             "expert_hits": stats.expert_hits,
             "peak_rss_bytes": stats.peak_rss_bytes,
             **phase_json(stats),
+            "plan": engine.plan.to_json(),
         }
         print(json.dumps(document))
     return 0

@@ -41,7 +41,7 @@ FLAGS = (
          group=_FILES, help="requests, one OpenAI batch line each"),
     Flag(name="output-file", aliases=("-o",), read=_path, metavar="FILE", is_required=True,
          group=_FILES, help="results in the same order; FILE.journal and FILE.manifest.json beside "
-         "it make the job resumable"),
+         "it make the job resumable, FILE.plan.json is the plan it ran by"),
     Flag(name="error-file", read=_path, metavar="FILE", group=_FILES,
          help="put rows that failed here instead"),
     Flag(name="overwrite", read=None, default=False, group=_JOB,
@@ -191,6 +191,7 @@ def _summary_lines(summary: "Summary", options: "JobOptions") -> list[str]:
             f"disk: {format_bytes(stats.bytes_read)} read, "
             f"{format_bytes(stats.bytes_read / seconds)}/s; experts found in memory: {hits}",
             f"memory: {format_bytes(stats.peak_rss_bytes)} at the peak",
+            f"plan: {options.plan_file}",
         ]
     if summary.is_complete:
         lines.append(f"results: {options.output_file}")
@@ -226,6 +227,7 @@ def _summary_json(
             "total_output_tokens": stats.generated_tokens,
             "output_throughput": stats.generated_tokens / seconds,
             "total_token_throughput": total / seconds,
+            "plan_file": str(options.plan_file),
             "passes": stats.passes,
             "bytes_read": stats.bytes_read,
             "expert_requests": stats.expert_requests,

@@ -25,7 +25,7 @@ from windlass.ids import Part
 from windlass.memory.weights import WeightStore
 from windlass.params import SamplingParams
 from windlass.plan import Plan
-from windlass.schedule.batch import Batch, make_batch
+from windlass.schedule.batch import Batch, make_batch, passes_of
 from windlass.schedule.runtime import Outcome
 from windlass.trace import Tracer
 
@@ -183,9 +183,10 @@ class Engine:
             batch = make_batch(
                 [row.segment for row in rows], micro_batch_tokens=self.plan.micro_batch_tokens
             )
+            passes = passes_of(batch, self.plan.schedule)
             with torch.inference_mode():
-                outcome = self._run_pass(batch)
-            self._passes += 1
+                outcome = _join([self._run_pass(one) for one in passes])
+            self._passes += len(passes)
             with self._tracer.span("sample", rows=len(outcome.logits)):
                 result = self._take(rows, outcome)
         seconds = time.perf_counter() - begin
@@ -193,7 +194,7 @@ class Engine:
         self._meter.add(
             batch.segments,
             self._readings(),
-            passes=1,
+            passes=len(passes),
             output_tokens=len(result.deltas),
             seconds=seconds,
         )
@@ -291,6 +292,14 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _join(outcomes: list[Outcome]) -> Outcome:
+    """Of passes one after the other, as of one."""
+    if len(outcomes) == 1:
+        return outcomes[0]
+    logits = torch.cat([outcome.logits for outcome in outcomes])
+    return Outcome(logits, torch.cat([outcome.logprobs for outcome in outcomes]))
 
 
 def _close_aside(close: Callable[[], None]) -> None:

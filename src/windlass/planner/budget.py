@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
-from windlass.plan import Plan
+from windlass.plan import Plan, Schedule
 from windlass.planner.activations import Backend, activation_bytes
 from windlass.spec.model import ModelSpec
 from windlass.units import MIB, format_bytes, round_up
 
 PAGE_TOKENS = 32
-_CHUNK = 64  # prompt chunks; a pass holds all sequences and one chunk
+CHUNK = 64  # prompt chunks; a pass holds all sequences and one chunk
 _READ_THREADS = 4
 _SEQS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 _ROWS = (8192, 4096, 2048, 1024, 512, 256, 128)
@@ -31,8 +31,8 @@ _PIPELINE_SLOTS = 8  # experts: one at work, the others arriving, several reads 
 _USUAL_TOKENS = 1024  # of a sequence, where its length is not limited by the user
 _SMALLEST_CONTEXT = 512
 _LONGEST_TABLE = 16384  # positions; beyond, keys and values dwarf the tables
-_NOISE_BYTES = 4 * MIB  # the process itself weighs a little more or less in the next run
-_MIN_SLOTS = {
+NOISE_BYTES = 4 * MIB  # the process itself weighs a little more or less in the next run
+MIN_SLOTS = {
     Part.EXPERT: 2, Part.BLOCK: 2, Part.FFN: 1, Part.HEAD: 1, Part.FINAL: 1, Part.EMBED: 0,
 }  # fmt: skip
 
@@ -46,6 +46,7 @@ class Wanted:
     max_num_batched_tokens: int | None = None
     micro_batch_tokens: int | None = None
     max_model_len: int | None = None
+    schedule: Schedule | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +70,7 @@ def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -
     draft = _Draft(spec, sizes, wanted)
     smallest = draft.smallest()
     if host_memory < smallest:
-        named = round_up(smallest + _NOISE_BYTES, 8 * MIB) // MIB
+        named = round_up(smallest + NOISE_BYTES, 8 * MIB) // MIB
         raise BudgetError(
             f"host memory: got {format_bytes(host_memory)}, this model needs at least {named}MiB"
             f" ({format_bytes(sizes.process_bytes)} for the process itself,"
@@ -77,6 +78,16 @@ def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -
             " raise --host-memory"
         )
     return draft.fill(host_memory)
+
+
+def bytes_here(plan: Plan, spec: ModelSpec, sizes: Sizes) -> int:
+    """What `plan` adds up to in this process, on these kernels."""
+    wanted = Wanted(
+        micro_batch_tokens=plan.micro_batch_tokens,
+        max_model_len=plan.max_model_len,
+        schedule=plan.schedule,
+    )
+    return _Draft(spec, sizes, wanted).total(plan)
 
 
 class _Draft:
@@ -91,7 +102,7 @@ class _Draft:
     def smallest(self) -> int:
         """The least total that works with what the user fixed."""
         seqs = self._wanted.max_num_seqs or 1
-        rows = self._wanted.max_num_batched_tokens or round_up(seqs + _CHUNK, _CHUNK)
+        rows = self._wanted.max_num_batched_tokens or round_up(seqs + CHUNK, CHUNK)
         context = self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
         return (
             self._sizes.process_bytes
@@ -119,21 +130,34 @@ class _Draft:
             self._grow(slots, part, left - self._slots_bytes(slots))
         return self._plan(host_memory, slots, (seqs, rows, pages))
 
+    def total(self, plan: Plan) -> int:
+        """Bytes of a plan that another process may have made."""
+        slots = {
+            Part.EXPERT: plan.expert_slots, Part.BLOCK: plan.block_slots, Part.FFN: plan.ffn_slots,
+            Part.HEAD: plan.head_slots, Part.FINAL: 1, Part.EMBED: int(plan.resident_embedding),
+        }  # fmt: skip
+        return (
+            self._sizes.process_bytes + self._tables()
+            + self._activations(plan.max_num_seqs, plan.max_num_batched_tokens)
+            + self._slots_bytes({part: slots[part] for part in self._sizes.slot_bytes})
+            + plan.kv_pages * self._page_bytes + plan.state_slots * self._sizes.state_bytes
+        )  # fmt: skip
+
     def _pass_size(self, free: int, least: int) -> tuple[int, int]:
         """Sequences and rows per pass: the largest whose activations keep to their share. What the
         smallest pass takes is not counted against the share. Sequences come before rows."""
         fixed_seqs, fixed_rows = self._wanted.max_num_seqs, self._wanted.max_num_batched_tokens
-        floor = self._pass_bytes(fixed_seqs or 1, fixed_rows or round_up(1 + _CHUNK, _CHUNK))
+        floor = self._pass_bytes(fixed_seqs or 1, fixed_rows or round_up(1 + CHUNK, CHUNK))
         limit = floor + int(_ACTIVATION_SHARE * max(0, free - least - floor))
         seqs = fixed_seqs or next(
             s
             for s in _SEQS
             if s == _SEQS[-1]
-            or self._pass_bytes(s, fixed_rows or round_up(s + _CHUNK, _CHUNK)) <= limit
+            or self._pass_bytes(s, fixed_rows or round_up(s + CHUNK, CHUNK)) <= limit
         )
         if fixed_rows:
-            return min(seqs, fixed_rows - _CHUNK), fixed_rows
-        fewest = round_up(seqs + _CHUNK, _CHUNK)
+            return min(seqs, fixed_rows - CHUNK), fixed_rows
+        fewest = round_up(seqs + CHUNK, CHUNK)
         fitting = (r for r in _ROWS if r > fewest and self._pass_bytes(seqs, r) <= limit)
         return seqs, next(fitting, fewest)
 
@@ -164,7 +188,7 @@ class _Draft:
         slots[part] += max(0, more)
 
     def _least_slots(self) -> dict[Part, int]:
-        slots = {part: min(n, _MIN_SLOTS[part]) for part, n in self._sizes.num_parts.items()}
+        slots = {part: min(n, MIN_SLOTS[part]) for part, n in self._sizes.num_parts.items()}
         if self._wanted.expert_slots is not None and Part.EXPERT in slots:
             slots[Part.EXPERT] = min(self._wanted.expert_slots, self._sizes.num_parts[Part.EXPERT])
         return slots
@@ -174,10 +198,11 @@ class _Draft:
 
     def _activations(self, seqs: int, rows: int) -> int:
         micro = self._wanted.micro_batch_tokens or _MICRO_ROWS
+        is_model_based = self._wanted.schedule == "model-based"
         return activation_bytes(
             self._spec,
             self._sizes.backend,
-            rows=rows,
+            rows=min(rows, micro) if is_model_based else rows,
             micro_rows=micro,
             seqs=seqs,
             page_tokens=PAGE_TOKENS,
@@ -231,6 +256,7 @@ class _Draft:
             num_experts=self._sizes.num_parts.get(Part.EXPERT, 0),
             num_blocks=self._sizes.num_parts.get(Part.BLOCK, 0),
             num_head_chunks=self._sizes.num_parts.get(Part.HEAD, 0),
+            schedule=self._wanted.schedule or "module-based",
         )
 
 
@@ -241,15 +267,15 @@ def _check(wanted: Wanted, spec: ModelSpec) -> None:
             " the model's own limit"
         )
     for name, least in (
-        ("expert_slots", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", _CHUNK + 1),
-        ("micro_batch_tokens", _CHUNK), ("max_model_len", 2),
+        ("expert_slots", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", CHUNK + 1),
+        ("micro_batch_tokens", CHUNK), ("max_model_len", 2),
     ):  # fmt: skip
         value = getattr(wanted, name)
         if value is not None and value < least:
             raise UsageError(f"{name}: got {value}, allowed {least} or more")
     seqs, rows = wanted.max_num_seqs, wanted.max_num_batched_tokens
-    if seqs is not None and rows is not None and rows < seqs + _CHUNK:
+    if seqs is not None and rows is not None and rows < seqs + CHUNK:
         raise UsageError(
-            f"max_num_batched_tokens: got {rows}, allowed at least max_num_seqs + {_CHUNK}"
-            f" = {seqs + _CHUNK}"
+            f"max_num_batched_tokens: got {rows}, allowed at least max_num_seqs + {CHUNK}"
+            f" = {seqs + CHUNK}"
         )
