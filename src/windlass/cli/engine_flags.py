@@ -71,6 +71,9 @@ ENGINE_FLAGS = (
     Flag(name="plan", read=Path, metavar="FILE", group=_MEMORY,
          help="replay a plan that an earlier run wrote (FILE.plan.json beside its output): the "
          "same values, or an error where they do not fit"),
+    Flag(name="enable-prefix-caching", read=None, default=True, group=_BATCHING,
+         help="prompts that begin alike are computed once up to where they differ (default: on); "
+         "results are the same bits either way"),
     Flag(name="threads", aliases=("-t",), read=integer(1), metavar="N", group=_BATCHING,
          help="of computation (default: the machine's cores)"),
     Flag(name="moe-backend", read=choice("auto", "torch", "cpu"), default="auto", metavar="NAME",

@@ -22,10 +22,11 @@ from windlass.engine.text import TextStream
 from windlass.engine.tokenizer import Tokenizer
 from windlass.errors import RequestError
 from windlass.ids import Part
+from windlass.memory.pages import block_keys
 from windlass.memory.weights import WeightStore
 from windlass.params import SamplingParams
 from windlass.plan import Plan
-from windlass.schedule.batch import Batch, make_batch, passes_of
+from windlass.schedule.batch import CHUNK_TOKENS, Batch, make_batch, passes_of
 from windlass.schedule.runtime import Outcome
 from windlass.trace import Tracer
 
@@ -119,8 +120,11 @@ class Engine:
         if params.max_tokens is not None:
             max_output, longest = params.max_tokens, num_prompt + params.max_tokens
         self._open[request.request_id] = _Open(request, params.n, time.monotonic())
+        keys: tuple[bytes, ...] = ()
+        if self.plan.prefix_caching:
+            keys = block_keys(request.prompt_token_ids, CHUNK_TOKENS)
         for index in range(params.n):
-            self._admission.add(Queued(request, index, max_output, longest))
+            self._admission.add(Queued(request, index, max_output, longest, keys))
 
     def abort(self, request_id: str) -> None:
         """Drops a request; unknown ids are ignored, it may just have ended."""
@@ -184,8 +188,12 @@ class Engine:
                 [row.segment for row in rows], micro_batch_tokens=self.plan.micro_batch_tokens
             )
             passes = passes_of(batch, self.plan.schedule)
-            with torch.inference_mode():
-                outcome = _join([self._run_pass(one) for one in passes])
+            try:
+                with torch.inference_mode():
+                    outcome = _join([self._run_pass(one) for one in passes])
+            except BaseException:
+                self._admission.restart()
+                raise
             self._passes += len(passes)
             with self._tracer.span("sample", rows=len(outcome.logits)):
                 result = self._take(rows, outcome)
@@ -243,6 +251,7 @@ class Engine:
             prompt_token_ids=request.prompt_token_ids,
             outputs=outputs,
             prompt_logprobs=entry.choices[0].prompt_output(self.tokenizer),
+            num_cached_tokens=entry.choices[0].num_cached,
             metrics=RequestMetrics(
                 arrival_time=entry.arrival,
                 first_token_time=entry.first_token,
@@ -256,7 +265,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Totals so far."""
-        store = self._weights.stats()
+        store, prompts = self._weights.stats(), self._admission.prompt_pages
         return EngineStats(
             passes=self._passes,
             prompt_tokens=self._prompt_tokens,
@@ -271,6 +280,8 @@ class Engine:
             waiting=len(self._admission.waiting),
             num_preemptions=self._admission.num_preemptions,
             phases=dict(self._meter.phases),
+            prefix_cache_queries=prompts.num_asked if self.plan.prefix_caching else 0,
+            prefix_cache_hits=prompts.num_found,
         )
 
     def _readings(self) -> Readings:

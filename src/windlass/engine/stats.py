@@ -12,7 +12,7 @@ class EngineStats:
     """Totals since the engine was built, except `running` and `waiting` (sequences now)."""
 
     passes: int
-    prompt_tokens: int
+    prompt_tokens: int  # that were computed
     generated_tokens: int
     bytes_read: int  # from disk
     expert_requests: int  # experts a pass needed
@@ -23,6 +23,9 @@ class EngineStats:
     running: int
     waiting: int
     num_preemptions: int = 0  # sequences that gave their pages back, to be computed again
+    prefix_cache_queries: int = 0  # prompt tokens that other sequences might have computed
+    prefix_cache_hits: int = 0  # of these, tokens that they had computed
+
     phases: Mapping[str, PhaseStats] = field(default_factory=dict)  # those that occurred
 
     @property
@@ -49,3 +52,8 @@ class EngineStats:
         """By phase, and all together."""
         found = {name: phase.to_json() for name, phase in self.phases.items()}
         return {**found, "total": self.total.to_json()}
+
+    @property
+    def input_tokens(self) -> int:
+        """Prompt tokens, computed or found."""
+        return self.prompt_tokens + self.prefix_cache_hits
