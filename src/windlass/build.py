@@ -26,7 +26,6 @@ from windlass.engine.engine import Engine, EngineSetup
 from windlass.engine.tokenizer import Tokenizer
 from windlass.engine.tokenizer import load as load_tokenizer
 from windlass.errors import UsageError
-from windlass.experts.forecast import UsageForecast
 from windlass.experts.policies import FarthestNextUse
 from windlass.ids import Part
 from windlass.kernels.base import Kernels
@@ -56,7 +55,7 @@ from windlass.plan import Plan
 from windlass.planner.activations import Backend
 from windlass.planner.budget import Sizes, Wanted, make_plan
 from windlass.planner.replay import check_replay
-from windlass.schedule.announce import Announcer, PassForecast
+from windlass.schedule.announce import Announcer, num_experts, pass_forecast
 from windlass.schedule.batch import Batch
 from windlass.schedule.embedding import EmbeddingRows
 from windlass.schedule.on_device import DeviceRuntime, ropes
@@ -165,7 +164,7 @@ def _assemble(
     plan, spec = setup.plan, model.spec
     assert not (plan.prefix_caching and plan.state_slots), "no state is kept of a prompt's prefix"
     shape = pass_shape(spec, model.layout)
-    forecast = PassForecast(_usage_forecast(spec))
+    forecast = pass_forecast(spec)
     policy = FarthestNextUse(len(spec.blocks), probability=forecast.probability)
     weights = WeightStore(
         model.layout, model.source, device, _slots(plan), policy=policy, tracer=tracer
@@ -178,16 +177,15 @@ def _assemble(
         page_tokens=plan.page_tokens,
         state_slots=plan.state_slots,
     )
-    num_experts = {
-        i: b.ffn.num_experts for i, b in enumerate(spec.blocks) if isinstance(b.ffn, Moe)
-    }
     runtime = DeviceRuntime(
         spec,
         kernels,
         weights,
         kv,
         embedding=EmbeddingRows(weights),
-        announcer=Announcer(shape, num_experts, weights, forecast) if plan.overlap else None,
+        announcer=(
+            Announcer(shape, num_experts(spec), weights.cache, forecast) if plan.overlap else None
+        ),
         forecast=forecast,
         tracer=tracer,
     )
@@ -231,12 +229,6 @@ def cache_shapes(spec: ModelSpec) -> list[CacheShape]:
         width = value_width(block.attention)
         shapes.append(PagedShape(shape[0], shape[1], width, value_in_key=shape[2] == 0))
     return shapes
-
-
-def _usage_forecast(spec: ModelSpec) -> UsageForecast:
-    networks = [block.ffn for block in spec.blocks]
-    top_k = max(ffn.top_k for ffn in networks if isinstance(ffn, Moe))
-    return UsageForecast([f.num_experts if isinstance(f, Moe) else 0 for f in networks], top_k)
 
 
 def _read_model(options: EngineOptions, opened: ExitStack) -> _Model:

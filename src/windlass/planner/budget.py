@@ -7,7 +7,7 @@ same reads per pass, so dense parts, head, experts, embedding in this order.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
@@ -17,7 +17,7 @@ from windlass.spec.model import ModelSpec
 from windlass.units import MIB, format_bytes, round_up
 
 PAGE_TOKENS = 32
-CHUNK = 64  # prompt chunks; a pass holds all sequences and one chunk
+_CHUNK = 64  # prompt chunks; a pass holds all sequences and one chunk
 _READ_THREADS = 4
 _SEQS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 _ROWS = (8192, 4096, 2048, 1024, 512, 256, 128)
@@ -46,6 +46,7 @@ class Wanted:
     max_num_batched_tokens: int | None = None
     micro_batch_tokens: int | None = None
     max_model_len: int | None = None
+    kv_pages: int | None = None
     schedule: Schedule | None = None
     mixed_prefill_tokens: int | None = None
     prefix_caching: bool = True
@@ -64,6 +65,8 @@ class Sizes:
     row_buffer_bytes: int  # where the embedding's rows are read one by one
     state_bytes: int  # recurrent state of a sequence, all layers
     backend: Backend
+    # how matrices are stored, as hardware profiles call it; "bfloat16" of parts that are absent
+    weight_kinds: Mapping[Part, str] = field(default_factory=dict)
 
 
 def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -> Plan:
@@ -104,13 +107,13 @@ class _Draft:
     def smallest(self) -> int:
         """The least total that works with what the user fixed."""
         seqs = self._wanted.max_num_seqs or 1
-        rows = self._wanted.max_num_batched_tokens or round_up(seqs + CHUNK, CHUNK)
+        rows = self._wanted.max_num_batched_tokens or round_up(seqs + _CHUNK, _CHUNK)
         context = self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
         return (
             self._sizes.process_bytes
             + self._activations(seqs, rows)
             + self._slots_bytes(self._least_slots())
-            + self._pages(context) * self._page_bytes
+            + (self._wanted.kv_pages or self._pages(context)) * self._page_bytes
             + self._tables()
             + seqs * self._sizes.state_bytes
         )
@@ -121,10 +124,11 @@ class _Draft:
         slots = self._least_slots()
         least = self._slots_bytes(slots)
         context = self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
-        least += self._pages(context) * self._page_bytes
+        least_pages = self._wanted.kv_pages or self._pages(context)
+        least += least_pages * self._page_bytes
         seqs, rows = self._pass_size(free, least)
         left = free - self._activations(seqs, rows) - seqs * self._sizes.state_bytes
-        room = left - self._slots_bytes(slots) - self._pages(context) * self._page_bytes
+        room = left - self._slots_bytes(slots) - least_pages * self._page_bytes
         self._grow(slots, Part.EXPERT, room, most=_PIPELINE_SLOTS)
         pages = self._grow_pages(left - self._slots_bytes(slots), seqs)
         left -= pages * self._page_bytes
@@ -149,17 +153,17 @@ class _Draft:
         """Sequences and rows per pass: the largest whose activations keep to their share. What the
         smallest pass takes is not counted against the share. Sequences come before rows."""
         fixed_seqs, fixed_rows = self._wanted.max_num_seqs, self._wanted.max_num_batched_tokens
-        floor = self._pass_bytes(fixed_seqs or 1, fixed_rows or round_up(1 + CHUNK, CHUNK))
+        floor = self._pass_bytes(fixed_seqs or 1, fixed_rows or round_up(1 + _CHUNK, _CHUNK))
         limit = floor + int(_ACTIVATION_SHARE * max(0, free - least - floor))
         seqs = fixed_seqs or next(
             s
             for s in _SEQS
             if s == _SEQS[-1]
-            or self._pass_bytes(s, fixed_rows or round_up(s + CHUNK, CHUNK)) <= limit
+            or self._pass_bytes(s, fixed_rows or round_up(s + _CHUNK, _CHUNK)) <= limit
         )
         if fixed_rows:
-            return min(seqs, fixed_rows - CHUNK), fixed_rows
-        fewest = round_up(seqs + CHUNK, CHUNK)
+            return min(seqs, fixed_rows - _CHUNK), fixed_rows
+        fewest = round_up(seqs + _CHUNK, _CHUNK)
         fitting = (r for r in _ROWS if r > fewest and self._pass_bytes(seqs, r) <= limit)
         return seqs, next(fitting, fewest)
 
@@ -168,6 +172,8 @@ class _Draft:
 
     def _grow_pages(self, left: int, seqs: int) -> int:
         """Pages for `seqs` sequences of usual length, within their share of what is left."""
+        if self._wanted.kv_pages is not None:
+            return self._wanted.kv_pages
         usual = min(self._wanted.max_model_len or _USUAL_TOKENS, self._spec.max_positions)
         least = self._pages(
             self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
@@ -272,18 +278,18 @@ def _check(wanted: Wanted, spec: ModelSpec) -> None:
             " the model's own limit"
         )
     for name, least in (
-        ("expert_slots", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", CHUNK + 1),
-        ("micro_batch_tokens", CHUNK), ("max_model_len", 2),
+        ("expert_slots", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", _CHUNK + 1),
+        ("micro_batch_tokens", _CHUNK), ("max_model_len", 2), ("kv_pages", 1),
     ):  # fmt: skip
         value = getattr(wanted, name)
         if value is not None and value < least:
             raise UsageError(f"{name}: got {value}, allowed {least} or more")
     mixed = wanted.mixed_prefill_tokens
-    if mixed is not None and mixed < CHUNK and mixed != 0:
-        raise UsageError(f"mixed_prefill_tokens: got {mixed}, allowed 0, or {CHUNK} or more")
+    if mixed is not None and mixed < _CHUNK and mixed != 0:
+        raise UsageError(f"mixed_prefill_tokens: got {mixed}, allowed 0, or {_CHUNK} or more")
     seqs, rows = wanted.max_num_seqs, wanted.max_num_batched_tokens
-    if seqs is not None and rows is not None and rows < seqs + CHUNK:
+    if seqs is not None and rows is not None and rows < seqs + _CHUNK:
         raise UsageError(
-            f"max_num_batched_tokens: got {rows}, allowed at least max_num_seqs + {CHUNK}"
-            f" = {seqs + CHUNK}"
+            f"max_num_batched_tokens: got {rows}, allowed at least max_num_seqs + {_CHUNK}"
+            f" = {seqs + _CHUNK}"
         )

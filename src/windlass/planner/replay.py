@@ -6,7 +6,6 @@ from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
 from windlass.plan import Plan
 from windlass.planner.budget import (
-    CHUNK,
     MIN_SLOTS,
     NOISE_BYTES,
     PAGE_TOKENS,
@@ -14,6 +13,7 @@ from windlass.planner.budget import (
     Wanted,
     bytes_here,
 )
+from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.spec.model import ModelSpec
 from windlass.units import format_bytes
 
@@ -65,8 +65,8 @@ def _check_ranges(plan: Plan, spec: ModelSpec, sizes: Sizes) -> None:
         ),
         ("read_threads", 1, None),
         ("max_num_seqs", 1, None),
-        ("max_num_batched_tokens", seqs + CHUNK, None),
-        ("micro_batch_tokens", CHUNK, None),
+        ("max_num_batched_tokens", seqs + CHUNK_TOKENS, None),
+        ("micro_batch_tokens", CHUNK_TOKENS, None),
         ("state_slots", seqs if sizes.state_bytes else 0, seqs if sizes.state_bytes else 0),
         ("max_model_len", 2, min(spec.max_positions, plan.kv_pages * plan.page_tokens)),
     ):

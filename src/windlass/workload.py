@@ -1,0 +1,57 @@
+"""What a job asks for: the lengths of all its sequences. A pure description; who reads a job file
+or guesses lengths is elsewhere."""
+
+from dataclasses import dataclass
+
+from windlass.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One entry for each sequence of the job, in the order of the job; a request with `n` choices
+    has `n`. Lengths in tokens; `output_tokens` is what is expected or, at most, allowed."""
+
+    prompt_tokens: tuple[int, ...]
+    output_tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompt_tokens or len(self.prompt_tokens) != len(self.output_tokens):
+            raise UsageError(
+                f"workload: got {len(self.prompt_tokens)} prompts and {len(self.output_tokens)}"
+                " outputs, allowed one of each per sequence, and at least one sequence"
+            )
+        for name, lengths in (("prompt", self.prompt_tokens), ("output", self.output_tokens)):
+            if min(lengths) < 1:
+                raise UsageError(
+                    f"workload: {name} length: got {min(lengths)}, allowed 1 or more tokens"
+                )
+
+    @classmethod
+    def from_lengths(cls, prompt: int, output: int, count: int) -> "Workload":
+        """`count` sequences of the same lengths."""
+        return cls((prompt,) * count, (output,) * count)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.prompt_tokens)
+
+    @property
+    def total_prompt_tokens(self) -> int:
+        return sum(self.prompt_tokens)
+
+    @property
+    def total_output_tokens(self) -> int:
+        return sum(self.output_tokens)
+
+    @property
+    def mean_prompt_tokens(self) -> float:
+        return self.total_prompt_tokens / self.num_sequences
+
+    @property
+    def mean_output_tokens(self) -> float:
+        return self.total_output_tokens / self.num_sequences
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, prompt and output."""
+        return max(p + o for p, o in zip(self.prompt_tokens, self.output_tokens, strict=True))
