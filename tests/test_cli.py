@@ -367,7 +367,8 @@ ENGINE = {
     "--moe-expert-cache-size", "--moe-expert-cache", "--kv-cache-dtype",
     "--max-num-seqs", "-np", "--parallel",
     "--max-num-batched-tokens", "-b", "--batch-size", "--micro-batch-size", "-ub", "--ubatch-size",
-    "--threads", "-t", "--moe-backend", "--trace", "--config", "--enable-prefix-caching",
+    "--threads", "-t", "--moe-backend", "--trace", "--config", "--schedule", "--plan",
+    "--enable-prefix-caching",
     "--no-enable-prefix-caching",
 }  # fmt: skip
 OPTIONS = {
@@ -442,6 +443,10 @@ def test_values_become_engine_options() -> None:
             "torch",
             "--kv-cache-dtype",
             "int8",
+            "--schedule",
+            "model-based",
+            "--plan",
+            "p.json",
         )  # fmt: skip
     )
     assert (options.model, options.host_memory, options.moe_expert_cache_size) == (
@@ -453,6 +458,7 @@ def test_values_become_engine_options() -> None:
     assert (options.load_mode, options.trace) == ("dio", Path("t.json"))
     assert (options.generation_config, options.tokenizer) == ("vllm", "tok")
     assert (options.moe_backend, options.kv_cache_dtype) == ("torch", "int8")
+    assert (options.schedule, options.plan) == ("model-based", Path("p.json"))
     plain = engine_options(values())
     assert (plain.model, plain.host_memory, plain.max_model_len) == ("demo", None, None)
     assert engine_options(values("-c", "-1")).max_model_len is None
@@ -574,6 +580,17 @@ def test_other_cache_types_are_refused(words: list[str]) -> None:
     with pytest.raises(UsageError, match=r"allowed f16, bf16, f32, q8_0, the same for -ctk and"):
         translate_known(words)
     assert main(["generate", *words, "Hello"]) == 2
+
+
+@pytest.mark.parametrize("own", [["--kv-cache-dtype", "float16"], ["--kv-cache-dtype=auto"]])
+def test_cache_types_that_contradict_each_other_are_refused(own: list[str]) -> None:
+    types = ["-ctk", "q8_0", "-ctv", "q8_0"]
+    for words in ([*own, *types], [*types, *own]):
+        with pytest.raises(UsageError, match="allowed only int8: they mean the same"):
+            translate_known(words)
+        assert main(["generate", *words, "Hello"]) == 2
+    same = ["--kv-cache-dtype", "int8"]
+    assert values(*translate_known([*same, *types]))["kv_cache_dtype"] == "int8"
 
 
 def test_usage_errors_exit_2(

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,18 @@ from windlass.memory.recipe import slot_bytes
 from windlass.memory.rows import row_buffer_bytes
 from windlass.memory.views import copied_bytes, dtype_of
 from windlass.memory.weights import WeightStore
-from windlass.options import EngineOptions, checkpoint_stamp, read_config, resolve_model
+from windlass.options import (
+    EngineOptions,
+    checkpoint_stamp,
+    read_config,
+    read_plan,
+    resolve_model,
+)
 from windlass.params import SamplingParams
 from windlass.plan import Plan
 from windlass.planner.activations import Backend
 from windlass.planner.budget import Sizes, Wanted, make_plan
+from windlass.planner.replay import check_replay
 from windlass.schedule.announce import Announcer, num_experts, pass_forecast
 from windlass.schedule.batch import Batch
 from windlass.schedule.embedding import EmbeddingRows
@@ -123,9 +130,14 @@ def _setup(options: EngineOptions, model: _Model, backend: Backend) -> EngineSet
     """The plan and all that requests need."""
     tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
     tokenizer = load_tokenizer(tokenizer_folder, model_folder=model.folder)
+    replayed = read_plan(options.plan) if options.plan else None
+    if replayed is not None and options.kv_cache_dtype == "auto":
+        options = replace(options, kv_cache_dtype=_known_cache_dtype(replayed))
     wanted = _wanted(options, model)
     sizes = _sizes(model, options, backend)
-    plan = make_plan(model.spec, sizes, options.host_memory or default_budget(), wanted)
+    if replayed is not None:
+        check_replay(replayed, model.spec, sizes, wanted, options.host_memory or largest_budget())
+    plan = replayed or make_plan(model.spec, sizes, options.host_memory or default_budget(), wanted)
     return EngineSetup(
         plan=plan,
         tokenizer=tokenizer,
@@ -171,7 +183,9 @@ def _assemble(
         weights,
         kv,
         embedding=EmbeddingRows(weights),
-        announcer=Announcer(shape, num_experts(spec), weights.cache, forecast),
+        announcer=(
+            Announcer(shape, num_experts(spec), weights.cache, forecast) if plan.overlap else None
+        ),
         forecast=forecast,
         tracer=tracer,
     )
@@ -186,8 +200,15 @@ def _assemble(
     def run(batch: Batch) -> Outcome:
         return run_pass(runtime, shape, batch)
 
-    on_close = opened.pop_all().close
-    return Engine(setup, run, weights, admission, tracer=tracer, on_close=on_close)
+    return Engine(
+        setup,
+        run,
+        weights,
+        admission,
+        tracer=tracer,
+        disk_busy_s=lambda: device.busy_s,
+        on_close=opened.pop_all().close,
+    )
 
 
 def pass_shape(spec: ModelSpec, layout: Layout) -> PassShape:
@@ -265,6 +286,14 @@ def _cache_dtype(model: _Model, options: EngineOptions) -> str:
     return next(name for name, dtype in _CACHE_DTYPES.items() if dtype is stored)
 
 
+def _known_cache_dtype(plan: Plan) -> Any:
+    if plan.kv_cache_dtype not in _CACHE_DTYPES:
+        raise UsageError(
+            f"plan: kv_cache_dtype: got {plan.kv_cache_dtype!r}, allowed {', '.join(_CACHE_DTYPES)}"
+        )
+    return plan.kv_cache_dtype
+
+
 def _wanted(options: EngineOptions, model: _Model) -> Wanted:
     return Wanted(
         expert_slots=_expert_slots(options.moe_expert_cache_size, model),
@@ -272,6 +301,7 @@ def _wanted(options: EngineOptions, model: _Model) -> Wanted:
         max_num_batched_tokens=options.max_num_batched_tokens,
         micro_batch_tokens=options.micro_batch_size,
         max_model_len=options.max_model_len,
+        schedule=options.schedule,
         prefix_caching=options.enable_prefix_caching,
     )
 
@@ -306,7 +336,16 @@ def _slots(plan: Plan) -> dict[Part, int]:
 
 def default_budget() -> int:
     """Memory for the whole process where the user names none: below every limit on it."""
-    budget = resident_bytes() + int(_DEFAULT_SHARE * available_bytes())
+    return _budget(_DEFAULT_SHARE)
+
+
+def largest_budget() -> int:
+    """All memory that this process could have."""
+    return _budget(1.0)
+
+
+def _budget(share: float) -> int:
+    budget = resident_bytes() + int(share * available_bytes())
     return min([budget, *(group.limit - _LIMIT_MARGIN for group in memory_limits())])
 
 

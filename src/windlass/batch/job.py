@@ -1,6 +1,7 @@
 """One batch job from its files to its files: input, lock, journal, manifest, engine, output. The
 only place that knows the order of these steps."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +13,13 @@ from typing import Any, BinaryIO
 from windlass.batch.jobfile import JobFile
 from windlass.batch.journal import Journal, State, write_error
 from windlass.batch.ledger import Ledger
-from windlass.batch.manifest import Manifest, refuse_difference, sync_folder, temporary_file
+from windlass.batch.manifest import (
+    Manifest,
+    refuse_difference,
+    replace_file,
+    sync_folder,
+    temporary_file,
+)
 from windlass.batch.progress import Progress, Snapshot
 from windlass.batch.runner import BatchRunner, JobEngine, RunSettings
 from windlass.engine.stats import EngineStats
@@ -46,6 +53,11 @@ class JobOptions:
     @property
     def manifest_file(self) -> Path:
         return self.output_file.with_name(self.output_file.name + ".manifest.json")
+
+    @property
+    def plan_file(self) -> Path:
+        """What a run's engine was given; `--plan` replays it."""
+        return self.output_file.with_name(self.output_file.name + ".plan.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +112,7 @@ def run_job(
             engine = stack.enter_context(closing(open_engine(_context_length(options, stored))))
             load_s = time.monotonic() - begin
             manifest = _settle_manifest(options, engine, stored, journal)
+            _write_plan(options, engine)
             progress.note("no pass has ended yet")
             begin = time.monotonic()
             _run_rows(job, ledger, engine, options, manifest, progress, is_stopping)
@@ -120,8 +133,9 @@ def _check_paths(options: JobOptions) -> None:
         "trace": options.trace_file,
         "journal": options.journal_file,
         "manifest": options.manifest_file,
+        "plan": options.plan_file,
     }
-    for what in ("output file", "error file", "manifest"):
+    for what in ("output file", "error file", "manifest", "plan"):
         path = named[what]
         named[f"temporary {what}"] = None if path is None else temporary_file(path)
     seen: dict[Path, str] = {}
@@ -190,6 +204,14 @@ def _settle_manifest(
     except OSError as error:
         raise write_error(options.manifest_file, error) from error
     return manifest
+
+
+def _write_plan(options: JobOptions, engine: JobEngine) -> None:
+    text = json.dumps(engine.plan.to_json(), indent=1) + "\n"
+    try:
+        replace_file(options.plan_file, text.encode())
+    except OSError as error:
+        raise write_error(options.plan_file, error) from error
 
 
 def _greet(options: JobOptions, ledger: Ledger, journal: Journal, progress: Progress) -> None:

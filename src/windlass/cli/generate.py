@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from windlass import __version__
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer, number
+from windlass.cli.report import phase_json, phase_lines
 from windlass.errors import RequestError, UsageError
 from windlass.units import format_bytes
 
@@ -71,6 +72,8 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         f"{len(output.prompt_token_ids)} tokens in, {len(choice.token_ids)} out, "
         f"{len(choice.token_ids) / seconds:.2f} per s; {format_bytes(stats.bytes_read)} read, "
         f"experts found in memory: {hits}, {format_bytes(stats.peak_rss_bytes)} at the peak",
+        *phase_lines(stats),
+        sep="\n",
         file=sys.stderr,
     )
     if values["json"]:
@@ -88,6 +91,8 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
             "expert_requests": stats.expert_requests,
             "expert_hits": stats.expert_hits,
             "peak_rss_bytes": stats.peak_rss_bytes,
+            **phase_json(stats),
+            "plan": engine.plan.to_json(),
         }
         print(json.dumps(document))
     return 0

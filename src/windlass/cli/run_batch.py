@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from windlass import __version__
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer
+from windlass.cli.report import phase_json, phase_lines
 from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
 from windlass.errors import UsageError, WindlassError
 from windlass.options import EngineOptions, checkpoint_stamp, resolve_model
@@ -40,7 +41,7 @@ FLAGS = (
          group=_FILES, help="requests, one OpenAI batch line each"),
     Flag(name="output-file", aliases=("-o",), read=_path, metavar="FILE", is_required=True,
          group=_FILES, help="results in the same order; FILE.journal and FILE.manifest.json beside "
-         "it make the job resumable"),
+         "it make the job resumable, FILE.plan.json is the plan it ran by"),
     Flag(name="error-file", read=_path, metavar="FILE", group=_FILES,
          help="put rows that failed here instead"),
     Flag(name="overwrite", read=None, default=False, group=_JOB,
@@ -186,9 +187,11 @@ def _summary_lines(summary: "Summary", options: "JobOptions") -> list[str]:
             f"tokens: {stats.input_tokens} in, {stats.generated_tokens} out; "
             f"{stats.generated_tokens / seconds:.2f} out per s, "
             f"{(stats.input_tokens + stats.generated_tokens) / seconds:.2f} per s in all",
+            *phase_lines(stats),
             f"disk: {format_bytes(stats.bytes_read)} read, "
             f"{format_bytes(stats.bytes_read / seconds)}/s; experts found in memory: {hits}",
             f"memory: {format_bytes(stats.peak_rss_bytes)} at the peak",
+            f"plan: {options.plan_file}",
         ]
         if stats.prefix_cache_queries:
             share = 100 * stats.prefix_cache_hits / stats.prefix_cache_queries
@@ -230,6 +233,7 @@ def _summary_json(
             "total_output_tokens": stats.generated_tokens,
             "output_throughput": stats.generated_tokens / seconds,
             "total_token_throughput": total / seconds,
+            "plan_file": str(options.plan_file),
             "prefix_cache_queries": stats.prefix_cache_queries,
             "prefix_cache_hits": stats.prefix_cache_hits,
             "passes": stats.passes,
@@ -239,6 +243,7 @@ def _summary_json(
             "weights_wait_time": stats.wait_s,
             "pass_time": stats.pass_s,
             "peak_rss_bytes": stats.peak_rss_bytes,
+            **phase_json(stats),
         }
     return document
 

@@ -43,13 +43,15 @@ class Admission:
     ) -> None:
         """`long_rope_after`: sequences that may outgrow this many tokens use LongRoPE's long
         factors; None for other models. `mixed_prefill_rows`: prompt rows of a pass in which
-        sequences decode, at most; None for no bound."""
+        sequences decode, at most; None for no bound, 0 for waves: all prompts that there are pages
+        for, then decoding to the last end."""
         assert max_rows >= max_num_seqs + CHUNK_TOKENS, "a pass must hold all sequences and a chunk"
         self._kv = kv
         self._max_num_seqs = max_num_seqs
         self._max_rows = max_rows
         self._mixed_prefill_rows = mixed_prefill_rows
         self.lengths = OutputLengths()
+        self._is_filling = False  # a wave takes in prompts
         self.prompt_pages = PromptPages(kv, long_rope_after=long_rope_after)
         self.waiting: deque[Queued | Choice] = deque()  # a Choice: to be computed again
         self.running: list[Choice] = []  # oldest first
@@ -79,15 +81,27 @@ class Admission:
     def compose(self, start: Callable[[Queued], Choice]) -> list[Row]:
         """The rows of the next pass; empty only when there is nothing to do. `start` makes the
         choice of what is taken from the queue."""
+        rows: list[Row] = []
+        if self._mixed_prefill_rows == 0:
+            self._is_filling |= not self.running
+            if self._is_filling:
+                self._add_prompts(start, self._max_rows, rows)
+                self._is_filling = bool(rows)
+            if rows:
+                return rows
         # oldest first, at the cost of the youngest, which is in its prompt from then on
         decoding = [c for c in list(self.running) if not c.in_prompt and self._grow(c)]
-        rows: list[Row] = []
         room = self._max_rows
         for following, choice in zip(range(len(decoding))[::-1], decoding, strict=True):
             rows.append(self._generated(choice, room - following))  # a row for each that follows
             room -= rows[-1].segment.num_rows
         if rows and self._mixed_prefill_rows is not None:
             room = min(room, self._mixed_prefill_rows)
+        self._add_prompts(start, room, rows)
+        return rows
+
+    def _add_prompts(self, start: Callable[[Queued], Choice], room: int, rows: list[Row]) -> None:
+        """Prompt rows of those that run, then of newcomers."""
         for choice in self.running:
             if choice.in_prompt:
                 room -= self._add_prompt(choice, room, rows)
@@ -100,7 +114,6 @@ class Admission:
             choice = start(first) if isinstance(first, Queued) else first
             self._admit(choice)
             room -= self._add_prompt(choice, room, rows)
-        return rows
 
     def _can_admit(self) -> bool:
         if not self.waiting or len(self.running) >= self._max_num_seqs:

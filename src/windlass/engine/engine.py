@@ -13,6 +13,7 @@ import torch
 
 from windlass.engine.admission import Admission, Row
 from windlass.engine.choice import Choice, Queued
+from windlass.engine.meter import PhaseMeter, Readings
 from windlass.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from windlass.engine.sampling import Sampler, choice_seed
 from windlass.engine.sequence import Delta, Request, StepResult
@@ -25,7 +26,7 @@ from windlass.memory.pages import block_keys
 from windlass.memory.weights import WeightStore
 from windlass.params import SamplingParams
 from windlass.plan import Plan
-from windlass.schedule.batch import CHUNK_TOKENS, Batch, make_batch
+from windlass.schedule.batch import CHUNK_TOKENS, Batch, make_batch, passes_of
 from windlass.schedule.runtime import Outcome
 from windlass.trace import Tracer
 
@@ -70,6 +71,7 @@ class Engine:
         admission: Admission,
         *,
         tracer: Tracer,
+        disk_busy_s: Callable[[], float],
         on_close: Callable[[], None],
     ) -> None:
         """`on_close` must be idempotent and must not hold the engine: it also ends what an engine
@@ -90,6 +92,8 @@ class Engine:
         self._open: dict[str, _Open] = {}
         self._passes = self._prompt_tokens = self._generated_tokens = 0
         self._pass_s = 0.0
+        self._disk_busy_s = disk_busy_s
+        self._meter = PhaseMeter()
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -183,25 +187,34 @@ class Engine:
 
     def step(self) -> StepResult:
         """One pass and the tokens it brings."""
+        begin = time.perf_counter()
         rows = self._admission.compose(self._start)
         if not rows:
             assert not self._open, "requests wait, but nothing can run"
             return StepResult((), ())
-        begin = time.perf_counter()
         with self._tracer.span("pass", lane="engine", segments=len(rows)):
             batch = make_batch(
                 [row.segment for row in rows], micro_batch_tokens=self.plan.micro_batch_tokens
             )
+            passes = passes_of(batch, self.plan.schedule)
             try:
                 with torch.inference_mode():
-                    outcome = self._run_pass(batch)
+                    outcome = _join([self._run_pass(one) for one in passes])
             except BaseException:
                 self._admission.restart()
                 raise
-            self._passes += 1
+            self._passes += len(passes)
             with self._tracer.span("sample", rows=len(outcome.logits)):
                 result = self._take(rows, outcome)
-        self._pass_s += time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self._pass_s += seconds
+        self._meter.add(
+            batch.segments,
+            self._readings(),
+            passes=len(passes),
+            output_tokens=len(result.deltas),
+            seconds=seconds,
+        )
         stats = self._weights.stats()
         self._tracer.counter("rows", rows=batch.num_rows)
         self._tracer.counter("disk", bytes=stats.bytes_read)
@@ -281,9 +294,14 @@ class Engine:
             running=len(self._admission.running),
             waiting=len(self._admission.waiting),
             num_preemptions=self._admission.num_preemptions,
+            phases=dict(self._meter.phases),
             prefix_cache_queries=prompts.num_asked if self.plan.prefix_caching else 0,
             prefix_cache_hits=prompts.num_found,
         )
+
+    def _readings(self) -> Readings:
+        store = self._weights.stats()
+        return Readings(store.bytes_read, self._disk_busy_s(), store.wait_s, self._tracer.seconds)
 
     def check(self) -> None:
         """Invariants of all stores; cheap enough for tests after every step."""
@@ -300,6 +318,14 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _join(outcomes: list[Outcome]) -> Outcome:
+    """Of passes one after the other, as of one."""
+    if len(outcomes) == 1:
+        return outcomes[0]
+    logits = torch.cat([outcome.logits for outcome in outcomes])
+    return Outcome(logits, torch.cat([outcome.logprobs for outcome in outcomes]))
 
 
 def _close_aside(close: Callable[[], None]) -> None:

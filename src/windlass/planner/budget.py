@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
-from windlass.plan import Plan
+from windlass.plan import Plan, Schedule
 from windlass.planner.activations import Backend, activation_bytes
 from windlass.spec.model import ModelSpec
 from windlass.units import MIB, format_bytes, round_up
@@ -31,8 +31,8 @@ _PIPELINE_SLOTS = 8  # experts: one at work, the others arriving, several reads 
 _USUAL_TOKENS = 1024  # of a sequence, where its length is not limited by the user
 SMALLEST_CONTEXT = 512
 _LONGEST_TABLE = 16384  # positions; beyond, keys and values dwarf the tables
-_NOISE_BYTES = 4 * MIB  # the process itself weighs a little more or less in the next run
-_MIN_SLOTS = {
+NOISE_BYTES = 4 * MIB  # the process itself weighs a little more or less in the next run
+MIN_SLOTS = {
     Part.EXPERT: 2, Part.BLOCK: 2, Part.FFN: 1, Part.HEAD: 1, Part.FINAL: 1, Part.EMBED: 0,
 }  # fmt: skip
 
@@ -47,6 +47,7 @@ class Wanted:
     micro_batch_tokens: int | None = None
     max_model_len: int | None = None
     kv_pages: int | None = None
+    schedule: Schedule | None = None
     mixed_prefill_tokens: int | None = None
     prefix_caching: bool = True
 
@@ -74,7 +75,7 @@ def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -
     draft = _Draft(spec, sizes, wanted)
     smallest = draft.smallest()
     if host_memory < smallest:
-        named = round_up(smallest + _NOISE_BYTES, 8 * MIB) // MIB
+        named = round_up(smallest + NOISE_BYTES, 8 * MIB) // MIB
         raise BudgetError(
             f"host memory: got {format_bytes(host_memory)}, this model needs at least {named}MiB"
             f" ({format_bytes(sizes.process_bytes)} for the process itself,"
@@ -82,6 +83,16 @@ def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -
             " raise --host-memory"
         )
     return draft.fill(host_memory)
+
+
+def bytes_here(plan: Plan, spec: ModelSpec, sizes: Sizes) -> int:
+    """What `plan` adds up to in this process, on these kernels."""
+    wanted = Wanted(
+        micro_batch_tokens=plan.micro_batch_tokens,
+        max_model_len=plan.max_model_len,
+        schedule=plan.schedule,
+    )
+    return _Draft(spec, sizes, wanted).total(plan)
 
 
 class _Draft:
@@ -124,6 +135,19 @@ class _Draft:
         for part in (Part.BLOCK, Part.FFN, Part.HEAD, Part.EXPERT, Part.EMBED):
             self._grow(slots, part, left - self._slots_bytes(slots))
         return self._plan(host_memory, slots, (seqs, rows, pages))
+
+    def total(self, plan: Plan) -> int:
+        """Bytes of a plan that another process may have made."""
+        slots = {
+            Part.EXPERT: plan.expert_slots, Part.BLOCK: plan.block_slots, Part.FFN: plan.ffn_slots,
+            Part.HEAD: plan.head_slots, Part.FINAL: 1, Part.EMBED: int(plan.resident_embedding),
+        }  # fmt: skip
+        return (
+            self._sizes.process_bytes + self._tables()
+            + self._activations(plan.max_num_seqs, plan.max_num_batched_tokens)
+            + self._slots_bytes({part: slots[part] for part in self._sizes.slot_bytes})
+            + plan.kv_pages * self._page_bytes + plan.state_slots * self._sizes.state_bytes
+        )  # fmt: skip
 
     def _pass_size(self, free: int, least: int) -> tuple[int, int]:
         """Sequences and rows per pass: the largest whose activations keep to their share. What the
@@ -172,7 +196,7 @@ class _Draft:
         slots[part] += max(0, more)
 
     def _least_slots(self) -> dict[Part, int]:
-        slots = {part: min(n, _MIN_SLOTS[part]) for part, n in self._sizes.num_parts.items()}
+        slots = {part: min(n, MIN_SLOTS[part]) for part, n in self._sizes.num_parts.items()}
         if self._wanted.expert_slots is not None and Part.EXPERT in slots:
             slots[Part.EXPERT] = min(self._wanted.expert_slots, self._sizes.num_parts[Part.EXPERT])
         return slots
@@ -182,10 +206,11 @@ class _Draft:
 
     def _activations(self, seqs: int, rows: int) -> int:
         micro = self._wanted.micro_batch_tokens or _MICRO_ROWS
+        is_model_based = self._wanted.schedule == "model-based"
         return activation_bytes(
             self._spec,
             self._sizes.backend,
-            rows=rows,
+            rows=min(rows, micro) if is_model_based else rows,
             micro_rows=micro,
             seqs=seqs,
             page_tokens=PAGE_TOKENS,
@@ -242,6 +267,7 @@ class _Draft:
             num_experts=self._sizes.num_parts.get(Part.EXPERT, 0),
             num_blocks=self._sizes.num_parts.get(Part.BLOCK, 0),
             num_head_chunks=self._sizes.num_parts.get(Part.HEAD, 0),
+            schedule=self._wanted.schedule or "module-based",
         )
 
 
