@@ -51,6 +51,7 @@ class EngineSetup:
 
     plan: Plan
     tokenizer: Tokenizer
+    notes: tuple[str, ...] = ()  # of the plan: what is expected of it
     default_params: SamplingParams
     vocab_size: int
     max_model_len: int
@@ -77,6 +78,7 @@ class Engine:
         """`on_close` must be idempotent and must not hold the engine: it also ends what an engine
         that was dropped without `close` has left."""
         self.plan = setup.plan
+        self.notes = setup.notes
         self.tokenizer = setup.tokenizer
         self.max_model_len = setup.max_model_len
         self.default_params = setup.default_params
