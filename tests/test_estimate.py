@@ -1,5 +1,5 @@
-"""Estimates of jobs: they add up, keep above the bounds, follow rates and memory, and agree with what
-they leave out (layers, passes and sequences that others stand for)."""
+"""Estimates of jobs: they add up, keep above the bounds, follow rates and memory, and agree with
+what they leave out (layers, passes and sequences that others stand for)."""
 
 import json
 from dataclasses import replace

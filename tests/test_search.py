@@ -100,7 +100,7 @@ JOBS = {
      ("one", 1, 6), ("one", 3, 0.3), ("prompts", 2, 1), ("even", 20, 1), ("ragged", 20, 1)],
 )  # fmt: skip
 def test_near_the_best_of_a_grid_and_never_behind_plain_rules(job, gigabytes, disk):
-    """The planner's choice within 10 % of the best of all settings of a grid that fit, by the clock."""
+    """The planner's choice within 10 % of the best of a grid's settings that fit."""
     sizes, profile, work = sizes_of(SMALL), machine(disk=disk), JOBS[job]
     budget = gigabytes * GIB
     best = search(SMALL, sizes, profile, work, budget, Wanted())[0]
