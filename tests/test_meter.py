@@ -35,7 +35,7 @@ def test_a_step_is_charged_what_changed_since_the_last():
     assert meter.phases["prefill"].other_s == 6.0 - 3.875 - 0.5
     decode = meter.phases["decode"]
     assert (decode.bytes_read, decode.disk_s, decode.wait_s) == (500, 0.5, 0.25)
-    assert decode.busy == {"disk": 0.5, "host": 3.0} and decode.first_tokens == 0
+    assert decode.busy == {"disk": 0.5, "host": 3.75} and decode.first_tokens == 0
     mixed = meter.phases["mixed"]
     assert mixed.seconds == 8.0 and mixed.prompt_s == 8.0 * 30 / 40
     assert (mixed.passes, mixed.prompt_tokens, mixed.output_tokens) == (2, 30, 11)

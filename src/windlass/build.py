@@ -15,8 +15,7 @@ from windlass.decoder.rope import RopeTable
 from windlass.device.base import Device
 from windlass.device.cpu import CpuDevice
 from windlass.device.host import (
-    available_bytes,
-    memory_limits,
+    default_budget,
     peak_resident_bytes,
     resident_bytes,
     return_freed_memory,
@@ -76,9 +75,6 @@ _CACHE_DTYPES = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
     "int8": torch.int8,
 }  # fmt: skip
-_DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
-# Left free below the limit of a memory cgroup: page tables and buffers of the kernel count too
-_LIMIT_MARGIN = 32 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +132,7 @@ def _setup(options: EngineOptions, model: _Model, backend: Backend) -> EngineSet
     wanted = _wanted(options, model)
     sizes = _sizes(model, options, backend)
     if replayed is not None:
-        check_replay(replayed, model.spec, sizes, wanted, options.host_memory or largest_budget())
+        check_replay(replayed, model.spec, sizes, wanted, options.host_memory or default_budget(1.0))
     plan = replayed or make_plan(model.spec, sizes, options.host_memory or default_budget(), wanted)
     return EngineSetup(
         plan=plan,
@@ -332,21 +328,6 @@ def _slots(plan: Plan) -> dict[Part, int]:
         Part.FINAL: 1,
         Part.EMBED: int(plan.resident_embedding),
     }
-
-
-def default_budget() -> int:
-    """Memory for the whole process where the user names none: below every limit on it."""
-    return _budget(_DEFAULT_SHARE)
-
-
-def largest_budget() -> int:
-    """All memory that this process could have."""
-    return _budget(1.0)
-
-
-def _budget(share: float) -> int:
-    budget = resident_bytes() + int(share * available_bytes())
-    return min([budget, *(group.limit - _LIMIT_MARGIN for group in memory_limits())])
 
 
 def _default_params(folder: Path, options: EngineOptions) -> SamplingParams:

@@ -18,6 +18,7 @@ from windlass.engine.outputs import CompletionOutput, RequestMetrics, RequestOut
 from windlass.engine.sampling import Sampler, choice_seed
 from windlass.engine.sequence import Delta, Request, StepResult
 from windlass.engine.stats import EngineStats
+from windlass.engine.steering import Pilot
 from windlass.engine.text import TextStream
 from windlass.engine.tokenizer import Tokenizer
 from windlass.errors import RequestError
@@ -72,6 +73,7 @@ class Engine:
         *,
         tracer: Tracer,
         disk_busy_s: Callable[[], float],
+        pilot: Pilot | None,
         on_close: Callable[[], None],
     ) -> None:
         """`on_close` must be idempotent and must not hold the engine: it also ends what an engine
@@ -94,6 +96,8 @@ class Engine:
         self._pass_s = 0.0
         self._disk_busy_s = disk_busy_s
         self._meter = PhaseMeter()
+        self._pilot = pilot
+        self._ended = (0, 0)  # tokens of choices that have ended: generated, allowed
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -199,13 +203,18 @@ class Engine:
                 result = self._take(rows, outcome)
         seconds = time.perf_counter() - begin
         self._pass_s += seconds
-        self._meter.add(
+        took = self._meter.add(
             batch.segments,
             self._readings(),
             passes=len(passes),
             output_tokens=len(result.deltas),
             seconds=seconds,
         )
+        if self._pilot is not None:
+            replanned = self._pilot.after(batch.segments, took, self._left)
+            if replanned is not None:
+                self.plan = replanned
+                self._admission.replan(replanned)
         stats = self._weights.stats()
         self._tracer.counter("rows", rows=batch.num_rows)
         self._tracer.counter("disk", bytes=stats.bytes_read)
@@ -233,6 +242,9 @@ class Engine:
             taken += 1
             entry.first_token = entry.first_token or time.monotonic()
             if choice.finish_reason is not None:
+                generated, allowed = self._ended
+                output = (len(choice.output_ids), choice.queued.max_output)
+                self._ended = (generated + output[0], allowed + output[1])
                 self._admission.remove(choice)
                 entry.left -= 1
                 if not entry.left:
@@ -261,6 +273,19 @@ class Engine:
             error_code=entry.failure.code if entry.failure else None,
         )
 
+    def _left(self) -> list[tuple[int, int]]:
+        """What is to be computed of all choices: prompt tokens, and tokens to generate, as long as
+        those that have ended were on average."""
+        generated, allowed = self._ended
+        usual = generated / allowed if allowed else 1.0
+        lengths = []
+        for one in (*self._admission.running, *self._admission.waiting):
+            queued, done = one.queued, len(one.output_ids) if isinstance(one, Choice) else 0
+            computed = one.num_computed if isinstance(one, Choice) else 0
+            output = max(1, round(usual * queued.max_output) - done)
+            lengths.append((max(0, queued.num_tokens - computed), output))
+        return lengths
+
     # --- state ------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
@@ -280,6 +305,7 @@ class Engine:
             waiting=len(self._admission.waiting),
             num_preemptions=self._admission.num_preemptions,
             phases=dict(self._meter.phases),
+            check=None if self._pilot is None else self._pilot.check(self._meter.phases),
             prefix_cache_queries=prompts.num_asked if self.plan.prefix_caching else 0,
             prefix_cache_hits=prompts.num_found,
         )
