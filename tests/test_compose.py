@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from test_admission import PAGE_TOKENS, Machine
+from windlass.engine.admission import Admission
 from windlass.planner.compose import Limits, compose
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.workload import Workload
@@ -15,6 +16,10 @@ SIZES = st.tuples(st.integers(1, 150), st.integers(1, 90))
 def _engine_passes(sizes, limits):
     """(decode rows, positions they see, prompt rows, positions, logits) of each pass."""
     machine = Machine(pages=limits.num_pages, seqs=limits.max_seqs, rows=limits.max_rows)
+    machine.admission = Admission(
+        machine.kv, max_num_seqs=limits.max_seqs, max_rows=limits.max_rows, long_rope_after=None,
+        mixed_prefill_rows=limits.mixed_prefill_rows,
+    )  # fmt: skip
     for prompt, output in sizes:
         machine.add(prompt, output)
     passes = []
@@ -33,11 +38,11 @@ def _engine_passes(sizes, limits):
 @settings(max_examples=150, deadline=None)
 @given(
     st.lists(SIZES, min_size=1, max_size=14), st.integers(1, 8), st.integers(0, 200),
-    st.integers(0, 60),
+    st.integers(0, 60), st.sampled_from((None, None, 0, 64, 128)),
 )  # fmt: skip
-def test_the_same_passes_as_the_engine(sizes, seqs, more_rows, more_pages):
+def test_the_same_passes_as_the_engine(sizes, seqs, more_rows, more_pages, mixed):
     least = max(-(-(p + o - 1) // PAGE_TOKENS) for p, o in sizes)
-    limits = Limits(seqs + CHUNK_TOKENS + more_rows, seqs, least + more_pages, PAGE_TOKENS)
+    limits = Limits(seqs + CHUNK_TOKENS + more_rows, seqs, least + more_pages, PAGE_TOKENS, mixed)
     expected = _engine_passes(sizes, limits)
     at = 0
     for run in compose(Workload(*zip(*sizes, strict=True)), limits):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cgroups import memory_group
-from windlass import build
+from windlass.device import host
 from windlass.device.host import MemoryLimit, available_bytes, memory_limits
 from windlass.units import GIB, MIB
 

@@ -328,6 +328,16 @@ def test_keys_tell_all_that_came_before():
     assert block_keys([256, *range(63)], 64) != block_keys([1, *range(63)], 64)
 
 
+def test_what_is_left_of_a_prompt_decides_whether_it_fits():
+    machine = Machine(pages=100, seqs=4, rows=4 + CHUNK_TOKENS)
+    machine.add("0", HEADER, 1)
+    while machine.admission.running or machine.admission.waiting:
+        machine.step()
+    machine.add("1", [5] * 40, 1)
+    machine.add("2", HEADER + [5] * 10, 1)  # 18 left, in a pass with room for 28
+    assert [row.segment.num_rows for row in machine.step()] == [40, 18]
+
+
 def test_admission_counts_shared_pages_once():
     """Six pages of a header and two for each: room for six, or one without sharing."""
     for shares, running in ((True, 6), (False, 2)):
@@ -473,16 +483,18 @@ def test_bits_are_those_without_sharing(engine_of, rows):
     assert results["7"].num_cached_tokens == 128 and results["4"].num_cached_tokens == 0
 
 
-def test_bits_are_those_without_sharing_on_few_pages(engine_of):
+@pytest.mark.parametrize("pages", [8, 10])
+def test_bits_are_those_without_sharing_on_few_pages(engine_of, pages):
+    """As few as the longest request takes: one runs nearly alone. With two more they compete."""
     with engine_of(enable_prefix_caching=False) as engine:
         expected = _bits(run_all(engine, _wanted()))
     with engine_of(max_num_batched_tokens=140) as engine:
         kv = engine._admission._kv
-        kv.num_pages = 10  # the longest request takes 8: as if others had the rest
-        kv.pool = PagePool(10)
+        kv.num_pages, kv.pool = pages, PagePool(pages)  # as if others had the rest
         results = run_all(engine, _wanted())
         stats = engine.stats()
-    assert stats.num_preemptions > 0 and stats.prefix_cache_hits > 0
+        engine.check()
+    assert stats.prefix_cache_hits > 0 and (stats.num_preemptions > 0 or pages == 8)
     assert _bits(results) == expected
 
 

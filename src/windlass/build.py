@@ -53,6 +53,7 @@ from windlass.params import SamplingParams
 from windlass.plan import Plan
 from windlass.planner.activations import Backend
 from windlass.planner.budget import Sizes, Wanted, make_plan
+from windlass.planner.pilot import Expected
 from windlass.planner.replay import check_replay
 from windlass.schedule.announce import Announcer, num_experts, pass_forecast
 from windlass.schedule.batch import Batch
@@ -66,7 +67,7 @@ from windlass.spec.names import Layout, NameMap, TensorInfo
 from windlass.spec.registry import read_spec
 from windlass.synth import random_source
 from windlass.trace import Tracer
-from windlass.units import MIB, parse_bytes
+from windlass.units import parse_bytes
 from windlass.version import VERSION
 
 _MACHINE_THREADS = torch.get_num_threads()  # before any engine of this process set its own
@@ -88,10 +89,13 @@ class _Model:
     source: WeightSource
 
 
-def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engine:
+def open_engine(
+    options: EngineOptions, *, device: Device | None = None, expected: Expected | None = None
+) -> Engine:
     """Everything between options and the first step; nothing is read but headers and tokenizer.
 
     `device`: where weights go; the host if None. The engine closes it; so does a failure here.
+    `expected`: machine and job to plan for, and to compare the run with; None for plain rules.
     """
     return_freed_memory()
     with ExitStack() as opened:
@@ -105,7 +109,7 @@ def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engi
             options.moe_backend, threads=threads, bf16_rows=options.dtype == "bfloat16"
         )
         kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
-        setup = _setup(options, model, Backend(kernels.name, threads))
+        setup = _setup(options, model, Backend(kernels.name, threads), expected)
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
             opened.callback(device.close)
@@ -122,7 +126,9 @@ def _useful_threads(model: _Model) -> int:
     return max(1, min(_MACHINE_THREADS, matrix // _ELEMENTS_PER_THREAD))
 
 
-def _setup(options: EngineOptions, model: _Model, backend: Backend) -> EngineSetup:
+def _setup(
+    options: EngineOptions, model: _Model, backend: Backend, expected: Expected | None
+) -> EngineSetup:
     """The plan and all that requests need."""
     tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
     tokenizer = load_tokenizer(tokenizer_folder, model_folder=model.folder)
@@ -132,8 +138,14 @@ def _setup(options: EngineOptions, model: _Model, backend: Backend) -> EngineSet
     wanted = _wanted(options, model)
     sizes = _sizes(model, options, backend)
     if replayed is not None:
-        check_replay(replayed, model.spec, sizes, wanted, options.host_memory or default_budget(1.0))
-    plan = replayed or make_plan(model.spec, sizes, options.host_memory or default_budget(), wanted)
+        most = options.host_memory or default_budget(1.0)
+        check_replay(replayed, model.spec, sizes, wanted, most)
+        plan = replayed
+    elif expected is not None:
+        memory = options.host_memory or default_budget()
+        plan = expected.plan(model.spec, sizes, memory, wanted).plan
+    else:
+        plan = make_plan(model.spec, sizes, options.host_memory or default_budget(), wanted)
     return EngineSetup(
         plan=plan,
         tokenizer=tokenizer,
@@ -144,6 +156,7 @@ def _setup(options: EngineOptions, model: _Model, backend: Backend) -> EngineSet
         seed=options.seed,
         fingerprint=_fingerprint(model, tokenizer, options, backend),
         peak_rss=peak_resident_bytes,
+        pilot=None if expected is None else expected.pilot(model.spec, sizes, plan),
     )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from windlass.engine.choice import Choice, Queued
+from windlass.engine.lengths import OutputLengths
 from windlass.engine.prompt_pages import PromptPages
 from windlass.engine.sequence import Request
 from windlass.memory.kv import KvStore
@@ -51,6 +52,7 @@ class Admission:
         self._max_rows = max_rows
         self._mixed_prefill_rows = mixed_prefill_rows
         self._is_filling = False  # a wave takes in prompts
+        self.lengths = OutputLengths()
         self.prompt_pages = PromptPages(kv, long_rope_after=long_rope_after)
         self.waiting: deque[Queued | Choice] = deque()  # a Choice: to be computed again
         self.running: list[Choice] = []  # oldest first
@@ -131,12 +133,20 @@ class Admission:
         kept = sum(map(self._may_want, self.running))
         return needed + kept <= self._kv.num_free_pages and self._kv.has_free_state
 
-    def _may_want(self, choice: Choice) -> int:
+    def _may_want(self, choice: Choice) -> float:
         """Pages kept free for a running choice, so that a newcomer does not drive it out at once:
-        those it lacks now, else one as long as it can grow."""
+        those it lacks now, else one as far as it is likely to want it. To keep all that it may grow
+        to saves preemptions and costs more passes than they do (docs/log.md)."""
         held = len(choice.pages)
+        lacking = self._kv.pages_for(choice.num_tokens) - held
         most = self._kv.pages_for(choice.max_total - 1) - held
-        return min(most, max(1, self._kv.pages_for(choice.num_tokens) - held))
+        if lacking > 0 or not most:
+            return min(lacking, most)
+        # the last token of an answer is never computed
+        fitting = held * self._kv.page_tokens - choice.num_prompt + 1
+        return self.lengths.chance(
+            fitting, after=len(choice.output_ids), max_output=choice.queued.max_output
+        )
 
     def _admit(self, choice: Choice) -> None:
         self.prompt_pages.take(choice)

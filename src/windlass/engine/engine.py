@@ -59,6 +59,7 @@ class EngineSetup:
     seed: int
     fingerprint: Mapping[str, object]  # what would change results
     peak_rss: Callable[[], int]
+    pilot: Pilot | None  # None where nothing was predicted
 
 
 class Engine:
@@ -73,7 +74,6 @@ class Engine:
         *,
         tracer: Tracer,
         disk_busy_s: Callable[[], float],
-        pilot: Pilot | None,
         on_close: Callable[[], None],
     ) -> None:
         """`on_close` must be idempotent and must not hold the engine: it also ends what an engine
@@ -96,8 +96,7 @@ class Engine:
         self._pass_s = 0.0
         self._disk_busy_s = disk_busy_s
         self._meter = PhaseMeter()
-        self._pilot = pilot
-        self._ended = (0, 0)  # tokens of choices that have ended: generated, allowed
+        self._pilot = setup.pilot
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -109,6 +108,15 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._open)
+
+    def expected_output_tokens(self, max_tokens: int, quantile: float | None = None) -> float:
+        """Tokens of an answer that may have `max_tokens`: the mean by what has ended so far (the
+        short ones end first), or what the share `quantile` of answers does not exceed. `max_tokens`
+        where none has ended."""
+        lengths = self._admission.lengths
+        if quantile is None:
+            return lengths.mean(max_tokens)
+        return lengths.quantile(quantile, max_tokens)
 
     def validate(self, request: Request) -> None:
         """Raises RequestError if the request cannot run here."""
@@ -239,17 +247,20 @@ class Engine:
                 self._generated_tokens += 1
             except RequestError as error:  # this request alone fails: constraints left no token
                 choice.finish_reason, entry.failure = "error", error
+            else:
+                self._observe(choice)
             taken += 1
             entry.first_token = entry.first_token or time.monotonic()
             if choice.finish_reason is not None:
-                generated, allowed = self._ended
-                output = (len(choice.output_ids), choice.queued.max_output)
-                self._ended = (generated + output[0], allowed + output[1])
                 self._admission.remove(choice)
                 entry.left -= 1
                 if not entry.left:
                     finished.append(self._finish(entry))
         return StepResult(tuple(finished), tuple(deltas))
+
+    def _observe(self, choice: Choice) -> None:
+        if choice.finish_reason is not None:
+            self._admission.lengths.observe(len(choice.output_ids), choice.queued.max_output)
 
     def _finish(self, entry: _Open) -> RequestOutput:
         request = entry.request
@@ -274,16 +285,16 @@ class Engine:
         )
 
     def _left(self) -> list[tuple[int, int]]:
-        """What is to be computed of all choices: prompt tokens, and tokens to generate, as long as
-        those that have ended were on average."""
-        generated, allowed = self._ended
-        usual = generated / allowed if allowed else 1.0
-        lengths = []
+        """What is to be computed of all choices: prompt tokens, and tokens to generate as far as
+        those that have ended let expect."""
+        lengths: list[tuple[int, int]] = []
         for one in (*self._admission.running, *self._admission.waiting):
-            queued, done = one.queued, len(one.output_ids) if isinstance(one, Choice) else 0
-            computed = one.num_computed if isinstance(one, Choice) else 0
-            output = max(1, round(usual * queued.max_output) - done)
-            lengths.append((max(0, queued.num_tokens - computed), output))
+            output = round(self.expected_output_tokens(one.queued.max_output))
+            computed = generated = 0
+            if isinstance(one, Choice):
+                computed, generated = one.num_computed, len(one.output_ids)
+            left = max(0, one.queued.num_tokens - computed)
+            lengths.append((left, max(1, output - generated)))
         return lengths
 
     # --- state ------------------------------------------------------------------------------------

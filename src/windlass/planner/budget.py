@@ -29,7 +29,7 @@ _KV_SHARE = 0.6  # of what is left after activations and the slots of the pipeli
 _KV_SHARE_RESIDENT = 0.15  # the same, where all weights fit beside it
 _PIPELINE_SLOTS = 8  # experts: one at work, the others arriving, several reads in flight
 _USUAL_TOKENS = 1024  # of a sequence, where its length is not limited by the user
-_SMALLEST_CONTEXT = 512
+SMALLEST_CONTEXT = 512
 _LONGEST_TABLE = 16384  # positions; beyond, keys and values dwarf the tables
 NOISE_BYTES = 4 * MIB  # the process itself weighs a little more or less in the next run
 MIN_SLOTS = {
@@ -108,7 +108,7 @@ class _Draft:
         """The least total that works with what the user fixed."""
         seqs = self._wanted.max_num_seqs or 1
         rows = self._wanted.max_num_batched_tokens or round_up(seqs + _CHUNK, _CHUNK)
-        context = self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
+        context = self._wanted.max_model_len or min(SMALLEST_CONTEXT, self._spec.max_positions)
         return (
             self._sizes.process_bytes
             + self._activations(seqs, rows)
@@ -123,7 +123,7 @@ class _Draft:
         free = host_memory - self._sizes.process_bytes - self._tables()
         slots = self._least_slots()
         least = self._slots_bytes(slots)
-        context = self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
+        context = self._wanted.max_model_len or min(SMALLEST_CONTEXT, self._spec.max_positions)
         least_pages = self._wanted.kv_pages or self._pages(context)
         least += least_pages * self._page_bytes
         seqs, rows = self._pass_size(free, least)
@@ -176,7 +176,7 @@ class _Draft:
             return self._wanted.kv_pages
         usual = min(self._wanted.max_model_len or _USUAL_TOKENS, self._spec.max_positions)
         least = self._pages(
-            self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
+            self._wanted.max_model_len or min(SMALLEST_CONTEXT, self._spec.max_positions)
         )
         most = self._pages(usual) * seqs
         beside = left - self._slots_bytes(self._sizes.num_parts)  # all weights resident

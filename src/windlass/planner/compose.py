@@ -8,22 +8,31 @@ same but for their growing contexts.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from windlass.planner.costs import Seen
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.workload import Workload
 
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a plan allows: rows and sequences per pass, pages of keys and values."""
+    """What a plan allows: rows and sequences per pass, pages of keys and values; prompt rows beside
+    rows that decode, at most, where they are bounded."""
 
     max_rows: int
     max_seqs: int
     num_pages: int
     page_tokens: int
+    mixed_prefill_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,21 +49,10 @@ class PassRun:
         return self.seen.num_rows
 
 
-@dataclass(slots=True, eq=False)
-class _Sequence:
+class _Waiting(NamedTuple):
     prompt: int
     output: int
-    generated: int = 0
-    computed: int = 0
-    pages: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return self.prompt + self.generated
-
-    @property
-    def in_prompt(self) -> bool:
-        return self.computed < self.prompt
+    generated: int = 0  # before it was driven out
 
 
 def compose(workload: Workload, limits: Limits) -> Iterator[PassRun]:
@@ -63,59 +61,97 @@ def compose(workload: Workload, limits: Limits) -> Iterator[PassRun]:
 
 
 class _Composer:
+    """Running sequences, oldest first, as arrays of equal length."""
+
     def __init__(self, workload: Workload, limits: Limits) -> None:
         lengths = zip(workload.prompt_tokens, workload.output_tokens, strict=True)
-        self._waiting = deque(_Sequence(prompt, output) for prompt, output in lengths)
-        self._running: list[_Sequence] = []  # oldest first
+        self._waiting = deque(_Waiting(prompt, output) for prompt, output in lengths)
         self._limits = limits
         self._free = limits.num_pages
         most = max(one.prompt + one.output - 1 for one in self._waiting)
         assert self._pages_for(most) <= limits.num_pages, "a sequence does not fit into the pages"
+        nobody = np.zeros(0, dtype=np.int64)
+        self._prompt = self._output = self._generated = self._computed = self._pages = nobody
 
     def runs(self) -> Iterator[PassRun]:
-        while self._waiting or self._running:
-            rows, is_quiet = self._next_pass()
-            assert rows, "sequences wait, but nothing can run"
-            repeats = self._quiet_passes() if is_quiet else 1
-            yield self._advance(rows, repeats)
+        while self._waiting or len(self._prompt):
+            counts = self._next_pass()
+            assert counts.any(), "sequences wait, but nothing can run"
+            is_quiet = bool((counts == 1).all() and (self._computed >= self._prompt).all())
+            yield self._advance(counts, self._quiet_passes() if is_quiet else 1)
 
-    def _next_pass(self) -> tuple[list[tuple[_Sequence, int]], bool]:
-        """Sequences and their rows; whether the next pass is the same until somebody ends."""
-        decoding = [one for one in list(self._running) if not one.in_prompt and self._grow(one)]
-        rows: list[tuple[_Sequence, int]] = []
-        room = self._limits.max_rows
-        for following, one in zip(range(len(decoding))[::-1], decoding, strict=True):
-            count = min(one.num_tokens - one.computed, room - following)
-            rows.append((one, count))
-            room -= count
-        is_quiet = room == self._limits.max_rows - len(decoding)  # a row for each
-        for one in self._running:
-            if one.in_prompt and (count := _fitting(one.prompt - one.computed, room)):
-                rows.append((one, count))
-                room -= count
-                is_quiet = False
-        kept = -1  # pages for those who run, known once somebody may join
-        while room > 0 and self._waiting and len(self._running) < self._limits.max_seqs:
+    def _next_pass(self) -> Ints:
+        """Rows of each running sequence, after some have joined or given way."""
+        self._grow()
+        decoding = self._computed >= self._prompt
+        wanted = np.where(decoding, self._prompt + self._generated - self._computed, 0)
+        room = self._limits.max_rows - int(wanted.sum())
+        if room < 0:
+            room, wanted = self._squeezed(wanted)
+        bound = self._limits.mixed_prefill_rows
+        if bound is not None and wanted.any():
+            room = min(room, bound)
+        counts = wanted.tolist()
+        for i in np.flatnonzero(~decoding).tolist():
+            counts[i] = _fitting(int(self._prompt[i] - self._computed[i]), room)
+            room -= counts[i]
+        joined = self._join(room)
+        return np.array(counts + joined, dtype=np.int64)
+
+    def _squeezed(self, wanted: Ints) -> tuple[int, Ints]:
+        """Room and rows where those who are computed again would take the rows of others."""
+        room, rows = self._limits.max_rows, wanted.copy()
+        decoding = np.flatnonzero(wanted)
+        for following, i in zip(range(len(decoding))[::-1], decoding.tolist(), strict=True):
+            rows[i] = min(int(wanted[i]), room - following)
+            room -= int(rows[i])
+        return room, rows
+
+    def _join(self, room: int) -> list[int]:
+        """Prompt rows of those who join."""
+        places = self._limits.max_seqs - len(self._prompt)
+        if room <= 0 or not self._waiting or places <= 0:
+            return []
+        kept = int(np.minimum(self._most(), np.maximum(1, self._lacking())).sum())
+        new: list[_Waiting] = []
+        rows: list[int] = []
+        pages: list[int] = []
+        while room > 0 and self._waiting and len(new) < places:
             first = self._waiting[0]
-            kept = sum(map(self._may_want, self._running)) if kept < 0 else kept
-            if self._needs(first) + kept > self._free:
-                break
+            most = self._pages_for(first.prompt + first.output - 1)
+            tokens = first.prompt + first.generated
+            needed = min(self._pages_for(tokens + 1), most)
             count = _fitting(first.prompt, room)
-            if not count:
+            if needed + kept > self._free or not count:
                 break
-            self._waiting.popleft()
-            first.pages = self._pages_for(first.prompt)
-            self._free -= first.pages
-            self._running.append(first)
-            kept += self._may_want(first)
-            rows.append((first, count))
+            new.append(self._waiting.popleft())
+            rows.append(count)
+            pages.append(self._pages_for(first.prompt))
+            kept += min(most - pages[-1], max(1, self._pages_for(tokens) - pages[-1]))
+            self._free -= pages[-1]
             room -= count
-            is_quiet = False
-        return rows, is_quiet and len(decoding) == len(self._running)
+        if new:
+            self._append(new, pages)
+        return rows
+
+    def _append(self, new: Sequence[_Waiting], pages: Sequence[int]) -> None:
+        prompt, output, generated = np.array(new, dtype=np.int64).T
+        self._prompt = np.concatenate((self._prompt, prompt))
+        self._output = np.concatenate((self._output, output))
+        self._generated = np.concatenate((self._generated, generated))
+        self._computed = np.concatenate((self._computed, np.zeros(len(new), dtype=np.int64)))
+        self._pages = np.concatenate((self._pages, np.array(pages, dtype=np.int64)))
+
+    def _keep(self, who: Bools) -> None:
+        """Forgets all others, and frees their pages."""
+        self._free += int(self._pages[~who].sum())
+        self._prompt, self._output = self._prompt[who], self._output[who]
+        self._generated, self._computed = self._generated[who], self._computed[who]
+        self._pages = self._pages[who]
 
     def _quiet_passes(self) -> int:
         """Passes until somebody ends, or a page lacks; nobody can join before."""
-        most = min(one.output - one.generated for one in self._running)
+        most = int((self._output - self._generated).min())
         if self._fits_after(most):
             return most
         least, beyond = 1, most
@@ -129,69 +165,69 @@ class _Composer:
 
     def _fits_after(self, passes: int) -> bool:
         """Whether the pages hold everybody's tokens at the last of so many passes."""
-        size, more = self._limits.page_tokens, passes - 1
-        wanted = sum(-(-(one.num_tokens + more) // size) for one in self._running)
-        return wanted <= self._limits.num_pages
+        tokens = self._prompt + self._generated + passes - 1
+        return int(_pages(tokens, self._limits.page_tokens).sum()) <= self._limits.num_pages
 
-    def _advance(self, rows: list[tuple[_Sequence, int]], repeats: int) -> PassRun:
-        decode = prompt = logits = 0
-        decode_positions = prompt_positions = 0.0
-        for one, count in rows:
-            first = one.computed
-            positions = count * first + count * (count + 1) / 2
-            if one.in_prompt:
-                prompt += count
-                prompt_positions += positions
-            else:
-                decode += count
-                decode_positions += positions + (repeats - 1) / 2
-            one.computed += count + repeats - 1
-            if first + count == one.num_tokens:
-                logits += 1
-                one.generated += repeats
+    def _advance(self, counts: Ints, repeats: int) -> PassRun:
+        in_prompt = self._computed < self._prompt
+        positions = counts * self._computed + counts * (counts + 1) / 2
+        positions += np.where(counts > 0, (repeats - 1) / 2, 0.0)
+        has_logits = (counts > 0) & (self._computed + counts == self._prompt + self._generated)
+        self._computed = self._computed + np.where(counts > 0, counts + repeats - 1, 0)
+        self._generated = self._generated + np.where(has_logits, repeats, 0)
         if repeats > 1:
-            self._hold()
-        if any(one.generated >= one.output for one, _ in rows):
-            self._free += sum(one.pages for one in self._running if one.generated >= one.output)
-            self._running = [one for one in self._running if one.generated < one.output]
-        return PassRun(repeats, Seen(decode, decode_positions, prompt, prompt_positions), logits)
-
-    def _hold(self) -> None:
-        """Pages that quiet passes have taken on their way."""
-        for one in self._running:
-            wanted = self._pages_for(one.computed)
-            self._free -= wanted - one.pages
-            one.pages = wanted
-        assert self._free >= 0, "a quiet pass has taken more pages than there are"
+            wanted = _pages(self._computed, self._limits.page_tokens)
+            self._free -= int((wanted - self._pages).sum())
+            self._pages = wanted
+            assert self._free >= 0, "quiet passes have taken more pages than there are"
+        running = self._generated < self._output
+        if not running.all():
+            self._keep(running)
+        seen = Seen(
+            int(counts[~in_prompt].sum()), float(positions[~in_prompt].sum()),
+            int(counts[in_prompt].sum()), float(positions[in_prompt].sum()),
+        )  # fmt: skip
+        return PassRun(repeats, seen, int(has_logits.sum()))
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._limits.page_tokens)
 
-    def _grow(self, one: _Sequence) -> bool:
-        missing = self._pages_for(one.num_tokens) - one.pages
-        while missing > self._free:
-            youngest = self._running[-1]
-            self._preempt(youngest)
-            if youngest is one:
-                return False
-        if missing > 0:
-            one.pages += missing
-            self._free -= missing
-        return True
+    def _lacking(self) -> Ints:
+        """Pages that all tokens need beyond those held."""
+        return _pages(self._prompt + self._generated, self._limits.page_tokens) - self._pages
 
-    def _preempt(self, one: _Sequence) -> None:
-        self._running.remove(one)
-        self._free += one.pages
-        one.pages = one.computed = 0
-        self._waiting.appendleft(one)
+    def _most(self) -> Ints:
+        """Pages that each can still come to want."""
+        most = self._prompt + self._output - 1
+        return _pages(most, self._limits.page_tokens) - self._pages
 
-    def _needs(self, newcomer: _Sequence) -> int:
-        most = newcomer.prompt + newcomer.output - 1
-        return self._pages_for(min(newcomer.num_tokens + 1, most))
+    def _grow(self) -> None:
+        """Pages for all tokens of those who decode, at the cost of the youngest."""
+        decoding = self._computed >= self._prompt
+        missing = np.where(decoding, np.maximum(self._lacking(), 0), 0)
+        if int(missing.sum()) <= self._free:
+            self._pages = self._pages + missing
+            self._free -= int(missing.sum())
+            return
+        at = 0
+        while at < len(self._prompt):
+            lacks = int(missing[at])
+            while lacks > self._free and at < len(self._prompt):
+                self._preempt()
+            if at < len(self._prompt):
+                self._pages[at] += lacks
+                self._free -= lacks
+            at += 1
 
-    def _may_want(self, one: _Sequence) -> int:
-        most = self._pages_for(one.prompt + one.output - 1) - one.pages
-        return min(most, max(1, self._pages_for(one.num_tokens) - one.pages))
+    def _preempt(self) -> None:
+        """The youngest gives way, to be computed again."""
+        last = _Waiting(int(self._prompt[-1]), int(self._output[-1]), int(self._generated[-1]))
+        self._waiting.appendleft(last)
+        self._keep(np.arange(len(self._prompt)) < len(self._prompt) - 1)
+
+
+def _pages(tokens: Ints, page_tokens: int) -> Ints:
+    return -(-tokens // page_tokens)
 
 
 def _fitting(left: int, room: int) -> int:

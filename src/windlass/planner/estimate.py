@@ -96,7 +96,13 @@ def estimate(
         raise UsageError(
             f"workload: a sequence has {workload.longest} tokens, allowed {plan.max_model_len}"
         )
-    limits = Limits(plan.max_num_batched_tokens, plan.max_num_seqs, plan.kv_pages, plan.page_tokens)
+    limits = Limits(
+        plan.max_num_batched_tokens,
+        plan.max_num_seqs,
+        plan.kv_pages,
+        plan.page_tokens,
+        plan.mixed_prefill_tokens,
+    )
     parts = _parts(workload, plan.max_num_seqs)
     composed = [list(compose(part, limits)) for part in parts]
     times = PassTimes(spec, sizes, plan, profile, composed[-1], on_clock=on_clock)
@@ -107,7 +113,9 @@ def estimate(
         tokens = [_tokens(part) for part in parts]
         more = (_tokens(workload) - tokens[1]) / (tokens[1] - tokens[0])
         sums = {name: own.beyond(counted[0].get(name, _Sums()), more) for name, own in sums.items()}
-    sums["load"] = _Sums(times.load.seconds, busy=dict(times.load.busy), bound=bounds.load(composed[-1][0]))
+    sums["load"] = _Sums(
+        times.load.seconds, busy=dict(times.load.busy), bound=bounds.load(composed[-1][0])
+    )
     return _estimate(workload, sums)
 
 
@@ -175,7 +183,7 @@ def _count(runs: Sequence[PassRun], times: PassTimes, bounds: Bounds) -> dict[st
     sums: dict[str, _Sums] = {}
     for one in runs:
         timed = times.of(one)
-        after = times.costs.sample_s(one.num_logits)
+        after = times.sample_s(one.num_logits)
         busy = {**timed.busy, "host": timed.busy["host"] + after}
         own = sums.setdefault(_phase(one.seen), _Sums())
         own.add(one, timed.seconds + after, busy, bounds.of(one))

@@ -3,18 +3,21 @@ the profile are rescaled, and what a plan can change without other memory is pla
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from windlass.hardware.profile import Curve, HardwareProfile, Processor
 from windlass.phases import PhaseStats
 from windlass.plan import Plan
-from windlass.planner.budget import Sizes, bytes_here
+from windlass.planner.budget import Sizes, Wanted, bytes_here
 from windlass.planner.check import Check, compare
 from windlass.planner.compose import Limits, PassRun, compose
 from windlass.planner.costs import Seen
 from windlass.planner.estimate import Estimate, estimate
+from windlass.planner.search import Candidate, search
 from windlass.planner.timing import PassTimes
 from windlass.schedule.batch import CHUNK_TOKENS, Segment
 from windlass.spec.model import ModelSpec
+from windlass.units import round_up
 from windlass.workload import Workload
 
 TOLERANCE = 0.2  # of predicted over measured, beyond which rates are rescaled
@@ -22,7 +25,8 @@ _WINDOW = 4  # passes that are judged together
 _GAIN = 0.05  # of the time that is left, below which a plan stays as it is
 _LEAST_SHARE = 0.05  # of the time, below which a lane says nothing of its rate
 _FEW_SEQUENCES = 256  # that stand for a job where single passes are timed
-_FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0)
+_FACTORS = (0.5, 1.0, 2.0)
+_PROMPT_SHARES = (0.5, 0.25)  # of the rows of a pass that also decodes
 _CLOCKED = 2  # other plans that run on the clock
 
 
@@ -102,7 +106,11 @@ class Pilot:
             work = _few(self._problem.workload)
             plan = self._plan
             limits = Limits(
-                plan.max_num_batched_tokens, plan.max_num_seqs, plan.kv_pages, plan.page_tokens
+                plan.max_num_batched_tokens,
+                plan.max_num_seqs,
+                plan.kv_pages,
+                plan.page_tokens,
+                plan.mixed_prefill_tokens,
             )
             runs = list(compose(work, limits))
             self._times = PassTimes(
@@ -151,16 +159,20 @@ class Pilot:
 
 
 def variants(plan: Plan) -> list[Plan]:
-    """Plans with other numbers of sequences and rows per pass, all else alike."""
-    found = {}
-    for seqs in _FACTORS:
-        for rows in _FACTORS:
+    """Plans with other numbers of sequences, rows, and prompt rows beside decoding ones; all else
+    alike."""
+    found: dict[Plan, None] = {}
+    for seqs, rows in product(_FACTORS, _FACTORS):
+        most = round(rows * plan.max_num_batched_tokens)
+        shares = [round_up(round(share * most), CHUNK_TOKENS) for share in _PROMPT_SHARES]
+        for mixed in (None, *shares):
             own = replace(
                 plan,
                 max_num_seqs=max(1, round(seqs * plan.max_num_seqs)),
-                max_num_batched_tokens=round(rows * plan.max_num_batched_tokens),
+                max_num_batched_tokens=most,
+                mixed_prefill_tokens=mixed,
             )
-            if own.max_num_batched_tokens >= own.max_num_seqs + CHUNK_TOKENS and own != plan:
+            if most >= own.max_num_seqs + CHUNK_TOKENS and own != plan:
                 found[own] = None
     return list(found)
 
@@ -210,16 +222,48 @@ def _few(workload: Workload) -> Workload:
 
 def _changes(old: Plan, new: Plan) -> list[str]:
     return [
-        f"{what} {getattr(old, name)} -> {getattr(new, name)}"
+        f"{what} {_or_any(getattr(old, name))} -> {_or_any(getattr(new, name))}"
         for name, what in (
             ("max_num_seqs", "sequences per pass"),
             ("max_num_batched_tokens", "rows per pass"),
+            ("mixed_prefill_tokens", "prompt rows beside decoding ones"),
         )
         if getattr(old, name) != getattr(new, name)
     ]
+
+
+def _or_any(value: int | None) -> str:
+    return "any" if value is None else str(value)
 
 
 def _sentence(ratio: float, factors: Mapping[str, float], changes: Sequence[str]) -> str:
     rates = ", ".join(f"{lane} at {100 * rate:.0f} %" for lane, rate in factors.items())
     then = f"planned anew: {', '.join(changes)}" if changes else "the plan stays as it is"
     return f"passes take {ratio:.2f} times what was predicted ({rates} of its rate); {then}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expected:
+    """What is known of a run before its checkpoint is opened. `tell`: for what is said once."""
+
+    profile: HardwareProfile
+    workload: Workload
+    tell: Callable[[str], None]
+
+    def plan(self, spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -> Candidate:
+        """The plan that ends the job soonest."""
+        return search(spec, sizes, self.profile, self.workload, host_memory, wanted)[0]
+
+    def pilot(self, spec: ModelSpec, sizes: Sizes, plan: Plan) -> Pilot:
+        """Of a run by `plan`, planned here or replayed."""
+        work = fitting(self.workload, plan.max_model_len)
+        predicted = estimate(spec, sizes, plan, self.profile, work)
+        problem = Problem(spec=spec, sizes=sizes, plan=plan, profile=self.profile, workload=work)
+        return Pilot(problem, predicted, tell=self.tell)
+
+
+def fitting(workload: Workload, longest: int) -> Workload:
+    """The workload with sequences of `longest` tokens at most."""
+    prompts = tuple(min(p, longest - 1) for p in workload.prompt_tokens)
+    lengths = zip(prompts, workload.output_tokens, strict=True)
+    return Workload(prompts, tuple(min(g, longest - p) for p, g in lengths))

@@ -2,21 +2,21 @@
 
 Sequences per pass, rows per pass (how much prompt is mixed into passes that decode), rows per call
 of attention, and pages of keys and values are enumerated; all memory that they leave holds weights.
-A closed form ranks the whole grid, passes composed for a coarse workload rank the best of it, the
-clock decides between the last few.
+A closed form ranks the whole grid, the passes of a coarse workload rank the best of it, the clock
+decides between the last few.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from windlass.errors import BudgetError, UsageError
 from windlass.hardware.profile import HardwareProfile
 from windlass.plan import Plan
-from windlass.planner.budget import PAGE_TOKENS, Sizes, Wanted, make_plan
+from windlass.planner.budget import PAGE_TOKENS, SMALLEST_CONTEXT, Sizes, Wanted, make_plan
 from windlass.planner.compose import PassRun
 from windlass.planner.costs import Seen
 from windlass.planner.estimate import Estimate, estimate
-from windlass.planner.timing import PassTimes, layer_kinds
+from windlass.planner.reckon import Reckoner, held_shares, layer_kinds
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.spec.model import ModelSpec
 from windlass.units import round_up
@@ -32,8 +32,8 @@ _MICRO_ROWS = (1024, 256)
 _PAGE_SHARES = (1.0, 0.8, 0.6, 0.4)
 _COMPOSED = 12  # plans whose passes are composed
 _CLOCKED = 4  # plans that run on the clock
-_LEVELS = 4  # lengths of the coarse workload
-_COARSE_WAVES = 3
+_COARSE_WAVES = 2  # of sequences, in the coarse workload
+_COARSE_LEVELS = 4  # lengths in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,56 +52,77 @@ def search(
     host_memory: int,
     wanted: Wanted,
 ) -> list[Candidate]:
-    """Plans within the budget, the soonest to end first; what `wanted` fixes is kept. Sequences
-    longer than fits count as long as fits: the engine refuses or shortens them.
+    """A few plans within the budget, the soonest to end first; what `wanted` fixes is kept.
+    Sequences longer than fits count as long as fits: the engine refuses or shortens them.
 
     Raises BudgetError where nothing fits, as `make_plan` does.
     """
-    problem = _Problem(spec, sizes, profile, workload, host_memory, wanted)
-    plans = problem.ranked(problem.plans())[:_COMPOSED]
-    more = [p for plan in plans for p in problem.with_other_micro_batches(plan)]
-    best = problem.compared([*plans, *more])[:_CLOCKED]
-    found = [problem.on_clock(plan) for plan in best]
+    machine = _Machine(spec, sizes, profile, host_memory)
+    work = machine.fitting(workload, wanted)
+    reckoner = Reckoner(spec, sizes, profile)
+    grid = machine.grid(work, wanted)
+    ranked = sorted(grid, key=lambda plan: _closed_form(reckoner, sizes, plan, work))
+    some = ranked[:_COMPOSED]
+
+    def coarse(plan: Plan) -> float:
+        part = _coarse(work, plan.max_num_seqs)
+        found = estimate(spec, sizes, plan, profile, part, on_clock=False)
+        return found.load_s + (found.total_s - found.load_s) * _tokens(work) / _tokens(part)
+
+    best = sorted(some, key=coarse)[:_CLOCKED]
+    best += machine.other_micro_batches(best[0], wanted)
+    found = [Candidate(plan, estimate(spec, sizes, plan, profile, work)) for plan in best]
     return sorted(found, key=lambda one: one.estimate.total_s)
 
 
-class _Problem:
-    def __init__(
-        self,
-        spec: ModelSpec,
-        sizes: Sizes,
-        profile: HardwareProfile,
-        workload: Workload,
-        host_memory: int,
-        wanted: Wanted,
-    ) -> None:
-        self._spec = spec
-        # one layer of each kind: all that the budget asks of a model
-        self._kinds = replace(spec, blocks=tuple(spec.blocks[i] for i, _ in layer_kinds(spec)))
-        self._sizes = sizes
-        self._profile = profile
-        self._host_memory = host_memory
-        self._wanted = wanted
-        self._default = make_plan(self._kinds, sizes, host_memory, wanted)
-        self._workload = self._fitting(workload)
+class _Machine:
+    """Which plans there are; all methods are pure."""
 
-    def plans(self) -> list[Plan]:
-        """All that fit of the grid, and the plan by plain rules."""
-        found = {self._default: None} if self._holds(self._default) else {}
-        count, tokens = self._workload.num_sequences, _tokens(self._workload)
-        for seqs in _up_to(_SEQS, count, self._wanted.max_num_seqs):
+    def __init__(
+        self, spec: ModelSpec, sizes: Sizes, profile: HardwareProfile, host_memory: int
+    ) -> None:
+        # one layer of each kind is all that a budget asks of a model
+        self._spec = replace(spec, blocks=tuple(spec.blocks[i] for i, _ in layer_kinds(spec)))
+        self._sizes = sizes
+        self._host_memory = host_memory
+
+    def fitting(self, workload: Workload, wanted: Wanted) -> Workload:
+        """The workload with no sequence longer than a plan can hold. BudgetError where nothing
+        fits."""
+        most = make_plan(self._spec, self._sizes, self._host_memory, wanted).max_model_len
+        if workload.longest <= most:
+            return workload
+        longest = min(workload.longest, self._spec.max_positions)
+        if wanted.max_model_len is None and wanted.kv_pages is None:
+            alone = replace(wanted, kv_pages=_pages(longest), max_num_seqs=wanted.max_num_seqs or 1)
+            most = longest if self._plan(alone) else most
+        prompts = tuple(min(p, most - 1) for p in workload.prompt_tokens)
+        lengths = zip(prompts, workload.output_tokens, strict=True)
+        return Workload(prompts, tuple(min(g, most - p) for p, g in lengths))
+
+    def grid(self, work: Workload, wanted: Wanted) -> list[Plan]:
+        """All plans of the grid that fit, and the one by plain rules."""
+        found: dict[Plan, None] = {}
+        for seqs in _choices(_SEQS, work.num_sequences, wanted.max_num_seqs):
             fewest = round_up(seqs + CHUNK_TOKENS, CHUNK_TOKENS)
             sizes = [fewest, *(rows for rows in _ROWS if rows > fewest)]
-            for rows in _up_to(sizes, max(tokens, fewest), self._wanted.max_num_batched_tokens):
-                found |= dict.fromkeys(self._with_pages(seqs, rows))
-        return list(found) or [self._default]
+            most = max(fewest, seqs + min(seqs, work.num_sequences) * max(work.prompt_tokens))
+            for rows in _choices(sizes, most, wanted.max_num_batched_tokens):
+                values = replace(wanted, max_num_seqs=seqs, max_num_batched_tokens=rows)
+                for pages in self._page_counts(seqs, work, wanted):
+                    plans = self._plan(replace(values, kv_pages=pages))
+                    found |= {p: None for p in plans if p.max_model_len >= work.longest}
+        plain = make_plan(self._spec, self._sizes, self._host_memory, wanted)
+        if plain.max_model_len >= work.longest or not found:
+            found[plain] = None
+        return list(found)
 
-    def with_other_micro_batches(self, plan: Plan) -> list[Plan]:
-        """The same with fewer rows per call of attention."""
-        if self._wanted.micro_batch_tokens is not None:
+    def other_micro_batches(self, plan: Plan, wanted: Wanted) -> list[Plan]:
+        """The same plan with fewer rows per call of attention, and more weights."""
+        if wanted.micro_batch_tokens is not None:
             return []
         values = replace(
-            self._wanted,
+            wanted,
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
             kv_pages=plan.kv_pages,
@@ -109,75 +130,76 @@ class _Problem:
         others = [rows for rows in _MICRO_ROWS if rows < plan.micro_batch_tokens]
         return [p for m in others for p in self._plan(replace(values, micro_batch_tokens=m))]
 
-    def ranked(self, plans: Iterable[Plan]) -> list[Plan]:
-        """By the closed form."""
-        return sorted(plans, key=self._closed_form)
-
-    def compared(self, plans: Iterable[Plan]) -> list[Plan]:
-        """By the passes of a coarse workload, each as long as its busiest lane works."""
-        return sorted(plans, key=self._coarse)
-
-    def on_clock(self, plan: Plan) -> Candidate:
-        found = estimate(self._spec, self._sizes, plan, self._profile, self._workload)
-        return Candidate(plan, found)
-
-    def _fitting(self, workload: Workload) -> Workload:
-        """The workload with sequences cut to what any plan can hold."""
-        if workload.longest <= self._default.max_model_len:
-            return workload
-        most = self._default.max_model_len
-        if self._wanted.max_model_len is None and self._wanted.kv_pages is None:
-            longest = min(workload.longest, self._spec.max_positions)
-            if self._plan(replace(self._wanted, kv_pages=_pages(longest))):
-                most = longest
-        prompts = tuple(min(p, most - 1) for p in workload.prompt_tokens)
-        lengths = zip(prompts, workload.output_tokens, strict=True)
-        return Workload(prompts, tuple(min(g, most - p) for p, g in lengths))
-
-    def _with_pages(self, seqs: int, rows: int) -> list[Plan]:
-        values = replace(self._wanted, max_num_seqs=seqs, max_num_batched_tokens=rows)
-        if self._wanted.kv_pages is not None:
-            return self._plan(values)
-        least = max(_pages(self._workload.longest), _pages(self._context()))
-        whole = seqs * _pages(_tokens(self._workload) / self._workload.num_sequences)
-        shares = {max(least, int(share * whole)) for share in _PAGE_SHARES}
-        return [p for pages in shares for p in self._plan(replace(values, kv_pages=pages))]
-
-    def _context(self) -> int:
-        """What one sequence must be able to have in any case: requests may ask for it."""
-        return self._wanted.max_model_len or self._default.max_model_len_least
+    def _page_counts(self, seqs: int, work: Workload, wanted: Wanted) -> Sequence[int]:
+        if wanted.kv_pages is not None:
+            return (wanted.kv_pages,)
+        context = wanted.max_model_len or min(SMALLEST_CONTEXT, self._spec.max_positions)
+        least = _pages(max(work.longest, context))
+        whole = seqs * (_pages(_tokens(work) / work.num_sequences) + 1)
+        return sorted({max(least, int(share * whole)) for share in _PAGE_SHARES})
 
     def _plan(self, values: Wanted) -> list[Plan]:
+        """The plan with these values, if it fits."""
         try:
-            plan = make_plan(self._kinds, self._sizes, self._host_memory, values)
+            return [make_plan(self._spec, self._sizes, self._host_memory, values)]
         except (BudgetError, UsageError):
             return []
-        return [plan] if self._holds(plan) else []
 
-    def _holds(self, plan: Plan) -> bool:
-        return self._workload.longest <= plan.max_model_len if hasattr(self, "_workload") else True
 
-    def _closed_form(self, plan: Plan) -> float:
-        """Seconds: the first sequences' prompts, then passes until all tokens are generated, of which
-        some carry the prompts of those who come later."""
-        work, rows = self._workload, plan.max_num_batched_tokens
-        count = work.num_sequences
-        prompt, output = work.mean_prompt_tokens, work.mean_output_tokens
-        held = plan.kv_pages * plan.page_tokens / (prompt + output / 2 + plan.page_tokens / 2)
-        alive = max(1, min(plan.max_num_seqs, count, int(held)))
-        first = _run(0, alive * prompt, prompt, 0.0)
-        filling = max(1.0, alive * prompt / rows)
-        decode = _run(alive, 0.0, prompt, output)
-        passes = max(max(work.output_tokens) - 1, count * (output - 1) / alive)
-        later = max(0.0, work.total_prompt_tokens - alive * prompt)
-        mixed_rows = max(1.0, rows - alive / 2)
-        mixed = min(passes, later / mixed_rows) if later else 0.0
-        full = _run(alive, min(mixed_rows, later), prompt, output)
-        times = PassTimes(
-            self._kinds_whole, self._sizes, plan, self._profile, [first], on_clock=False
+def _choices(values: Iterable[int], most: int, fixed: int | None) -> list[int]:
+    """The fixed value, or those below `most` and the first beyond it."""
+    if fixed is not None:
+        return [fixed]
+    ordered = sorted(values)
+    return [*(v for v in ordered if v < most), *[v for v in ordered if v >= most][:1]]
+
+
+def _closed_form(reckoner: Reckoner, sizes: Sizes, plan: Plan, work: Workload) -> float:
+    """Seconds of the job as a steady state: the first sequences' prompts, then passes until all
+    tokens are generated, some of which carry the prompts of those who come later."""
+    prompt, output = work.mean_prompt_tokens, work.mean_output_tokens
+    rows, count = plan.max_num_batched_tokens, work.num_sequences
+    hold = plan.kv_pages * plan.page_tokens / (prompt + output / 2 + plan.page_tokens / 2)
+    alive = max(1, min(plan.max_num_seqs, count, int(hold)))
+    held = held_shares(plan, sizes)
+
+    def seconds(decode: float, prefill: float) -> float:
+        seen = Seen(
+            round(decode), decode * (prompt + output / 2), round(prefill), prefill * prompt / 2
         )
-        return (
-            filling * times.reckoned_s(_capped(first, rows))
-            + max(0.0, passes - mixed) * times.reckoned_s(decode)
-            + max(mixed, later / mixed_rows) * times.reckoned_s(full)
-        )
+        return reckoner.of(PassRun(1, seen, max(1, round(decode))), held).seconds
+
+    filling = max(1.0, alive * prompt / rows)
+    passes = max(max(work.output_tokens) - 1, count * (output - 1) / alive, 0)
+    later = max(0.0, work.total_prompt_tokens - alive * prompt)
+    most = max(rows - alive, CHUNK_TOKENS)  # prompt rows beside the rows that decode
+    mixed = later / most
+    begin = filling * seconds(0, max(1.0, alive * prompt / filling))
+    middle = mixed * seconds(alive, min(most, later)) if later else 0.0
+    decode = count * (output - 1) / max(passes, 1)
+    rest = max(0.0, passes - mixed) * seconds(max(1.0, decode), 0) if passes else 0.0
+    return begin + middle + rest
+
+
+def _coarse(work: Workload, max_num_seqs: int) -> Workload:
+    """A few waves of sequences of a few lengths: those of the job, in groups of equal number."""
+    count = min(work.num_sequences, max(8, _COARSE_WAVES * max_num_seqs))
+    ordered = sorted(zip(work.output_tokens, work.prompt_tokens, strict=True))
+    levels = min(_COARSE_LEVELS, len(ordered))
+    lengths: list[tuple[int, int]] = []
+    for level in range(levels):
+        own = ordered[level * len(ordered) // levels : (level + 1) * len(ordered) // levels]
+        outputs, prompts = (sum(values) / len(own) for values in zip(*own, strict=True))
+        lengths.append((max(1, round(prompts)), max(1, round(outputs))))
+    longest = max(prompt + output for prompt, output in lengths)
+    assert longest <= work.longest + 1
+    chosen = [lengths[i % levels] for i in range(count)]
+    return Workload(tuple(p for p, _ in chosen), tuple(g for _, g in chosen))
+
+
+def _tokens(work: Workload) -> int:
+    return work.total_prompt_tokens + work.total_output_tokens
+
+
+def _pages(tokens: float) -> int:
+    return max(1, int(-(-tokens // PAGE_TOKENS)))

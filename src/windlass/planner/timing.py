@@ -10,33 +10,29 @@ import numpy as np
 from windlass.experts.policies import FarthestNextUse
 from windlass.hardware.profile import HardwareProfile
 from windlass.ids import Part
-from windlass.memory.link import BLOCK_BYTES
 from windlass.memory.recipe import Read
 from windlass.plan import Plan
 from windlass.planner.budget import Sizes
 from windlass.planner.compose import PassRun
 from windlass.planner.costs import HostCosts
-from windlass.planner.roofline import active_experts
+from windlass.planner.reckon import (
+    Reckoner,
+    Timed,
+    held_shares,
+    kv_layers,
+    slots_of,
+)
 from windlass.schedule.announce import Announcer, num_experts, pass_forecast
 from windlass.schedule.batch import Batch, Segment, make_batch
 from windlass.schedule.clock import Clock, Lanes, Span
 from windlass.schedule.on_clock import ClockRuntime, ClockWeights, Counts
 from windlass.schedule.passes import PassShape, run_pass
-from windlass.spec.model import Block, GatedDelta, ModelSpec, Moe
+from windlass.spec.model import Block, ModelSpec, Moe
 
 _MOST_EXPERTS = 768  # of a model on the clock: a pass over them takes about 20 ms
 _PIPELINE_SLOTS = 16  # of experts on their way, however many layers there are
 _MOST_POINTS = 4  # passes that are run on the clock
 _EXACT_DRAWS = 4096  # rows times experts up to which routing is drawn row by row
-
-
-@dataclass(frozen=True, slots=True)
-class Timed:
-    """One pass: from its begin to the next, what lanes work in it, and bytes read."""
-
-    seconds: float
-    busy: Mapping[str, float]
-    bytes_read: float = 0.0
 
 
 class UniformRouter:
@@ -121,18 +117,6 @@ def _slots_of(plan: Plan, sizes: Sizes, parts: Mapping[Part, int]) -> dict[Part,
     return slots
 
 
-def slots_of(plan: Plan) -> dict[Part, int]:
-    """Slots by kind of part."""
-    return {
-        Part.EXPERT: plan.expert_slots,
-        Part.BLOCK: plan.block_slots,
-        Part.FFN: plan.ffn_slots,
-        Part.HEAD: plan.head_slots,
-        Part.FINAL: 1,
-        Part.EMBED: int(plan.resident_embedding),
-    }
-
-
 # --- passes on the clock --------------------------------------------------------------------------
 
 
@@ -194,11 +178,6 @@ class ClockedModel:
         )
 
 
-def kv_layers(spec: ModelSpec) -> int:
-    """Layers whose keys and values grow with the sequence."""
-    return sum(not isinstance(block.attention, GatedDelta) for block in spec.blocks)
-
-
 def batch_of(one: PassRun, *, micro_batch_tokens: int) -> Batch:
     """Rows as many as those of `one`, that see as many positions on average."""
     seen, segments = one.seen, []
@@ -256,15 +235,10 @@ class PassTimes:
         *,
         on_clock: bool = True,
     ) -> None:
-        self._spec = spec
-        self._sizes = sizes
-        self._plan = plan
-        self._profile = profile
-        self.costs = HostCosts(spec, sizes, profile, kv_layers=kv_layers(spec))
-        self._kinds = layer_kinds(spec)
-        self._by_rows: dict[int, tuple[float, float]] = {}
+        self._reckoner = Reckoner(spec, sizes, profile)
+        self._held = held_shares(plan, sizes)
         model = ClockedModel(spec, sizes, plan, profile) if on_clock else None
-        cold = self._reckon(runs[0], resident=False) if model is None else model.run(runs[0])
+        cold = self._reckoner.of(runs[0], {}) if model is None else model.run(runs[0])
         self._points = [self._point(one, model) for one in _choose(runs)][::-1]
         warm = self.of(runs[0])
         self.load = Timed(
@@ -274,11 +248,11 @@ class PassTimes:
 
     def of(self, one: PassRun) -> Timed:
         """A pass like `one`, with weights where the passes before left them."""
-        reckoned = self._reckon(one)
+        reckoned = self._reckoner.of(one, self._held)
         at = bisect_left([point.rows for point in self._points], one.num_rows)
         high = self._points[min(at, len(self._points) - 1)]
         low = self._points[max(at - 1, 0)] if high.rows > one.num_rows else high
-        share = _share(low.active, high.active, self._active(one.num_rows))
+        share = _share(low.active, high.active, self._reckoner.active(one.num_rows))
         disk = _mean(low.timed.busy["disk"], high.timed.busy["disk"], share)
         read = _mean(low.timed.bytes_read, high.timed.bytes_read, share)
         share = _share(low.rows, high.rows, one.num_rows)
@@ -286,70 +260,18 @@ class PassTimes:
         seconds = max(disk, host) + _mean(low.beyond_s, high.beyond_s, share)
         return Timed(seconds, {"disk": disk, "host": host}, read)
 
+    def sample_s(self, num_rows: int) -> float:
+        """Drawing a token for each of `num_rows` rows of logits, after the pass."""
+        return self._reckoner.costs.sample_s(num_rows)
+
     def _point(self, one: PassRun, model: ClockedModel | None) -> _Point:
-        reckoned = self._reckon(one)
+        reckoned = self._reckoner.of(one, self._held)
         timed = reckoned
         if model is not None:
             model.run(one)  # finds the weights as a pass of another size left them
             timed = model.run(one)
         slower = timed.busy["host"] / reckoned.busy["host"]
-        return _Point(one.num_rows, self._active(one.num_rows), timed, slower)
-
-    def _active(self, rows: int) -> float:
-        """Share of all experts that so many rows use, routing being even."""
-        active = total = 0.0
-        for layer, count in self._kinds:
-            ffn = self._spec.blocks[layer].ffn
-            if isinstance(ffn, Moe):
-                active += count * active_experts(ffn.num_experts, ffn.top_k, rows)
-                total += count * ffn.num_experts
-        return active / max(total, 1.0)
-
-    def _reckon(self, one: PassRun, *, resident: bool = True) -> Timed:
-        """The pass without a clock: routing even, all lanes busy beside each other."""
-        known = self._by_rows.get(one.num_rows)
-        if known is None:
-            known = self._by_rows[one.num_rows] = self._rows_alone(one.num_rows)
-        host, wanted = known
-        host += sum(n * self.costs.scores_s(layer, one.seen) for layer, n in self._kinds)
-        host += self.costs.head_s(one.num_logits)
-        if one.num_logits:
-            wanted += self._bytes(Part.HEAD) * self._sizes.num_parts.get(Part.HEAD, 0)
-        read = max(0.0, wanted - resident * resident_bytes(self._plan, self._sizes))
-        disk = read / self._profile.disk.at(BLOCK_BYTES)
-        return Timed(max(disk, host), {"disk": disk, "host": host}, read)
-
-    def _rows_alone(self, rows: int) -> tuple[float, float]:
-        """What depends on the number of rows alone: seconds of the host, bytes of weights."""
-        call_s = self._profile.host.call_s
-        host, wanted = self.costs.embed_s(rows), 0.0
-        for layer, count in self._kinds:
-            ffn = self._spec.blocks[layer].ffn
-            seconds = self.costs.projections_s(layer, rows)
-            wanted += count * self._bytes(Part.BLOCK)
-            if isinstance(ffn, Moe):
-                active = active_experts(ffn.num_experts, ffn.top_k, rows)
-                each = max(1, round(rows * ffn.top_k / active))
-                one_expert = self.costs.experts(layer, (each,)).last.seconds - call_s
-                seconds += self.costs.route_s(layer, rows) + self.costs.combine_s(layer, rows)
-                seconds += active * one_expert + call_s
-                wanted += count * active * self._bytes(Part.EXPERT)
-            else:
-                seconds += self.costs.dense(layer, rows).last.seconds
-                wanted += count * self._bytes(Part.FFN)
-            host += count * seconds
-        return host, wanted
-
-    def _bytes(self, part: Part) -> int:
-        return self._sizes.slot_bytes.get(part, 0)
-
-
-def layer_kinds(spec: ModelSpec) -> list[tuple[int, int]]:
-    """One layer of each kind, and how many there are of it."""
-    kinds: dict[Block, list[int]] = {}
-    for layer, block in enumerate(spec.blocks):
-        kinds.setdefault(block, []).append(layer)
-    return [(layers[0], len(layers)) for layers in kinds.values()]
+        return _Point(one.num_rows, self._reckoner.active(one.num_rows), timed, slower)
 
 
 def _share(low: float, high: float, value: float) -> float:
@@ -359,15 +281,6 @@ def _share(low: float, high: float, value: float) -> float:
 
 def _mean(low: float, high: float, share: float) -> float:
     return low + share * (high - low)
-
-
-def resident_bytes(plan: Plan, sizes: Sizes) -> float:
-    """Bytes of weights that stay from pass to pass: all slots but those on their way."""
-    total = 0.0
-    for part, count in slots_of(plan).items():
-        keys, size = sizes.num_parts.get(part, 0), sizes.slot_bytes.get(part, 0)
-        total += size * min(count, keys)
-    return total
 
 
 def _choose(runs: Sequence[PassRun]) -> list[PassRun]:
