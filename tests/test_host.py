@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cgroups import memory_group
-from windlass.device import host
+from windlass import build
 from windlass.device.host import MemoryLimit, available_bytes, memory_limits
 from windlass.units import GIB, MIB
 
@@ -93,14 +93,13 @@ def test_a_group_above_its_limit_has_nothing_left(tmp_path):
 
 
 def test_the_default_budget_is_below_every_limit(monkeypatch):
-    monkeypatch.setattr(host, "resident_bytes", lambda: 900 * MIB)
-    monkeypatch.setattr(host, "available_bytes", lambda: 200 * MIB)
-    monkeypatch.setattr(host, "memory_limits", list)
-    assert host.default_budget() == 1060 * MIB
-    assert host.default_budget(1.0) == 1100 * MIB
+    monkeypatch.setattr(build, "resident_bytes", lambda: 900 * MIB)
+    monkeypatch.setattr(build, "available_bytes", lambda: 200 * MIB)
+    monkeypatch.setattr(build, "memory_limits", list)
+    assert build.default_budget() == 1060 * MIB
     groups = [MemoryLimit(GIB, 0), MemoryLimit(2 * GIB, GIB)]
-    monkeypatch.setattr(host, "memory_limits", lambda: groups)
-    assert GIB - 64 * MIB <= host.default_budget() < GIB
+    monkeypatch.setattr(build, "memory_limits", lambda: groups)
+    assert GIB - 64 * MIB <= build.default_budget() < GIB
 
 
 @pytest.mark.cgroup

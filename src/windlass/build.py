@@ -15,7 +15,8 @@ from windlass.decoder.rope import RopeTable
 from windlass.device.base import Device
 from windlass.device.cpu import CpuDevice
 from windlass.device.host import (
-    default_budget,
+    available_bytes,
+    memory_limits,
     peak_resident_bytes,
     resident_bytes,
     return_freed_memory,
@@ -53,7 +54,6 @@ from windlass.params import SamplingParams
 from windlass.plan import Plan
 from windlass.planner.activations import Backend
 from windlass.planner.budget import Sizes, Wanted, make_plan
-from windlass.planner.pilot import Expected
 from windlass.planner.replay import check_replay
 from windlass.schedule.announce import Announcer, num_experts, pass_forecast
 from windlass.schedule.batch import Batch
@@ -67,7 +67,7 @@ from windlass.spec.names import Layout, NameMap, TensorInfo
 from windlass.spec.registry import read_spec
 from windlass.synth import random_source
 from windlass.trace import Tracer
-from windlass.units import parse_bytes
+from windlass.units import MIB, parse_bytes
 from windlass.version import VERSION
 
 _MACHINE_THREADS = torch.get_num_threads()  # before any engine of this process set its own
@@ -76,6 +76,9 @@ _CACHE_DTYPES = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
     "int8": torch.int8,
 }  # fmt: skip
+_DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
+# Left free below the limit of a memory cgroup: page tables and buffers of the kernel count too
+_LIMIT_MARGIN = 32 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +92,10 @@ class _Model:
     source: WeightSource
 
 
-def open_engine(
-    options: EngineOptions, *, device: Device | None = None, expected: Expected | None = None
-) -> Engine:
+def open_engine(options: EngineOptions, *, device: Device | None = None) -> Engine:
     """Everything between options and the first step; nothing is read but headers and tokenizer.
 
     `device`: where weights go; the host if None. The engine closes it; so does a failure here.
-    `expected`: machine and job to plan for, and to compare the run with; None for plain rules.
     """
     return_freed_memory()
     with ExitStack() as opened:
@@ -109,7 +109,7 @@ def open_engine(
             options.moe_backend, threads=threads, bf16_rows=options.dtype == "bfloat16"
         )
         kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
-        setup = _setup(options, model, Backend(kernels.name, threads), expected)
+        setup = _setup(options, model, Backend(kernels.name, threads))
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
             opened.callback(device.close)
@@ -126,9 +126,7 @@ def _useful_threads(model: _Model) -> int:
     return max(1, min(_MACHINE_THREADS, matrix // _ELEMENTS_PER_THREAD))
 
 
-def _setup(
-    options: EngineOptions, model: _Model, backend: Backend, expected: Expected | None
-) -> EngineSetup:
+def _setup(options: EngineOptions, model: _Model, backend: Backend) -> EngineSetup:
     """The plan and all that requests need."""
     tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
     tokenizer = load_tokenizer(tokenizer_folder, model_folder=model.folder)
@@ -138,14 +136,8 @@ def _setup(
     wanted = _wanted(options, model)
     sizes = _sizes(model, options, backend)
     if replayed is not None:
-        most = options.host_memory or default_budget(1.0)
-        check_replay(replayed, model.spec, sizes, wanted, most)
-        plan = replayed
-    elif expected is not None:
-        memory = options.host_memory or default_budget()
-        plan = expected.plan(model.spec, sizes, memory, wanted).plan
-    else:
-        plan = make_plan(model.spec, sizes, options.host_memory or default_budget(), wanted)
+        check_replay(replayed, model.spec, sizes, wanted, options.host_memory or largest_budget())
+    plan = replayed or make_plan(model.spec, sizes, options.host_memory or default_budget(), wanted)
     return EngineSetup(
         plan=plan,
         tokenizer=tokenizer,
@@ -156,7 +148,6 @@ def _setup(
         seed=options.seed,
         fingerprint=_fingerprint(model, tokenizer, options, backend),
         peak_rss=peak_resident_bytes,
-        pilot=None if expected is None else expected.pilot(model.spec, sizes, plan),
     )
 
 
@@ -341,6 +332,21 @@ def _slots(plan: Plan) -> dict[Part, int]:
         Part.FINAL: 1,
         Part.EMBED: int(plan.resident_embedding),
     }
+
+
+def default_budget() -> int:
+    """Memory for the whole process where the user names none: below every limit on it."""
+    return _budget(_DEFAULT_SHARE)
+
+
+def largest_budget() -> int:
+    """All memory that this process could have."""
+    return _budget(1.0)
+
+
+def _budget(share: float) -> int:
+    budget = resident_bytes() + int(share * available_bytes())
+    return min([budget, *(group.limit - _LIMIT_MARGIN for group in memory_limits())])
 
 
 def _default_params(folder: Path, options: EngineOptions) -> SamplingParams:

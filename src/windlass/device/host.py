@@ -13,9 +13,6 @@ _PROC = Path("/proc")
 _M_MMAP_THRESHOLD = -3  # from malloc.h
 _MMAP_THRESHOLD_BYTES = 4 << 20
 _HUGE_PAGE_BYTES = 2 << 20
-_DEFAULT_SHARE = 0.8
-# Left free below the limit of a memory cgroup: page tables and buffers of the kernel count too
-_LIMIT_MARGIN = 32 << 20
 
 
 class MemoryLimit(NamedTuple):
@@ -53,13 +50,6 @@ def available_bytes(proc: Path = _PROC) -> int:
     memory cgroup and those above."""
     frees = [limit.free for limit in memory_limits(proc)]
     return min([_field(proc / "meminfo", "MemAvailable"), *frees])
-
-
-def default_budget(share: float = _DEFAULT_SHARE) -> int:
-    """Memory for the whole process where the user names none: what it has and that share of what is
-    available, below every limit on it."""
-    most = resident_bytes() + int(share * available_bytes())
-    return min([most, *(group.limit - _LIMIT_MARGIN for group in memory_limits())])
 
 
 def memory_limits(proc: Path = _PROC) -> list[MemoryLimit]:

@@ -59,7 +59,7 @@ class EngineSetup:
     seed: int
     fingerprint: Mapping[str, object]  # what would change results
     peak_rss: Callable[[], int]
-    pilot: Pilot | None  # None where nothing was predicted
+    pilot: Pilot | None = None  # None where nothing was predicted
 
 
 class Engine:

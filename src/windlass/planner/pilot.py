@@ -8,12 +8,11 @@ from itertools import product
 from windlass.hardware.profile import Curve, HardwareProfile, Processor
 from windlass.phases import PhaseStats
 from windlass.plan import Plan
-from windlass.planner.budget import Sizes, Wanted, bytes_here
+from windlass.planner.budget import Sizes, bytes_here
 from windlass.planner.check import Check, compare
 from windlass.planner.compose import Limits, PassRun, compose
 from windlass.planner.costs import Seen
 from windlass.planner.estimate import Estimate, estimate
-from windlass.planner.search import Candidate, search
 from windlass.planner.timing import PassTimes
 from windlass.schedule.batch import CHUNK_TOKENS, Segment
 from windlass.spec.model import ModelSpec
@@ -42,13 +41,23 @@ class Problem:
 
 
 class Pilot:
-    """One run's observer. `tell` is called once, when the prediction first failed."""
+    """One run's observer."""
 
     def __init__(
-        self, problem: Problem, predicted: Estimate, *, tell: Callable[[str], None]
+        self,
+        problem: Problem,
+        predicted: Estimate | None = None,
+        *,
+        tell: Callable[[str], None] = lambda text: None,
     ) -> None:
+        """`predicted`: of the problem, estimated here if None. `tell` is called once, when the
+        prediction first fails."""
+        work = fitting(problem.workload, problem.plan.max_model_len)
+        problem = replace(problem, workload=work)
         self._problem = problem
-        self._predicted = predicted
+        self._predicted = predicted or estimate(
+            problem.spec, problem.sizes, problem.plan, problem.profile, problem.workload
+        )
         self._tell = tell
         self._plan = problem.plan
         self._profile = problem.profile
@@ -240,26 +249,6 @@ def _sentence(ratio: float, factors: Mapping[str, float], changes: Sequence[str]
     rates = ", ".join(f"{lane} at {100 * rate:.0f} %" for lane, rate in factors.items())
     then = f"planned anew: {', '.join(changes)}" if changes else "the plan stays as it is"
     return f"passes take {ratio:.2f} times what was predicted ({rates} of its rate); {then}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Expected:
-    """What is known of a run before its checkpoint is opened. `tell`: for what is said once."""
-
-    profile: HardwareProfile
-    workload: Workload
-    tell: Callable[[str], None]
-
-    def plan(self, spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -> Candidate:
-        """The plan that ends the job soonest."""
-        return search(spec, sizes, self.profile, self.workload, host_memory, wanted)[0]
-
-    def pilot(self, spec: ModelSpec, sizes: Sizes, plan: Plan) -> Pilot:
-        """Of a run by `plan`, planned here or replayed."""
-        work = fitting(self.workload, plan.max_model_len)
-        predicted = estimate(spec, sizes, plan, self.profile, work)
-        problem = Problem(spec=spec, sizes=sizes, plan=plan, profile=self.profile, workload=work)
-        return Pilot(problem, predicted, tell=self.tell)
 
 
 def fitting(workload: Workload, longest: int) -> Workload:
