@@ -1,5 +1,5 @@
-"""MoE-Lightning's optimiser as published (backend/optimizer.py of its artifact): a baseline that the
-roofline's own functions are checked with. fp16, one GPU; bytes, seconds, FLOP.
+"""MoE-Lightning's optimiser as published (backend/optimizer.py of its artifact): a baseline that
+the roofline's own functions are checked with. fp16, one GPU; bytes, seconds, FLOP.
 
 Its policy: attention on the host, experts on the GPU, keys and values on the host; `mu` sequences
 per micro-batch, `n_ub` micro-batches, a share `resident` of the expert weights on the GPU.

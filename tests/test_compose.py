@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from test_admission import PAGE_TOKENS, Machine
 from windlass.engine.admission import Admission
+from windlass.engine.choice import Choice
 from windlass.planner.compose import Limits, compose
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.workload import Workload
@@ -25,7 +26,9 @@ def _engine_passes(sizes, limits):
     passes = []
     while machine.admission.waiting or machine.admission.running:
         counts = [0, 0, 0, 0, 0]
-        for _, segment in machine.step():
+        rows = machine.admission.compose(lambda one: Choice(one, None, None, frozenset()))
+        machine.take(rows)
+        for _, segment in rows:
             at = 2 if segment.is_prompt else 0
             last = segment.first_position + segment.num_rows
             counts[at] += segment.num_rows

@@ -51,8 +51,8 @@ class Admission:
         self._max_num_seqs = max_num_seqs
         self._max_rows = max_rows
         self._mixed_prefill_rows = mixed_prefill_rows
-        self._is_filling = False  # a wave takes in prompts
         self.lengths = OutputLengths()
+        self._is_filling = False  # a wave takes in prompts
         self.prompt_pages = PromptPages(kv, long_rope_after=long_rope_after)
         self.waiting: deque[Queued | Choice] = deque()  # a Choice: to be computed again
         self.running: list[Choice] = []  # oldest first

@@ -71,6 +71,7 @@ class _Composer:
         most = max(one.prompt + one.output - 1 for one in self._waiting)
         assert self._pages_for(most) <= limits.num_pages, "a sequence does not fit into the pages"
         nobody = np.zeros(0, dtype=np.int64)
+        self._is_filling = False  # a wave takes in prompts
         self._prompt = self._output = self._generated = self._computed = self._pages = nobody
 
     def runs(self) -> Iterator[PassRun]:
@@ -82,6 +83,13 @@ class _Composer:
 
     def _next_pass(self) -> Ints:
         """Rows of each running sequence, after some have joined or given way."""
+        if self._limits.mixed_prefill_rows == 0:
+            self._is_filling |= not len(self._prompt)
+            if self._is_filling:
+                counts = self._with_prompts([0] * len(self._prompt), self._limits.max_rows)
+                self._is_filling = any(counts)
+                if self._is_filling:
+                    return np.array(counts, dtype=np.int64)
         self._grow()
         decoding = self._computed >= self._prompt
         wanted = np.where(decoding, self._prompt + self._generated - self._computed, 0)
@@ -91,12 +99,14 @@ class _Composer:
         bound = self._limits.mixed_prefill_rows
         if bound is not None and wanted.any():
             room = min(room, bound)
-        counts = wanted.tolist()
-        for i in np.flatnonzero(~decoding).tolist():
+        return np.array(self._with_prompts(wanted.tolist(), room), dtype=np.int64)
+
+    def _with_prompts(self, counts: list[int], room: int) -> list[int]:
+        """Rows with those of prompts: of those that run, then of those that join."""
+        for i in np.flatnonzero(self._computed < self._prompt).tolist():
             counts[i] = _fitting(int(self._prompt[i] - self._computed[i]), room)
             room -= counts[i]
-        joined = self._join(room)
-        return np.array(counts + joined, dtype=np.int64)
+        return counts + self._join(room)
 
     def _squeezed(self, wanted: Ints) -> tuple[int, Ints]:
         """Room and rows where those who are computed again would take the rows of others."""

@@ -104,7 +104,7 @@ def estimate(
         plan.mixed_prefill_tokens,
     )
     parts = _parts(workload, plan.max_num_seqs)
-    composed = [list(compose(part, limits)) for part in parts]
+    composed = [[_as_run(one, plan) for one in compose(part, limits)] for part in parts]
     times = PassTimes(spec, sizes, plan, profile, composed[-1], on_clock=on_clock)
     bounds = Bounds(spec, sizes, plan, profile)
     counted = [_count(runs, times, bounds) for runs in composed]
@@ -156,6 +156,21 @@ class _Sums:
             busy={k: grown(v, before.busy.get(k, 0.0)) for k, v in self.busy.items()},
             bound={k: grown(v, before.bound.get(k, 0.0)) for k, v in self.bound.items()},
         )
+
+
+def _as_run(one: PassRun, plan: Plan) -> PassRun:
+    """The passes that the plan's schedule makes of one: one, or one for each micro-batch."""
+    count = -(-one.num_rows // plan.pass_rows)
+    if count == 1:
+        return one
+    seen = one.seen
+    each = Seen(
+        round(seen.decode_rows / count),
+        seen.decode_positions / count,
+        max(round(seen.prompt_rows / count), int(seen.decode_rows < count)),
+        seen.prompt_positions / count,
+    )
+    return PassRun(one.repeats * count, each, round(one.num_logits / count))
 
 
 def _parts(workload: Workload, max_num_seqs: int) -> list[Workload]:

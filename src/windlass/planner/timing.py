@@ -151,12 +151,12 @@ class ClockedModel:
         )  # fmt: skip
         is_moe = tuple(isinstance(block.ffn, Moe) for block in sample.spec.blocks)
         self._shape = PassShape(is_moe, sizes.num_parts.get(Part.HEAD, 0))
+        cache = self._weights.cache
+        announcer = Announcer(self._shape, num_experts(sample.spec), cache, forecast)
         self._runtime = ClockRuntime(
             self.lanes, costs, self._weights,
-            announcer=Announcer(
-                self._shape, num_experts(sample.spec), self._weights.cache, forecast
-            ),
-            forecast=forecast, router=UniformRouter(sample.spec, usage=usage),
+            announcer=announcer if plan.overlap else None, forecast=forecast,
+            router=UniformRouter(sample.spec, usage=usage),
         )  # fmt: skip
 
     @property

@@ -13,7 +13,7 @@ from typing import Protocol
 from windlass.ids import Part, WeightKey
 from windlass.memory.cache import WeightCache
 from windlass.memory.eviction import EvictionPolicy
-from windlass.memory.link import BLOCK_BYTES, LinkQueue, Priority, Ticket
+from windlass.memory.link import LinkQueue, Priority, Ticket
 from windlass.memory.recipe import Read
 from windlass.memory.residency import Entry, num_slots
 from windlass.memory.slots import Slots
@@ -67,17 +67,14 @@ class ClockWeights:
         reads: Callable[[WeightKey], Sequence[Read]],
         policy: EvictionPolicy,
         depth: int,
-        block_bytes: int = BLOCK_BYTES,
-        one_by_one: bool = False,
     ) -> None:
-        """`depth`: blocks in flight at once; `one_by_one`: as for `WeightCache`."""
+        """`depth`: blocks in flight at once."""
         self._lanes = lanes
         self._costs = costs
         self._reads = reads
         self._queue = LinkQueue(
-            self._send, lanes.clock, depth=depth, block_bytes=block_bytes,
-            on_room=lambda: self.cache.pump(),
-        )  # fmt: skip
+            self._send, lanes.clock, depth=depth, on_room=lambda: self.cache.pump()
+        )
         given = num_slots(num_keys, slots)
         self.cache = WeightCache(
             num_keys,
@@ -85,7 +82,6 @@ class ClockWeights:
             self._queue,
             self._fetch,
             policy=policy,
-            one_by_one=one_by_one,
             now=lambda: lanes.clock.now,
         )
 
@@ -100,13 +96,29 @@ class ClockWeights:
         yield entry
         self.cache.release(entry)
 
-    def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[list[Entry]]:
+    def arrivals(
+        self, keys: Sequence[WeightKey], *, in_groups: bool = False
+    ) -> Iterator[list[Entry]]:
+        """As they arrive; `in_groups`: group by group, each complete before the next is read."""
+        size = self.cache.group_size
+        if in_groups:
+            for first in range(0, len(keys), size):
+                visit = self.cache.begin(keys[first : first + size])
+                group = []
+                while (entry := self.cache.next(visit)) is not None:
+                    group.append(entry)
+                yield group
+                self._give_back(group)
+            return
         visit = self.cache.begin(keys)
         while (entry := self.cache.next(visit)) is not None:
-            group = [entry, *self.cache.ready(visit, self.cache.group_size - 1)]
+            group = [entry, *self.cache.ready(visit, size - 1)]
             yield group
-            for held in reversed(group):
-                self.cache.release(held)
+            self._give_back(group)
+
+    def _give_back(self, group: Sequence[Entry]) -> None:
+        for held in reversed(group):
+            self.cache.release(held)
 
     def _fetch(self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]) -> Ticket:
         reads = self._reads(entry.key)
@@ -134,10 +146,11 @@ class ClockRuntime:
         costs: Costs,
         weights: ClockWeights,
         *,
-        announcer: Announcer,
+        announcer: Announcer | None,
         forecast: PassForecast,
         router: Router,
     ) -> None:
+        """Without an `announcer` nothing is read beside computation (`Plan.overlap`)."""
         self._lanes = lanes
         self._costs = costs
         self._weights = weights
@@ -163,10 +176,11 @@ class ClockRuntime:
             self._lanes.finish()  # what still computes reads the slot
 
     def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[list[Entry]]:
-        return self._weights.arrivals(keys)
+        return self._weights.arrivals(keys, in_groups=self._announcer is None)
 
     def announce(self, layer: int) -> None:
-        self._announcer.enter(layer)
+        if self._announcer is not None:
+            self._announcer.enter(layer)
 
     # --- a pass -----------------------------------------------------------------------------------
 
