@@ -86,11 +86,14 @@ def test_reads_at_the_same_time_keep_a_device_busy_once():
     device, gate = CpuDevice(2), _Gate()
     assert device.busy_s == 0
     memory = device.allocate(8192)
-    for part in (memory[:4096], memory[4096:]):
-        device.submit(Copy(gate, "f", 0, part, "x"), lambda error: None)
-    assert gate.begun.acquire(timeout=60) and gate.begun.acquire(timeout=60)
+    device.submit(Copy(gate, "f", 0, memory[:4096], "x"), lambda error: None)
+    assert gate.begun.acquire(timeout=60)
+    alone = device.busy_s
+    assert 0 < alone < device.busy_s  # runs on while something is under way
+    device.submit(Copy(gate, "f", 0, memory[4096:], "y"), lambda error: None)
+    assert gate.begun.acquire(timeout=60)
     while_reading = device.busy_s
-    assert 0 < while_reading < device.busy_s  # runs on while something is under way
+    assert alone < while_reading
     gate.go.set()
     device.close()
     assert device._reading == 0

@@ -1,6 +1,7 @@
 """Predicted beside measured: what is compared, when rates are rescaled, what is planned anew."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -117,8 +118,9 @@ class Run:
         self.pilot = Pilot(problem, tell=self.said.append)
         self.pilot.after(_segments(64), PhaseStats(seconds=99.0), list)  # the first says nothing
 
-    def passes(self, count, *, disk, host, left=((100, 20),) * 90, segments=None):
-        """Passes whose lanes are so many times as slow as the profile says."""
+    def passes(self, count, *, disk, host, idle=0.0, left=((100, 20),) * 90, segments=None):
+        """Passes whose lanes are so many times as slow as the profile says, and that wait for
+        nothing for the share `idle` of their time."""
         segments, plans = segments or _segments(64), []
         times = self.pilot._pass_times() if not self.said else self.times
         self.times = times
@@ -126,7 +128,7 @@ class Run:
         timed, sample = times.of(run), times.sample_s(run.num_logits)
         lanes = disk * timed.busy["disk"], host * (timed.busy["host"] + sample)
         before = max(timed.busy.values()) + sample
-        seconds = timed.seconds + sample - before + max(lanes)
+        seconds = (timed.seconds + sample - before + max(lanes)) / (1 - idle)
         took = PhaseStats(
             seconds=seconds, passes=1, disk_s=lanes[0], wait_s=max(0.0, seconds - lanes[1])
         )
@@ -156,6 +158,24 @@ def test_a_slower_disk_is_noticed_said_once_and_believed():
     run.passes(4, disk=4.0, host=1.0)
     assert run.pilot._profile.disk.best < 0.7 * rates.disk.best and len(run.said) == 1
     assert run.pilot.check({}).replanned == run.said[0]
+
+
+def test_a_faster_machine_is_noticed_too():
+    run = Run()
+    run.passes(4, disk=0.5, host=0.5)
+    assert "disk at 200 %, host at 200 % of its rate" in run.said[0]
+    assert run.pilot._profile.disk.best == pytest.approx(2 * machine().disk.best)
+
+
+def test_time_that_no_rate_explains_is_believed_as_well():
+    run = Run()
+    run.passes(4, disk=1.0, host=1.0, idle=0.5)
+    assert re.search("take (1.9|2.0). times", run.said[0])
+    assert run.pilot._slower == pytest.approx(2.0, rel=0.05)
+    profile = run.pilot._profile
+    assert profile.disk.best == pytest.approx(machine().disk.best)
+    run.passes(8, disk=1.0, host=1.0, idle=0.5)
+    assert run.pilot._profile is profile, "judged by what is known now"
 
 
 def test_what_is_planned_anew_fits_the_same_memory():

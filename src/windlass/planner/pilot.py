@@ -97,9 +97,11 @@ class Pilot:
         if self._said is None:
             self._said = _sentence(ratio, factors, changes)
             self._tell(self._said)
-        self._plan = plan
+        if not changes:
+            return None
+        self._plan, self._times = plan, None  # its passes have other sizes
         self._most_seqs = max(self._most_seqs, plan.max_num_seqs)
-        return plan if changes else None
+        return plan
 
     def _judge(self, window: Sequence[tuple[PassRun, PhaseStats]]) -> float:
         """Measured over predicted seconds."""
