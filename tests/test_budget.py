@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from windlass.build import cache_shapes
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
 from windlass.memory.kv import bytes_per_token
+from windlass.model import cache_shapes
 from windlass.plan import Plan
 from windlass.planner.activations import Backend
 from windlass.planner.budget import Sizes, Wanted, make_plan

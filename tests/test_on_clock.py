@@ -12,6 +12,7 @@ from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
 from windlass.experts.policies import FarthestNextUse
 from windlass.memory.recipe import make_recipe
+from windlass.planner.reckon import slots_of
 from windlass.schedule.announce import Announcer, num_experts, pass_forecast
 from windlass.schedule.clock import Clock, Job, Lanes, Work
 from windlass.schedule.on_clock import ClockRuntime, ClockWeights
@@ -166,7 +167,7 @@ def test_the_clock_does_what_the_device_does(
 
     queue = iter(routed)
     clock = _clock_runtime(
-        spec, kept["shape"], EqualCosts(blocks), slots=build._slots(plan),
+        spec, kept["shape"], EqualCosts(blocks), slots=slots_of(plan),
         reads=lambda key: make_recipe(key, store._layout, store._source.tensors).reads,
         num_keys=Counter(key.part for key in store._layout.parts), depth=device.num_lanes + 1,
         router=lambda layer, rows: next(queue), overlap=overlap,

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from windlass.batch.jobfile import JobFile
 from windlass.batch.journal import Journal, State, write_error
 from windlass.batch.ledger import Ledger
+from windlass.batch.lengths import job_lengths
 from windlass.batch.manifest import (
     Manifest,
     refuse_difference,
@@ -24,7 +26,12 @@ from windlass.batch.progress import Progress, Snapshot
 from windlass.batch.runner import BatchRunner, JobEngine, RunSettings
 from windlass.engine.stats import EngineStats
 from windlass.errors import JobError, UsageError
-from windlass.protocol.openai import ServedModel
+from windlass.params import SamplingParams
+from windlass.planner.choose import Job
+from windlass.protocol.openai import ChatTokenizer, ServedModel
+
+# lengths of the job, of a tokenizer, default parameters and the longest sequence there may be
+Lengths = Callable[[ChatTokenizer, SamplingParams, int], Job | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,14 +92,14 @@ class Summary:
 
 def run_job(
     options: JobOptions,
-    open_engine: Callable[[int | None], JobEngine],
+    open_engine: Callable[[int | None, Lengths], JobEngine],
     *,
     progress: Progress,
     is_stopping: Callable[[], bool],
 ) -> Summary:
     """Runs what is left of the job; complete if not stopped. Raises UsageError for wrong files or
     settings, JobError where the job cannot go on; finished rows are then safe in the journal.
-    `open_engine` gets the context length."""
+    `open_engine` gets the context length, and how long the sequences of the job are."""
     _check_paths(options)
     job = JobFile(options.input_file, strict=options.strict, tell=progress.note)
     progress.note("getting ready")
@@ -109,7 +116,9 @@ def run_job(
         stats = None
         if ledger.num_done < len(ledger):
             begin = time.monotonic()
-            engine = stack.enter_context(closing(open_engine(_context_length(options, stored))))
+            context = _context_length(options, stored)
+            lengths = partial(_lengths, job, ledger, options)
+            engine = stack.enter_context(closing(open_engine(context, lengths)))
             load_s = time.monotonic() - begin
             manifest = _settle_manifest(options, engine, stored, journal)
             _write_plan(options, engine)
@@ -123,6 +132,19 @@ def run_job(
         if summary.is_complete:
             _write_output(options, ledger)
     return summary
+
+
+def _lengths(
+    job: JobFile,
+    ledger: Ledger,
+    options: JobOptions,
+    tokenizer: ChatTokenizer,
+    params: SamplingParams,
+    longest: int,
+) -> Job | None:
+    """Of the rows that are left."""
+    model = ServedModel(options.served_names, tokenizer, longest, params, now=options.created)
+    return job_lengths(job, ledger.open_rows, model)
 
 
 def _check_paths(options: JobOptions) -> None:

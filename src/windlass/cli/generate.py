@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from windlass.engine.engine import Engine
     from windlass.engine.outputs import RequestOutput
     from windlass.engine.sequence import Request
+    from windlass.engine.tokenizer import Tokenizer
+    from windlass.planner.choose import Job
 
 _SAMPLING = "sampling"
 _PARAMS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -53,7 +55,12 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     prompt = _prompt(values)
     from windlass.build import open_engine
 
-    with closing(open_engine(engine_options(values))) as engine:
+    def lengths(tokenizer: "Tokenizer", params: object, longest: int) -> "Job":
+        from windlass.planner.choose import single_request
+
+        return single_request(len(_encode(tokenizer, prompt, values)), values["max_tokens"])
+
+    with closing(open_engine(engine_options(values), lengths=lengths)) as engine:
         request = _request(engine, prompt, values)
         begin = time.monotonic()
         engine.add(request)
@@ -123,14 +130,17 @@ def _request(engine: "Engine", prompt: str, values: Mapping[str, Any]) -> "Reque
         stop=values["stop"] or (),
         ignore_eos=values["ignore_eos"],
     )
-    if values["chat"]:
-        messages = [{"role": "user", "content": prompt}]
-        if values["system"] is not None:
-            messages.insert(0, {"role": "system", "content": values["system"]})
-        ids = engine.tokenizer.apply_chat_template(messages)
-    else:
-        ids = engine.tokenizer.encode(prompt)
+    ids = _encode(engine.tokenizer, prompt, values)
     return Request("0", tuple(ids), params, seed_key="generate")
+
+
+def _encode(tokenizer: "Tokenizer", prompt: str, values: Mapping[str, Any]) -> list[int]:
+    if not values["chat"]:
+        return tokenizer.encode(prompt)
+    messages = [{"role": "user", "content": prompt}]
+    if values["system"] is not None:
+        messages.insert(0, {"role": "system", "content": values["system"]})
+    return tokenizer.apply_chat_template(messages)
 
 
 def _stream(engine: "Engine") -> "RequestOutput":

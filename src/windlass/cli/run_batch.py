@@ -20,7 +20,7 @@ from windlass.options import EngineOptions, checkpoint_stamp, resolve_model
 from windlass.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from windlass.batch.job import JobOptions, Summary
+    from windlass.batch.job import JobOptions, Lengths, Summary
     from windlass.batch.runner import JobEngine
 
 EXIT_ROWS_FAILED = 3
@@ -92,14 +92,14 @@ def _run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         options = _job_options(values, engine)
         plan: dict[str, Any] = {}  # stays empty where the job was already done
 
-        def open_job_engine(max_model_len: int | None) -> "JobEngine":
+        def open_job_engine(max_model_len: int | None, lengths: "Lengths") -> "JobEngine":
             from windlass.build import open_engine
 
             progress.say(f"loading {values['model']}")
-            opened = open_engine(replace(engine, max_model_len=max_model_len))
+            opened = open_engine(replace(engine, max_model_len=max_model_len), lengths=lengths)
             signals.defer()
             plan.update(opened.plan.to_json())
-            for line in opened.plan.lines():
+            for line in (*opened.plan.lines(), *opened.notes):
                 progress.say(line)
             return opened
 

@@ -52,6 +52,7 @@ class EngineSetup:
 
     plan: Plan
     tokenizer: Tokenizer
+    notes: tuple[str, ...] = ()  # of the plan: what is expected of it
     default_params: SamplingParams
     vocab_size: int
     max_model_len: int
@@ -79,6 +80,7 @@ class Engine:
         """`on_close` must be idempotent and must not hold the engine: it also ends what an engine
         that was dropped without `close` has left."""
         self.plan = setup.plan
+        self.notes = setup.notes
         self.tokenizer = setup.tokenizer
         self.max_model_len = setup.max_model_len
         self.default_params = setup.default_params

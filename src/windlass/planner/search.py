@@ -51,13 +51,16 @@ def search(
     workload: Workload,
     host_memory: int,
     wanted: Wanted,
+    *,
+    context: int | None = None,
 ) -> list[Candidate]:
     """A few plans within the budget, the soonest to end first; what `wanted` fixes is kept.
     Sequences longer than fits count as long as fits: the engine refuses or shortens them.
 
-    Raises BudgetError where nothing fits, as `make_plan` does.
+    `context`: tokens that one sequence must be able to have, also where the workload has none as
+    long. Raises BudgetError where nothing fits, as `make_plan` does.
     """
-    machine = _Machine(spec, sizes, profile, host_memory)
+    machine = _Machine(spec, sizes, host_memory, context or 0)
     work = machine.fitting(workload, wanted)
     reckoner = Reckoner(spec, sizes, profile)
     grid = machine.grid(work, wanted)
@@ -78,13 +81,12 @@ def search(
 class _Machine:
     """Which plans there are; all methods are pure."""
 
-    def __init__(
-        self, spec: ModelSpec, sizes: Sizes, profile: HardwareProfile, host_memory: int
-    ) -> None:
+    def __init__(self, spec: ModelSpec, sizes: Sizes, host_memory: int, context: int) -> None:
         # one layer of each kind is all that a budget asks of a model
         self._spec = replace(spec, blocks=tuple(spec.blocks[i] for i, _ in layer_kinds(spec)))
         self._sizes = sizes
         self._host_memory = host_memory
+        self._context = context
 
     def fitting(self, workload: Workload, wanted: Wanted) -> Workload:
         """The workload with no sequence longer than a plan can hold. BudgetError where nothing
@@ -134,7 +136,7 @@ class _Machine:
         if wanted.kv_pages is not None:
             return (wanted.kv_pages,)
         context = wanted.max_model_len or min(SMALLEST_CONTEXT, self._spec.max_positions)
-        least = _pages(max(work.longest, context))
+        least = _pages(max(work.longest, context, self._context))
         whole = seqs * (_pages(_tokens(work) / work.num_sequences) + 1)
         return sorted({max(least, int(share * whole)) for share in _PAGE_SHARES})
 
