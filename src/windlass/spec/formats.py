@@ -40,3 +40,10 @@ class WeightFormat:
     zero: Zero = "none"
     zero_add: int = 0
     has_groups: bool = False  # a tensor says the group of each k (activation order)
+
+    @property
+    def kind(self) -> str:
+        """What such matrices are called where their speed is kept (hardware/profile.py)."""
+        if self.packing != "rows":
+            return self.packing
+        return {"e4m3": "fp8", "e2m1": "mxfp4"}.get(self.code, self.code)
