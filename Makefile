@@ -70,7 +70,7 @@ mutate: setup
 	$(BIN)/python scripts/mutate.py
 
 test-gpu: setup
-	$(BIN)/python -m pytest -m gpu -rs 
+	$(BIN)/python -m pytest -m gpu -rs
 
 bench-gpu: setup
 	@$(BIN)/python -c "import sys; sys.exit('bench-gpu: no GPU runtime yet, see CHANGELOG')"
