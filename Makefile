@@ -10,8 +10,8 @@ NATIVE := src/windlass/kernels/cpu/libwindlass_cpu.so
 NATIVE_SOURCES := $(wildcard native/*.py native/CMakeLists.txt native/include/*.h native/src/*)
 PYTHON_FILES := src tests bench scripts demo native setup.py
 
-.PHONY: setup native demo test test-all test-native lint format bench bench-kernels bench-peers golden mutate \
-  test-gpu bench-gpu clean
+.PHONY: setup native demo test test-all test-native lint format bench bench-kernels bench-peers bench-ablation \
+  golden mutate test-gpu bench-gpu clean
 
 setup: $(STAMP) native
 
@@ -62,6 +62,9 @@ bench-kernels: setup
 
 bench-peers: setup
 	$(BIN)/python -m bench.peers --json bench/results/peers.json --resume
+
+bench-ablation: setup
+	$(BIN)/python bench/ablation.py --grid --json bench/results/ablation.json
 
 golden: setup
 	$(BIN)/python scripts/golden_table.py

@@ -41,18 +41,22 @@ _SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """Prompts of random token ids, answers of a fixed length."""
+class Job:
+    """Prompts of random token ids, of which the first are the same in all; answers of a fixed
+    length."""
 
     prompts: int
     prompt_tokens: int
     output_tokens: int
+    shared_tokens: int = 0
 
     def write(self, path: Path, vocab_size: int) -> None:
         draw = random.Random(_SEED)
+        shared = [draw.randrange(vocab_size) for _ in range(self.shared_tokens)]
+        own_tokens = self.prompt_tokens - self.shared_tokens
         with path.open("w", encoding="utf-8") as file:
             for i in range(self.prompts):
-                ids = [draw.randrange(vocab_size) for _ in range(self.prompt_tokens)]
+                ids = shared + [draw.randrange(vocab_size) for _ in range(own_tokens)]
                 body = {"prompt": ids, "max_tokens": self.output_tokens, "temperature": 0,
                         "ignore_eos": True}  # fmt: skip
                 request = {"custom_id": f"row-{i}", "method": "POST", "url": "/v1/completions"}
@@ -74,7 +78,7 @@ class _Setting:
     """What all runs of one call share."""
 
     folder: Path
-    job: _Job
+    job: Job
     threads: int
     flags: tuple[str, ...]  # handed on to run-batch
     trace: Path | None
@@ -276,7 +280,7 @@ def bench(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     threads = set_threads(options.threads)
     document: dict[str, Any] = {"bench": "offload", **describe()}
     config = preset(options.preset, num_layers=options.num_layers)
-    job = _Job(options.prompts, options.prompt_tokens, options.output_tokens)
+    job = Job(options.prompts, options.prompt_tokens, options.output_tokens)
     setting = _Setting(folder.resolve(), job, threads, tuple(options.flag), options.trace)
     model_bytes = prepare(setting, config)
     rates = measure_rates(quick=options.quick)

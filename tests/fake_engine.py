@@ -95,6 +95,7 @@ class FakeEngine:
     ) -> None:
         self.tokenizer = FakeTokenizer()
         self.plan = FakePlan()
+        self.notes: tuple[str, ...] = ()
         self.max_model_len = max_model_len
         self.default_params = SamplingParams(temperature=0.5)
         self.fingerprint = {"checkpoint": fingerprint, "version": "0"}
@@ -229,7 +230,7 @@ def _fake_logprobs(tokens: Sequence[int], top: int | None) -> tuple[dict[int, Lo
     )
 
 
-def open_fake(options: object) -> FakeEngine:
+def open_fake(options: object, *, lengths: object = None) -> FakeEngine:
     """What `windlass.build.open_engine` is in the script."""
     time.sleep(float(os.environ.get("FAKE_OPEN_S", "0")))
     return FakeEngine(

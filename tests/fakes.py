@@ -48,6 +48,10 @@ class FakeDevice:
     def allocated_bytes(self) -> int:
         return self._allocated_bytes
 
+    @property
+    def busy_s(self) -> float:
+        return 0.0
+
     def allocate(self, num_bytes: int) -> torch.Tensor:
         size = round_up(num_bytes, ALIGN_BYTES)
         self._allocated_bytes += size

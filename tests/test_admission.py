@@ -18,14 +18,14 @@ PAGE_TOKENS = 8
 class Machine:
     """Admission over a small store; a pass gives every row that wants logits a token."""
 
-    def __init__(self, *, pages, seqs, rows, states=0, long_rope_after=None):
+    def __init__(self, *, pages, seqs, rows, states=0, long_rope_after=None, **more):
         shapes = [PagedShape(1, 4, 4)] + [StateShape((1, 1), (1, 1, 1))] * bool(states)
         self.kv = KvStore(
             shapes, dtype=torch.float32, num_pages=pages, page_tokens=PAGE_TOKENS,
             state_slots=states,
         )  # fmt: skip
         self.admission = Admission(
-            self.kv, max_num_seqs=seqs, max_rows=rows, long_rope_after=long_rope_after
+            self.kv, max_num_seqs=seqs, max_rows=rows, long_rope_after=long_rope_after, **more
         )
         self.rows = rows
         self.finished = []
@@ -46,19 +46,23 @@ class Machine:
         assert 0 < sum(row.segment.num_rows for row in rows) <= self.rows
         assert all(row.segment.num_rows for row in rows), "an empty segment"
         assert len({id(row.choice) for row in rows}) == len(rows) <= len(admission.running)
+        self.take(rows)
+        for choice in decoding:
+            was_preempted = choice.in_prompt
+            assert was_preempted or choice.num_computed > before[id(choice)], "stands still"
+        return rows
+
+    def take(self, rows):
+        """The pass has ended."""
         for choice, segment in rows:
             self._check(choice, segment)
             choice.num_computed += segment.num_rows
             if segment.wants_logits:
                 choice.output_ids.append(choice.num_tokens)
                 if choice.num_tokens == choice.max_total:
-                    admission.remove(choice)
+                    self.admission.remove(choice)
                     self.finished.append(choice)
-        admission.check()
-        for choice in decoding:
-            was_preempted = choice.in_prompt
-            assert was_preempted or choice.num_computed > before[id(choice)], "stands still"
-        return rows
+        self.admission.check()
 
     def _check(self, choice, segment):
         last = segment.first_position + segment.num_rows
@@ -150,3 +154,19 @@ def test_longrope_follows_what_a_choice_could_have_in_any_memory():
     machine.add(8, 8, longest=17)  # would go on if there were more pages
     assert [row.segment.long_rope for row in machine.step()] == [False, True, True]
     assert [row.segment.long_rope for row in machine.step()] == [False, True, True]
+
+
+def test_separate_passes_come_in_waves():
+    """All prompts that there are places for, pass by pass, then decoding to the last end."""
+    machine = Machine(pages=100, seqs=4, rows=128, mixed_prefill_rows=0)
+    for length in (2, 3, 5, 2, 2, 2):
+        machine.add(100, length)
+    kinds = []
+    while machine.admission.running or machine.admission.waiting:
+        rows = machine.admission.compose(lambda queued: Choice(queued, None, None, frozenset()))
+        kinds.append({row.segment.is_prompt for row in rows})
+        machine.take(rows)
+    names = ["prompts" if kind == {True} else "decode" for kind in kinds]
+    assert all(len(kind) == 1 for kind in kinds), "a mixed pass"
+    assert names == ["prompts"] * 4 + ["decode"] * 4 + ["prompts"] * 2 + ["decode"]
+    assert len(machine.finished) == 6

@@ -367,7 +367,9 @@ ENGINE = {
     "--moe-expert-cache-size", "--moe-expert-cache", "--kv-cache-dtype",
     "--max-num-seqs", "-np", "--parallel",
     "--max-num-batched-tokens", "-b", "--batch-size", "--micro-batch-size", "-ub", "--ubatch-size",
-    "--threads", "-t", "--moe-backend", "--trace", "--config",
+    "--threads", "-t", "--moe-backend", "--trace", "--config", "--schedule", "--plan",
+    "--enable-prefix-caching",
+    "--no-enable-prefix-caching",
 }  # fmt: skip
 OPTIONS = {
     "run-batch": ENGINE | {
@@ -392,13 +394,10 @@ OPTIONS = {
 
 def test_every_option_of_every_command_is_known_here() -> None:
     """A new option needs a test and a line in the documentation: then add it here."""
-    found = {
-        each.name: {name for flag in each.flags for name in ("--" + flag.name, *flag.aliases)}
-        for each in COMMANDS
-    }
+    found = {each.name: {name for flag in each.flags for name in flag.names} for each in COMMANDS}
     assert found == OPTIONS
     for each in COMMANDS:
-        names = [name for flag in each.flags for name in ("--" + flag.name, *flag.aliases)]
+        names = [name for flag in each.flags for name in flag.names]
         assert len(names) == len(set(names))
         assert not set(names) & set(REFUSED)
 
@@ -444,6 +443,10 @@ def test_values_become_engine_options() -> None:
             "torch",
             "--kv-cache-dtype",
             "int8",
+            "--schedule",
+            "model-based",
+            "--plan",
+            "p.json",
         )  # fmt: skip
     )
     assert (options.model, options.host_memory, options.moe_expert_cache_size) == (
@@ -455,9 +458,25 @@ def test_values_become_engine_options() -> None:
     assert (options.load_mode, options.trace) == ("dio", Path("t.json"))
     assert (options.generation_config, options.tokenizer) == ("vllm", "tok")
     assert (options.moe_backend, options.kv_cache_dtype) == ("torch", "int8")
+    assert (options.schedule, options.plan) == ("model-based", Path("p.json"))
     plain = engine_options(values())
     assert (plain.model, plain.host_memory, plain.max_model_len) == ("demo", None, None)
     assert engine_options(values("-c", "-1")).max_model_len is None
+
+
+def test_what_is_on_by_default_can_be_switched_off(tmp_path: Path) -> None:
+    def found(*arguments: str, **variables: str) -> bool:
+        return engine_options(values(*arguments, **variables)).enable_prefix_caching
+
+    off, on = "--no-enable-prefix-caching", "--enable-prefix-caching"
+    assert found() and found(on) and not found(off)
+    assert not found(WINDLASS_ENABLE_PREFIX_CACHING="0")
+    assert found(on, WINDLASS_ENABLE_PREFIX_CACHING="0") and found(off, on) and not found(on, off)
+    (tmp_path / "c.toml").write_text("enable-prefix-caching = false")
+    assert not found("--config", str(tmp_path / "c.toml"))
+    assert values()["no_retry_failed"] is False and values("--no-retry-failed")["no_retry_failed"]
+    with pytest.raises(UsageError, match="unknown option: --no-no-retry-failed"):
+        values("--no-no-retry-failed")
 
 
 def test_context_length_0_is_the_models_own(tmp_path: Path) -> None:
@@ -561,6 +580,17 @@ def test_other_cache_types_are_refused(words: list[str]) -> None:
     with pytest.raises(UsageError, match=r"allowed f16, bf16, f32, q8_0, the same for -ctk and"):
         translate_known(words)
     assert main(["generate", *words, "Hello"]) == 2
+
+
+@pytest.mark.parametrize("own", [["--kv-cache-dtype", "float16"], ["--kv-cache-dtype=auto"]])
+def test_cache_types_that_contradict_each_other_are_refused(own: list[str]) -> None:
+    types = ["-ctk", "q8_0", "-ctv", "q8_0"]
+    for words in ([*own, *types], [*types, *own]):
+        with pytest.raises(UsageError, match="allowed only int8: they mean the same"):
+            translate_known(words)
+        assert main(["generate", *words, "Hello"]) == 2
+    same = ["--kv-cache-dtype", "int8"]
+    assert values(*translate_known([*same, *types]))["kv_cache_dtype"] == "int8"
 
 
 def test_usage_errors_exit_2(

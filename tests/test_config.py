@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from published import PUBLISHED
-from windlass.build import cache_shapes
 from windlass.errors import ModelError
 from windlass.memory.kv import bytes_per_token, state_bytes
+from windlass.model import cache_shapes
 from windlass.spec import cost
 from windlass.spec.config import Config
 from windlass.spec.layout import expected_tensors

@@ -93,7 +93,7 @@ def run(
         done = log.snapshots[-1].rows_done if log.snapshots else 0
         return stop_after is not None and done >= stop_after
 
-    return run_job(job, lambda _: engine, progress=log, is_stopping=is_stopping)
+    return run_job(job, lambda *_: engine, progress=log, is_stopping=is_stopping)
 
 
 def results(path: Path) -> list[dict[str, Any]]:
@@ -276,7 +276,7 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
 def test_a_resume_keeps_the_context_length_of_the_job(tmp_path: Path) -> None:
     asked: list[int | None] = []
 
-    def open_engine(max_model_len: int | None) -> FakeEngine:
+    def open_engine(max_model_len: int | None, lengths: object) -> FakeEngine:
         asked.append(max_model_len)
         return FakeEngine(max_model_len=max_model_len or 180)
 
@@ -324,7 +324,7 @@ def test_impossible_files(tmp_path: Path, changes: dict[str, Path]) -> None:
 
 
 def test_a_model_that_does_not_load_leaves_nothing_behind(tmp_path: Path) -> None:
-    def fail(_: int | None) -> FakeEngine:
+    def fail(_: int | None, lengths: object) -> FakeEngine:
         raise UsageError("no such model")
 
     with pytest.raises(UsageError, match="no such model"):
@@ -338,7 +338,7 @@ def test_overwriting_ends_the_old_job_only_once_the_model_is_loaded(tmp_path: Pa
     done = run(job, stop_after=5).ok
     before = (tmp_path / "out.journal").read_bytes()
 
-    def fail(_: int | None) -> FakeEngine:
+    def fail(_: int | None, lengths: object) -> FakeEngine:
         raise BudgetError("too little memory")
 
     other = replace(job, identity={"seed": 3}, overwrite=True)
@@ -474,7 +474,7 @@ def test_memory_does_not_grow_with_the_bodies(
     tracemalloc.start()
     with progress:
         summary = run_job(
-            options(tmp_path), lambda _: engine, progress=progress, is_stopping=lambda: False
+            options(tmp_path), lambda *_: engine, progress=progress, is_stopping=lambda: False
         )
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

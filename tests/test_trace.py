@@ -1,6 +1,7 @@
 """Traces are JSON that a viewer opens, also when the run is cut off."""
 
 import json
+import time
 
 import pytest
 
@@ -32,11 +33,23 @@ def test_spans_and_counters_are_chrome_trace_events(tmp_path):
     assert [e["args"] for e in events if e["ph"] == "C"] == [{"rows": 12}]
 
 
-def test_without_a_path_nothing_happens():
+def test_without_a_path_nothing_is_written():
     tracer = Tracer()
     with tracer.span("x"):
         tracer.counter("y", z=1)
     tracer.close()
+
+
+def test_seconds_of_spans_are_summed_by_name_with_and_without_a_file(tmp_path):
+    for path in (None, tmp_path / "trace.json"):
+        tracer = Tracer(path)
+        with tracer.span("outer"):
+            for _ in range(2):
+                with tracer.span("inner"):
+                    time.sleep(0.001)
+        assert tracer.seconds["outer"] >= tracer.seconds["inner"] >= 0.002
+        assert set(tracer.seconds) == {"outer", "inner"}
+        tracer.close()
 
 
 def test_a_file_that_cannot_be_made_is_the_users_error(tmp_path):

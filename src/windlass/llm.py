@@ -342,7 +342,7 @@ def _converted(name: str, value: Any) -> Any:
         return parse_bytes(value, what=name)
     if name == "moe_expert_cache_size" and isinstance(value, int):
         return str(value)
-    return Path(value) if name == "trace" and isinstance(value, str) else value
+    return Path(value) if name in ("trace", "plan") and isinstance(value, str) else value
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from windlass.errors import CheckpointError, ModelError, UsageError
+from windlass.plan import SCHEDULES, Plan, Schedule
 from windlass.spec.formats import METHODS
 
 DEMO = "demo"
@@ -33,6 +34,7 @@ class EngineOptions:
     `quantization` asserts how the checkpoint's weights are stored; the checkpoint itself says it.
     `moe_expert_cache_size`: "auto", a size with a unit, or a number of experts per layer.
     `kv_cache_dtype`: what keys and values are kept in, "auto" for the checkpoint's type.
+    `plan`: one to replay, or its file; what else is said must agree with it.
     """
 
     model: str = DEMO
@@ -45,7 +47,10 @@ class EngineOptions:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     micro_batch_size: int | None = None
+    enable_prefix_caching: bool = True
     max_model_len: int | None = None
+    schedule: Schedule | None = None
+    plan: Plan | Path | None = None
     seed: int = 0
     threads: int | None = None
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
@@ -63,6 +68,7 @@ class EngineOptions:
             ("moe_backend", ("auto", "torch", "cpu")),
             ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("generation_config", ("auto", "vllm")),
+            ("schedule", (None, *SCHEDULES)),
         ):
             if (value := getattr(self, name)) not in allowed:
                 listed = ", ".join(one for one in allowed if one is not None)
@@ -91,6 +97,18 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ModelError(f"{path}: found a {type(document).__name__}, expected an object")
     return document
+
+
+def read_plan(plan: Plan | Path) -> Plan:
+    """The plan, or what its file holds. UsageError if that is not one."""
+    if isinstance(plan, Plan):
+        return plan
+    try:
+        document = json.loads(plan.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not readable as JSON: {error}"
+        raise UsageError(f"plan: got {str(plan)!r}: {reason}") from error
+    return Plan.from_json(document, what=f"plan {plan}")
 
 
 def checkpoint_stamp(folder: Path) -> str:

@@ -1,9 +1,15 @@
 """The Plan: every choice of a run, as one frozen record. Who made it does not matter."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
 
+from windlass.errors import UsageError
 from windlass.units import format_bytes
+
+Schedule = Literal["module-based", "model-based"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +31,8 @@ class Plan:
     max_num_seqs: int
     max_num_batched_tokens: int
     micro_batch_tokens: int
+    mixed_prefill_tokens: int | None = None  # prompt rows beside decoding ones; 0: waves
+    prefix_caching: bool  # whether prompts that begin alike are computed once
     read_threads: int
     expert_slot_bytes: int
     block_slot_bytes: int
@@ -36,14 +44,43 @@ class Plan:
     num_experts: int  # parts of each kind in the checkpoint
     num_blocks: int
     num_head_chunks: int
+    schedule: Schedule = "module-based"  # what a pass is: all rows, or one micro-batch
+    overlap: bool = True  # reads go on beside computation; off only to show what it brings
+
+    @property
+    def pass_rows(self) -> int:
+        """Most rows that go through the model together."""
+        if self.schedule == "module-based":
+            return self.max_num_batched_tokens
+        return min(self.max_num_batched_tokens, self.micro_batch_tokens)
 
     def to_json(self) -> dict[str, Any]:
+        """All values by name; `from_json` reads them back."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: object, *, what: str = "plan") -> "Plan":
+        """Strict: every value there, of its type, and no other. UsageError names `what`."""
+        if not isinstance(document, Mapping):
+            raise UsageError(f"{what}: got a {type(document).__name__}, allowed an object")
+        known = {field.name: field.type for field in fields(cls)}
+        if unknown := sorted(set(map(str, document)) - set(known)):
+            near = get_close_matches(unknown[0], known, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise UsageError(f"{what}: unknown key: {unknown[0]}{hint}")
+        if missing := [name for name in known if name not in document]:
+            raise UsageError(f"{what}: {missing[0]} is missing")
+        for name, kind in known.items():
+            _check_value(document[name], kind, f"{what}: {name}")
+        return cls(**document)
 
     def lines(self) -> list[str]:
         """The plan for people: what the budget holds, and what a pass may take."""
         kv_bytes = self.kv_pages * self.kv_page_bytes
         embedding = "in memory" if self.resident_embedding else "rows read from disk"
+        prefixes = "computed once" if self.prefix_caching else "not looked for"
+        if self.state_slots:  # a state is that of a sequence's last token, none is kept of a prefix
+            prefixes += " (the model has recurrent layers)"
         return [
             f"plan: {format_bytes(self.total_bytes)} of {format_bytes(self.host_memory)}: process"
             f" {format_bytes(self.process_bytes)}, activations"
@@ -54,5 +91,31 @@ class Plan:
             f" {self.block_slots} of {self.num_blocks}, head {self.head_slots} of"
             f" {self.num_head_chunks}, embedding {embedding}",
             f"plan: up to {self.max_num_seqs} sequences and {self.max_num_batched_tokens} rows"
-            f" per pass; a sequence may have {self.max_model_len} tokens",
+            f" per pass; a sequence may have {self.max_model_len} tokens; shared prompt prefixes"
+            f" {prefixes}",
+            *self._baseline_lines(),
         ]
+
+    def _baseline_lines(self) -> list[str]:
+        """What is not the default."""
+        lines = []
+        if self.schedule == "model-based":
+            lines.append(
+                f"plan: model-based: every {self.micro_batch_tokens} rows pass through the model by"
+                " themselves"
+            )
+        if not self.overlap:
+            lines.append("plan: no overlap: weights are read while nothing computes")
+        return lines
+
+
+def _check_value(value: object, kind: Any, what: str) -> None:
+    if kind == Schedule:
+        if value not in SCHEDULES:
+            raise UsageError(f"{what}: got {value!r}, allowed {', '.join(SCHEDULES)}")
+        return
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        name = getattr(kind, "__name__", str(kind))
+        raise UsageError(f"{what}: got {value!r}, allowed a value of type {name}")
+    if isinstance(value, int) and value < 0:
+        raise UsageError(f"{what}: got {value}, allowed 0 or more")

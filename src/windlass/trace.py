@@ -4,6 +4,7 @@ import json
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ from windlass.errors import UsageError
 class Tracer:
     """Writes spans per lane (one row in Perfetto) to `path` as they come, in the JSON array form,
     which is valid without its end: a killed run leaves a readable trace. Memory stays bounded.
-    Thread-safe; does nothing without a path. Raises UsageError if the file cannot be made.
+    Writes nothing without a path. Thread-safe, except `span`, which is for one thread. Raises
+    UsageError if the file cannot be made.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -23,20 +25,23 @@ class Tracer:
         self._lanes: dict[str, int] = {}
         self._lock = threading.Lock()
         self._start = time.perf_counter()
+        self.seconds: dict[str, float] = defaultdict(
+            float
+        )  # in spans, by name; with and without a file
         if self._file is not None:
             self._file.write("[")
 
     @contextmanager
     def span(self, name: str, lane: str = "compute", **args: Any) -> Iterator[None]:
         """Times the body on `lane`; `args` are shown with the span."""
-        if self._file is None:
-            yield
-            return
         begin = time.perf_counter()
         try:
             yield
         finally:
-            self.record(name, lane, begin, time.perf_counter(), **args)
+            end = time.perf_counter()
+            self.seconds[name] += end - begin
+            if self._file is not None:
+                self.record(name, lane, begin, end, **args)
 
     def record(self, name: str, lane: str, begin: float, end: float, **args: Any) -> None:
         """Adds a finished span; `begin` and `end` are `time.perf_counter()` seconds."""

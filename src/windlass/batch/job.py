@@ -1,23 +1,37 @@
 """One batch job from its files to its files: input, lock, journal, manifest, engine, output. The
 only place that knows the order of these steps."""
 
+import json
 import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from windlass.batch.jobfile import JobFile
 from windlass.batch.journal import Journal, State, write_error
 from windlass.batch.ledger import Ledger
-from windlass.batch.manifest import Manifest, refuse_difference, sync_folder, temporary_file
+from windlass.batch.lengths import job_lengths
+from windlass.batch.manifest import (
+    Manifest,
+    refuse_difference,
+    replace_file,
+    sync_folder,
+    temporary_file,
+)
 from windlass.batch.progress import Progress, Snapshot
 from windlass.batch.runner import BatchRunner, JobEngine, RunSettings
 from windlass.engine.stats import EngineStats
 from windlass.errors import JobError, UsageError
-from windlass.protocol.openai import ServedModel
+from windlass.params import SamplingParams
+from windlass.planner.choose import Job
+from windlass.protocol.openai import ChatTokenizer, ServedModel
+
+# lengths of the job, of a tokenizer, default parameters and the longest sequence there may be
+Lengths = Callable[[ChatTokenizer, SamplingParams, int], Job | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +61,11 @@ class JobOptions:
     def manifest_file(self) -> Path:
         return self.output_file.with_name(self.output_file.name + ".manifest.json")
 
+    @property
+    def plan_file(self) -> Path:
+        """What a run's engine was given; `--plan` replays it."""
+        return self.output_file.with_name(self.output_file.name + ".plan.json")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
@@ -73,14 +92,14 @@ class Summary:
 
 def run_job(
     options: JobOptions,
-    open_engine: Callable[[int | None], JobEngine],
+    open_engine: Callable[[int | None, Lengths], JobEngine],
     *,
     progress: Progress,
     is_stopping: Callable[[], bool],
 ) -> Summary:
     """Runs what is left of the job; complete if not stopped. Raises UsageError for wrong files or
     settings, JobError where the job cannot go on; finished rows are then safe in the journal.
-    `open_engine` gets the context length."""
+    `open_engine` gets the context length, and how long the sequences of the job are."""
     _check_paths(options)
     job = JobFile(options.input_file, strict=options.strict, tell=progress.note)
     progress.note("getting ready")
@@ -97,9 +116,12 @@ def run_job(
         stats = None
         if ledger.num_done < len(ledger):
             begin = time.monotonic()
-            engine = stack.enter_context(closing(open_engine(_context_length(options, stored))))
+            context = _context_length(options, stored)
+            lengths = partial(_lengths, job, ledger, options)
+            engine = stack.enter_context(closing(open_engine(context, lengths)))
             load_s = time.monotonic() - begin
             manifest = _settle_manifest(options, engine, stored, journal)
+            _write_plan(options, engine)
             progress.note("no pass has ended yet")
             begin = time.monotonic()
             _run_rows(job, ledger, engine, options, manifest, progress, is_stopping)
@@ -112,6 +134,19 @@ def run_job(
     return summary
 
 
+def _lengths(
+    job: JobFile,
+    ledger: Ledger,
+    options: JobOptions,
+    tokenizer: ChatTokenizer,
+    params: SamplingParams,
+    longest: int,
+) -> Job | None:
+    """Of the rows that are left."""
+    model = ServedModel(options.served_names, tokenizer, longest, params, now=options.created)
+    return job_lengths(job, ledger.open_rows, model)
+
+
 def _check_paths(options: JobOptions) -> None:
     named = {
         "input file": options.input_file,
@@ -120,8 +155,9 @@ def _check_paths(options: JobOptions) -> None:
         "trace": options.trace_file,
         "journal": options.journal_file,
         "manifest": options.manifest_file,
+        "plan": options.plan_file,
     }
-    for what in ("output file", "error file", "manifest"):
+    for what in ("output file", "error file", "manifest", "plan"):
         path = named[what]
         named[f"temporary {what}"] = None if path is None else temporary_file(path)
     seen: dict[Path, str] = {}
@@ -190,6 +226,14 @@ def _settle_manifest(
     except OSError as error:
         raise write_error(options.manifest_file, error) from error
     return manifest
+
+
+def _write_plan(options: JobOptions, engine: JobEngine) -> None:
+    text = json.dumps(engine.plan.to_json(), indent=1) + "\n"
+    try:
+        replace_file(options.plan_file, text.encode())
+    except OSError as error:
+        raise write_error(options.plan_file, error) from error
 
 
 def _greet(options: JobOptions, ledger: Ledger, journal: Journal, progress: Progress) -> None:

@@ -21,8 +21,17 @@ from windlass.protocol.responses import error_response, response_body
 _LINE_BREAKS = {"\u2028": "\\u2028", "\u2029": "\\u2029", "\x85": "\\u0085"}
 
 
+class PlanLike(Protocol):
+    """A plan as a job sees it."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
 class JobEngine(Protocol):
     """The engine as a job sees it."""
+
+    @property
+    def plan(self) -> PlanLike: ...
 
     @property
     def tokenizer(self) -> ChatTokenizer: ...

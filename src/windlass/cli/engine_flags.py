@@ -8,6 +8,7 @@ from typing import Any
 from windlass.cli.flags import Flag, choice, count, integer, size
 from windlass.errors import UsageError
 from windlass.options import KV_CACHE_DTYPES, EngineOptions, read_config, resolve_model
+from windlass.plan import SCHEDULES
 from windlass.spec.formats import METHODS
 from windlass.spec.registry import read_spec
 
@@ -63,6 +64,16 @@ ENGINE_FLAGS = (
          metavar="N", group=_BATCHING, help="tokens per pass (default: planned)"),
     Flag(name="micro-batch-size", aliases=("-ub", "--ubatch-size"), read=integer(1), metavar="N",
          group=_BATCHING, help="tokens that attention takes at once (default: planned)"),
+    Flag(name="schedule", read=choice(*SCHEDULES), metavar="NAME", group=_BATCHING,
+         help="module-based (default: each expert once per pass over all of its rows) or "
+         "model-based (every micro-batch through all layers by itself, as other programs do it; "
+         "for comparison, results are the same)"),
+    Flag(name="plan", read=Path, metavar="FILE", group=_MEMORY,
+         help="replay a plan that an earlier run wrote (FILE.plan.json beside its output): the "
+         "same values, or an error where they do not fit"),
+    Flag(name="enable-prefix-caching", read=None, default=True, group=_BATCHING,
+         help="prompts that begin alike are computed once up to where they differ (default: on); "
+         "results are the same bits either way"),
     Flag(name="threads", aliases=("-t",), read=integer(1), metavar="N", group=_BATCHING,
          help="of computation (default: the machine's cores)"),
     Flag(name="moe-backend", read=choice("auto", "torch", "cpu"), default="auto", metavar="NAME",
@@ -105,14 +116,17 @@ REFUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
 _CACHE_TYPES = {
     "-ctk": "-ctk", "--cache-type-k": "-ctk", "-ctv": "-ctv", "--cache-type-v": "-ctv",
 }  # fmt: skip
+_CACHE_DTYPE = "--kv-cache-dtype"
 _CACHE_DTYPES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32", "q8_0": "int8"}
 
 
 def translate_known(arguments: Sequence[str]) -> list[str]:
     """The arguments with `-ctk q8_0 -ctv q8_0` as `--kv-cache-dtype int8`. Raises UsageError where
-    the two differ, one is missing, or they name a type that Windlass lacks."""
+    the two differ, one is missing, they name a type that Windlass lacks, or `--kv-cache-dtype`
+    stands beside them with another."""
     kept: list[str] = []
     found: dict[str, str] = {}
+    own: str | None = None
     rest = list(arguments)
     while rest and rest[0] != "--":
         argument = rest.pop(0)
@@ -121,6 +135,8 @@ def translate_known(arguments: Sequence[str]) -> list[str]:
             found[_CACHE_TYPES[name]] = value if equals or not rest else rest.pop(0)
         else:
             kept.append(argument)
+            if name == _CACHE_DTYPE:
+                own = value if equals or not rest else rest[0]
     if not found:
         return list(arguments)
     keys, values = found.get("-ctk"), found.get("-ctv")
@@ -130,7 +146,12 @@ def translate_known(arguments: Sequence[str]) -> list[str]:
             f"{given}: allowed {', '.join(_CACHE_DTYPES)}, the same for -ctk and -ctv"
             " (or --kv-cache-dtype)"
         )
-    return [*kept, "--kv-cache-dtype", _CACHE_DTYPES[keys], *rest]
+    if own not in (None, _CACHE_DTYPES[keys]):
+        raise UsageError(
+            f"{_CACHE_DTYPE} {own}: beside -ctk {keys} -ctv {keys}, allowed only"
+            f" {_CACHE_DTYPES[keys]}: they mean the same"
+        )
+    return [*kept, _CACHE_DTYPE, _CACHE_DTYPES[keys], *rest]
 
 
 def refuse_known(arguments: Sequence[str]) -> list[str]:

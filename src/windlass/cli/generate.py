@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from windlass import __version__
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer, number
+from windlass.cli.report import phase_json, phase_lines
 from windlass.errors import RequestError, UsageError
 from windlass.units import format_bytes
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from windlass.engine.engine import Engine
     from windlass.engine.outputs import RequestOutput
     from windlass.engine.sequence import Request
+    from windlass.engine.tokenizer import Tokenizer
+    from windlass.planner.choose import Job
 
 _SAMPLING = "sampling"
 _PARAMS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
@@ -52,7 +55,12 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     prompt = _prompt(values)
     from windlass.build import open_engine
 
-    with closing(open_engine(engine_options(values))) as engine:
+    def lengths(tokenizer: "Tokenizer", params: object, longest: int) -> "Job":
+        from windlass.planner.choose import single_request
+
+        return single_request(len(_encode(tokenizer, prompt, values)), values["max_tokens"])
+
+    with closing(open_engine(engine_options(values), lengths=lengths)) as engine:
         request = _request(engine, prompt, values)
         begin = time.monotonic()
         engine.add(request)
@@ -71,6 +79,8 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         f"{len(output.prompt_token_ids)} tokens in, {len(choice.token_ids)} out, "
         f"{len(choice.token_ids) / seconds:.2f} per s; {format_bytes(stats.bytes_read)} read, "
         f"experts found in memory: {hits}, {format_bytes(stats.peak_rss_bytes)} at the peak",
+        *phase_lines(stats),
+        sep="\n",
         file=sys.stderr,
     )
     if values["json"]:
@@ -88,6 +98,8 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
             "expert_requests": stats.expert_requests,
             "expert_hits": stats.expert_hits,
             "peak_rss_bytes": stats.peak_rss_bytes,
+            **phase_json(stats),
+            "plan": engine.plan.to_json(),
         }
         print(json.dumps(document))
     return 0
@@ -118,14 +130,17 @@ def _request(engine: "Engine", prompt: str, values: Mapping[str, Any]) -> "Reque
         stop=values["stop"] or (),
         ignore_eos=values["ignore_eos"],
     )
-    if values["chat"]:
-        messages = [{"role": "user", "content": prompt}]
-        if values["system"] is not None:
-            messages.insert(0, {"role": "system", "content": values["system"]})
-        ids = engine.tokenizer.apply_chat_template(messages)
-    else:
-        ids = engine.tokenizer.encode(prompt)
+    ids = _encode(engine.tokenizer, prompt, values)
     return Request("0", tuple(ids), params, seed_key="generate")
+
+
+def _encode(tokenizer: "Tokenizer", prompt: str, values: Mapping[str, Any]) -> list[int]:
+    if not values["chat"]:
+        return tokenizer.encode(prompt)
+    messages = [{"role": "user", "content": prompt}]
+    if values["system"] is not None:
+        messages.insert(0, {"role": "system", "content": values["system"]})
+    return tokenizer.apply_chat_template(messages)
 
 
 def _stream(engine: "Engine") -> "RequestOutput":

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from windlass import __version__
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer
+from windlass.cli.report import phase_json, phase_lines
 from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
 from windlass.errors import UsageError, WindlassError
 from windlass.options import EngineOptions, checkpoint_stamp, resolve_model
 from windlass.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from windlass.batch.job import JobOptions, Summary
+    from windlass.batch.job import JobOptions, Lengths, Summary
     from windlass.batch.runner import JobEngine
 
 EXIT_ROWS_FAILED = 3
@@ -40,7 +41,7 @@ FLAGS = (
          group=_FILES, help="requests, one OpenAI batch line each"),
     Flag(name="output-file", aliases=("-o",), read=_path, metavar="FILE", is_required=True,
          group=_FILES, help="results in the same order; FILE.journal and FILE.manifest.json beside "
-         "it make the job resumable"),
+         "it make the job resumable, FILE.plan.json is the plan it ran by"),
     Flag(name="error-file", read=_path, metavar="FILE", group=_FILES,
          help="put rows that failed here instead"),
     Flag(name="overwrite", read=None, default=False, group=_JOB,
@@ -91,14 +92,14 @@ def _run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         options = _job_options(values, engine)
         plan: dict[str, Any] = {}  # stays empty where the job was already done
 
-        def open_job_engine(max_model_len: int | None) -> "JobEngine":
+        def open_job_engine(max_model_len: int | None, lengths: "Lengths") -> "JobEngine":
             from windlass.build import open_engine
 
             progress.say(f"loading {values['model']}")
-            opened = open_engine(replace(engine, max_model_len=max_model_len))
+            opened = open_engine(replace(engine, max_model_len=max_model_len), lengths=lengths)
             signals.defer()
             plan.update(opened.plan.to_json())
-            for line in opened.plan.lines():
+            for line in (*opened.plan.lines(), *opened.notes):
                 progress.say(line)
             return opened
 
@@ -183,13 +184,21 @@ def _summary_lines(summary: "Summary", options: "JobOptions") -> list[str]:
         )
         lines += [
             f"time: {format_seconds(summary.run_s)}, loading {format_seconds(summary.load_s)}",
-            f"tokens: {stats.prompt_tokens} in, {stats.generated_tokens} out; "
+            f"tokens: {stats.input_tokens} in, {stats.generated_tokens} out; "
             f"{stats.generated_tokens / seconds:.2f} out per s, "
-            f"{(stats.prompt_tokens + stats.generated_tokens) / seconds:.2f} per s in all",
+            f"{(stats.input_tokens + stats.generated_tokens) / seconds:.2f} per s in all",
+            *phase_lines(stats),
             f"disk: {format_bytes(stats.bytes_read)} read, "
             f"{format_bytes(stats.bytes_read / seconds)}/s; experts found in memory: {hits}",
             f"memory: {format_bytes(stats.peak_rss_bytes)} at the peak",
+            f"plan: {options.plan_file}",
         ]
+        if stats.prefix_cache_queries:
+            share = 100 * stats.prefix_cache_hits / stats.prefix_cache_queries
+            lines.append(
+                f"shared prefixes: {stats.prefix_cache_hits} of {stats.prefix_cache_queries}"
+                f" prompt tokens found ({share:.1f} %)"
+            )
     if summary.is_complete:
         lines.append(f"results: {options.output_file}")
     return lines
@@ -218,12 +227,15 @@ def _summary_json(
     stats = summary.stats
     if stats is not None:
         seconds = max(summary.run_s, 1e-9)
-        total = stats.prompt_tokens + stats.generated_tokens
+        total = stats.input_tokens + stats.generated_tokens
         document |= {
-            "total_input_tokens": stats.prompt_tokens,
+            "total_input_tokens": stats.input_tokens,
             "total_output_tokens": stats.generated_tokens,
             "output_throughput": stats.generated_tokens / seconds,
             "total_token_throughput": total / seconds,
+            "plan_file": str(options.plan_file),
+            "prefix_cache_queries": stats.prefix_cache_queries,
+            "prefix_cache_hits": stats.prefix_cache_hits,
             "passes": stats.passes,
             "bytes_read": stats.bytes_read,
             "expert_requests": stats.expert_requests,
@@ -231,6 +243,7 @@ def _summary_json(
             "weights_wait_time": stats.wait_s,
             "pass_time": stats.pass_s,
             "peak_rss_bytes": stats.peak_rss_bytes,
+            **phase_json(stats),
         }
     return document
 

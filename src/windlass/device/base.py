@@ -48,6 +48,11 @@ class Device(Protocol):
         """Sum of what `allocate` gave out."""
         ...
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds so far during which at least one copy was being made."""
+        ...
+
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """A page-aligned uint8 tensor of `num_bytes`; contents undefined. Freed with the tensor."""
         ...

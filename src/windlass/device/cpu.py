@@ -21,6 +21,8 @@ class CpuDevice:
         self._jobs: SimpleQueue[tuple[Copy, Done] | None] = SimpleQueue()
         self._changed = threading.Condition()
         self._under_way = 0
+        self._reading = 0  # threads that read now, since `_since` at least one
+        self._since = self._busy_s = 0.0
         self._closed = False
         self._allocated_bytes = 0
         self._threads = [
@@ -37,6 +39,12 @@ class CpuDevice:
     @property
     def allocated_bytes(self) -> int:
         return self._allocated_bytes
+
+    @property
+    def busy_s(self) -> float:
+        with self._changed:
+            running = time.perf_counter() - self._since if self._reading else 0.0
+            return self._busy_s + running
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """Private anonymous memory, so that it is counted as this process's and freed for good."""
@@ -71,12 +79,18 @@ class CpuDevice:
         while (job := self._jobs.get()) is not None:
             copy, done = job
             error: Exception | None = None
-            begin = time.perf_counter()
+            with self._changed:
+                begin = time.perf_counter()
+                self._since = self._since if self._reading else begin
+                self._reading += 1
             try:
                 copy.source.read(copy.file, copy.offset, copy.into.numpy().data)
             except Exception as caught:  # noqa: BLE001  thread boundary: `done` hands it on
                 error = caught
-            end = time.perf_counter()
+            with self._changed:
+                end = time.perf_counter()
+                self._reading -= 1
+                self._busy_s += 0.0 if self._reading else end - self._since
             self._tracer.record(copy.label, lane, begin, end, bytes=copy.into.numel())
             try:
                 done(error)

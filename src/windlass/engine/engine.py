@@ -13,6 +13,7 @@ import torch
 
 from windlass.engine.admission import Admission, Row
 from windlass.engine.choice import Choice, Queued
+from windlass.engine.meter import PhaseMeter, Readings
 from windlass.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from windlass.engine.sampling import Sampler, choice_seed
 from windlass.engine.sequence import Delta, Request, StepResult
@@ -21,10 +22,11 @@ from windlass.engine.text import TextStream
 from windlass.engine.tokenizer import Tokenizer
 from windlass.errors import RequestError
 from windlass.ids import Part
+from windlass.memory.pages import block_keys
 from windlass.memory.weights import WeightStore
 from windlass.params import SamplingParams
 from windlass.plan import Plan
-from windlass.schedule.batch import Batch, make_batch
+from windlass.schedule.batch import CHUNK_TOKENS, Batch, make_batch, passes_of
 from windlass.schedule.runtime import Outcome
 from windlass.trace import Tracer
 
@@ -49,6 +51,7 @@ class EngineSetup:
 
     plan: Plan
     tokenizer: Tokenizer
+    notes: tuple[str, ...] = ()  # of the plan: what is expected of it
     default_params: SamplingParams
     vocab_size: int
     max_model_len: int
@@ -69,11 +72,13 @@ class Engine:
         admission: Admission,
         *,
         tracer: Tracer,
+        disk_busy_s: Callable[[], float],
         on_close: Callable[[], None],
     ) -> None:
         """`on_close` must be idempotent and must not hold the engine: it also ends what an engine
         that was dropped without `close` has left."""
         self.plan = setup.plan
+        self.notes = setup.notes
         self.tokenizer = setup.tokenizer
         self.max_model_len = setup.max_model_len
         self.default_params = setup.default_params
@@ -89,6 +94,8 @@ class Engine:
         self._open: dict[str, _Open] = {}
         self._passes = self._prompt_tokens = self._generated_tokens = 0
         self._pass_s = 0.0
+        self._disk_busy_s = disk_busy_s
+        self._meter = PhaseMeter()
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -100,6 +107,15 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._open)
+
+    def expected_output_tokens(self, max_tokens: int, quantile: float | None = None) -> float:
+        """Tokens of an answer that may have `max_tokens`: the mean by what has ended so far (the
+        short ones end first), or what the share `quantile` of answers does not exceed. `max_tokens`
+        where none has ended."""
+        lengths = self._admission.lengths
+        if quantile is None:
+            return lengths.mean(max_tokens)
+        return lengths.quantile(quantile, max_tokens)
 
     def validate(self, request: Request) -> None:
         """Raises RequestError if the request cannot run here."""
@@ -115,8 +131,11 @@ class Engine:
         if params.max_tokens is not None:
             max_output, longest = params.max_tokens, num_prompt + params.max_tokens
         self._open[request.request_id] = _Open(request, params.n, time.monotonic())
+        keys: tuple[bytes, ...] = ()
+        if self.plan.prefix_caching:
+            keys = block_keys(request.prompt_token_ids, CHUNK_TOKENS)
         for index in range(params.n):
-            self._admission.add(Queued(request, index, max_output, longest))
+            self._admission.add(Queued(request, index, max_output, longest, keys))
 
     def abort(self, request_id: str) -> None:
         """Drops a request; unknown ids are ignored, it may just have ended."""
@@ -170,21 +189,34 @@ class Engine:
 
     def step(self) -> StepResult:
         """One pass and the tokens it brings."""
+        begin = time.perf_counter()
         rows = self._admission.compose(self._start)
         if not rows:
             assert not self._open, "requests wait, but nothing can run"
             return StepResult((), ())
-        begin = time.perf_counter()
         with self._tracer.span("pass", lane="engine", segments=len(rows)):
             batch = make_batch(
                 [row.segment for row in rows], micro_batch_tokens=self.plan.micro_batch_tokens
             )
-            with torch.inference_mode():
-                outcome = self._run_pass(batch)
-            self._passes += 1
+            passes = passes_of(batch, self.plan.schedule)
+            try:
+                with torch.inference_mode():
+                    outcome = _join([self._run_pass(one) for one in passes])
+            except BaseException:
+                self._admission.restart()
+                raise
+            self._passes += len(passes)
             with self._tracer.span("sample", rows=len(outcome.logits)):
                 result = self._take(rows, outcome)
-        self._pass_s += time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self._pass_s += seconds
+        self._meter.add(
+            batch.segments,
+            self._readings(),
+            passes=len(passes),
+            output_tokens=len(result.deltas),
+            seconds=seconds,
+        )
         stats = self._weights.stats()
         self._tracer.counter("rows", rows=batch.num_rows)
         self._tracer.counter("disk", bytes=stats.bytes_read)
@@ -209,6 +241,8 @@ class Engine:
                 self._generated_tokens += 1
             except RequestError as error:  # this request alone fails: constraints left no token
                 choice.finish_reason, entry.failure = "error", error
+            else:
+                self._observe(choice)
             taken += 1
             entry.first_token = entry.first_token or time.monotonic()
             if choice.finish_reason is not None:
@@ -217,6 +251,10 @@ class Engine:
                 if not entry.left:
                     finished.append(self._finish(entry))
         return StepResult(tuple(finished), tuple(deltas))
+
+    def _observe(self, choice: Choice) -> None:
+        if choice.finish_reason is not None:
+            self._admission.lengths.observe(len(choice.output_ids), choice.queued.max_output)
 
     def _finish(self, entry: _Open) -> RequestOutput:
         request = entry.request
@@ -230,6 +268,7 @@ class Engine:
             prompt_token_ids=request.prompt_token_ids,
             outputs=outputs,
             prompt_logprobs=entry.choices[0].prompt_output(self.tokenizer),
+            num_cached_tokens=entry.choices[0].num_cached,
             metrics=RequestMetrics(
                 arrival_time=entry.arrival,
                 first_token_time=entry.first_token,
@@ -243,7 +282,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Totals so far."""
-        store = self._weights.stats()
+        store, prompts = self._weights.stats(), self._admission.prompt_pages
         return EngineStats(
             passes=self._passes,
             prompt_tokens=self._prompt_tokens,
@@ -257,7 +296,14 @@ class Engine:
             running=len(self._admission.running),
             waiting=len(self._admission.waiting),
             num_preemptions=self._admission.num_preemptions,
+            phases=dict(self._meter.phases),
+            prefix_cache_queries=prompts.num_asked if self.plan.prefix_caching else 0,
+            prefix_cache_hits=prompts.num_found,
         )
+
+    def _readings(self) -> Readings:
+        store = self._weights.stats()
+        return Readings(store.bytes_read, self._disk_busy_s(), store.wait_s, self._tracer.seconds)
 
     def check(self) -> None:
         """Invariants of all stores; cheap enough for tests after every step."""
@@ -274,6 +320,14 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _join(outcomes: list[Outcome]) -> Outcome:
+    """Of passes one after the other, as of one."""
+    if len(outcomes) == 1:
+        return outcomes[0]
+    logits = torch.cat([outcome.logits for outcome in outcomes])
+    return Outcome(logits, torch.cat([outcome.logprobs for outcome in outcomes]))
 
 
 def _close_aside(close: Callable[[], None]) -> None:

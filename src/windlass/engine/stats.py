@@ -1,6 +1,10 @@
 """Counters of a running engine, as one frozen record for progress lines and summaries."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from windlass.phases import PhaseStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -8,7 +12,7 @@ class EngineStats:
     """Totals since the engine was built, except `running` and `waiting` (sequences now)."""
 
     passes: int
-    prompt_tokens: int
+    prompt_tokens: int  # that were computed
     generated_tokens: int
     bytes_read: int  # from disk
     expert_requests: int  # experts a pass needed
@@ -19,3 +23,37 @@ class EngineStats:
     running: int
     waiting: int
     num_preemptions: int = 0  # sequences that gave their pages back, to be computed again
+    prefix_cache_queries: int = 0  # prompt tokens that other sequences might have computed
+    prefix_cache_hits: int = 0  # of these, tokens that they had computed
+
+    phases: Mapping[str, PhaseStats] = field(default_factory=dict)  # those that occurred
+
+    @property
+    def prefill_s(self) -> float:
+        """Seconds of passes for prompt rows, their share of mixed passes included."""
+        return sum(phase.prompt_s for phase in self.phases.values())
+
+    @property
+    def decode_s(self) -> float:
+        """The same for generated rows."""
+        return sum(phase.seconds - phase.prompt_s for phase in self.phases.values())
+
+    @property
+    def decode_tokens(self) -> int:
+        """Generated tokens but the first of each sequence, which its prompt's last row gives."""
+        return self.generated_tokens - sum(phase.first_tokens for phase in self.phases.values())
+
+    @property
+    def total(self) -> PhaseStats:
+        """All phases together."""
+        return sum(self.phases.values(), PhaseStats())
+
+    def phases_json(self) -> dict[str, Any]:
+        """By phase, and all together."""
+        found = {name: phase.to_json() for name, phase in self.phases.items()}
+        return {**found, "total": self.total.to_json()}
+
+    @property
+    def input_tokens(self) -> int:
+        """Prompt tokens, computed or found."""
+        return self.prompt_tokens + self.prefix_cache_hits

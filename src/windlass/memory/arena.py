@@ -3,50 +3,21 @@
 import torch
 
 from windlass.device.base import ALIGN_BYTES
+from windlass.memory.slots import Slots
 
 
-class Arena:
+class Arena(Slots):
     """`num_slots` slots of `slot_bytes` in `memory` (uint8). One owner; not thread-safe."""
 
     def __init__(self, memory: torch.Tensor, slot_bytes: int, num_slots: int) -> None:
         assert slot_bytes > 0 and slot_bytes % ALIGN_BYTES == 0, f"slot_bytes: got {slot_bytes}"
         assert memory.dtype == torch.uint8 and memory.is_contiguous(), memory.dtype
         assert memory.numel() >= slot_bytes * num_slots, (memory.numel(), slot_bytes, num_slots)
+        super().__init__(num_slots)
         self.slot_bytes = slot_bytes
-        self.num_slots = num_slots
         self._memory = memory
-        self._free = list(range(num_slots - 1, -1, -1))  # the lowest first: touches least memory
-        self._held: set[int] = set()
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def allocate(self) -> int | None:
-        """A free slot's number, now held; None where there is none."""
-        if not self._free:
-            return None
-        slot = self._free.pop()
-        self._held.add(slot)
-        return slot
-
-    def free(self, slot: int) -> None:
-        """Gives a held slot back."""
-        assert slot in self._held, f"slot {slot} is not held"
-        self._held.remove(slot)
-        self._free.append(slot)
 
     def bytes_of(self, slot: int) -> torch.Tensor:
         """The memory of a held slot: (slot_bytes,) uint8."""
         assert slot in self._held, f"slot {slot} is not held"
         return self._memory[slot * self.slot_bytes : (slot + 1) * self.slot_bytes]
-
-    def held(self) -> frozenset[int]:
-        """Numbers of the held slots."""
-        return frozenset(self._held)
-
-    def check(self) -> None:
-        """Every slot is either free or held, once."""
-        assert len(set(self._free)) == len(self._free), "a slot is free twice"
-        assert not self._held.intersection(self._free), "a slot is free and held"
-        assert self._held.union(self._free) == set(range(self.num_slots)), "a slot is lost"

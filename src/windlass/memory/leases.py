@@ -75,6 +75,13 @@ class Arrivals:
         self._leases += more
         return more
 
+    def all(self) -> list[Lease]:
+        """Leases of all that are left, waiting for them: each keeps its slot, so there must be
+        enough. Released with the next call of `next` or `close`."""
+        while (lease := self._store._next(self._visit)) is not None:
+            self._leases.append(lease)
+        return list(self._leases)
+
     def close(self) -> None:
         """Releases the current leases and demands the rest no more. Idempotent."""
         self._release()

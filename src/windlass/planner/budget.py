@@ -7,11 +7,11 @@ same reads per pass, so dense parts, head, experts, embedding in this order.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
-from windlass.plan import Plan
+from windlass.plan import Plan, Schedule
 from windlass.planner.activations import Backend, activation_bytes
 from windlass.spec.model import ModelSpec
 from windlass.units import MIB, format_bytes, round_up
@@ -29,10 +29,10 @@ _KV_SHARE = 0.6  # of what is left after activations and the slots of the pipeli
 _KV_SHARE_RESIDENT = 0.15  # the same, where all weights fit beside it
 _PIPELINE_SLOTS = 8  # experts: one at work, the others arriving, several reads in flight
 _USUAL_TOKENS = 1024  # of a sequence, where its length is not limited by the user
-_SMALLEST_CONTEXT = 512
+SMALLEST_CONTEXT = 512
 _LONGEST_TABLE = 16384  # positions; beyond, keys and values dwarf the tables
-_NOISE_BYTES = 4 * MIB  # the process itself weighs a little more or less in the next run
-_MIN_SLOTS = {
+NOISE_BYTES = 4 * MIB  # the process itself weighs a little more or less in the next run
+MIN_SLOTS = {
     Part.EXPERT: 2, Part.BLOCK: 2, Part.FFN: 1, Part.HEAD: 1, Part.FINAL: 1, Part.EMBED: 0,
 }  # fmt: skip
 
@@ -46,6 +46,10 @@ class Wanted:
     max_num_batched_tokens: int | None = None
     micro_batch_tokens: int | None = None
     max_model_len: int | None = None
+    kv_pages: int | None = None
+    schedule: Schedule | None = None
+    mixed_prefill_tokens: int | None = None
+    prefix_caching: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +65,8 @@ class Sizes:
     row_buffer_bytes: int  # where the embedding's rows are read one by one
     state_bytes: int  # recurrent state of a sequence, all layers
     backend: Backend
+    # how matrices are stored, as hardware profiles call it; "bfloat16" of parts that are absent
+    weight_kinds: Mapping[Part, str] = field(default_factory=dict)
 
 
 def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -> Plan:
@@ -69,7 +75,7 @@ def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -
     draft = _Draft(spec, sizes, wanted)
     smallest = draft.smallest()
     if host_memory < smallest:
-        named = round_up(smallest + _NOISE_BYTES, 8 * MIB) // MIB
+        named = round_up(smallest + NOISE_BYTES, 8 * MIB) // MIB
         raise BudgetError(
             f"host memory: got {format_bytes(host_memory)}, this model needs at least {named}MiB"
             f" ({format_bytes(sizes.process_bytes)} for the process itself,"
@@ -77,6 +83,16 @@ def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -
             " raise --host-memory"
         )
     return draft.fill(host_memory)
+
+
+def bytes_here(plan: Plan, spec: ModelSpec, sizes: Sizes) -> int:
+    """What `plan` adds up to in this process, on these kernels."""
+    wanted = Wanted(
+        micro_batch_tokens=plan.micro_batch_tokens,
+        max_model_len=plan.max_model_len,
+        schedule=plan.schedule,
+    )
+    return _Draft(spec, sizes, wanted).total(plan)
 
 
 class _Draft:
@@ -92,12 +108,12 @@ class _Draft:
         """The least total that works with what the user fixed."""
         seqs = self._wanted.max_num_seqs or 1
         rows = self._wanted.max_num_batched_tokens or round_up(seqs + _CHUNK, _CHUNK)
-        context = self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
+        context = self._wanted.max_model_len or min(SMALLEST_CONTEXT, self._spec.max_positions)
         return (
             self._sizes.process_bytes
             + self._activations(seqs, rows)
             + self._slots_bytes(self._least_slots())
-            + self._pages(context) * self._page_bytes
+            + (self._wanted.kv_pages or self._pages(context)) * self._page_bytes
             + self._tables()
             + seqs * self._sizes.state_bytes
         )
@@ -107,17 +123,31 @@ class _Draft:
         free = host_memory - self._sizes.process_bytes - self._tables()
         slots = self._least_slots()
         least = self._slots_bytes(slots)
-        context = self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
-        least += self._pages(context) * self._page_bytes
+        context = self._wanted.max_model_len or min(SMALLEST_CONTEXT, self._spec.max_positions)
+        least_pages = self._wanted.kv_pages or self._pages(context)
+        least += least_pages * self._page_bytes
         seqs, rows = self._pass_size(free, least)
         left = free - self._activations(seqs, rows) - seqs * self._sizes.state_bytes
-        room = left - self._slots_bytes(slots) - self._pages(context) * self._page_bytes
+        room = left - self._slots_bytes(slots) - least_pages * self._page_bytes
         self._grow(slots, Part.EXPERT, room, most=_PIPELINE_SLOTS)
         pages = self._grow_pages(left - self._slots_bytes(slots), seqs)
         left -= pages * self._page_bytes
         for part in (Part.BLOCK, Part.FFN, Part.HEAD, Part.EXPERT, Part.EMBED):
             self._grow(slots, part, left - self._slots_bytes(slots))
         return self._plan(host_memory, slots, (seqs, rows, pages))
+
+    def total(self, plan: Plan) -> int:
+        """Bytes of a plan that another process may have made."""
+        slots = {
+            Part.EXPERT: plan.expert_slots, Part.BLOCK: plan.block_slots, Part.FFN: plan.ffn_slots,
+            Part.HEAD: plan.head_slots, Part.FINAL: 1, Part.EMBED: int(plan.resident_embedding),
+        }  # fmt: skip
+        return (
+            self._sizes.process_bytes + self._tables()
+            + self._activations(plan.max_num_seqs, plan.max_num_batched_tokens)
+            + self._slots_bytes({part: slots[part] for part in self._sizes.slot_bytes})
+            + plan.kv_pages * self._page_bytes + plan.state_slots * self._sizes.state_bytes
+        )  # fmt: skip
 
     def _pass_size(self, free: int, least: int) -> tuple[int, int]:
         """Sequences and rows per pass: the largest whose activations keep to their share. What the
@@ -142,9 +172,11 @@ class _Draft:
 
     def _grow_pages(self, left: int, seqs: int) -> int:
         """Pages for `seqs` sequences of usual length, within their share of what is left."""
+        if self._wanted.kv_pages is not None:
+            return self._wanted.kv_pages
         usual = min(self._wanted.max_model_len or _USUAL_TOKENS, self._spec.max_positions)
         least = self._pages(
-            self._wanted.max_model_len or min(_SMALLEST_CONTEXT, self._spec.max_positions)
+            self._wanted.max_model_len or min(SMALLEST_CONTEXT, self._spec.max_positions)
         )
         most = self._pages(usual) * seqs
         beside = left - self._slots_bytes(self._sizes.num_parts)  # all weights resident
@@ -164,7 +196,7 @@ class _Draft:
         slots[part] += max(0, more)
 
     def _least_slots(self) -> dict[Part, int]:
-        slots = {part: min(n, _MIN_SLOTS[part]) for part, n in self._sizes.num_parts.items()}
+        slots = {part: min(n, MIN_SLOTS[part]) for part, n in self._sizes.num_parts.items()}
         if self._wanted.expert_slots is not None and Part.EXPERT in slots:
             slots[Part.EXPERT] = min(self._wanted.expert_slots, self._sizes.num_parts[Part.EXPERT])
         return slots
@@ -174,10 +206,11 @@ class _Draft:
 
     def _activations(self, seqs: int, rows: int) -> int:
         micro = self._wanted.micro_batch_tokens or _MICRO_ROWS
+        is_model_based = self._wanted.schedule == "model-based"
         return activation_bytes(
             self._spec,
             self._sizes.backend,
-            rows=rows,
+            rows=min(rows, micro) if is_model_based else rows,
             micro_rows=micro,
             seqs=seqs,
             page_tokens=PAGE_TOKENS,
@@ -220,6 +253,9 @@ class _Draft:
             max_num_seqs=seqs,
             max_num_batched_tokens=rows,
             micro_batch_tokens=self._wanted.micro_batch_tokens or _MICRO_ROWS,
+            mixed_prefill_tokens=self._wanted.mixed_prefill_tokens,
+            # a recurrent state is that of a sequence's last token: none is kept of a prefix
+            prefix_caching=self._wanted.prefix_caching and not self._sizes.state_bytes,
             read_threads=_READ_THREADS,
             expert_slot_bytes=slot_bytes.get(Part.EXPERT, 0),
             block_slot_bytes=slot_bytes.get(Part.BLOCK, 0),
@@ -231,6 +267,7 @@ class _Draft:
             num_experts=self._sizes.num_parts.get(Part.EXPERT, 0),
             num_blocks=self._sizes.num_parts.get(Part.BLOCK, 0),
             num_head_chunks=self._sizes.num_parts.get(Part.HEAD, 0),
+            schedule=self._wanted.schedule or "module-based",
         )
 
 
@@ -242,11 +279,14 @@ def _check(wanted: Wanted, spec: ModelSpec) -> None:
         )
     for name, least in (
         ("expert_slots", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", _CHUNK + 1),
-        ("micro_batch_tokens", _CHUNK), ("max_model_len", 2),
+        ("micro_batch_tokens", _CHUNK), ("max_model_len", 2), ("kv_pages", 1),
     ):  # fmt: skip
         value = getattr(wanted, name)
         if value is not None and value < least:
             raise UsageError(f"{name}: got {value}, allowed {least} or more")
+    mixed = wanted.mixed_prefill_tokens
+    if mixed is not None and mixed < _CHUNK and mixed != 0:
+        raise UsageError(f"mixed_prefill_tokens: got {mixed}, allowed 0, or {_CHUNK} or more")
     seqs, rows = wanted.max_num_seqs, wanted.max_num_batched_tokens
     if seqs is not None and rows is not None and rows < seqs + _CHUNK:
         raise UsageError(

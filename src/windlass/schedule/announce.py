@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping
 
 from windlass.experts.forecast import UsageForecast
 from windlass.ids import Part, WeightKey
-from windlass.memory.weights import WeightStore
+from windlass.memory.cache import WeightCache
 from windlass.memory.wishes import Wish
 from windlass.schedule.passes import PassShape
+from windlass.spec.model import ModelSpec, Moe
 
 # Wishes kept ahead of the pass: more than the link can read during one layer.
 _HORIZON = 64
@@ -44,6 +45,20 @@ class PassForecast:
         return 1.0 if chance > _CERTAIN else chance
 
 
+def pass_forecast(spec: ModelSpec) -> PassForecast:
+    """The forecast of a model that nothing is known of yet."""
+    networks = [block.ffn for block in spec.blocks]
+    top_k = max(ffn.top_k for ffn in networks if isinstance(ffn, Moe))
+    num_experts = [ffn.num_experts if isinstance(ffn, Moe) else 0 for ffn in networks]
+    return PassForecast(UsageForecast(num_experts, top_k))
+
+
+def num_experts(spec: ModelSpec) -> dict[int, int]:
+    """By layer, of layers that have any."""
+    networks = enumerate(block.ffn for block in spec.blocks)
+    return {layer: ffn.num_experts for layer, ffn in networks if isinstance(ffn, Moe)}
+
+
 class Announcer:
     """Walks the parts in the order of use, from the current layer around the pass."""
 
@@ -51,7 +66,7 @@ class Announcer:
         self,
         shape: PassShape,
         num_experts: Mapping[int, int],
-        weights: WeightStore,
+        weights: WeightCache,
         forecast: PassForecast,
     ) -> None:
         """`num_experts`: by layer, of layers that have any."""

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from windlass.plan import Schedule
+
 CHUNK_TOKENS = (
     64  # prompt chunks and micro-batches end at multiples of this, or at the prompt's end
 )
@@ -90,18 +92,42 @@ def make_batch(segments: list[Segment], *, micro_batch_tokens: int) -> Batch:
         while rest.num_rows > micro_batch_tokens - rows:
             fitting = _fitting(rest, micro_batch_tokens - rows)
             if fitting:
-                open_segments.append(replace(rest, token_ids=rest.token_ids[:fitting]))
+                part, rest = _cut(rest, fitting)
+                open_segments.append(part)
                 rows += fitting
-                rest = replace(
-                    rest,
-                    token_ids=rest.token_ids[fitting:],
-                    first_position=rest.first_position + fitting,
-                )
             close()
         open_segments.append(rest)
         rows += rest.num_rows
     close()
     return Batch(tuple(segments), sum(s.num_rows for s in segments), tuple(micro))
+
+
+def passes_of(batch: Batch, schedule: Schedule) -> list[Batch]:
+    """What goes through all layers together: the whole batch, or ("model-based", the baseline of
+    FlexGen and DeepSpeed) every micro-batch by itself, so that weights pass once for each."""
+    if schedule == "module-based":
+        return [batch]
+    return [
+        Batch(micro.segments, micro.num_rows, (replace(micro, first_row=0),))
+        for micro in batch.micro_batches
+    ]
+
+
+def _cut(segment: Segment, count: int) -> tuple[Segment, Segment]:
+    """The first `count` rows, fewer than all, and the rest."""
+    first = replace(
+        segment,
+        token_ids=segment.token_ids[:count],
+        targets=segment.targets[:count],
+        wants_logits=False,
+    )
+    rest = replace(
+        segment,
+        token_ids=segment.token_ids[count:],
+        targets=segment.targets[count:],
+        first_position=segment.first_position + count,
+    )
+    return first, rest
 
 
 def _fitting(segment: Segment, room: int) -> int:

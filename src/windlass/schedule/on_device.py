@@ -69,10 +69,11 @@ class DeviceRuntime:
         kv: KvStore,
         *,
         embedding: EmbeddingRows,
-        announcer: Announcer,
+        announcer: Announcer | None,
         forecast: PassForecast,
         tracer: Tracer,
     ) -> None:
+        """Without an `announcer` nothing is read beside computation (`Plan.overlap`)."""
         self._spec = spec
         self._kernels = kernels
         self._weights = weights
@@ -91,12 +92,20 @@ class DeviceRuntime:
         return self._weights.lease(key)
 
     def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[list[Lease]]:
+        group_size = self._weights.group_size
+        if self._announcer is None:
+            for first in range(0, len(keys), group_size):
+                arriving = self._weights.arrivals(keys[first : first + group_size])
+                yield arriving.all()
+                arriving.close()
+            return
         arriving = self._weights.arrivals(keys)
         for lease in arriving:
-            yield [lease, *arriving.ready(self._weights.group_size - 1)]
+            yield [lease, *arriving.ready(group_size - 1)]
 
     def announce(self, layer: int) -> None:
-        self._announcer.enter(layer)
+        if self._announcer is not None:
+            self._announcer.enter(layer)
 
     # --- a pass -----------------------------------------------------------------------------------
 

@@ -40,14 +40,27 @@ def num_active_parameters(spec: ModelSpec) -> int:
 
 def block_flops_per_token(spec: ModelSpec, layer: int, *, context: int = 0) -> int:
     """Of one token in one block; `context` positions are attended to."""
-    block, hidden = spec.blocks[layer], spec.hidden_size
-    weights = _matrices(attention_shapes(block.attention, hidden))
-    if isinstance(block.ffn, Moe):
-        weights += _matrices(moe_shapes(block.ffn, hidden))
-        weights += block.ffn.top_k * _matrices(ffn_shapes(block.ffn.expert, hidden))
-    else:
-        weights += _matrices(ffn_shapes(block.ffn, hidden))
-    return 2 * weights + _attention_flops(block.attention, context)
+    block = spec.blocks[layer]
+    weights = attention_matrices(spec, layer) + shared_matrices(spec, layer)
+    weights += _num_active(block) * expert_matrices(spec, layer)
+    return 2 * weights + attention_flops(block.attention, context)
+
+
+def attention_matrices(spec: ModelSpec, layer: int) -> int:
+    """Elements of the matrices around attention."""
+    return _matrices(attention_shapes(spec.blocks[layer].attention, spec.hidden_size))
+
+
+def shared_matrices(spec: ModelSpec, layer: int) -> int:
+    """Elements of router and shared expert; 0 in a dense layer."""
+    ffn = spec.blocks[layer].ffn
+    return _matrices(moe_shapes(ffn, spec.hidden_size)) if isinstance(ffn, Moe) else 0
+
+
+def expert_matrices(spec: ModelSpec, layer: int) -> int:
+    """Elements of one expert's matrices, or of a dense layer's network."""
+    ffn = spec.blocks[layer].ffn
+    return _matrices(ffn_shapes(ffn.expert if isinstance(ffn, Moe) else ffn, spec.hidden_size))
 
 
 def head_flops_per_token(spec: ModelSpec) -> int:
@@ -83,7 +96,8 @@ def _matrices(shapes: Shapes) -> int:
     return sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
 
 
-def _attention_flops(attention: Attention, context: int) -> int:
+def attention_flops(attention: Attention, context: int) -> int:
+    """Scores and weighted sums of one row that sees `context` positions."""
     match attention:
         case Gqa():
             seen = context if attention.window is None else min(context, attention.window)

@@ -1,0 +1,286 @@
+"""What is resident, what callers wait for, and what is read next: all decisions about weights, and
+no weights. The store that moves bytes and the clock that only counts them share it."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from windlass.errors import BudgetError
+from windlass.ids import Part, WeightKey
+from windlass.memory.eviction import EvictionPolicy
+from windlass.memory.link import LinkQueue, Priority, State
+from windlass.memory.residency import Entry, Fetch, Residency
+from windlass.memory.slots import Slots
+from windlass.memory.stats import StoreStats
+from windlass.memory.visit import Visit
+from windlass.memory.wishes import Wish, WishList
+
+
+class WeightCache:
+    """Reads go on by themselves as others arrive, so that the link stays busy while the caller
+    computes: first what is demanded, then the wishes, in order. `pump` must be called whenever the
+    queue has room. One thread calls; all methods take the queue's lock, which may be held."""
+
+    def __init__(
+        self,
+        num_keys: Mapping[Part, int],
+        slots: Mapping[Part, Slots],
+        queue: LinkQueue,
+        fetch: Fetch,
+        *,
+        policy: EvictionPolicy,
+        one_by_one: bool = False,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """`num_keys`: parts of each kind; `slots`: of the kinds that have any. `one_by_one`: no
+        two experts are to be leased at once. `now`: seconds, for the time that callers wait."""
+        self._policy = policy
+        self._resident = Residency(num_keys, slots, fetch, policy=policy)
+        self._queue = queue
+        self._changed = queue.changed
+        self._now = now
+        num_experts = num_keys.get(Part.EXPERT, 0)
+        if not self._resident.fits(Part.EXPERT):
+            num_experts = max(1, self._resident.num_slots(Part.EXPERT) // 4)
+        self._group_size = 1 if one_by_one else num_experts
+        self._visits: list[Visit] = []
+        self._wishes = WishList()
+        self._requests: Counter[Part] = Counter()
+        self._hits: Counter[Part] = Counter()
+        self._wait_s = 0.0
+        self._prefetch_issued = self._prefetch_used = self._prefetch_cancelled = 0
+
+    # --- state ------------------------------------------------------------------------------------
+
+    def fits(self, part: Part) -> bool:
+        """Whether all parts of this kind have slots: then they stay resident once read."""
+        return self._resident.fits(part)
+
+    @property
+    def group_size(self) -> int:
+        """Experts to lease at once: a quarter of the slots, so that the link has others to fill."""
+        return self._group_size
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all kinds of parts have slots for all their keys (the embedding aside)."""
+        return all(self.fits(part) for part in self._resident.parts)
+
+    def holds(self, key: WeightKey) -> bool:
+        """Whether `key` is resident or under way. A hint: it may change at any moment."""
+        return key in self._resident.entries
+
+    def stats(self) -> StoreStats:
+        with self._changed:
+            return StoreStats(
+                bytes_read=self._queue.bytes_read,
+                reads=self._queue.num_reads,
+                requests=dict(self._requests),
+                hits=dict(self._hits),
+                wait_s=self._wait_s,
+                prefetch_issued=self._prefetch_issued,
+                prefetch_used=self._prefetch_used,
+                prefetch_cancelled=self._prefetch_cancelled,
+                evictions=self._resident.evictions,
+            )
+
+    def check(self) -> None:
+        """Slots, entries, leases, visits, the queue and the policy agree."""
+        with self._changed:
+            self._queue.check()
+            self._resident.check()
+            for visit in self._visits:
+                watched = [e for e in self._resident.entries.values() if visit in e.visits]
+                assert len(watched) == visit.under_way + len(visit.ready), "a visit lost a part"
+
+    # --- one caller's demands ---------------------------------------------------------------------
+
+    def take_resident(self, key: WeightKey) -> Entry | None:
+        """`key`, leased, if it is there."""
+        with self._changed:
+            entry = self._resident.entries.get(key)
+            if entry is None or entry.ticket is not None:
+                return None
+            self._queue.raise_error()
+            self._requests[key.part] += 1
+            self._hits[key.part] += 1
+            return self._take(entry)
+
+    def begin(self, keys: Iterable[WeightKey]) -> Visit:
+        """Demands `keys` (distinct); reading begins at once, as far as slots and link allow."""
+        with self._changed:
+            visit = Visit()
+            for key in keys:
+                self._requests[key.part] += 1
+                entry = self._resident.entries.get(key)
+                if entry is None:
+                    visit.waiting.append(key)
+                else:
+                    self._hits[key.part] += entry.ticket is None
+                    self._watch(entry, visit)
+            self._visits.append(visit)
+            self.pump()
+            return visit
+
+    def next(self, visit: Visit) -> Entry | None:
+        """The next part of `visit`, leased, waiting for it; None when the visit is over."""
+        with self._changed:
+            while True:
+                self._queue.raise_error()
+                if visit.ready:
+                    return self._take_ready(visit)
+                if visit.is_over:
+                    self.abandon(visit)
+                    return None
+                self.pump()
+                if visit.ready or (not visit.under_way and self._unblock(visit)):
+                    continue
+                begin = self._now()
+                self._changed.wait()
+                self._wait_s += self._now() - begin
+
+    def ready(self, visit: Visit, limit: int) -> list[Entry]:
+        """What `visit` need not wait for, at most `limit`, leased."""
+        with self._changed:
+            entries: list[Entry] = []
+            while visit.ready and len(entries) < limit:
+                entries.append(self._take_ready(visit))
+            return entries
+
+    def release(self, entry: Entry) -> None:
+        """Gives one lease of `entry` back."""
+        with self._changed:
+            entry.leases -= 1
+            if entry.is_idle:
+                self._resident.set_idle(entry)
+                self.pump()
+                self._changed.notify_all()
+
+    def abandon(self, visit: Visit) -> None:
+        """Ends `visit`; what it has not taken may be evicted, what has not begun is not read.
+        Idempotent."""
+        with self._changed:
+            if visit not in self._visits:
+                return
+            self._visits.remove(visit)
+            if visit.is_over:
+                return
+            visit.waiting.clear()
+            visit.ready.clear()
+            visit.under_way = 0
+            for entry in [e for e in self._resident.entries.values() if visit in e.visits]:
+                entry.visits.remove(visit)
+                if entry.is_idle:
+                    self._resident.set_idle(entry)
+                elif entry.ticket is not None and not entry.visits:
+                    self._queue.cancel(entry.ticket)
+            self.pump()
+
+    def _watch(self, entry: Entry, visit: Visit) -> None:
+        """`entry` is kept for `visit` until that takes it."""
+        entry.visits.append(visit)
+        if entry.ticket is None:
+            self._resident.set_busy(entry)
+            visit.ready.append(entry.key)
+        else:
+            self._queue.promote(entry.ticket, Priority.DEMAND)
+            visit.under_way += 1
+
+    def _take_ready(self, visit: Visit) -> Entry:
+        entry = self._resident.entries[visit.ready.popleft()]
+        entry.visits.remove(visit)
+        return self._take(entry)
+
+    def _take(self, entry: Entry) -> Entry:
+        self._resident.set_busy(entry)
+        self._policy.note_use(entry.key)
+        entry.leases += 1
+        self._prefetch_used += entry.is_prefetched
+        entry.is_prefetched = False
+        return entry
+
+    def _unblock(self, visit: Visit) -> bool:
+        """For a visit that has nothing under way: takes a slot that another visit keeps but does
+        not use. False: something is loading, and waiting for it helps."""
+        key = visit.waiting[0]
+        entries = self._resident.of(key.part)
+        for entry in entries:
+            if entry.ticket is None and not entry.leases:
+                for other in entry.visits:
+                    other.lost(entry.key)
+                entry.visits.clear()
+                self._resident.set_idle(entry)
+                return self._demand(visit)
+        if any(entry.ticket is not None for entry in entries):
+            return False
+        raise BudgetError(
+            f"{key}: got no slot, all {len(entries)} of {key.part.value} are leased: allow more"
+        )
+
+    # --- what is read next ------------------------------------------------------------------------
+
+    def prefetch(self, wishes: Sequence[Wish]) -> None:
+        """Replaces the wishes. They are read in this order when the link has nothing more urgent,
+        into slots that are free or hold something needed later. Speculation under way that is
+        wished no more is given up."""
+        with self._changed:
+            wanted = {wish.key: wish for wish in wishes if wish.key.part in self._resident}
+            self._wishes = WishList(tuple(wanted.values()))
+            for entry, ticket in self._resident.loading():
+                if entry.visits or ticket.priority == Priority.DEMAND:
+                    continue
+                if entry.key in wanted:
+                    self._queue.promote(ticket, _priority_of(wanted[entry.key]))
+                elif self._queue.cancel(ticket):
+                    self._prefetch_cancelled += 1
+            self.pump()
+
+    def pump(self) -> None:
+        """Starts whatever slots and link have room for. Called after every change of either."""
+        for visit in self._visits:
+            while visit.waiting and self._queue.has_room(Priority.DEMAND):
+                if not self._demand(visit):
+                    break
+        blocked: set[Part] = set()
+        while (wish := self._wishes.first(blocked)) is not None:
+            part, priority = wish.key.part, _priority_of(wish)
+            if wish.key not in self._resident.entries:
+                if not self._queue.has_room(priority):
+                    return
+                entry = self._resident.start(
+                    wish.key, wish, priority=priority, on_done=self._arrived
+                )
+                if entry is None:
+                    blocked.add(part)
+                    continue
+                entry.is_prefetched = True
+                self._prefetch_issued += 1
+            self._wishes.pop(part)
+
+    def _demand(self, visit: Visit) -> bool:
+        """Begins to read the first waiting key of `visit`; False if there is no slot for it."""
+        key = visit.waiting[0]
+        entry = self._resident.entries.get(key) or self._resident.start(
+            key, None, priority=Priority.DEMAND, on_done=self._arrived
+        )
+        if entry is None:
+            return False
+        visit.waiting.popleft()
+        self._watch(entry, visit)
+        return True
+
+    def _arrived(self, entry: Entry) -> None:
+        ticket, entry.ticket = entry.ticket, None
+        if ticket is not None and ticket.state is State.CANCELLED:
+            self._resident.remove(entry)
+            for visit in entry.visits:  # demanded again while its last blocks arrived
+                visit.failed(entry.key)
+            return
+        for visit in entry.visits:
+            visit.arrived(entry.key)
+        if entry.is_idle:
+            self._resident.set_idle(entry)
+
+
+def _priority_of(wish: Wish) -> Priority:
+    return Priority.SOON if wish.probability >= 1 else Priority.SPECULATIVE

@@ -1,0 +1,253 @@
+"""What the operations of a pass cost on a machine: FLOPs and bytes of the model over the rates of a
+profile. Pure arithmetic; seconds. What schedule/on_clock.py asks of `Costs`, on a host.
+
+Attention's matrices are dense products; its scores cost the bytes of keys and values for generated
+rows and FLOPs for prompt rows (kernels/base.py). Norms, moves and sums cost the memory they touch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from windlass.errors import UsageError
+from windlass.hardware.profile import Curve, HardwareProfile, Processor
+from windlass.ids import Part, WeightKey
+from windlass.planner.budget import Sizes
+from windlass.schedule.batch import Batch, MicroBatch
+from windlass.schedule.clock import Job, Work
+from windlass.spec.cost import (
+    attention_flops,
+    attention_matrices,
+    expert_matrices,
+    shared_matrices,
+)
+from windlass.spec.model import Attention, GatedDelta, Gqa, ModelSpec, Moe
+
+_F32 = 4
+_DIRECT_BYTES = 8192  # that a direct read of one row of the embedding moves
+# Calls that sampling one token costs: logits, penalties, the draw, text (engine/choice.py).
+_SAMPLE_CALLS = 6
+_SAMPLE_READS = 3  # of a row of logits
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Rows of attention and the positions that they see, summed over the rows."""
+
+    decode_rows: int
+    decode_positions: float
+    prompt_rows: int
+    prompt_positions: float
+
+    def __add__(self, other: "Seen") -> "Seen":
+        return Seen(
+            self.decode_rows + other.decode_rows,
+            self.decode_positions + other.decode_positions,
+            self.prompt_rows + other.prompt_rows,
+            self.prompt_positions + other.prompt_positions,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return self.decode_rows + self.prompt_rows
+
+
+def seen_by(rows: MicroBatch) -> Seen:
+    """What the rows of a micro-batch see."""
+    decode = prompt = 0
+    decode_positions = prompt_positions = 0.0
+    for segment in rows.segments:
+        count, first = segment.num_rows, segment.first_position
+        positions = count * first + count * (count + 1) / 2
+        if segment.is_prompt:
+            prompt += count
+            prompt_positions += positions
+        else:
+            decode += count
+            decode_positions += positions
+    return Seen(decode, decode_positions, prompt, prompt_positions)
+
+
+class Rates:
+    """Seconds of modules on one processor. `kinds`: how the weights of each part are stored."""
+
+    def __init__(self, processor: Processor, kinds: Mapping[Part, str]) -> None:
+        self.processor = processor
+        self._experts = _curve(processor, "experts", kinds.get(Part.EXPERT, "bfloat16"))
+        self._dense = {
+            part: _curve(processor, "dense", kinds.get(part, "bfloat16"))
+            for part in (Part.BLOCK, Part.FFN, Part.HEAD)
+        }
+        self._known: dict[tuple[Part, int], float] = {}
+
+    def expert(self, flops_per_row: float, num_rows: int) -> float:
+        """One expert over its rows."""
+        return flops_per_row * num_rows / self._rate(self._experts, Part.EXPERT, num_rows)
+
+    def product(self, part: Part, flops_per_row: float, num_rows: int) -> float:
+        """Dense matrices of a part over the rows."""
+        if not num_rows:
+            return 0.0
+        return flops_per_row * num_rows / self._rate(self._dense[part], part, num_rows)
+
+    def memory(self, num_bytes: float) -> float:
+        return num_bytes / self.processor.memory_rate
+
+    @property
+    def best_expert(self) -> float:
+        return self._experts.best
+
+    def best_dense(self, part: Part) -> float:
+        return self._dense[part].best
+
+    def _rate(self, curve: Curve, part: Part, num_rows: int) -> float:
+        rate = self._known.get((part, num_rows))
+        if rate is None:
+            rate = self._known[part, num_rows] = curve.at(num_rows)
+        return rate
+
+
+def _curve(processor: Processor, what: str, kind: str) -> Curve:
+    curves: Mapping[str, Curve] = getattr(processor, what)
+    if kind not in curves:
+        raise UsageError(
+            f"profile of {processor.name}: {what}: no rate for {kind} weights, found"
+            f" {', '.join(sorted(curves))}"
+        )
+    return curves[kind]
+
+
+class HostCosts:
+    """`Costs` of a machine whose host computes. `scale`: of what happens once per pass, and
+    `weights`: of each layer, where `spec` stands for a model with more layers of the same kinds."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        sizes: Sizes,
+        profile: HardwareProfile,
+        *,
+        kv_layers: int,
+        weights: Sequence[float] | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """`kv_layers`: layers of the whole model that keep keys and values."""
+        self._spec = spec
+        self._sizes = sizes
+        self._profile = profile
+        self._rates = Rates(profile.host, sizes.weight_kinds)
+        self._kv_bytes = sizes.bytes_per_token / max(1, kv_layers)  # of a position in a layer
+        self._weights = weights or [1.0] * len(spec.blocks)
+        self._scale = scale
+        self._call_s = profile.host.call_s
+        self._seen: dict[int, Seen] = {}  # by first row of a micro-batch, of the current pass
+        self._block_reads: dict[tuple[Part, int], float] = {}
+
+    # --- Costs ------------------------------------------------------------------------------------
+
+    def embed(self, batch: Batch) -> Work:
+        self._seen = {micro.first_row: seen_by(micro) for micro in batch.micro_batches}
+        return _on_host(self.embed_s(batch.num_rows) * self._scale)
+
+    def embedding_rows(self, num_rows: int) -> float:
+        rate = self._profile.disk.at(_DIRECT_BYTES)
+        return num_rows * _DIRECT_BYTES / rate * self._scale
+
+    def attention(self, layer: int, rows: MicroBatch) -> Work:
+        seconds = self.attention_s(layer, self._seen[rows.first_row])
+        return _on_host(seconds * self._weights[layer])
+
+    def route(self, layer: int, num_rows: int) -> Work:
+        return _on_host(self.route_s(layer, num_rows) * self._weights[layer])
+
+    def experts(self, layer: int, num_rows: Sequence[int]) -> Work:
+        flops = 2 * expert_matrices(self._spec, layer)
+        seconds = sum(self._rates.expert(flops, count) for count in num_rows) + self._call_s
+        return _on_host(seconds * self._weights[layer])
+
+    def combine(self, layer: int, num_rows: int) -> Work:
+        return _on_host(self.combine_s(layer, num_rows) * self._weights[layer])
+
+    def dense(self, layer: int, num_rows: int) -> Work:
+        flops = 2 * expert_matrices(self._spec, layer)
+        seconds = self._rates.product(Part.FFN, flops, num_rows) + self._call_s
+        return _on_host(seconds * self._weights[layer])
+
+    def head(self, chunk: int, num_rows: int) -> Work:
+        chunks = max(1, self._sizes.num_parts.get(Part.HEAD, 1))
+        seconds = self.head_s(num_rows) / chunks + self._call_s
+        return _on_host(seconds * self._scale)
+
+    def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[str, float]]:
+        return (("disk", self.read_s(key, num_bytes)),)
+
+    # --- seconds ----------------------------------------------------------------------------------
+
+    def read_s(self, key: WeightKey, num_bytes: int) -> float:
+        """One block from disk."""
+        seconds = self._block_reads.get((key.part, num_bytes))
+        if seconds is None:
+            seconds = num_bytes / self._profile.disk.at(num_bytes)
+            self._block_reads[key.part, num_bytes] = seconds
+        return seconds * (self._weights[key.layer] if key.layer >= 0 else self._scale)
+
+    def embed_s(self, num_rows: int) -> float:
+        return self._rates.memory(2 * _F32 * num_rows * self._spec.hidden_size) + self._call_s
+
+    def attention_s(self, layer: int, seen: Seen) -> float:
+        """Norm, projections, scores and residual of one layer."""
+        return self.projections_s(layer, seen.num_rows) + self.scores_s(layer, seen)
+
+    def projections_s(self, layer: int, num_rows: int) -> float:
+        matrices = 2 * attention_matrices(self._spec, layer)
+        return self._rates.product(Part.BLOCK, matrices, num_rows) + self._call_s
+
+    def scores_s(self, layer: int, seen: Seen) -> float:
+        """Keys and values that generated rows read, and what prompt rows multiply; of a recurrent
+        layer its states."""
+        attention, host = self._spec.blocks[layer].attention, self._profile.host
+        if isinstance(attention, GatedDelta):
+            per_row = attention_flops(attention, 0)
+            state = 2 * _F32 * per_row / 7 * seen.decode_rows  # read and written
+            return self._rates.memory(state) + seen.prompt_rows * per_row / host.prefill_attention
+        decode, prompt = visible(attention, seen)
+        seconds = decode * self._kv_bytes / host.decode_attention
+        return seconds + prompt * attention_flops(attention, 1) / host.prefill_attention
+
+    def route_s(self, layer: int, num_rows: int) -> float:
+        """Norm, router and shared expert."""
+        matrices = 2 * shared_matrices(self._spec, layer)
+        moved = 3 * _F32 * num_rows * self._spec.hidden_size
+        product = self._rates.product(Part.BLOCK, matrices, num_rows)
+        return product + self._rates.memory(moved) + self._call_s
+
+    def combine_s(self, layer: int, num_rows: int) -> float:
+        moe = self._spec.blocks[layer].ffn
+        top_k = moe.top_k if isinstance(moe, Moe) else 1
+        moved = (top_k + 2) * _F32 * num_rows * self._spec.hidden_size
+        return self._rates.memory(moved) + self._call_s
+
+    def head_s(self, num_rows: int) -> float:
+        """All of the head, without the cost of its calls."""
+        flops = 2 * self._spec.vocab_size * self._spec.hidden_size
+        moved = 2 * _F32 * num_rows * self._spec.vocab_size
+        return self._rates.product(Part.HEAD, flops, num_rows) + self._rates.memory(moved)
+
+    def sample_s(self, num_rows: int) -> float:
+        """Drawing a token for each of `num_rows` rows of logits, after the pass."""
+        moved = _SAMPLE_READS * _F32 * self._spec.vocab_size
+        return num_rows * (_SAMPLE_CALLS * self._call_s + self._rates.memory(moved))
+
+
+def visible(attention: Attention, seen: Seen) -> tuple[float, float]:
+    """Positions that decode rows and prompt rows see, within the window where there is one."""
+    window = attention.window if isinstance(attention, Gqa) else None
+    if window is None:
+        return seen.decode_positions, seen.prompt_positions
+    return (
+        min(seen.decode_positions, float(seen.decode_rows * window)),
+        min(seen.prompt_positions, float(seen.prompt_rows * window)),
+    )
+
+
+def _on_host(seconds: float) -> Work:
+    return Work(Job("host", seconds))

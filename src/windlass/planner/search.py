@@ -1,0 +1,207 @@
+"""Looks for the plan that ends a job soonest. Proposes values; planner/budget.py says what fits.
+
+Sequences per pass, rows per pass (how much prompt is mixed into passes that decode), rows per call
+of attention, and pages of keys and values are enumerated; all memory that they leave holds weights.
+A closed form ranks the whole grid, the passes of a coarse workload rank the best of it, the clock
+decides between the last few.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from windlass.errors import BudgetError, UsageError
+from windlass.hardware.profile import HardwareProfile
+from windlass.plan import Plan
+from windlass.planner.budget import PAGE_TOKENS, SMALLEST_CONTEXT, Sizes, Wanted, make_plan
+from windlass.planner.compose import PassRun
+from windlass.planner.costs import Seen
+from windlass.planner.estimate import Estimate, estimate
+from windlass.planner.reckon import Reckoner, held_shares, layer_kinds
+from windlass.schedule.batch import CHUNK_TOKENS
+from windlass.spec.model import ModelSpec
+from windlass.units import round_up
+from windlass.workload import Workload
+
+_SEQS = (
+    1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048
+)  # fmt: skip
+_ROWS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_MICRO_ROWS = (1024, 256)
+# Of the pages that all sequences of a pass would take at their full length: they are not all there
+# at once, and who finds none waits or is computed again.
+_PAGE_SHARES = (1.0, 0.8, 0.6, 0.4)
+_COMPOSED = 12  # plans whose passes are composed
+_CLOCKED = 4  # plans that run on the clock
+_COARSE_WAVES = 2  # of sequences, in the coarse workload
+_COARSE_LEVELS = 4  # lengths in it
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A plan that fits, and what to expect of it."""
+
+    plan: Plan
+    estimate: Estimate
+
+
+def search(
+    spec: ModelSpec,
+    sizes: Sizes,
+    profile: HardwareProfile,
+    workload: Workload,
+    host_memory: int,
+    wanted: Wanted,
+    *,
+    context: int | None = None,
+) -> list[Candidate]:
+    """A few plans within the budget, the soonest to end first; what `wanted` fixes is kept.
+    Sequences longer than fits count as long as fits: the engine refuses or shortens them.
+
+    `context`: tokens that one sequence must be able to have, also where the workload has none as
+    long. Raises BudgetError where nothing fits, as `make_plan` does.
+    """
+    machine = _Machine(spec, sizes, host_memory, context or 0)
+    work = machine.fitting(workload, wanted)
+    reckoner = Reckoner(spec, sizes, profile)
+    grid = machine.grid(work, wanted)
+    ranked = sorted(grid, key=lambda plan: _closed_form(reckoner, sizes, plan, work))
+    some = ranked[:_COMPOSED]
+
+    def coarse(plan: Plan) -> float:
+        part = _coarse(work, plan.max_num_seqs)
+        found = estimate(spec, sizes, plan, profile, part, on_clock=False)
+        return found.load_s + (found.total_s - found.load_s) * _tokens(work) / _tokens(part)
+
+    best = sorted(some, key=coarse)[:_CLOCKED]
+    best += machine.other_micro_batches(best[0], wanted)
+    found = [Candidate(plan, estimate(spec, sizes, plan, profile, work)) for plan in best]
+    return sorted(found, key=lambda one: one.estimate.total_s)
+
+
+class _Machine:
+    """Which plans there are; all methods are pure."""
+
+    def __init__(self, spec: ModelSpec, sizes: Sizes, host_memory: int, context: int) -> None:
+        # one layer of each kind is all that a budget asks of a model
+        self._spec = replace(spec, blocks=tuple(spec.blocks[i] for i, _ in layer_kinds(spec)))
+        self._sizes = sizes
+        self._host_memory = host_memory
+        self._context = context
+
+    def fitting(self, workload: Workload, wanted: Wanted) -> Workload:
+        """The workload with no sequence longer than a plan can hold. BudgetError where nothing
+        fits."""
+        most = make_plan(self._spec, self._sizes, self._host_memory, wanted).max_model_len
+        if workload.longest <= most:
+            return workload
+        longest = min(workload.longest, self._spec.max_positions)
+        if wanted.max_model_len is None and wanted.kv_pages is None:
+            alone = replace(wanted, kv_pages=_pages(longest), max_num_seqs=wanted.max_num_seqs or 1)
+            most = longest if self._plan(alone) else most
+        prompts = tuple(min(p, most - 1) for p in workload.prompt_tokens)
+        lengths = zip(prompts, workload.output_tokens, strict=True)
+        return Workload(prompts, tuple(min(g, most - p) for p, g in lengths))
+
+    def grid(self, work: Workload, wanted: Wanted) -> list[Plan]:
+        """All plans of the grid that fit, and the one by plain rules."""
+        found: dict[Plan, None] = {}
+        for seqs in _choices(_SEQS, work.num_sequences, wanted.max_num_seqs):
+            fewest = round_up(seqs + CHUNK_TOKENS, CHUNK_TOKENS)
+            sizes = [fewest, *(rows for rows in _ROWS if rows > fewest)]
+            most = max(fewest, seqs + min(seqs, work.num_sequences) * max(work.prompt_tokens))
+            for rows in _choices(sizes, most, wanted.max_num_batched_tokens):
+                values = replace(wanted, max_num_seqs=seqs, max_num_batched_tokens=rows)
+                for pages in self._page_counts(seqs, work, wanted):
+                    plans = self._plan(replace(values, kv_pages=pages))
+                    found |= {p: None for p in plans if p.max_model_len >= work.longest}
+        plain = make_plan(self._spec, self._sizes, self._host_memory, wanted)
+        if plain.max_model_len >= work.longest or not found:
+            found[plain] = None
+        return list(found)
+
+    def other_micro_batches(self, plan: Plan, wanted: Wanted) -> list[Plan]:
+        """The same plan with fewer rows per call of attention, and more weights."""
+        if wanted.micro_batch_tokens is not None:
+            return []
+        values = replace(
+            wanted,
+            max_num_seqs=plan.max_num_seqs,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
+            kv_pages=plan.kv_pages,
+        )
+        others = [rows for rows in _MICRO_ROWS if rows < plan.micro_batch_tokens]
+        return [p for m in others for p in self._plan(replace(values, micro_batch_tokens=m))]
+
+    def _page_counts(self, seqs: int, work: Workload, wanted: Wanted) -> Sequence[int]:
+        if wanted.kv_pages is not None:
+            return (wanted.kv_pages,)
+        context = wanted.max_model_len or min(SMALLEST_CONTEXT, self._spec.max_positions)
+        least = _pages(max(work.longest, context, self._context))
+        whole = seqs * (_pages(_tokens(work) / work.num_sequences) + 1)
+        return sorted({max(least, int(share * whole)) for share in _PAGE_SHARES})
+
+    def _plan(self, values: Wanted) -> list[Plan]:
+        """The plan with these values, if it fits."""
+        try:
+            return [make_plan(self._spec, self._sizes, self._host_memory, values)]
+        except (BudgetError, UsageError):
+            return []
+
+
+def _choices(values: Iterable[int], most: int, fixed: int | None) -> list[int]:
+    """The fixed value, or those below `most` and the first beyond it."""
+    if fixed is not None:
+        return [fixed]
+    ordered = sorted(values)
+    return [*(v for v in ordered if v < most), *[v for v in ordered if v >= most][:1]]
+
+
+def _closed_form(reckoner: Reckoner, sizes: Sizes, plan: Plan, work: Workload) -> float:
+    """Seconds of the job as a steady state: the first sequences' prompts, then passes until all
+    tokens are generated, some of which carry the prompts of those who come later."""
+    prompt, output = work.mean_prompt_tokens, work.mean_output_tokens
+    rows, count = plan.max_num_batched_tokens, work.num_sequences
+    hold = plan.kv_pages * plan.page_tokens / (prompt + output / 2 + plan.page_tokens / 2)
+    alive = max(1, min(plan.max_num_seqs, count, int(hold)))
+    held = held_shares(plan, sizes)
+
+    def seconds(decode: float, prefill: float) -> float:
+        seen = Seen(
+            round(decode), decode * (prompt + output / 2), round(prefill), prefill * prompt / 2
+        )
+        return reckoner.of(PassRun(1, seen, max(1, round(decode))), held).seconds
+
+    filling = max(1.0, alive * prompt / rows)
+    passes = max(max(work.output_tokens) - 1, count * (output - 1) / alive, 0)
+    later = max(0.0, work.total_prompt_tokens - alive * prompt)
+    most = max(rows - alive, CHUNK_TOKENS)  # prompt rows beside the rows that decode
+    mixed = later / most
+    begin = filling * seconds(0, max(1.0, alive * prompt / filling))
+    middle = mixed * seconds(alive, min(most, later)) if later else 0.0
+    decode = count * (output - 1) / max(passes, 1)
+    rest = max(0.0, passes - mixed) * seconds(max(1.0, decode), 0) if passes else 0.0
+    return begin + middle + rest
+
+
+def _coarse(work: Workload, max_num_seqs: int) -> Workload:
+    """A few waves of sequences of a few lengths: those of the job, in groups of equal number."""
+    count = min(work.num_sequences, max(8, _COARSE_WAVES * max_num_seqs))
+    ordered = sorted(zip(work.output_tokens, work.prompt_tokens, strict=True))
+    levels = min(_COARSE_LEVELS, len(ordered))
+    lengths: list[tuple[int, int]] = []
+    for level in range(levels):
+        own = ordered[level * len(ordered) // levels : (level + 1) * len(ordered) // levels]
+        outputs, prompts = (sum(values) / len(own) for values in zip(*own, strict=True))
+        lengths.append((max(1, round(prompts)), max(1, round(outputs))))
+    longest = max(prompt + output for prompt, output in lengths)
+    assert longest <= work.longest + 1
+    chosen = [lengths[i % levels] for i in range(count)]
+    return Workload(tuple(p for p, _ in chosen), tuple(g for _, g in chosen))
+
+
+def _tokens(work: Workload) -> int:
+    return work.total_prompt_tokens + work.total_output_tokens
+
+
+def _pages(tokens: float) -> int:
+    return max(1, int(-(-tokens // PAGE_TOKENS)))

@@ -1,0 +1,246 @@
+"""The runtime that only counts: the schedule, the weight cache, the policy and the forecast are
+those of the device, on a virtual clock. Knows rows, keys, bytes and seconds; no tensor, no file.
+
+The caller is the one thread of a real engine: it waits for weights, and for what it has the lanes
+compute. Attention of several micro-batches may be under way at once where the lanes that it needs
+differ (a device, its link and the host); everything else is waited for before it goes on.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from windlass.ids import Part, WeightKey
+from windlass.memory.cache import WeightCache
+from windlass.memory.eviction import EvictionPolicy
+from windlass.memory.link import LinkQueue, Priority, Ticket
+from windlass.memory.recipe import Read
+from windlass.memory.residency import Entry, num_slots
+from windlass.memory.slots import Slots
+from windlass.schedule.announce import Announcer, PassForecast
+from windlass.schedule.batch import Batch, MicroBatch
+from windlass.schedule.clock import Clock, Lanes, Span, Work
+from windlass.schedule.runtime import Outcome, Routed
+
+Counts = Mapping[int, int]  # rows by expert, of experts that have any
+Router = Callable[[int, int], Counts]  # of a layer and a number of rows
+
+
+class Costs(Protocol):
+    """What operations ask of the lanes, and blocks of their way."""
+
+    def embed(self, batch: Batch) -> Work: ...
+
+    def embedding_rows(self, num_rows: int) -> float:
+        """Seconds of the first lane to read rows of the table one by one."""
+        ...
+
+    def attention(self, layer: int, rows: MicroBatch) -> Work: ...
+
+    def route(self, layer: int, num_rows: int) -> Work: ...
+
+    def experts(self, layer: int, num_rows: Sequence[int]) -> Work:
+        """Experts with so many rows each, in one call."""
+        ...
+
+    def combine(self, layer: int, num_rows: int) -> Work: ...
+
+    def dense(self, layer: int, num_rows: int) -> Work: ...
+
+    def head(self, chunk: int, num_rows: int) -> Work: ...
+
+    def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[str, float]]:
+        """Lanes that a block of a part passes on its way into its slot, and the seconds on each."""
+        ...
+
+
+class ClockWeights:
+    """Slots that fill by the clock. `reads`: of each part, as its recipe has them."""
+
+    def __init__(
+        self,
+        lanes: Lanes,
+        costs: Costs,
+        *,
+        num_keys: Mapping[Part, int],
+        slots: Mapping[Part, int],
+        reads: Callable[[WeightKey], Sequence[Read]],
+        policy: EvictionPolicy,
+        depth: int,
+    ) -> None:
+        """`depth`: blocks in flight at once."""
+        self._lanes = lanes
+        self._costs = costs
+        self._reads = reads
+        self._queue = LinkQueue(
+            self._send, lanes.clock, depth=depth, on_room=lambda: self.cache.pump()
+        )
+        given = num_slots(num_keys, slots)
+        self.cache = WeightCache(
+            num_keys,
+            {part: Slots(count) for part, count in given.items()},
+            self._queue,
+            self._fetch,
+            policy=policy,
+            now=lambda: lanes.clock.now,
+        )
+
+    @contextmanager
+    def lease(self, key: WeightKey) -> Iterator[Entry]:
+        entry = self.cache.take_resident(key)
+        if entry is None:
+            visit = self.cache.begin((key,))
+            entry = self.cache.next(visit)
+            self.cache.abandon(visit)
+            assert entry is not None, f"{key} did not arrive"
+        yield entry
+        self.cache.release(entry)
+
+    def arrivals(
+        self, keys: Sequence[WeightKey], *, in_groups: bool = False
+    ) -> Iterator[list[Entry]]:
+        """As they arrive; `in_groups`: group by group, each complete before the next is read."""
+        size = self.cache.group_size
+        if in_groups:
+            for first in range(0, len(keys), size):
+                visit = self.cache.begin(keys[first : first + size])
+                group = []
+                while (entry := self.cache.next(visit)) is not None:
+                    group.append(entry)
+                yield group
+                self._give_back(group)
+            return
+        visit = self.cache.begin(keys)
+        while (entry := self.cache.next(visit)) is not None:
+            group = [entry, *self.cache.ready(visit, size - 1)]
+            yield group
+            self._give_back(group)
+
+    def _give_back(self, group: Sequence[Entry]) -> None:
+        for held in reversed(group):
+            self.cache.release(held)
+
+    def _fetch(self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]) -> Ticket:
+        reads = self._reads(entry.key)
+        return self._queue.submit(reads, entry.key, priority=priority, label="", on_done=on_done)
+
+    def _send(self, ticket: Ticket, block: Read) -> None:
+        way = list(self._costs.block(ticket.into, block.num_bytes))
+
+        def go_on() -> None:
+            if not way:
+                self._queue.arrived(ticket, block.num_bytes)
+                return
+            lane, seconds = way.pop(0)
+            self._lanes[lane].put(seconds, go_on, ticket.into.part)
+
+        go_on()
+
+
+class ClockRuntime:
+    """Implements `Runtime` on a clock."""
+
+    def __init__(
+        self,
+        lanes: Lanes,
+        costs: Costs,
+        weights: ClockWeights,
+        *,
+        announcer: Announcer | None,
+        forecast: PassForecast,
+        router: Router,
+    ) -> None:
+        """Without an `announcer` nothing is read beside computation (`Plan.overlap`)."""
+        self._lanes = lanes
+        self._costs = costs
+        self._weights = weights
+        self._announcer = announcer
+        self._forecast = forecast
+        self._router = router
+        self._num_rows = self._num_logits = 0
+
+    @property
+    def clock(self) -> Clock:
+        return self._lanes.clock
+
+    @property
+    def spans(self) -> list[Span]:
+        return self._lanes.spans
+
+    # --- weights ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def lease(self, key: WeightKey) -> Iterator[Entry]:
+        with self._weights.lease(key) as entry:
+            yield entry
+            self._lanes.finish()  # what still computes reads the slot
+
+    def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[list[Entry]]:
+        return self._weights.arrivals(keys, in_groups=self._announcer is None)
+
+    def announce(self, layer: int) -> None:
+        if self._announcer is not None:
+            self._announcer.enter(layer)
+
+    # --- a pass -----------------------------------------------------------------------------------
+
+    def begin(self, batch: Batch) -> None:
+        self._num_rows = batch.num_rows
+        self._num_logits = len(batch.logit_rows) + len(batch.scored_rows)
+        self._forecast.begin(batch.num_rows)
+        if self._weights.cache.fits(Part.EMBED):
+            with self._weights.lease(WeightKey(Part.EMBED)):
+                self._do(self._costs.embed(batch), "embed")
+            return
+        self._read_rows(batch.num_rows)
+        self._do(self._costs.embed(batch), "embed")
+
+    def attention(self, layer: int, weights: Entry, hidden: None, rows: MicroBatch) -> None:
+        work = self._costs.attention(layer, rows)
+        if work.chains:
+            self._lanes.start(work, "attention")
+        else:
+            self._do(work, "attention")
+
+    def enter_experts(self, layer: int, weights: Entry, hidden: None) -> Routed:
+        self._lanes.finish()  # routing sees all rows
+        counts = self._router(layer, self._num_rows)
+        self._forecast.observe(layer, counts)
+        self._do(self._costs.route(layer, self._num_rows), "route")
+        return Routed(tuple(sorted(counts)), counts)
+
+    def experts(self, layer: int, group: Sequence[Entry], routed: Routed) -> None:
+        counts: Counts = routed.data
+        rows = [counts[entry.key.index] for entry in group]
+        self._do(self._costs.experts(layer, rows), "experts")
+
+    def leave_experts(self, layer: int, hidden: None, routed: Routed) -> None:
+        self._do(self._costs.combine(layer, self._num_rows), "combine")
+
+    def enter_dense(self, layer: int, weights: Entry, hidden: None) -> None:
+        self._lanes.finish()
+
+    def dense(self, layer: int, weights: Entry, hidden: None, normed: None) -> None:
+        self._do(self._costs.dense(layer, self._num_rows), "dense")
+
+    def enter_head(self, hidden: None, batch: Batch) -> None:
+        with self._weights.lease(WeightKey(Part.FINAL)):
+            pass
+
+    def head(self, weights: Entry, final: None) -> None:
+        self._do(self._costs.head(weights.key.index, self._num_logits), "head")
+
+    def finish(self, final: None) -> Outcome:
+        return Outcome(None, None)
+
+    def _do(self, work: Work, label: str) -> None:
+        """The caller waits for `work`."""
+        self._lanes.start(work, label)
+        self._lanes.finish()
+
+    def _read_rows(self, num_rows: int) -> None:
+        over: list[bool] = []
+        seconds = self._costs.embedding_rows(num_rows)
+        self._lanes["disk"].put(seconds, lambda: over.append(True), "embedding")
+        while not over:
+            self.clock.wait()

@@ -1,0 +1,66 @@
+"""Passes by counts against the engine's own admission, pass by pass."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from test_admission import PAGE_TOKENS, Machine
+from windlass.engine.admission import Admission
+from windlass.engine.choice import Choice
+from windlass.planner.compose import Limits, compose
+from windlass.schedule.batch import CHUNK_TOKENS
+from windlass.workload import Workload
+
+SIZES = st.tuples(st.integers(1, 150), st.integers(1, 90))
+
+
+def _engine_passes(sizes, limits):
+    """(decode rows, positions they see, prompt rows, positions, logits) of each pass."""
+    machine = Machine(pages=limits.num_pages, seqs=limits.max_seqs, rows=limits.max_rows)
+    machine.admission = Admission(
+        machine.kv, max_num_seqs=limits.max_seqs, max_rows=limits.max_rows, long_rope_after=None,
+        mixed_prefill_rows=limits.mixed_prefill_rows,
+    )  # fmt: skip
+    for prompt, output in sizes:
+        machine.add(prompt, output)
+    passes = []
+    while machine.admission.waiting or machine.admission.running:
+        counts = [0, 0, 0, 0, 0]
+        rows = machine.admission.compose(lambda one: Choice(one, None, None, frozenset()))
+        machine.take(rows)
+        for _, segment in rows:
+            at = 2 if segment.is_prompt else 0
+            last = segment.first_position + segment.num_rows
+            counts[at] += segment.num_rows
+            counts[at + 1] += sum(range(segment.first_position + 1, last + 1))
+            counts[4] += segment.wants_logits
+        passes.append(tuple(counts))
+    return passes
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(SIZES, min_size=1, max_size=14), st.integers(1, 8), st.integers(0, 200),
+    st.integers(0, 60), st.sampled_from((None, None, 0, 64, 128)),
+)  # fmt: skip
+def test_the_same_passes_as_the_engine(sizes, seqs, more_rows, more_pages, mixed):
+    least = max(-(-(p + o - 1) // PAGE_TOKENS) for p, o in sizes)
+    limits = Limits(seqs + CHUNK_TOKENS + more_rows, seqs, least + more_pages, PAGE_TOKENS, mixed)
+    expected = _engine_passes(sizes, limits)
+    at = 0
+    for run in compose(Workload(*zip(*sizes, strict=True)), limits):
+        group, at = expected[at : at + run.repeats], at + run.repeats
+        assert len(group) == run.repeats
+        seen = run.seen
+        for counts in group:
+            assert counts[0] == seen.decode_rows and counts[2] == seen.prompt_rows
+            assert counts[4] == run.num_logits
+        assert seen.decode_positions == pytest.approx(sum(c[1] for c in group) / run.repeats)
+        assert seen.prompt_positions == pytest.approx(sum(c[3] for c in group) / run.repeats)
+    assert at == len(expected)
+
+
+def test_equal_passes_are_one_run():
+    runs = list(compose(Workload.from_lengths(64, 1000, 8), Limits(1024, 8, 10_000, 32)))
+    assert sum(run.repeats for run in runs) == 1000
+    assert len(runs) == 2

@@ -1,0 +1,206 @@
+"""The schedule on the clock and on the device: the same operations on the same keys in the same
+order, for every family; and the clock itself."""
+
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+import windlass.build as build
+from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
+from fakes import FakeDevice
+from windlass.experts.policies import FarthestNextUse
+from windlass.memory.recipe import make_recipe
+from windlass.planner.reckon import slots_of
+from windlass.schedule.announce import Announcer, num_experts, pass_forecast
+from windlass.schedule.clock import Clock, Job, Lanes, Work
+from windlass.schedule.on_clock import ClockRuntime, ClockWeights
+from windlass.schedule.passes import run_pass
+
+BLOCK_S = 1.0
+
+
+class Recorder:
+    """A `Runtime` that passes every call on, notes it, and says when an operation has ended."""
+
+    def __init__(self, inner, notes, ended):
+        self._inner, self._notes, self._ended = inner, notes, ended
+
+    def _op(self, *note):
+        self._notes.append(note)
+        self._ended()
+
+    def begin(self, batch):
+        hidden = self._inner.begin(batch)
+        self._op("embed", batch.num_rows)
+        return hidden
+
+    def announce(self, layer):
+        self._notes.append(("announce", layer))
+        self._inner.announce(layer)
+
+    @contextmanager
+    def lease(self, key):
+        with self._inner.lease(key) as lease:
+            self._notes.append(("lease", lease.key))
+            yield lease
+        self._notes.append(("release", key))
+
+    def arrivals(self, keys):
+        for group in self._inner.arrivals(keys):
+            self._notes.append(("arrived", *(one.key for one in group)))
+            yield group
+
+    def attention(self, layer, weights, hidden, rows):
+        self._inner.attention(layer, weights, hidden, rows)
+        self._op("attention", layer, rows.first_row, rows.num_rows)
+
+    def enter_experts(self, layer, weights, hidden):
+        routed = self._inner.enter_experts(layer, weights, hidden)
+        self._op("route", layer, routed.experts)
+        return routed
+
+    def experts(self, layer, group, routed):
+        self._inner.experts(layer, group, routed)
+        self._op("experts", layer, *(one.key.index for one in group))
+
+    def leave_experts(self, layer, hidden, routed):
+        self._inner.leave_experts(layer, hidden, routed)
+        self._op("combine", layer)
+
+    def enter_dense(self, layer, weights, hidden):
+        return self._inner.enter_dense(layer, weights, hidden)
+
+    def dense(self, layer, weights, hidden, normed):
+        self._inner.dense(layer, weights, hidden, normed)
+        self._op("dense", layer)
+
+    def enter_head(self, hidden, batch):
+        return self._inner.enter_head(hidden, batch)
+
+    def head(self, weights, final):
+        self._inner.head(weights, final)
+        self._op("head", weights.key.index)
+
+    def finish(self, final):
+        return self._inner.finish(final)
+
+
+class EqualCosts:
+    """Every operation takes as long as `blocks` blocks, and a moment more."""
+
+    def __init__(self, blocks):
+        self._work = Work(Job("host", blocks * BLOCK_S * (1 + 1e-7)))
+
+    def embedding_rows(self, num_rows):
+        raise AssertionError("the table is resident here")
+
+    def block(self, key, num_bytes):
+        return (("disk", BLOCK_S),)
+
+    def __getattr__(self, name):
+        return lambda *_: self._work
+
+
+def _clock_runtime(spec, shape, costs, *, slots, reads, num_keys, depth, router, overlap):
+    forecast = pass_forecast(spec)
+    lanes = Lanes(Clock(), ("disk", "host"))
+    weights = ClockWeights(
+        lanes, costs, num_keys=num_keys, slots=slots, reads=reads, depth=depth,
+        policy=FarthestNextUse(len(spec.blocks), probability=forecast.probability),
+    )  # fmt: skip
+    announcer = Announcer(shape, num_experts(spec), weights.cache, forecast)
+    return ClockRuntime(
+        lanes, costs, weights, announcer=announcer if overlap else None,
+        forecast=forecast, router=router,
+    )  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES)
+def checkpoint(request, tmp_path):
+    make_model(request.param, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("blocks", "slots", "schedule", "overlap"),
+    [(0, "2", "module-based", True), (1, "3", "model-based", True), (3, "1", "module-based", True),
+     (0, "64", "module-based", True), (1, "4", "module-based", False)],
+)  # fmt: skip
+def test_the_clock_does_what_the_device_does(
+    checkpoint, monkeypatch, blocks, slots, schedule, overlap
+):
+    """Copies answer in their order: only while the caller waits, and `blocks` of them during each
+    operation."""
+    options = dict(moe_expert_cache_size=slots, micro_batch_size=64, schedule=schedule)
+    if not overlap:
+        with engine_for(checkpoint, **options) as engine:
+            options["plan"] = replace(engine.plan, overlap=False)
+    device = FakeDevice(manual=True)
+    real, passes, kept = [], [], {}
+
+    def recorded(runtime, shape, batch):
+        store = runtime._weights
+        kept.update(runtime=runtime, shape=shape, store=store)
+        store._changed.wait = lambda: device.complete(0)
+        first = len(real)
+
+        def ended():
+            for _ in range(blocks):
+                if device.pending:
+                    device.complete(0)
+
+        outcome = run_pass(Recorder(runtime, real, ended), shape, batch)
+        passes.append((batch, real[first:]))
+        return outcome
+
+    monkeypatch.setattr(build, "run_pass", recorded)
+    routed = _note_routing(monkeypatch)
+    engine = engine_for(checkpoint, device=device, **options)
+    given = prompts((70, 3, 41, 9), seed=1)
+    run_all(engine, [request(str(i), p, max_tokens=4 + i) for i, p in enumerate(given)])
+    plan, store, spec = engine.plan, kept["store"], kept["runtime"]._spec
+    real_stats = store.stats()
+    device.complete_all()
+    engine.close()
+
+    queue = iter(routed)
+    clock = _clock_runtime(
+        spec, kept["shape"], EqualCosts(blocks), slots=slots_of(plan),
+        reads=lambda key: make_recipe(key, store._layout, store._source.tensors).reads,
+        num_keys=Counter(key.part for key in store._layout.parts), depth=device.num_lanes + 1,
+        router=lambda layer, rows: next(queue), overlap=overlap,
+    )  # fmt: skip
+    assert len(passes) > 4
+    for batch, expected in passes:
+        notes = []
+        run_pass(Recorder(clock, notes, lambda: None), kept["shape"], batch)
+        assert notes == expected
+    clock_stats = clock._weights.cache.stats()
+    for name in ("bytes_read", "reads", "requests", "hits", "evictions", "prefetch_issued",
+                 "prefetch_used", "prefetch_cancelled"):  # fmt: skip
+        assert getattr(real_stats, name) == getattr(clock_stats, name), name
+    if slots != "64":
+        assert real_stats.evictions > 0
+        assert (real_stats.prefetch_used > 0) == overlap
+
+
+def _note_routing(monkeypatch):
+    """What the forecast of the engine observes: rows per expert, layer by layer."""
+    routed = []
+    forecast = build.pass_forecast
+
+    def noting(spec):
+        made = forecast(spec)
+        observe = made.observe
+
+        def observed(layer, counts):
+            routed.append(dict(counts))
+            observe(layer, counts)
+
+        made.observe = observed
+        return made
+
+    monkeypatch.setattr(build, "pass_forecast", noting)
+    return routed
