@@ -76,7 +76,7 @@ def test_phases_are_compared_with_the_load_in_prefill():
     # 2 s of the disk bind prefill, 4 s of it decode; 12 s were taken
     assert check.share_of_bound == pytest.approx(6 / 12)
     lines = check.lines()
-    assert "prefill 5.0 s, took 4.0 s (+25 %), decode 5.0 s, took 8.0 s (-38 %)" in lines[0]
+    assert "prefill 5.00 s, took 4.00 s (+25 %), decode 5.00 s, took 8.00 s (-38 %)" in lines[0]
     assert "50 % reached" in lines[1] and "disk binds" in lines[1]
     assert json.loads(json.dumps(check.to_json()))["phases"]["total"]["error"] < 0
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS
 from windlass.cli.flags import Command, Flag
-from windlass.options import resolve_model
+from windlass.options import EngineOptions, resolve_model
 
 if TYPE_CHECKING:
     from windlass.doctor.examine import Subject
+    from windlass.hardware.profile import HardwareProfile
 
 # Flags of an engine that change what is measured
 _SHARED = ("threads", "moe-backend", "dtype", "load-mode")
@@ -47,6 +48,25 @@ def subject_of(values: Mapping[str, Any]) -> "Subject":
         dtype=values["dtype"],
         load_mode=values["load_mode"],
     )
+
+
+def kept_profile(options: EngineOptions) -> "HardwareProfile | None":
+    """What `windlass doctor` found with this checkpoint, else with none; None if it never ran."""
+    from windlass.doctor.examine import Subject, kept_report
+
+    folder = None if options.load_format == "dummy" else resolve_model(options.model)
+    for model in dict.fromkeys((folder, None)):
+        subject = Subject(
+            cache=cache_folder(),
+            model=model,
+            threads=options.threads,
+            moe_backend=options.moe_backend,
+            dtype=options.dtype,
+            load_mode=options.load_mode,
+        )
+        if (report := kept_report(subject)) is not None:
+            return report.profile
+    return None
 
 
 def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:

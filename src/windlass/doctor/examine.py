@@ -62,7 +62,30 @@ def examine(subject: Subject, *, fresh: bool = False, tell: Tell = lambda text: 
         torch.set_num_threads(machine_threads)
 
 
+def kept_report(subject: Subject) -> Report | None:
+    """The report kept from before; None where this machine would have to be measured."""
+    machine_threads = torch.get_num_threads()
+    try:
+        *_, key = _look(subject, subject.threads or machine_threads)
+    finally:
+        torch.set_num_threads(machine_threads)
+    return load_report(subject.cache, key)
+
+
 def _examine(subject: Subject, threads: int, *, fresh: bool, tell: Tell) -> Report:
+    kernels, gpu, environment, key = _look(subject, threads)
+    kept = None if fresh else load_report(subject.cache, key)
+    if kept is not None:
+        return kept
+    report = _Examination(subject, environment, kernels, tell).run(gpu)
+    save_report(subject.cache, key, report)
+    return report
+
+
+def _look(
+    subject: Subject, threads: int
+) -> tuple[Kernels, Accelerator | None, Environment, dict[str, object]]:
+    """What there is, and the key of its report."""
     kernels = choose_kernels(
         subject.moe_backend, threads=threads, bf16_rows=subject.dtype == "bfloat16"
     )
@@ -78,12 +101,7 @@ def _examine(subject: Subject, threads: int, *, fresh: bool, tell: Tell) -> Repo
         "dtype": subject.dtype,
         "load_mode": subject.load_mode,
     }
-    kept = None if fresh else load_report(subject.cache, key)
-    if kept is not None:
-        return kept
-    report = _Examination(subject, environment, kernels, tell).run(gpu)
-    save_report(subject.cache, key, report)
-    return report
+    return kernels, gpu, environment, key
 
 
 class _Examination:

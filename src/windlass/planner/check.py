@@ -6,6 +6,7 @@ from typing import Any
 
 from windlass.phases import PhaseStats
 from windlass.planner.estimate import LANES, Estimate, Phase
+from windlass.units import format_seconds
 
 _EQUAL = 0.02  # shares of a job that are close enough to all of it
 
@@ -121,4 +122,5 @@ def _phase(predicted: list[Phase | None], took: PhaseStats, done: float) -> Phas
 
 def _words(name: str, phase: PhaseCheck) -> str:
     error = "" if phase.error is None else f" ({100 * phase.error:+.0f} %)"
-    return f"{name} {phase.predicted_s:.1f} s, took {phase.measured_s:.1f} s{error}"
+    predicted, measured = format_seconds(phase.predicted_s), format_seconds(phase.measured_s)
+    return f"{name} {predicted}, took {measured}{error}"

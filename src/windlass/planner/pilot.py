@@ -20,7 +20,9 @@ from windlass.units import round_up
 from windlass.workload import Workload
 
 TOLERANCE = 0.2  # of predicted over measured, beyond which rates are rescaled
-_WINDOW = 4  # passes that are judged together
+_WINDOW = 4  # passes that are judged together, at least
+_WINDOW_S = 2.0  # that they take, at least; twice as much after every time rates were rescaled
+_WORTH_S = 20.0  # of time left, for which a search of a second or two pays
 _GAIN = 0.05  # of the time that is left, below which a plan stays as it is
 _LEAST_SHARE = 0.05  # of the time, below which a lane says nothing of its rate
 _FEW_SEQUENCES = 256  # that stand for a job where single passes are timed
@@ -64,6 +66,7 @@ class Pilot:
         self._times: PassTimes | None = None
         self._slower = 1.0  # what the rates alone do not explain
         self._window: list[tuple[PassRun, PhaseStats]] = []
+        self._window_s = _WINDOW_S
         self._is_first = True
         self._most_seqs = problem.plan.max_num_seqs  # that may still run
         self._said: str | None = None
@@ -84,12 +87,14 @@ class Pilot:
             self._is_first = False
             return None
         self._window.append((run_of(segments), took))
-        if len(self._window) < _WINDOW:
+        seconds = sum(one.seconds for _, one in self._window)
+        if len(self._window) < _WINDOW or seconds < self._window_s:
             return None
         window, self._window = self._window, []
         ratio = self._judge(window)
         if 1 / (1 + TOLERANCE) <= ratio <= 1 + TOLERANCE:
             return None
+        self._window_s *= 2
         factors = self._rescale(window)
         lengths = left()
         plan = self._replan(lengths) if lengths else self._plan
@@ -147,6 +152,8 @@ class Pilot:
 
     def _replan(self, left: Sequence[tuple[int, int]]) -> Plan:
         work = Workload(tuple(max(1, p) for p, _ in left), tuple(max(1, g) for _, g in left))
+        if self._rest_s(self._plan, work, on_clock=False) < _WORTH_S:
+            return self._plan
         most = bytes_here(self._problem.plan, self._problem.spec, self._problem.sizes)
         others = [
             plan
