@@ -230,7 +230,7 @@ def _fake_logprobs(tokens: Sequence[int], top: int | None) -> tuple[dict[int, Lo
     )
 
 
-def open_fake(options: object, *, lengths: object = None) -> FakeEngine:
+def open_fake(options: object, **more: object) -> FakeEngine:
     """What `windlass.build.open_engine` is in the script."""
     time.sleep(float(os.environ.get("FAKE_OPEN_S", "0")))
     return FakeEngine(

@@ -389,6 +389,10 @@ OPTIONS = {
         "--model-config", "--config", "--out", "-o", "--num-layers", "--dtype", "--shard-size",
         "--seed", "-s", "--json",
     },
+    "doctor": {
+        "--model", "-m", "--fresh", "--json", "--threads", "-t", "--moe-backend", "--dtype",
+        "--load-mode", "-lm", "--config",
+    },
 }  # fmt: skip
 
 

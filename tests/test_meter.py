@@ -35,7 +35,7 @@ def test_a_step_is_charged_what_changed_since_the_last():
     assert meter.phases["prefill"].other_s == 6.0 - 3.875 - 0.5
     decode = meter.phases["decode"]
     assert (decode.bytes_read, decode.disk_s, decode.wait_s) == (500, 0.5, 0.25)
-    assert decode.busy == {"disk": 0.5, "host": 3.0} and decode.first_tokens == 0
+    assert decode.busy == {"disk": 0.5, "host": 3.75} and decode.first_tokens == 0
     mixed = meter.phases["mixed"]
     assert mixed.seconds == 8.0 and mixed.prompt_s == 8.0 * 30 / 40
     assert (mixed.passes, mixed.prompt_tokens, mixed.output_tokens) == (2, 30, 11)
@@ -86,11 +86,14 @@ def test_reads_at_the_same_time_keep_a_device_busy_once():
     device, gate = CpuDevice(2), _Gate()
     assert device.busy_s == 0
     memory = device.allocate(8192)
-    for part in (memory[:4096], memory[4096:]):
-        device.submit(Copy(gate, "f", 0, part, "x"), lambda error: None)
-    assert gate.begun.acquire(timeout=60) and gate.begun.acquire(timeout=60)
+    device.submit(Copy(gate, "f", 0, memory[:4096], "x"), lambda error: None)
+    assert gate.begun.acquire(timeout=60)
+    alone = device.busy_s
+    assert 0 < alone < device.busy_s  # runs on while something is under way
+    device.submit(Copy(gate, "f", 0, memory[4096:], "y"), lambda error: None)
+    assert gate.begun.acquire(timeout=60)
     while_reading = device.busy_s
-    assert 0 < while_reading < device.busy_s  # runs on while something is under way
+    assert alone < while_reading
     gate.go.set()
     device.close()
     assert device._reading == 0

@@ -54,6 +54,7 @@ from windlass.plan import Plan
 from windlass.planner.activations import Backend
 from windlass.planner.budget import Sizes, Wanted, make_plan
 from windlass.planner.choose import Chosen, Job, choose_plan
+from windlass.planner.pilot import Pilot, Problem
 from windlass.planner.reckon import slots_of
 from windlass.planner.replay import check_replay
 from windlass.schedule.announce import Announcer, num_experts, pass_forecast
@@ -81,15 +82,18 @@ def open_engine(
     *,
     device: Device | None = None,
     lengths: Lengths | None = None,
-    profile: HardwareProfile | None = None,
+    profile: Callable[[], HardwareProfile | None] = lambda: None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Engine:
     """Everything between options and the first step; nothing is read but headers and tokenizer.
 
     `device`: where weights go; the host if None. The engine closes it; so does a failure here.
     `lengths`, of the tokenizer, the default parameters and the longest sequence that the model
-    allows: what to plan for, on the machine of `profile` (None: one like this is assumed).
+    allows: what to plan for, on the machine that `profile` gives (where it gives none, one like
+    this is assumed). `tell` hears, once, that the run is not as predicted.
     """
     return_freed_memory()
+    known_profile = profile() if lengths is not None else None  # before kernels are set up for us
     with ExitStack() as opened:
         if device is not None:
             opened.callback(device.close)
@@ -101,7 +105,8 @@ def open_engine(
             options.moe_backend, threads=threads, bf16_rows=options.dtype == "bfloat16"
         )
         kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
-        setup = _setup(options, model, Backend(kernels.name, threads), lengths, profile)
+        backend = Backend(kernels.name, threads)
+        setup = _setup(options, model, backend, lengths, known_profile, tell)
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
             opened.callback(device.close)
@@ -115,6 +120,7 @@ def _setup(
     backend: Backend,
     lengths: Lengths | None,
     profile: HardwareProfile | None,
+    tell: Callable[[str], None],
 ) -> EngineSetup:
     """The plan and all that requests need."""
     tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
@@ -128,7 +134,7 @@ def _setup(
         check_replay(replayed, model.spec, sizes, wanted, options.host_memory or largest_budget())
     params = _default_params(model.folder, options)
     longest = options.max_model_len or model.spec.max_positions
-    job = lengths(tokenizer, params, longest) if lengths and not replayed else None
+    job = lengths(tokenizer, params, longest) if lengths else None
     chosen = _choose(model.spec, sizes, options, wanted, job, profile, replayed)
     plan = chosen.plan
     return EngineSetup(
@@ -142,6 +148,7 @@ def _setup(
         seed=options.seed,
         fingerprint=_fingerprint(model, tokenizer, options, backend),
         peak_rss=peak_resident_bytes,
+        pilot=_pilot(model.spec, chosen, tell),
     )
 
 
@@ -155,17 +162,34 @@ def _choose(
     replayed: Plan | None,
 ) -> Chosen:
     budget = options.host_memory or default_budget()
-    if replayed is not None or job is None:
+    if job is None:
         return Chosen(plan=replayed or make_plan(spec, sizes, budget, wanted), sizes=sizes)
     before = resident_bytes()
-    if profile is None:
-        profile = assumed_profile(threads=sizes.backend.threads, memory_bytes=available_bytes())
+    profile = profile or assumed_profile(
+        threads=sizes.backend.threads, memory_bytes=available_bytes()
+    )
+    if replayed is not None:
+        return Chosen(plan=replayed, sizes=sizes, workload=job.workload, profile=profile)
 
     def growth() -> int:
         return_freed_memory()
         return resident_bytes() - before
 
     return choose_plan(spec, sizes, profile, job, budget, wanted, growth=growth)
+
+
+def _pilot(spec: ModelSpec, chosen: Chosen, tell: Callable[[str], None]) -> Pilot | None:
+    """Whoever compares the run with what is expected of it; None where nothing is."""
+    if chosen.profile is None or chosen.workload is None:
+        return None
+    problem = Problem(
+        spec=spec,
+        sizes=chosen.sizes,
+        plan=chosen.plan,
+        profile=chosen.profile,
+        workload=chosen.workload,
+    )
+    return Pilot(problem, chosen.estimate, tell=tell)
 
 
 def _assemble(

@@ -38,8 +38,8 @@ class PhaseStats:
 
     @property
     def busy(self) -> dict[str, float]:
-        """Seconds by lane, as the planner names them."""
-        return {"disk": self.disk_s, "host": self.host_s}
+        """Seconds by lane, as the planner names them: the host is busy while it does not wait."""
+        return {"disk": self.disk_s, "host": max(0.0, self.seconds - self.wait_s)}
 
     def __add__(self, more: "PhaseStats") -> "PhaseStats":
         plain = {

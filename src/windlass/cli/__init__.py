@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from windlass import __version__
-from windlass.cli import generate, quantize, run_batch, synth
+from windlass.cli import doctor, generate, quantize, run_batch, synth
 from windlass.cli.engine_flags import refuse_known, translate_known
 from windlass.cli.flags import (
     Command,
@@ -20,7 +20,7 @@ from windlass.cli.signals import EXIT_INTERRUPTED
 from windlass.errors import UsageError, WindlassError
 
 COMMANDS: tuple[Command, ...] = (
-    run_batch.COMMAND, generate.COMMAND, quantize.COMMAND, synth.COMMAND,
+    run_batch.COMMAND, generate.COMMAND, quantize.COMMAND, synth.COMMAND, doctor.COMMAND,
 )  # fmt: skip
 EXIT_FAILED, EXIT_USAGE = 1, 2
 

@@ -6,9 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from windlass import __version__
+from windlass.cli.doctor import kept_profile
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer, number
 from windlass.cli.report import phase_json, phase_lines
@@ -60,7 +62,9 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
 
         return single_request(len(_encode(tokenizer, prompt, values)), values["max_tokens"])
 
-    with closing(open_engine(engine_options(values), lengths=lengths)) as engine:
+    options = engine_options(values)
+    profile = partial(kept_profile, options)
+    with closing(open_engine(options, lengths=lengths, profile=profile)) as engine:
         request = _request(engine, prompt, values)
         begin = time.monotonic()
         engine.add(request)

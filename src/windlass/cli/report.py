@@ -23,6 +23,7 @@ def phase_lines(stats: EngineStats) -> list[str]:
         f" decode: {_rate(stats.decode_tokens, stats.decode_s)}",
         f"of the passes' time: disk busy {disk}; computing {host} ({modules}),"
         f" waiting for weights {wait}, the rest {other}",
+        *(stats.check.lines() if stats.check else ()),
     ]
 
 
@@ -34,6 +35,7 @@ def phase_json(stats: EngineStats) -> dict[str, Any]:
         "prefill_throughput": _per_second(stats.prompt_tokens, stats.prefill_s),
         "decode_throughput": _per_second(stats.decode_tokens, stats.decode_s),
         "phases": stats.phases_json(),
+        "prediction": stats.check.to_json() if stats.check else None,
     }
 
 

@@ -7,10 +7,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from windlass import __version__
+from windlass.cli.doctor import kept_profile
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer
 from windlass.cli.report import phase_json, phase_lines
@@ -96,7 +98,12 @@ def _run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
             from windlass.build import open_engine
 
             progress.say(f"loading {values['model']}")
-            opened = open_engine(replace(engine, max_model_len=max_model_len), lengths=lengths)
+            opened = open_engine(
+                replace(engine, max_model_len=max_model_len),
+                lengths=lengths,
+                profile=partial(kept_profile, engine),
+                tell=progress.say,
+            )
             signals.defer()
             plan.update(opened.plan.to_json())
             for line in (*opened.plan.lines(), *opened.notes):

@@ -19,6 +19,7 @@ from windlass.engine.lengths import OutputLengths
 from windlass.engine.prompt_pages import PromptPages
 from windlass.engine.sequence import Request
 from windlass.memory.kv import KvStore
+from windlass.plan import Plan
 from windlass.schedule.batch import CHUNK_TOKENS, Segment
 
 
@@ -70,6 +71,14 @@ class Admission:
         for choice in [choice for choice in self.running if choice.request is request]:
             self.remove(choice)
         self.waiting = deque(one for one in self.waiting if one.request is not request)
+
+    def replan(self, plan: Plan) -> None:
+        """From the next pass on. Who runs goes on, also where they are more than `plan` allows."""
+        most = max(plan.max_num_seqs, len(self.running))
+        assert plan.max_num_batched_tokens >= most + CHUNK_TOKENS, "a pass must hold all sequences"
+        self._max_num_seqs = plan.max_num_seqs
+        self._max_rows = plan.max_num_batched_tokens
+        self._mixed_prefill_rows = plan.mixed_prefill_tokens
 
     def restart(self) -> None:
         """After a pass that failed: no row of it counts, so nothing may be read that it was to

@@ -18,6 +18,7 @@ from windlass.engine.outputs import CompletionOutput, RequestMetrics, RequestOut
 from windlass.engine.sampling import Sampler, choice_seed
 from windlass.engine.sequence import Delta, Request, StepResult
 from windlass.engine.stats import EngineStats
+from windlass.engine.steering import Pilot
 from windlass.engine.text import TextStream
 from windlass.engine.tokenizer import Tokenizer
 from windlass.errors import RequestError
@@ -59,6 +60,7 @@ class EngineSetup:
     seed: int
     fingerprint: Mapping[str, object]  # what would change results
     peak_rss: Callable[[], int]
+    pilot: Pilot | None = None  # None where nothing was predicted
 
 
 class Engine:
@@ -96,6 +98,7 @@ class Engine:
         self._pass_s = 0.0
         self._disk_busy_s = disk_busy_s
         self._meter = PhaseMeter()
+        self._pilot = setup.pilot
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -210,13 +213,18 @@ class Engine:
                 result = self._take(rows, outcome)
         seconds = time.perf_counter() - begin
         self._pass_s += seconds
-        self._meter.add(
+        took = self._meter.add(
             batch.segments,
             self._readings(),
             passes=len(passes),
             output_tokens=len(result.deltas),
             seconds=seconds,
         )
+        if self._pilot is not None:
+            replanned = self._pilot.after(batch.segments, took, self._left)
+            if replanned is not None:
+                self.plan = replanned
+                self._admission.replan(replanned)
         stats = self._weights.stats()
         self._tracer.counter("rows", rows=batch.num_rows)
         self._tracer.counter("disk", bytes=stats.bytes_read)
@@ -278,6 +286,19 @@ class Engine:
             error_code=entry.failure.code if entry.failure else None,
         )
 
+    def _left(self) -> list[tuple[int, int]]:
+        """What is to be computed of all choices: prompt tokens, and tokens to generate as far as
+        those that have ended let expect."""
+        lengths: list[tuple[int, int]] = []
+        for one in (*self._admission.running, *self._admission.waiting):
+            output = round(self.expected_output_tokens(one.queued.max_output))
+            computed = generated = 0
+            if isinstance(one, Choice):
+                computed, generated = one.num_computed, len(one.output_ids)
+            left = max(0, one.queued.num_tokens - computed)
+            lengths.append((left, max(1, output - generated)))
+        return lengths
+
     # --- state ------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
@@ -297,6 +318,7 @@ class Engine:
             waiting=len(self._admission.waiting),
             num_preemptions=self._admission.num_preemptions,
             phases=dict(self._meter.phases),
+            check=None if self._pilot is None else self._pilot.check(self._meter.phases),
             prefix_cache_queries=prompts.num_asked if self.plan.prefix_caching else 0,
             prefix_cache_hits=prompts.num_found,
         )

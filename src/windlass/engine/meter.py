@@ -43,16 +43,15 @@ class PhaseMeter:
         passes: int,
         output_tokens: int,
         seconds: float,
-    ) -> None:
-        """A step over `segments` has ended. Its seconds are divided by rows: all rows share the
-        weights that are read, and cost the same products but for attention and head."""
+    ) -> PhaseStats:
+        """A step over `segments` has ended; what it took. Its seconds are divided by rows: all rows
+        share the weights that are read, and cost the same products but for attention and head."""
         prompt = sum(segment.num_rows for segment in segments if segment.is_prompt)
         rows = sum(segment.num_rows for segment in segments)
         modules = {name: now.module(name) for name in MODULES}
         bytes_read, disk_s, wait_s, before = self._last
         self._last = (now.bytes_read, now.disk_s, now.wait_s, modules)
-        name = phase_of(prompt, rows)
-        self.phases[name] = self.phases.get(name, PhaseStats()) + PhaseStats(
+        took = PhaseStats(
             seconds=seconds,
             prompt_s=seconds * prompt / rows,
             passes=passes,
@@ -64,6 +63,9 @@ class PhaseMeter:
             wait_s=now.wait_s - wait_s,
             modules={name: seconds - before[name] for name, seconds in modules.items()},
         )
+        name = phase_of(prompt, rows)
+        self.phases[name] = self.phases.get(name, PhaseStats()) + took
+        return took
 
 
 def phase_of(prompt_rows: int, rows: int) -> str:

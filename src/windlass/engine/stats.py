@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from windlass.engine.steering import Check
 from windlass.phases import PhaseStats
 
 
@@ -27,6 +28,7 @@ class EngineStats:
     prefix_cache_hits: int = 0  # of these, tokens that they had computed
 
     phases: Mapping[str, PhaseStats] = field(default_factory=dict)  # those that occurred
+    check: Check | None = None  # beside what was predicted, where anything was
 
     @property
     def prefill_s(self) -> float:

@@ -1,0 +1,206 @@
+"""One examination of this machine: what is measured in which order, and what is kept of it."""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from windlass.device.cuda import find_cuda
+from windlass.doctor.cache import cache_key, load_report, save_report
+from windlass.doctor.device_rates import Accelerator, DeviceRates, measure_device
+from windlass.doctor.disk import DiskRates, measure_disk, scratch_checkpoint
+from windlass.doctor.environment import Environment, read_environment
+from windlass.doctor.kernel_rates import (
+    Findings,
+    measure_attention,
+    measure_memory,
+    measure_products,
+    memory_rate,
+)
+from windlass.doctor.overhead import measure_overhead, small_budget
+from windlass.doctor.parts import KINDS, checkpoint_model, random_model
+from windlass.doctor.report import Report, disk_name
+from windlass.doctor.timing import Load
+from windlass.hardware.profile import HardwareProfile, Processor
+from windlass.kernels.base import Kernels
+from windlass.kernels.choose import choose_kernels
+from windlass.options import EngineOptions
+from windlass.units import format_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """What is examined. `model`: a checkpoint whose disk, shapes and formats are measured; None for
+    usual shapes, all formats and a file in `cache`, which also keeps reports. None in `threads`:
+    all cores."""
+
+    cache: Path
+    model: Path | None = None
+    threads: int | None = None
+    moe_backend: Literal["auto", "torch", "cpu"] = "auto"
+    dtype: str = "auto"
+    load_mode: Literal["auto", "dio", "buffered"] = "auto"
+
+
+Tell = Callable[[str], None]
+
+
+def examine(subject: Subject, *, fresh: bool = False, tell: Tell = lambda text: None) -> Report:
+    """The report on this machine: the one kept from before, or measured now (where `fresh`, always)
+    and kept. `tell` hears what is being measured."""
+    machine_threads = torch.get_num_threads()
+    threads = subject.threads or machine_threads
+    try:
+        with torch.inference_mode():
+            return _examine(subject, threads, fresh=fresh, tell=tell)
+    finally:
+        torch.set_num_threads(machine_threads)
+
+
+def kept_report(subject: Subject) -> Report | None:
+    """The report kept from before; None where this machine would have to be measured."""
+    machine_threads = torch.get_num_threads()
+    try:
+        *_, key = _look(subject, subject.threads or machine_threads)
+    finally:
+        torch.set_num_threads(machine_threads)
+    return load_report(subject.cache, key)
+
+
+def _examine(subject: Subject, threads: int, *, fresh: bool, tell: Tell) -> Report:
+    kernels, gpu, environment, key = _look(subject, threads)
+    kept = None if fresh else load_report(subject.cache, key)
+    if kept is not None:
+        return kept
+    report = _Examination(subject, environment, kernels, tell).run(gpu)
+    save_report(subject.cache, key, report)
+    return report
+
+
+def _look(
+    subject: Subject, threads: int
+) -> tuple[Kernels, Accelerator | None, Environment, dict[str, object]]:
+    """What there is, and the key of its report."""
+    kernels = choose_kernels(
+        subject.moe_backend, threads=threads, bf16_rows=subject.dtype == "bfloat16"
+    )
+    gpu = find_cuda()
+    environment = read_environment(
+        subject.model or subject.cache,
+        kernels,
+        threads=threads,
+        gpu=None if gpu is None else gpu.name,
+    )
+    key = {
+        **cache_key(environment, subject.model),
+        "dtype": subject.dtype,
+        "load_mode": subject.load_mode,
+    }
+    return kernels, gpu, environment, key
+
+
+class _Examination:
+    def __init__(
+        self, subject: Subject, environment: Environment, kernels: Kernels, tell: Tell
+    ) -> None:
+        self._subject = subject
+        self._environment = environment
+        self._kernels = kernels
+        self._tell = tell
+        self._findings = Findings()
+        self._notes: list[str] = []
+
+    def run(self, accelerator: Accelerator | None) -> Report:
+        load, begin = Load(), time.perf_counter()
+        disk = self._disk()
+        host = self._host()
+        device = None
+        if accelerator is not None:
+            self._tell("measuring the GPU and its links")
+            device = measure_device(accelerator)
+            self._findings.spread |= device.spread
+        return Report(
+            environment=self._environment,
+            profile=self._profile(disk, host, device),
+            disk_rates=disk.rates,
+            disk_mode=disk.mode,
+            others=load.cores(),
+            seconds=time.perf_counter() - begin,
+            notes=tuple(self._notes),
+        )
+
+    def _disk(self) -> DiskRates:
+        self._tell("measuring the disk")
+        model, cache = self._subject.model, self._subject.cache
+        with scratch_checkpoint(cache) if model is None else nullcontext(model) as folder:
+            rates = measure_disk(folder, mode=self._subject.load_mode)
+        if rates.is_repeated:
+            self._notes.append(
+                f"the {format_bytes(rates.read_bytes)} to read were read more than once: caches of"
+                " the disk itself may show"
+            )
+        for (size, depth), spread in rates.spread.items():
+            self._findings.spread[disk_name(size, depth)] = spread
+        return rates
+
+    def _host(self) -> Processor:
+        threads = self._environment.threads
+        self._tell("measuring the overhead of calls")
+        call = measure_overhead(
+            EngineOptions(
+                threads=threads,
+                host_memory=small_budget(),
+                moe_backend="cpu" if self._kernels.name == "cpu" else "torch",
+                dtype=self._subject.dtype,
+            )
+        )
+        self._tell("measuring memory and attention")
+        memory = measure_memory(threads)
+        model, kinds = self._subject.model, iter(KINDS)
+        measured = random_model(next(kinds)) if model is None else checkpoint_model(model)
+        try:
+            decode, prefill = measure_attention(measured, self._kernels, self._findings)
+            while True:
+                measure_products(measured, self._kernels, self._findings)
+                kind = next(kinds, None) if model is None else None
+                if kind is None:
+                    break
+                self._tell(f"measuring products of {kind} weights")
+                measured = random_model(kind)
+        finally:
+            measured.source.close()
+        self._findings.spread |= {"memory": memory.spread, "call": call.spread}
+        return Processor(
+            name=self._environment.cpu,
+            memory_bytes=self._environment.memory_bytes,
+            memory_rate=memory_rate(memory),
+            experts=self._findings.experts,
+            dense=self._findings.dense,
+            decode_attention=decode,
+            prefill_attention=prefill,
+            call_s=call.median_s,
+        )
+
+    def _profile(
+        self, disk: DiskRates, host: Processor, device: DeviceRates | None
+    ) -> HardwareProfile:
+        return HardwareProfile(
+            name=f"{self._environment.cpu}, {self._environment.threads} threads",
+            captured=datetime.now(UTC).isoformat(timespec="seconds"),
+            software=self._environment.software,
+            threads=self._environment.threads,
+            source="measured",
+            disk=disk.curve,
+            disk_in_flight=disk.in_flight,
+            disk_path=self._environment.disk.path,
+            host=host,
+            device=None if device is None else device.processor,
+            down=None if device is None else device.down,
+            up=None if device is None else device.up,
+            spread=self._findings.spread,
+        )

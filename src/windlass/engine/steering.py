@@ -1,0 +1,29 @@
+"""What an engine asks of whoever watches its passes. Knows no planner."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from windlass.phases import PhaseStats
+from windlass.plan import Plan
+from windlass.schedule.batch import Segment
+
+# Of each sequence that has not ended: prompt tokens to compute, tokens to generate.
+Left = Callable[[], Sequence[tuple[int, int]]]
+
+
+class Check(Protocol):
+    """A run beside its prediction."""
+
+    def lines(self) -> list[str]: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class Pilot(Protocol):
+    """Watches passes, and may change what a plan says of the next ones."""
+
+    def after(self, segments: Sequence[Segment], took: PhaseStats, left: Left) -> Plan | None:
+        """A step has ended; another plan to go on with, in the same memory, or None."""
+        ...
+
+    def check(self, phases: Mapping[str, PhaseStats]) -> Check: ...
