@@ -20,7 +20,8 @@ from windlass.cli.signals import EXIT_INTERRUPTED
 from windlass.errors import UsageError, WindlassError
 
 COMMANDS: tuple[Command, ...] = (
-    run_batch.COMMAND, generate.COMMAND, quantize.COMMAND, synth.COMMAND, doctor.COMMAND, plan.COMMAND,
+    run_batch.COMMAND, generate.COMMAND, plan.COMMAND, doctor.COMMAND, quantize.COMMAND,
+    synth.COMMAND,
 )  # fmt: skip
 EXIT_FAILED, EXIT_USAGE = 1, 2
 

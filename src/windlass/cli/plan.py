@@ -62,6 +62,11 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         workload = _workload(values, options, model)
         budget = _budget(values, profile)
         found = explain(model.spec, sizes, profile, workload, budget, wanted_of(options, model))
+        if values["plot"] is not None:
+            from windlass.plot.files import save_chart
+            from windlass.plot.pictures import chart_of
+
+            save_chart(chart_of(found, model.spec, sizes, profile), values["plot"])
         if values["json"]:
             print(json.dumps(found.to_json()))
         else:
@@ -75,6 +80,10 @@ def _check(values: Mapping[str, Any]) -> None:
     if values["workload"] is not None and lengths:
         name = lengths[0].replace("_", "-")
         raise UsageError(f"--{name}: not beside --workload, whose own lengths are planned for")
+    if values["plot"] is not None:
+        from windlass.plot.files import check_plot
+
+        check_plot(values["plot"])
     if values["device_memory"] is not None and values["machine"] is None:
         raise UsageError("--device-memory: allowed with a --machine that has a GPU")
 
