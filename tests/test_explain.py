@@ -281,7 +281,7 @@ def test_a_configuration_alone_is_planned_for_every_preset(config, capsys):
     for name in preset_names():
         text = plan(capsys, "-m", str(config), "--machine", name, "--num-requests", "32")
         assert "predicted:" in text and "32 sequences, 512 tokens in and 128 out" in text
-        assert ("is not used" in text) == (name != "laptop")
+        assert ("does not run on it yet" in text) == (name != "laptop")
 
 
 def test_the_host_memory_of_a_machine_is_the_default_and_a_flag_wins(config, capsys):
@@ -290,6 +290,20 @@ def test_the_host_memory_of_a_machine_is_the_default_and_a_flag_wins(config, cap
         document = json.loads(text)
         assert document["plan"]["host_memory"] == budget
         assert document["plan"]["total_bytes"] <= budget
+
+
+def test_a_device_is_planned_for_beside_the_host(config, capsys):
+    words = ("-m", str(config), "--machine", "t4", "--num-requests", "512", "--json")
+    small, whole = (
+        json.loads(plan(capsys, *words, *more))["device"]
+        for more in (("--device-memory", "6GiB"), ())
+    )
+    assert small["memory"] == 6 * GIB and sum(small["holds"].values()) <= 6 * GIB
+    assert small["plan"]["resident"] < whole["plan"]["resident"]
+    assert small["plan"]["output_tokens_s"] <= whole["plan"]["output_tokens_s"]
+    assert small["device_gain"] >= 0 and whole["plan"]["sequences"] <= 512
+    text = plan(capsys, *words[:-1], "--device-memory", "1GiB")
+    assert "its memory, or the host's, is too small" in text
 
 
 def test_what_is_fixed_stays_fixed(config, capsys):
@@ -359,6 +373,7 @@ def test_a_plot_is_written(config, tmp_path, capsys):
     [
         (("--workload", "x.jsonl", "--prompt-len", "3"), "not beside --workload"),
         (("--device-memory", "1GiB"), "--machine that has a GPU"),
+        (("--machine", "laptop", "--device-memory", "1GiB"), "has no GPU"),
         (("--machine", "cray"), "allowed a5000"),
         (("--plot", "plan.pdf"), "plot: got"),
         (("--num-requests", "0"), "num-requests"),

@@ -38,7 +38,7 @@ FLAGS = (
          "file like theirs, or what `windlass doctor --json` printed elsewhere (default: this "
          "machine, measured once)"),
     Flag(name="device-memory", read=size, metavar="SIZE", group=_MACHINE,
-         help="memory of the machine's GPU that may be used (default: all of it)"),
+         help="memory of the machine's GPU that may be used (default: 90 % of it)"),
     Flag(name="plot", read=Path, metavar="FILE", group="records",
          help="draw the roofline with the plan's operating points, and one pass by lane, as .html, "
          ".svg or .png (needs windlass[plot])"),
@@ -61,7 +61,11 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         sizes = sizes_of(model, options, backend)
         workload = _workload(values, options, model)
         budget = _budget(values, profile)
-        found = explain(model.spec, sizes, profile, workload, budget, wanted_of(options, model))
+        wanted = wanted_of(options, model)
+        found = explain(
+            model.spec, sizes, profile, workload, budget, wanted,
+            device_memory=values["device_memory"],
+        )  # fmt: skip
         if values["plot"] is not None:
             from windlass.plot.files import save_chart
             from windlass.plot.pictures import chart_of
@@ -108,6 +112,8 @@ def _machine(
         from windlass.hardware.preset import load_machine
 
         profile = load_machine(values["machine"])
+        if profile.device is None and values["device_memory"] is not None:
+            raise UsageError(f"--device-memory: {profile.name} has no GPU")
         return profile, Backend("cpu", options.threads or profile.threads)
     from windlass.doctor.examine import Subject, examine
 

@@ -12,6 +12,7 @@ from windlass.planner.budget import Sizes, Wanted
 from windlass.planner.estimate import Estimate
 from windlass.planner.reckon import slots_of
 from windlass.planner.search import Candidate, search
+from windlass.planner.with_device import DeviceReport, report_device
 from windlass.spec.cost import num_parameters
 from windlass.spec.model import ModelSpec
 from windlass.units import GIB, format_bytes, format_seconds
@@ -50,6 +51,7 @@ class Explanation:
     alternatives: tuple[Candidate, ...]
     tiers: tuple[Tier, ...]
     more_host_s: float
+    device: DeviceReport | None  # of a machine with a GPU
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -77,6 +79,7 @@ class Explanation:
                 {"plan": one.plan.to_json(), "estimate": one.estimate.to_json()}
                 for one in self.alternatives
             ],
+            "device": None if self.device is None else self.device.to_json(),
             "notes": list(self.notes),
         }
 
@@ -99,6 +102,7 @@ class Explanation:
             *_binding_lines(found),
             self._more_line(),
             *self._alternative_lines(),
+            *([] if self.device is None else ["", *self.device.lines()]),
             *(f"note: {note}" for note in self.notes),
         ]
 
@@ -131,8 +135,11 @@ def explain(
     workload: Workload,
     host_memory: int,
     wanted: Wanted,
+    *,
+    device_memory: int | None = None,
 ) -> Explanation:
-    """The best plan for the job, and what is to be known of it. BudgetError where nothing fits."""
+    """The best plan for the job on the host, and what is to be known of it; what a device would
+    bring, within `device_memory` bytes. BudgetError where nothing fits."""
     found = search(spec, sizes, profile, workload, host_memory, wanted)
     best, *others = found
     richer = search(spec, sizes, profile, workload, host_memory + GIB, wanted)[0]
@@ -146,7 +153,10 @@ def explain(
         alternatives=tuple(others[:NUM_ALTERNATIVES]),
         tiers=(host_tier(best.plan, sizes), disk_tier(best.plan, sizes)),
         more_host_s=richer.estimate.total_s,
-        notes=_notes(best.plan, workload, profile),
+        device=None
+        if profile.device is None
+        else report_device(spec, sizes, profile, workload, host_memory, device_memory),
+        notes=_notes(best.plan, workload),
     )
 
 
@@ -219,15 +229,7 @@ def _choices(plan: Plan) -> str:
     )
 
 
-def _notes(plan: Plan, workload: Workload, profile: HardwareProfile) -> tuple[str, ...]:
-    notes = []
-    if workload.longest > plan.max_model_len:
-        notes.append(
-            f"sequences longer than {plan.max_model_len} tokens do not fit and count as that long"
-        )
-    if profile.device is not None:
-        notes.append(
-            f"{profile.device.name} is not used: this version computes on the host, and so does"
-            " this plan"
-        )
-    return tuple(notes)
+def _notes(plan: Plan, workload: Workload) -> tuple[str, ...]:
+    if workload.longest <= plan.max_model_len:
+        return ()
+    return (f"sequences longer than {plan.max_model_len} tokens do not fit and count as that long",)
