@@ -298,7 +298,7 @@ def test_a_device_is_planned_for_beside_the_host(config, capsys):
         json.loads(plan(capsys, *words, *more))["device"]
         for more in (("--device-memory", "6GiB"), ())
     )
-    assert small["memory"] == 6 * GIB and sum(small["holds"].values()) <= 6 * GIB
+    assert small["memory"] == 6 * GIB and small["plan"]["device_bytes"] <= 6 * GIB
     assert small["plan"]["resident"] < whole["plan"]["resident"]
     assert small["plan"]["output_tokens_s"] <= whole["plan"]["output_tokens_s"]
     assert small["device_gain"] >= 0 and whole["plan"]["sequences"] <= 512

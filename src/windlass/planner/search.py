@@ -18,6 +18,7 @@ from windlass.planner.compose import PassRun
 from windlass.planner.costs import Seen
 from windlass.planner.estimate import Estimate, estimate
 from windlass.planner.reckon import Reckoner, held_shares, layer_kinds
+from windlass.planner.steady import steady_seconds
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.spec.model import ModelSpec
 from windlass.units import round_up
@@ -171,12 +172,10 @@ def _spread(plans: Sequence[Plan], most: int, *, each: int) -> list[Plan]:
 
 
 def _closed_form(reckoner: Reckoner, sizes: Sizes, plan: Plan, work: Workload) -> float:
-    """Seconds of the job as a steady state: the first sequences' prompts, then passes until all
-    tokens are generated, some of which carry the prompts of those who come later."""
+    """Seconds of the job as a steady state."""
     prompt, output = work.mean_prompt_tokens, work.mean_output_tokens
-    rows, count = plan.max_num_batched_tokens, work.num_sequences
     hold = plan.kv_pages * plan.page_tokens / (prompt + output / 2 + plan.page_tokens / 2)
-    alive = max(1, min(plan.max_num_seqs, count, int(hold)))
+    alive = max(1, min(plan.max_num_seqs, work.num_sequences, int(hold)))
     held = held_shares(plan, sizes)
 
     def seconds(decode: float, prefill: float) -> float:
@@ -185,16 +184,7 @@ def _closed_form(reckoner: Reckoner, sizes: Sizes, plan: Plan, work: Workload) -
         )
         return reckoner.of(PassRun(1, seen, max(1, round(decode))), held).seconds
 
-    filling = max(1.0, alive * prompt / rows)
-    passes = max(max(work.output_tokens) - 1, count * (output - 1) / alive, 0)
-    later = max(0.0, work.total_prompt_tokens - alive * prompt)
-    most = max(rows - alive, CHUNK_TOKENS)  # prompt rows beside the rows that decode
-    mixed = later / most
-    begin = filling * seconds(0, max(1.0, alive * prompt / filling))
-    middle = mixed * seconds(alive, min(most, later)) if later else 0.0
-    decode = count * (output - 1) / max(passes, 1)
-    rest = max(0.0, passes - mixed) * seconds(max(1.0, decode), 0) if passes else 0.0
-    return begin + middle + rest
+    return steady_seconds(work, alive, plan.max_num_batched_tokens, seconds)
 
 
 def _coarse(work: Workload, max_num_seqs: int) -> Workload:

@@ -5,6 +5,7 @@ which join MoE-Gen, MoE-Lightning and MoE-Lens. Pure arithmetic; bytes, FLOP, se
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,7 @@ class Share:
     groups: int = 1
     micro: float = 256.0
     parks_hidden: bool = False  # hidden states of idle micro-batches live on the host
+    expert_slots: float = inf  # of experts that do not stay on the device
 
     @property
     def rows(self) -> float:
@@ -139,8 +141,11 @@ def work(shape: LayerShape, rates: Rates, share: Share) -> Work:
 
 
 def layer_seconds(shape: LayerShape, rates: Rates, share: Share) -> float:
-    """Seconds of one layer."""
-    return work(shape, rates, share).total(share.groups)
+    """Seconds of one layer. The link idles during attention when all slots are full (4.4)."""
+    found = work(shape, rates, share)
+    ahead = share.expert_slots * shape.expert / rates.down if rates.down < inf else inf
+    stage = max(found.host_attention, found.attention)
+    return max(found.total(share.groups), stage + max(0.0, found.down - ahead))
 
 
 def balanced_host_share(shape: LayerShape, rates: Rates, share: Share) -> float:
