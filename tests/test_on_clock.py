@@ -10,13 +10,19 @@ import pytest
 import windlass.build as build
 from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
+from planning import SPECS
 from windlass.experts.policies import FarthestNextUse
-from windlass.memory.recipe import make_recipe
+from windlass.ids import Part
+from windlass.memory.recipe import Read, make_recipe
+from windlass.planner.device_costs import DEVICE_LANES, DeviceCosts
 from windlass.planner.reckon import slots_of
+from windlass.planner.tiers import LayerShape, Rates, Share, layer_seconds
 from windlass.schedule.announce import Announcer, num_experts, pass_forecast
+from windlass.schedule.batch import Segment, make_batch
 from windlass.schedule.clock import Clock, Job, Lanes, Work
 from windlass.schedule.on_clock import ClockRuntime, ClockWeights
-from windlass.schedule.passes import run_pass
+from windlass.schedule.passes import PassShape, run_pass
+from windlass.spec.model import Block, Ffn, Moe, TopKSoftmax
 
 BLOCK_S = 1.0
 
@@ -204,3 +210,100 @@ def _note_routing(monkeypatch):
 
     monkeypatch.setattr(build, "pass_forecast", noting)
     return routed
+
+
+# --- the clock itself -----------------------------------------------------------------------------
+
+
+def test_lanes_serve_in_order_and_chains_run_beside_each_other():
+    clock = Clock()
+    lanes = Lanes(clock, ("link", "host", "device"), keeps_spans=True)
+    work = Work(Job("device", 1.0), ((Job("link", 2.0), Job("host", 3.0)), (Job("link", 1.0),)))
+    lanes.start(work, "a")
+    lanes.start(Work(Job("device", 4.0)), "b")
+    lanes.finish()
+    spans = {(span.lane, span.label, span.begin, span.end) for span in lanes.spans}
+    assert spans == {
+        ("link", "a", 0.0, 2.0), ("link", "a", 2.0, 3.0), ("host", "a", 2.0, 5.0),
+        ("device", "b", 0.0, 4.0), ("device", "a", 5.0, 6.0),
+    }  # fmt: skip
+    assert clock.now == 6.0
+    assert lanes.busy() == {"link": 3.0, "host": 3.0, "device": 5.0}
+
+
+def test_a_clock_without_events_does_not_wait_for_ever():
+    with pytest.raises(AssertionError, match="will not happen"):
+        Clock().wait()
+
+
+# --- a device beside its host ---------------------------------------------------------------------
+
+SHAPE = LayerShape(
+    attention=80e6, shared=0, expert=350e6, num_experts=8, top_k=2, kv=4096, query=16384,
+    hidden=8192, attention_flops=80e6, shared_flops=0, expert_flops=350e6, score_flops=16384,
+)  # fmt: skip
+
+
+def _device_rates(**changes):
+    rates = Rates(
+        down=26e9, up=26e9, disk=6e9, device_memory=600e9, host_memory=1e15, host_attention=25e9,
+        expert=lambda rows: 70e12, dense=lambda rows: 70e12, attention=70e12,
+    )  # fmt: skip
+    return replace(rates, **changes)
+
+
+@pytest.mark.parametrize(
+    ("rates", "share", "binds"),
+    [
+        (_device_rates(), dict(sequences=1000, host_attention=0.5), "down"),
+        (_device_rates(down=1e13), dict(sequences=4000, host_attention=0.0), "device"),
+        (_device_rates(down=1e13, host_attention=5e9), dict(sequences=800, host_attention=1.0),
+         "host"),
+        (_device_rates(), dict(sequences=500, host_attention=0.6, on_disk=0.5), "disk"),
+        (_device_rates(), dict(sequences=1000, host_attention=0.5, resident=0.5), "down"),
+    ],
+)  # fmt: skip
+def test_the_schedule_on_a_device_reaches_its_closed_form(rates, share, binds):
+    """A decode pass of layers that are alike, in the steady state."""
+    layers, context = 6, 640
+    share = Share(context=context, micro=100, **share)
+    moe = Moe(num_experts=8, top_k=2, routing=TopKSoftmax(), expert=Ffn(intermediate=8))
+    block = Block(attention=SPECS["olmoe-1b-7b"].blocks[0].attention, ffn=moe)
+    spec = replace(SPECS["olmoe-1b-7b"], blocks=(block,) * layers)
+    forecast, shape = pass_forecast(spec), PassShape((True,) * layers, 0)
+    costs = DeviceCosts(SHAPE, rates, share)
+    lanes = Lanes(Clock(), DEVICE_LANES)
+    moving = 16 if share.on_disk else 4  # the disk works ahead into slots
+    slots = {
+        Part.EXPERT: moving + round(share.resident * 8 * layers),
+        Part.BLOCK: max(2, round(share.resident * layers)), Part.FINAL: 1, Part.EMBED: 1,
+    }  # fmt: skip
+    sizes = {Part.EXPERT: SHAPE.expert, Part.BLOCK: SHAPE.attention}
+    weights = ClockWeights(
+        lanes, costs, num_keys={Part.EXPERT: 8 * layers, Part.BLOCK: layers, Part.FINAL: 1,
+                                Part.EMBED: 1},
+        slots=slots, reads=lambda key: (Read("", 0, int(sizes.get(key.part, 1)), 0),),
+        policy=FarthestNextUse(layers, probability=forecast.probability), depth=8,
+    )  # fmt: skip
+    each = share.sequences * 2 // 8
+    announcer = Announcer(shape, num_experts(spec), weights.cache, forecast)
+    runtime = ClockRuntime(
+        lanes, costs, weights, announcer=announcer, forecast=forecast,
+        router=lambda layer, rows: dict.fromkeys(range(8), each),
+    )  # fmt: skip
+    segment = Segment(
+        sequence=0, token_ids=(0,), first_position=context - 1, pages=(), state_slot=-1,
+        is_prompt=False, long_rope=False, wants_logits=False,
+    )  # fmt: skip
+    batch = make_batch([segment] * share.sequences, micro_batch_tokens=100)
+    for _ in range(2):
+        run_pass(runtime, shape, batch)
+    begin, busy = lanes.clock.now, lanes.busy()
+    for _ in range(3):
+        run_pass(runtime, shape, batch)
+    seconds = (lanes.clock.now - begin) / 3
+    worked = {lane: (end - busy[lane]) / 3 for lane, end in lanes.busy().items()}
+    expected = layers * layer_seconds(SHAPE, rates, share)
+    assert seconds == pytest.approx(expected, rel=0.12)
+    assert max(worked, key=worked.get) == binds
+    assert seconds >= max(worked.values()) * (1 - 1e-9)
