@@ -1,14 +1,16 @@
 """How long the sequences of a job are, from its file and before anything runs: what the planner
 plans for. Of a large job, evenly spaced rows stand for all."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from windlass.batch.jobfile import JobFile, Row
 from windlass.errors import RequestError, UsageError
+from windlass.params import SamplingParams
 from windlass.planner.choose import Job
-from windlass.protocol.openai import ServedModel, parse_body
+from windlass.protocol.openai import ChatTokenizer, ServedModel, parse_body
 from windlass.workload import Workload
 
 _MOST_ROWS = 256  # that are tokenised
@@ -56,3 +58,15 @@ def _of_row(row: Row, model: ServedModel) -> tuple[list[tuple[int, int]], bool]:
         expected = min(most, _LONG_OUTPUT) if limited else min(most, _USUAL_OUTPUT)
         lengths += [(len(prompt.token_ids), expected)] * prompt.params.n
     return lengths, limited
+
+
+def file_lengths(path: Path, tokenizer: ChatTokenizer, longest: int) -> Workload:
+    """Of all rows of a file, whichever models they name. UsageError where none can run."""
+    job = JobFile(path)
+    every = np.ones(len(job), dtype=np.bool_)
+    names = {str(row.body.get("model")) for row in job.rows(every) if row.body is not None}
+    model = ServedModel(tuple(sorted(names)), tokenizer, longest, SamplingParams())
+    found = job_lengths(job, every, model)
+    if found is None:
+        raise UsageError(f"{path}: no row can run")
+    return found.workload

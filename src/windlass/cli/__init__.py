@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from windlass import __version__
-from windlass.cli import doctor, generate, quantize, run_batch, synth
+from windlass.cli import doctor, generate, plan, quantize, run_batch, synth
 from windlass.cli.engine_flags import refuse_known, translate_known
 from windlass.cli.flags import (
     Command,
@@ -20,7 +20,8 @@ from windlass.cli.signals import EXIT_INTERRUPTED
 from windlass.errors import UsageError, WindlassError
 
 COMMANDS: tuple[Command, ...] = (
-    run_batch.COMMAND, generate.COMMAND, quantize.COMMAND, synth.COMMAND, doctor.COMMAND,
+    run_batch.COMMAND, generate.COMMAND, plan.COMMAND, doctor.COMMAND, quantize.COMMAND,
+    synth.COMMAND,
 )  # fmt: skip
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -67,7 +68,9 @@ def _dispatch(arguments: list[str]) -> int:
             print(matching_help(command, option.removeprefix("--help=")))
             return 0
     environment = system_environment(COMMANDS)
-    return command.run(read_values(command, translate_known(refuse_known(rest)), environment), rest)
+    own = {each for flag in command.flags for each in flag.names}
+    known = translate_known(refuse_known(rest, own=own))
+    return command.run(read_values(command, known, environment), rest)
 
 
 def _overview() -> str:

@@ -1,7 +1,7 @@
 """The flags that describe an engine, shared by the commands that open one, and the flags users of
 other programs know that Windlass refuses. Knows no command."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,9 +154,9 @@ def translate_known(arguments: Sequence[str]) -> list[str]:
     return [*kept, _CACHE_DTYPE, _CACHE_DTYPES[keys], *rest]
 
 
-def refuse_known(arguments: Sequence[str]) -> list[str]:
+def refuse_known(arguments: Sequence[str], *, own: Container[str] = ()) -> list[str]:
     """The arguments without refused flags that ask for nothing (`-tp 1`). Raises UsageError for
-    those that ask for something."""
+    those that ask for something. `own`: flags that the command has itself."""
     kept: list[str] = []
     rest = list(arguments)
     while rest:
@@ -164,7 +164,7 @@ def refuse_known(arguments: Sequence[str]) -> list[str]:
         if argument == "--":
             return [*kept, argument, *rest]
         name, equals, value = argument.partition("=")
-        if name not in REFUSED:
+        if name not in REFUSED or name in own:
             kept.append(argument)
             continue
         harmless, why = REFUSED[name]

@@ -67,15 +67,20 @@ def measure_products(model: Model, kernels: Kernels, findings: Findings) -> None
     one = sum(_elements(experts[0][name]) for name in ("gate", "up", "down"))
     findings.experts[kind] = findings.curve(f"experts {kind}", timings, partial(_flops, one))
     del experts
-    blocks = cold_parts(model, Part.BLOCK)
-    for kind in sorted({weight_kind(w) for block in blocks for w in _projections(block)}):
-        matrices = [[w for w in _projections(block) if weight_kind(w) == kind] for block in blocks]
-        matrices = [some for some in matrices if some]
-        elements = sum(_elements(w) for some in matrices for w in some) / len(matrices)
-        timings = _rounds(partial(_time_dense, kernels, matrices))
-        findings.dense[kind] = findings.curve(
-            f"dense {kind}", timings, partial(_flops, round(elements))
-        )
+    for part in (Part.BLOCK, Part.FFN, Part.HEAD):  # each has kinds that the others may lack
+        if model.layout.keys(part):
+            _measure_dense(cold_parts(model, part), kernels, findings)
+
+
+def _measure_dense(parts: list[StoredTensors], kernels: Kernels, findings: Findings) -> None:
+    """Dense products of kinds that are not measured yet."""
+    kinds = {weight_kind(w) for part in parts for w in _matrices(part)}
+    for kind in sorted(kinds - set(findings.dense)):
+        found = [[w for w in _matrices(part) if weight_kind(w) == kind] for part in parts]
+        some = [matrices for matrices in found if matrices]
+        elements = sum(_elements(w) for matrices in some for w in matrices) // len(some)
+        timings = _rounds(partial(_time_dense, kernels, some))
+        findings.dense[kind] = findings.curve(f"dense {kind}", timings, partial(_flops, elements))
 
 
 def _flops(elements: int, rows: int) -> int:
@@ -125,9 +130,10 @@ def _time_dense(kernels: Kernels, blocks: list[list[Weight]], rows: int) -> Timi
     return measure(call, limit_s=_LIMIT_S)
 
 
-def _projections(block: StoredTensors) -> list[Weight]:
-    """Matrices that `linear` multiplies."""
-    return [w for name, w in block.items() if name.endswith("_proj.weight")]
+def _matrices(part: StoredTensors) -> list[Weight]:
+    """The large ones that `linear` multiplies: projections, dense networks, the head."""
+    names = ("gate", "up", "down", "weight")
+    return [w for name, w in part.items() if name in names or name.endswith("_proj.weight")]
 
 
 def _elements(w: Weight) -> int:

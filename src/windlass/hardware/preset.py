@@ -102,18 +102,18 @@ def profile_of(document: Mapping[str, Any], *, what: str) -> HardwareProfile:
     )
 
 
-def _values(table: object, known: Mapping[str, tuple[type, ...]], what: str) -> dict[str, Any]:
+def _values(table: Any, known: Mapping[str, tuple[type, ...]], what: str) -> dict[str, Any]:
     """All of `known`, and nothing else, each of its type and positive."""
     if not isinstance(table, Mapping):
         raise UsageError(f"{what} is missing")
     if unknown := sorted(set(table) - set(known)):
         raise UsageError(f"{what}: unknown key: {unknown[0]}, allowed {', '.join(sorted(known))}")
     for name, types in known.items():
-        value: Any = table.get(name)
+        value = table.get(name)
         if isinstance(value, bool) or not isinstance(value, types):
             words = "text" if str in types else "a number" if float in types else "a whole number"
             raise UsageError(f"{what}: {name}: got {value!r}, allowed {words}")
-        if not isinstance(value, str) and not 0 < value < float("inf"):
+        if str not in types and not 0 < float(table[name]) < float("inf"):
             raise UsageError(f"{what}: {name}: got {value!r}, allowed a positive number")
     return dict(table)
 

@@ -24,8 +24,11 @@ from windlass.spec.model import Attention, GatedDelta, Gqa, ModelSpec, Moe
 
 _F32 = 4
 _DIRECT_BYTES = 8192  # that a direct read of one row of the embedding moves
-# Calls that sampling one token costs: logits, penalties, the draw, text (engine/choice.py).
-_SAMPLE_CALLS = 6
+# A profile's `call_s` is that of attention, of a layer's network from norm to sum, or of a chunk of
+# the head. A network's share of routing, of one call for some experts, and of the sum:
+_ROUTE, _EXPERTS, _COMBINE = 0.4, 0.3, 0.3
+# Choosing a token greedily, and its text: 5 to 10 us and 30 to 50 us (2 Zen 5 cores, 2026-11-25)
+_SAMPLE_S = 50e-6
 _SAMPLE_READS = 3  # of a row of logits
 
 
@@ -161,7 +164,8 @@ class HostCosts:
 
     def experts(self, layer: int, num_rows: Sequence[int]) -> Work:
         flops = 2 * expert_matrices(self._spec, layer)
-        seconds = sum(self._rates.expert(flops, count) for count in num_rows) + self._call_s
+        seconds = sum(self._rates.expert(flops, count) for count in num_rows)
+        seconds += _EXPERTS * self._call_s
         return _on_host(seconds * self._weights[layer])
 
     def combine(self, layer: int, num_rows: int) -> Work:
@@ -191,7 +195,7 @@ class HostCosts:
         return seconds * (self._weights[key.layer] if key.layer >= 0 else self._scale)
 
     def embed_s(self, num_rows: int) -> float:
-        return self._rates.memory(2 * _F32 * num_rows * self._spec.hidden_size) + self._call_s
+        return self._rates.memory(2 * _F32 * num_rows * self._spec.hidden_size)
 
     def attention_s(self, layer: int, seen: Seen) -> float:
         """Norm, projections, scores and residual of one layer."""
@@ -218,13 +222,17 @@ class HostCosts:
         matrices = 2 * shared_matrices(self._spec, layer)
         moved = 3 * _F32 * num_rows * self._spec.hidden_size
         product = self._rates.product(Part.BLOCK, matrices, num_rows)
-        return product + self._rates.memory(moved) + self._call_s
+        return product + self._rates.memory(moved) + _ROUTE * self._call_s
+
+    def expert_s(self, layer: int, num_rows: int) -> float:
+        """One expert over its rows, without its call."""
+        return self._rates.expert(2 * expert_matrices(self._spec, layer), num_rows)
 
     def combine_s(self, layer: int, num_rows: int) -> float:
         moe = self._spec.blocks[layer].ffn
         top_k = moe.top_k if isinstance(moe, Moe) else 1
         moved = (top_k + 2) * _F32 * num_rows * self._spec.hidden_size
-        return self._rates.memory(moved) + self._call_s
+        return self._rates.memory(moved) + _COMBINE * self._call_s
 
     def head_s(self, num_rows: int) -> float:
         """All of the head, without the cost of its calls."""
@@ -235,7 +243,7 @@ class HostCosts:
     def sample_s(self, num_rows: int) -> float:
         """Drawing a token for each of `num_rows` rows of logits, after the pass."""
         moved = _SAMPLE_READS * _F32 * self._spec.vocab_size
-        return num_rows * (_SAMPLE_CALLS * self._call_s + self._rates.memory(moved))
+        return num_rows * (_SAMPLE_S + self._rates.memory(moved))
 
 
 def visible(attention: Attention, seen: Seen) -> tuple[float, float]:

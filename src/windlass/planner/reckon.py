@@ -73,7 +73,6 @@ class Reckoner:
 
     def _rows_alone(self, rows: int) -> tuple[float, dict[Part, float]]:
         """What depends on the number of rows alone: seconds of the host, bytes of weights."""
-        call_s = self._profile.host.call_s
         host = self.costs.embed_s(rows)
         for layer, count in self._kinds:
             ffn = self._spec.blocks[layer].ffn
@@ -81,9 +80,9 @@ class Reckoner:
             if isinstance(ffn, Moe):
                 active = active_experts(ffn.num_experts, ffn.top_k, rows)
                 each = max(1, round(rows * ffn.top_k / active))
-                one_expert = self.costs.experts(layer, (each,)).last.seconds - call_s
+                one_expert = self.costs.expert_s(layer, each)
                 seconds += self.costs.route_s(layer, rows) + self.costs.combine_s(layer, rows)
-                seconds += active * one_expert + call_s
+                seconds += active * one_expert + self.costs.experts(layer, ()).last.seconds
             else:
                 seconds += self.costs.dense(layer, rows).last.seconds
             host += count * seconds

@@ -6,6 +6,7 @@ A closed form ranks the whole grid, the passes of a coarse workload rank the bes
 decides between the last few.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,7 @@ from windlass.planner.compose import PassRun
 from windlass.planner.costs import Seen
 from windlass.planner.estimate import Estimate, estimate
 from windlass.planner.reckon import Reckoner, held_shares, layer_kinds
+from windlass.planner.steady import steady_seconds
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.spec.model import ModelSpec
 from windlass.units import round_up
@@ -30,8 +32,8 @@ _MICRO_ROWS = (1024, 256)
 # Of the pages that all sequences of a pass would take at their full length: they are not all there
 # at once, and who finds none waits or is computed again.
 _PAGE_SHARES = (1.0, 0.8, 0.6, 0.4)
-_COMPOSED = 12  # plans whose passes are composed
-_CLOCKED = 4  # plans that run on the clock
+_COMPOSED = 18  # plans whose passes are composed
+_CLOCKED = 6  # plans that run on the clock
 _COARSE_WAVES = 2  # of sequences, in the coarse workload
 _COARSE_LEVELS = 4  # lengths in it
 
@@ -65,14 +67,14 @@ def search(
     reckoner = Reckoner(spec, sizes, profile)
     grid = machine.grid(work, wanted)
     ranked = sorted(grid, key=lambda plan: _closed_form(reckoner, sizes, plan, work))
-    some = ranked[:_COMPOSED]
+    some = _spread(ranked, _COMPOSED, each=3)
 
     def coarse(plan: Plan) -> float:
         part = _coarse(work, plan.max_num_seqs)
         found = estimate(spec, sizes, plan, profile, part, on_clock=False)
         return found.load_s + (found.total_s - found.load_s) * _tokens(work) / _tokens(part)
 
-    best = sorted(some, key=coarse)[:_CLOCKED]
+    best = _spread(sorted(some, key=coarse), _CLOCKED, each=2)
     best += machine.other_micro_batches(best[0], wanted)
     found = [Candidate(plan, estimate(spec, sizes, plan, profile, work)) for plan in best]
     return sorted(found, key=lambda one: one.estimate.total_s)
@@ -137,8 +139,9 @@ class _Machine:
             return (wanted.kv_pages,)
         context = wanted.max_model_len or min(SMALLEST_CONTEXT, self._spec.max_positions)
         least = _pages(max(work.longest, context, self._context))
-        whole = seqs * (_pages(_tokens(work) / work.num_sequences) + 1)
-        return sorted({max(least, int(share * whole)) for share in _PAGE_SHARES})
+        alive = min(seqs, work.num_sequences)
+        whole = alive * (_pages(_tokens(work) / work.num_sequences) + 1)
+        return sorted({least, *(max(least, int(share * whole)) for share in _PAGE_SHARES)})
 
     def _plan(self, values: Wanted) -> list[Plan]:
         """The plan with these values, if it fits."""
@@ -156,13 +159,23 @@ def _choices(values: Iterable[int], most: int, fixed: int | None) -> list[int]:
     return [*(v for v in ordered if v < most), *[v for v in ordered if v >= most][:1]]
 
 
+def _spread(plans: Sequence[Plan], most: int, *, each: int) -> list[Plan]:
+    """The first of the plans, at most `each` of as many sequences: neighbours are much alike, and
+    what ranks them does not know all."""
+    kept: list[Plan] = []
+    counts: Counter[int] = Counter()
+    for plan in plans:
+        if len(kept) < most and counts[plan.max_num_seqs] < each:
+            counts[plan.max_num_seqs] += 1
+            kept.append(plan)
+    return kept
+
+
 def _closed_form(reckoner: Reckoner, sizes: Sizes, plan: Plan, work: Workload) -> float:
-    """Seconds of the job as a steady state: the first sequences' prompts, then passes until all
-    tokens are generated, some of which carry the prompts of those who come later."""
+    """Seconds of the job as a steady state."""
     prompt, output = work.mean_prompt_tokens, work.mean_output_tokens
-    rows, count = plan.max_num_batched_tokens, work.num_sequences
     hold = plan.kv_pages * plan.page_tokens / (prompt + output / 2 + plan.page_tokens / 2)
-    alive = max(1, min(plan.max_num_seqs, count, int(hold)))
+    alive = max(1, min(plan.max_num_seqs, work.num_sequences, int(hold)))
     held = held_shares(plan, sizes)
 
     def seconds(decode: float, prefill: float) -> float:
@@ -171,16 +184,7 @@ def _closed_form(reckoner: Reckoner, sizes: Sizes, plan: Plan, work: Workload) -
         )
         return reckoner.of(PassRun(1, seen, max(1, round(decode))), held).seconds
 
-    filling = max(1.0, alive * prompt / rows)
-    passes = max(max(work.output_tokens) - 1, count * (output - 1) / alive, 0)
-    later = max(0.0, work.total_prompt_tokens - alive * prompt)
-    most = max(rows - alive, CHUNK_TOKENS)  # prompt rows beside the rows that decode
-    mixed = later / most
-    begin = filling * seconds(0, max(1.0, alive * prompt / filling))
-    middle = mixed * seconds(alive, min(most, later)) if later else 0.0
-    decode = count * (output - 1) / max(passes, 1)
-    rest = max(0.0, passes - mixed) * seconds(max(1.0, decode), 0) if passes else 0.0
-    return begin + middle + rest
+    return steady_seconds(work, alive, plan.max_num_batched_tokens, seconds)
 
 
 def _coarse(work: Workload, max_num_seqs: int) -> Workload:

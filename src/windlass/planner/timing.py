@@ -4,6 +4,7 @@ between them. Of a large model a few layers stand for all. Seconds."""
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import log2
 
 import numpy as np
 
@@ -74,7 +75,7 @@ class Sample:
     factor: float
 
 
-def sample_layers(spec: ModelSpec, *, most_experts: int = _MOST_EXPERTS) -> Sample:
+def sample_layers(spec: ModelSpec, *, most_experts: int) -> Sample:
     """Layers of every kind, in their order, in nearly the shares that the whole has of them."""
     blocks = spec.blocks
     kinds: dict[Block, list[int]] = {}
@@ -132,9 +133,8 @@ class ClockedModel:
         *,
         keeps_spans: bool = False,
         usage: Sequence[Sequence[float]] | None = None,
-        most_experts: int = _MOST_EXPERTS,
     ) -> None:
-        self._sample = sample = sample_layers(spec, most_experts=most_experts)
+        self._sample = sample = sample_layers(spec, most_experts=_MOST_EXPERTS)
         self._plan = plan
         costs = HostCosts(
             sample.spec, sizes, profile, kv_layers=kv_layers(spec), weights=sample.weights,
@@ -207,18 +207,13 @@ def _segment(first: int, count: int, *, is_prompt: bool) -> Segment:
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """A pass that was timed. `active`: share of experts that its rows use; `slower`: the host's
-    time over what was reckoned."""
+    """A pass that was timed. `slower`: its seconds over the least that was reckoned; `disk`: the
+    share of them that the disk worked; `host`: the host's seconds over what was reckoned."""
 
     rows: int
-    active: float
-    timed: Timed
     slower: float
-
-    @property
-    def beyond_s(self) -> float:
-        """What the pass takes longer than its busiest lane works."""
-        return max(0.0, self.timed.seconds - max(self.timed.busy.values()))
+    disk: float
+    host: float
 
 
 class PassTimes:
@@ -247,18 +242,17 @@ class PassTimes:
         )
 
     def of(self, one: PassRun) -> Timed:
-        """A pass like `one`, with weights where the passes before left them."""
+        """A pass like `one`, with weights where the passes before left them. The disk may work more
+        than it must: it is never idle while anything is wished."""
         reckoned = self._reckoner.of(one, self._held)
         at = bisect_left([point.rows for point in self._points], one.num_rows)
         high = self._points[min(at, len(self._points) - 1)]
         low = self._points[max(at - 1, 0)] if high.rows > one.num_rows else high
-        share = _share(low.active, high.active, self._reckoner.active(one.num_rows))
-        disk = _mean(low.timed.busy["disk"], high.timed.busy["disk"], share)
-        read = _mean(low.timed.bytes_read, high.timed.bytes_read, share)
-        share = _share(low.rows, high.rows, one.num_rows)
-        host = reckoned.busy["host"] * _mean(low.slower, high.slower, share)
-        seconds = max(disk, host) + _mean(low.beyond_s, high.beyond_s, share)
-        return Timed(seconds, {"disk": disk, "host": host}, read)
+        share = _share(log2(low.rows), log2(high.rows), log2(max(1, one.num_rows)))
+        seconds = max(reckoned.busy.values()) * _mean(low.slower, high.slower, share)
+        host = min(seconds, reckoned.busy["host"] * _mean(low.host, high.host, share))
+        disk = seconds * _mean(low.disk, high.disk, share)
+        return Timed(seconds, {"disk": disk, "host": host})
 
     def sample_s(self, num_rows: int) -> float:
         """Drawing a token for each of `num_rows` rows of logits, after the pass."""
@@ -270,8 +264,12 @@ class PassTimes:
         if model is not None:
             model.run(one)  # finds the weights as a pass of another size left them
             timed = model.run(one)
-        slower = timed.busy["host"] / reckoned.busy["host"]
-        return _Point(one.num_rows, self._reckoner.active(one.num_rows), timed, slower)
+        return _Point(
+            one.num_rows,
+            timed.seconds / max(reckoned.busy.values()),
+            min(1.0, timed.busy["disk"] / timed.seconds),
+            timed.busy["host"] / reckoned.busy["host"],
+        )
 
 
 def _share(low: float, high: float, value: float) -> float:

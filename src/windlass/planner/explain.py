@@ -1,0 +1,235 @@
+"""Why a plan is as it is: bytes of every tier and what they hold, what the job takes and what
+binds, what more memory would bring, and the plans that come next. Pure arithmetic over a search."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from windlass.hardware.profile import HardwareProfile
+from windlass.ids import Part
+from windlass.plan import Plan
+from windlass.planner.budget import Sizes, Wanted
+from windlass.planner.estimate import Estimate
+from windlass.planner.reckon import slots_of
+from windlass.planner.search import Candidate, search
+from windlass.planner.with_device import DeviceReport, report_device
+from windlass.spec.cost import num_parameters
+from windlass.spec.model import ModelSpec
+from windlass.units import GIB, format_bytes, format_seconds
+from windlass.workload import Workload
+
+NUM_ALTERNATIVES = 3
+_WORDS = {
+    Part.EXPERT: "experts", Part.BLOCK: "dense blocks", Part.FFN: "dense networks",
+    Part.HEAD: "head", Part.FINAL: "last norm", Part.EMBED: "embedding",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """A memory. `budget`: bytes that may be used, None for a disk. `holds`: bytes by what they are;
+    they add up to what is used."""
+
+    name: str
+    budget: int | None
+    holds: Mapping[str, int]
+
+    @property
+    def used(self) -> int:
+        return sum(self.holds.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """`more_host_s`: seconds that the job would take with one more GiB of host memory."""
+
+    model: str
+    machine: str
+    rates: str  # where the machine's rates come from
+    workload: Workload
+    best: Candidate
+    alternatives: tuple[Candidate, ...]
+    tiers: tuple[Tier, ...]
+    more_host_s: float
+    device: DeviceReport | None  # of a machine with a GPU
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `plan` is what `--plan` replays."""
+        work = self.workload
+        return {
+            "model": self.model,
+            "machine": self.machine,
+            "rates": self.rates,
+            "workload": {
+                "num_sequences": work.num_sequences,
+                "prompt_tokens": work.total_prompt_tokens,
+                "output_tokens": work.total_output_tokens,
+                "longest": work.longest,
+            },
+            "plan": self.best.plan.to_json(),
+            "estimate": self.best.estimate.to_json(),
+            "share_of_bound": self.best.estimate.share_of_bound,
+            "tiers": [
+                {"name": t.name, "budget": t.budget, "used": t.used, "holds": dict(t.holds)}
+                for t in self.tiers
+            ],
+            "one_more_gib": {"host": {"total_s": self.more_host_s, "saves_s": self._saves_s}},
+            "alternatives": [
+                {"plan": one.plan.to_json(), "estimate": one.estimate.to_json()}
+                for one in self.alternatives
+            ],
+            "device": None if self.device is None else self.device.to_json(),
+            "notes": list(self.notes),
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        work, found = self.workload, self.best.estimate
+        return [
+            f"model: {self.model}",
+            f"machine: {self.machine} (rates: {self.rates})",
+            f"workload: {work.num_sequences} sequences, {work.mean_prompt_tokens:.0f} tokens in and"
+            f" {work.mean_output_tokens:.0f} out on average, {work.longest} at most",
+            "",
+            *(_tier_line(tier) for tier in self.tiers),
+            "",
+            f"pass: {_choices(self.best.plan)}",
+            f"predicted: {format_seconds(found.total_s)} in all: loading"
+            f" {format_seconds(found.load_s)}, prefill {format_seconds(found.prefill_s)}"
+            f" ({found.prefill_tokens_s:.3g} tokens/s), decode {format_seconds(found.decode_s)}"
+            f" ({found.decode_tokens_s:.3g} tokens/s)",
+            *_binding_lines(found),
+            self._more_line(),
+            *self._alternative_lines(),
+            *([] if self.device is None else ["", *self.device.lines()]),
+            *(f"note: {note}" for note in self.notes),
+        ]
+
+    @property
+    def _saves_s(self) -> float:
+        return max(0.0, self.best.estimate.total_s - self.more_host_s)
+
+    def _more_line(self) -> str:
+        saved = self._saves_s
+        if saved < 0.005 * self.best.estimate.total_s:
+            return "one more GiB of host memory would bring nothing"
+        share = 100 * saved / self.best.estimate.total_s
+        return f"one more GiB of host memory would save {format_seconds(saved)} ({share:.0f} %)"
+
+    def _alternative_lines(self) -> list[str]:
+        if not self.alternatives:
+            return ["alternatives: none that fit"]
+        best = self.best.estimate.total_s
+        return ["alternatives, the best first:"] + [
+            f"  {format_seconds(one.estimate.total_s)}"
+            f" (+{100 * (one.estimate.total_s / best - 1):.1f} %): {_choices(one.plan)}"
+            for one in self.alternatives
+        ]
+
+
+def explain(
+    spec: ModelSpec,
+    sizes: Sizes,
+    profile: HardwareProfile,
+    workload: Workload,
+    host_memory: int,
+    wanted: Wanted,
+    *,
+    device_memory: int | None = None,
+) -> Explanation:
+    """The best plan for the job on the host, and what is to be known of it; what a device would
+    bring, within `device_memory` bytes. BudgetError where nothing fits."""
+    found = search(spec, sizes, profile, workload, host_memory, wanted)
+    best, *others = found
+    richer = search(spec, sizes, profile, workload, host_memory + GIB, wanted)[0]
+    return Explanation(
+        model=f"{spec.family}, {num_parameters(spec) / 1e9:.3g} B parameters,"
+        f" {format_bytes(sum(weight_bytes(sizes).values()))} of weights",
+        machine=profile.name,
+        rates=f"{profile.source} {profile.captured}".strip(),
+        workload=workload,
+        best=best,
+        alternatives=tuple(others[:NUM_ALTERNATIVES]),
+        tiers=(host_tier(best.plan, sizes), disk_tier(best.plan, sizes)),
+        more_host_s=richer.estimate.total_s,
+        device=None
+        if profile.device is None
+        else report_device(spec, sizes, profile, workload, host_memory, device_memory),
+        notes=_notes(best.plan, workload),
+    )
+
+
+def weight_bytes(sizes: Sizes) -> dict[Part, int]:
+    """Of all parts of each kind."""
+    return {part: sizes.slot_bytes[part] * count for part, count in sizes.num_parts.items()}
+
+
+def host_tier(plan: Plan, sizes: Sizes) -> Tier:
+    """What the budget holds; adds up to the plan's total."""
+    holds = {
+        "process": plan.process_bytes,
+        "activations": plan.activation_bytes,
+        "keys and values": plan.kv_pages * plan.kv_page_bytes,
+    }
+    slots = slots_of(plan)
+    for part, count in sizes.num_parts.items():
+        kept = min(slots.get(part, 0), count)
+        if kept:
+            holds[f"{_WORDS[part]} {kept} of {count}"] = kept * sizes.slot_bytes[part]
+    if plan.state_slots:
+        holds["recurrent states"] = plan.state_slots * sizes.state_bytes
+    return Tier("host", plan.host_memory, holds)
+
+
+def disk_tier(plan: Plan, sizes: Sizes) -> Tier:
+    """The checkpoint: what memory holds beside it, and what each pass over all experts reads."""
+    slots, whole = slots_of(plan), weight_bytes(sizes)
+    kept = sum(
+        min(slots.get(part, 0), count) * sizes.slot_bytes[part]
+        for part, count in sizes.num_parts.items()
+    )
+    total = sum(whole.values())
+    return Tier("disk", None, {"weights also in memory": kept, "weights read": total - kept})
+
+
+def _tier_line(tier: Tier) -> str:
+    of = "" if tier.budget is None else f" of {format_bytes(tier.budget)}"
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in tier.holds.items() if size)
+    return f"{tier.name}: {format_bytes(tier.used)}{of}: {parts}"
+
+
+def _binding_lines(found: Estimate) -> list[str]:
+    """What binds the job, and each phase of some length."""
+    busy = ", ".join(
+        f"{name} {100 * seconds / found.total_s:.0f} %"
+        for name, seconds in found.busy.items()
+        if seconds
+    )
+    lines = [
+        f"binds: {found.binds}; busy: {busy}; the bound of what binds is"
+        f" {100 * found.share_of_bound:.0f} % of the time"
+    ]
+    for name, phase in found.phases.items():
+        if phase.passes and phase.seconds >= 0.01 * found.total_s:
+            bound = phase.bound.get(phase.binds, 0.0)
+            lines.append(
+                f"  {name}: {phase.passes} passes in {format_seconds(phase.seconds)}, bound by"
+                f" {phase.binds} ({100 * bound / phase.seconds:.0f} %)"
+            )
+    return lines
+
+
+def _choices(plan: Plan) -> str:
+    return (
+        f"{plan.max_num_seqs} sequences, {plan.max_num_batched_tokens} rows, attention by"
+        f" {plan.micro_batch_tokens}, keys and values of"
+        f" {plan.kv_pages * plan.page_tokens} tokens, experts in memory {plan.expert_slots} of"
+        f" {plan.num_experts}"
+    )
+
+
+def _notes(plan: Plan, workload: Workload) -> tuple[str, ...]:
+    if workload.longest <= plan.max_model_len:
+        return ()
+    return (f"sequences longer than {plan.max_model_len} tokens do not fit and count as that long",)
