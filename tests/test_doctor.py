@@ -271,6 +271,19 @@ def test_rates_are_flops_by_seconds(one_second, tiny):
     assert {"decode attention", "prefill attention"} < set(findings.spread)
 
 
+def test_rounds_end_early_where_time_is_short(monkeypatch):
+    found, seen = Findings(), []
+
+    def time_rows(rows: int) -> Timing:
+        seen.append(rows)
+        return Timing((float(rows),))
+
+    assert found.rounds(time_rows)[4].samples == (4.0,) * 3 and not found.is_hurried
+    monkeypatch.setattr(kernel_rates, "_PATIENCE_S", -1.0)
+    assert found.rounds(time_rows)[4].samples == (4.0,) and found.is_hurried
+    assert seen == [*ROWS] * 4
+
+
 def test_attention_of_latents_counts_them_once(one_second, tmp_path):
     make_model("deepseek_v2", tmp_path)
     model = checkpoint_model(tmp_path)

@@ -156,6 +156,8 @@ class _Examination:
                 measured = random_model(kind)
         finally:
             measured.source.close()
+        if self._findings.is_hurried:
+            self._notes.append("a slow or busy machine: some products were measured once only")
         self._findings.spread |= {"memory": memory.spread, "call": call.spread}
         return Processor(
             name=self._environment.cpu,
