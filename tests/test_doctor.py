@@ -21,7 +21,7 @@ from windlass.device.cuda import find_cuda
 from windlass.doctor.cache import cache_key, load_report, save_report
 from windlass.doctor.disk import DiskRates, drop_cached, measure_disk, scratch_checkpoint
 from windlass.doctor.environment import disk_of
-from windlass.doctor.examine import Subject, examine
+from windlass.doctor.examine import Subject, examine, kept_report
 from windlass.doctor.kernel_rates import ROWS, Findings, measure_attention, measure_products
 from windlass.doctor.parts import KINDS, checkpoint_model, cold_parts, random_model, weight_kind
 from windlass.doctor.report import Report
@@ -384,8 +384,12 @@ def quick(one_second, monkeypatch):
 
 def test_a_report_is_measured_once_and_kept(quick, tiny, tmp_path):
     subject = Subject(cache=tmp_path, model=tiny, moe_backend="torch", threads=1)
+    assert kept_report(subject) is None and quick == []
+    before = torch.get_num_threads()
     first = examine(subject)
+    assert torch.get_num_threads() == before
     again = examine(subject)
+    assert kept_report(subject) == first
     assert quick == [str(tiny)] and again == first
     assert first.profile.source == "measured" and first.profile.threads == 1
     assert first.profile.disk_path == str(tiny)
