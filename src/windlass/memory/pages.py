@@ -39,6 +39,12 @@ def block_keys(token_ids: Sequence[int], block_tokens: int) -> tuple[bytes, ...]
     return tuple(keys)
 
 
+def num_alike(some: Sequence[bytes], others: Sequence[bytes]) -> int:
+    """Blocks at the beginning of two prompts that have the same keys."""
+    pairs = enumerate(zip(some, others, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(some), len(others)))
+
+
 class PagePool:
     """`num_pages` pages; knows numbers, no tensors."""
 
