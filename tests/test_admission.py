@@ -131,6 +131,16 @@ def test_what_gave_way_returns_in_the_order_of_age_before_what_never_ran():
     assert [c.request.request_id for c in machine.finished] == begun + ["4"]
 
 
+def test_nothing_holds_pages_before_there_is_room_for_its_rows():
+    machine = Machine(pages=100, seqs=4, rows=4 + CHUNK_TOKENS)
+    machine.add(40, 5)
+    machine.add(40, 5)
+    machine.step()
+    assert len(machine.admission.running) == 1
+    machine.step()
+    assert len(machine.admission.running) == 2
+
+
 def test_no_page_is_kept_for_what_cannot_grow():
     machine = Machine(pages=4, seqs=8, rows=8 + CHUNK_TOKENS)
     for _ in range(4):
