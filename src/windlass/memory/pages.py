@@ -41,8 +41,12 @@ def block_keys(token_ids: Sequence[int], block_tokens: int) -> tuple[bytes, ...]
 
 def num_alike(some: Sequence[bytes], others: Sequence[bytes]) -> int:
     """Blocks at the beginning of two prompts that have the same keys."""
-    pairs = enumerate(zip(some, others, strict=False))
-    return next((i for i, (one, other) in pairs if one != other), min(len(some), len(others)))
+    count = 0
+    for one, other in zip(some, others, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
 
 
 class PagePool:
