@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -147,6 +148,15 @@ class Bench:
             job.write(self._folder / f"{name}.jsonl", config["vocab_size"])
         return sum(path.stat().st_size for path in model.glob("*.safetensors"))
 
+    def examine(self) -> None:
+        """Measures the machine for the planner, with this model and these threads, or finds it
+        measured."""
+        command = (sys.executable, "-m", "windlass.cli", "doctor")
+        threads = ("--threads", str(self._threads))
+        subprocess.run(
+            [*command, "--model", str(self._folder / "model"), *threads], check=True, stdout=2
+        )
+
     def run(self, measured: Measured) -> None:
         """One run, added to `measured`. Ends the program where it fails or answers otherwise."""
         variant, output = measured.variant, self._folder / "out.jsonl"
@@ -239,6 +249,8 @@ def bench(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         threads=set_threads(options.threads), flags=options.flag,
     )  # fmt: skip
     model_bytes = setting.prepare(preset(options.preset, num_layers=options.num_layers))
+    if not options.quick:
+        setting.examine()
     print(f"{options.preset}, {options.num_layers} layers, {format_bytes(model_bytes)}, "
           f"{options.host_memory}; {plain}")  # fmt: skip
     found = [Measured(variant) for variant in variants(options.micro_batches)]

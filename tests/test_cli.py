@@ -253,6 +253,11 @@ def test_exit_codes_summary_and_json(folder: Path) -> None:
     assert any(line.startswith("disk: ") and "75.0 %" in line for line in lines)
     assert any(line.startswith("memory: 1.00 MiB") for line in lines)
     document = json.loads(lines[-1])
+    asked, found = document["prefix_cache_queries"], document["prefix_cache_hits"]
+    assert document["total_input_tokens"] == asked > 0 and found == asked // 4
+    assert any(line.startswith(f"tokens: {asked} in") for line in lines)
+    said = f"shared prefixes: {found} of {asked} prompt tokens found ({100 * found / asked:.1f} %)"
+    assert said in lines
     assert document["status"] == "completed"
     assert document["request_counts"] == {
         "total": NUM_ROWS, "completed": NUM_ROWS - 1, "failed": 1,

@@ -21,7 +21,7 @@ from windlass.device.cuda import find_cuda
 from windlass.doctor.cache import cache_key, load_report, save_report
 from windlass.doctor.disk import DiskRates, drop_cached, measure_disk, scratch_checkpoint
 from windlass.doctor.environment import disk_of
-from windlass.doctor.examine import Subject, examine
+from windlass.doctor.examine import Subject, examine, kept_report
 from windlass.doctor.kernel_rates import ROWS, Findings, measure_attention, measure_products
 from windlass.doctor.parts import KINDS, checkpoint_model, cold_parts, random_model, weight_kind
 from windlass.doctor.report import Report
@@ -271,6 +271,19 @@ def test_rates_are_flops_by_seconds(one_second, tiny):
     assert {"decode attention", "prefill attention"} < set(findings.spread)
 
 
+def test_rounds_end_early_where_time_is_short(monkeypatch):
+    found, seen = Findings(), []
+
+    def time_rows(rows: int) -> Timing:
+        seen.append(rows)
+        return Timing((float(rows),))
+
+    assert found.rounds(time_rows)[4].samples == (4.0,) * 3 and not found.is_hurried
+    monkeypatch.setattr(kernel_rates, "_PATIENCE_S", -1.0)
+    assert found.rounds(time_rows)[4].samples == (4.0,) and found.is_hurried
+    assert seen == [*ROWS] * 4
+
+
 def test_attention_of_latents_counts_them_once(one_second, tmp_path):
     make_model("deepseek_v2", tmp_path)
     model = checkpoint_model(tmp_path)
@@ -371,8 +384,12 @@ def quick(one_second, monkeypatch):
 
 def test_a_report_is_measured_once_and_kept(quick, tiny, tmp_path):
     subject = Subject(cache=tmp_path, model=tiny, moe_backend="torch", threads=1)
+    assert kept_report(subject) is None and quick == []
+    before = torch.get_num_threads()
     first = examine(subject)
+    assert torch.get_num_threads() == before
     again = examine(subject)
+    assert kept_report(subject) == first
     assert quick == [str(tiny)] and again == first
     assert first.profile.source == "measured" and first.profile.threads == 1
     assert first.profile.disk_path == str(tiny)

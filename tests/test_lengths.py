@@ -53,6 +53,25 @@ def test_only_the_last_answers_count(outputs, after, more):
     assert chance == pytest.approx((len(went) + 1) / (len(came) + 1))
 
 
+def test_a_page_is_kept_as_far_as_it_is_likely_to_be_wanted():
+    """A prompt of 20 tokens in a page of 32: the 13th token of its answer is never computed if it
+    is the last."""
+    kv = KvStore([], dtype=torch.float32, num_pages=9, page_tokens=PAGE_TOKENS, state_slots=0)
+    admission = Admission(kv, max_num_seqs=4, max_rows=68, long_rope_after=None)
+    admission.add(Queued(Request("a", (1,) * 20, SamplingParams(max_tokens=40), ""), 0, 40, 60))
+    (row,) = admission.compose(lambda queued: Choice(queued, None, None, frozenset()))
+    assert admission._may_want(row.choice) == 1
+    for num_output in (13,) * 6 + (14,) * 3:
+        admission.lengths.observe(num_output, 40)
+    assert admission._may_want(row.choice) == pytest.approx((3 + 1) / (9 + 1))
+    row.choice.output_ids.extend([1] * 13)
+    assert admission._may_want(row.choice) == 1  # it lacks one now
+    admission._grow(row.choice)
+    assert admission._may_want(row.choice) == 0  # nor can it want a third
+    admission.lengths.observe(5, 40)
+    assert admission._may_want(row.choice) == 0
+
+
 def _passes(draw, *, pages, learns, seed=0):
     """Passes and preemptions of a job of 200 requests whose answers have `draw` tokens."""
     chance = random.Random(seed)

@@ -333,9 +333,49 @@ def test_what_is_left_of_a_prompt_decides_whether_it_fits():
     machine.add("0", HEADER, 1)
     while machine.admission.running or machine.admission.waiting:
         machine.step()
-    machine.add("1", [5] * 40, 1)
-    machine.add("2", HEADER + [5] * 10, 1)  # 18 left, in a pass with room for 28
-    assert [row.segment.num_rows for row in machine.step()] == [40, 18]
+    machine.add("1", HEADER + [5] * 30, 1)
+    machine.add("2", HEADER + [6] * 10, 1)  # 18 left, in a pass with room for 30
+    assert [row.segment.num_rows for row in machine.step()] == [38, 18]
+
+
+def _admitted(machine):
+    """Names in the order in which requests are admitted, where each ends in its first pass."""
+    order = []
+    while machine.admission.running or machine.admission.waiting:
+        order += [row.choice.request.request_id for row in machine.step()]
+    return order
+
+
+def test_prompts_that_begin_alike_are_admitted_one_after_the_other():
+    for shares in (False, True):
+        machine = Machine(pages=8, seqs=9, rows=4000, shares=shares)
+        for i in range(3):
+            machine.add(f"a{i}", HEADER + _own(i), 1)
+            machine.add(f"b{i}", [7] * 100 + _own(i), 1)
+            machine.add(f"c{i}", HEADER[:128] + [8] * 64 + _own(i), 1)
+        order = _admitted(machine)
+        if shares:  # a2 is more like a1 than c0 is, which is more like a2 than b0 is
+            assert order == ["a0", "a1", "a2", "c0", "c1", "c2", "b0", "b1", "b2"]
+        else:
+            assert order == ["a0", "b0", "c0", "a1", "b1", "c1", "a2", "b2", "c2"]
+
+
+def test_nothing_is_passed_over_for_long():
+    machine = Machine(pages=8, seqs=3, rows=4000)
+    for i, name in enumerate(["a0", "b0", *(f"a{i}" for i in range(1, 9))]):
+        machine.add(name, ([7] * 200 if name == "b0" else HEADER) + _own(i), 1)
+    assert _admitted(machine)[:6] == ["a0", "a1", "a2", "a3", "b0", "a4"]
+
+
+def test_what_gave_way_is_not_passed_over():
+    machine = Machine(pages=30, seqs=4, rows=4000, ends=False)
+    for i, name in enumerate("abc"):
+        machine.add(name, ([7] * 200 if name == "b" else HEADER) + _own(i), 9)
+    machine.step()
+    assert [one.request.request_id for one in machine.admission.running] == ["a", "c", "b"]
+    machine.admission.restart()
+    machine.step()
+    assert [one.request.request_id for one in machine.admission.running] == ["a", "c", "b"]
 
 
 def test_admission_counts_shared_pages_once():

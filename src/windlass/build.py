@@ -128,13 +128,13 @@ def _setup(
     replayed = read_plan(options.plan) if options.plan else None
     if replayed is not None and options.kv_cache_dtype == "auto":
         options = replace(options, kv_cache_dtype=_known_cache_dtype(replayed))
-    wanted = wanted_of(options, model)
-    sizes = sizes_of(model, options, backend)
-    if replayed is not None:
-        check_replay(replayed, model.spec, sizes, wanted, options.host_memory or largest_budget())
     params = _default_params(model.folder, options)
     longest = options.max_model_len or model.spec.max_positions
     job = lengths(tokenizer, params, longest) if lengths else None
+    wanted = wanted_of(options, model)
+    sizes = sizes_of(model, options, backend)  # after all that the process has grown by
+    if replayed is not None:
+        check_replay(replayed, model.spec, sizes, wanted, options.host_memory or largest_budget())
     chosen = _choose(model.spec, sizes, options, wanted, job, profile, replayed)
     plan = chosen.plan
     return EngineSetup(

@@ -1,8 +1,8 @@
 """One examination of this machine: what is measured in which order, and what is kept of it."""
 
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,55 +53,55 @@ Tell = Callable[[str], None]
 def examine(subject: Subject, *, fresh: bool = False, tell: Tell = lambda text: None) -> Report:
     """The report on this machine: the one kept from before, or measured now (where `fresh`, always)
     and kept. `tell` hears what is being measured."""
-    machine_threads = torch.get_num_threads()
-    threads = subject.threads or machine_threads
-    try:
-        with torch.inference_mode():
-            return _examine(subject, threads, fresh=fresh, tell=tell)
-    finally:
-        torch.set_num_threads(machine_threads)
+    with torch.inference_mode(), _prepared(subject) as place:
+        kept = None if fresh else load_report(subject.cache, place.key)
+        if kept is not None:
+            return kept
+        report = _Examination(subject, place.environment, place.kernels, tell).run(place.gpu)
+        save_report(subject.cache, place.key, report)
+        return report
 
 
 def kept_report(subject: Subject) -> Report | None:
-    """The report kept from before; None where this machine would have to be measured."""
+    """The report kept from before, if it is still good; measures nothing."""
+    with _prepared(subject) as place:
+        return load_report(subject.cache, place.key)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """What a report is of, before anything is measured."""
+
+    environment: Environment
+    kernels: Kernels
+    gpu: Accelerator | None
+    key: dict[str, object]
+
+
+@contextmanager
+def _prepared(subject: Subject) -> Iterator[_Place]:
+    """Kernels chosen and the machine looked at; torch's threads are restored at the end."""
     machine_threads = torch.get_num_threads()
+    threads = subject.threads or machine_threads
     try:
-        *_, key = _look(subject, subject.threads or machine_threads)
+        kernels = choose_kernels(
+            subject.moe_backend, threads=threads, bf16_rows=subject.dtype == "bfloat16"
+        )
+        gpu = find_cuda()
+        environment = read_environment(
+            subject.model or subject.cache,
+            kernels,
+            threads=threads,
+            gpu=None if gpu is None else gpu.name,
+        )
+        key = {
+            **cache_key(environment, subject.model),
+            "dtype": subject.dtype,
+            "load_mode": subject.load_mode,
+        }
+        yield _Place(environment, kernels, gpu, key)
     finally:
         torch.set_num_threads(machine_threads)
-    return load_report(subject.cache, key)
-
-
-def _examine(subject: Subject, threads: int, *, fresh: bool, tell: Tell) -> Report:
-    kernels, gpu, environment, key = _look(subject, threads)
-    kept = None if fresh else load_report(subject.cache, key)
-    if kept is not None:
-        return kept
-    report = _Examination(subject, environment, kernels, tell).run(gpu)
-    save_report(subject.cache, key, report)
-    return report
-
-
-def _look(
-    subject: Subject, threads: int
-) -> tuple[Kernels, Accelerator | None, Environment, dict[str, object]]:
-    """What there is, and the key of its report."""
-    kernels = choose_kernels(
-        subject.moe_backend, threads=threads, bf16_rows=subject.dtype == "bfloat16"
-    )
-    gpu = find_cuda()
-    environment = read_environment(
-        subject.model or subject.cache,
-        kernels,
-        threads=threads,
-        gpu=None if gpu is None else gpu.name,
-    )
-    key = {
-        **cache_key(environment, subject.model),
-        "dtype": subject.dtype,
-        "load_mode": subject.load_mode,
-    }
-    return kernels, gpu, environment, key
 
 
 class _Examination:
@@ -174,6 +174,8 @@ class _Examination:
                 measured = random_model(kind)
         finally:
             measured.source.close()
+        if self._findings.is_hurried:
+            self._notes.append("a slow or busy machine: some products were measured once only")
         self._findings.spread |= {"memory": memory.spread, "call": call.spread}
         return Processor(
             name=self._environment.cpu,

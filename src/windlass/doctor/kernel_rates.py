@@ -1,6 +1,7 @@
 """How fast the kernels of a run are on this machine: experts and dense products by rows and kind of
 weights, attention, memory. Every call is one that a pass makes (schedule/on_device.py)."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ ROWS = (1, 4, 16, 64, 256, 1024)
 _GROUP = 8  # experts of one call, as a layer has them at hand
 _SINGLE_ROWS = 256  # beyond, experts are called alone: a group's rows would not fit a cache
 _ROUNDS = 3  # over all rows, so that what disturbs one moment does not decide a measurement
+_PATIENCE_S = 60.0  # of all products; beyond, one round must do
 _LIMIT_S = 0.1  # of each measurement in a round, but 3 samples are taken
 _LARGE_BYTES = 256 * MIB
 _SEQUENCES = 32
@@ -39,6 +41,19 @@ class Findings:
     experts: dict[str, Curve] = field(default_factory=dict)
     dense: dict[str, Curve] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
+    begin_s: float = field(default_factory=time.perf_counter)
+    is_hurried: bool = False  # whether time was too short for all rounds
+
+    def rounds(self, time_rows: Callable[[int], Timing]) -> dict[int, Timing]:
+        """All samples of all rounds, by rows."""
+        samples: dict[int, tuple[float, ...]] = dict.fromkeys(ROWS, ())
+        for number in range(_ROUNDS):
+            if number and time.perf_counter() - self.begin_s > _PATIENCE_S:
+                self.is_hurried = True
+                break
+            for rows in ROWS:
+                samples[rows] += time_rows(rows).samples
+        return {rows: Timing(each) for rows, each in samples.items()}
 
     def curve(self, name: str, timings: Mapping[int, Timing], flops: Callable[[int], int]) -> Curve:
         """FLOP/s over rows; remembers the spreads under `name`."""
@@ -63,7 +78,7 @@ def measure_products(model: Model, kernels: Kernels, findings: Findings) -> None
     """Expert networks and dense products of the kinds that the model has."""
     experts = cold_parts(model, Part.EXPERT, fewest=_GROUP)
     kind = weight_kind(experts[0]["gate"])
-    timings = _rounds(partial(_time_experts, model, kernels, experts))
+    timings = findings.rounds(partial(_time_experts, model, kernels, experts))
     one = sum(_elements(experts[0][name]) for name in ("gate", "up", "down"))
     findings.experts[kind] = findings.curve(f"experts {kind}", timings, partial(_flops, one))
     del experts
@@ -79,21 +94,12 @@ def _measure_dense(parts: list[StoredTensors], kernels: Kernels, findings: Findi
         found = [[w for w in _matrices(part) if weight_kind(w) == kind] for part in parts]
         some = [matrices for matrices in found if matrices]
         elements = sum(_elements(w) for matrices in some for w in matrices) // len(some)
-        timings = _rounds(partial(_time_dense, kernels, some))
+        timings = findings.rounds(partial(_time_dense, kernels, some))
         findings.dense[kind] = findings.curve(f"dense {kind}", timings, partial(_flops, elements))
 
 
 def _flops(elements: int, rows: int) -> int:
     return 2 * elements * rows
-
-
-def _rounds(time_rows: Callable[[int], Timing]) -> dict[int, Timing]:
-    """All samples of all rounds, by rows."""
-    samples: dict[int, tuple[float, ...]] = dict.fromkeys(ROWS, ())
-    for _ in range(_ROUNDS):
-        for rows in ROWS:
-            samples[rows] += time_rows(rows).samples
-    return {rows: Timing(each) for rows, each in samples.items()}
 
 
 def _time_experts(

@@ -1,24 +1,27 @@
 """Which rows the next pass computes: admission by key/value pages. Knows counts, no tensors.
 
 Decode rows of running sequences go first, at least one of each, then chunks of prompts fill the
-pass up to its row limit, in the order of arrival; a waiting sequence joins as soon as pages for its
-prompt are free. Prompts that begin alike share pages (`engine/prompt_pages.py`): the first to come
-computes them, those behind it in the same pass or later ones read them. Pages grow with the
-sequence; when none is left, the youngest sequence gives its pages back and is later computed again
-from its tokens, which gives the same bits (prompt rows as prompt rows, generated rows as generated
-rows). The oldest sequence never gives way while there is a younger one, and what gave way returns
-in the order of age: the oldest comes to its end whatever the others do, so all do.
+pass up to its row limit, the oldest first; a waiting sequence joins as soon as pages for its prompt
+are free, those that begin alike one after the other. They share pages (`engine/prompt_pages.py`):
+the first to come computes them, those behind it in the same pass or later ones read them. Pages
+grow with the sequence; when none is left, the youngest sequence gives its pages back and is later
+computed again from its tokens, which gives the same bits (prompt rows as prompt rows, generated
+rows as generated rows). The oldest sequence never gives way while there is a younger one, and what
+gave way returns first and in the order of age: the oldest comes to its end whatever the others do,
+so all do.
 """
 
 from collections import Counter, deque
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 from windlass.engine.choice import Choice, Queued
 from windlass.engine.lengths import OutputLengths
 from windlass.engine.prompt_pages import PromptPages
-from windlass.engine.sequence import Request
+from windlass.engine.sequence import WINDOW, Request
 from windlass.memory.kv import KvStore
+from windlass.memory.pages import num_alike
 from windlass.plan import Plan
 from windlass.schedule.batch import CHUNK_TOKENS, Segment
 
@@ -51,6 +54,8 @@ class Admission:
         self._max_num_seqs = max_num_seqs
         self._max_rows = max_rows
         self._mixed_prefill_rows = mixed_prefill_rows
+        self._last_keys: tuple[bytes, ...] = ()  # of the prompt that was admitted last
+        self._num_passed_over = 0  # times in a row that the first in the queue was
         self.lengths = OutputLengths()
         self._is_filling = False  # a wave takes in prompts
         self.prompt_pages = PromptPages(kv, long_rope_after=long_rope_after)
@@ -114,24 +119,40 @@ class Admission:
         for choice in self.running:
             if choice.in_prompt:
                 room -= self._add_prompt(choice, room, rows)
-        while room > 0 and self._can_admit():
-            first = self.waiting[0]
-            queued = first.queued
-            if not self._fitting(queued.num_tokens - self.prompt_pages.num_ready(queued), room):
+        while room > 0 and self.waiting and len(self.running) < self._max_num_seqs:
+            place = self._next()
+            newcomer = self.waiting[place]
+            if not self._can_admit(newcomer, room):
                 break
-            self.waiting.popleft()
-            choice = start(first) if isinstance(first, Queued) else first
+            del self.waiting[place]
+            choice = start(newcomer) if isinstance(newcomer, Queued) else newcomer
             self._admit(choice)
+            self._num_passed_over = self._num_passed_over + 1 if place else 0
             room -= self._add_prompt(choice, room, rows)
 
-    def _can_admit(self) -> bool:
-        if not self.waiting or len(self.running) >= self._max_num_seqs:
-            return False
-        newcomer = self.waiting[0]
+    def _next(self) -> int:
+        """Place in the queue of what is admitted next: the first, or the first of those that begin
+        most like the last that was admitted, so that fewer prefixes are held at once. What gave way
+        is not passed over, nothing is more often than there are places for sequences."""
+        keys = self._last_keys
+        is_due = self._num_passed_over >= self._max_num_seqs
+        if not keys or is_due or isinstance(self.waiting[0], Choice):
+            return 0
+        found = most = 0
+        for place, one in enumerate(islice(self.waiting, WINDOW * self._max_num_seqs)):
+            alike = num_alike(keys, one.queued.block_keys)
+            if alike > most:
+                found, most = place, alike
+        return found
+
+    def _can_admit(self, newcomer: Queued | Choice, room: int) -> bool:
+        queued = newcomer.queued
+        left = queued.num_tokens - self.prompt_pages.num_ready(queued)
         needed = self._kv.pages_for(min(newcomer.num_tokens + 1, newcomer.max_total - 1))
-        needed -= self.prompt_pages.num_held(newcomer.queued)
+        needed -= self.prompt_pages.num_held(queued)
         kept = sum(map(self._may_want, self.running))
-        return needed + kept <= self._kv.num_free_pages and self._kv.has_free_state
+        fits = needed + kept <= self._kv.num_free_pages and self._kv.has_free_state
+        return fits and self._fitting(left, room) > 0
 
     def _may_want(self, choice: Choice) -> float:
         """Pages kept free for a running choice, so that a newcomer does not drive it out at once:
@@ -150,6 +171,7 @@ class Admission:
 
     def _admit(self, choice: Choice) -> None:
         self.prompt_pages.take(choice)
+        self._last_keys = choice.queued.block_keys
         choice.state_slot = self._kv.take_state()
         self.running.append(choice)
 

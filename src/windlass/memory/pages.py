@@ -39,6 +39,16 @@ def block_keys(token_ids: Sequence[int], block_tokens: int) -> tuple[bytes, ...]
     return tuple(keys)
 
 
+def num_alike(some: Sequence[bytes], others: Sequence[bytes]) -> int:
+    """Blocks at the beginning of two prompts that have the same keys."""
+    count = 0
+    for one, other in zip(some, others, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
+
+
 class PagePool:
     """`num_pages` pages; knows numbers, no tensors."""
 
