@@ -2,7 +2,7 @@
  *
  * Activations are fp32. A weight matrix is described by wl_matrix and stays as it is stored.
  * Every result of one row depends on that row and the weights alone: sums over the inner dimension
- * run in blocks at fixed positions, each a sequence of fused multiply-adds in ascending order, so
+ * run in blocks at fixed positions, each of chains of fused multiply-adds at fixed places, so
  * neither other rows, nor threads, nor the cut into calls can change a bit.
  *
  * Shape letters: T rows of a call, D inner width, N output features, H query heads, K key/value

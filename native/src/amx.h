@@ -61,30 +61,28 @@ inline void soft_multiply(int c, int a, int b) {
 #endif
 
 struct Tiles {
-  static constexpr int UNIT = 2, ROUND = W;  // a tile's row of a chunk is W units
+  static constexpr int UNIT = 2;
+  static constexpr bool LANES = false;
+  static Chains chains(const wl_matrix &) { return {0}; }  // sums are those of the tile registers
+  static int places(int count, Chains) { return (count + UNIT * W - 1) / (UNIT * W) * W; }  // whole tiles
 
   /// Chunks of 32 columns, as [chunk][row][unit], zeros behind the last column.
-  static void pack(const float *const *rows, int mr, int64_t count, float *dst) {
-    for (int64_t k = 0; k < count; k += 2 * W, dst += W * mr)
-      for (int i = 0; i < mr; i++) {
-        float lanes[2 * W] = {};
-        const float *from = rows[i] + k;
-        if (k + 2 * W > count) {
-          std::memcpy(lanes, from, size_t(count - k) * 4);
-          from = lanes;
-        }
-        _mm512_storeu_si512(dst + i * W, (VI)_mm512_cvtne2ps_pbh(v_load(from + W), v_load(from)));
-      }
+  static void pack(const float *const *rows, int mr, Part part, float *dst, Chains) {
+    dst += part.first / UNIT * mr;
+    for (int64_t k = 0; k < part.count; k += UNIT * W, dst += W * mr)
+      for (int i = 0; i < mr; i++) _mm512_storeu_si512(dst + i * W, Pairs::load_pairs(rows[i] + k, part.count - k));
   }
 
-  static void unpack(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, float *scratch) {
-    Pairs::unpack(m, n0, k0, count, panel, scratch);
-    const int units = (count + 1) / 2, end = (units + W - 1) / W * W;
+  static void unpack(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, float *scratch,
+                     Chains chains) {
+    Pairs::unpack(m, n0, k0, count, panel, scratch, chains);
+    const int units = (count + 1) / 2, end = places(count, chains);
     if (units < end) std::memset(panel + units * NR, 0, size_t(end - units) * NR * 4);
   }
 
   template <int M>
-  static void tile(const float *rows, const float *panel, int units, float *c, bool fresh, const Ahead &ahead) {
+  static void tile(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead, Chains chains) {
+    const int units = places(count, chains);
     TileConfig config;
     for (int t = 0; t < 5; t++) {  // 0, 1: sums; 2: rows; 3, 4: columns
       config.bytes[t] = 64;

@@ -79,6 +79,8 @@ inline void score(const wl_attention &a, const Places &keys, int valid, const Pl
   shape.block_k = a.key_dim;
   float zeros[W];
   v_store(zeros, v_set(128.0f));
+  const int codes = codes_per_word(a.keys.type);
+  const Steps steps{codes, W * codes};
   const int panels = (valid + NR - 1) / NR;
   for (int p = 0; p < panels; p++)
     for (int64_t k0 = 0; k0 < a.key_dim; k0 += KC) {
@@ -88,14 +90,14 @@ inline void score(const wl_attention &a, const Places &keys, int valid, const Pl
         Groups groups;
         groups.scale = const_cast<float *>(keys.scales) + first;
         groups.zero = zeros;
-        unpack_rows_of(a.keys.type, keys.rows + first, k0, count, bench.panel + v * W, &shape, groups);
+        unpack_rows_of(a.keys.type, keys.rows + first, k0, count, bench.panel + v * W, steps, &shape, groups);
       }
       Ahead ahead;
       if (next && k0 == 0) {
         const int from = p * BK / panels, num = (p + 1) * BK / panels - from;
         ahead = next->ahead(from, num, a.key_dim * item_bytes(a.keys.type), count / KSTEP);
       }
-      multiply_panel<Exact>(bench.queries, rows, a.key_dim, k0, count, bench.panel, bench.scores + p * rows * NR, k0 == 0, ahead);
+      multiply_in_order(bench.queries, rows, a.key_dim, k0, count, bench.panel, bench.scores + p * rows * NR, k0 == 0, ahead);
     }
 }
 
@@ -246,7 +248,7 @@ inline void attend_item(const wl_attention &a, const Item &item, const Item *aft
         const int num = std::max(0, std::min(per_panel, BK - from));
         ahead = pipeline.values[then].ahead(from, num, v * item_bytes(a.values.type), valid / KSTEP);
       }
-      multiply_panel<Exact>(bench.weights, rows, BK, 0, valid, bench.panel, bench.out + p * rows * NR, false, ahead);
+      multiply_in_order(bench.weights, rows, BK, 0, valid, bench.panel, bench.out + p * rows * NR, false, ahead);
     }
   }
   for (int64_t r = 0; r < rows; r++) {

@@ -28,14 +28,38 @@ inline void pack_rows(const float *const *rows, int mr, int64_t count, float *ds
       if ((k + i) * mr + W <= count * mr) {
         v_store(to, as_float(r[i]));
       } else {
-        float lanes[W];
-        v_store(lanes, as_float(r[i]));
-        for (int j = 0; j < mr; j++) to[j] = lanes[j];
+        store_some(to, r[i], mr);
       }
     }
   }
   for (; k < count; k++)
     for (int i = 0; i < mr; i++) dst[k * mr + i] = rows[i][k];
+}
+
+/// Columns of a row: `count` from `first` on, of `total`.
+struct Part {
+  int64_t first, count, total;
+  int64_t end() const { return first + count; }
+};
+
+/// A part of rows, rows[i][0] being column part.first, to dst[place][mr] with each block of k in the
+/// order of `chains`; dst is where column 0 goes.
+inline void pack_chains(const float *const *rows, int mr, Part part, float *dst, Chains chains) {
+  if (!chains.per) return pack_rows(rows, mr, part.count, dst + part.first * mr);
+  for (int64_t at = part.first, end; at < part.end(); at = end) {
+    const int64_t k0 = at / KC * KC;
+    const int length = chains.length(int(std::min<int64_t>(KC, part.total - k0)));
+    end = std::min(part.end(), k0 + KC);
+    int64_t k = at;
+    for (; k + W <= end; k += W) {
+      VI r[W];
+      for (int i = 0; i < W; i++) r[i] = i < mr ? i_load(rows[i] + k - part.first) : i_set(0);
+      transpose(r);
+      for (int i = 0; i < W; i++) store_some(dst + (k0 + chains.place(int(k - k0) + i, length)) * mr, r[i], mr);
+    }
+    for (; k < end; k++)
+      for (int i = 0; i < mr; i++) dst[(k0 + chains.place(int(k - k0), length)) * mr + i] = rows[i][k - part.first];
+  }
 }
 
 /// Starts to bring a line into the second-level cache. gcc 12 removes loops that do nothing else unless
@@ -67,124 +91,230 @@ struct Ahead {
 };
 constexpr int KSTEP = KC / NR;
 
+/// fp32 rows times fp32 panels. A mode says what packed rows and panels are made of: 32-bit units,
+/// UNIT columns of k in each.
+struct Exact {
+  static constexpr int UNIT = 1;
+  static constexpr bool LANES = true;
+  using Column = V;
+  static Column column(const float *p) { return v_load(p); }
+  static V element(const float *p) { return v_set(*p); }
+  static V add(V x, Column w, V sum) { return v_fma(x, w, sum); }
+  static Chains chains(const wl_matrix &m) { return Chains::of(m); }
+  /// Units that the last block of a packed row takes.
+  static int places(int count, Chains chains) { return chains.places(count); }
+  static void pack(const float *const *rows, int mr, Part part, float *dst, Chains chains) {
+    pack_chains(rows, mr, part, dst, chains);
+  }
+  static void unpack(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, float *scratch, Chains chains) {
+    unpack_panel(m, n0, k0, count, panel, scratch, chains);
+  }
+  template <int M>
+  static void tile(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead, Chains chains);
+
+  // lanes.h: code I of each word as a column, also where some words have none, and where x goes
+  template <int CODE, bool ZERO, int I>
+  static V lanes(VI r, V scale, V zero);
+  template <int CODE, bool ZERO, int I>
+  static V last_lanes(VI r, V scale, V zero, VI left);
+  static void put_lane(float *dst, int64_t base, unsigned word, unsigned i, float x);
+};
+
+// gcc does not inline it by itself, and then keeps sums in memory.
+template <class Mode, int M>
+[[gnu::always_inline]] inline void add_unit(const float *rows, const float *panel, int u, V sum[M][NV]) {
+  typename Mode::Column w[NV];
+  for (int v = 0; v < NV; v++) w[v] = Mode::column(panel + int64_t(u) * NR + v * W);
+  for (int m = 0; m < M; m++) {
+    const auto x = Mode::element(rows + int64_t(u) * M + m);
+    for (int v = 0; v < NV; v++) sum[m][v] = Mode::add(x, w[v], sum[m][v]);
+  }
+}
+
 template <int M>
-inline void micro(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead) {
+[[gnu::always_inline]] inline void add_to(const float *held, V sum[M][NV]) {
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < NV; v++) sum[m][v] = v_add(v_load(held + m * NR + v * W), sum[m][v]);
+}
+
+template <int M>
+[[gnu::always_inline]] inline void store_sums(float *to, const V sum[M][NV]) {
+  for (int m = 0; m < M; m++)
+    for (int v = 0; v < NV; v++) v_store(to + m * NR + v * W, sum[m][v]);
+}
+
+/// c[M][NR] (+)= M packed rows times a panel of `count` columns, in ascending order.
+template <int M>
+inline void tile_in_order(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead) {
   V sum[M][NV];
   for (int m = 0; m < M; m++)
     for (int v = 0; v < NV; v++) sum[m][v] = v_zero();
-  auto step = [&](int k) {
-    V w[NV];
-    for (int v = 0; v < NV; v++) w[v] = v_load(panel + int64_t(k) * NR + v * W);
-    for (int m = 0; m < M; m++) {
-      V x = v_set(rows[int64_t(k) * M + m]);
-      for (int v = 0; v < NV; v++) sum[m][v] = v_fma(x, w[v], sum[m][v]);
-    }
-  };
   int k = 0;
   for (; k + KSTEP <= count; k += KSTEP) {
     ahead.fetch(k / KSTEP);
 #pragma GCC unroll 4
-    for (int i = 0; i < KSTEP; i++) step(k + i);
+    for (int i = 0; i < KSTEP; i++) add_unit<Exact, M>(rows, panel, k + i, sum);
   }
-  for (; k < count; k++) step(k);
-  for (int m = 0; m < M; m++)
-    for (int v = 0; v < NV; v++) {
-      float *p = c + m * NR + v * W;
-      v_store(p, fresh ? sum[m][v] : v_add(v_load(p), sum[m][v]));
-    }
+  for (; k < count; k++) add_unit<Exact, M>(rows, panel, k, sum);
+  if (!fresh) add_to<M>(c, sum);
+  store_sums<M>(c, sum);
 }
 
-/// fp32 rows times fp32 panels. A mode says what packed rows and panels are made of: 32-bit units,
-/// UNIT columns of k in each, a multiple of ROUND of them in a row.
-struct Exact {
-  static constexpr int UNIT = 1, ROUND = 1;
-  static void pack(const float *const *rows, int mr, int64_t count, float *dst) { pack_rows(rows, mr, count, dst); }
-  static void unpack(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, float *scratch) {
-    unpack_panel(m, n0, k0, count, panel, scratch);
+/// The same in chains, of units of Mode. Chains are added up as a tree (add_lanes): sums of 1, 2, 4, ...
+/// chains wait for their equals, as in a binary counter.
+template <class Mode, int M>
+inline void tile_in_chains(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead,
+                           Chains chains) {
+  constexpr int LEVELS = std::countr_zero(unsigned(W));
+  alignas(64) float waiting[LEVELS][M * NR];
+  const int step = chains.length(count) / Mode::UNIT;
+  for (int j = 0; j < W; j++) {
+    const int units = std::max(0, chains.columns(j, count) + Mode::UNIT - 1) / Mode::UNIT;
+    V sum[M][NV];
+    for (int m = 0; m < M; m++)
+      for (int v = 0; v < NV; v++) sum[m][v] = v_zero();
+    const float *x = rows + j * step * M, *w = panel + j * step * NR;
+    int u = 0;
+    for (; u + 4 <= units; u += 4) {
+      if (u % 8 == 0 && u < NR / W * 8) ahead.fetch(j * (NR / W) + u / 8);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) add_unit<Mode, M>(x, w, u + i, sum);
+    }
+    for (; u < units; u++) add_unit<Mode, M>(x, w, u, sum);
+    int level = 0;
+    for (; j >> level & 1; level++) add_to<M>(waiting[level], sum);
+    if (level < LEVELS) {
+      store_sums<M>(waiting[level], sum);
+    } else {
+      if (!fresh) add_to<M>(c, sum);
+      store_sums<M>(c, sum);
+    }
   }
-  template <int M>
-  static void tile(const float *rows, const float *panel, int units, float *c, bool fresh, const Ahead &ahead) {
-    micro<M>(rows, panel, units, c, fresh, ahead);
-  }
-};
+}
+
+template <int M>
+inline void Exact::tile(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead,
+                        Chains chains) {
+  tile_in_chains<Exact, M>(rows, panel, count, c, fresh, ahead, chains);
+}
 
 /// The same with rows rounded to bf16, where no instruction multiplies bf16.
 struct Rounded : Exact {
-  static void pack(const float *const *rows, int mr, int64_t count, float *dst) {
-    pack_rows(rows, mr, count, dst);
-    int64_t i = 0;
-    for (; i + W <= mr * count; i += W) v_store(dst + i, round_bf16(v_load(dst + i)));
-    if (i < mr * count) {
-      float lanes[W] = {};
-      std::memcpy(lanes, dst + i, size_t(mr * count - i) * 4);
-      v_store(lanes, round_bf16(v_load(lanes)));
-      std::memcpy(dst + i, lanes, size_t(mr * count - i) * 4);
+  static void put_lane(float *dst, int64_t base, unsigned word, unsigned i, float x) {
+    float lanes[W];
+    v_store(lanes, round_bf16(v_set(x)));
+    Exact::put_lane(dst, base, word, i, lanes[0]);
+  }
+  static void pack(const float *const *rows, int mr, Part part, float *dst, Chains chains) {
+    alignas(64) float near[MR][KC];
+    const float *pointers[MR];
+    for (int64_t k = 0; k < part.count; k += KC) {
+      const int64_t here = std::min<int64_t>(KC, part.count - k);
+      for (int i = 0; i < mr; i++) {
+        std::memcpy(near[i], rows[i] + k, size_t(here) * 4);
+        for (int64_t j = 0; j < here; j += W) v_store(near[i] + j, round_bf16(v_load(near[i] + j)));
+        pointers[i] = near[i];
+      }
+      pack_chains(pointers, mr, {part.first + k, here, part.total}, dst, chains);
     }
   }
 };
 
 /// 32-bit units of a packed row of k columns.
 template <class Mode>
-inline int64_t packed_width(int64_t k) {
-  return (k + Mode::UNIT * Mode::ROUND - 1) / (Mode::UNIT * Mode::ROUND) * Mode::ROUND;
+inline int64_t packed_width(int64_t k, Chains chains) {
+  const int64_t whole = k / KC * KC;
+  return whole / Mode::UNIT + (k > whole ? Mode::places(int(k - whole), chains) : 0);
 }
 
+/// How a block of at most MR rows meets a panel.
 template <class Mode>
-inline void run_tile(int mr, const float *rows, const float *panel, int units, float *c, bool fresh,
+struct ChainTile {
+  Chains chains;
+  template <int M>
+  static void run(ChainTile t, const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead) {
+    Mode::template tile<M>(rows, panel, count, c, fresh, ahead, t.chains);
+  }
+};
+
+struct OrderedTile {
+  template <int M>
+  static void run(OrderedTile, const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead) {
+    tile_in_order<M>(rows, panel, count, c, fresh, ahead);
+  }
+};
+
+template <class Tile>
+inline void run_tile(Tile tile, int mr, const float *rows, const float *panel, int count, float *c, bool fresh,
                      const Ahead &ahead) {
-  using Tile = void (*)(const float *, const float *, int, float *, bool, const Ahead &);
-  static constexpr Tile table[] = {
-      Mode::template tile<1>, Mode::template tile<2>, Mode::template tile<3>,
-      Mode::template tile<4>, Mode::template tile<5>, Mode::template tile<6>,
+  using Run = void (*)(Tile, const float *, const float *, int, float *, bool, const Ahead &);
+  static constexpr Run table[] = {
+      Tile::template run<1>, Tile::template run<2>, Tile::template run<3>,
+      Tile::template run<4>, Tile::template run<5>, Tile::template run<6>,
 #if defined(__AVX512F__)
-      Mode::template tile<7>, Mode::template tile<8>, Mode::template tile<9>,
-      Mode::template tile<10>, Mode::template tile<11>, Mode::template tile<12>,
+      Tile::template run<7>, Tile::template run<8>, Tile::template run<9>,
+      Tile::template run<10>, Tile::template run<11>, Tile::template run<12>,
 #endif
 #if defined(WL_MR)
-      Mode::template tile<13>, Mode::template tile<14>, Mode::template tile<15>, Mode::template tile<16>,
+      Tile::template run<13>, Tile::template run<14>, Tile::template run<15>, Tile::template run<16>,
 #endif
   };
   static_assert(sizeof(table) / sizeof(table[0]) == MR, "one tile for each number of rows");
-  table[mr - 1](rows, panel, units, c, fresh, ahead);
+  table[mr - 1](tile, rows, panel, count, c, fresh, ahead);
 }
 
-/// c[rows][NR] (+)= all packed blocks of `rows` rows of `width` units, k0 to k0 + count, times panel.
-template <class Mode>
-inline void multiply_panel(const float *packed, int64_t rows, int64_t width, int64_t k0, int count,
-                           const float *panel, float *c, bool fresh, const Ahead &ahead = {}) {
+/// c[rows][NR] (+)= all packed blocks of `rows` rows of `width` units, from unit `first` on, times a
+/// panel of `count` columns.
+template <class Tile>
+inline void multiply_panel(Tile tile, const float *packed, int64_t rows, int64_t width, int64_t first, int count,
+                           const float *panel, float *c, bool fresh, const Ahead &ahead) {
   const Blocks blocks{rows};
-  const int units = int(packed_width<Mode>(count));
   for (int64_t b = 0; b < blocks.count(); b++) {
     const int64_t begin = blocks.begin(b);
     const int mr = blocks.size(b);
-    run_tile<Mode>(mr, packed + begin * width + k0 / Mode::UNIT * mr, panel, units, c + begin * NR, fresh,
-                   ahead.part(b, blocks.count()));
+    run_tile(tile, mr, packed + begin * width + first * mr, panel, count, c + begin * NR, fresh,
+             ahead.part(b, blocks.count()));
   }
 }
 
-/// The panel after (n0, k0), whose rows are given: the next block of k, or the first of the columns at
-/// n0 + step.
-inline Ahead panel_after(const wl_matrix &m, const uint8_t *const rows[NR], int64_t n0, int64_t k0, int64_t step) {
-  if (!has_contiguous_rows(m)) return {};
-  const int per = codes_per_word(m.code);
-  const bool same = k0 + KC < m.k;
-  if (!same && n0 + step + NR > m.n) return {};
-  return {rows, same ? (k0 + KC) * 4 / per : step * m.stride_n, NR, 1, KC * 4 / per / 64};
+/// The same where rows and panel hold k in ascending order, of attention.
+inline void multiply_in_order(const float *packed, int64_t rows, int64_t width, int64_t k0, int count,
+                              const float *panel, float *c, bool fresh, const Ahead &ahead) {
+  multiply_panel(OrderedTile{}, packed, rows, width, k0, count, panel, c, fresh, ahead);
 }
 
-/// Columns n0 .. n0 + NR of packed rows times a matrix, all of k: c[rows][NR]. `step`: columns to the
-/// panel that this thread will probably take next.
+/// The lines of the panel after (n0, k0): the next block of k, or the first of the columns at n0 + step.
+/// `rows` are those of this panel where they are contiguous; `lines` is room for pointers to others.
+inline Ahead panel_after(const wl_matrix &m, const uint8_t *const rows[NR], int64_t n0, int64_t k0, int64_t step,
+                         const uint8_t *lines[KC]) {
+  const bool same = k0 + KC < m.k;
+  if (!same && n0 + step + NR > m.n) return {};
+  const int per = codes_per_word(m.code);
+  if (has_contiguous_rows(m)) return {rows, same ? (k0 + KC) * 4 / per : step * m.stride_n, NR, 1, KC * 4 / per / 64};
+  if (m.packing == WL_ROWS) return {};
+  // rows of words: of `per` k and one column each, or of one k and eight columns each
+  const int64_t k = same ? k0 + KC : 0, n = same ? n0 : n0 + step, tall = m.packing == WL_AWQ ? 1 : per;
+  const int count = int(std::min<int64_t>(KC, m.k - k) / tall);
+  const uint8_t *first = static_cast<const uint8_t *>(m.codes) + k / tall * m.stride_k + (tall == 1 ? n / 8 : n) * 4;
+  for (int i = 0; i < count; i++) lines[i] = first + i * m.stride_k;
+  return {lines, 0, count, (count + NR - 1) / NR, tall == 1 ? 1 : NR * 4 / 64};
+}
+
+/// Columns n0 .. n0 + NR of packed blocks times a matrix: see multiply_columns.
 template <class Mode>
-inline void multiply_columns(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *panel,
+inline void multiply_panels(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *panel,
                              float *scratch, float *c, int64_t step) {
   const uint8_t *rows_of[NR];
   for (int i = 0; i < NR; i++)
     rows_of[i] = static_cast<const uint8_t *>(m.codes) + (n0 + i < m.n ? n0 + i : m.n - 1) * m.stride_n;
+  const uint8_t *lines[KC];
+  const ChainTile<Mode> tile{Mode::chains(m)};
+  const int64_t width = packed_width<Mode>(m.k, tile.chains);
   for (int64_t k0 = 0; k0 < m.k; k0 += KC) {
     const int count = int(m.k - k0 < KC ? m.k - k0 : KC);
-    Mode::unpack(m, n0, k0, count, panel, scratch);
-    multiply_panel<Mode>(packed, rows, packed_width<Mode>(m.k), k0, count, panel, c, k0 == 0,
-                         panel_after(m, rows_of, n0, k0, step));
+    Mode::unpack(m, n0, k0, count, panel, scratch, tile.chains);
+    multiply_panel(tile, packed, rows, width, k0 / Mode::UNIT, count, panel, c, k0 == 0,
+                   panel_after(m, rows_of, n0, k0, step, lines));
   }
 }
 

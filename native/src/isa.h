@@ -13,7 +13,7 @@ inline void widen(const wl_matrix &m, float *out) {
   for (int64_t n0 = 0; n0 < m.n; n0 += NR)
     for (int64_t k0 = 0; k0 < m.k; k0 += KC) {
       const int count = int(std::min<int64_t>(KC, m.k - k0));
-      unpack_panel(m, n0, k0, count, panel, panel + KC * NR);
+      unpack_panel(m, n0, k0, count, panel, panel + KC * NR, Chains{0});
       for (int64_t n = n0; n < std::min(m.n, n0 + NR); n++)
         for (int k = 0; k < count; k++) out[n * m.k + k0 + k] = panel[k * NR + n - n0];
     }

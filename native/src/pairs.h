@@ -13,78 +13,92 @@ inline VI to_pairs(V low, V high) {  // low in even, high in odd places: one pai
 }
 
 struct Pairs {
-  static constexpr int UNIT = 2, ROUND = 1;
+  static constexpr int UNIT = 2;
+  static constexpr bool LANES = true;
 
-  static void pack(const float *const *rows, int mr, int64_t count, float *dst) {
-    const int64_t units = (count + 1) / 2;
-    for (int64_t k = 0; k < count; k += 2 * W) {
+  /// A word of one code would tear pairs apart.
+  static Chains chains(const wl_matrix &m) {
+    const Chains found = Chains::of(m);
+    return found.per > 1 ? found : Chains{0};
+  }
+  static int places(int count, Chains chains) { return (chains.places(count) + 1) / 2; }
+
+  static void pack(const float *const *rows, int mr, Part part, float *dst, Chains chains) {
+    const __mmask16 lanes = __mmask16((1u << mr) - 1);
+    for (int64_t k = 0; k < part.count; k += 2 * W) {
+      const int64_t at = part.first + k, k0 = at / KC * KC;
+      const int length = chains.length(int(std::min<int64_t>(KC, part.total - k0)));
       VI r[W];
-      for (int i = 0; i < W; i++) {
-        float lanes[2 * W] = {};
-        const float *from = i < mr ? rows[i] + k : lanes;
-        if (i < mr && k + 2 * W > count) {
-          std::memcpy(lanes, rows[i] + k, size_t(count - k) * 4);
-          from = lanes;
-        }
-        r[i] = (VI)_mm512_cvtne2ps_pbh(v_load(from + W), v_load(from));
-      }
+      for (int i = 0; i < W; i++) r[i] = i < mr ? load_pairs(rows[i] + k, part.count - k) : i_set(0);
       transpose(r);
-      for (int i = 0; i < W && k / 2 + i < units; i++) {
-        const __mmask16 lanes = __mmask16((1u << mr) - 1);
-        _mm512_mask_storeu_epi32(dst + (k / 2 + i) * mr, lanes, r[i]);
+      for (int i = 0; i < W && k + 2 * i < part.count; i++) {
+        const int64_t place = k0 + chains.place(int(at - k0) + 2 * i, length);
+        _mm512_mask_storeu_epi32(dst + place / 2 * mr, lanes, r[i]);
       }
     }
   }
 
-  static void unpack(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, float *scratch) {
-    if (m.code == WL_BF16 && has_contiguous_rows(m)) return unpack_bf16(m, n0, k0, count, panel);
+  static void unpack(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, float *scratch, Chains chains) {
+    if (m.code == WL_BF16 && has_contiguous_rows(m)) return unpack_bf16(m, n0, k0, count, panel, chains);
     alignas(64) float wide[(KC + 1) * NR];
-    unpack_panel(m, n0, k0, count, wide, scratch);
-    if (count % 2) std::memset(wide + count * NR, 0, NR * 4);
-    for (int k = 0; k < count; k += 2)
+    const int all = chains.places(count);
+    // behind an odd end, and where a chain is shorter than others, nothing may be multiplied
+    if (count < KC) std::memset(wide, 0, size_t(all + 1) * NR * 4);
+    unpack_panel(m, n0, k0, count, wide, scratch, chains);
+    for (int k = 0; k < all; k += 2)
       for (int v = 0; v < NV; v++) {
         const float *pair = wide + k * NR + v * W;
         _mm512_storeu_si512(panel + k / 2 * NR + v * W, to_pairs(v_load(pair), v_load(pair + NR)));
       }
   }
 
+  using Column = __m512bh;
+  static Column column(const float *p) { return (__m512bh)i_load(p); }
+  static __m512bh element(const float *p) { return (__m512bh)i_set1(p); }
+  static V add(__m512bh x, Column w, V sum) { return _mm512_dpbf16_ps(sum, x, w); }
   template <int M>
-  static void tile(const float *rows, const float *panel, int units, float *c, bool fresh, const Ahead &ahead) {
-    V sum[M][NV];
-    for (int m = 0; m < M; m++)
-      for (int v = 0; v < NV; v++) sum[m][v] = v_zero();
-    auto step = [&](int k) {
-      __m512bh w[NV];
-      for (int v = 0; v < NV; v++) w[v] = (__m512bh)i_load(panel + int64_t(k) * NR + v * W);
-      for (int m = 0; m < M; m++) {
-        const __m512bh x = (__m512bh)_mm512_set1_epi32(as_word(rows[int64_t(k) * M + m]));
-        for (int v = 0; v < NV; v++) sum[m][v] = _mm512_dpbf16_ps(sum[m][v], x, w[v]);
-      }
-    };
-    constexpr int STEP = KSTEP / UNIT;
-    int k = 0;
-    for (; k + STEP <= units; k += STEP) {
-      ahead.fetch(k / STEP);
-#pragma GCC unroll 4
-      for (int i = 0; i < STEP; i++) step(k + i);
+  static void tile(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead,
+                   Chains chains) {
+    tile_in_chains<Pairs, M>(rows, panel, count, c, fresh, ahead, chains);
+  }
+
+  template <int CODE, bool ZERO, int I>
+  static Column lanes(VI r, V scale, V zero) {
+    if constexpr (CODE == WL_BF16) return (Column)r;
+    else return (Column)to_pairs(lane_weight<CODE, ZERO, I>(r, scale, zero), lane_weight<CODE, ZERO, I + 1>(r, scale, zero));
+  }
+  template <int CODE, bool ZERO, int I>
+  static Column last_lanes(VI r, V scale, V zero, VI left) {
+    if constexpr (CODE == WL_BF16) return (Column)r;
+    constexpr int PER = codes_per_word(CODE);
+    const V low = lane_weight<CODE, ZERO, I>(r, scale, zero), high = lane_weight<CODE, ZERO, I + 1>(r, scale, zero);
+    return (Column)to_pairs(low, where_less(places_of_words(PER, I + 1), left, high, v_zero()));
+  }
+  static void put_lane(float *dst, int64_t base, unsigned word, unsigned i, float x) {
+    const __m128bh near = _mm_cvtneps_pbh(_mm_set_ss(x));
+    std::memcpy(reinterpret_cast<uint16_t *>(dst) + base + i / 2 * 2 * W + 2 * word + i % 2, &near, 2);
+  }
+
+  /// Up to 2 W floats as pairs.
+  static VI load_pairs(const float *from, int64_t count) {
+    float lanes[2 * W] = {};
+    if (count < 2 * W) {
+      std::memcpy(lanes, from, size_t(count) * 4);
+      from = lanes;
     }
-    for (; k < units; k++) step(k);
-    for (int m = 0; m < M; m++)
-      for (int v = 0; v < NV; v++) {
-        float *p = c + m * NR + v * W;
-        v_store(p, fresh ? sum[m][v] : v_add(v_load(p), sum[m][v]));
-      }
+    return (VI)_mm512_cvtne2ps_pbh(v_load(from + W), v_load(from));
   }
 
  private:
-  static int32_t as_word(float x) {
+  static VI i_set1(const float *p) {
     int32_t word;
-    std::memcpy(&word, &x, 4);
-    return word;
+    std::memcpy(&word, p, 4);
+    return i_set(word);
   }
 
   /// Pairs as they are stored, transposed.
-  static void unpack_bf16(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel) {
+  static void unpack_bf16(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, Chains chains) {
+    const int step = chains.length(count) / 2;
     for (int v = 0; v < NV; v++) {
       const uint8_t *rows[W];
       for (int i = 0; i < W; i++) {
@@ -103,7 +117,8 @@ struct Pairs {
           }
         }
         transpose(r);
-        for (int i = 0; i < W && k + 2 * i < count; i++) _mm512_storeu_si512(panel + (k / 2 + i) * NR + v * W, r[i]);
+        for (int i = 0; i < W && k + 2 * i < count; i++)
+          _mm512_storeu_si512(panel + (i * step + k / (2 * W)) * NR + v * W, r[i]);
       }
     }
   }

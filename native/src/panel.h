@@ -1,6 +1,9 @@
 // One panel of any matrix: chooses the way its codes are read.
 #pragma once
 
+#include <algorithm>
+#include <bit>
+
 #include "unpack.h"
 
 namespace WL_NS {
@@ -12,6 +15,35 @@ inline int item_bytes(int code) {
 inline bool has_contiguous_rows(const wl_matrix &m) {
   return m.packing == WL_ROWS && (m.code == WL_E2M1 || m.code == WL_INT4 || m.stride_k == item_bytes(m.code));
 }
+
+/// The order of a row's sums within a block of k: W chains, each in ascending order of k, are added up
+/// one after the other. Where rows are read as words of `per` codes, chain j has what lies in lane j of
+/// vectors of W words, so that few rows need no transposition (lanes.h); else (`per` 0) chain j is the
+/// j-th piece of the block. Packed rows and panels hold a block chain by chain.
+struct Chains {
+  int per;  // a power of two, or 0
+  bool operator==(const Chains &) const = default;
+  static Chains of(const wl_matrix &m) { return {has_contiguous_rows(m) ? codes_per_word(m.code) : 0}; }
+  int shift() const { return std::countr_zero(unsigned(per)); }
+  /// Places of a chain in a block of `count` columns.
+  int length(int count) const { return per ? (count + W * per - 1) / W >> shift() << shift() : KC / W; }
+  /// Place of column k of a block whose chains have `length` places.
+  int place(int k, int length) const {
+    return per ? (k >> shift()) % W * length + (k / W >> shift() << shift()) + (k & (per - 1)) : k;
+  }
+  /// Places that a block takes.
+  int places(int count) const { return per ? W * length(count) : count; }
+  /// Columns of chain j.
+  int columns(int j, int count) const {
+    if (!per) return std::min(KC / W, count - j * (KC / W));
+    const int whole = count / W >> shift() << shift();
+    return whole + std::clamp(count - whole * W - j * per, 0, per);
+  }
+  Steps steps(const wl_matrix &m, int count) const {
+    const int codes = codes_per_word(m.code);
+    return per ? Steps{length(count), per} : Steps{codes, W * codes};
+  }
+};
 
 /// W codes of one k, any strides; also the value where the code needs no scale.
 inline V load_strided(const wl_matrix &m, const int64_t columns[W], int64_t k, bool full) {
@@ -54,27 +86,39 @@ inline void unpack_strided(const wl_matrix &m, const int64_t columns[W], bool fu
   }
 }
 
-/// Words of W columns: `words(k)` gives them for the word of k, `PER` codes of BITS bits each.
+/// Codes of W columns of one k: the scale and zero of their group.
+struct GroupAt {
+  const wl_matrix &m;
+  const Groups &groups;
+  int64_t next = -1;  // k at which another group begins, where they follow k
+  V scale = v_zero(), zero = v_zero();
+  void move(int64_t k) {
+    if (!m.groups && k < next) return;
+    const int64_t g = m.groups ? m.groups[k] : k / m.block_k;
+    next = (g + 1) * m.block_k;
+    scale = v_load(groups.scale + (g - groups.first) * W);
+    zero = v_load(groups.zero + (g - groups.first) * W);
+  }
+  V weight(VI code) const { return v_mul(v_sub(to_float(code), zero), scale); }
+};
+
 inline void unpack_gptq(const wl_matrix &m, const int64_t columns[W], bool full, int64_t k0, int count,
                         float *dst, const Groups *groups) {
   const int bits = m.packing == WL_GPTQ8 ? 8 : 4, per = 32 / bits;
   const VI mask = i_set((1 << bits) - 1);
   const int32_t *words = static_cast<const int32_t *>(m.codes);
   const int64_t stride = m.stride_k / 4;
-  VI word = i_set(0);
-  int64_t held = -1;
-  for (int i = 0; i < count; i++) {
-    const int64_t k = k0 + i, row = k / per;
-    if (row != held) {
-      int32_t lanes[W];
-      for (int j = 0; !full && j < W; j++) lanes[j] = words[row * stride + columns[j]];
-      word = full ? i_load(words + row * stride + columns[0]) : i_load(lanes);
-      held = row;
+  GroupAt group{m, *groups};
+  for (int i = 0; i < count;) {  // blocks begin with a word
+    const int32_t *row = words + (k0 + i) / per * stride;
+    int32_t lanes[W];
+    for (int j = 0; !full && j < W; j++) lanes[j] = row[columns[j]];
+    VI word = full ? i_load(row + columns[0]) : i_load(lanes);
+    for (int j = 0; j < per && i < count; j++, i++) {
+      group.move(k0 + i);
+      v_store(dst + int64_t(i) * NR, group.weight(i_and(word, mask)));
+      word = bits == 8 ? i_shr<8>(word) : i_shr<4>(word);
     }
-    VI code = i_and(i_shr_by(word, int(k % per) * bits), mask);
-    int64_t g = (m.groups ? m.groups[k] : k / m.block_k) - groups->first;
-    V x = v_sub(to_float(code), v_load(groups->zero + g * W));
-    v_store(dst + int64_t(i) * NR, v_mul(x, v_load(groups->scale + g * W)));
   }
 }
 
@@ -84,14 +128,14 @@ inline void unpack_awq(const wl_matrix &m, const int64_t columns[W], bool full, 
   for (int i = 0; i < W; i++) shifts[i] = 4 * AWQ_ORDER[columns[i] % 8];
   const VI shift = i_load(shifts), mask = i_set(15);
   const int32_t *words = static_cast<const int32_t *>(m.codes);
+  GroupAt group{m, *groups};
   for (int i = 0; i < count; i++) {
     const int32_t *row = words + (k0 + i) * (m.stride_k / 4);
     int32_t lanes[W];
     for (int j = 0; !full && j < W; j++) lanes[j] = row[columns[j] / 8];
     const VI codes = full ? spread(row + columns[0] / 8) : i_load(lanes);
-    int64_t g = (m.groups ? m.groups[k0 + i] : (k0 + i) / m.block_k) - groups->first;
-    V x = v_sub(to_float(i_and(i_shrv(codes, shift), mask)), v_load(groups->zero + g * W));
-    v_store(dst + int64_t(i) * NR, v_mul(x, v_load(groups->scale + g * W)));
+    group.move(k0 + i);
+    v_store(dst + int64_t(i) * NR, group.weight(i_and(i_shrv(codes, shift), mask)));
   }
 }
 
@@ -120,17 +164,20 @@ struct Source {
     for (int v = 0; v < NV; v++) {
       groups[v].scale = scratch + 2 * v * (high - low + 1) * W;
       groups[v].zero = groups[v].scale + (high - low + 1) * W;
-      groups[v].fill(m, columns + v * W, low, high);
+      groups[v].fill(m, columns + v * W, n0 + (v + 1) * W <= m.n, low, high);
     }
   }
 };
 
-/// Columns n0 to n0 + NR, k0 to k0 + count (at most KC, one block): panel[count][NR].
-inline void unpack_panel(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, float *scratch) {
+/// Columns n0 to n0 + NR, k0 to k0 + count (at most KC, one block): panel[place][NR], in the order of
+/// `chains`.
+inline void unpack_panel(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, float *scratch,
+                         Chains chains) {
   const Source source(m, n0, k0, count, scratch);
+  const Steps steps = chains.steps(m, count);
   for (int v = 0; v < NV; v++) {
     if (has_contiguous_rows(m)) {
-      unpack_rows_of(m.code, source.rows + v * W, k0, count, panel + v * W, &m, source.groups[v]);
+      unpack_rows_of(m.code, source.rows + v * W, k0, count, panel + v * W, steps, &m, source.groups[v]);
       continue;
     }
     const int64_t *columns = source.columns + v * W;

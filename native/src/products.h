@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "gemm.h"
+#include "lanes.h"
 #include "pool.h"
 #include "scratch.h"
 
@@ -18,8 +18,9 @@ struct Bench {
   float *panel, *groups, *first, *second;
   explicit Bench(int64_t group_floats) {
     thread_local wl::Scratch scratch;
-    panel = scratch.floats(KC * NR + 2 * MC * NR + group_floats);
-    first = panel + KC * NR;
+    constexpr int64_t panel_floats = std::max<int64_t>(KC * NR, LANE_FLOATS);
+    panel = scratch.floats(panel_floats + 2 * MC * NR + group_floats);
+    first = panel + panel_floats;
     second = first + MC * NR;
     groups = second + MC * NR;
   }
@@ -33,18 +34,17 @@ inline std::pair<int64_t, int64_t> locate(const std::vector<int64_t> &ends, int6
 
 inline int64_t num_panels(int64_t n) { return (n + NR - 1) / NR; }
 
-/// Block `b` of rows `first + i` (of `rows`, where given) of x into `packed`.
+/// Block `b` of rows `first + i` (of `rows`, where given) of x into `packed`, to be multiplied by m.
 template <class Mode>
 inline void pack_block(const float *x, int64_t ldx, const int64_t *rows, int64_t first, Blocks blocks,
-                       int64_t b, int64_t width, float *packed) {
+                       int64_t b, const wl_matrix &m, float *packed) {
   const float *pointers[MR];
-  const int64_t begin = blocks.begin(b);
   const int mr = blocks.size(b);
   for (int i = 0; i < mr; i++) {
-    const int64_t row = first + begin + i;
+    const int64_t row = first + blocks.begin(b) + i;
     pointers[i] = x + (rows ? rows[row] : row) * ldx;
   }
-  Mode::pack(pointers, mr, width, packed + begin * packed_width<Mode>(width));
+  Layout<Mode>(m, blocks.rows).pack(pointers, blocks, b, {0, m.k, m.k}, packed);
 }
 
 inline void write_rows(const float *c, int64_t rows, int64_t n0, int64_t n, const float *bias, float *out,
@@ -84,7 +84,7 @@ inline void product_task(wl::Team &team, int, void *context) {
   while ((i = team.next(num_blocks * int64_t(round.packs.size()))) >= 0) {
     const size_t pack = size_t(i / num_blocks);
     const wl_product &p = round.products[round.packs[pack]];
-    pack_block<Mode>(p.x, p.ldx, nullptr, round.first_row, blocks, i % num_blocks, p.w->k, round.packed[pack]);
+    pack_block<Mode>(p.x, p.ldx, nullptr, round.first_row, blocks, i % num_blocks, *p.w, round.packed[pack]);
   }
   team.barrier();
   Bench bench(round.max_groups);
@@ -112,12 +112,14 @@ inline void products(const wl_product *all, int64_t num, int64_t num_rows) {
       std::vector<int64_t> offsets;
       for (end = begin; end < num; end++) {
         const wl_product &p = all[end];
-        const bool shared = end > begin && p.x == all[end - 1].x && p.ldx == all[end - 1].ldx && p.w->k == all[end - 1].w->k;
+        const bool shared = end > begin && p.x == all[end - 1].x && p.ldx == all[end - 1].ldx && p.w->k == all[end - 1].w->k &&
+                            Layout<Mode>(*p.w, rows) == Layout<Mode>(*all[end - 1].w, rows);
         if (!shared) {
-          if (end > begin && floats + rows * packed_width<Mode>(p.w->k) > ROUND_FLOATS) break;
+          const int64_t size = rows * Layout<Mode>(*p.w, rows).width(p.w->k);
+          if (end > begin && floats + size > ROUND_FLOATS) break;
           round.packs.push_back(end - begin);
           offsets.push_back(floats);
-          floats += (rows * packed_width<Mode>(p.w->k) + 15) / 16 * 16;
+          floats += (size + 15) / 16 * 16;
         }
         round.pack_of.push_back(int64_t(round.packs.size()) - 1);
         round.panel_ends.push_back(panels += num_panels(p.w->n));
@@ -136,7 +138,7 @@ inline void products(const wl_product *all, int64_t num, int64_t num_rows) {
 struct Segment {
   const wl_expert *expert;
   int64_t first, rows;
-  float *packed, *hidden;
+  float *packed, *packed_up, *hidden;  // the same for gate and up, unless their sums have another order
 };
 
 struct ExpertRound {
@@ -168,7 +170,7 @@ inline void hidden_columns(const ExpertRound &round, const Segment &s, int64_t n
   const wl_expert &e = *s.expert;
   const int64_t inner = e.gate->n, count = std::min<int64_t>(NR, inner - n0);
   multiply_columns<Mode>(*e.gate, n0, s.packed, s.rows, bench.panel, bench.groups, bench.first, step);
-  multiply_columns<Mode>(*e.up, n0, s.packed, s.rows, bench.panel, bench.groups, bench.second, step);
+  multiply_columns<Mode>(*e.up, n0, s.packed_up, s.rows, bench.panel, bench.groups, bench.second, step);
   float gate_bias[NR] = {}, up_bias[NR] = {};
   for (int64_t j = 0; j < count; j++) {
     if (e.gate_bias) gate_bias[j] = e.gate_bias[n0 + j];
@@ -182,13 +184,12 @@ inline void hidden_columns(const ExpertRound &round, const Segment &s, int64_t n
       if (e.up_bias) u = v_add(u, v_load(up_bias + v * W));
       v_store(gate, activate(round, g, u));
     }
+  const Layout<Mode> down(*e.down, s.rows);
   const Blocks blocks{s.rows};
   for (int64_t b = 0; b < blocks.count(); b++) {
     const float *pointers[MR];
-    const int64_t begin = blocks.begin(b);
-    const int mr = blocks.size(b);
-    for (int i = 0; i < mr; i++) pointers[i] = bench.first + (begin + i) * NR;
-    Mode::pack(pointers, mr, count, s.hidden + begin * packed_width<Mode>(inner) + n0 / Mode::UNIT * mr);
+    for (int i = 0; i < blocks.size(b); i++) pointers[i] = bench.first + (blocks.begin(b) + i) * NR;
+    down.pack(pointers, blocks, b, {n0, count, inner}, s.hidden);
   }
 }
 
@@ -199,7 +200,9 @@ inline void expert_task(wl::Team &team, int, void *context) {
   while ((i = team.next(round.block_ends.back())) >= 0) {
     const auto [index, block] = locate(round.block_ends, i);
     const Segment &s = round.segments[size_t(index)];
-    pack_block<Mode>(round.x, round.ldx, s.expert->rows, s.first, Blocks{s.rows}, block, s.expert->gate->k, s.packed);
+    const wl_expert &e = *s.expert;
+    pack_block<Mode>(round.x, round.ldx, e.rows, s.first, Blocks{s.rows}, block, *e.gate, s.packed);
+    if (s.packed_up != s.packed) pack_block<Mode>(round.x, round.ldx, e.rows, s.first, Blocks{s.rows}, block, *e.up, s.packed_up);
   }
   team.barrier();
   Bench bench(round.max_groups);
@@ -231,11 +234,15 @@ inline void experts(const float *x, int64_t ldx, float *out, int64_t ldo, const 
       const wl_expert &e = all[index];
       const int64_t rows = std::min(MC, e.num_rows - first);
       if (rows > 0) {
-        offsets.push_back(floats);
-        floats += (rows * packed_width<Mode>(e.gate->k) + 15) / 16 * 16;
-        offsets.push_back(floats);
-        floats += (rows * packed_width<Mode>(e.gate->n) + 15) / 16 * 16;
-        round.segments.push_back({&e, first, rows, nullptr, nullptr});
+        const Layout<Mode> gate(*e.gate, rows), up(*e.up, rows), down(*e.down, rows);
+        auto take = [&](int64_t width) {
+          offsets.push_back(floats);
+          floats += (rows * width + 15) / 16 * 16;
+        };
+        take(gate.width(e.gate->k));
+        take(gate == up ? 0 : up.width(e.up->k));
+        take(down.width(e.down->k));
+        round.segments.push_back({&e, first, rows, nullptr, nullptr, nullptr});
         round.block_ends.push_back(blocks += Blocks{rows}.count());
         round.hidden_ends.push_back(hidden += num_panels(e.gate->n));
         round.out_ends.push_back(outs += num_panels(e.down->n));
@@ -250,8 +257,12 @@ inline void experts(const float *x, int64_t ldx, float *out, int64_t ldo, const 
     if (round.segments.empty()) return;
     float *memory = scratch.floats(floats);
     for (size_t s = 0; s < round.segments.size(); s++) {
-      round.segments[s].packed = memory + offsets[2 * s];
-      round.segments[s].hidden = memory + offsets[2 * s + 1];
+      Segment &segment = round.segments[s];
+      const wl_expert &e = *segment.expert;
+      const bool shared = Layout<Mode>(*e.gate, segment.rows) == Layout<Mode>(*e.up, segment.rows);
+      segment.packed = memory + offsets[3 * s];
+      segment.packed_up = shared ? segment.packed : memory + offsets[3 * s + 1];
+      segment.hidden = memory + offsets[3 * s + 2];
     }
     wl::run_team(expert_task<Mode>, &round);
   }

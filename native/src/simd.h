@@ -66,13 +66,15 @@ inline VI spread(const int32_t *words) {
 inline V where_equal(VI a, VI b, V yes, V no) {
   return _mm512_mask_blend_ps(_mm512_cmpeq_epi32_mask(a, b), no, yes);
 }
+inline V where_less(VI a, VI b, V yes, V no) { return _mm512_mask_blend_ps(_mm512_cmplt_epi32_mask(a, b), no, yes); }
+inline V permute(V x, VI from) { return _mm512_permutexvar_ps(from, x); }
 inline V where_nan(V x, V yes, V no) { return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), no, yes); }
 inline V lookup16(VI index, const float *table) {
   return _mm512_permutexvar_ps(index, _mm512_loadu_ps(table));
 }
 
 /// Transposes W vectors of W 32-bit lanes.
-inline void transpose(VI r[W]) {
+[[gnu::always_inline]] inline void transpose(VI r[W]) {
   VI t[16];
   for (int i = 0; i < 8; i++) {
     t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
@@ -96,6 +98,20 @@ inline void transpose(VI r[W]) {
     r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
     r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
   }
+}
+
+/// Lane c: the lanes of r[c], added up as a tree, neighbours first.
+[[gnu::always_inline]] inline V add_lanes(const V r[W]) {
+  auto join = [](V a, V b) { return v_add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd)); };
+  auto join_fours = [](V a, V b) { return v_add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); };
+  V four[4];
+  for (int i = 0; i < 4; i++) four[i] = join(join(r[4 * i], r[4 * i + 1]), join(r[4 * i + 2], r[4 * i + 3]));
+  return join_fours(join_fours(four[0], four[1]), join_fours(four[2], four[3]));
+}
+
+/// The first `count` lanes.
+inline void store_some(float *p, VI x, int count) {
+  _mm512_mask_storeu_epi32(p, __mmask16((1u << count) - 1), x);
 }
 
 #else  // AVX2, FMA, F16C
@@ -150,6 +166,8 @@ inline VI spread(const int32_t *words) { return _mm256_set1_epi32(words[0]); }
 inline V where_equal(VI a, VI b, V yes, V no) {
   return _mm256_blendv_ps(no, yes, as_float(_mm256_cmpeq_epi32(a, b)));
 }
+inline V where_less(VI a, VI b, V yes, V no) { return _mm256_blendv_ps(no, yes, as_float(_mm256_cmpgt_epi32(b, a))); }
+inline V permute(V x, VI from) { return _mm256_permutevar8x32_ps(x, from); }
 inline V where_nan(V x, V yes, V no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }
 inline V lookup16(VI index, const float *table) {
   V low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
@@ -157,7 +175,7 @@ inline V lookup16(VI index, const float *table) {
   return _mm256_blendv_ps(low, high, as_float(i_shl<28>(index)));
 }
 
-inline void transpose(VI r[W]) {
+[[gnu::always_inline]] inline void transpose(VI r[W]) {
   VI t[8];
   for (int i = 0; i < 4; i++) {
     t[2 * i] = _mm256_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
@@ -174,6 +192,18 @@ inline void transpose(VI r[W]) {
     t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
   }
   for (int i = 0; i < 8; i++) r[i] = t[i];
+}
+
+[[gnu::always_inline]] inline V add_lanes(const V r[W]) {
+  auto join = [](V a, V b) { return v_add(_mm256_shuffle_ps(a, b, 0x88), _mm256_shuffle_ps(a, b, 0xdd)); };
+  const V low = join(join(r[0], r[1]), join(r[2], r[3])), high = join(join(r[4], r[5]), join(r[6], r[7]));
+  return v_add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
+}
+
+inline void store_some(float *p, VI x, int count) {
+  float lanes[W];
+  v_store(lanes, as_float(x));
+  for (int i = 0; i < count; i++) p[i] = lanes[i];
 }
 
 #endif

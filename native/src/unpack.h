@@ -35,6 +35,9 @@ inline float load_scale(const wl_matrix &m, int64_t n, int64_t group) {
   }
 }
 
+/// The format's own zero.
+inline float load_plain_zero(int code) { return code == WL_INT4 ? 8.0f : code == WL_INT8 ? 128.0f : 0.0f; }
+
 inline float load_zero(const wl_matrix &m, int64_t n, int64_t group) {
   const bool wide = m.code == WL_INT8;
   const int per = wide ? 4 : 8, bits = wide ? 8 : 4;
@@ -47,28 +50,86 @@ inline float load_zero(const wl_matrix &m, int64_t n, int64_t group) {
       return float((z + uint32_t(m.zero_add)) & mask);  // AutoGPTQ stores a zero of 0 as the largest code
     }
     case WL_Z_AWQ: return float((words[group * m.zero_stride + n / 8] >> (4 * AWQ_ORDER[n % 8])) & 15);
-    default: return m.code == WL_INT4 ? 8.0f : m.code == WL_INT8 ? 128.0f : 0.0f;
+    default: return load_plain_zero(m.code);
   }
 }
 
 constexpr float FP4[16] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
                            -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
 
+constexpr float INT4[16] = {-8.0f, -7.0f, -6.0f, -5.0f, -4.0f, -3.0f, -2.0f, -1.0f,
+                            0.0f, 1.0f, 2.0f, 3.0f, 4.0f, 5.0f, 6.0f, 7.0f};
+
+/// 2 to the (byte - 127), the byte in the low bits of each lane; 255 means NaN.
+inline V decode_e8m0(VI byte) {
+  const V low = as_float(i_set(0x00400000)), x = as_float(i_shl<23>(byte));  // 2^-127 is denormal
+  return where_equal(byte, i_set(255), as_float(i_set(0x7fc00000)), where_equal(byte, i_set(0), low, x));
+}
+
+/// W scales that lie side by side.
+inline V load_scales(const wl_matrix &m, int64_t at) {
+  switch (m.scale_type) {
+    case WL_S_F32: return v_load(static_cast<const float *>(m.scales) + at);
+    case WL_S_BF16: return load_bf16(static_cast<const uint16_t *>(m.scales) + at);
+    case WL_S_F16: return load_f16(static_cast<const uint16_t *>(m.scales) + at);
+    case WL_S_E8M0: return decode_e8m0(load_bytes(static_cast<const uint8_t *>(m.scales) + at));
+    default: return v_set(1.0f);
+  }
+}
+
+/// `count` scales of row n of scales, from `group` on.
+inline void row_of_scales(const wl_matrix &m, int64_t n, int64_t group, int64_t count, float *to) {
+  int64_t i = 0;
+  for (; m.scale_stride_k == 1 && i + W <= count; i += W) v_store(to + i, load_scales(m, n * m.scale_stride_n + group + i));
+  for (; i < count; i++) to[i] = load_scale(m, n, group + i);
+}
+
 /// Scale and zero of W columns for each group of a range of k.
 struct Groups {
   float *scale, *zero;  // [group - first][W]
   int64_t first = 0;
-  void fill(const wl_matrix &m, const int64_t columns[W], int64_t first_group, int64_t last_group) {
+
+  /// `full`: the columns follow each other, the first a multiple of W.
+  void fill(const wl_matrix &m, const int64_t columns[W], bool full, int64_t first_group, int64_t last_group) {
     first = first_group;
-    const bool plain = m.zero_type == WL_Z_NONE;
-    const float fixed = plain ? load_zero(m, 0, 0) : 0.0f;
-    for (int64_t g = first_group; g <= last_group; g++) {
-      float *s = scale + (g - first) * W, *z = zero + (g - first) * W;
-      for (int i = 0; i < W; i++) {
-        s[i] = load_scale(m, columns[i] / m.block_n, g);
-        z[i] = plain ? fixed : load_zero(m, columns[i] / m.block_n, g);
-      }
+    full = full && m.block_n == 1;
+    for (int64_t g = first_group; g <= last_group; g += W) {
+      const int64_t num = last_group - g + 1 < W ? last_group - g + 1 : W;
+      fill_scales(m, columns, full, g, num);
+      for (int64_t i = g; i < g + num; i++) v_store(zero + (i - first) * W, zeros_of(m, columns, full, i));
     }
+  }
+
+ private:
+  void fill_scales(const wl_matrix &m, const int64_t columns[W], bool full, int64_t g, int64_t num) {
+    float *to = scale + (g - first) * W;
+    if (full && m.scale_stride_n == 1 && m.scale_stride_k != 1) {
+      for (int64_t i = 0; i < num; i++) v_store(to + i * W, load_scales(m, columns[0] + (g + i) * m.scale_stride_k));
+      return;
+    }
+    alignas(64) float rows[W][W];
+    VI r[W];
+    for (int i = 0; i < W; i++) {
+      row_of_scales(m, columns[i] / m.block_n, g, num, rows[i]);
+      r[i] = i_load(rows[i]);
+    }
+    transpose(r);
+    for (int64_t i = 0; i < num; i++) v_store(to + i * W, as_float(r[i]));
+  }
+
+  static V zeros_of(const wl_matrix &m, const int64_t columns[W], bool full, int64_t g) {
+    if (m.zero_type == WL_Z_NONE) return v_set(load_plain_zero(m.code));
+    const bool nibbles = m.zero_type == WL_Z_AWQ || (m.zero_type == WL_Z_GPTQ && m.code != WL_INT8);
+    if (full && nibbles) {
+      int32_t shifts[W];
+      for (int i = 0; i < W; i++) shifts[i] = 4 * (m.zero_type == WL_Z_AWQ ? AWQ_ORDER[i % 8] : i % 8);
+      const VI words = spread(static_cast<const int32_t *>(m.zeros) + g * m.zero_stride + columns[0] / 8);
+      const VI code = i_and(i_shrv(words, i_load(shifts)), i_set(15));
+      return to_float(m.zero_type == WL_Z_AWQ ? code : i_and(i_add(code, i_set(int32_t(m.zero_add))), i_set(15)));
+    }
+    float lanes[W];
+    for (int i = 0; i < W; i++) lanes[i] = load_zero(m, columns[i] / m.block_n, g);
+    return v_load(lanes);
   }
 };
 
@@ -92,28 +153,33 @@ constexpr int codes_per_word(int code) {
        : code == WL_E4M3 || code == WL_INT8 ? 4 : 8;
 }
 
-/// W rows at `rows` + offset: W words of each, as codes_per_word * W vectors at dst[k * NR]. Columns
-/// from `end` on do not exist: nothing is looked up for them.
+/// Where vectors of a panel go: that of code i of word j at j * word + i, the next W words at `next`.
+struct Steps {
+  int word, next;
+};
+
+/// W rows at `rows` + offset: W words of each, as codes_per_word * W vectors. Columns from `end` on do
+/// not exist: nothing is looked up for them.
 template <int CODE>
-inline void unpack_words(const uint8_t *const rows[W], int64_t offset, float *dst, int64_t k, int64_t end,
+[[gnu::always_inline]] inline void unpack_words(const uint8_t *const rows[W], int64_t offset, float *dst, Steps steps, int64_t k, int64_t end,
                          const wl_matrix *m, const Groups &groups) {
-  auto put = [dst](int i, V x) { v_store(dst + int64_t(i) * NR, x); };
   constexpr int PER = codes_per_word(CODE);
+  auto put = [&](int i, int j, V x) { v_store(dst + int64_t(i * steps.word + j) * NR, x); };
   VI r[W];
   for (int i = 0; i < W; i++) r[i] = i_load(rows[i] + offset);
   transpose(r);
   if constexpr (CODE == WL_F32) {
-    for (int i = 0; i < W; i++) put(i, as_float(r[i]));
+    for (int i = 0; i < W; i++) put(i, 0, as_float(r[i]));
   } else if constexpr (CODE == WL_BF16) {
     const VI high = i_set(int32_t(0xffff0000));
     for (int i = 0; i < W; i++) {
-      put(2 * i, as_float(i_shl<16>(r[i])));
-      put(2 * i + 1, as_float(i_and(r[i], high)));
+      put(i, 0, as_float(i_shl<16>(r[i])));
+      put(i, 1, as_float(i_and(r[i], high)));
     }
   } else if constexpr (CODE == WL_F16) {
     for (int i = 0; i < W; i++) {
-      put(2 * i, half_to_float(r[i]));
-      put(2 * i + 1, half_to_float(i_shr<16>(r[i])));
+      put(i, 0, half_to_float(r[i]));
+      put(i, 1, half_to_float(i_shr<16>(r[i])));
     }
   } else {
     constexpr int BITS = 32 / PER;
@@ -132,7 +198,7 @@ inline void unpack_words(const uint8_t *const rows[W], int64_t offset, float *ds
           zero = v_load(groups.zero + g * W);
         }
         VI bits = i_and(i_shr_by(r[i], j * BITS), mask);
-        put(i * PER + j, v_mul(decode_code(CODE, bits, zero), scale));
+        put(i, j, v_mul(decode_code(CODE, bits, zero), scale));
       }
     }
   }
@@ -141,36 +207,43 @@ inline void unpack_words(const uint8_t *const rows[W], int64_t offset, float *ds
 /// W columns whose codes are contiguous in k. Few rows at once: the hardware follows 16 streams, not
 /// 32 (36 against 19 GB/s for one thread of a Zen 5).
 template <int CODE>
-inline void unpack_rows(const uint8_t *const rows[W], int64_t k0, int count, float *dst, const wl_matrix *m,
-                        const Groups &groups) {
-  constexpr int PER = codes_per_word(CODE), STEP = PER * W;
+inline void unpack_rows(const uint8_t *const rows[W], int64_t k0, int count, float *dst, Steps steps,
+                        const wl_matrix *m, const Groups &groups) {
+  constexpr int PER = codes_per_word(CODE), STRIPE = PER * W;
   int k = 0;
-  for (; k + STEP <= count; k += STEP)
-    unpack_words<CODE>(rows, (k0 + k) * 4 / PER, dst + int64_t(k) * NR, k0 + k, k0 + count, m, groups);
+  auto whole = [&](Steps known) __attribute__((always_inline)) {
+    for (; k + STRIPE <= count; k += STRIPE, dst += known.next * NR)
+      unpack_words<CODE>(rows, (k0 + k) * 4 / PER, dst, known, k0 + k, k0 + count, m, groups);
+  };
+  // constants where they can be: addresses cost as much as the transposition
+  if (steps.word == PER) whole({PER, STRIPE});
+  else if (count == KC) whole({KC / W, PER});
+  else whole(steps);
   if (k == count) return;
   // a ragged end: only bytes that exist are read, only columns that exist are written
   alignas(64) uint8_t copy[W][W * 4] = {};
-  alignas(64) float tail[STEP * NR];
+  alignas(64) float tail[STRIPE * NR];
   const uint8_t *ends[W];
   const int bytes = ((count - k) * 4 + PER - 1) / PER;
   for (int i = 0; i < W; i++) {
     std::memcpy(copy[i], rows[i] + (k0 + k) * 4 / PER, size_t(bytes));
     ends[i] = copy[i];
   }
-  unpack_words<CODE>(ends, 0, tail, k0 + k, k0 + count, m, groups);
-  for (int i = 0; i < STEP && k + i < count; i++) v_store(dst + int64_t(k + i) * NR, v_load(tail + i * NR));
+  unpack_words<CODE>(ends, 0, tail, {PER, STRIPE}, k0 + k, k0 + count, m, groups);
+  for (int i = 0; i < STRIPE && k + i < count; i++)
+    v_store(dst + int64_t(i / PER * steps.word + i % PER) * NR, v_load(tail + i * NR));
 }
 
-inline void unpack_rows_of(int code, const uint8_t *const rows[W], int64_t k0, int count, float *dst,
+inline void unpack_rows_of(int code, const uint8_t *const rows[W], int64_t k0, int count, float *dst, Steps steps,
                            const wl_matrix *m, const Groups &groups) {
   switch (code) {
-    case WL_F32: return unpack_rows<WL_F32>(rows, k0, count, dst, m, groups);
-    case WL_BF16: return unpack_rows<WL_BF16>(rows, k0, count, dst, m, groups);
-    case WL_F16: return unpack_rows<WL_F16>(rows, k0, count, dst, m, groups);
-    case WL_E4M3: return unpack_rows<WL_E4M3>(rows, k0, count, dst, m, groups);
-    case WL_E2M1: return unpack_rows<WL_E2M1>(rows, k0, count, dst, m, groups);
-    case WL_INT8: return unpack_rows<WL_INT8>(rows, k0, count, dst, m, groups);
-    case WL_INT4: return unpack_rows<WL_INT4>(rows, k0, count, dst, m, groups);
+    case WL_F32: return unpack_rows<WL_F32>(rows, k0, count, dst, steps, m, groups);
+    case WL_BF16: return unpack_rows<WL_BF16>(rows, k0, count, dst, steps, m, groups);
+    case WL_F16: return unpack_rows<WL_F16>(rows, k0, count, dst, steps, m, groups);
+    case WL_E4M3: return unpack_rows<WL_E4M3>(rows, k0, count, dst, steps, m, groups);
+    case WL_E2M1: return unpack_rows<WL_E2M1>(rows, k0, count, dst, steps, m, groups);
+    case WL_INT8: return unpack_rows<WL_INT8>(rows, k0, count, dst, steps, m, groups);
+    case WL_INT4: return unpack_rows<WL_INT4>(rows, k0, count, dst, steps, m, groups);
   }
 }
 

@@ -14,6 +14,7 @@ NATIVE_ROWS = 512  # MC: rows whose packed copies are made at once
 NATIVE_ROUND_FLOATS = 1 << 20  # of packed rows, for which several products or experts are joined
 NATIVE_INNER = 256  # KC: rows of a panel of weights
 NATIVE_COLUMNS = 32  # NR
+NATIVE_LANES = 10_400  # LANE_FLOATS: sums and scales of few rows, in the place of a panel
 NATIVE_BLOCK = 64  # BK: positions that attention takes at once
 NATIVE_QUERIES = 80  # MQ + W: rows times heads that attention takes at once
 
@@ -45,7 +46,7 @@ def native_thread_bytes(key_width: int, value_width: int, *, groups: int) -> int
     of two panels and the scales of `groups` groups; for attention queries, scores, weights, output,
     a panel."""
     panel = NATIVE_INNER * NATIVE_COLUMNS
-    product = panel + 2 * (NATIVE_ROWS + groups) * NATIVE_COLUMNS
+    product = max(panel, NATIVE_LANES) + 2 * (NATIVE_ROWS + groups) * NATIVE_COLUMNS
     row = key_width + value_width + NATIVE_COLUMNS + 2 * NATIVE_BLOCK + 3
     attention = NATIVE_QUERIES * row + panel + key_width + value_width + NATIVE_BLOCK
     return 4 * (product + attention)

@@ -6,6 +6,7 @@ Mirrors schedule/on_device.py and the kernels; a test compares with measured pea
 from dataclasses import dataclass
 
 from windlass.kernels.limits import (
+    NATIVE_INNER,
     NATIVE_ROUND_FLOATS,
     NATIVE_ROWS,
     PROBE_BYTES,
@@ -128,8 +129,11 @@ def _native_scratch_bytes(spec: ModelSpec, threads: int, rows: int) -> int:
     """What the library keeps between calls: packed rows of products, packed and hidden rows of
     experts, and each thread's own."""
     packed = min(rows, NATIVE_ROWS)
+    # the last block of a packed row may have gaps
     widest = max(spec.hidden_size, *(_widest_input(block.attention) for block in spec.blocks))
+    widest += NATIVE_INNER
     network = spec.hidden_size + max(_intermediate(block.ffn) for block in spec.blocks)
+    network += 2 * NATIVE_INNER
     products = max(NATIVE_ROUND_FLOATS, packed * widest)
     experts = NATIVE_ROUND_FLOATS + packed * network
     own = max(_native_thread_bytes(block.attention) for block in spec.blocks)

@@ -1,0 +1,296 @@
+// Few rows times a matrix whose rows are contiguous: every stored row is read as it lies, with lanes
+// along k, and nothing is transposed but the sums. The same bits as panels give (Chains).
+#pragma once
+
+#include <utility>
+
+#include "gemm.h"
+
+namespace WL_NS {
+
+constexpr int LANE_ROWS = 4;           // up to here this is faster than panels
+constexpr int LANE_COLUMNS = 2048;     // of k whose sums wait to be added up
+constexpr int LANE_WIDTH = 4;          // most stored rows read at once
+constexpr int LANE_GROUPS = LANE_COLUMNS / 8 + 2 + W;  // scales of a stored row: a group has a word or more
+constexpr int64_t LANE_FLOATS = (LANE_COLUMNS / KC) * LANE_ROWS * W * W + 2 * LANE_WIDTH * LANE_GROUPS;
+
+/// f(0), f(STEP), ... as constants, below N.
+template <int N, int STEP, class F>
+[[gnu::always_inline]] inline void each(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
+    (f(std::integral_constant<int, I * STEP>{}), ...);
+  }(std::make_integer_sequence<int, N / STEP>{});
+}
+
+constexpr bool has_scales(int code) { return codes_per_word(code) > 2; }
+
+/// Code I of each word as a weight.
+template <int CODE, bool ZERO, int I>
+[[gnu::always_inline]] inline V lane_weight(VI r, V scale, V zero) {
+  constexpr int BITS = 32 / codes_per_word(CODE);
+  if constexpr (CODE == WL_F32) {
+    return as_float(r);
+  } else if constexpr (CODE == WL_BF16) {
+    return as_float(I ? i_and(r, i_set(int32_t(0xffff0000))) : i_shl<16>(r));
+  } else if constexpr (CODE == WL_F16) {
+    return half_to_float(i_shr<I * 16>(r));
+  } else if constexpr (CODE == WL_E2M1) {
+    return v_mul(lookup16(i_shr<I * BITS>(r), FP4), scale);
+  } else if constexpr (CODE == WL_INT4 && !ZERO) {
+    return v_mul(lookup16(i_shr<I * BITS>(r), INT4), scale);
+  } else {
+    const VI bits = i_and(i_shr<I * BITS>(r), i_set((1 << BITS) - 1));
+    return v_mul(decode_code(CODE, bits, zero), scale);
+  }
+}
+
+template <int CODE, bool ZERO, int I>
+inline V Exact::lanes(VI r, V scale, V zero) {
+  return lane_weight<CODE, ZERO, I>(r, scale, zero);
+}
+
+template <int CODE, bool ZERO, int I>
+inline V Exact::last_lanes(VI r, V scale, V zero, VI) {
+  return lane_weight<CODE, ZERO, I>(r, scale, zero);
+}
+
+inline void Exact::put_lane(float *dst, int64_t base, unsigned word, unsigned i, float x) {
+  dst[base + i * W + word] = x;
+}
+
+/// Code i of each word of a stripe as its column.
+inline VI places_of_words(int per, int i) {
+  int32_t places[W];
+  for (int j = 0; j < W; j++) places[j] = j * per + i;
+  return i_load(places);
+}
+
+/// Scales and zeros of some stored rows, and which of them belong to the words of a stripe.
+struct LaneGroups {
+  float *scale, *zero;  // [stored row][LANE_GROUPS], from group `first_group` on
+  int64_t first_group = 0;
+  bool regular = true;
+  VI pattern = i_set(0);  // of each word of a stripe: its group, counted from the stripe's first
+
+  static VI pattern_at(const wl_matrix &m, int64_t k, int per) {
+    int32_t groups[W];
+    for (int j = 0; j < W; j++) groups[j] = int32_t((k + j * per) / m.block_k - k / m.block_k);
+    return i_load(groups);
+  }
+  LaneGroups(const wl_matrix &m, float *memory, int per) : scale(memory), zero(memory + LANE_WIDTH * LANE_GROUPS) {
+    if (!has_scales(m.code)) return;
+    regular = m.block_k % (W * per) == 0 || W * per % m.block_k == 0;
+    pattern = pattern_at(m, 0, per);
+  }
+
+  void fill(const wl_matrix &m, const int64_t *columns, int num, int64_t k0, int64_t k1) {
+    first_group = k0 / m.block_k;
+    const int64_t last = (k1 - 1) / m.block_k;
+    for (int c = 0; c < num; c++) {
+      const int64_t n = columns[c] / m.block_n;
+      row_of_scales(m, n, first_group, last - first_group + 1, scale + c * LANE_GROUPS);
+      if (m.zero_type == WL_Z_NONE) continue;
+      for (int64_t g = first_group; g <= last; g++) zero[c * LANE_GROUPS + g - first_group] = load_zero(m, n, g);
+    }
+  }
+};
+
+/// out[column][W] = chains of `count` columns of k from k0 on (one block), of CB stored rows and M packed
+/// rows: out + m * stride.
+template <class Mode, int CODE, bool ZERO, int M, int CB>
+inline void lane_block(const wl_matrix &m, const uint8_t *const *rows, int64_t k0, int count, const float *x, int64_t ldx,
+                       const LaneGroups &groups, float *out, int64_t stride, int64_t ahead) {
+  constexpr int PER = codes_per_word(CODE), STRIPE = W * PER, UNITS = STRIPE / Mode::UNIT;
+  V sum[CB][M];
+  for (int c = 0; c < CB; c++)
+    for (int i = 0; i < M; i++) sum[c][i] = v_zero();
+  const V plain = v_set(load_plain_zero(m.code));
+  V scale[CB], zero[CB];
+  auto look_up = [&](int64_t k) __attribute__((always_inline)) {
+    if constexpr (has_scales(CODE)) {
+      const VI pattern = groups.regular ? groups.pattern : LaneGroups::pattern_at(m, k, PER);
+      const int64_t first = k / m.block_k - groups.first_group;
+      for (int c = 0; c < CB; c++) {
+        scale[c] = permute(v_load(groups.scale + c * LANE_GROUPS + first), pattern);
+        zero[c] = ZERO ? permute(v_load(groups.zero + c * LANE_GROUPS + first), pattern) : plain;
+      }
+    }
+  };
+  int k = 0;
+  x += k0 / Mode::UNIT;
+  for (; k + STRIPE <= count; k += STRIPE, x += UNITS) {
+    VI r[CB];
+    for (int c = 0; c < CB; c++) {
+      r[c] = i_load(rows[c] + (k0 + k) * 4 / PER);
+      fetch_line(rows[c] + (k0 + k) * 4 / PER + ahead);
+    }
+    look_up(k0 + k);
+    each<PER, Mode::UNIT>([&](auto i) __attribute__((always_inline)) {
+      typename Mode::Column w[CB];
+      for (int c = 0; c < CB; c++) w[c] = Mode::template lanes<CODE, ZERO, i()>(r[c], scale[c], zero[c]);
+      for (int j = 0; j < M; j++) {
+        const auto y = Mode::column(x + j * ldx + i() / Mode::UNIT * W);
+        for (int c = 0; c < CB; c++) sum[c][j] = Mode::add(y, w[c], sum[c][j]);
+      }
+    });
+  }
+  if (const int rest = count - k; rest > 0) {  // only bytes that exist are read, only sums that exist are changed
+    look_up(k0 + k);
+    const VI left = i_set(rest);
+    for (int c = 0; c < CB; c++) {
+      alignas(64) uint8_t bytes[W * 4] = {};
+      std::memcpy(bytes, rows[c] + (k0 + k) * 4 / PER, size_t((rest * 4 + PER - 1) / PER));
+      const VI r = i_load(bytes);
+      each<PER, Mode::UNIT>([&](auto i) __attribute__((always_inline)) {
+        const auto w = Mode::template last_lanes<CODE, ZERO, i()>(r, scale[c], zero[c], left);
+        for (int j = 0; j < M; j++) {
+          const auto y = Mode::column(x + j * ldx + i() / Mode::UNIT * W);
+          sum[c][j] = where_less(places_of_words(PER, i()), left, Mode::add(y, w, sum[c][j]), sum[c][j]);
+        }
+      });
+    }
+  }
+  for (int c = 0; c < CB; c++)
+    for (int j = 0; j < M; j++) v_store(out + j * stride + c * W, sum[c][j]);
+}
+
+/// c[row * NR] (+)= the chains of W columns in all blocks: `lanes` [block][M][column][chain].
+inline void add_chains(const float *lanes, int M, int64_t blocks, float *c, bool fresh) {
+  for (int m = 0; m < M; m++) {
+    V sum = fresh ? v_zero() : v_load(c + m * NR);
+    for (int64_t b = 0; b < blocks; b++) {
+      V r[W];
+      for (int i = 0; i < W; i++) r[i] = v_load(lanes + ((b * M + m) * W + i) * W);
+      sum = fresh && b == 0 ? add_lanes(r) : v_add(sum, add_lanes(r));
+    }
+    v_store(c + m * NR, sum);
+  }
+}
+
+template <class Mode, int CODE, bool ZERO, int M>
+inline void multiply_lanes_of(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, float *scratch, float *c,
+                              int64_t step) {
+  constexpr int64_t AT_ONCE = M <= 2 ? LANE_COLUMNS : M <= 4 ? LANE_COLUMNS / 2 : LANE_COLUMNS / 4;
+  constexpr int CB = W == 16 ? (M <= 4 ? 4 : 2) : M == 1 ? 4 : M <= 4 ? 2 : 1;
+  static_assert(CB <= LANE_WIDTH);
+  const Chains chains{codes_per_word(CODE)};
+  float *lanes = scratch;
+  LaneGroups groups(m, scratch + (LANE_COLUMNS / KC) * LANE_ROWS * W * W, chains.per);
+  for (int v = 0; v < NV; v++) {
+    const int64_t first = n0 + v * W;
+    if (first >= m.n) continue;
+    for (int64_t k1 = 0; k1 < m.k; k1 += AT_ONCE) {
+      const int64_t end = std::min(m.k, k1 + AT_ONCE);
+      for (int i = 0; i < W; i += CB) {
+        int64_t columns[CB];
+        const uint8_t *rows[CB];
+        for (int j = 0; j < CB; j++) {
+          columns[j] = std::min(first + i + j, m.n - 1);
+          rows[j] = static_cast<const uint8_t *>(m.codes) + columns[j] * m.stride_n;
+        }
+        const bool last = v == NV - 1 && i + CB == W;
+        const int64_t ahead = m.stride_n * (last ? step - NR + CB : CB);
+        if (has_scales(CODE)) groups.fill(m, columns, CB, k1, end);
+        for (int64_t k0 = k1; k0 < end; k0 += KC)
+          lane_block<Mode, CODE, ZERO, M, CB>(m, rows, k0, int(std::min<int64_t>(KC, end - k0)), x, ldx, groups,
+                                              lanes + ((k0 - k1) / KC * M * W + i) * W, W * W, ahead);
+      }
+      add_chains(lanes, M, (end - k1 + KC - 1) / KC, c + v * W, k1 == 0);
+    }
+  }
+}
+
+template <class Mode, int CODE, bool ZERO>
+inline void multiply_lanes_as(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, int64_t rows, float *scratch,
+                              float *c, int64_t step) {
+  using Run = void (*)(const wl_matrix &, int64_t, const float *, int64_t, float *, float *, int64_t);
+  static constexpr Run table[LANE_ROWS] = {
+      multiply_lanes_of<Mode, CODE, ZERO, 1>, multiply_lanes_of<Mode, CODE, ZERO, 2>,
+      multiply_lanes_of<Mode, CODE, ZERO, 3>, multiply_lanes_of<Mode, CODE, ZERO, 4>,
+  };
+  table[rows - 1](m, n0, x, ldx, scratch, c, step);
+}
+
+/// Columns n0 .. n0 + NR of `rows` packed rows (at most LANE_ROWS) times a matrix: c[rows][NR].
+template <class Mode>
+inline void multiply_lanes(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, int64_t rows, float *scratch,
+                           float *c, int64_t step) {
+  const bool zero = m.zero_type != WL_Z_NONE;
+  switch (m.code) {
+    case WL_F32: return multiply_lanes_as<Mode, WL_F32, false>(m, n0, x, ldx, rows, scratch, c, step);
+    case WL_BF16: return multiply_lanes_as<Mode, WL_BF16, false>(m, n0, x, ldx, rows, scratch, c, step);
+    case WL_F16: return multiply_lanes_as<Mode, WL_F16, false>(m, n0, x, ldx, rows, scratch, c, step);
+    case WL_E4M3: return multiply_lanes_as<Mode, WL_E4M3, false>(m, n0, x, ldx, rows, scratch, c, step);
+    case WL_E2M1: return multiply_lanes_as<Mode, WL_E2M1, false>(m, n0, x, ldx, rows, scratch, c, step);
+    case WL_INT8:
+      if (zero) return multiply_lanes_as<Mode, WL_INT8, true>(m, n0, x, ldx, rows, scratch, c, step);
+      return multiply_lanes_as<Mode, WL_INT8, false>(m, n0, x, ldx, rows, scratch, c, step);
+    case WL_INT4:
+      if (zero) return multiply_lanes_as<Mode, WL_INT4, true>(m, n0, x, ldx, rows, scratch, c, step);
+      return multiply_lanes_as<Mode, WL_INT4, false>(m, n0, x, ldx, rows, scratch, c, step);
+  }
+}
+
+/// A part of a row, row[0] being column part.first, as lanes meet it; dst is where column 0 goes.
+template <class Mode, int PER>
+inline void pack_lanes_of(const float *row, Part part, float *dst) {
+  constexpr int64_t STRIPE = W * PER;
+  for (int64_t at = part.first, end; at < part.end(); at = end) {
+    const int64_t base = at / STRIPE * STRIPE;
+    end = std::min(part.end(), base + STRIPE);
+    for (int64_t k = at; k < end; k++)
+      Mode::put_lane(dst, base, unsigned(k - base) / PER, unsigned(k - base) % PER, row[k - part.first]);
+    // behind the last column
+    for (int64_t k = end; end == part.total && k < base + STRIPE; k++)
+      Mode::put_lane(dst, base, unsigned(k - base) / PER, unsigned(k - base) % PER, 0.0f);
+  }
+}
+
+template <class Mode>
+inline void pack_lanes(const float *row, Part part, float *dst, Chains chains) {
+  switch (chains.per) {
+    case 1: return pack_lanes_of<Mode, 1>(row, part, dst);
+    case 2: return pack_lanes_of<Mode, 2>(row, part, dst);
+    case 4: return pack_lanes_of<Mode, 4>(row, part, dst);
+    case 8: return pack_lanes_of<Mode, 8>(row, part, dst);
+  }
+}
+
+/// How the packed rows of a product lie: as blocks for tiles, or row by row for lanes.
+template <class Mode>
+struct Layout {
+  Chains chains;
+  bool lanes;
+  bool operator==(const Layout &) const = default;
+  Layout(const wl_matrix &m, int64_t rows)
+      : chains(Mode::chains(m)),
+        lanes(Mode::LANES && rows <= LANE_ROWS && chains.per && has_contiguous_rows(m) && !m.groups) {}
+  /// Floats of a packed row of k columns.
+  int64_t width(int64_t k) const {
+    const int64_t stripe = W * std::max(chains.per, 1);
+    return lanes ? (k + stripe - 1) / stripe * stripe / Mode::UNIT : packed_width<Mode>(k, chains);
+  }
+  /// Block `b` of a part of the rows.
+  void pack(const float *const *rows, Blocks blocks, int64_t b, Part part, float *packed) const {
+    float *dst = packed + blocks.begin(b) * width(part.total);
+    const int mr = blocks.size(b);
+    if constexpr (Mode::LANES) {
+      for (int i = 0; lanes && i < mr; i++) pack_lanes<Mode>(rows[i], part, dst + i * width(part.total), chains);
+    }
+    if (!lanes) Mode::pack(rows, mr, part, dst, chains);
+  }
+};
+
+/// Columns n0 .. n0 + NR of packed rows times a matrix, all of k: c[rows][NR]. `step`: columns to the
+/// panel that this thread will probably take next.
+template <class Mode>
+inline void multiply_columns(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *panel,
+                             float *scratch, float *c, int64_t step) {
+  const Layout<Mode> layout(m, rows);
+  if constexpr (Mode::LANES) {
+    if (layout.lanes) return multiply_lanes<Mode>(m, n0, packed, layout.width(m.k), rows, panel, c, step);
+  }
+  multiply_panels<Mode>(m, n0, packed, rows, panel, scratch, c, step);
+}
+
+}  // namespace WL_NS
