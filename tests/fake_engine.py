@@ -184,7 +184,9 @@ class FakeEngine:
     def stats(self) -> EngineStats:
         return EngineStats(
             passes=self._passes,
-            prompt_tokens=self._prompt_tokens,
+            prompt_tokens=self._prompt_tokens - self._prompt_tokens // 4,
+            prefix_cache_queries=self._prompt_tokens,
+            prefix_cache_hits=self._prompt_tokens // 4,  # as if a quarter had been found
             generated_tokens=self._generated,
             bytes_read=1000 * self._passes,
             expert_requests=8 * self._passes,

@@ -115,6 +115,32 @@ def test_after_a_preemption_the_others_go_on():
     assert [row.segment.num_rows for row in rows] == [4 + CHUNK_TOKENS - 2, 1, 1]
 
 
+def test_what_gave_way_returns_in_the_order_of_age_before_what_never_ran():
+    machine = Machine(pages=12, seqs=4, rows=4 + CHUNK_TOKENS)
+    for i in range(5):
+        machine.add(PAGE_TOKENS, 8 * PAGE_TOKENS, name=str(i))
+    machine.step()
+    begun = [choice.request.request_id for choice in machine.admission.running]
+    assert begun == ["0", "1", "2", "3"]
+    while machine.admission.num_preemptions < 2:
+        machine.step()
+    assert [choice.request.request_id for choice in machine.admission.running] == ["0", "1"]
+    assert [one.request.request_id for one in machine.admission.waiting] == ["2", "3", "4"]
+    while machine.admission.running or machine.admission.waiting:
+        machine.step()
+    assert [c.request.request_id for c in machine.finished] == begun + ["4"]
+
+
+def test_nothing_holds_pages_before_there_is_room_for_its_rows():
+    machine = Machine(pages=100, seqs=4, rows=4 + CHUNK_TOKENS)
+    machine.add(40, 5)
+    machine.add(40, 5)
+    machine.step()
+    assert len(machine.admission.running) == 1
+    machine.step()
+    assert len(machine.admission.running) == 2
+
+
 def test_no_page_is_kept_for_what_cannot_grow():
     machine = Machine(pages=4, seqs=8, rows=8 + CHUNK_TOKENS)
     for _ in range(4):

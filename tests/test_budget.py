@@ -137,6 +137,7 @@ def test_recurrent_state_is_counted():
     plain = make_plan(spec, sizes, 4 * GIB, wanted)
     heavy = make_plan(spec, replace(sizes, state_bytes=64 * MIB), 4 * GIB, wanted)
     assert heavy.state_slots == 16 and plain.state_slots == 0
+    assert plain.prefix_caching and not heavy.prefix_caching  # no state is kept of a prefix
     assert heavy.total_bytes <= 4 * GIB
     assert heavy.total_bytes - _total(heavy, sizes) == 16 * 64 * MIB
 
@@ -144,9 +145,17 @@ def test_recurrent_state_is_counted():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("max_num_seqs", 0), ("max_num_batched_tokens", 64), ("micro_batch_tokens", 63),
-     ("max_model_len", 1), ("expert_slots", 0)],
+     ("max_model_len", 1), ("expert_slots", 0), ("mixed_prefill_tokens", 63)],
 )  # fmt: skip
 def test_nonsense_is_refused_by_name(field, value):
     spec = SPECS["olmoe-1b-7b"]
     with pytest.raises(UsageError, match=f"{field}: got {value}"):
         make_plan(spec, _sizes(spec), 64 * GIB, Wanted(**{field: value}))
+
+
+def test_what_changes_no_size_is_handed_on():
+    spec = SPECS["olmoe-1b-7b"]
+    for mixed, shares in ((None, True), (0, False), (64, True)):
+        wanted = Wanted(mixed_prefill_tokens=mixed, prefix_caching=shares)
+        plan = make_plan(spec, _sizes(spec), 4 * GIB, wanted)
+        assert (plan.mixed_prefill_tokens, plan.prefix_caching) == (mixed, shares)

@@ -253,6 +253,11 @@ def test_exit_codes_summary_and_json(folder: Path) -> None:
     assert any(line.startswith("disk: ") and "75.0 %" in line for line in lines)
     assert any(line.startswith("memory: 1.00 MiB") for line in lines)
     document = json.loads(lines[-1])
+    asked, found = document["prefix_cache_queries"], document["prefix_cache_hits"]
+    assert document["total_input_tokens"] == asked > 0 and found == asked // 4
+    assert any(line.startswith(f"tokens: {asked} in") for line in lines)
+    said = f"shared prefixes: {found} of {asked} prompt tokens found ({100 * found / asked:.1f} %)"
+    assert said in lines
     assert document["status"] == "completed"
     assert document["request_counts"] == {
         "total": NUM_ROWS, "completed": NUM_ROWS - 1, "failed": 1,
@@ -367,7 +372,8 @@ ENGINE = {
     "--moe-expert-cache-size", "--moe-expert-cache", "--kv-cache-dtype",
     "--max-num-seqs", "-np", "--parallel",
     "--max-num-batched-tokens", "-b", "--batch-size", "--micro-batch-size", "-ub", "--ubatch-size",
-    "--threads", "-t", "--moe-backend", "--trace", "--config",
+    "--threads", "-t", "--moe-backend", "--trace", "--config", "--enable-prefix-caching",
+    "--no-enable-prefix-caching",
 }  # fmt: skip
 OPTIONS = {
     "run-batch": ENGINE | {
@@ -392,13 +398,10 @@ OPTIONS = {
 
 def test_every_option_of_every_command_is_known_here() -> None:
     """A new option needs a test and a line in the documentation: then add it here."""
-    found = {
-        each.name: {name for flag in each.flags for name in ("--" + flag.name, *flag.aliases)}
-        for each in COMMANDS
-    }
+    found = {each.name: {name for flag in each.flags for name in flag.names} for each in COMMANDS}
     assert found == OPTIONS
     for each in COMMANDS:
-        names = [name for flag in each.flags for name in ("--" + flag.name, *flag.aliases)]
+        names = [name for flag in each.flags for name in flag.names]
         assert len(names) == len(set(names))
         assert not set(names) & set(REFUSED)
 
@@ -458,6 +461,21 @@ def test_values_become_engine_options() -> None:
     plain = engine_options(values())
     assert (plain.model, plain.host_memory, plain.max_model_len) == ("demo", None, None)
     assert engine_options(values("-c", "-1")).max_model_len is None
+
+
+def test_what_is_on_by_default_can_be_switched_off(tmp_path: Path) -> None:
+    def found(*arguments: str, **variables: str) -> bool:
+        return engine_options(values(*arguments, **variables)).enable_prefix_caching
+
+    off, on = "--no-enable-prefix-caching", "--enable-prefix-caching"
+    assert found() and found(on) and not found(off)
+    assert not found(WINDLASS_ENABLE_PREFIX_CACHING="0")
+    assert found(on, WINDLASS_ENABLE_PREFIX_CACHING="0") and found(off, on) and not found(on, off)
+    (tmp_path / "c.toml").write_text("enable-prefix-caching = false")
+    assert not found("--config", str(tmp_path / "c.toml"))
+    assert values()["no_retry_failed"] is False and values("--no-retry-failed")["no_retry_failed"]
+    with pytest.raises(UsageError, match="unknown option: --no-no-retry-failed"):
+        values("--no-no-retry-failed")
 
 
 def test_context_length_0_is_the_models_own(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_pages_are_cleared_when_they_are_handed_out(shape, dtype):
     for rows in store.paged(0):
         assert (_widened(rows).rows_PKBd == 0).all()
     store.give_pages(pages)
-    store.check()
+    store.check({})
 
 
 def test_bytes_of_a_token_count_the_scales():

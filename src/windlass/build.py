@@ -151,6 +151,7 @@ def _assemble(
     """The engine, which takes over what `opened` holds. Nothing made here may hold the engine: one
     that is dropped must end by itself."""
     plan, spec = setup.plan, model.spec
+    assert not (plan.prefix_caching and plan.state_slots), "no state is kept of a prompt's prefix"
     shape = pass_shape(spec, model.layout)
     forecast = PassForecast(_usage_forecast(spec))
     policy = FarthestNextUse(len(spec.blocks), probability=forecast.probability)
@@ -183,6 +184,7 @@ def _assemble(
         max_num_seqs=plan.max_num_seqs,
         max_rows=plan.max_num_batched_tokens,
         long_rope_after=_long_rope_after(spec),
+        mixed_prefill_rows=plan.mixed_prefill_tokens,
     )
 
     def run(batch: Batch) -> Outcome:
@@ -280,6 +282,7 @@ def _wanted(options: EngineOptions, model: _Model) -> Wanted:
         max_num_batched_tokens=options.max_num_batched_tokens,
         micro_batch_tokens=options.micro_batch_size,
         max_model_len=options.max_model_len,
+        prefix_caching=options.enable_prefix_caching,
     )
 
 

@@ -45,6 +45,7 @@ class EngineOptions:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     micro_batch_size: int | None = None
+    enable_prefix_caching: bool = True
     max_model_len: int | None = None
     seed: int = 0
     threads: int | None = None

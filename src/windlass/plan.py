@@ -25,6 +25,8 @@ class Plan:
     max_num_seqs: int
     max_num_batched_tokens: int
     micro_batch_tokens: int
+    mixed_prefill_tokens: int | None = None  # prompt rows of a pass that also decodes, at most
+    prefix_caching: bool  # whether prompts that begin alike are computed once
     read_threads: int
     expert_slot_bytes: int
     block_slot_bytes: int
@@ -44,6 +46,9 @@ class Plan:
         """The plan for people: what the budget holds, and what a pass may take."""
         kv_bytes = self.kv_pages * self.kv_page_bytes
         embedding = "in memory" if self.resident_embedding else "rows read from disk"
+        prefixes = "computed once" if self.prefix_caching else "not looked for"
+        if self.state_slots:  # a state is that of a sequence's last token, none is kept of a prefix
+            prefixes += " (the model has recurrent layers)"
         return [
             f"plan: {format_bytes(self.total_bytes)} of {format_bytes(self.host_memory)}: process"
             f" {format_bytes(self.process_bytes)}, activations"
@@ -54,5 +59,6 @@ class Plan:
             f" {self.block_slots} of {self.num_blocks}, head {self.head_slots} of"
             f" {self.num_head_chunks}, embedding {embedding}",
             f"plan: up to {self.max_num_seqs} sequences and {self.max_num_batched_tokens} rows"
-            f" per pass; a sequence may have {self.max_model_len} tokens",
+            f" per pass; a sequence may have {self.max_model_len} tokens; shared prompt prefixes"
+            f" {prefixes}",
         ]

@@ -98,7 +98,7 @@ class Meter:
 
 
 def _tokens(stats: EngineStats) -> int:
-    return stats.prompt_tokens + stats.generated_tokens
+    return stats.input_tokens + stats.generated_tokens
 
 
 class LineProgress:

@@ -63,6 +63,9 @@ ENGINE_FLAGS = (
          metavar="N", group=_BATCHING, help="tokens per pass (default: planned)"),
     Flag(name="micro-batch-size", aliases=("-ub", "--ubatch-size"), read=integer(1), metavar="N",
          group=_BATCHING, help="tokens that attention takes at once (default: planned)"),
+    Flag(name="enable-prefix-caching", read=None, default=True, group=_BATCHING,
+         help="prompts that begin alike are computed once up to where they differ (default: on); "
+         "results are the same bits either way"),
     Flag(name="threads", aliases=("-t",), read=integer(1), metavar="N", group=_BATCHING,
          help="of computation (default: the machine's cores)"),
     Flag(name="moe-backend", read=choice("auto", "torch", "cpu"), default="auto", metavar="NAME",

@@ -19,7 +19,8 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flag:
     """One option. `name` without dashes; its mirror is WINDLASS_<NAME>, its key in a file <name>
-    with underscores. `read` makes a value of text, None for a switch."""
+    with underscores. `read` makes a value of text, None for a switch: --NAME, and --no-NAME where
+    it is on by default."""
 
     name: str
     help: str
@@ -37,6 +38,12 @@ class Flag:
     @property
     def variable(self) -> str:
         return "WINDLASS_" + self.key.upper()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that may be typed."""
+        is_on = self.read is None and self.default
+        return ("--" + self.name, *self.aliases, *((f"--no-{self.name}",) if is_on else ()))
 
     def value(self, text: str, *, source: str) -> Any:
         """The value that `text` means. Raises UsageError naming `source`."""
@@ -87,15 +94,16 @@ def build_parser(command: Command) -> argparse.ArgumentParser:
     for flag in command.flags:
         if flag.group not in groups:
             groups[flag.group] = parser.add_argument_group(flag.group)
-        names = ["--" + flag.name, *flag.aliases]
         text = flag.help.replace("%", "%%")
         if flag.read is None:
-            groups[flag.group].add_argument(
-                *names, dest=flag.key, action="store_const", const="true", help=text
-            )
+            for name in flag.names:
+                groups[flag.group].add_argument(
+                    name, dest=flag.key, action="store_const", help=text,
+                    const="false" if name == f"--no-{flag.name}" else "true",
+                )  # fmt: skip
         else:
             groups[flag.group].add_argument(
-                *names, dest=flag.key, metavar=flag.metavar or "VALUE", help=text
+                *flag.names, dest=flag.key, metavar=flag.metavar or "VALUE", help=text
             )
     return parser
 
@@ -132,12 +140,12 @@ def matching_help(command: Command, word: str) -> str:
     word = word.lower()
     found = [
         flag for flag in command.flags
-        if word in f"{flag.name} {' '.join(flag.aliases)} {flag.group} {flag.help}".lower()
+        if word in f"{' '.join(flag.names)} {flag.group} {flag.help}".lower()
     ]  # fmt: skip
     if not found:
         raise UsageError(f"--help: no option of {command.name} matches {word!r}")
     return "\n".join(
-        f"  {', '.join((*flag.aliases, '--' + flag.name))}"
+        f"  {', '.join(sorted(flag.names, key=len))}"
         f"{'' if flag.read is None else ' ' + (flag.metavar or 'VALUE')}\n      {flag.help}"
         for flag in found
     )
@@ -153,7 +161,7 @@ def _unknown(argument: str, command: Command) -> str:
     if not argument.startswith("-"):
         return f"unexpected argument: {argument!r}"
     name = argument.partition("=")[0]
-    known = ["--help"] + [n for f in command.flags for n in ("--" + f.name, *f.aliases)]
+    known = ["--help", *(name for flag in command.flags for name in flag.names)]
     return f"unknown option: {name}{nearest(name, known)}"
 
 

@@ -183,13 +183,19 @@ def _summary_lines(summary: "Summary", options: "JobOptions") -> list[str]:
         )
         lines += [
             f"time: {format_seconds(summary.run_s)}, loading {format_seconds(summary.load_s)}",
-            f"tokens: {stats.prompt_tokens} in, {stats.generated_tokens} out; "
+            f"tokens: {stats.input_tokens} in, {stats.generated_tokens} out; "
             f"{stats.generated_tokens / seconds:.2f} out per s, "
-            f"{(stats.prompt_tokens + stats.generated_tokens) / seconds:.2f} per s in all",
+            f"{(stats.input_tokens + stats.generated_tokens) / seconds:.2f} per s in all",
             f"disk: {format_bytes(stats.bytes_read)} read, "
             f"{format_bytes(stats.bytes_read / seconds)}/s; experts found in memory: {hits}",
             f"memory: {format_bytes(stats.peak_rss_bytes)} at the peak",
         ]
+        if stats.prefix_cache_queries:
+            share = 100 * stats.prefix_cache_hits / stats.prefix_cache_queries
+            lines.append(
+                f"shared prefixes: {stats.prefix_cache_hits} of {stats.prefix_cache_queries}"
+                f" prompt tokens found ({share:.1f} %)"
+            )
     if summary.is_complete:
         lines.append(f"results: {options.output_file}")
     return lines
@@ -218,12 +224,14 @@ def _summary_json(
     stats = summary.stats
     if stats is not None:
         seconds = max(summary.run_s, 1e-9)
-        total = stats.prompt_tokens + stats.generated_tokens
+        total = stats.input_tokens + stats.generated_tokens
         document |= {
-            "total_input_tokens": stats.prompt_tokens,
+            "total_input_tokens": stats.input_tokens,
             "total_output_tokens": stats.generated_tokens,
             "output_throughput": stats.generated_tokens / seconds,
             "total_token_throughput": total / seconds,
+            "prefix_cache_queries": stats.prefix_cache_queries,
+            "prefix_cache_hits": stats.prefix_cache_hits,
             "passes": stats.passes,
             "bytes_read": stats.bytes_read,
             "expert_requests": stats.expert_requests,

@@ -1,19 +1,27 @@
 """Which rows the next pass computes: admission by key/value pages. Knows counts, no tensors.
 
 Decode rows of running sequences go first, at least one of each, then chunks of prompts fill the
-pass up to its row limit, in the order of arrival; a waiting sequence joins as soon as pages for its
-prompt are free. Pages grow with the sequence; when none is left, the youngest sequence gives its
-pages back and is later computed again from its tokens, which gives the same bits (prompt rows as
-prompt rows, generated rows as generated rows).
+pass up to its row limit, the oldest first; a waiting sequence joins as soon as pages for its prompt
+are free, those that begin alike one after the other. They share pages (`engine/prompt_pages.py`):
+the first to come computes them, those behind it in the same pass or later ones read them. Pages
+grow with the sequence; when none is left, the youngest sequence gives its pages back and is later
+computed again from its tokens, which gives the same bits (prompt rows as prompt rows, generated
+rows as generated rows). The oldest sequence never gives way while there is a younger one, and what
+gave way returns first and in the order of age: the oldest comes to its end whatever the others do,
+so all do.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 from windlass.engine.choice import Choice, Queued
-from windlass.engine.sequence import Request
+from windlass.engine.lengths import OutputLengths
+from windlass.engine.prompt_pages import PromptPages
+from windlass.engine.sequence import WINDOW, Request
 from windlass.memory.kv import KvStore
+from windlass.memory.pages import num_alike
 from windlass.schedule.batch import CHUNK_TOKENS, Segment
 
 
@@ -28,15 +36,26 @@ class Admission:
     """Owns the waiting and running choices and their pages."""
 
     def __init__(
-        self, kv: KvStore, *, max_num_seqs: int, max_rows: int, long_rope_after: int | None
+        self,
+        kv: KvStore,
+        *,
+        max_num_seqs: int,
+        max_rows: int,
+        long_rope_after: int | None,
+        mixed_prefill_rows: int | None = None,
     ) -> None:
         """`long_rope_after`: sequences that may outgrow this many tokens use LongRoPE's long
-        factors; None for other models."""
+        factors; None for other models. `mixed_prefill_rows`: prompt rows of a pass in which
+        sequences decode, at most; None for no bound."""
         assert max_rows >= max_num_seqs + CHUNK_TOKENS, "a pass must hold all sequences and a chunk"
         self._kv = kv
         self._max_num_seqs = max_num_seqs
         self._max_rows = max_rows
-        self._long_rope_after = long_rope_after
+        self._mixed_prefill_rows = mixed_prefill_rows
+        self._last_keys: tuple[bytes, ...] = ()  # of the prompt that was admitted last
+        self._num_passed_over = 0  # times in a row that the first in the queue was
+        self.lengths = OutputLengths()
+        self.prompt_pages = PromptPages(kv, long_rope_after=long_rope_after)
         self.waiting: deque[Queued | Choice] = deque()  # a Choice: to be computed again
         self.running: list[Choice] = []  # oldest first
         self.num_preemptions = 0
@@ -55,6 +74,13 @@ class Admission:
             self.remove(choice)
         self.waiting = deque(one for one in self.waiting if one.request is not request)
 
+    def restart(self) -> None:
+        """After a pass that failed: no row of it counts, so nothing may be read that it was to
+        compute. All that run are computed again."""
+        while self.running:
+            self._preempt(self.running[-1])
+        self._kv.pool.forget_all()
+
     def compose(self, start: Callable[[Queued], Choice]) -> list[Row]:
         """The rows of the next pass; empty only when there is nothing to do. `start` makes the
         choice of what is taken from the queue."""
@@ -65,36 +91,65 @@ class Admission:
         for following, choice in zip(range(len(decoding))[::-1], decoding, strict=True):
             rows.append(self._generated(choice, room - following))  # a row for each that follows
             room -= rows[-1].segment.num_rows
+        if rows and self._mixed_prefill_rows is not None:
+            room = min(room, self._mixed_prefill_rows)
         for choice in self.running:
             if choice.in_prompt:
                 room -= self._add_prompt(choice, room, rows)
-        while room > 0 and self._can_admit():
-            first = self.waiting[0]
-            if not self._fitting(len(first.request.prompt_token_ids), room):
+        while room > 0 and self.waiting and len(self.running) < self._max_num_seqs:
+            place = self._next()
+            newcomer = self.waiting[place]
+            if not self._can_admit(newcomer, room):
                 break
-            self.waiting.popleft()
-            choice = start(first) if isinstance(first, Queued) else first
+            del self.waiting[place]
+            choice = start(newcomer) if isinstance(newcomer, Queued) else newcomer
             self._admit(choice)
+            self._num_passed_over = self._num_passed_over + 1 if place else 0
             room -= self._add_prompt(choice, room, rows)
         return rows
 
-    def _can_admit(self) -> bool:
-        if not self.waiting or len(self.running) >= self._max_num_seqs:
-            return False
-        newcomer = self.waiting[0]
-        needed = self._kv.pages_for(min(newcomer.num_tokens + 1, newcomer.max_total - 1))
-        kept = sum(map(self._may_want, self.running))
-        return needed + kept <= self._kv.num_free_pages and self._kv.has_free_state
+    def _next(self) -> int:
+        """Place in the queue of what is admitted next: the first, or the first of those that begin
+        most like the last that was admitted, so that fewer prefixes are held at once. What gave way
+        is not passed over, nothing is more often than there are places for sequences."""
+        keys = self._last_keys
+        is_due = self._num_passed_over >= self._max_num_seqs
+        if not keys or is_due or isinstance(self.waiting[0], Choice):
+            return 0
+        found = most = 0
+        for place, one in enumerate(islice(self.waiting, WINDOW * self._max_num_seqs)):
+            alike = num_alike(keys, one.queued.block_keys)
+            if alike > most:
+                found, most = place, alike
+        return found
 
-    def _may_want(self, choice: Choice) -> int:
+    def _can_admit(self, newcomer: Queued | Choice, room: int) -> bool:
+        queued = newcomer.queued
+        left = queued.num_tokens - self.prompt_pages.num_ready(queued)
+        needed = self._kv.pages_for(min(newcomer.num_tokens + 1, newcomer.max_total - 1))
+        needed -= self.prompt_pages.num_held(queued)
+        kept = sum(map(self._may_want, self.running))
+        fits = needed + kept <= self._kv.num_free_pages and self._kv.has_free_state
+        return fits and self._fitting(left, room) > 0
+
+    def _may_want(self, choice: Choice) -> float:
         """Pages kept free for a running choice, so that a newcomer does not drive it out at once:
-        those it lacks now, else one as long as it can grow."""
+        those it lacks now, else one as far as it is likely to want it. To keep all that it may grow
+        to saves preemptions and costs more passes than they do (docs/log.md)."""
         held = len(choice.pages)
+        lacking = self._kv.pages_for(choice.num_tokens) - held
         most = self._kv.pages_for(choice.max_total - 1) - held
-        return min(most, max(1, self._kv.pages_for(choice.num_tokens) - held))
+        if lacking > 0 or not most:
+            return min(lacking, most)
+        # the last token of an answer is never computed
+        fitting = held * self._kv.page_tokens - choice.num_prompt + 1
+        return self.lengths.chance(
+            fitting, after=len(choice.output_ids), max_output=choice.queued.max_output
+        )
 
     def _admit(self, choice: Choice) -> None:
-        choice.pages = self._kv.take_pages(self._kv.pages_for(choice.num_prompt))
+        self.prompt_pages.take(choice)
+        self._last_keys = choice.queued.block_keys
         choice.state_slot = self._kv.take_state()
         self.running.append(choice)
 
@@ -130,11 +185,14 @@ class Admission:
         return self._row(choice, first, last, is_prompt=False)
 
     def _add_prompt(self, choice: Choice, room: int, rows: list[Row]) -> int:
-        """Adds the next chunk of a prompt and returns its number of rows."""
+        """Adds the next chunk of a prompt and returns its number of rows. What rows before it have
+        computed, here or earlier, is done."""
+        self.prompt_pages.skip(choice)
         count = self._fitting(choice.num_prompt - choice.num_computed, room)
         if count:
             first = choice.num_computed
             rows.append(self._row(choice, first, first + count, is_prompt=True))
+            self.prompt_pages.fill(choice, first, first + count)
         return count
 
     def _fitting(self, left: int, room: int) -> int:
@@ -142,7 +200,6 @@ class Admission:
         return left if left <= room else room // CHUNK_TOKENS * CHUNK_TOKENS
 
     def _row(self, choice: Choice, first: int, last: int, *, is_prompt: bool) -> Row:
-        after = self._long_rope_after
         is_scored = is_prompt and choice.scores_prompt
         segment = Segment(
             sequence=id(choice),
@@ -151,18 +208,19 @@ class Admission:
             pages=tuple(choice.pages),
             state_slot=choice.state_slot,
             is_prompt=is_prompt,
-            long_rope=after is not None and choice.queued.longest > after,
+            long_rope=self.prompt_pages.long_rope(choice.queued),
             wants_logits=last == choice.num_tokens,
             targets=choice.request.prompt_token_ids[first + 1 : last + 1] if is_scored else (),
         )
         return Row(choice, segment)
 
     def check(self) -> None:
-        """Pages are held once, and by running choices only."""
-        self._kv.check()
-        held = [page for choice in self.running for page in choice.pages]
-        assert len(set(held)) == len(held), "a page belongs to two sequences"
-        assert len(held) + self._kv.num_free_pages == self._kv.num_pages, "a page was lost"
+        """Pages are held by running choices only, and by several only where their prompts agree."""
+        held = Counter(page for choice in self.running for page in choice.pages)
+        self._kv.check(held)
+        for choice in self.running:
+            assert len(set(choice.pages)) == len(choice.pages), "a choice has a page twice"
+            self.prompt_pages.check(choice)
         assert all(isinstance(one, Queued) or not one.pages for one in self.waiting), (
             "a waiting choice holds pages"
         )

@@ -16,12 +16,18 @@ from windlass.engine.tokenizer import Tokenizer
 @dataclass(frozen=True, slots=True, eq=False)
 class Queued:
     """A choice that has not begun: what waits by the thousand has no sampler, text or tokens of its
-    own. `max_output` is at least 1. `longest`: tokens that it could have if memory had no end."""
+    own. `max_output` is at least 1. `longest`: tokens that it could have if memory had no end.
+    `block_keys`: of the blocks of its prompt that may be shared (`memory/pages.py`)."""
 
     request: Request
     index: int
     max_output: int
     longest: int
+    block_keys: tuple[bytes, ...] = ()
+
+    @property
+    def queued(self) -> "Queued":
+        return self
 
     @property
     def num_tokens(self) -> int:
@@ -31,6 +37,11 @@ class Queued:
     def max_total(self) -> int:
         """Tokens of prompt and output at most; positions that may be cached are one fewer."""
         return len(self.request.prompt_token_ids) + self.max_output
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether its pass gives log-probabilities of the prompt: those of all choices are one."""
+        return self.request.params.prompt_logprobs is not None and self.index == 0
 
 
 class LogprobLog:
@@ -76,6 +87,7 @@ class Choice:
     eos_token_ids: frozenset[int]
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_cached: int = 0  # of these, prompt tokens that another sequence computed
     pages: list[int] = field(default_factory=list)
     state_slot: int = -1
     finish_reason: str | None = None
@@ -102,8 +114,7 @@ class Choice:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether its pass gives log-probabilities of the prompt: those of all choices are one."""
-        return self.request.params.prompt_logprobs is not None and self.queued.index == 0
+        return self.queued.scores_prompt
 
     @property
     def in_prompt(self) -> bool:

@@ -21,10 +21,11 @@ from windlass.engine.text import TextStream
 from windlass.engine.tokenizer import Tokenizer
 from windlass.errors import RequestError
 from windlass.ids import Part
+from windlass.memory.pages import block_keys
 from windlass.memory.weights import WeightStore
 from windlass.params import SamplingParams
 from windlass.plan import Plan
-from windlass.schedule.batch import Batch, make_batch
+from windlass.schedule.batch import CHUNK_TOKENS, Batch, make_batch
 from windlass.schedule.runtime import Outcome
 from windlass.trace import Tracer
 
@@ -101,6 +102,15 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._open)
 
+    def expected_output_tokens(self, max_tokens: int, quantile: float | None = None) -> float:
+        """Tokens of an answer that may have `max_tokens`: the mean by what has ended so far (the
+        short ones end first), or what the share `quantile` of answers does not exceed. `max_tokens`
+        where none has ended."""
+        lengths = self._admission.lengths
+        if quantile is None:
+            return lengths.mean(max_tokens)
+        return lengths.quantile(quantile, max_tokens)
+
     def validate(self, request: Request) -> None:
         """Raises RequestError if the request cannot run here."""
         self._check(request)
@@ -115,8 +125,11 @@ class Engine:
         if params.max_tokens is not None:
             max_output, longest = params.max_tokens, num_prompt + params.max_tokens
         self._open[request.request_id] = _Open(request, params.n, time.monotonic())
+        keys: tuple[bytes, ...] = ()
+        if self.plan.prefix_caching:
+            keys = block_keys(request.prompt_token_ids, CHUNK_TOKENS)
         for index in range(params.n):
-            self._admission.add(Queued(request, index, max_output, longest))
+            self._admission.add(Queued(request, index, max_output, longest, keys))
 
     def abort(self, request_id: str) -> None:
         """Drops a request; unknown ids are ignored, it may just have ended."""
@@ -179,8 +192,12 @@ class Engine:
             batch = make_batch(
                 [row.segment for row in rows], micro_batch_tokens=self.plan.micro_batch_tokens
             )
-            with torch.inference_mode():
-                outcome = self._run_pass(batch)
+            try:
+                with torch.inference_mode():
+                    outcome = self._run_pass(batch)
+            except BaseException:
+                self._admission.restart()
+                raise
             self._passes += 1
             with self._tracer.span("sample", rows=len(outcome.logits)):
                 result = self._take(rows, outcome)
@@ -209,6 +226,8 @@ class Engine:
                 self._generated_tokens += 1
             except RequestError as error:  # this request alone fails: constraints left no token
                 choice.finish_reason, entry.failure = "error", error
+            else:
+                self._observe(choice)
             taken += 1
             entry.first_token = entry.first_token or time.monotonic()
             if choice.finish_reason is not None:
@@ -217,6 +236,10 @@ class Engine:
                 if not entry.left:
                     finished.append(self._finish(entry))
         return StepResult(tuple(finished), tuple(deltas))
+
+    def _observe(self, choice: Choice) -> None:
+        if choice.finish_reason is not None:
+            self._admission.lengths.observe(len(choice.output_ids), choice.queued.max_output)
 
     def _finish(self, entry: _Open) -> RequestOutput:
         request = entry.request
@@ -230,6 +253,7 @@ class Engine:
             prompt_token_ids=request.prompt_token_ids,
             outputs=outputs,
             prompt_logprobs=entry.choices[0].prompt_output(self.tokenizer),
+            num_cached_tokens=entry.choices[0].num_cached,
             metrics=RequestMetrics(
                 arrival_time=entry.arrival,
                 first_token_time=entry.first_token,
@@ -243,7 +267,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Totals so far."""
-        store = self._weights.stats()
+        store, prompts = self._weights.stats(), self._admission.prompt_pages
         return EngineStats(
             passes=self._passes,
             prompt_tokens=self._prompt_tokens,
@@ -257,6 +281,8 @@ class Engine:
             running=len(self._admission.running),
             waiting=len(self._admission.waiting),
             num_preemptions=self._admission.num_preemptions,
+            prefix_cache_queries=prompts.num_asked if self.plan.prefix_caching else 0,
+            prefix_cache_hits=prompts.num_found,
         )
 
     def check(self) -> None:

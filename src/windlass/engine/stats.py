@@ -8,7 +8,7 @@ class EngineStats:
     """Totals since the engine was built, except `running` and `waiting` (sequences now)."""
 
     passes: int
-    prompt_tokens: int
+    prompt_tokens: int  # that were computed
     generated_tokens: int
     bytes_read: int  # from disk
     expert_requests: int  # experts a pass needed
@@ -19,3 +19,10 @@ class EngineStats:
     running: int
     waiting: int
     num_preemptions: int = 0  # sequences that gave their pages back, to be computed again
+    prefix_cache_queries: int = 0  # prompt tokens that other sequences might have computed
+    prefix_cache_hits: int = 0  # of these, tokens that they had computed
+
+    @property
+    def input_tokens(self) -> int:
+        """Prompt tokens, computed or found."""
+        return self.prompt_tokens + self.prefix_cache_hits

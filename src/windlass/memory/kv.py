@@ -6,12 +6,13 @@ which come from that row alone. Recurrent states are fp32. A page is cleared whe
 so that nothing of an earlier sequence, not even a NaN under a mask, can reach a later one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from windlass.device.host import empty
+from windlass.memory.pages import PagePool
 from windlass.packed import INT8_ZERO, PagedRows
 from windlass.units import round_up
 
@@ -93,13 +94,13 @@ class KvStore:
                 if shape.value_in_key
                 else _zero_rows(rows, shape.value_dim, dtype)
             )
-        self._free_pages = list(range(num_pages - 1, -1, -1))
+        self.pool = PagePool(num_pages)
         self._free_states = list(range(state_slots - 1, -1, -1))
         self._state_slots = state_slots
 
     @property
     def num_free_pages(self) -> int:
-        return len(self._free_pages)
+        return self.pool.num_free
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that `num_tokens` positions of one sequence take."""
@@ -107,8 +108,7 @@ class KvStore:
 
     def take_pages(self, count: int) -> list[int]:
         """Hands out cleared pages; there must be enough."""
-        assert count <= len(self._free_pages), "admission must not promise pages that are not free"
-        pages = [self._free_pages.pop() for _ in range(count)]
+        pages = self.pool.take(count)
         for layer, keys in self._keys.items():
             _clear(keys, pages)
             if not self._is_shared(layer):
@@ -116,7 +116,8 @@ class KvStore:
         return pages
 
     def give_pages(self, pages: Sequence[int]) -> None:
-        self._free_pages.extend(pages)
+        """One holder of each has ended; of a sequence all at once, in its order."""
+        self.pool.give(pages)
 
     def take_state(self) -> int:
         """A slot with zero state; -1 if the model has no recurrent layer."""
@@ -161,14 +162,12 @@ class KvStore:
         """Convolution windows (S, channels, kernel - 1) and states (S, heads, dk, dv)."""
         return self._states[layer]
 
-    def check(self) -> None:
-        """Nothing is free twice, nothing out of range."""
-        for free, total in (
-            (self._free_pages, self.num_pages),
-            (self._free_states, self._state_slots),
-        ):
-            assert len(set(free)) == len(free), "a page or state slot was given back twice"
-            assert all(0 <= slot < total for slot in free), "a free slot is out of range"
+    def check(self, held: Mapping[int, int]) -> None:
+        """Nothing is free twice, lost or out of range. `held`: holders of pages that have any."""
+        self.pool.check(held)
+        free = self._free_states
+        assert len(set(free)) == len(free), "a state slot was given back twice"
+        assert all(0 <= slot < self._state_slots for slot in free), "a free slot is out of range"
 
 
 def _zero_rows(rows: tuple[int, int, int], width: int, dtype: torch.dtype) -> PagedRows:

@@ -46,6 +46,8 @@ class Wanted:
     max_num_batched_tokens: int | None = None
     micro_batch_tokens: int | None = None
     max_model_len: int | None = None
+    mixed_prefill_tokens: int | None = None
+    prefix_caching: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,6 +222,9 @@ class _Draft:
             max_num_seqs=seqs,
             max_num_batched_tokens=rows,
             micro_batch_tokens=self._wanted.micro_batch_tokens or _MICRO_ROWS,
+            mixed_prefill_tokens=self._wanted.mixed_prefill_tokens,
+            # a recurrent state is that of a sequence's last token: none is kept of a prefix
+            prefix_caching=self._wanted.prefix_caching and not self._sizes.state_bytes,
             read_threads=_READ_THREADS,
             expert_slot_bytes=slot_bytes.get(Part.EXPERT, 0),
             block_slot_bytes=slot_bytes.get(Part.BLOCK, 0),
@@ -247,6 +252,9 @@ def _check(wanted: Wanted, spec: ModelSpec) -> None:
         value = getattr(wanted, name)
         if value is not None and value < least:
             raise UsageError(f"{name}: got {value}, allowed {least} or more")
+    mixed = wanted.mixed_prefill_tokens
+    if mixed is not None and mixed < _CHUNK and mixed != 0:
+        raise UsageError(f"mixed_prefill_tokens: got {mixed}, allowed 0, or {_CHUNK} or more")
     seqs, rows = wanted.max_num_seqs, wanted.max_num_batched_tokens
     if seqs is not None and rows is not None and rows < seqs + _CHUNK:
         raise UsageError(

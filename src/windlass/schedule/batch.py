@@ -37,7 +37,8 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """All rows of one pass, segment by segment."""
+    """All rows of one pass, segment by segment. Rows may read keys and values that earlier rows of
+    the pass write: attention takes the micro-batches of a layer in their order."""
 
     segments: tuple[Segment, ...]
     num_rows: int

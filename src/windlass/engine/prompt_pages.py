@@ -1,0 +1,112 @@
+"""Pages of prompts: sequences whose prompts begin alike hold the same. Knows counts, no tensors.
+
+A prompt may read blocks that others compute up to its last token, whose row it must compute for the
+logits; one whose tokens are scored computes all of its rows. Blocks end where chunks may, so that
+results are those of a prompt that was computed in two chunks: the same bits as ever.
+"""
+
+from collections.abc import Hashable
+from itertools import islice
+
+from windlass.engine.choice import Choice, Queued
+from windlass.memory.kv import KvStore
+from windlass.memory.pages import Block
+from windlass.schedule.batch import CHUNK_TOKENS
+
+
+class PromptPages:
+    """Which pages prompts get, and how far they are computed."""
+
+    def __init__(self, kv: KvStore, *, long_rope_after: int | None) -> None:
+        self._kv = kv
+        self._long_rope_after = long_rope_after
+        self._block_pages = CHUNK_TOKENS // kv.page_tokens
+        assert self._block_pages * kv.page_tokens == CHUNK_TOKENS, "a chunk is a number of pages"
+        self.num_asked = 0  # tokens of prompts that might have been found
+        self.num_found = 0  # of these, tokens that were not computed again
+
+    def long_rope(self, queued: Queued) -> bool:
+        """Whether its positions use LongRoPE's long factors."""
+        return self._long_rope_after is not None and queued.longest > self._long_rope_after
+
+    def num_held(self, queued: Queued) -> int:
+        """Pages it needs that running sequences hold already."""
+        held = [b for b in self._readable(queued) if b is not None and b.num_holders]
+        return len(held) * self._block_pages
+
+    def num_ready(self, queued: Queued) -> int:
+        """Tokens at its beginning that need not be computed."""
+        count = 0
+        for block in self._readable(queued):
+            if block is None or not block.is_full:
+                break
+            count += CHUNK_TOKENS
+        return count
+
+    def take(self, choice: Choice) -> None:
+        """Gives the choice all pages of its prompt, and names to those that others may read."""
+        queued, pool = choice.queued, self._kv.pool
+        known = self._readable(queued)
+        shared = [block for block in known if block is not None]
+        for block in shared:
+            pool.hold(block)  # before anything is taken, which may forget what nobody holds
+        count = self._kv.pages_for(queued.num_tokens) - len(shared) * self._block_pages
+        fresh = iter(self._kv.take_pages(count))
+        for place, name in enumerate(self._names(queued)):
+            found = known[place] if place < len(known) else None
+            pages = found.pages if found else tuple(islice(fresh, self._block_pages))
+            if pool.find(name) is None:
+                pool.name(name, pages)
+            choice.pages.extend(pages)
+        choice.pages.extend(fresh)
+        choice.num_cached = 0
+        self.num_asked += 0 if queued.scores_prompt else queued.num_tokens
+
+    def skip(self, choice: Choice) -> None:
+        """Moves a choice in its prompt past the blocks that others have computed."""
+        most = _num_readable(choice.queued)
+        while (place := choice.num_computed // CHUNK_TOKENS) < most:
+            block = self._block(choice, place)
+            if block is None or not block.is_full:
+                break
+            choice.num_computed += CHUNK_TOKENS
+            choice.num_cached += CHUNK_TOKENS
+            self.num_found += CHUNK_TOKENS
+
+    def fill(self, choice: Choice, first: int, last: int) -> None:
+        """Prompt rows from position `first` up to `last` are in the next pass: what comes later in
+        it, or after it, may read them."""
+        for place in range(first // CHUNK_TOKENS, last // CHUNK_TOKENS):
+            block = self._block(choice, place)
+            if block is not None:
+                block.is_full = True
+
+    def _names(self, queued: Queued) -> list[Hashable]:
+        is_long = self.long_rope(queued)
+        return [(is_long, key) for key in queued.block_keys]
+
+    def _readable(self, queued: Queued) -> list[Block | None]:
+        """What is known of each block that the prompt may read."""
+        return [self._kv.pool.find(n) for n in self._names(queued)[: _num_readable(queued)]]
+
+    def _block(self, choice: Choice, place: int) -> Block | None:
+        return self._kv.pool.block_of(choice.pages[place * self._block_pages])
+
+    def check(self, choice: Choice) -> None:
+        """A running choice holds blocks by their names alone, each where it belongs."""
+        names, size = self._names(choice.queued), self._block_pages
+        for place, name in enumerate(names):
+            block = self._block(choice, place)
+            if block is not None:
+                pages = tuple(choice.pages[place * size : (place + 1) * size])
+                assert (block.name, block.pages) == (name, pages), "another prompt's block"
+                is_computed = (place + 1) * CHUNK_TOKENS <= choice.num_computed
+                assert block.is_full or not is_computed, "a block was computed and not marked"
+        for page in choice.pages[len(names) * size :]:
+            assert self._kv.pool.block_of(page) is None, "a page that still changes has a name"
+
+
+def _num_readable(queued: Queued) -> int:
+    if queued.scores_prompt:
+        return 0
+    return min(len(queued.block_keys), (queued.num_tokens - 1) // CHUNK_TOKENS)
