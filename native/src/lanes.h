@@ -171,7 +171,7 @@ template <class Mode, int CODE, bool ZERO, int M>
 inline void multiply_lanes_of(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, float *scratch, float *c,
                               int64_t step) {
   constexpr int64_t AT_ONCE = M <= 2 ? LANE_COLUMNS : M <= 4 ? LANE_COLUMNS / 2 : LANE_COLUMNS / 4;
-  constexpr int CB = W == 16 ? (M <= 4 ? 4 : 2) : M == 1 ? 4 : M <= 4 ? 2 : 1;
+  constexpr int CB = W == 16 ? 4 : M == 1 ? 4 : 2;
   static_assert(CB <= LANE_WIDTH);
   const Chains chains{codes_per_word(CODE)};
   float *lanes = scratch;

@@ -98,7 +98,8 @@ struct Pairs {
 
   /// Pairs as they are stored, transposed.
   static void unpack_bf16(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, Chains chains) {
-    const int step = chains.length(count) / 2;
+    // pair i of a vector, and the next vector
+    const int step = chains.per ? chains.length(count) / 2 : 1, next = chains.per ? 1 : W;
     for (int v = 0; v < NV; v++) {
       const uint8_t *rows[W];
       for (int i = 0; i < W; i++) {
@@ -118,7 +119,7 @@ struct Pairs {
         }
         transpose(r);
         for (int i = 0; i < W && k + 2 * i < count; i++)
-          _mm512_storeu_si512(panel + (i * step + k / (2 * W)) * NR + v * W, r[i]);
+          _mm512_storeu_si512(panel + (i * step + k / (2 * W) * next) * NR + v * W, r[i]);
       }
     }
   }
