@@ -14,12 +14,11 @@ from windlass.build import open_engine
 from windlass.ids import Part, WeightKey
 from windlass.options import EngineOptions
 from windlass.params import SamplingParams
-from windlass.planner.choose import Job
 from windlass.protocol.openai import ServedModel
 from windlass.spec.formats import WeightFormat
 from windlass.spec.kinds import weight_kinds
 from windlass.spec.names import Layout, PackedShape, Piece, TensorInfo
-from windlass.workload import Workload
+from windlass.workload import Job, Workload
 
 
 def _job(folder, *bodies):

@@ -11,12 +11,12 @@ from planning import SPECS, machine, sizes_of
 from windlass.errors import BudgetError
 from windlass.ids import Part
 from windlass.planner.budget import Wanted, make_plan
-from windlass.planner.choose import Job, choose_plan, single_request
+from windlass.planner.choose import choose_plan, single_request
 from windlass.planner.estimate import estimate
 from windlass.planner.search import search
 from windlass.spec.model import Moe
 from windlass.units import GIB, MIB
-from windlass.workload import Workload
+from windlass.workload import Job, Workload
 
 SMALL, OLMOE = SPECS["qwen3-moe-1b"], SPECS["olmoe-1b-7b"]
 

@@ -53,7 +53,7 @@ from windlass.params import SamplingParams
 from windlass.plan import Plan
 from windlass.planner.activations import Backend
 from windlass.planner.budget import Sizes, Wanted, make_plan
-from windlass.planner.choose import Chosen, Job, choose_plan
+from windlass.planner.choose import Chosen, choose_plan
 from windlass.planner.pilot import Pilot, Problem
 from windlass.planner.reckon import slots_of
 from windlass.planner.replay import check_replay
@@ -67,6 +67,7 @@ from windlass.spec.model import Gqa, LongRopeScaling, Mla, ModelSpec
 from windlass.trace import Tracer
 from windlass.units import MIB
 from windlass.version import VERSION
+from windlass.workload import Job
 
 _DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
 # Left free below the limit of a memory cgroup: page tables and buffers of the kernel count too

@@ -2,6 +2,7 @@
 or guesses lengths is elsewhere."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from windlass.errors import UsageError
 
@@ -55,3 +56,10 @@ class Workload:
     def longest(self) -> int:
         """Tokens of the longest sequence, prompt and output."""
         return max(p + o for p, o in zip(self.prompt_tokens, self.output_tokens, strict=True))
+
+
+class Job(NamedTuple):
+    """Lengths of a job. `is_bounded`: all its requests say how long an answer may be."""
+
+    workload: Workload
+    is_bounded: bool

@@ -27,8 +27,8 @@ from windlass.batch.runner import BatchRunner, JobEngine, RunSettings
 from windlass.engine.stats import EngineStats
 from windlass.errors import JobError, UsageError
 from windlass.params import SamplingParams
-from windlass.planner.choose import Job
 from windlass.protocol.openai import ChatTokenizer, ServedModel
+from windlass.workload import Job
 
 # lengths of the job, of a tokenizer, default parameters and the longest sequence there may be
 Lengths = Callable[[ChatTokenizer, SamplingParams, int], Job | None]

@@ -9,9 +9,8 @@ import numpy as np
 from windlass.batch.jobfile import JobFile, Row
 from windlass.errors import RequestError, UsageError
 from windlass.params import SamplingParams
-from windlass.planner.choose import Job
 from windlass.protocol.openai import ChatTokenizer, ServedModel, parse_body
-from windlass.workload import Workload
+from windlass.workload import Job, Workload
 
 _MOST_ROWS = 256  # that are tokenised
 _USUAL_OUTPUT = 256  # tokens of an answer without a limit of its own

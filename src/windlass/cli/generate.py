@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from windlass.engine.outputs import RequestOutput
     from windlass.engine.sequence import Request
     from windlass.engine.tokenizer import Tokenizer
-    from windlass.planner.choose import Job
+    from windlass.workload import Job
 
 _SAMPLING = "sampling"
 _PARAMS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")

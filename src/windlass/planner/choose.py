@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from windlass.errors import BudgetError
 from windlass.hardware.profile import HardwareProfile
@@ -12,17 +11,10 @@ from windlass.planner.estimate import Estimate
 from windlass.planner.search import Candidate, search
 from windlass.spec.model import ModelSpec
 from windlass.units import format_seconds
-from windlass.workload import Workload
+from windlass.workload import Job, Workload
 
 _USUAL_OUTPUT = 256  # tokens of an answer without a limit
 _USUAL_CONTEXT = 4096  # that answers without a limit may have, where there is room
-
-
-class Job(NamedTuple):
-    """Lengths of a job. `is_bounded`: all its requests say how long an answer may be."""
-
-    workload: Workload
-    is_bounded: bool
 
 
 def single_request(prompt_tokens: int, max_tokens: int | None) -> Job:
