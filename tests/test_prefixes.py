@@ -393,6 +393,7 @@ def test_prompt_rows_beside_decoding_are_bounded(mixed):
     machine = Machine(pages=200, seqs=8, rows=8 + 500, shares=False, mixed=mixed)
     machine.add("0", [1] * 10, 6)
     machine.step()
+    machine.step()  # decodes: the wave is full
     assert machine.prompt_rows == 10
     machine.add("1", [2] * 300, 6)
     machine.step()
