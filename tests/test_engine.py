@@ -11,10 +11,10 @@ import tracemalloc
 import pytest
 import torch
 
+import windlass.model as model_module
 from engines import engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
 from families import VOCAB
-from windlass import build
 from windlass.engine.choice import LogprobLog
 from windlass.engine.sampling import Sampled
 from windlass.errors import BudgetError
@@ -114,7 +114,7 @@ def test_copies_of_odd_tensors_are_part_of_the_plan(folder, tmp_path, monkeypatc
         return views
 
     monkeypatch.setattr(weights, "make_views", watched)
-    monkeypatch.setattr(build, "resident_bytes", lambda: 200 * MIB)
+    monkeypatch.setattr(model_module, "resident_bytes", lambda: 200 * MIB)
     one = request("a", prompts([9])[0], logprobs=2)
     results = []
     for path in (folder, _odd_copy(folder, tmp_path / "odd")):
