@@ -224,7 +224,7 @@ def test_a_disk_too_full_for_the_output_keeps_the_results(folder: Path) -> None:
 
 
 def test_a_rival_and_other_settings_are_refused(folder: Path) -> None:
-    process = start(batch(), folder, FAKE_STEP_S="0.05")
+    process = start(batch(), folder, FAKE_STEP_S="0.5")  # longer than the rival takes to start
     wait_for_records(folder, 2)
     rival = run(batch(), folder)
     assert (rival.returncode, "another windlass process" in rival.stderr) == (1, True)
