@@ -1,5 +1,6 @@
 """Packed matrices: any rows of any format, through files, slots, views and kernels."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,14 +186,33 @@ def test_heads_of_whole_blocks(kernels: TorchKernels, tmp_path: Path) -> None:
         stored.read(RowSet(768, K, 128, 64, 1, 2, 384))
 
 
+def check_product(got: torch.Tensor, x: torch.Tensor, meant: torch.Tensor) -> None:
+    """`got` (T, N) is x (T, K) times `meant` (N, K) but for the order of a sum, which the storage
+    decides."""
+    exact = x.double() @ meant.double().T
+    bound = 1e-6 * (x.double().abs() @ meant.double().abs().T) + 1e-12
+    assert ((got.double() - exact).abs() <= bound).all()
+
+
+def check_units(multiply: Callable[[torch.Tensor], torch.Tensor], meant: torch.Tensor) -> None:
+    """Rows of one 1 find the bits of `meant` (N, K), many at a time and few."""
+    units = torch.eye(meant.shape[1])
+    assert torch.equal(multiply(units), meant.T)
+    assert torch.equal(multiply(units[-3:]), meant.T[-3:])
+
+
 def check_stack(kernels: TorchKernels, stack: PackedStack, expected: torch.Tensor) -> None:
     x = torch.randn(30, stack.shape[0], stack.shape[2])
     y = kernels.batched_linear(x, stack)
-    assert torch.equal(y, kernels.batched_linear(x, expected))
     back = kernels.batched_linear(y, stack.transpose(1, 2))
-    assert torch.equal(back, kernels.batched_linear(y, expected.transpose(1, 2)))
+    for head, meant in enumerate(expected):
+        check_product(y[:, head], x[:, head], meant)
+        check_product(back[:, head], y[:, head], meant.T)
+    heads = stack.shape[0]
+    units = torch.eye(stack.shape[2])[:, None].expand(-1, heads, -1).contiguous()
+    assert torch.equal(kernels.batched_linear(units, stack), expected.permute(2, 0, 1))
     rows = torch.randn(5, stack.shape[2])
-    flat = torch.cat([kernels.linear(rows, one) for one in expected], dim=1)
+    flat = torch.cat([kernels.linear(rows, one) for one in stack.matrices], dim=1)
     assert torch.equal(kernels.linear(rows, stack), flat)
 
 
@@ -200,13 +220,23 @@ def test_kernels_multiply_what_is_meant_row_by_row(kernels: TorchKernels, stored
     packed, bias = stored.whole(), torch.randn(N)
     x = torch.randn(300, packed.shape[1])
     whole = kernels.linear(x, packed, bias)
-    assert torch.equal(whole, kernels.linear(x, stored.meant, bias))
-    for first, last in ((0, 1), (299, 300), (5, 18), (13, 300)):
+    assert torch.equal(whole, kernels.linear(x, packed) + bias)
+    check_product(kernels.linear(x, packed), x, stored.meant)
+    check_units(lambda units: kernels.linear(units, packed), stored.meant)
+    check_units(lambda units: kernels.linear(units, packed.t()), stored.meant.T)
+    for first, last in ((0, 1), (299, 300), (5, 9), (5, 18), (13, 300)):
         assert torch.equal(kernels.linear(x[first:last], packed, bias), whole[first:last])
     own = {"gate": packed, "up": packed, "down": packed.t()}
-    plain = {"gate": stored.meant, "up": stored.meant, "down": stored.meant.T}
-    got, expected = (kernels.expert_ffn(x, w, SwiGlu()) for w in (own, plain))
-    assert torch.equal(got, expected)
+    got = kernels.expert_ffn(x, own, SwiGlu())
+    meant = stored.meant.double()
+    gate = x.double() @ meant.T
+    hidden = gate * gate * gate.sigmoid()
+    # an error of the gate grows with the slope of gate^2 sigmoid(gate), at most 2.2 |gate|
+    error = 1e-6 * (2.2 * gate.abs() * (x.double().abs() @ meant.abs().T) + hidden.abs())
+    assert ((got.double() - hidden @ meant).abs() <= error @ meant.abs() + 1e-12).all()
+    for first, last in ((0, 1), (5, 9), (13, 300)):
+        few = kernels.expert_ffn(x[first:last], own, SwiGlu())
+        assert torch.equal(few, got[first:last])
 
 
 def test_a_matrix_larger_than_a_tile(kernels: TorchKernels, tmp_path: Path) -> None:

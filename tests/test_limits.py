@@ -8,15 +8,19 @@ from windlass.kernels import limits
 SOURCES = Path(__file__).parent.parent / "native/src"
 
 
+INCLUDED = ("simd", "unpack", "panel", "gemm", "lanes", "products", "attention")  # in this order
+
+
 def constants() -> dict[str, int]:
     """Integers of the widest instruction set, by name."""
-    text = "\n".join(path.read_text() for path in sorted(SOURCES.glob("*.h")))
+    text = "\n".join((SOURCES / f"{name}.h").read_text() for name in INCLUDED)
     found: dict[str, int] = {}
-    for name, value in re.findall(r"constexpr int(?:64_t)? (\w+) = ([\w *<+]+);", text):
+    for name, value in re.findall(r"^constexpr int(?:64_t)? (\w+) = ([\w *<+/()]+);", text, re.M):
         if value.startswith("WL_"):  # set by the file that includes it
             continue
-        numbers = re.sub(r"[A-Z]+", lambda match: str(found[match[0]]), value)
-        found.setdefault(name, eval(numbers))  # 1 << 20, and sums and products of the names before
+        numbers = re.sub(r"[A-Z_]+", lambda match: str(found[match[0]]), value)
+        # 1 << 20, and sums, products and quotients of the names before
+        found.setdefault(name, eval(numbers.replace("/", "//")))
     return found
 
 
@@ -28,3 +32,4 @@ def test_sizes_of_the_native_library() -> None:
     assert limits.NATIVE_COLUMNS == found["NV"] * found["W"]
     assert limits.NATIVE_BLOCK == found["BK"]
     assert limits.NATIVE_QUERIES == found["MQ"] + found["W"]
+    assert found["LANE_FLOATS"] <= limits.NATIVE_LANES
