@@ -46,6 +46,8 @@ def _run(job: Job) -> Result:
         threads=job.threads,
         max_num_seqs=job.at_once or None,
         max_model_len=job.prompt_tokens + job.output_tokens,
+        # the second run would find the prompts of the first
+        enable_prefix_caching=False,
         **settings,
     ) as llm:
         if is_warm:
