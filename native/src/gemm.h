@@ -112,11 +112,7 @@ struct Exact {
   template <int M>
   static void tile(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead, Chains chains);
 
-  // lanes.h: code I of each word as a column, also where some words have none, and where x goes
-  template <int CODE, bool ZERO, int I>
-  static V lanes(VI r, V scale, V zero);
-  template <int CODE, bool ZERO, int I>
-  static V last_lanes(VI r, V scale, V zero, VI left);
+  /// Where x goes as code i of a word of a stripe (lanes.h).
   static void put_lane(float *dst, int64_t base, unsigned word, unsigned i, float x);
 };
 
@@ -143,44 +139,45 @@ template <int M>
     for (int v = 0; v < NV; v++) v_store(to + m * NR + v * W, sum[m][v]);
 }
 
-/// c[M][NR] (+)= M packed rows times a panel of `count` columns, in ascending order.
-template <int M>
-inline void tile_in_order(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead) {
+/// c[M][NR] (+)= M packed rows times a panel of `units` units of Mode, in ascending order.
+template <class Mode, int M>
+inline void tile_in_order(const float *rows, const float *panel, int units, float *c, bool fresh, const Ahead &ahead) {
   V sum[M][NV];
   for (int m = 0; m < M; m++)
     for (int v = 0; v < NV; v++) sum[m][v] = v_zero();
-  int k = 0;
-  for (; k + KSTEP <= count; k += KSTEP) {
-    ahead.fetch(k / KSTEP);
+  constexpr int STEP = KSTEP / Mode::UNIT;
+  int u = 0;
+  for (; u + STEP <= units; u += STEP) {
+    ahead.fetch(u / STEP);
 #pragma GCC unroll 4
-    for (int i = 0; i < KSTEP; i++) add_unit<Exact, M>(rows, panel, k + i, sum);
+    for (int i = 0; i < STEP; i++) add_unit<Mode, M>(rows, panel, u + i, sum);
   }
-  for (; k < count; k++) add_unit<Exact, M>(rows, panel, k, sum);
+  for (; u < units; u++) add_unit<Mode, M>(rows, panel, u, sum);
   if (!fresh) add_to<M>(c, sum);
   store_sums<M>(c, sum);
 }
 
-/// The same in chains, of units of Mode. Chains are added up as a tree (add_lanes): sums of 1, 2, 4, ...
+/// The same in chains. They are added up as a tree (add_lanes): sums of 1, 2, 4, ...
 /// chains wait for their equals, as in a binary counter.
-template <class Mode, int M>
+template <int M>
 inline void tile_in_chains(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead,
                            Chains chains) {
   constexpr int LEVELS = std::countr_zero(unsigned(W));
   alignas(64) float waiting[LEVELS][M * NR];
-  const int step = chains.length(count) / Mode::UNIT;
+  const int step = chains.length(count);
   for (int j = 0; j < W; j++) {
-    const int units = std::max(0, chains.columns(j, count) + Mode::UNIT - 1) / Mode::UNIT;
+    const int columns = std::max(0, chains.columns(j, count));
     V sum[M][NV];
     for (int m = 0; m < M; m++)
       for (int v = 0; v < NV; v++) sum[m][v] = v_zero();
     const float *x = rows + j * step * M, *w = panel + j * step * NR;
     int u = 0;
-    for (; u + 4 <= units; u += 4) {
+    for (; u + 4 <= columns; u += 4) {
       if (u % 8 == 0 && u < NR / W * 8) ahead.fetch(j * (NR / W) + u / 8);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) add_unit<Mode, M>(x, w, u + i, sum);
+      for (int i = 0; i < 4; i++) add_unit<Exact, M>(x, w, u + i, sum);
     }
-    for (; u < units; u++) add_unit<Mode, M>(x, w, u, sum);
+    for (; u < columns; u++) add_unit<Exact, M>(x, w, u, sum);
     int level = 0;
     for (; j >> level & 1; level++) add_to<M>(waiting[level], sum);
     if (level < LEVELS) {
@@ -195,7 +192,7 @@ inline void tile_in_chains(const float *rows, const float *panel, int count, flo
 template <int M>
 inline void Exact::tile(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead,
                         Chains chains) {
-  tile_in_chains<Exact, M>(rows, panel, count, c, fresh, ahead, chains);
+  tile_in_chains<M>(rows, panel, count, c, fresh, ahead, chains);
 }
 
 /// The same with rows rounded to bf16, where no instruction multiplies bf16.
@@ -240,7 +237,7 @@ struct ChainTile {
 struct OrderedTile {
   template <int M>
   static void run(OrderedTile, const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead) {
-    tile_in_order<M>(rows, panel, count, c, fresh, ahead);
+    tile_in_order<Exact, M>(rows, panel, count, c, fresh, ahead);
   }
 };
 

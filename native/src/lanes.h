@@ -14,12 +14,12 @@ constexpr int LANE_WIDTH = 4;          // most stored rows read at once
 constexpr int LANE_GROUPS = LANE_COLUMNS / 8 + 2 + W;  // scales of a stored row: a group has a word or more
 constexpr int64_t LANE_FLOATS = (LANE_COLUMNS / KC) * LANE_ROWS * W * W + 2 * LANE_WIDTH * LANE_GROUPS;
 
-/// f(0), f(STEP), ... as constants, below N.
-template <int N, int STEP, class F>
+/// f(0), f(1), ... as constants, below N.
+template <int N, class F>
 [[gnu::always_inline]] inline void each(F f) {
   [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, I * STEP>{}), ...);
-  }(std::make_integer_sequence<int, N / STEP>{});
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
 }
 
 constexpr bool has_scales(int code) { return codes_per_word(code) > 2; }
@@ -42,16 +42,6 @@ template <int CODE, bool ZERO, int I>
     const VI bits = i_and(i_shr<I * BITS>(r), i_set((1 << BITS) - 1));
     return v_mul(decode_code(CODE, bits, zero), scale);
   }
-}
-
-template <int CODE, bool ZERO, int I>
-inline V Exact::lanes(VI r, V scale, V zero) {
-  return lane_weight<CODE, ZERO, I>(r, scale, zero);
-}
-
-template <int CODE, bool ZERO, int I>
-inline V Exact::last_lanes(VI r, V scale, V zero, VI) {
-  return lane_weight<CODE, ZERO, I>(r, scale, zero);
 }
 
 inline void Exact::put_lane(float *dst, int64_t base, unsigned word, unsigned i, float x) {
@@ -97,10 +87,10 @@ struct LaneGroups {
 
 /// out[column][W] = chains of `count` columns of k from k0 on (one block), of CB stored rows and M packed
 /// rows: out + m * stride.
-template <class Mode, int CODE, bool ZERO, int M, int CB>
+template <int CODE, bool ZERO, int M, int CB>
 inline void lane_block(const wl_matrix &m, const uint8_t *const *rows, int64_t k0, int count, const float *x, int64_t ldx,
                        const LaneGroups &groups, float *out, int64_t stride, int64_t ahead) {
-  constexpr int PER = codes_per_word(CODE), STRIPE = W * PER, UNITS = STRIPE / Mode::UNIT;
+  constexpr int PER = codes_per_word(CODE), STRIPE = W * PER;
   V sum[CB][M];
   for (int c = 0; c < CB; c++)
     for (int i = 0; i < M; i++) sum[c][i] = v_zero();
@@ -117,20 +107,20 @@ inline void lane_block(const wl_matrix &m, const uint8_t *const *rows, int64_t k
     }
   };
   int k = 0;
-  x += k0 / Mode::UNIT;
-  for (; k + STRIPE <= count; k += STRIPE, x += UNITS) {
+  x += k0;
+  for (; k + STRIPE <= count; k += STRIPE, x += STRIPE) {
     VI r[CB];
     for (int c = 0; c < CB; c++) {
       r[c] = i_load(rows[c] + (k0 + k) * 4 / PER);
       fetch_line(rows[c] + (k0 + k) * 4 / PER + ahead);
     }
     look_up(k0 + k);
-    each<PER, Mode::UNIT>([&](auto i) __attribute__((always_inline)) {
-      typename Mode::Column w[CB];
-      for (int c = 0; c < CB; c++) w[c] = Mode::template lanes<CODE, ZERO, i()>(r[c], scale[c], zero[c]);
+    each<PER>([&](auto i) __attribute__((always_inline)) {
+      V w[CB];
+      for (int c = 0; c < CB; c++) w[c] = lane_weight<CODE, ZERO, i()>(r[c], scale[c], zero[c]);
       for (int j = 0; j < M; j++) {
-        const auto y = Mode::column(x + j * ldx + i() / Mode::UNIT * W);
-        for (int c = 0; c < CB; c++) sum[c][j] = Mode::add(y, w[c], sum[c][j]);
+        const V y = v_load(x + j * ldx + i() * W);
+        for (int c = 0; c < CB; c++) sum[c][j] = v_fma(y, w[c], sum[c][j]);
       }
     });
   }
@@ -141,11 +131,11 @@ inline void lane_block(const wl_matrix &m, const uint8_t *const *rows, int64_t k
       alignas(64) uint8_t bytes[W * 4] = {};
       std::memcpy(bytes, rows[c] + (k0 + k) * 4 / PER, size_t((rest * 4 + PER - 1) / PER));
       const VI r = i_load(bytes);
-      each<PER, Mode::UNIT>([&](auto i) __attribute__((always_inline)) {
-        const auto w = Mode::template last_lanes<CODE, ZERO, i()>(r, scale[c], zero[c], left);
+      each<PER>([&](auto i) __attribute__((always_inline)) {
+        const V w = lane_weight<CODE, ZERO, i()>(r, scale[c], zero[c]);
         for (int j = 0; j < M; j++) {
-          const auto y = Mode::column(x + j * ldx + i() / Mode::UNIT * W);
-          sum[c][j] = where_less(places_of_words(PER, i()), left, Mode::add(y, w, sum[c][j]), sum[c][j]);
+          const V y = v_load(x + j * ldx + i() * W);
+          sum[c][j] = where_less(places_of_words(PER, i()), left, v_fma(y, w, sum[c][j]), sum[c][j]);
         }
       });
     }
@@ -167,7 +157,7 @@ inline void add_chains(const float *lanes, int M, int64_t blocks, float *c, bool
   }
 }
 
-template <class Mode, int CODE, bool ZERO, int M>
+template <int CODE, bool ZERO, int M>
 inline void multiply_lanes_of(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, float *scratch, float *c,
                               int64_t step) {
   constexpr int64_t AT_ONCE = M <= 2 ? LANE_COLUMNS : M <= 4 ? LANE_COLUMNS / 2 : LANE_COLUMNS / 4;
@@ -192,7 +182,7 @@ inline void multiply_lanes_of(const wl_matrix &m, int64_t n0, const float *x, in
         const int64_t ahead = m.stride_n * (last ? step - NR + CB : CB);
         if (has_scales(CODE)) groups.fill(m, columns, CB, k1, end);
         for (int64_t k0 = k1; k0 < end; k0 += KC)
-          lane_block<Mode, CODE, ZERO, M, CB>(m, rows, k0, int(std::min<int64_t>(KC, end - k0)), x, ldx, groups,
+          lane_block<CODE, ZERO, M, CB>(m, rows, k0, int(std::min<int64_t>(KC, end - k0)), x, ldx, groups,
                                               lanes + ((k0 - k1) / KC * M * W + i) * W, W * W, ahead);
       }
       add_chains(lanes, M, (end - k1 + KC - 1) / KC, c + v * W, k1 == 0);
@@ -200,34 +190,33 @@ inline void multiply_lanes_of(const wl_matrix &m, int64_t n0, const float *x, in
   }
 }
 
-template <class Mode, int CODE, bool ZERO>
+template <int CODE, bool ZERO>
 inline void multiply_lanes_as(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, int64_t rows, float *scratch,
                               float *c, int64_t step) {
   using Run = void (*)(const wl_matrix &, int64_t, const float *, int64_t, float *, float *, int64_t);
   static constexpr Run table[LANE_ROWS] = {
-      multiply_lanes_of<Mode, CODE, ZERO, 1>, multiply_lanes_of<Mode, CODE, ZERO, 2>,
-      multiply_lanes_of<Mode, CODE, ZERO, 3>, multiply_lanes_of<Mode, CODE, ZERO, 4>,
+      multiply_lanes_of<CODE, ZERO, 1>, multiply_lanes_of<CODE, ZERO, 2>,
+      multiply_lanes_of<CODE, ZERO, 3>, multiply_lanes_of<CODE, ZERO, 4>,
   };
   table[rows - 1](m, n0, x, ldx, scratch, c, step);
 }
 
 /// Columns n0 .. n0 + NR of `rows` packed rows (at most LANE_ROWS) times a matrix: c[rows][NR].
-template <class Mode>
 inline void multiply_lanes(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, int64_t rows, float *scratch,
                            float *c, int64_t step) {
   const bool zero = m.zero_type != WL_Z_NONE;
   switch (m.code) {
-    case WL_F32: return multiply_lanes_as<Mode, WL_F32, false>(m, n0, x, ldx, rows, scratch, c, step);
-    case WL_BF16: return multiply_lanes_as<Mode, WL_BF16, false>(m, n0, x, ldx, rows, scratch, c, step);
-    case WL_F16: return multiply_lanes_as<Mode, WL_F16, false>(m, n0, x, ldx, rows, scratch, c, step);
-    case WL_E4M3: return multiply_lanes_as<Mode, WL_E4M3, false>(m, n0, x, ldx, rows, scratch, c, step);
-    case WL_E2M1: return multiply_lanes_as<Mode, WL_E2M1, false>(m, n0, x, ldx, rows, scratch, c, step);
+    case WL_F32: return multiply_lanes_as<WL_F32, false>(m, n0, x, ldx, rows, scratch, c, step);
+    case WL_BF16: return multiply_lanes_as<WL_BF16, false>(m, n0, x, ldx, rows, scratch, c, step);
+    case WL_F16: return multiply_lanes_as<WL_F16, false>(m, n0, x, ldx, rows, scratch, c, step);
+    case WL_E4M3: return multiply_lanes_as<WL_E4M3, false>(m, n0, x, ldx, rows, scratch, c, step);
+    case WL_E2M1: return multiply_lanes_as<WL_E2M1, false>(m, n0, x, ldx, rows, scratch, c, step);
     case WL_INT8:
-      if (zero) return multiply_lanes_as<Mode, WL_INT8, true>(m, n0, x, ldx, rows, scratch, c, step);
-      return multiply_lanes_as<Mode, WL_INT8, false>(m, n0, x, ldx, rows, scratch, c, step);
+      if (zero) return multiply_lanes_as<WL_INT8, true>(m, n0, x, ldx, rows, scratch, c, step);
+      return multiply_lanes_as<WL_INT8, false>(m, n0, x, ldx, rows, scratch, c, step);
     case WL_INT4:
-      if (zero) return multiply_lanes_as<Mode, WL_INT4, true>(m, n0, x, ldx, rows, scratch, c, step);
-      return multiply_lanes_as<Mode, WL_INT4, false>(m, n0, x, ldx, rows, scratch, c, step);
+      if (zero) return multiply_lanes_as<WL_INT4, true>(m, n0, x, ldx, rows, scratch, c, step);
+      return multiply_lanes_as<WL_INT4, false>(m, n0, x, ldx, rows, scratch, c, step);
   }
 }
 
@@ -268,7 +257,7 @@ struct Layout {
   /// Floats of a packed row of k columns.
   int64_t width(int64_t k) const {
     const int64_t stripe = W * std::max(chains.per, 1);
-    return lanes ? (k + stripe - 1) / stripe * stripe / Mode::UNIT : packed_width<Mode>(k, chains);
+    return lanes ? (k + stripe - 1) / stripe * stripe : packed_width<Mode>(k, chains);
   }
   /// Block `b` of a part of the rows.
   void pack(const float *const *rows, Blocks blocks, int64_t b, Part part, float *packed) const {
@@ -288,7 +277,7 @@ inline void multiply_columns(const wl_matrix &m, int64_t n0, const float *packed
                              float *scratch, float *c, int64_t step) {
   const Layout<Mode> layout(m, rows);
   if constexpr (Mode::LANES) {
-    if (layout.lanes) return multiply_lanes<Mode>(m, n0, packed, layout.width(m.k), rows, panel, c, step);
+    if (layout.lanes) return multiply_lanes(m, n0, packed, layout.width(m.k), rows, panel, c, step);
   }
   multiply_panels<Mode>(m, n0, packed, rows, panel, scratch, c, step);
 }

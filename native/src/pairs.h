@@ -14,38 +14,28 @@ inline VI to_pairs(V low, V high) {  // low in even, high in odd places: one pai
 
 struct Pairs {
   static constexpr int UNIT = 2;
-  static constexpr bool LANES = true;
+  static constexpr bool LANES = false;
+  /// In ascending order: adding up chains of half as many steps would cost a quarter at 8 rows.
+  static Chains chains(const wl_matrix &) { return {0}; }
+  static int places(int count, Chains) { return (count + 1) / 2; }
 
-  /// A word of one code would tear pairs apart.
-  static Chains chains(const wl_matrix &m) {
-    const Chains found = Chains::of(m);
-    return found.per > 1 ? found : Chains{0};
-  }
-  static int places(int count, Chains chains) { return (chains.places(count) + 1) / 2; }
-
-  static void pack(const float *const *rows, int mr, Part part, float *dst, Chains chains) {
+  static void pack(const float *const *rows, int mr, Part part, float *dst, Chains) {
     const __mmask16 lanes = __mmask16((1u << mr) - 1);
     for (int64_t k = 0; k < part.count; k += 2 * W) {
-      const int64_t at = part.first + k, k0 = at / KC * KC;
-      const int length = chains.length(int(std::min<int64_t>(KC, part.total - k0)));
       VI r[W];
       for (int i = 0; i < W; i++) r[i] = i < mr ? load_pairs(rows[i] + k, part.count - k) : i_set(0);
       transpose(r);
-      for (int i = 0; i < W && k + 2 * i < part.count; i++) {
-        const int64_t place = k0 + chains.place(int(at - k0) + 2 * i, length);
-        _mm512_mask_storeu_epi32(dst + place / 2 * mr, lanes, r[i]);
-      }
+      for (int i = 0; i < W && k + 2 * i < part.count; i++)
+        _mm512_mask_storeu_epi32(dst + ((part.first + k) / 2 + i) * mr, lanes, r[i]);
     }
   }
 
   static void unpack(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, float *scratch, Chains chains) {
-    if (m.code == WL_BF16 && has_contiguous_rows(m)) return unpack_bf16(m, n0, k0, count, panel, chains);
+    if (m.code == WL_BF16 && has_contiguous_rows(m)) return unpack_bf16(m, n0, k0, count, panel);
     alignas(64) float wide[(KC + 1) * NR];
-    const int all = chains.places(count);
-    // behind an odd end, and where a chain is shorter than others, nothing may be multiplied
-    if (count < KC) std::memset(wide, 0, size_t(all + 1) * NR * 4);
     unpack_panel(m, n0, k0, count, wide, scratch, chains);
-    for (int k = 0; k < all; k += 2)
+    if (count % 2) std::memset(wide + count * NR, 0, NR * 4);
+    for (int k = 0; k < count; k += 2)
       for (int v = 0; v < NV; v++) {
         const float *pair = wide + k * NR + v * W;
         _mm512_storeu_si512(panel + k / 2 * NR + v * W, to_pairs(v_load(pair), v_load(pair + NR)));
@@ -58,25 +48,8 @@ struct Pairs {
   static V add(__m512bh x, Column w, V sum) { return _mm512_dpbf16_ps(sum, x, w); }
   template <int M>
   static void tile(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead,
-                   Chains chains) {
-    tile_in_chains<Pairs, M>(rows, panel, count, c, fresh, ahead, chains);
-  }
-
-  template <int CODE, bool ZERO, int I>
-  static Column lanes(VI r, V scale, V zero) {
-    if constexpr (CODE == WL_BF16) return (Column)r;
-    else return (Column)to_pairs(lane_weight<CODE, ZERO, I>(r, scale, zero), lane_weight<CODE, ZERO, I + 1>(r, scale, zero));
-  }
-  template <int CODE, bool ZERO, int I>
-  static Column last_lanes(VI r, V scale, V zero, VI left) {
-    if constexpr (CODE == WL_BF16) return (Column)r;
-    constexpr int PER = codes_per_word(CODE);
-    const V low = lane_weight<CODE, ZERO, I>(r, scale, zero), high = lane_weight<CODE, ZERO, I + 1>(r, scale, zero);
-    return (Column)to_pairs(low, where_less(places_of_words(PER, I + 1), left, high, v_zero()));
-  }
-  static void put_lane(float *dst, int64_t base, unsigned word, unsigned i, float x) {
-    const __m128bh near = _mm_cvtneps_pbh(_mm_set_ss(x));
-    std::memcpy(reinterpret_cast<uint16_t *>(dst) + base + i / 2 * 2 * W + 2 * word + i % 2, &near, 2);
+                   Chains) {
+    tile_in_order<Pairs, M>(rows, panel, (count + 1) / 2, c, fresh, ahead);
   }
 
   /// Up to 2 W floats as pairs.
@@ -97,9 +70,7 @@ struct Pairs {
   }
 
   /// Pairs as they are stored, transposed.
-  static void unpack_bf16(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, Chains chains) {
-    // pair i of a vector, and the next vector
-    const int step = chains.per ? chains.length(count) / 2 : 1, next = chains.per ? 1 : W;
+  static void unpack_bf16(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel) {
     for (int v = 0; v < NV; v++) {
       const uint8_t *rows[W];
       for (int i = 0; i < W; i++) {
@@ -119,7 +90,7 @@ struct Pairs {
         }
         transpose(r);
         for (int i = 0; i < W && k + 2 * i < count; i++)
-          _mm512_storeu_si512(panel + (i * step + k / (2 * W) * next) * NR + v * W, r[i]);
+          _mm512_storeu_si512(panel + (k / 2 + i) * NR + v * W, r[i]);
       }
     }
   }

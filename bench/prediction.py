@@ -1,0 +1,103 @@
+"""Predicted against measured: jobs through `windlass run-batch`, each in a process of its own.
+
+    python bench/prediction.py --models DIR... [--json FILE] [--budgets SHARE...] [--quick]
+
+`windlass doctor` measures the machine first, for each checkpoint. A budget is a share of the
+weights' bytes, on top of what a process itself takes; 0 leaves it to the program. Lengths: prompt
+tokens x output tokens x requests. The error is predicted / measured - 1, of the passes alone.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from machine import describe, head, measure_rates, table, write
+
+_LENGTHS = ((128, 16, 64), (32, 48, 48), (512, 4, 16))
+_PROCESS_BYTES = 600 << 20  # Python, torch and the least activations
+_MIB = 1 << 20
+_HEAD = ("model", "budget MiB", "lengths", "predicted s", "took s", "error", "of the bound")
+
+
+def _write_job(path: Path, prompt: int, output: int, count: int) -> None:
+    chance = random.Random(0)
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(count):
+            ids = [chance.randrange(300, 30000) for _ in range(prompt)]
+            body = {"model": "m", "prompt": ids, "max_tokens": output, "temperature": 0}
+            body |= {"ignore_eos": True}
+            row = {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body}
+            file.write(json.dumps(row) + "\n")
+
+
+def _windlass(*arguments: object, timeout: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "windlass.cli", *map(str, arguments), "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    if ran.returncode:
+        raise SystemExit(f"{' '.join(command)}: {ran.returncode}\n{ran.stderr[-2000:]}")
+    document: dict[str, Any] = json.loads(ran.stdout.strip().splitlines()[-1])
+    return document
+
+
+def _weights(model: Path) -> int:
+    return sum(path.stat().st_size for path in model.glob("*.safetensors"))
+
+
+def _run(model: Path, budget: int, lengths: tuple[int, int, int], timeout: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        job, out = Path(folder) / "in.jsonl", Path(folder) / "out.jsonl"
+        _write_job(job, *lengths)
+        limit = ("--host-memory", f"{budget // _MIB}MiB") if budget else ()
+        document = _windlass(
+            "run-batch", "-i", job, "-o", out, "-m", model, *limit,
+            "--max-model-len", lengths[0] + lengths[1], timeout=timeout,
+        )  # fmt: skip
+    return document
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Predicted against measured.")
+    add = parser.add_argument
+    add("--models", nargs="+", type=Path, required=True, metavar="DIR")
+    add("--budgets", nargs="+", type=float, default=[0.0, 0.5, 0.34], metavar="SHARE")
+    add("--json", type=Path, metavar="FILE")
+    add("--timeout", type=float, default=300.0, metavar="S")
+    add("--quick", action="store_true", help="one budget, one length")
+    options = parser.parse_args()
+    rates = measure_rates(quick=True)
+    description = {**describe(), "rates": rates.to_json()}
+    print(head(description, rates))
+    lengths = _LENGTHS[:1] if options.quick else _LENGTHS
+    budgets = options.budgets[:1] if options.quick else options.budgets
+    results: list[dict[str, Any]] = []
+    for model in options.models:
+        _windlass("doctor", "-m", model, timeout=options.timeout)
+        for share in budgets:
+            budget = int(share * _weights(model)) + _PROCESS_BYTES if share else 0
+            for one in lengths:
+                document = _run(model, budget, one, options.timeout)
+                results.append({"model": model.name, "budget": budget, "lengths": one, **document})
+                print(_cells(results[-1]), flush=True)
+                if options.json:
+                    write({"bench": "prediction", **description, "runs": results}, options.json)
+    print(table(_HEAD, [_cells(one) for one in results]))
+
+
+def _cells(run: dict[str, Any]) -> list[str]:
+    check = run["prediction"]
+    total = check["phases"]["total"]
+    lengths = " x ".join(map(str, run["lengths"]))
+    return [
+        run["model"], str(run["budget"] // _MIB), lengths, f"{total['predicted_s']:.1f}",
+        f"{total['measured_s']:.1f}", f"{100 * total['error']:+.0f} %",
+        f"{100 * check['share_of_bound']:.0f} %",
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
