@@ -24,12 +24,12 @@ _MIB = 1 << 20
 _HEAD = ("model", "budget MiB", "lengths", "predicted s", "took s", "error", "of the bound")
 
 
-def _write_job(path: Path, prompt: int, output: int, count: int) -> None:
+def _write_job(path: Path, model: str, prompt: int, output: int, count: int) -> None:
     chance = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for i in range(count):
             ids = [chance.randrange(300, 30000) for _ in range(prompt)]
-            body = {"model": "m", "prompt": ids, "max_tokens": output, "temperature": 0}
+            body = {"model": model, "prompt": ids, "max_tokens": output, "temperature": 0}
             body |= {"ignore_eos": True}
             row = {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(row) + "\n")
@@ -51,7 +51,7 @@ def _weights(model: Path) -> int:
 def _run(model: Path, budget: int, lengths: tuple[int, int, int], timeout: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         job, out = Path(folder) / "in.jsonl", Path(folder) / "out.jsonl"
-        _write_job(job, *lengths)
+        _write_job(job, model.name, *lengths)
         limit = ("--host-memory", f"{budget // _MIB}MiB") if budget else ()
         document = _windlass(
             "run-batch", "-i", job, "-o", out, "-m", model, *limit,
