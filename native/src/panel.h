@@ -16,8 +16,8 @@ inline bool has_contiguous_rows(const wl_matrix &m) {
   return m.packing == WL_ROWS && (m.code == WL_E2M1 || m.code == WL_INT4 || m.stride_k == item_bytes(m.code));
 }
 
-/// The order of a row's sums within a block of k: W chains, each in ascending order of k, are added up
-/// one after the other. Where rows are read as words of `per` codes, chain j has what lies in lane j of
+/// The order of a row's sums within a block of k: W chains, each in ascending order of k, are added up as
+/// a tree (add_lanes). Where rows are read as words of `per` codes, chain j has what lies in lane j of
 /// vectors of W words, so that few rows need no transposition (lanes.h); else (`per` 0) chain j is the
 /// j-th piece of the block. Packed rows and panels hold a block chain by chain.
 struct Chains {
@@ -74,18 +74,6 @@ inline V load_strided(const wl_matrix &m, const int64_t columns[W], int64_t k, b
        : m.code == WL_INT8 ? to_float(r) : as_float(r);
 }
 
-inline void unpack_strided(const wl_matrix &m, const int64_t columns[W], bool full, int64_t k0, int count,
-                           float *dst, const Groups *groups) {
-  for (int i = 0; i < count; i++) {
-    V x = load_strided(m, columns, k0 + i, full);
-    if (groups) {
-      int64_t g = (m.groups ? m.groups[k0 + i] : (k0 + i) / m.block_k) - groups->first;
-      x = v_mul(v_sub(x, v_load(groups->zero + g * W)), v_load(groups->scale + g * W));
-    }
-    v_store(dst + int64_t(i) * NR, x);
-  }
-}
-
 /// Codes of W columns of one k: the scale and zero of their group.
 struct GroupAt {
   const wl_matrix &m;
@@ -99,8 +87,21 @@ struct GroupAt {
     scale = v_load(groups.scale + (g - groups.first) * W);
     zero = v_load(groups.zero + (g - groups.first) * W);
   }
-  V weight(VI code) const { return v_mul(v_sub(to_float(code), zero), scale); }
+  V weight(V code) const { return v_mul(v_sub(code, zero), scale); }
 };
+
+inline void unpack_strided(const wl_matrix &m, const int64_t columns[W], bool full, int64_t k0, int count,
+                           float *dst, const Groups *groups) {
+  if (!groups) {
+    for (int i = 0; i < count; i++) v_store(dst + int64_t(i) * NR, load_strided(m, columns, k0 + i, full));
+    return;
+  }
+  GroupAt group{m, *groups};
+  for (int i = 0; i < count; i++) {
+    group.move(k0 + i);
+    v_store(dst + int64_t(i) * NR, group.weight(load_strided(m, columns, k0 + i, full)));
+  }
+}
 
 inline void unpack_gptq(const wl_matrix &m, const int64_t columns[W], bool full, int64_t k0, int count,
                         float *dst, const Groups *groups) {
@@ -116,7 +117,7 @@ inline void unpack_gptq(const wl_matrix &m, const int64_t columns[W], bool full,
     VI word = full ? i_load(row + columns[0]) : i_load(lanes);
     for (int j = 0; j < per && i < count; j++, i++) {
       group.move(k0 + i);
-      v_store(dst + int64_t(i) * NR, group.weight(i_and(word, mask)));
+      v_store(dst + int64_t(i) * NR, group.weight(to_float(i_and(word, mask))));
       word = bits == 8 ? i_shr<8>(word) : i_shr<4>(word);
     }
   }
@@ -135,7 +136,7 @@ inline void unpack_awq(const wl_matrix &m, const int64_t columns[W], bool full, 
     for (int j = 0; !full && j < W; j++) lanes[j] = row[columns[j] / 8];
     const VI codes = full ? spread(row + columns[0] / 8) : i_load(lanes);
     group.move(k0 + i);
-    v_store(dst + int64_t(i) * NR, group.weight(i_and(i_shrv(codes, shift), mask)));
+    v_store(dst + int64_t(i) * NR, group.weight(to_float(i_and(i_shrv(codes, shift), mask))));
   }
 }
 
