@@ -32,6 +32,13 @@ class Workload:
         """`count` sequences of the same lengths."""
         return cls((prompt,) * count, (output,) * count)
 
+    def evenly(self, count: int) -> "Workload":
+        """`count` of the sequences, evenly chosen."""
+        kept = [i * self.num_sequences // count for i in range(count)]
+        return Workload(
+            tuple(self.prompt_tokens[i] for i in kept), tuple(self.output_tokens[i] for i in kept)
+        )
+
     @property
     def num_sequences(self) -> int:
         return len(self.prompt_tokens)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from windlass.plan import Plan
 from windlass.planner.costs import Seen
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.workload import Workload
@@ -33,6 +34,16 @@ class Limits:
     num_pages: int
     page_tokens: int
     mixed_prefill_rows: int | None = None
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Limits":
+        return cls(
+            plan.max_num_batched_tokens,
+            plan.max_num_seqs,
+            plan.kv_pages,
+            plan.page_tokens,
+            plan.mixed_prefill_tokens,
+        )
 
 
 @dataclass(frozen=True, slots=True)

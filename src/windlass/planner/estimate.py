@@ -96,13 +96,7 @@ def estimate(
         raise UsageError(
             f"workload: a sequence has {workload.longest} tokens, allowed {plan.max_model_len}"
         )
-    limits = Limits(
-        plan.max_num_batched_tokens,
-        plan.max_num_seqs,
-        plan.kv_pages,
-        plan.page_tokens,
-        plan.mixed_prefill_tokens,
-    )
+    limits = Limits.of(plan)
     parts = _parts(workload, plan.max_num_seqs)
     composed = [[_as_run(one, plan) for one in compose(part, limits)] for part in parts]
     times = PassTimes(spec, sizes, plan, profile, composed[-1], on_clock=on_clock)
@@ -179,15 +173,7 @@ def _parts(workload: Workload, max_num_seqs: int) -> list[Workload]:
     few = max(_FEW_SEQUENCES, 2 * max_num_seqs)
     if workload.num_sequences < 3 * few:
         return [workload]
-    return [_every(workload, few), _every(workload, 2 * few)]
-
-
-def _every(workload: Workload, count: int) -> Workload:
-    kept = [i * workload.num_sequences // count for i in range(count)]
-    return Workload(
-        tuple(workload.prompt_tokens[i] for i in kept),
-        tuple(workload.output_tokens[i] for i in kept),
-    )
+    return [workload.evenly(few), workload.evenly(2 * few)]
 
 
 def _tokens(workload: Workload) -> int:

@@ -119,16 +119,9 @@ class Pilot:
 
     def _pass_times(self) -> PassTimes:
         if self._times is None:
-            work = _few(self._problem.workload)
-            plan = self._plan
-            limits = Limits(
-                plan.max_num_batched_tokens,
-                plan.max_num_seqs,
-                plan.kv_pages,
-                plan.page_tokens,
-                plan.mixed_prefill_tokens,
-            )
-            runs = list(compose(work, limits))
+            plan, work = self._plan, self._problem.workload
+            few = work.evenly(min(work.num_sequences, _FEW_SEQUENCES))
+            runs = list(compose(few, Limits.of(plan)))
             self._times = PassTimes(
                 self._problem.spec, self._problem.sizes, plan, self._profile, runs
             )
@@ -227,15 +220,6 @@ def _scaled_host(host: Processor, factor: float) -> Processor:
 
 def _scaled_curve(curve: Curve, factor: float) -> Curve:
     return Curve(tuple((size, factor * rate) for size, rate in curve.points))
-
-
-def _few(workload: Workload) -> Workload:
-    count = min(workload.num_sequences, _FEW_SEQUENCES)
-    kept = [i * workload.num_sequences // count for i in range(count)]
-    return Workload(
-        tuple(workload.prompt_tokens[i] for i in kept),
-        tuple(workload.output_tokens[i] for i in kept),
-    )
 
 
 def _changes(old: Plan, new: Plan) -> list[str]:
