@@ -15,13 +15,12 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from limits import run_limited
+from limits import bench_folder, run_limited
 from machine import describe, set_threads, table, write
 from offload import Job
 
@@ -309,12 +308,8 @@ def _parse() -> argparse.Namespace:
 
 def main() -> None:
     options = _parse()
-    if options.dir:
-        options.dir.mkdir(parents=True, exist_ok=True)
-        document = bench(options, options.dir)
-    else:
-        with tempfile.TemporaryDirectory(prefix="windlass-bench-") as folder:
-            document = bench(options, Path(folder))
+    with bench_folder(options.dir) as folder:
+        document = bench(options, folder)
     write(document, options.json)
 
 

@@ -3,9 +3,12 @@ Without, a budget is only a promise; with it, the kernel ends whoever breaks it.
 
 import os
 import resource
+import signal
 import subprocess
-from collections.abc import Sequence
-from contextlib import suppress
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,3 +105,16 @@ def _run(command: Sequence[str], group: _Group | None, no_cgroup: str | None) ->
         others_cores=others.cores(),
         no_cgroup=no_cgroup,
     )
+
+
+@contextmanager
+def bench_folder(kept: Path | None) -> Iterator[Path]:
+    """`kept`, made if need be, or a temporary folder. A request to end goes through all clean-up:
+    a memory group outlives its process."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if kept:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept
+    else:
+        with tempfile.TemporaryDirectory(prefix="windlass-bench-") as folder:
+            yield Path(folder)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from windlass.doctor.report import table as lines_of_table
 from windlass.units import MIB
 from windlass.version import VERSION
 
@@ -193,16 +194,7 @@ def _git(*arguments: str) -> str | None:
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns aligned right, the first one left."""
-    columns = list(zip(heads, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (heads, *rows)
-    ]
-    return "\n".join((lines[0], "-" * sum(widths, 2 * (len(widths) - 1)), *lines[1:]))
+    return "\n".join(lines_of_table(heads, rows))
 
 
 def head(described: dict[str, Any], rates: Rates) -> str:

@@ -11,17 +11,15 @@ at the disk's rate, its FLOPs at the rate of a large fp32 product; all measured 
 import argparse
 import json
 import random
-import signal
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limits import Ran, run_limited
+from limits import Ran, bench_folder, run_limited
 from machine import Rates, describe, head, measure_rates, set_threads, table, write
 from spans import rows_histogram, totals
 
@@ -328,14 +326,8 @@ def _limits(rates: Rates, model_bytes: int, disk_s: list[float], flops: int) -> 
 
 def main() -> None:
     options = _parse()
-    # ends through the clean-up: a memory group outlives its process
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if options.dir:
-        options.dir.mkdir(parents=True, exist_ok=True)
-        document = bench(options, options.dir)
-    else:
-        with tempfile.TemporaryDirectory(prefix="windlass-bench-") as folder:
-            document = bench(options, Path(folder))
+    with bench_folder(options.dir) as folder:
+        document = bench(options, folder)
     write(document, options.json)
 
 

@@ -9,7 +9,6 @@ tokens x output tokens x requests. The error is predicted / measured - 1, of the
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 import tempfile
@@ -17,22 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe, head, measure_rates, table, write
+from offload import Job
+
+from windlass.options import read_config
+from windlass.units import MIB
 
 _LENGTHS = ((128, 16, 64), (32, 48, 48), (512, 4, 16))
-_PROCESS_BYTES = 600 << 20  # Python, torch and the least activations
-_MIB = 1 << 20
+_PROCESS_BYTES = 600 * MIB  # Python, torch and the least activations
 _HEAD = ("model", "budget MiB", "lengths", "predicted s", "took s", "error", "of the bound")
-
-
-def _write_job(path: Path, model: str, prompt: int, output: int, count: int) -> None:
-    chance = random.Random(0)
-    with path.open("w", encoding="utf-8") as file:
-        for i in range(count):
-            ids = [chance.randrange(300, 30000) for _ in range(prompt)]
-            body = {"model": model, "prompt": ids, "max_tokens": output, "temperature": 0}
-            body |= {"ignore_eos": True}
-            row = {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body}
-            file.write(json.dumps(row) + "\n")
 
 
 def _windlass(*arguments: object, timeout: float) -> dict[str, Any]:
@@ -51,8 +42,10 @@ def _weights(model: Path) -> int:
 def _run(model: Path, budget: int, lengths: tuple[int, int, int], timeout: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         job, out = Path(folder) / "in.jsonl", Path(folder) / "out.jsonl"
-        _write_job(job, model.name, *lengths)
-        limit = ("--host-memory", f"{budget // _MIB}MiB") if budget else ()
+        prompt, output, count = lengths
+        vocab_size = read_config(model)["vocab_size"]
+        Job(count, prompt, output).write(job, vocab_size)
+        limit = ("--host-memory", f"{budget // MIB}MiB") if budget else ()
         document = _windlass(
             "run-batch", "-i", job, "-o", out, "-m", model, *limit,
             "--max-model-len", lengths[0] + lengths[1], timeout=timeout,
@@ -83,9 +76,8 @@ def main() -> None:
                 document = _run(model, budget, one, options.timeout)
                 results.append({"model": model.name, "budget": budget, "lengths": one, **document})
                 print(_cells(results[-1]), flush=True)
-                if options.json:
-                    write({"bench": "prediction", **description, "runs": results}, options.json)
     print(table(_HEAD, [_cells(one) for one in results]))
+    write({"bench": "prediction", **description, "runs": results}, options.json)
 
 
 def _cells(run: dict[str, Any]) -> list[str]:
@@ -93,7 +85,7 @@ def _cells(run: dict[str, Any]) -> list[str]:
     total = check["phases"]["total"]
     lengths = " x ".join(map(str, run["lengths"]))
     return [
-        run["model"], str(run["budget"] // _MIB), lengths, f"{total['predicted_s']:.1f}",
+        run["model"], str(run["budget"] // MIB), lengths, f"{total['predicted_s']:.1f}",
         f"{total['measured_s']:.1f}", f"{100 * total['error']:+.0f} %",
         f"{100 * check['share_of_bound']:.0f} %",
     ]  # fmt: skip
