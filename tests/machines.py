@@ -19,7 +19,9 @@ def processor(name: str = "cpu", *, flops: float = 1e11, memory_bytes: int = 16 
         dense=products,
         decode_attention=2e10,
         prefill_attention=flops / 2,
+        row_rate=1e10,
         call_s=1e-4,
+        expert_s=1e-5,
     )
 
 

@@ -62,6 +62,9 @@ def machine(*, disk: float = 1.0, compute: float = 1.0, threads: int = 2) -> Har
         dense={kind: _times(curve, compute) for kind, curve in profile.host.dense.items()},
         decode_attention=profile.host.decode_attention * compute,
         prefill_attention=profile.host.prefill_attention * compute,
+        row_rate=profile.host.row_rate * compute,
+        call_s=profile.host.call_s / compute,
+        expert_s=profile.host.expert_s / compute,
     )
     return replace(profile, disk=_times(profile.disk, disk), host=host)
 

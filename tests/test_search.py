@@ -81,7 +81,10 @@ def test_no_plan_breaks_its_budget_or_what_is_fixed(problem, seqs, experts):
         assert experts is None or plan.expert_slots == min(experts, sizes.num_parts[Part.EXPERT])
         assert plan.max_num_batched_tokens >= plan.max_num_seqs + 64
     times = [one.estimate.total_s for one in found]
-    assert times == sorted(times)
+    even = [max(one, 1.005 * min(times)) for one in times]  # of those as fast, the smallest first
+    assert even == sorted(even)
+    pages = [one.plan.kv_pages for one, time in zip(found, even, strict=True) if time == even[0]]
+    assert pages == sorted(pages)
 
 
 JOBS = {

@@ -82,6 +82,7 @@ def open_engine(
     options: EngineOptions,
     *,
     device: Device | None = None,
+    kernels: Kernels | None = None,
     lengths: Lengths | None = None,
     profile: Callable[[], HardwareProfile | None] = lambda: None,
     tell: Callable[[str], None] = lambda text: None,
@@ -89,6 +90,7 @@ def open_engine(
     """Everything between options and the first step; nothing is read but headers and tokenizer.
 
     `device`: where weights go; the host if None. The engine closes it; so does a failure here.
+    `kernels`: what computes; as the options say if None.
     `lengths`, of the tokenizer, the default parameters and the longest sequence that the model
     allows: what to plan for, on the machine that `profile` gives (where it gives none, one like
     this is assumed). `tell` hears, once, that the run is not as predicted.
@@ -102,7 +104,7 @@ def open_engine(
         opened.callback(tracer.close)
         model = read_model(options, opened)
         threads = options.threads or useful_threads(model)
-        kernels = choose_kernels(
+        kernels = kernels or choose_kernels(
             options.moe_backend, threads=threads, bf16_rows=options.dtype == "bfloat16"
         )
         kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers

@@ -1,5 +1,5 @@
 """One CUDA device as torch has it: its memory, and copies to and from it. For measurements; nothing
-computes models on it yet, and this file has not been run on a GPU."""
+computes models on it yet."""
 
 from collections.abc import Callable
 

@@ -124,7 +124,9 @@ class _Bench:
             dense=dense,
             decode_attention=self._decode(),
             prefill_attention=self._prefill(),
+            row_rate=self._shapes.large_bytes / memory.median_s,
             call_s=call.median_s,
+            expert_s=0.0,
         )
 
     def _random(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:

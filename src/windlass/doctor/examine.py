@@ -151,7 +151,7 @@ class _Examination:
     def _host(self) -> Processor:
         threads = self._environment.threads
         self._tell("measuring the overhead of calls")
-        call = measure_overhead(
+        overhead = measure_overhead(
             EngineOptions(
                 threads=threads,
                 host_memory=small_budget(),
@@ -176,7 +176,7 @@ class _Examination:
             measured.source.close()
         if self._findings.is_hurried:
             self._notes.append("a slow or busy machine: some products were measured once only")
-        self._findings.spread |= {"memory": memory.spread, "call": call.spread}
+        self._findings.spread |= {"memory": memory.spread, "call": overhead.call.spread}
         return Processor(
             name=self._environment.cpu,
             memory_bytes=self._environment.memory_bytes,
@@ -185,7 +185,9 @@ class _Examination:
             dense=self._findings.dense,
             decode_attention=decode,
             prefill_attention=prefill,
-            call_s=call.median_s,
+            row_rate=overhead.row_rate,
+            call_s=overhead.call.median_s,
+            expert_s=overhead.expert_s,
         )
 
     def _profile(

@@ -1,41 +1,143 @@
-"""What a module's call costs beside its work: Python, leases, routing, waking threads. Measured on
-the whole engine with a model whose arithmetic takes next to nothing."""
+"""What layers cost beside their products and attention: Python, leases, norms, rotation, routing,
+copies, sums. Measured on the whole engine, with random weights and small experts: the time of a
+pass's layers less that of the kernels that a profile has rates for."""
 
+import json
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from windlass.build import open_engine
 from windlass.device.host import resident_bytes
 from windlass.doctor.timing import Timing
+from windlass.engine.engine import Engine
 from windlass.engine.sequence import Request
+from windlass.kernels.base import Kernels
+from windlass.kernels.choose import choose_kernels
 from windlass.options import EngineOptions
 from windlass.params import SamplingParams
+from windlass.spec.cost import attention_row_numbers, ffn_row_numbers
+from windlass.spec.model import ModelSpec
+from windlass.spec.registry import read_spec
+from windlass.synth import preset
 from windlass.units import MIB
 
-_TOKENS = 48
-_GROUP = 8  # passes of a sample
+_LAYERS = 6
+_NUM_EXPERTS, _TOP_K = 32, 8
+_CONFIG = preset("qwen3-moe-1b", num_layers=_LAYERS) | {
+    "moe_intermediate_size": 64, "num_experts": _NUM_EXPERTS, "num_experts_per_tok": _TOP_K,
+}  # fmt: skip
+_MANY, _PROMPT = 64, 32  # sequences at once, and the prompt of each
+_ONE_PASSES, _MANY_PASSES = 24, 12
 _WARM = 8  # passes that still read weights
-_ROOM = 256 * MIB  # the shipped model fits twice
+_ROUNDS = 3  # of prompts; the first warms up
+_ROOM = 1024 * MIB
+_LEAST_S = 1e-6
+_OTHER_KERNELS = ("linear", "batched_linear", "expert_ffn", "experts", "attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """`call` and `expert`: seconds of a module's call (attention, or the experts, of a layer) and of
+    each expert in it; `row_rate`: bytes/s of what is done row by row."""
+
+    call: Timing
+    expert_s: float
+    row_rate: float
+
+
+class _Watched:
+    """Kernels that know how long a pass's layers took beside products and attention."""
+
+    def __init__(self, kernels: Kernels, clock: Callable[[], float]) -> None:
+        self._kernels = kernels
+        self._clock = clock
+        self.begin()
+
+    def begin(self) -> None:
+        """A pass begins."""
+        self._since: float | None = None
+        self._inside = 0.0
+        self.beside_s = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._kernels, name)
+        if name in _OTHER_KERNELS:
+            return lambda *arguments: self._timed(call, arguments)
+        if name == "normalise":  # the first thing a layer does
+            self._since = self._clock() if self._since is None else self._since
+        return self._ended(call) if name == "combine" else call
+
+    def _timed(self, call: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+        begin = self._clock()
+        result = call(*arguments)
+        self._inside += self._clock() - begin
+        return result
+
+    def _ended(self, call: Callable[..., None]) -> Callable[..., None]:
+        """The last thing a layer does."""
+
+        def run(*arguments: Any) -> None:
+            call(*arguments)
+            assert self._since is not None, "no norm before the sum of experts"
+            self.beside_s = self._clock() - self._since - self._inside
+
+        return run
 
 
 def measure_overhead(
     options: EngineOptions, clock: Callable[[], float] = time.perf_counter
-) -> Timing:
-    """Seconds of a module's call (attention, or the experts, of a layer; the head) in decode passes
-    of one sequence. `options`: with the shipped model, kernels as they are to be measured."""
-    params = SamplingParams(max_tokens=_TOKENS, temperature=0.0, ignore_eos=True, detokenize=False)
-    with open_engine(options) as engine:
-        engine.add(Request("measure", (1, 2, 3, 4), params, "measure"))
-        seconds = []
-        while engine.has_work:
-            begin = clock()
-            engine.step()
-            seconds.append(clock() - begin)
-        modules = 2 * engine.plan.num_blocks + engine.plan.num_head_chunks
-    passes = [one / modules for one in seconds[_WARM:]]
-    groups = [passes[i : i + _GROUP] for i in range(0, len(passes), _GROUP)]
-    return Timing(tuple(map(statistics.median, groups)))
+) -> Overhead:
+    """`options`: threads, budget and kernels as they are to be measured; their model is not used."""
+    threads = options.threads
+    assert threads is not None, "kernels need their threads"
+    kernels = _Watched(
+        choose_kernels(options.moe_backend, threads=threads, bf16_rows=options.dtype == "bfloat16"),
+        clock,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(_CONFIG), encoding="utf-8")
+        options = replace(
+            options, model=folder, load_format="dummy", tokenizer="demo",
+            max_num_seqs=_MANY, max_num_batched_tokens=_MANY * _PROMPT + _MANY,
+            max_model_len=_PROMPT + _ONE_PASSES + _WARM + 1, enable_prefix_caching=False,
+        )  # fmt: skip
+        with open_engine(options, kernels=kernels) as engine:  # type: ignore[arg-type]
+            one = _passes(engine, kernels, 1, _WARM + _ONE_PASSES)[1 + _WARM :]
+            rounds = [_passes(engine, kernels, _MANY, _MANY_PASSES) for _ in range(_ROUNDS)]
+    prompts = statistics.median(passes[0] for passes in rounds[1:])
+    many = statistics.median(seconds for passes in rounds[1:] for seconds in passes[1:])
+    return _solved(read_spec(_CONFIG)[0], one, many, prompts)
+
+
+def _passes(engine: Engine, kernels: _Watched, count: int, outputs: int) -> list[float]:
+    """Seconds of a layer beside products and attention: in the pass of `count` prompts, and in those
+    that generate."""
+    params = SamplingParams(max_tokens=outputs, temperature=0.0, ignore_eos=True, detokenize=False)
+    for i in range(count):
+        engine.add(Request(f"{i}", tuple(range(i, i + _PROMPT)), params, f"{i}"))
+    seconds = []
+    while engine.has_work:
+        kernels.begin()
+        engine.step()
+        if kernels.beside_s:
+            seconds.append(kernels.beside_s / _LAYERS)
+    return seconds
+
+
+def _solved(spec: ModelSpec, one: Sequence[float], many: float, prompts: float) -> Overhead:
+    """Three kinds of passes for three unknowns: a row meets `_TOP_K` experts, many rows all."""
+    numbers = attention_row_numbers(spec, 0) + sum(ffn_row_numbers(spec, 0))
+    row_s = max(1e-12, (prompts - many) / (_MANY * _PROMPT - _MANY))
+    alone = statistics.median(one)
+    expert_s = max(0.0, (many - alone - (_MANY - 1) * row_s) / (_NUM_EXPERTS - _TOP_K))
+    rest = row_s + _TOP_K * expert_s
+    calls = tuple(max(_LEAST_S, (seconds - rest) / 2) for seconds in one)
+    return Overhead(Timing(calls), expert_s, 4 * numbers / row_s)
 
 
 def small_budget() -> int:

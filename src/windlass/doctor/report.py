@@ -132,7 +132,9 @@ def _processor_lines(processor: Processor, spread: Mapping[str, float], prefix: 
          f"{prefix}decode attention"),
         ("prefill attention, GFLOP/s", processor.prefill_attention / 1e9,
          f"{prefix}prefill attention"),
+        ("norms, rotation, routing, sums, GB/s", processor.row_rate / 1e9, ""),
         ("overhead of a module's call, us", processor.call_s * 1e6, f"{prefix}call"),
+        ("  of each expert in it, us", processor.expert_s * 1e6, ""),
     )  # fmt: skip
     rows = [[name, f"{value:.1f} {_spread(spread, key)}"] for name, value, key in singles]
     lines += table(("", ""), rows)[2:]

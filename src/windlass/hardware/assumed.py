@@ -28,7 +28,9 @@ def assumed_profile(*, threads: int, memory_bytes: int) -> HardwareProfile:
         dense=curves,
         decode_attention=memory_rate / 2,
         prefill_attention=peak / 2,
+        row_rate=memory_rate / 4,
         call_s=50e-6,
+        expert_s=20e-6,
     )
     return HardwareProfile(
         name="assumed",

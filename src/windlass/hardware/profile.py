@@ -9,7 +9,7 @@ from typing import Any
 
 from windlass.errors import UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,15 @@ class Processor:
     dense: Mapping[str, Curve]  # dense products
     decode_attention: float  # bytes/s of keys and values, one new row per sequence
     prefill_attention: float  # FLOP/s: 4 * heads * dim per query and position seen
+    row_rate: float  # bytes/s of what is done row by row: norms, rotation, routing, sums
     call_s: float  # seconds that a module's call costs beside its work
+    expert_s: float  # the same of each expert of a call
 
     def __post_init__(self) -> None:
         _check_positive(
-            self, "memory_bytes", "memory_rate", "decode_attention", "prefill_attention"
+            self, "memory_bytes", "memory_rate", "decode_attention", "prefill_attention", "row_rate"
         )
-        _check_not_negative(self, "call_s")
+        _check_not_negative(self, "call_s", "expert_s")
         for name in ("experts", "dense"):
             if not getattr(self, name):
                 raise UsageError(f"profile: {name} of {self.name}: got none, allowed 1 or more")
@@ -147,7 +149,7 @@ _OPTIONAL = {"device", "down", "up", "spread"}
 _NESTED = {"disk", "host", *_OPTIONAL}
 _PROCESSOR: dict[str, type] = {
     "name": str, "memory_bytes": int, "memory_rate": float, "decode_attention": float,
-    "prefill_attention": float, "call_s": float,
+    "prefill_attention": float, "row_rate": float, "call_s": float, "expert_s": float,
 }  # fmt: skip
 
 

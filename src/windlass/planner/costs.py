@@ -2,7 +2,8 @@
 profile. Pure arithmetic; seconds. What schedule/on_clock.py asks of `Costs`, on a host.
 
 Attention's matrices are dense products; its scores cost the bytes of keys and values for generated
-rows and FLOPs for prompt rows (kernels/base.py). Norms, moves and sums cost the memory they touch.
+rows and FLOPs for prompt rows (kernels/base.py). Norms, rotation, routing and sums cost the numbers
+they touch at the rate of what is done row by row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,12 @@ from windlass.schedule.clock import Job, Work
 from windlass.spec.cost import (
     attention_flops,
     attention_matrices,
+    attention_row_numbers,
     expert_matrices,
+    ffn_row_numbers,
     shared_matrices,
 )
-from windlass.spec.model import Attention, GatedDelta, Gqa, ModelSpec, Moe
+from windlass.spec.model import Attention, GatedDelta, Gqa, ModelSpec
 
 _F32 = 4
 _DIRECT_BYTES = 8192  # that a direct read of one row of the embedding moves
@@ -84,7 +87,8 @@ class Rates:
 
     def expert(self, flops_per_row: float, num_rows: int) -> float:
         """One expert over its rows."""
-        return flops_per_row * num_rows / self._rate(self._experts, Part.EXPERT, num_rows)
+        seconds = flops_per_row * num_rows / self._rate(self._experts, Part.EXPERT, num_rows)
+        return seconds + self.processor.expert_s
 
     def product(self, part: Part, flops_per_row: float, num_rows: int) -> float:
         """Dense matrices of a part over the rows."""
@@ -94,6 +98,10 @@ class Rates:
 
     def memory(self, num_bytes: float) -> float:
         return num_bytes / self.processor.memory_rate
+
+    def rows(self, numbers: float) -> float:
+        """Numbers read and written row by row."""
+        return _F32 * numbers / self.processor.row_rate
 
     @property
     def best_expert(self) -> float:
@@ -173,7 +181,9 @@ class HostCosts:
 
     def dense(self, layer: int, num_rows: int) -> Work:
         flops = 2 * expert_matrices(self._spec, layer)
-        seconds = self._rates.product(Part.FFN, flops, num_rows) + self._call_s
+        numbers = num_rows * sum(ffn_row_numbers(self._spec, layer))
+        seconds = self._rates.product(Part.FFN, flops, num_rows) + self._rates.rows(numbers)
+        seconds += self._call_s
         return _on_host(seconds * self._weights[layer])
 
     def head(self, chunk: int, num_rows: int) -> Work:
@@ -195,15 +205,17 @@ class HostCosts:
         return seconds * (self._weights[key.layer] if key.layer >= 0 else self._scale)
 
     def embed_s(self, num_rows: int) -> float:
-        return self._rates.memory(2 * _F32 * num_rows * self._spec.hidden_size)
+        return self._rates.rows(2 * num_rows * self._spec.hidden_size)
 
     def attention_s(self, layer: int, seen: Seen) -> float:
-        """Norm, projections, scores and residual of one layer."""
+        """Norm, projections, rotation, scores and residual of one layer."""
         return self.projections_s(layer, seen.num_rows) + self.scores_s(layer, seen)
 
     def projections_s(self, layer: int, num_rows: int) -> float:
         matrices = 2 * attention_matrices(self._spec, layer)
-        return self._rates.product(Part.BLOCK, matrices, num_rows) + self._call_s
+        product = self._rates.product(Part.BLOCK, matrices, num_rows)
+        numbers = num_rows * attention_row_numbers(self._spec, layer)
+        return product + self._rates.rows(numbers) + self._call_s
 
     def scores_s(self, layer: int, seen: Seen) -> float:
         """Keys and values that generated rows read, and what prompt rows multiply; of a recurrent
@@ -220,25 +232,23 @@ class HostCosts:
     def route_s(self, layer: int, num_rows: int) -> float:
         """Norm, router and shared expert."""
         matrices = 2 * shared_matrices(self._spec, layer)
-        moved = 3 * _F32 * num_rows * self._spec.hidden_size
+        numbers = num_rows * ffn_row_numbers(self._spec, layer)[0]
         product = self._rates.product(Part.BLOCK, matrices, num_rows)
-        return product + self._rates.memory(moved) + _ROUTE * self._call_s
+        return product + self._rates.rows(numbers) + _ROUTE * self._call_s
 
     def expert_s(self, layer: int, num_rows: int) -> float:
         """One expert over its rows, without its call."""
         return self._rates.expert(2 * expert_matrices(self._spec, layer), num_rows)
 
     def combine_s(self, layer: int, num_rows: int) -> float:
-        moe = self._spec.blocks[layer].ffn
-        top_k = moe.top_k if isinstance(moe, Moe) else 1
-        moved = (top_k + 2) * _F32 * num_rows * self._spec.hidden_size
-        return self._rates.memory(moved) + _COMBINE * self._call_s
+        numbers = num_rows * ffn_row_numbers(self._spec, layer)[1]
+        return self._rates.rows(numbers) + _COMBINE * self._call_s
 
     def head_s(self, num_rows: int) -> float:
         """All of the head, without the cost of its calls."""
         flops = 2 * self._spec.vocab_size * self._spec.hidden_size
-        moved = 2 * _F32 * num_rows * self._spec.vocab_size
-        return self._rates.product(Part.HEAD, flops, num_rows) + self._rates.memory(moved)
+        moved = 2 * num_rows * self._spec.vocab_size
+        return self._rates.product(Part.HEAD, flops, num_rows) + self._rates.rows(moved)
 
     def sample_s(self, num_rows: int) -> float:
         """Drawing a token for each of `num_rows` rows of logits, after the pass."""

@@ -214,7 +214,9 @@ def _scaled_host(host: Processor, factor: float) -> Processor:
         dense={kind: _scaled_curve(curve, factor) for kind, curve in host.dense.items()},
         decode_attention=factor * host.decode_attention,
         prefill_attention=factor * host.prefill_attention,
+        row_rate=factor * host.row_rate,
         call_s=host.call_s / factor,
+        expert_s=host.expert_s / factor,
     )
 
 

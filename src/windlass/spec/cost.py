@@ -63,6 +63,34 @@ def expert_matrices(spec: ModelSpec, layer: int) -> int:
     return _matrices(ffn_shapes(ffn.expert if isinstance(ffn, Moe) else ffn, spec.hidden_size))
 
 
+def attention_row_numbers(spec: ModelSpec, layer: int) -> int:
+    """Numbers that one row reads and writes beside products and scores: norms, rotation, keys and
+    values stored, residual. Counted of the decoder's operations, each as a trip of its own."""
+    attention, hidden = spec.blocks[layer].attention, spec.hidden_size
+    around = 5 * hidden  # norm: read, written; residual: two read, one written
+    match attention:
+        case Gqa():
+            kept = attention.num_kv_heads * attention.head_dim
+            heads = attention.num_heads * attention.head_dim + kept
+            norms = 0 if attention.qk_norm == "none" else 2 * heads
+            return around + norms + (4 * heads if attention.rope else 0) + 3 * kept
+        case Mla():
+            row = attention.kv_lora_rank + attention.rope.dim
+            low = 2 * ((attention.q_lora_rank or 0) + attention.kv_lora_rank)
+            return around + low + attention.num_heads * (2 * row + 4 * attention.rope.dim) + 2 * row
+        case GatedDelta():
+            values = attention.num_v_heads * attention.v_head_dim
+            return around + (2 + attention.conv_kernel) * attention.conv_dim + 4 * values
+
+
+def ffn_row_numbers(spec: ModelSpec, layer: int) -> tuple[int, int]:
+    """The same of a layer's network: before its experts (norm, routing), and after (their sum)."""
+    ffn, hidden = spec.blocks[layer].ffn, spec.hidden_size
+    if not isinstance(ffn, Moe):
+        return 2 * hidden, 3 * hidden
+    return 2 * hidden + 4 * ffn.num_experts + 8 * ffn.top_k, (ffn.top_k + 2) * hidden
+
+
 def head_flops_per_token(spec: ModelSpec) -> int:
     """Of the output projection, for each token whose logits are computed."""
     return 2 * prod(table_shape(spec))
