@@ -42,8 +42,8 @@ _OTHER_KERNELS = ("linear", "batched_linear", "expert_ffn", "experts", "attentio
 
 @dataclass(frozen=True, slots=True)
 class Overhead:
-    """`call` and `expert`: seconds of a module's call (attention, or the experts, of a layer) and of
-    each expert in it; `row_rate`: bytes/s of what is done row by row."""
+    """`call` and `expert_s`: seconds of a module's call (attention, or the experts, of a layer) and
+    of each expert in it; `row_rate`: bytes/s of what is done row by row."""
 
     call: Timing
     expert_s: float
@@ -92,7 +92,7 @@ class _Watched:
 def measure_overhead(
     options: EngineOptions, clock: Callable[[], float] = time.perf_counter
 ) -> Overhead:
-    """`options`: threads, budget and kernels as they are to be measured; their model is not used."""
+    """`options`: threads, budget and kernels as they are to be measured; not used: their model."""
     threads = options.threads
     assert threads is not None, "kernels need their threads"
     kernels = _Watched(
@@ -115,8 +115,8 @@ def measure_overhead(
 
 
 def _passes(engine: Engine, kernels: _Watched, count: int, outputs: int) -> list[float]:
-    """Seconds of a layer beside products and attention: in the pass of `count` prompts, and in those
-    that generate."""
+    """Seconds of a layer beside products and attention: in the pass of `count` prompts, then in
+    those that generate."""
     params = SamplingParams(max_tokens=outputs, temperature=0.0, ignore_eos=True, detokenize=False)
     for i in range(count):
         engine.add(Request(f"{i}", tuple(range(i, i + _PROMPT)), params, f"{i}"))
