@@ -106,7 +106,7 @@ def measure_overhead(
             max_num_seqs=_MANY, max_num_batched_tokens=_MANY * _PROMPT + _MANY,
             max_model_len=_PROMPT + _ONE_PASSES + _WARM + 1, enable_prefix_caching=False,
         )  # fmt: skip
-        with open_engine(options, kernels=kernels) as engine:  # type: ignore[arg-type]
+        with open_engine(options, kernels=kernels) as engine:
             one = _passes(engine, kernels, 1, _WARM + _ONE_PASSES)[1 + _WARM :]
             rounds = [_passes(engine, kernels, _MANY, _MANY_PASSES) for _ in range(_ROUNDS)]
     prompts = statistics.median(passes[0] for passes in rounds[1:])
