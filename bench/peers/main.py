@@ -4,7 +4,7 @@
 
 Writes random checkpoints and their GGUF twins, checks that they are one model, finds each engine's
 best settings, measures engines in turn on the same prompts, threads and lengths, and the same with
-a third of the memory that the weights need. bench/README.md says how the numbers are made.
+less memory than the weights need. bench/README.md says how the numbers are made.
 """
 
 import argparse
@@ -21,11 +21,26 @@ from machine import ROOT, Others, Rates, describe, head, measure_rates, set_thre
 
 from peers import environment, launch, models, report
 from peers.document import Document, StopAfter
-from peers.limited import Limited, LimitedWish
+from peers.limited import LEAST_BYTES, Limited, LimitedWish
 from peers.measure import CONTENDERS, Comparison, Contender, Wish, cases
 from peers.models import TWINS, Model
+from windlass.errors import UsageError
+from windlass.plan import SCHEDULES
+from windlass.units import format_bytes, parse_bytes
 
 _STAGES = ("check", "memory", "limited")
+_MODELS = models.FULL_MODELS + models.CUT_MODELS + models.QUICK_MODELS
+
+
+def _limit(text: str) -> int:
+    try:
+        limit = parse_bytes(text, what="limit")
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if limit < LEAST_BYTES:
+        least = format_bytes(LEAST_BYTES)
+        raise argparse.ArgumentTypeError(f"limit: got {text}, allowed {least} or more")
+    return limit
 
 
 def _parse() -> argparse.Namespace:
@@ -43,8 +58,9 @@ def _parse() -> argparse.Namespace:
     add("--dir", type=Path, default=ROOT / "out" / "peers", help="keeps the models")
     add("--remove", action="store_true", help="delete a model's files after its last run")
     add("--only", nargs="+", choices=_STAGES, default=_STAGES, metavar="STAGE",
-        help="of check (twins are one model), memory (all in it), limited (a third)")  # fmt: skip
-    add("--models", nargs="+", metavar="NAME", help=f"of {', '.join(models.FULL_MODELS)}")
+        help="of check (twins are one model), memory (all in it), limited (less)")  # fmt: skip
+    add("--models", nargs="+", metavar="NAME", choices=_MODELS,
+        help=f"of {', '.join(_MODELS)} (default: {', '.join(models.FULL_MODELS)})")  # fmt: skip
     add("--engines", nargs="+", choices=launch.ENGINES, default=launch.ENGINES, metavar="ENGINE",
         help=f"of {', '.join(launch.ENGINES)}")  # fmt: skip
     add("--formats", nargs="+", choices=tuple(TWINS), default=tuple(TWINS), metavar="FORMAT",
@@ -64,6 +80,11 @@ def _parse() -> argparse.Namespace:
     add("--limited-timeout", type=float, default=3600.0, metavar="S", help="default: 3600")
     add("--windlass-sequences", nargs="+", type=int, default=[0], metavar="N",
         help="tried in the limited job; 0: as planned (default)")  # fmt: skip
+    add("--limit", type=_limit, metavar="SIZE",
+        help="memory of the limited job (default: a third of the checkpoint)")  # fmt: skip
+    add("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES[:1], metavar="NAME",
+        help=f"of Windlass's limited job: {', '.join(SCHEDULES)} (default: first)")  # fmt: skip
+    add("--skip-alone", action="store_true", help="no limited run of one request")
     options = parser.parse_args()
     quick = options.quick
     options.models = options.models or (models.QUICK_MODELS if quick else models.FULL_MODELS)
@@ -72,9 +93,6 @@ def _parse() -> argparse.Namespace:
     options.output_tokens = options.output_tokens or (4 if quick else 64)
     options.rounds = options.rounds or (1 if quick else 3)
     options.requests = options.requests or (8 if quick else 256)
-    for name in options.models:
-        if name not in models.FULL_MODELS + models.QUICK_MODELS:
-            parser.error(f"--models: got {name}, allowed {', '.join(models.FULL_MODELS)}")
     if options.json and options.json.exists() and not options.resume:
         parser.error(f"{options.json} exists: give --resume to go on with it, or another name")
     return options
@@ -102,6 +120,8 @@ def _limited_wish(options: argparse.Namespace, threads: int) -> LimitedWish:
         output_tokens=options.limited_output_tokens, threads=threads,
         llama_sequences=(2, 8) if options.quick else (8, 16, 32, 64, 128),
         windlass_sequences=tuple(options.windlass_sequences),
+        schedules=tuple(options.schedules), limit_bytes=options.limit,
+        has_alone=not options.skip_alone, is_quick=options.quick,
         timeout_s=options.limited_timeout, phase_s=options.phase,
     )  # fmt: skip
 

@@ -28,7 +28,11 @@ _QUICK: dict[str, tuple[str, dict[str, Any]]] = {
     }),
 }  # fmt: skip
 
-FULL_MODELS = ("qwen3-moe-1b", "olmoe-1b-7b")
+# Shapes of synth.PRESETS with so many layers
+_CUT: dict[str, tuple[str, int]] = {"qwen3-30b-a3b-12-layers": ("qwen3-30b-a3b", 12)}
+
+FULL_MODELS = ("qwen3-moe-1b", "olmoe-1b-7b")  # by default
+CUT_MODELS = tuple(_CUT)  # where asked for by name
 QUICK_MODELS = tuple(_QUICK)
 ROUNDED = " rounded"  # the same weights, products of rows rounded to bf16 (--dtype bfloat16)
 # What Windlass and llama.cpp call a format of the same size
@@ -85,6 +89,9 @@ def load(name: str, folder: Path) -> Model:
     if name in _QUICK:
         base, changes = _QUICK[name]
         return Model(name, preset(base) | changes, folder / name)
+    if name in _CUT:
+        base, layers = _CUT[name]
+        return Model(name, preset(base, num_layers=layers), folder / name)
     return Model(name, preset(name), folder / name)
 
 

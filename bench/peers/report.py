@@ -6,7 +6,7 @@ from typing import Any
 
 from machine import table
 
-from peers.models import TWINS
+from peers.models import CUT_MODELS, TWINS
 from windlass.units import format_bytes
 
 # Windlass's format -> what it is compared with, and the least ratio of total throughput aimed at
@@ -18,6 +18,7 @@ _AIMS_AT_64 = {
     ("windlass int4", "llama.cpp q4_0"): 1.5,
 }
 _AIM_LIMITED, _AIM_LIMITED_ALONE = 2.0, 5.0
+_AIM_CUT, _AIM_CUT_BOUND = 1.5, 0.85  # of models of CUT_MODELS, many requests
 _OTHERS_CORES = 0.1  # kept busy by other processes: above, the numbers are theirs too
 _OF_LLAMA = {theirs: ours for ours, theirs in TWINS.items()}
 
@@ -129,44 +130,74 @@ def case_table(case: Case, cells: Cells) -> str:
     return table(heads, rows)
 
 
-def limited_table(model: str, entries: Sequence[dict[str, Any]]) -> str:
+def limited_table(model: str, entries: Sequence[dict[str, Any]], *, checkpoint_bytes: int) -> str:
+    """One row per run; ratios are Windlass's rate, by its default schedule, over the row's."""
     rows = []
     for entry in entries:
-        name = f"{entry['engine']}, {entry['requests']} requests"
+        name = f"{_runner(entry)}, {entry['requests']} requests"
         if entry["total_s"] is None:
-            rows.append([name, "", "", "", "", f"{entry['status']}: {entry['message']}"[:60]])
+            rows.append([name, *[""] * 6, f"{entry['status']}: {entry['message']}"[:60]])
             continue
-        result = entry["result"]
+        ratio = None
+        if _runner(entry) != "windlass":
+            ratio = limited_ratio(entries, _runner(entry), alone=entry["requests"] == 1)
         tokens = entry["requests"] * (entry["prompt_tokens"] + entry["output_tokens"])
-        notes = [] if entry["limited"]["no_cgroup"] is None else ["no cgroup, not enforced"]
-        # Windlass's job is measured in one piece
-        if (
-            entry["engine"] != "windlass"
-            and result["prefill_share"] + result["decode_share"] < 1.99
-        ):
-            notes.append(f"from {100 * result['prefill_share']:.0f} % of prompts, "
-                         f"{100 * result['decode_share']:.0f} % of decoding")  # fmt: skip
-        if not entry["is_third"]:
-            notes.append("more than a third")
-        if entry["others_cores"] > _OTHERS_CORES:
-            notes.append(f"others {entry['others_cores']:.1f} cores")
+        share = _share_of_bound(entry)
         rows.append([
             name, str(entry["at_once"] or "planned"), f"{entry['total_s']:.1f}",
-            f"{tokens / entry['total_s']:.1f}", format_bytes(result["peak_rss_bytes"]),
-            ", ".join(notes),
+            f"{tokens / entry['total_s']:.1f}", "" if share is None else f"{100 * share:.0f} %",
+            _ratio(ratio), format_bytes(entry["result"]["peak_rss_bytes"]),
+            ", ".join(_limited_notes(entry, checkpoint_bytes)),
         ])  # fmt: skip
     limit = format_bytes(entries[0]["limit_bytes"])
-    heads = (f"{model} in {limit}", "at once", "s", "tokens/s", "peak memory", "notes")
+    heads = (f"{model} in {limit}", "at once", "s", "tokens/s", "of the bound", "Windlass, total",
+             "peak memory", "notes")  # fmt: skip
     return table(heads, rows)
 
 
-def limited_ratio(entries: Sequence[dict[str, Any]], *, alone: bool) -> float | None:
-    """llama.cpp's seconds over Windlass's, for all requests or for one alone."""
+def _limited_notes(entry: dict[str, Any], checkpoint_bytes: int) -> list[str]:
+    """What a reader must know of a run that ended."""
+    result, more = entry["result"], entry["result"]["more"]
+    notes = [] if entry["limited"]["no_cgroup"] is None else ["no cgroup, not enforced"]
+    if entry["engine"] == "windlass":
+        notes.append(f"read {format_bytes(more['bytes_read'])}")
+    # Windlass's job is measured in one piece
+    elif result["prefill_share"] + result["decode_share"] < 1.99:
+        notes.append(f"from {100 * result['prefill_share']:.0f} % of prompts, "
+                     f"{100 * result['decode_share']:.0f} % of decoding")  # fmt: skip
+    if "prediction" in more:
+        total = more["prediction"]["phases"]["total"]
+        lanes = [f"{lane} {100 * s:.0f} %" for lane, s in total["shares_of_bound"].items()]
+        notes.append(f"least time of {', '.join(lanes)}; predicted {total['predicted_s']:.1f} s")
+        notes += ["rates assumed"] if more["rates"] == "assumed" else []
+    if not entry["is_third"]:
+        notes.append(f"memory of {100 * entry['limit_bytes'] / checkpoint_bytes:.0f} % of weights")
+    if entry["others_cores"] > _OTHERS_CORES:
+        notes.append(f"others {entry['others_cores']:.1f} cores")
+    return notes
+
+
+def _runner(entry: dict[str, Any]) -> str:
+    """The engine, and its schedule where that is not the default."""
+    schedule = entry["settings"].get("schedule")
+    return f"{entry['engine']} {schedule}" if schedule else str(entry["engine"])
+
+
+def _share_of_bound(entry: dict[str, Any]) -> float | None:
+    """How near a run came to what binds each phase; None where nothing was predicted."""
+    prediction = (entry["result"] or {"more": {}})["more"].get("prediction")
+    return prediction and float(prediction["share_of_bound"])
+
+
+def limited_ratio(
+    entries: Sequence[dict[str, Any]], theirs: str = "llama.cpp", *, alone: bool
+) -> float | None:
+    """Their seconds over Windlass's, for all requests or for one alone."""
     seconds = {
-        entry["engine"]: entry["total_s"] for entry in entries if (entry["requests"] == 1) == alone
+        _runner(entry): entry["total_s"] for entry in entries if (entry["requests"] == 1) == alone
     }
-    ours, theirs = seconds.get("windlass"), seconds.get("llama.cpp")
-    return theirs / ours if ours and theirs else None
+    ours, other = seconds.get("windlass"), seconds.get(theirs)
+    return other / ours if ours and other else None
 
 
 def aims(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -186,25 +217,35 @@ def aims(document: dict[str, Any]) -> list[dict[str, Any]]:
                 add(f"{where}, total, 64 sequences", wanted, cells.ratio(ours, theirs, "total"))
             if sequences == 1 and theirs.startswith("llama.cpp"):
                 add(f"{where}, decode, 1 sequence", 1.0, cells.ratio(ours, theirs, "decode"))
-    for model, entries in limited(document).items():
-        add(f"{model} in a third: many requests, over llama.cpp", _AIM_LIMITED,
-            limited_ratio(entries, alone=False))  # fmt: skip
-        add(f"{model} in a third: 1 request, over llama.cpp", _AIM_LIMITED_ALONE,
-            limited_ratio(entries, alone=True))  # fmt: skip
+    for (model, limit), entries in limited(document).items():
+        many = limited_ratio(entries, alone=False)
+        where = f"{model} in {format_bytes(limit)}"
+        if model in CUT_MODELS:
+            add(f"{where}: many requests, over llama.cpp", _AIM_CUT, many)
+            shares = [
+                _share_of_bound(entry) for entry in entries
+                if _runner(entry) == "windlass" and entry["requests"] > 1
+            ]  # fmt: skip
+            add(f"{where}: disk, share of the bound", _AIM_CUT_BOUND, (shares or [None])[-1])
+        elif entries[0]["is_third"]:
+            add(f"{model} in a third: many requests, over llama.cpp", _AIM_LIMITED, many)
+            add(f"{model} in a third: 1 request, over llama.cpp", _AIM_LIMITED_ALONE,
+                limited_ratio(entries, alone=True))  # fmt: skip
     return found
 
 
-def limited(document: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+def limited(document: dict[str, Any]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    """Entries by model and limit."""
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for entry in document["limited"]:
-        found.setdefault(entry["model"], []).append(entry)
+        found.setdefault((entry["model"], entry["limit_bytes"]), []).append(entry)
     return found
 
 
 def aims_table(found: Sequence[dict[str, Any]]) -> str:
     words = {True: "met", False: "missed", None: "not measured"}
     rows = [
-        [each["aim"], f"{each['wanted']:.1f} x", _ratio(each["ratio"]), words[each["is_met"]]]
+        [each["aim"], f"{each['wanted']:.2f} x", _ratio(each["ratio"]), words[each["is_met"]]]
         for each in found
     ]
     return table(("aim", "wanted", "measured", ""), rows)
@@ -213,7 +254,12 @@ def aims_table(found: Sequence[dict[str, Any]]) -> str:
 def show(document: dict[str, Any]) -> str:
     """All tables."""
     parts = [case_table(case, cells) for case, cells in cases(document).items()]
-    parts += [limited_table(model, entries) for model, entries in limited(document).items()]
+    parts += [
+        limited_table(
+            model, entries, checkpoint_bytes=document["models"][model]["checkpoint_bytes"]
+        )
+        for (model, _), entries in limited(document).items()
+    ]
     parts += [f"skipped: {name}: {why}" for name, why in document["skipped"].items()]
     found = aims(document)
     return "\n\n".join(parts + ([aims_table(found)] if found else []))

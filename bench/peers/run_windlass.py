@@ -1,28 +1,45 @@
-"""Runs a job with Windlass through its Python API.
+"""Runs a job with Windlass: through its Python API with warm weights, or, with the setting
+`planned`, as `windlass run-batch` does, planned for the job and cold.
 
 It computes prompts and answers of different sequences in the same pass, so the two are told apart
-by two runs: one that ends with each first token, and the whole. Settings: keywords of `LLM`, and
-`warm_up` (default: yes, so that weights are in memory as far as they go).
+by two runs: one that ends with each first token, and the whole. A planned job is measured in one
+run; its engine divides mixed passes by rows. Settings: options of the engine, `planned`, and then
+`profile`: a file with the rates of this machine (default: assumed).
 """
 
+import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 
 from peers.job import KEPT_TOKENS, Job, Result, memory_bytes, run_job
 from windlass import LLM, SamplingParams
+from windlass.build import open_engine
+from windlass.engine.engine import Engine
+from windlass.engine.sequence import Request
+from windlass.hardware.profile import HardwareProfile
+from windlass.options import EngineOptions
 from windlass.version import VERSION
+from windlass.workload import Job as PlannedJob
+from windlass.workload import Workload
 
 _LOGPROBS = 20
 _ENOUGH_TOKENS = 32768  # of prompts in the first run: from there on its rate is the whole's
 
 
-def _answers(llm: LLM, prompts: list[list[int]], output_tokens: int) -> tuple[float, list[int]]:
-    """Seconds for all, and the first answer."""
-    params = SamplingParams(
+def _params(output_tokens: int) -> SamplingParams:
+    return SamplingParams(
         temperature=0, max_tokens=output_tokens, ignore_eos=True, detokenize=False
     )
+
+
+def _answers(llm: LLM, prompts: list[list[int]], output_tokens: int) -> tuple[float, list[int]]:
+    """Seconds for all, and the first answer."""
+    params = _params(output_tokens)
     rows = [{"prompt_token_ids": prompt} for prompt in prompts]
     begin = time.perf_counter()
     outputs = llm.generate(rows, params, use_tqdm=False)
@@ -37,9 +54,9 @@ def _save_logprobs(llm: LLM, prompt: list[int], path: str) -> None:
 
 
 def _run(job: Job) -> Result:
+    if job.settings.get("planned"):
+        return _run_planned(job)
     begin = time.perf_counter()
-    settings = dict(job.settings)
-    is_warm, wants_prefill = settings.pop("warm_up", True), settings.pop("prefill", True)
     prompts = job.prompts()
     with LLM(
         job.model,
@@ -48,18 +65,15 @@ def _run(job: Job) -> Result:
         max_model_len=job.prompt_tokens + job.output_tokens,
         # the second run would find the prompts of the first
         enable_prefix_caching=False,
-        **settings,
+        **job.settings,
     ) as llm:
-        if is_warm:
-            _answers(llm, prompts[:2], 2)
+        _answers(llm, prompts[:2], 2)  # weights are in memory as far as they go
         if job.logits:
             _save_logprobs(llm, prompts[0], job.logits)
         load_s = time.perf_counter() - begin
-        prefill_s, share = 0.0, 0.0
-        if wants_prefill:
-            enough = prompts[: max(1, _ENOUGH_TOKENS // job.prompt_tokens)]
-            share = len(enough) / len(prompts)
-            prefill_s = _answers(llm, enough, 1)[0] / share
+        enough = prompts[: max(1, _ENOUGH_TOKENS // job.prompt_tokens)]
+        share = len(enough) / len(prompts)
+        prefill_s = _answers(llm, enough, 1)[0] / share
         before = llm.get_metrics()
         total_s, tokens = _answers(llm, prompts, job.output_tokens)
         after = llm.get_metrics()
@@ -81,6 +95,67 @@ def _run(job: Job) -> Result:
         more=more,
         **memory_bytes(),
     )
+
+
+def _run_planned(job: Job) -> Result:
+    begin = time.perf_counter()
+    settings = {name: value for name, value in job.settings.items() if name != "planned"}
+    profile = _profile(settings.pop("profile", None))
+    options = EngineOptions(
+        model=job.model,
+        threads=job.threads,
+        max_num_seqs=job.at_once or None,
+        max_model_len=job.prompt_tokens + job.output_tokens,
+        **settings,
+    )
+    params, prompts = _params(job.output_tokens), job.prompts()
+    work = Workload.from_lengths(job.prompt_tokens, job.output_tokens, job.sequences)
+    with open_engine(
+        options, lengths=lambda *_: PlannedJob(work, True), profile=lambda: profile
+    ) as engine:
+        plan, load_s, begin = engine.plan, time.perf_counter() - begin, time.perf_counter()
+        for place, prompt in enumerate(prompts):
+            engine.add(Request(str(place), tuple(prompt), params, seed_key=str(place)))
+        answers = _finish(engine)
+        total_s, stats = time.perf_counter() - begin, engine.stats()
+    assert stats.check is not None, "a job that was planned for is compared with its prediction"
+    in_order = [answers[str(place)] for place in range(len(prompts))]
+    more = {
+        "version": VERSION,
+        "passes": stats.passes,
+        "bytes_read": stats.bytes_read,
+        "wait_s": stats.wait_s,
+        "preemptions": stats.num_preemptions,
+        "phases": stats.phases_json(),
+        "plan": asdict(plan),
+        "prediction": stats.check.to_json(),
+        "rates": "assumed" if profile is None else f"measured {profile.captured}",
+        "answers": blake2b(json.dumps(in_order).encode(), digest_size=16).hexdigest(),
+    }
+    return Result(
+        load_s=load_s,
+        prefill_s=stats.prefill_s,
+        decode_s=max(0.0, total_s - stats.prefill_s),
+        tokens=tuple(in_order[0][:KEPT_TOKENS]),
+        more=more,
+        **memory_bytes(),
+    )
+
+
+def _profile(path: str | None) -> HardwareProfile | None:
+    if path is None:
+        return None
+    return HardwareProfile.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def _finish(engine: Engine) -> Mapping[str, list[int]]:
+    """Answers by request id."""
+    found: dict[str, list[int]] = {}
+    while engine.has_work:
+        for output in engine.step().finished:
+            assert output.error is None, output.error
+            found[output.request_id] = list(output.outputs[0].token_ids)
+    return found
 
 
 if __name__ == "__main__":
