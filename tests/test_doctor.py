@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -434,7 +435,7 @@ def test_a_report_that_cannot_be_read_is_measured_again(quick, tiny, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    ["cpu", "features", "cores", "memory_bytes", "gpu", "system", "threads", "kernels", "windlass",
+    ["cpu", "features", "cores", "gpu", "system", "threads", "kernels", "windlass",
      "torch", "disk", "model"],
 )  # fmt: skip
 def test_every_change_makes_a_report_stale(quick, tiny, tmp_path, change):
@@ -443,6 +444,21 @@ def test_every_change_makes_a_report_stale(quick, tiny, tmp_path, change):
     save_report(tmp_path, key, report)
     assert load_report(tmp_path, key) == report
     assert load_report(tmp_path, {**key, change: "another"}) is None
+
+
+def test_a_limit_on_memory_keeps_the_report(quick, tiny, tmp_path, monkeypatch):
+    subject = Subject(cache=tmp_path, model=tiny, moe_backend="torch", threads=1)
+    examine(subject)
+    real = examine_module.read_environment
+    monkeypatch.setattr(
+        examine_module,
+        "read_environment",
+        lambda *args, **kw: replace(real(*args, **kw), memory_bytes=1 << 30, limits=(1 << 30,)),
+    )
+    again = examine(subject)
+    assert len(quick) == 1
+    assert again.environment.memory_bytes == again.profile.host.memory_bytes == 1 << 30
+    assert again.environment.limits == (1 << 30,)
 
 
 def test_a_cache_that_cannot_be_written_is_one_error(quick, tiny, tmp_path):

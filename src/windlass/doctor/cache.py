@@ -16,13 +16,13 @@ FOLDER = "windlass/profiles"
 
 
 def cache_key(environment: Environment, model: Path | None) -> dict[str, object]:
-    """Everything that makes a report stale when it changes."""
+    """Everything that makes a report stale when it changes. A limit on memory does not: rates are
+    the same within it."""
     disk = environment.disk
     return {
         "cpu": environment.cpu,
         "features": list(environment.features),
         "cores": [environment.cores, environment.machine_cores],
-        "memory_bytes": environment.memory_bytes,
         "gpu": environment.gpu,
         "system": environment.system,
         "threads": environment.threads,

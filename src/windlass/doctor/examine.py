@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -54,7 +54,7 @@ def examine(subject: Subject, *, fresh: bool = False, tell: Tell = lambda text: 
     """The report on this machine: the one kept from before, or measured now (where `fresh`, always)
     and kept. `tell` hears what is being measured."""
     with torch.inference_mode(), _prepared(subject) as place:
-        kept = None if fresh else load_report(subject.cache, place.key)
+        kept = None if fresh else _kept(subject, place)
         if kept is not None:
             return kept
         report = _Examination(subject, place.environment, place.kernels, tell).run(place.gpu)
@@ -65,7 +65,7 @@ def examine(subject: Subject, *, fresh: bool = False, tell: Tell = lambda text: 
 def kept_report(subject: Subject) -> Report | None:
     """The report kept from before, if it is still good; measures nothing."""
     with _prepared(subject) as place:
-        return load_report(subject.cache, place.key)
+        return _kept(subject, place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,19 @@ class _Place:
     kernels: Kernels
     gpu: Accelerator | None
     key: dict[str, object]
+
+
+def _kept(subject: Subject, place: _Place) -> Report | None:
+    """What was measured before, with the memory that there is now: it may be limited otherwise."""
+    kept, now = load_report(subject.cache, place.key), place.environment
+    if kept is None:
+        return None
+    host = replace(kept.profile.host, memory_bytes=now.memory_bytes)
+    return replace(
+        kept,
+        environment=replace(kept.environment, memory_bytes=now.memory_bytes, limits=now.limits),
+        profile=replace(kept.profile, host=host),
+    )
 
 
 @contextmanager
