@@ -4,8 +4,8 @@ Seconds are given here, so that every rate is exact."""
 import itertools
 import json
 import os
-from functools import partial
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
