@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from limits import touch_memory
 from machine import describe, head, measure_rates, table, write
 from offload import Job
 
@@ -45,6 +46,7 @@ def _run(model: Path, budget: int, lengths: tuple[int, int, int], timeout: float
         prompt, output, count = lengths
         vocab_size = read_config(model)["vocab_size"]
         Job(count, prompt, output).write(job, vocab_size)
+        touch_memory()
         limit = ("--host-memory", f"{budget // MIB}MiB") if budget else ()
         document = _windlass(
             "run-batch", "-i", job, "-o", out, "-m", model, *limit,

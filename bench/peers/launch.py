@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from limits import run_limited
+from limits import run_limited, touch_memory
 from machine import ROOT, Others
 
 from peers import environment
@@ -59,6 +59,7 @@ def _command(engine: str, job: Job) -> list[str]:
 
 def run(engine: str, job: Job, timeout_s: float) -> Outcome:
     """One run with all the memory of the machine."""
+    touch_memory()
     others, seconds = Others(), _Seconds()
     try:
         done = subprocess.run(
