@@ -4,14 +4,19 @@ import ctypes
 import math
 import mmap
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 _PROC = Path("/proc")
-_M_MMAP_THRESHOLD = -3  # from malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 _MMAP_THRESHOLD_BYTES = 4 << 20
+_TRIM_THRESHOLD_BYTES = (
+    16 << 20
+)  # of the heap's end that may stay free: else each tensor is faulted in
+_MADV_POPULATE_WRITE = 23  # from mman.h, Linux 5.14
 _HUGE_PAGE_BYTES = 2 << 20
 
 
@@ -73,6 +78,7 @@ def return_freed_memory() -> None:
     except (OSError, AttributeError):  # another C library: nothing to set
         return
     mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+    mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -83,6 +89,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)
     memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # an older kernel: threads that write it wait for each other's faults
+        memory.madvise(_MADV_POPULATE_WRITE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % _HUGE_PAGE_BYTES
     return whole[start : start + num_bytes].view(dtype).view(shape)
