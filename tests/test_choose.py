@@ -10,7 +10,7 @@ import torch
 
 from backends import LIBRARY, SETS
 from windlass.errors import UsageError
-from windlass.kernels.choose import choose_kernels
+from windlass.kernels.choose import choose_kernels, say_once
 from windlass.kernels.cpu import library
 
 needs_native = pytest.mark.skipif(not SETS, reason=f"the native library {LIBRARY}")
@@ -24,6 +24,7 @@ def choose(backend: str) -> str:
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(library, "FILE", tmp_path / "libwindlass_cpu.so")
+    say_once.cache_clear()
 
 
 @needs_native
@@ -44,7 +45,7 @@ def test_without_the_library_one_line_says_what_it_costs(
         "kernels: the native library is not built (no compiler at installation?); torch's are used"
         " (few rows: up to 10 times slower)\n"
     )
-    assert choose("torch") == "torch"
+    assert (choose("torch"), choose("auto")) == ("torch", "torch")
     assert capsys.readouterr().err == ""
 
 

@@ -299,7 +299,8 @@ def test_generate_streams_and_ends_with_json(folder: Path) -> None:
     text, document = result.stdout.splitlines()
     assert json.loads(document)["text"] == text
     assert 0 < len(text) <= 8
-    assert "tokens in" in result.stderr
+    assert result.stderr.startswith("plan: a fake one\n") and "tokens in" in result.stderr
+    assert json.loads(document)["prediction"] is None  # a fake has none
     piped = subprocess.run(
         command("generate", "-m", "model", "-n", "8"),
         cwd=folder, env=environment(), input="Hello\n", capture_output=True, text=True, check=True,

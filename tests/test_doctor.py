@@ -511,7 +511,7 @@ def test_the_command_prints_a_table_or_json(quick, tiny, tmp_path, monkeypatch, 
 
 
 def test_a_relative_cache_folder_counts_as_none(monkeypatch):
-    from windlass.cli.doctor import cache_folder
+    from windlass.doctor.kept import cache_folder
 
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", "/somebody")

@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 
 from engines import make_model, write_tokenizer
 from fake_engine import BOS, FakeEngine, FakeTokenizer
+from machines import machine
 from windlass.engine.outputs import NOT_FINITE, RequestOutput
 from windlass.engine.sequence import Request
 from windlass.errors import RequestError, UsageError
 from windlass.llm import LLM
 from windlass.options import EngineOptions
 from windlass.params import SamplingParams
+from windlass.planner.pilot import scaled
 from windlass.schedule.batch import Batch
 from windlass.schedule.runtime import Outcome
 
@@ -63,7 +66,7 @@ def options(monkeypatch: pytest.MonkeyPatch) -> list[EngineOptions]:
     """Puts the fake in place of the real engine; lists what it was opened with."""
     opened: list[EngineOptions] = []
 
-    def open_fake(options: EngineOptions) -> Engine:
+    def open_fake(options: EngineOptions, **more: object) -> Engine:
         opened.append(options)
         return Engine(capacity=options.max_num_seqs or 4)
 
@@ -333,3 +336,56 @@ def test_a_cache_size_of_other_digits_is_the_users_error(tmp_path: Path) -> None
     make_model("mixtral", tmp_path)
     with pytest.raises(UsageError, match="moe-expert-cache-size: got '²'"):
         LLM(str(tmp_path), host_memory="4GiB", moe_expert_cache_size="²")
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_last_run_is_compared_with_what_was_to_be_expected(tmp_path: Path) -> None:
+    make_model("mixtral", tmp_path)
+    sizes: dict[str, Any] = {"host_memory": "4GiB", "max_model_len": 64, "threads": 1}
+    params = SamplingParams(max_tokens=6, n=2, ignore_eos=True)
+    with LLM(str(tmp_path), max_num_seqs=4, max_num_batched_tokens=68, **sizes) as llm:
+        plan = llm.plan
+        assert llm.prediction is None and llm.generate([]) == [] and llm.prediction is None
+        llm.generate(["w5 w6 w7", "w8 w9"], params)
+        first = llm.prediction
+        assert first is not None and first["done"] == pytest.approx(1, abs=0.2)
+        passes = llm.get_metrics().pass_s
+        assert first["phases"]["total"]["measured_s"] == pytest.approx(passes)
+        llm.generate(["w5 w6 w7", "w8 w9"], params)
+        again = llm.prediction
+        assert again is not None and again["phases"]["total"]["measured_s"] == pytest.approx(
+            llm.get_metrics().pass_s - passes
+        )
+        # the same job, but for the weights that the first one had to load
+        before, after = (one["phases"]["decode"]["predicted_s"] for one in (first, again))
+        assert 0 < after == pytest.approx(before, rel=0.5)
+        for kept in ("prefill", "total"):
+            found = [one["phases"][kept]["predicted_s"] for one in (first, again)]
+            assert 0 < found[1] < found[0]
+        assert 0 < again["share_of_bound"] and llm.plan == plan
+        next(waiting := llm.generate_iter(["w5", "w6"], [SHORT, replace(SHORT, max_tokens=40)]))
+        llm.generate("w5 w6", SHORT)
+        assert llm.prediction is None  # passes were not its own alone
+        del waiting
+        with pytest.raises(RequestError):
+            llm.generate({"prompt_token_ids": []}, SHORT)
+        assert llm.prediction is None
+    assert json.loads(json.dumps(again)) == again
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_is_expected_rests_on_the_kept_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model("mixtral", tmp_path)
+    sizes: dict[str, Any] = {"host_memory": "4GiB", "max_model_len": 64, "threads": 1}
+    predicted = []
+    for speed in (1.0, 0.1):
+        profile = scaled(machine(), disk=speed, host=speed)
+        monkeypatch.setattr("windlass.llm.kept_profile", lambda options, kept=profile: kept)
+        with LLM(str(tmp_path), **sizes) as llm:
+            llm.generate("w5 w6 w7", SHORT)
+            found = llm.prediction
+        assert found is not None
+        predicted.append(found["phases"]["total"]["predicted_s"])
+    assert predicted[1] > 2 * predicted[0]

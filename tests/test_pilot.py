@@ -9,6 +9,7 @@ import pytest
 from engines import engine_for, make_model, prompts, request, run_all
 from machines import machine
 from test_budget import SPECS, _sizes
+from windlass.cli import main
 from windlass.cli.report import phase_json, phase_lines
 from windlass.phases import PhaseStats
 from windlass.planner.budget import Wanted, bytes_here, make_plan
@@ -267,3 +268,21 @@ def test_a_run_is_compared_in_its_summary(path):
     with engine_for(path) as engine:
         run_all(engine, [request("r", [5, 6])])
         assert engine.stats().check is None and phase_json(engine.stats())["prediction"] is None
+
+
+def test_generate_says_its_plan_first_and_how_it_went_at_the_end(path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(path / "no reports"))
+    given = ["-m", str(path), "-n", "6", "--ignore-eos", "-t", "1", "--host-memory", "4GiB"]
+    assert main(["generate", *given, "--json", "w5 w6 w7"]) == 0
+    shown = capsys.readouterr()
+    lines = shown.err.splitlines()
+    plan = [line for line in lines if line.startswith("plan: ")]
+    assert lines[: len(plan)] == plan and len(plan) == 4
+    assert plan[-1].startswith("plan: for 1 sequence of 3 tokens in and 6 out: about ")
+    assert "rates assumed" in plan[-1]
+    begins = [line.split(":")[0] for line in lines[len(plan) :]]
+    assert begins[-2:] == ["predicted", "of the bound"]
+    text, document = shown.out.splitlines()
+    found = json.loads(document)
+    assert found["text"] == text and found["prediction"]["done"] == 1
+    assert set(found["prediction"]["phases"]) == {"prefill", "decode", "total"}

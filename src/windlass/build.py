@@ -1,8 +1,9 @@
 """The composition root: from options to a running engine. The only place that sees all layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,13 @@ from windlass.options import (
     resolve_model,
 )
 from windlass.params import SamplingParams
+from windlass.phases import PhaseStats
 from windlass.plan import Plan
 from windlass.planner.activations import Backend
 from windlass.planner.budget import Sizes, Wanted, make_plan
+from windlass.planner.check import Check, compare
 from windlass.planner.choose import Chosen, choose_plan
-from windlass.planner.pilot import Pilot, Problem
+from windlass.planner.pilot import Pilot, Problem, predict
 from windlass.planner.reckon import slots_of
 from windlass.planner.replay import check_replay
 from windlass.schedule.announce import Announcer, num_experts, pass_forecast
@@ -67,7 +70,7 @@ from windlass.spec.model import Gqa, LongRopeScaling, Mla, ModelSpec
 from windlass.trace import Tracer
 from windlass.units import MIB
 from windlass.version import VERSION
-from windlass.workload import Job
+from windlass.workload import Job, Workload
 
 _DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
 # Left free below the limit of a memory cgroup: page tables and buffers of the kernel count too
@@ -93,10 +96,11 @@ def open_engine(
     `kernels`: what computes; as the options say if None.
     `lengths`, of the tokenizer, the default parameters and the longest sequence that the model
     allows: what to plan for, on the machine that `profile` gives (where it gives none, one like
-    this is assumed). `tell` hears, once, that the run is not as predicted.
+    this is assumed). Without, `Engine.compare` predicts for that machine what it is asked for.
+    `tell` hears, once, that the run is not as predicted.
     """
     return_freed_memory()
-    known_profile = profile() if lengths is not None else None  # before kernels are set up for us
+    known_profile = profile()  # before kernels are set up for us
     with ExitStack() as opened:
         if device is not None:
             opened.callback(device.close)
@@ -135,6 +139,7 @@ def _setup(
     longest = options.max_model_len or model.spec.max_positions
     job = lengths(tokenizer, params, longest) if lengths else None
     wanted = wanted_of(options, model)
+    profile = profile or assumed_profile(threads=backend.threads, memory_bytes=available_bytes())
     sizes = sizes_of(model, options, backend)  # after all that the process has grown by
     if replayed is not None:
         check_replay(replayed, model.spec, sizes, wanted, options.host_memory or largest_budget())
@@ -152,6 +157,7 @@ def _setup(
         fingerprint=_fingerprint(model, tokenizer, options, backend),
         peak_rss=peak_resident_bytes,
         pilot=_pilot(model.spec, chosen, tell),
+        compare=partial(_compare, model.spec, chosen.sizes, profile),
     )
 
 
@@ -161,16 +167,13 @@ def _choose(
     options: EngineOptions,
     wanted: Wanted,
     job: Job | None,
-    profile: HardwareProfile | None,
+    profile: HardwareProfile,
     replayed: Plan | None,
 ) -> Chosen:
     budget = options.host_memory or default_budget()
     if job is None:
         return Chosen(plan=replayed or make_plan(spec, sizes, budget, wanted), sizes=sizes)
     before = resident_bytes()
-    profile = profile or assumed_profile(
-        threads=sizes.backend.threads, memory_bytes=available_bytes()
-    )
     if replayed is not None:
         return Chosen(plan=replayed, sizes=sizes, workload=job.workload, profile=profile)
 
@@ -193,6 +196,20 @@ def _pilot(spec: ModelSpec, chosen: Chosen, tell: Callable[[str], None]) -> Pilo
         workload=chosen.workload,
     )
     return Pilot(problem, chosen.estimate, tell=tell)
+
+
+def _compare(
+    spec: ModelSpec,
+    sizes: Sizes,
+    profile: HardwareProfile,
+    plan: Plan,
+    work: Workload,
+    phases: Mapping[str, PhaseStats],
+    *,
+    is_warm: bool,
+) -> Check:
+    problem = Problem(spec=spec, sizes=sizes, plan=plan, profile=profile, workload=work)
+    return compare(predict(problem), phases, is_warm=is_warm)
 
 
 def _assemble(

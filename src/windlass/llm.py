@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import closing, contextmanager
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -13,14 +14,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from windlass.build import open_engine
+from windlass.doctor.kept import kept_profile
+from windlass.engine.engine import Engine
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.sequence import WINDOW, Request
 from windlass.engine.stats import EngineStats
 from windlass.errors import RequestError, UsageError
 from windlass.options import EngineOptions
 from windlass.params import SamplingParams
+from windlass.phases import since
 from windlass.plan import Plan
 from windlass.units import parse_bytes
+from windlass.workload import Workload, expected_output
 
 Prompt = str | Mapping[str, Any]  # text, {"prompt": text} or {"prompt_token_ids": ids}
 Conversation = Sequence[Mapping[str, Any]]
@@ -65,11 +70,12 @@ class LLM:
         options = EngineOptions(
             model=model, tokenizer=tokenizer, dtype=dtype, seed=seed, **_checked(engine_args)
         )
-        self._engine = open_engine(options)
+        self._engine = open_engine(options, profile=partial(kept_profile, options))
         self._closed = False
         self._ids = itertools.count()
         self._texts: dict[str, str | None] = {}  # prompts in the engine
         self._results: dict[str, RequestOutput] = {}  # finished, not yet asked for
+        self._comparison: Callable[[], dict[str, Any] | None] | None = None  # of the last run
 
     def __enter__(self) -> "LLM":
         return self
@@ -100,6 +106,17 @@ class LLM:
     def get_metrics(self) -> EngineStats:
         """The engine's counters since it was opened."""
         return self._engine.stats()
+
+    @property
+    def prediction(self) -> dict[str, Any] | None:
+        """What the last `generate` or `chat` took, phase by phase, beside what was to be expected
+        of such prompts and limits, and how near it came to the bound: the `prediction` of
+        `windlass run-batch --json`. By the rates that `windlass doctor` kept, else assumed ones.
+
+        Reckoned when it is first asked for. None before a run has ended, after one that raised, and
+        where other prompts were under way when it began. `generate_iter` leaves it as it is.
+        """
+        return self._comparison() if self._comparison else None
 
     def generate(
         self,
@@ -190,7 +207,9 @@ class LLM:
         if on_error not in ("raise", "return"):
             raise UsageError(f"on_error: got {on_error!r}, allowed raise, return")
         pairs = _pairs(rows, sampling_params or self.get_default_sampling_params())
+        self._comparison = None
         entries = list(self._prepare_all(pairs, encode, on_error))  # all are checked here
+        begin, is_alone = self._engine.stats(), not self._engine.has_work
         places = {entry.request_id: place for place, entry in enumerate(entries)}
         results: dict[int, RequestOutput] = {}
         with (
@@ -205,6 +224,8 @@ class LLM:
                 advance()
                 if on_result is not None:
                     on_result(result)
+        if is_alone:
+            self._comparison = _comparison(self._engine, entries, begin)
         return [results[place] for place in range(len(entries))]
 
     def _prepare_all(
@@ -291,6 +312,28 @@ class LLM:
 
 
 _NOWHERE = object()
+
+
+def _comparison(
+    engine: Engine, entries: Iterable[_Entry], begin: EngineStats
+) -> Callable[[], dict[str, Any] | None] | None:
+    """Of a run that ends now, reckoned when it is called; None where there was nothing to run."""
+    lengths = [
+        (len(entry.request.prompt_token_ids), expected_output(entry.request.params.max_tokens))
+        for entry in entries
+        if entry.request is not None
+        for _ in range(entry.request.params.n)
+    ]
+    if not lengths:
+        return None
+    work, phases = Workload(*zip(*lengths, strict=True)), since(begin.phases, engine.stats().phases)
+
+    @cache
+    def found() -> dict[str, Any] | None:
+        check = engine.compare(work, phases, is_warm=begin.passes > 0)
+        return None if check is None else check.to_json()
+
+    return found
 
 
 def _pairs(

@@ -42,13 +42,25 @@ class PhaseStats:
         return {"disk": self.disk_s, "host": max(0.0, self.seconds - self.wait_s)}
 
     def __add__(self, more: "PhaseStats") -> "PhaseStats":
+        return self._with(more, 1)
+
+    def __sub__(self, earlier: "PhaseStats") -> "PhaseStats":
+        return self._with(earlier, -1)
+
+    def _with(self, more: "PhaseStats", times: int) -> "PhaseStats":
         plain = {
-            name: value + getattr(more, name)
+            name: value + times * getattr(more, name)
             for name, value in asdict(self).items()
             if name != "modules"
         }
-        modules = {name: self.modules[name] + more.modules[name] for name in MODULES}
+        modules = {name: self.modules[name] + times * more.modules[name] for name in MODULES}
         return replace(self, **plain, modules=modules)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "host_s": self.host_s, "other_s": self.other_s}
+
+
+def since(before: Mapping[str, PhaseStats], now: Mapping[str, PhaseStats]) -> dict[str, PhaseStats]:
+    """What passes have brought to each phase; phases without a pass are left out."""
+    grown = {name: total - before.get(name, PhaseStats()) for name, total in now.items()}
+    return {name: own for name, own in grown.items() if own.passes}

@@ -6,6 +6,14 @@ from typing import NamedTuple
 
 from windlass.errors import UsageError
 
+USUAL_OUTPUT = 256  # tokens of an answer without a limit of its own
+_LONG_OUTPUT = 2048  # a limit beyond which answers rarely go
+
+
+def expected_output(max_tokens: int | None) -> int:
+    """Tokens of an answer that may have `max_tokens`; None where nothing limits it."""
+    return USUAL_OUTPUT if max_tokens is None else min(max_tokens, _LONG_OUTPUT)
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:

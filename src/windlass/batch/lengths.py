@@ -10,11 +10,9 @@ from windlass.batch.jobfile import JobFile, Row
 from windlass.errors import RequestError, UsageError
 from windlass.params import SamplingParams
 from windlass.protocol.openai import ChatTokenizer, ServedModel, parse_body
-from windlass.workload import Job, Workload
+from windlass.workload import USUAL_OUTPUT, Job, Workload, expected_output
 
 _MOST_ROWS = 256  # that are tokenised
-_USUAL_OUTPUT = 256  # tokens of an answer without a limit of its own
-_LONG_OUTPUT = 2048  # a limit beyond which answers rarely go
 
 
 def job_lengths(
@@ -53,8 +51,9 @@ def _of_row(row: Row, model: ServedModel) -> tuple[list[tuple[int, int]], bool]:
     )
     lengths = []
     for prompt in api.prompts:
-        most = prompt.params.max_tokens or _USUAL_OUTPUT
-        expected = min(most, _LONG_OUTPUT) if limited else min(most, _USUAL_OUTPUT)
+        expected = expected_output(prompt.params.max_tokens)
+        if not limited:  # the rest of the context, or what the checkpoint's defaults say
+            expected = min(expected, USUAL_OUTPUT)
         lengths += [(len(prompt.token_ids), expected)] * prompt.params.n
     return lengths, limited
 

@@ -1,19 +1,17 @@
 """`windlass doctor`: what this machine is and how fast, measured once and kept."""
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS
 from windlass.cli.flags import Command, Flag
-from windlass.options import EngineOptions, resolve_model
+from windlass.doctor.kept import cache_folder
+from windlass.options import resolve_model
 
 if TYPE_CHECKING:
     from windlass.doctor.examine import Subject
-    from windlass.hardware.profile import HardwareProfile
 
 # Flags of an engine that change what is measured
 _SHARED = ("threads", "moe-backend", "dtype", "load-mode")
@@ -30,12 +28,6 @@ FLAGS = (
 )  # fmt: skip
 
 
-def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    return Path(given) if os.path.isabs(given) else Path.home() / ".cache"
-
-
 def subject_of(values: Mapping[str, Any]) -> "Subject":
     """What to examine, by the values of flags."""
     from windlass.doctor.examine import Subject
@@ -48,25 +40,6 @@ def subject_of(values: Mapping[str, Any]) -> "Subject":
         dtype=values["dtype"],
         load_mode=values["load_mode"],
     )
-
-
-def kept_profile(options: EngineOptions) -> "HardwareProfile | None":
-    """What `windlass doctor` found with this checkpoint, else with none; None if it never ran."""
-    from windlass.doctor.examine import Subject, kept_report
-
-    folder = None if options.load_format == "dummy" else resolve_model(options.model)
-    for model in dict.fromkeys((folder, None)):
-        subject = Subject(
-            cache=cache_folder(),
-            model=model,
-            threads=options.threads,
-            moe_backend=options.moe_backend,
-            dtype=options.dtype,
-            load_mode=options.load_mode,
-        )
-        if (report := kept_report(subject)) is not None:
-            return report.profile
-    return None
 
 
 def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:

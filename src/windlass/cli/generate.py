@@ -10,10 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from windlass import __version__
-from windlass.cli.doctor import kept_profile
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer, number
-from windlass.cli.report import phase_json, phase_lines
+from windlass.cli.report import phase_json, phase_lines, plan_lines
+from windlass.doctor.kept import kept_profile
 from windlass.errors import RequestError, UsageError
 from windlass.units import format_bytes
 
@@ -65,6 +65,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     options = engine_options(values)
     profile = partial(kept_profile, options)
     with closing(open_engine(options, lengths=lengths, profile=profile)) as engine:
+        print(*plan_lines(engine), sep="\n", file=sys.stderr)
         request = _request(engine, prompt, values)
         begin = time.monotonic()
         engine.add(request)

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from windlass.cli.doctor import cache_folder
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer, size
+from windlass.doctor.kept import cache_folder
 from windlass.errors import UsageError
 from windlass.options import EngineOptions, resolve_model
 

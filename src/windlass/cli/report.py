@@ -1,10 +1,19 @@
-"""What a run says of its speed when it ends: lines for people, fields for programs."""
+"""What a run says of its plan when it begins, and of its speed when it ends: lines for people,
+fields for programs."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from windlass.engine.stats import EngineStats
 from windlass.phases import MODULES
 from windlass.units import format_seconds
+
+if TYPE_CHECKING:
+    from windlass.engine.engine import Engine
+
+
+def plan_lines(engine: "Engine") -> list[str]:
+    """What an engine is about to do: where memory goes, and what is expected of its job."""
+    return [*engine.plan.lines(), *engine.notes]
 
 
 def phase_lines(stats: EngineStats) -> list[str]:

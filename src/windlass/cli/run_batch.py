@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from windlass import __version__
-from windlass.cli.doctor import kept_profile
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer
-from windlass.cli.report import phase_json, phase_lines
+from windlass.cli.report import phase_json, phase_lines, plan_lines
 from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
+from windlass.doctor.kept import kept_profile
 from windlass.errors import UsageError, WindlassError
 from windlass.options import EngineOptions, checkpoint_stamp, resolve_model
 from windlass.units import format_bytes, format_seconds
@@ -106,7 +106,7 @@ def _run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
             )
             signals.defer()
             plan.update(opened.plan.to_json())
-            for line in (*opened.plan.lines(), *opened.notes):
+            for line in plan_lines(opened):
                 progress.say(line)
             return opened
 

@@ -18,7 +18,7 @@ from windlass.engine.outputs import CompletionOutput, RequestMetrics, RequestOut
 from windlass.engine.sampling import Sampler, choice_seed
 from windlass.engine.sequence import Delta, Request, StepResult
 from windlass.engine.stats import EngineStats
-from windlass.engine.steering import Pilot
+from windlass.engine.steering import Check, Compare, Pilot
 from windlass.engine.text import TextStream
 from windlass.engine.tokenizer import Tokenizer
 from windlass.errors import RequestError
@@ -26,10 +26,12 @@ from windlass.ids import Part
 from windlass.memory.pages import block_keys
 from windlass.memory.weights import WeightStore
 from windlass.params import SamplingParams
+from windlass.phases import PhaseStats
 from windlass.plan import Plan
 from windlass.schedule.batch import CHUNK_TOKENS, Batch, make_batch, passes_of
 from windlass.schedule.runtime import Outcome
 from windlass.trace import Tracer
+from windlass.workload import Workload
 
 RunPass = Callable[[Batch], Outcome]
 
@@ -61,6 +63,7 @@ class EngineSetup:
     fingerprint: Mapping[str, object]  # what would change results
     peak_rss: Callable[[], int]
     pilot: Pilot | None = None  # None where nothing was predicted
+    compare: Compare | None = None  # what can be predicted of any job, when it is asked for
 
 
 class Engine:
@@ -322,6 +325,14 @@ class Engine:
             prefix_cache_queries=prompts.num_asked if self.plan.prefix_caching else 0,
             prefix_cache_hits=prompts.num_found,
         )
+
+    def compare(
+        self, work: Workload, phases: Mapping[str, PhaseStats], *, is_warm: bool
+    ) -> Check | None:
+        """What `phases` took for the job `work`, which has ended, beside what is to be expected of
+        it under the plan as it is. `is_warm`: passes had run before it."""
+        found = self._setup.compare
+        return found(self.plan, work, phases, is_warm=is_warm) if found else None
 
     def _readings(self) -> Readings:
         store = self._weights.stats()

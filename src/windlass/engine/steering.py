@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from windlass.phases import PhaseStats
 from windlass.plan import Plan
 from windlass.schedule.batch import Segment
+from windlass.workload import Workload
 
 # Of each sequence that has not ended: prompt tokens to compute, tokens to generate.
 Left = Callable[[], Sequence[tuple[int, int]]]
@@ -27,3 +28,11 @@ class Pilot(Protocol):
         ...
 
     def check(self, phases: Mapping[str, PhaseStats]) -> Check: ...
+
+
+class Compare(Protocol):
+    """Puts a job that has ended beside what was to be expected of it."""
+
+    def __call__(
+        self, plan: Plan, work: Workload, phases: Mapping[str, PhaseStats], *, is_warm: bool
+    ) -> Check: ...

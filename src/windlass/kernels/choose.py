@@ -1,6 +1,7 @@
 """Which kernels a run uses. Chosen once, at the start."""
 
 import sys
+from functools import cache
 
 import torch
 
@@ -24,8 +25,13 @@ def choose_kernels(backend: str, *, threads: int, bf16_rows: bool) -> Kernels:
         return NativeKernels(found, threads=threads, bf16_rows=bf16_rows)
     if backend == "cpu":
         raise UsageError(f"moe_backend: got 'cpu', but the native library {found}")
-    print(  # noqa: T201
-        f"kernels: the native library {found}; torch's are used (few rows: up to 10 times slower)",
-        file=sys.stderr,
+    say_once(
+        f"kernels: the native library {found}; torch's are used (few rows: up to 10 times slower)"
     )
     return TorchKernels(bf16_rows=bf16_rows)
+
+
+@cache
+def say_once(text: str) -> None:
+    """Kernels are chosen for a run and for every kept report that might fit it."""
+    print(text, file=sys.stderr)  # noqa: T201

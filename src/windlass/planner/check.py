@@ -86,15 +86,20 @@ class Check:
 
 
 def compare(
-    predicted: Estimate, measured: Mapping[str, PhaseStats], *, replanned: str | None = None
+    predicted: Estimate,
+    measured: Mapping[str, PhaseStats],
+    *,
+    replanned: str | None = None,
+    is_warm: bool = False,
 ) -> Check:
-    """Phase by phase. What the first pass takes longer counts as prefill, where it is measured."""
+    """Phase by phase. What the first pass takes longer counts as prefill, where it is measured; not
+    where the run `is_warm`: not the first of its engine, so that weights are in memory."""
     phases = {name: phase for name, phase in predicted.phases.items() if name != "load"}
     rows = sum(phase.prompt_tokens + phase.output_tokens for phase in phases.values())
     ran = sum(phase.prompt_tokens + phase.output_tokens for phase in measured.values())
     done = ran / rows if rows else 0.0
     done = 1.0 if abs(done - 1) <= _EQUAL else done
-    load = predicted.phases.get("load")
+    load = None if is_warm else predicted.phases.get("load")
     found = {
         name: _phase(
             [phases.get(name), load if name == "prefill" else None],
@@ -105,7 +110,7 @@ def compare(
         if name in phases or name in measured
     }
     total = sum(measured.values(), PhaseStats())
-    found["total"] = _phase(list(predicted.phases.values()), total, done)
+    found["total"] = _phase([load, *phases.values()], total, done)
     return Check(phases=found, done=done, replanned=replanned)
 
 

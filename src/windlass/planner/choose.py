@@ -11,15 +11,14 @@ from windlass.planner.estimate import Estimate
 from windlass.planner.search import Candidate, search
 from windlass.spec.model import ModelSpec
 from windlass.units import format_seconds
-from windlass.workload import Job, Workload
+from windlass.workload import USUAL_OUTPUT, Job, Workload
 
-_USUAL_OUTPUT = 256  # tokens of an answer without a limit
 _USUAL_CONTEXT = 4096  # that answers without a limit may have, where there is room
 
 
 def single_request(prompt_tokens: int, max_tokens: int | None) -> Job:
     """A job of one answer."""
-    output = max_tokens or _USUAL_OUTPUT
+    output = max_tokens or USUAL_OUTPUT
     return Job(Workload((max(1, prompt_tokens),), (output,)), max_tokens is not None)
 
 
@@ -38,13 +37,14 @@ class Chosen:
         if self.estimate is None or self.workload is None or self.profile is None:
             return []
         found, work = self.estimate, self.workload
+        sequences = "1 sequence" if work.num_sequences == 1 else f"{work.num_sequences} sequences"
         rates = (
             "assumed (windlass doctor measures them)"
             if self.profile.source == "assumed"
             else f"{self.profile.source} {self.profile.captured}"
         )
         return [
-            f"plan: for {work.num_sequences} sequences of {work.mean_prompt_tokens:.0f} tokens in"
+            f"plan: for {sequences} of {work.mean_prompt_tokens:.0f} tokens in"
             f" and {work.mean_output_tokens:.0f} out: about {format_seconds(found.total_s)},"
             f" {found.total_tokens_s:.3g} tokens/s, {found.binds} binds; rates {rates}"
         ]

@@ -57,9 +57,7 @@ class Pilot:
         work = fitting(problem.workload, problem.plan.max_model_len)
         problem = replace(problem, workload=work)
         self._problem = problem
-        self._predicted = predicted or estimate(
-            problem.spec, problem.sizes, problem.plan, problem.profile, problem.workload
-        )
+        self._predicted = predicted or predict(problem)
         self._tell = tell
         self._plan = problem.plan
         self._profile = problem.profile
@@ -167,6 +165,12 @@ class Pilot:
         problem = self._problem
         found = estimate(problem.spec, problem.sizes, plan, self._profile, work, on_clock=on_clock)
         return found.total_s - found.load_s
+
+
+def predict(problem: Problem) -> Estimate:
+    """What is expected of the problem; sequences longer than the plan allows count as cut."""
+    work = fitting(problem.workload, problem.plan.max_model_len)
+    return estimate(problem.spec, problem.sizes, problem.plan, problem.profile, work)
 
 
 def variants(plan: Plan) -> list[Plan]:
