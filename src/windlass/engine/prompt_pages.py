@@ -112,4 +112,9 @@ class PromptPages:
 def _num_readable(queued: Queued) -> int:
     if queued.scores_prompt:
         return 0
-    return min(len(queued.block_keys), (queued.num_tokens - 1) // CHUNK_TOKENS)
+    return min(len(queued.block_keys), readable_blocks(queued.num_tokens))
+
+
+def readable_blocks(prompt_tokens: int) -> int:
+    """Blocks of a prompt that it may read: none with its last token."""
+    return max(0, prompt_tokens - 1) // CHUNK_TOKENS

@@ -90,6 +90,7 @@ def compare(
 ) -> Check:
     """Phase by phase. What the first pass takes longer counts as prefill, where it is measured."""
     phases = {name: phase for name, phase in predicted.phases.items() if name != "load"}
+    # of prompts, both count what is computed, not what is found
     rows = sum(phase.prompt_tokens + phase.output_tokens for phase in phases.values())
     ran = sum(phase.prompt_tokens + phase.output_tokens for phase in measured.values())
     done = ran / rows if rows else 0.0
