@@ -5,9 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from test_admission import PAGE_TOKENS, Machine
+from test_prefixes import Machine as Sharing
 from windlass.engine.admission import Admission
 from windlass.engine.choice import Choice
 from windlass.planner.compose import Limits, compose
+from windlass.planner.costs import Seen
+from windlass.planner.pilot import run_of
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.workload import Workload
 
@@ -58,6 +61,33 @@ def test_the_same_passes_as_the_engine(sizes, seqs, more_rows, more_pages, mixed
         assert seen.decode_positions == pytest.approx(sum(c[1] for c in group) / run.repeats)
         assert seen.prompt_positions == pytest.approx(sum(c[3] for c in group) / run.repeats)
     assert at == len(expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(SIZES, min_size=1, max_size=14), st.sampled_from((0, 40, 64, 130, 192)),
+    st.integers(1, 8), st.sampled_from((0, 64, 200, 3000)), st.sampled_from((None, None, 0, 64)),
+)  # fmt: skip
+def test_rows_of_prompts_that_begin_alike_are_those_of_the_engine(sizes, header, seqs, more, mixed):
+    """With pages for all: whose pages are counted as if nothing was shared."""
+    machine = Sharing(pages=1000, seqs=seqs, rows=seqs + CHUNK_TOKENS + more, mixed=mixed,
+                      ends=False)  # fmt: skip
+    for i, (own, output) in enumerate(sizes):
+        machine.add(str(i), [*range(header), *[-1 - i] * own], output, longest=1000)
+    seen, num_passes = Seen(0, 0.0, 0, 0.0), 0
+    while machine.admission.waiting or machine.admission.running:
+        run = run_of([segment for _, segment in machine.step()])
+        seen, num_passes = seen + run.seen, num_passes + 1
+    found = header // CHUNK_TOKENS * CHUNK_TOKENS
+    lengths = [(header + p, o, found if i else 0) for i, (p, o) in enumerate(sizes)]
+    limits = Limits(seqs + CHUNK_TOKENS + more, seqs, 1000, PAGE_TOKENS, mixed)
+    runs = list(compose(Workload(*zip(*lengths, strict=True)), limits))
+    assert sum(r.repeats for r in runs) == num_passes
+    assert sum(r.repeats * r.seen.prompt_rows for r in runs) == seen.prompt_rows
+    assert sum(r.repeats * r.seen.decode_rows for r in runs) == seen.decode_rows
+    near = pytest.approx
+    assert sum(r.repeats * r.seen.prompt_positions for r in runs) == near(seen.prompt_positions)
+    assert sum(r.repeats * r.seen.decode_positions for r in runs) == near(seen.decode_positions)
 
 
 def test_equal_passes_are_one_run():

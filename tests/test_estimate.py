@@ -141,6 +141,36 @@ def test_few_sequences_stand_for_a_large_job(monkeypatch):
     assert some.phases.keys() == whole.phases.keys()
 
 
+def test_what_prompts_share_is_computed_once():
+    """Near a job of short prompts, and one long one; rows see more positions."""
+    shared = Workload((320,) * 200, (16,) * 200, (0,) + (256,) * 199)
+    short, each = Workload((320,) + (64,) * 199, (16,) * 200), Workload((320,) * 200, (16,) * 200)
+
+    def seconds(work, **wanted):
+        limits = dict(max_num_seqs=128, max_model_len=1024, **wanted)
+        return _estimate(SMALL, 60 * GIB, work, **limits)
+
+    found, near = seconds(shared), seconds(short)
+    for name, phase in near.phases.items():
+        assert found.phases[name].prompt_tokens == phase.prompt_tokens, name
+        assert found.phases[name].seconds >= phase.seconds, "the header is seen by all rows"
+    assert found.prefill_s == pytest.approx(near.prefill_s, rel=0.1)
+    assert found.prefill_tokens_s == pytest.approx(near.prefill_tokens_s, rel=0.1)
+    assert found.total_tokens_s > 3.5 * near.total_tokens_s, "users count all tokens"
+    off = seconds(shared, prefix_caching=False)
+    assert found.decode_s == pytest.approx(off.decode_s, rel=0.1), "contexts are the same"
+    assert off == seconds(each, prefix_caching=False) and off.prefill_s > 3 * found.prefill_s
+
+
+def test_few_sequences_stand_for_a_large_job_that_shares(monkeypatch):
+    lengths = [(250 + 37 * i % 400, 1 + 29 * i % 120, 192 * (i > 0)) for i in range(1200)]
+    work = Workload(*zip(*lengths, strict=True))
+    some = _estimate(SMALL, 3 * GIB, work, max_num_seqs=64, on_clock=False)
+    monkeypatch.setattr(module, "_FEW_SEQUENCES", 10_000)
+    whole = _estimate(SMALL, 3 * GIB, work, max_num_seqs=64, on_clock=False)
+    assert some.total_s == pytest.approx(whole.total_s, rel=0.03)
+
+
 def test_passes_between_the_timed_ones_are_as_on_the_clock():
     sizes, plan = sizes_of(OLMOE), _plan(OLMOE, 4 * GIB)
 

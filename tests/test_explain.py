@@ -107,6 +107,13 @@ def test_a_slow_disk_binds_and_a_slow_host_does(olmoe):
         assert any(line.startswith(f"binds: {binds};") for line in one.lines())
 
 
+def test_what_prompts_share_is_said(found):
+    assert "128 tokens in and 32 out" in found.lines()[2]
+    shared = replace(found, workload=replace(WORK, shared_tokens=(0,) + (64,) * 63))
+    assert "128 tokens in (63 of them computed by earlier ones) and 32 out" in shared.lines()[2]
+    assert shared.to_json()["workload"]["shared_prompt_tokens"] == 63 * 64
+
+
 def test_json_has_the_numbers_and_a_plan_to_replay(found):
     document = json.loads(json.dumps(found.to_json()))
     assert document["plan"] == found.best.plan.to_json()
@@ -318,7 +325,7 @@ def test_a_job_file_is_planned_for_by_its_own_lengths(tmp_path, capsys):
     job = tmp_path / "job.jsonl"
     rows = [
         {"custom_id": str(i), "method": "POST", "url": "/v1/completions",
-         "body": {"model": f"name {i % 2}", "prompt": "w1 " * (i + 2), "max_tokens": 4 + i,
+         "body": {"model": f"name {i % 2}", "prompt": "w1 " * (i + 70), "max_tokens": 4 + i,
                   "n": 1 + (i == 3)}}
         for i in range(4)
     ]  # fmt: skip
@@ -326,9 +333,11 @@ def test_a_job_file_is_planned_for_by_its_own_lengths(tmp_path, capsys):
     words = ("-m", str(tmp_path / "model"), "--machine", "laptop", "--json")
     work = json.loads(plan(capsys, *words, "--workload", str(job)))["workload"]
     assert work == {
-        "num_sequences": 5, "prompt_tokens": 2 + 3 + 4 + 2 * 5, "output_tokens": 4 + 5 + 6 + 14,
-        "longest": 12,
+        "num_sequences": 5, "prompt_tokens": 70 + 71 + 72 + 2 * 73, "longest": 80,
+        "shared_prompt_tokens": 4 * 64, "output_tokens": 4 + 5 + 6 + 14,
     }  # fmt: skip
+    off = plan(capsys, *words, "--workload", str(job), "--no-enable-prefix-caching")
+    assert json.loads(off)["workload"] == {**work, "shared_prompt_tokens": 0}
     job.write_text("{}\n")
     assert main(["plan", *words, "--workload", str(job)]) == 2
     assert "no row can run" in capsys.readouterr().err

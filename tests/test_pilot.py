@@ -18,7 +18,6 @@ from windlass.planner.estimate import LANES, Estimate, Phase
 from windlass.planner.pilot import (
     Pilot,
     Problem,
-    fitting,
     run_of,
     scaled,
     variants,
@@ -119,7 +118,7 @@ class Run:
         self.pilot = Pilot(problem, tell=self.said.append)
         self.pilot.after(_segments(64), PhaseStats(seconds=99.0), list)  # the first says nothing
 
-    def passes(self, count, *, disk, host, idle=0.0, left=((100, 20),) * 90, segments=None):
+    def passes(self, count, *, disk, host, idle=0.0, left=((100, 20, 64),) * 90, segments=None):
         """Passes whose lanes are so many times as slow as the profile says, and that wait for
         nothing for the share `idle` of their time."""
         segments, plans = segments or _segments(64), []
@@ -211,8 +210,8 @@ def test_scaled_machines_and_fitting_workloads():
     assert fast.disk.best == 2 * machine().disk.best
     assert fast.host.experts["int4"].best == 4 * machine().host.experts["int4"].best
     assert fast.host.call_s == machine().host.call_s / 4
-    cut = fitting(Workload((100, 5), (20, 90)), 50)
-    assert cut == Workload((49, 5), (1, 45))
+    cut = Workload((100, 5), (20, 90), (64, 0)).shortened(50)
+    assert cut == Workload((49, 5), (1, 45), (48, 0))
 
 
 # --- in an engine ---
@@ -246,8 +245,19 @@ def test_an_engine_goes_on_by_another_plan_with_the_same_results(path):
         found = run_all(engine, requests)
         assert engine.stats().passes > 20 and engine.capacity in (1, 2, 3)
     assert {name: output.outputs[0].token_ids for name, output in found.items()} == expected
-    assert sum(left for left, _ in lengths[0]) == sum(map(len, prompts((70, 9) * 8))) - 8 * 79 // 2
+    assert (
+        sum(left for left, _, _ in lengths[0]) == sum(map(len, prompts((70, 9) * 8))) - 8 * 79 // 2
+    )
     assert lengths[-1] == []
+
+
+def test_what_waiting_prompts_will_find_is_not_left(path):
+    header = prompts((130,))[0]
+    with engine_for(path, max_num_seqs=1) as engine:
+        for i in range(3):
+            engine.add(request(f"r{i}", [*header, 3 + i], max_tokens=6))
+        engine.step()
+        assert engine._left() == [(0, 5, 0), (131, 6, 128), (131, 6, 128)]
 
 
 def test_a_run_is_compared_in_its_summary(path):

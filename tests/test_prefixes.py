@@ -220,6 +220,16 @@ def test_a_prefix_is_computed_once_also_while_it_is_computed(rows):
     assert (found.num_asked, found.num_found) == (10 * 230, 9 * 192)
 
 
+def test_each_block_of_a_newcomer_is_looked_up_once():
+    machine = Machine(pages=200, seqs=10, rows=4000)
+    find, names = machine.kv.pool.find, []
+    machine.kv.pool.find = lambda name: names.append(name) or find(name)
+    for i in range(3):
+        machine.add(str(i), HEADER + _own(i), 1)
+    machine.step()
+    assert len(names) == 3 * 3 + 3  # and once more where the first names them
+
+
 def test_a_later_wave_finds_what_nobody_holds_until_its_pages_are_needed():
     machine = Machine(pages=16, seqs=4, rows=1000)
     machine.add("0", HEADER + _own(0), 1)

@@ -91,3 +91,19 @@ def test_a_workload_counts():
 def test_a_workload_without_meaning_is_refused(prompts, outputs):
     with pytest.raises(UsageError, match="workload"):
         Workload(prompts, outputs)
+
+
+@pytest.mark.parametrize("shared", [(1,), (2, 0), (0, -1), (0, 0, 0)])
+def test_shared_tokens_without_meaning_are_refused(shared):
+    with pytest.raises(UsageError, match=r"workload: .*shared tokens.*allowed"):
+        Workload((2, 3), (1, 1), shared)
+
+
+def test_shared_tokens_stay_with_their_sequences():
+    work = Workload((100, 90, 80, 70), (5, 6, 7, 8), (0, 64, 64, 0))
+    assert work.computed_prompt_tokens == 340 - 128 and work.computed_tokens == 212 + 26
+    assert work.mean_shared_tokens == 32
+    assert work.evenly(2) == Workload((100, 80), (5, 7), (0, 64))
+    assert work.shortened(60) == Workload((59,) * 4, (1,) * 4, (0, 58, 58, 0))
+    assert work.sharing(True) is work
+    assert work.sharing(False) == Workload((100, 90, 80, 70), (5, 6, 7, 8))

@@ -14,6 +14,7 @@ from windlass.planner.budget import Wanted, make_plan
 from windlass.planner.choose import choose_plan, single_request
 from windlass.planner.estimate import estimate
 from windlass.planner.search import search
+from windlass.planner.steady import steady_seconds
 from windlass.spec.model import Moe
 from windlass.units import GIB, MIB
 from windlass.workload import Job, Workload
@@ -123,6 +124,27 @@ def test_near_the_best_of_a_grid_and_never_behind_plain_rules(job, gigabytes, di
     assert len(fitting) >= 15
     grid = [estimate(SMALL, sizes, plan, profile, work).total_s for plan in fitting]
     assert best.estimate.total_s <= 1.1 * min(grid)
+
+
+def test_a_job_that_shares_its_prompts_is_planned_for_what_it_computes():
+    """No worse than the plan for the same job without sharing, and another where that is off."""
+    sizes, profile = sizes_of(SMALL), machine(disk=2)
+    whole = Workload.from_lengths(640, 16, 100)
+    work = replace(whole, shared_tokens=(0,) + (576,) * 99)
+    best, *_ = search(SMALL, sizes, profile, work, 2 * GIB, Wanted())
+    other, *_ = search(SMALL, sizes, profile, whole, 2 * GIB, Wanted())
+    near = estimate(SMALL, sizes, other.plan, profile, work).total_s
+    assert best.estimate.total_s <= 1.02 * near and near < 0.7 * other.estimate.total_s
+    off = Wanted(prefix_caching=False)
+    assert search(SMALL, sizes, profile, work, 2 * GIB, off) == search(
+        SMALL, sizes, profile, whole, 2 * GIB, off
+    )
+
+
+def test_the_closed_form_has_the_prompt_rows_that_are_computed():
+    work = Workload((640,) * 100, (4,) * 100, (0,) + (576,) * 99)
+    rows = steady_seconds(work, 16, 1024, lambda decode, prompt: prompt)
+    assert rows == pytest.approx(work.computed_prompt_tokens)
 
 
 def test_more_memory_never_slows():

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from windlass.engine.choice import Choice, Queued
 from windlass.engine.lengths import OutputLengths
-from windlass.engine.prompt_pages import PromptPages
+from windlass.engine.prompt_pages import Known, PromptPages
 from windlass.engine.sequence import WINDOW, Request
 from windlass.memory.kv import KvStore
 from windlass.memory.pages import num_alike
@@ -122,11 +122,12 @@ class Admission:
         while room > 0 and self.waiting and len(self.running) < self._max_num_seqs:
             place = self._next()
             newcomer = self.waiting[place]
-            if not self._can_admit(newcomer, room):
+            known = self.prompt_pages.find(newcomer.queued)
+            if not self._can_admit(newcomer, known, room):
                 break
             del self.waiting[place]
             choice = start(newcomer) if isinstance(newcomer, Queued) else newcomer
-            self._admit(choice)
+            self._admit(choice, known)
             self._num_passed_over = self._num_passed_over + 1 if place else 0
             room -= self._add_prompt(choice, room, rows)
 
@@ -145,11 +146,10 @@ class Admission:
                 found, most = place, alike
         return found
 
-    def _can_admit(self, newcomer: Queued | Choice, room: int) -> bool:
-        queued = newcomer.queued
-        left = queued.num_tokens - self.prompt_pages.num_ready(queued)
+    def _can_admit(self, newcomer: Queued | Choice, known: Known, room: int) -> bool:
+        left = newcomer.queued.num_tokens - self.prompt_pages.num_ready(known)
         needed = self._kv.pages_for(min(newcomer.num_tokens + 1, newcomer.max_total - 1))
-        needed -= self.prompt_pages.num_held(queued)
+        needed -= self.prompt_pages.num_held(known)
         kept = sum(map(self._may_want, self.running))
         fits = needed + kept <= self._kv.num_free_pages and self._kv.has_free_state
         return fits and self._fitting(left, room) > 0
@@ -169,8 +169,8 @@ class Admission:
             fitting, after=len(choice.output_ids), max_output=choice.queued.max_output
         )
 
-    def _admit(self, choice: Choice) -> None:
-        self.prompt_pages.take(choice)
+    def _admit(self, choice: Choice, known: Known) -> None:
+        self.prompt_pages.take(choice, known)
         self._last_keys = choice.queued.block_keys
         choice.state_slot = self._kv.take_state()
         self.running.append(choice)

@@ -289,17 +289,19 @@ class Engine:
             error_code=entry.failure.code if entry.failure else None,
         )
 
-    def _left(self) -> list[tuple[int, int]]:
-        """What is to be computed of all choices: prompt tokens, and tokens to generate as far as
-        those that have ended let expect."""
-        lengths: list[tuple[int, int]] = []
+    def _left(self) -> list[tuple[int, int, int]]:
+        """Of all choices: prompt tokens that are left, tokens to generate as far as those that have
+        ended let expect, and how much of a prompt that has not begun is there already."""
+        lengths: list[tuple[int, int, int]] = []
+        pages = self._admission.prompt_pages
         for one in (*self._admission.running, *self._admission.waiting):
             output = round(self.expected_output_tokens(one.queued.max_output))
-            computed = generated = 0
+            prompt, generated, ready = one.queued.num_tokens, 0, 0
             if isinstance(one, Choice):
-                computed, generated = one.num_computed, len(one.output_ids)
-            left = max(0, one.queued.num_tokens - computed)
-            lengths.append((left, max(1, output - generated)))
+                prompt, generated = max(0, prompt - one.num_computed), len(one.output_ids)
+            else:
+                ready = pages.num_ready(pages.find(one))
+            lengths.append((prompt, max(1, output - generated), ready))
         return lengths
 
     # --- state ------------------------------------------------------------------------------------

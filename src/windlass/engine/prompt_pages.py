@@ -13,6 +13,8 @@ from windlass.memory.kv import KvStore
 from windlass.memory.pages import Block
 from windlass.schedule.batch import CHUNK_TOKENS
 
+Known = list[Block | None]
+
 
 class PromptPages:
     """Which pages prompts get, and how far they are computed."""
@@ -29,24 +31,29 @@ class PromptPages:
         """Whether its positions use LongRoPE's long factors."""
         return self._long_rope_after is not None and queued.longest > self._long_rope_after
 
-    def num_held(self, queued: Queued) -> int:
-        """Pages it needs that running sequences hold already."""
-        held = [b for b in self._readable(queued) if b is not None and b.num_holders]
+    def find(self, queued: Queued) -> Known:
+        """What is known of each block that the prompt may read; true until pages are taken or given
+        back."""
+        return [self._kv.pool.find(n) for n in self._names(queued)[: _num_readable(queued)]]
+
+    def num_held(self, known: Known) -> int:
+        """Pages of these that running sequences hold already."""
+        held = [block for block in known if block is not None and block.num_holders]
         return len(held) * self._block_pages
 
-    def num_ready(self, queued: Queued) -> int:
-        """Tokens at its beginning that need not be computed."""
+    def num_ready(self, known: Known) -> int:
+        """Tokens at the beginning that need not be computed."""
         count = 0
-        for block in self._readable(queued):
+        for block in known:
             if block is None or not block.is_full:
                 break
             count += CHUNK_TOKENS
         return count
 
-    def take(self, choice: Choice) -> None:
-        """Gives the choice all pages of its prompt, and names to those that others may read."""
+    def take(self, choice: Choice, known: Known) -> None:
+        """Gives the choice all pages of its prompt, and names to those that others may read.
+        `known`: what `find` says of it now."""
         queued, pool = choice.queued, self._kv.pool
-        known = self._readable(queued)
         shared = [block for block in known if block is not None]
         for block in shared:
             pool.hold(block)  # before anything is taken, which may forget what nobody holds
@@ -55,7 +62,7 @@ class PromptPages:
         for place, name in enumerate(self._names(queued)):
             found = known[place] if place < len(known) else None
             pages = found.pages if found else tuple(islice(fresh, self._block_pages))
-            if pool.find(name) is None:
+            if found is None and pool.find(name) is None:
                 pool.name(name, pages)
             choice.pages.extend(pages)
         choice.pages.extend(fresh)
@@ -85,10 +92,6 @@ class PromptPages:
         is_long = self.long_rope(queued)
         return [(is_long, key) for key in queued.block_keys]
 
-    def _readable(self, queued: Queued) -> list[Block | None]:
-        """What is known of each block that the prompt may read."""
-        return [self._kv.pool.find(n) for n in self._names(queued)[: _num_readable(queued)]]
-
     def _block(self, choice: Choice, place: int) -> Block | None:
         return self._kv.pool.block_of(choice.pages[place * self._block_pages])
 
@@ -109,4 +112,9 @@ class PromptPages:
 def _num_readable(queued: Queued) -> int:
     if queued.scores_prompt:
         return 0
-    return min(len(queued.block_keys), (queued.num_tokens - 1) // CHUNK_TOKENS)
+    return min(len(queued.block_keys), readable_blocks(queued.num_tokens))
+
+
+def readable_blocks(prompt_tokens: int) -> int:
+    """Blocks of a prompt that it may read: none with its last token."""
+    return max(0, prompt_tokens - 1) // CHUNK_TOKENS

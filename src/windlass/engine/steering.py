@@ -8,8 +8,9 @@ from windlass.plan import Plan
 from windlass.schedule.batch import Segment
 from windlass.workload import Workload
 
-# Of each sequence that has not ended: prompt tokens to compute, tokens to generate.
-Left = Callable[[], Sequence[tuple[int, int]]]
+# Of each sequence that has not ended: prompt tokens, tokens to generate, and how many of the prompt
+# tokens need not be computed.
+Left = Callable[[], Sequence[tuple[int, int, int]]]
 
 
 class Check(Protocol):

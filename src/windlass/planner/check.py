@@ -95,6 +95,7 @@ def compare(
     """Phase by phase. What the first pass takes longer counts as prefill, where it is measured; not
     where the run `is_warm`: not the first of its engine, so that weights are in memory."""
     phases = {name: phase for name, phase in predicted.phases.items() if name != "load"}
+    # of prompts, both count what is computed, not what is found
     rows = sum(phase.prompt_tokens + phase.output_tokens for phase in phases.values())
     ran = sum(phase.prompt_tokens + phase.output_tokens for phase in measured.values())
     done = ran / rows if rows else 0.0

@@ -5,6 +5,10 @@ Everybody decodes a row, then prompts take what room is left, in the order of ar
 joins when pages for its prompt are free; who finds no page drives out the youngest, which is
 computed again later. Between two events (an end, a prompt row, a lack of pages) all passes are the
 same but for their growing contexts.
+
+What a prompt shares with earlier ones costs no rows, but rows after it see it. Its pages count for
+every sequence that has it, as if each had its own: a job may be composed of more passes than it
+takes, never of more sequences at once than fit.
 """
 
 from collections import deque
@@ -63,6 +67,7 @@ class PassRun:
 class _Waiting(NamedTuple):
     prompt: int
     output: int
+    shared: int  # prompt tokens that others compute
     generated: int = 0  # before it was driven out
 
 
@@ -75,8 +80,7 @@ class _Composer:
     """Running sequences, oldest first, as arrays of equal length."""
 
     def __init__(self, workload: Workload, limits: Limits) -> None:
-        lengths = zip(workload.prompt_tokens, workload.output_tokens, strict=True)
-        self._waiting = deque(_Waiting(prompt, output) for prompt, output in lengths)
+        self._waiting = deque(_Waiting(*lengths) for lengths in workload.lengths())
         self._limits = limits
         self._free = limits.num_pages
         most = max(one.prompt + one.output - 1 for one in self._waiting)
@@ -84,6 +88,7 @@ class _Composer:
         nobody = np.zeros(0, dtype=np.int64)
         self._is_filling = False  # a wave takes in prompts
         self._prompt = self._output = self._generated = self._computed = self._pages = nobody
+        self._shared = nobody
 
     def runs(self) -> Iterator[PassRun]:
         while self._waiting or len(self._prompt):
@@ -142,7 +147,7 @@ class _Composer:
             most = self._pages_for(first.prompt + first.output - 1)
             tokens = first.prompt + first.generated
             needed = min(self._pages_for(tokens + 1), most)
-            count = _fitting(first.prompt, room)
+            count = _fitting(first.prompt - first.shared, room)
             if needed + kept > self._free or not count:
                 break
             new.append(self._waiting.popleft())
@@ -156,11 +161,12 @@ class _Composer:
         return rows
 
     def _append(self, new: Sequence[_Waiting], pages: Sequence[int]) -> None:
-        prompt, output, generated = np.array(new, dtype=np.int64).T
+        prompt, output, shared, generated = np.array(new, dtype=np.int64).T
         self._prompt = np.concatenate((self._prompt, prompt))
         self._output = np.concatenate((self._output, output))
         self._generated = np.concatenate((self._generated, generated))
-        self._computed = np.concatenate((self._computed, np.zeros(len(new), dtype=np.int64)))
+        self._shared = np.concatenate((self._shared, shared))
+        self._computed = np.concatenate((self._computed, shared))
         self._pages = np.concatenate((self._pages, np.array(pages, dtype=np.int64)))
 
     def _keep(self, who: Bools) -> None:
@@ -168,7 +174,7 @@ class _Composer:
         self._free += int(self._pages[~who].sum())
         self._prompt, self._output = self._prompt[who], self._output[who]
         self._generated, self._computed = self._generated[who], self._computed[who]
-        self._pages = self._pages[who]
+        self._shared, self._pages = self._shared[who], self._pages[who]
 
     def _quiet_passes(self) -> int:
         """Passes until somebody ends, or a page lacks; nobody can join before."""
@@ -242,8 +248,8 @@ class _Composer:
 
     def _preempt(self) -> None:
         """The youngest gives way, to be computed again."""
-        last = _Waiting(int(self._prompt[-1]), int(self._output[-1]), int(self._generated[-1]))
-        self._waiting.appendleft(last)
+        own = (self._prompt, self._output, self._shared, self._generated)
+        self._waiting.appendleft(_Waiting(*(int(values[-1]) for values in own)))
         self._keep(np.arange(len(self._prompt)) < len(self._prompt) - 1)
 
 

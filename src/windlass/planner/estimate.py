@@ -44,6 +44,9 @@ class Estimate:
     (passes of prompt rows alone), "mixed" (of prompt and generated rows), "decode" (of generated
     rows alone); kinds that do not occur are absent. `prefill_s` is that of prefill and of the mixed
     passes' share of prompt rows, `decode_s` the rest; with `load_s` they add up to `total_s`.
+
+    Prompt tokens of phases and of `prefill_tokens_s` are those computed, as a run counts them;
+    `total_tokens_s` counts all.
     """
 
     prefill_s: float
@@ -96,6 +99,7 @@ def estimate(
         raise UsageError(
             f"workload: a sequence has {workload.longest} tokens, allowed {plan.max_model_len}"
         )
+    workload = workload.sharing(plan.prefix_caching)
     limits = Limits.of(plan)
     parts = _parts(workload, plan.max_num_seqs)
     composed = [[_as_run(one, plan) for one in compose(part, limits)] for part in parts]
@@ -104,8 +108,8 @@ def estimate(
     counted = [_count(runs, times, bounds) for runs in composed]
     sums = counted[-1]
     if len(parts) > 1:
-        tokens = [_tokens(part) for part in parts]
-        more = (_tokens(workload) - tokens[1]) / (tokens[1] - tokens[0])
+        tokens = [part.computed_tokens for part in parts]
+        more = (workload.computed_tokens - tokens[1]) / (tokens[1] - tokens[0])
         sums = {name: own.beyond(counted[0].get(name, _Sums()), more) for name, own in sums.items()}
     sums["load"] = _Sums(
         times.load.seconds, busy=dict(times.load.busy), bound=bounds.load(composed[-1][0])
@@ -176,10 +180,6 @@ def _parts(workload: Workload, max_num_seqs: int) -> list[Workload]:
     return [workload.evenly(few), workload.evenly(2 * few)]
 
 
-def _tokens(workload: Workload) -> int:
-    return workload.total_prompt_tokens + workload.total_output_tokens
-
-
 def _count(runs: Sequence[PassRun], times: PassTimes, bounds: Bounds) -> dict[str, _Sums]:
     sums: dict[str, _Sums] = {}
     for one in runs:
@@ -215,15 +215,15 @@ def _estimate(workload: Workload, sums: Mapping[str, _Sums]) -> Estimate:
         for name, own in sorted(sums.items(), key=lambda item: _PHASES.index(item[0]))
     }
     bound = {lane: sum(p.bound[lane] for p in phases.values()) for lane in LANES}
-    outputs = workload.total_output_tokens
+    outputs, prompts = workload.total_output_tokens, workload.total_prompt_tokens
     return Estimate(
         prefill_s=prefill_s,
         decode_s=decode_s,
         load_s=load_s,
         total_s=total_s,
-        prefill_tokens_s=workload.total_prompt_tokens / max(prefill_s, _MOMENT_S),
+        prefill_tokens_s=workload.computed_prompt_tokens / max(prefill_s, _MOMENT_S),
         decode_tokens_s=outputs / max(decode_s, _MOMENT_S),
-        total_tokens_s=_tokens(workload) / max(total_s, _MOMENT_S),
+        total_tokens_s=(prompts + outputs) / max(total_s, _MOMENT_S),
         busy={lane: sum(p.busy[lane] for p in phases.values()) for lane in LANES},
         bound=bound,
         binds=_most(bound),

@@ -64,6 +64,7 @@ class Explanation:
             "workload": {
                 "num_sequences": work.num_sequences,
                 "prompt_tokens": work.total_prompt_tokens,
+                "shared_prompt_tokens": sum(work.shared_tokens),
                 "output_tokens": work.total_output_tokens,
                 "longest": work.longest,
             },
@@ -89,8 +90,9 @@ class Explanation:
         return [
             f"model: {self.model}",
             f"machine: {self.machine} (rates: {self.rates})",
-            f"workload: {work.num_sequences} sequences, {work.mean_prompt_tokens:.0f} tokens in and"
-            f" {work.mean_output_tokens:.0f} out on average, {work.longest} at most",
+            f"workload: {work.num_sequences} sequences, {work.mean_prompt_tokens:.0f} tokens in"
+            f"{_shared(work)} and {work.mean_output_tokens:.0f} out on average, {work.longest} at"
+            " most",
             "",
             *(_tier_line(tier) for tier in self.tiers),
             "",
@@ -142,6 +144,7 @@ def explain(
     bring, within `device_memory` bytes. BudgetError where nothing fits."""
     found = search(spec, sizes, profile, workload, host_memory, wanted)
     best, *others = found
+    workload = workload.sharing(best.plan.prefix_caching)
     richer = search(spec, sizes, profile, workload, host_memory + GIB, wanted)[0]
     return Explanation(
         model=f"{spec.family}, {num_parameters(spec) / 1e9:.3g} B parameters,"
@@ -218,6 +221,11 @@ def _binding_lines(found: Estimate) -> list[str]:
                 f" {phase.binds} ({100 * bound / phase.seconds:.0f} %)"
             )
     return lines
+
+
+def _shared(work: Workload) -> str:
+    mean = work.mean_shared_tokens
+    return f" ({mean:.0f} of them computed by earlier ones)" if mean else ""
 
 
 def _choices(plan: Plan) -> str:

@@ -54,8 +54,8 @@ class Pilot:
     ) -> None:
         """`predicted`: of the problem, estimated here if None. `tell` is called once, when the
         prediction first fails."""
-        work = fitting(problem.workload, problem.plan.max_model_len)
-        problem = replace(problem, workload=work)
+        work = problem.workload.sharing(problem.plan.prefix_caching)
+        problem = replace(problem, workload=work.shortened(problem.plan.max_model_len))
         self._problem = problem
         self._predicted = predicted or predict(problem)
         self._tell = tell
@@ -77,10 +77,11 @@ class Pilot:
         self,
         segments: Sequence[Segment],
         took: PhaseStats,
-        left: Callable[[], Sequence[tuple[int, int]]],
+        left: Callable[[], Sequence[tuple[int, int, int]]],
     ) -> Plan | None:
-        """A step over `segments` has ended. `left`: prompt tokens to compute and tokens to
-        generate of every sequence that has not ended. The plan to go on with, if it is another."""
+        """A step over `segments` has ended. `left`: prompt tokens, tokens to generate, and prompt
+        tokens that are found, of every sequence that has not ended. The plan to go on with, if it
+        is another."""
         if self._is_first:  # its weights were not there yet
             self._is_first = False
             return None
@@ -141,8 +142,8 @@ class Pilot:
         self._slower = self._judge(window)
         return factors
 
-    def _replan(self, left: Sequence[tuple[int, int]]) -> Plan:
-        work = Workload(tuple(max(1, p) for p, _ in left), tuple(max(1, g) for _, g in left))
+    def _replan(self, left: Sequence[tuple[int, int, int]]) -> Plan:
+        work = Workload(*zip(*((max(1, p), max(1, g), f) for p, g, f in left), strict=True))
         if self._rest_s(self._plan, work, on_clock=False) < _WORTH_S:
             return self._plan
         most = bytes_here(self._problem.plan, self._problem.spec, self._problem.sizes)
@@ -248,10 +249,3 @@ def _sentence(ratio: float, factors: Mapping[str, float], changes: Sequence[str]
     rates = ", ".join(f"{lane} at {100 * rate:.0f} %" for lane, rate in factors.items())
     then = f"planned anew: {', '.join(changes)}" if changes else "the plan stays as it is"
     return f"passes take {ratio:.2f} times what was predicted ({rates} of its rate); {then}"
-
-
-def fitting(workload: Workload, longest: int) -> Workload:
-    """The workload with sequences of `longest` tokens at most."""
-    prompts = tuple(min(p, longest - 1) for p in workload.prompt_tokens)
-    lengths = zip(prompts, workload.output_tokens, strict=True)
-    return Workload(prompts, tuple(min(g, longest - p) for p, g in lengths))

@@ -73,7 +73,8 @@ def search(
     def coarse(plan: Plan) -> float:
         part = _coarse(work, plan.max_num_seqs)
         found = estimate(spec, sizes, plan, profile, part, on_clock=False)
-        return found.load_s + (found.total_s - found.load_s) * _tokens(work) / _tokens(part)
+        more = work.computed_tokens / part.computed_tokens
+        return found.load_s + (found.total_s - found.load_s) * more
 
     best = _spread(sorted(some, key=coarse), _CLOCKED, each=2)
     best += machine.other_micro_batches(best[0], wanted)
@@ -98,18 +99,17 @@ class _Machine:
         self._context = context
 
     def fitting(self, workload: Workload, wanted: Wanted) -> Workload:
-        """The workload with no sequence longer than a plan can hold. BudgetError where nothing
-        fits."""
-        most = make_plan(self._spec, self._sizes, self._host_memory, wanted).max_model_len
+        """The workload with no sequence longer than a plan can hold, and as plans share prompts.
+        BudgetError where nothing fits."""
+        plain = make_plan(self._spec, self._sizes, self._host_memory, wanted)
+        workload, most = workload.sharing(plain.prefix_caching), plain.max_model_len
         if workload.longest <= most:
             return workload
         longest = min(workload.longest, self._spec.max_positions)
         if wanted.max_model_len is None and wanted.kv_pages is None:
             alone = replace(wanted, kv_pages=_pages(longest), max_num_seqs=wanted.max_num_seqs or 1)
             most = longest if self._plan(alone) else most
-        prompts = tuple(min(p, most - 1) for p in workload.prompt_tokens)
-        lengths = zip(prompts, workload.output_tokens, strict=True)
-        return Workload(prompts, tuple(min(g, most - p) for p, g in lengths))
+        return workload.shortened(most)
 
     def grid(self, work: Workload, wanted: Wanted) -> list[Plan]:
         """All plans of the grid that fit, and the one by plain rules."""
@@ -184,11 +184,10 @@ def _closed_form(reckoner: Reckoner, sizes: Sizes, plan: Plan, work: Workload) -
     hold = plan.kv_pages * plan.page_tokens / (prompt + output / 2 + plan.page_tokens / 2)
     alive = max(1, min(plan.max_num_seqs, work.num_sequences, int(hold)))
     held = held_shares(plan, sizes)
+    middle = (prompt + work.mean_shared_tokens) / 2  # positions that a prompt row sees
 
     def seconds(decode: float, prefill: float) -> float:
-        seen = Seen(
-            round(decode), decode * (prompt + output / 2), round(prefill), prefill * prompt / 2
-        )
+        seen = Seen(round(decode), decode * (prompt + output / 2), round(prefill), prefill * middle)
         return reckoner.of(PassRun(1, seen, max(1, round(decode))), held).seconds
 
     return steady_seconds(work, alive, plan.max_num_batched_tokens, seconds)
@@ -197,17 +196,17 @@ def _closed_form(reckoner: Reckoner, sizes: Sizes, plan: Plan, work: Workload) -
 def _coarse(work: Workload, max_num_seqs: int) -> Workload:
     """A few waves of sequences of a few lengths: those of the job, in groups of equal number."""
     count = min(work.num_sequences, max(8, _COARSE_WAVES * max_num_seqs))
-    ordered = sorted(zip(work.output_tokens, work.prompt_tokens, strict=True))
+    ordered = sorted((output, prompt, shared) for prompt, output, shared in work.lengths())
     levels = min(_COARSE_LEVELS, len(ordered))
-    lengths: list[tuple[int, int]] = []
+    lengths: list[tuple[int, int, int]] = []
     for level in range(levels):
         own = ordered[level * len(ordered) // levels : (level + 1) * len(ordered) // levels]
-        outputs, prompts = (sum(values) / len(own) for values in zip(*own, strict=True))
-        lengths.append((max(1, round(prompts)), max(1, round(outputs))))
-    longest = max(prompt + output for prompt, output in lengths)
+        means = (round(sum(values) / len(own)) for values in zip(*own, strict=True))
+        output, prompt, shared = means
+        lengths.append((prompt, output, min(shared, prompt - 1)))
+    longest = max(prompt + output for prompt, output, _ in lengths)
     assert longest <= work.longest + 1
-    chosen = [lengths[i % levels] for i in range(count)]
-    return Workload(tuple(p for p, _ in chosen), tuple(g for _, g in chosen))
+    return Workload(*zip(*(lengths[i % levels] for i in range(count)), strict=True))
 
 
 def _tokens(work: Workload) -> int:

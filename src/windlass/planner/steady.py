@@ -12,11 +12,12 @@ def steady_seconds(
     """Seconds of the job with `alive` sequences at once and at most `rows` rows per pass: the first
     sequences' prompts, then passes until all tokens are generated, some of which carry the prompts
     of those who come later. `seconds(decode rows, prompt rows)`: of one pass."""
-    prompt, output = work.mean_prompt_tokens, work.mean_output_tokens
+    output = work.mean_output_tokens
+    prompt = work.mean_prompt_tokens - work.mean_shared_tokens  # that is computed
     count = work.num_sequences
     filling = max(1.0, alive * prompt / rows)
     passes = max(max(work.output_tokens) - 1, count * (output - 1) / alive, 0)
-    later = max(0.0, work.total_prompt_tokens - alive * prompt)
+    later = max(0.0, work.computed_prompt_tokens - alive * prompt)
     most = max(rows - alive, CHUNK_TOKENS)  # prompt rows beside the rows that decode
     mixed = later / most
     begin = filling * seconds(0, max(1.0, alive * prompt / filling))

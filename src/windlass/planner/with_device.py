@@ -149,7 +149,9 @@ class _Planner:
             alive = min(job.num_sequences, int(room / each)) if each else job.num_sequences
             if alive < 1:
                 return None
-            prompts = alive * job.mean_prompt_tokens / output if mixed else 0.0
+            prompts = 0.0
+            if mixed:
+                prompts = alive * (job.mean_prompt_tokens - job.mean_shared_tokens) / output
             hidden = _HIDDEN_COPIES * (alive + prompts) * shape.hidden
         resident = self._resident(fixed, kv_on_device * alive * each + hidden)
         host = self._host_weights(on_disk, resident) + (1 - kv_on_device) * alive * each
@@ -157,7 +159,8 @@ class _Planner:
             return None
         return Share(
             sequences=alive, prefill=prompts, context=job.mean_prompt_tokens + output / 2,
-            prompt_context=job.mean_prompt_tokens / 2, resident=resident,
+            prompt_context=(job.mean_prompt_tokens + job.mean_shared_tokens) / 2,
+            resident=resident,
             on_disk=min(on_disk, 1 - resident), kv_on_device=kv_on_device, micro=micro,
             expert_slots=slots,
         )  # fmt: skip
