@@ -170,8 +170,9 @@ class Pilot:
 
 def predict(problem: Problem) -> Estimate:
     """What is expected of the problem; sequences longer than the plan allows count as cut."""
-    work = fitting(problem.workload, problem.plan.max_model_len)
-    return estimate(problem.spec, problem.sizes, problem.plan, problem.profile, work)
+    plan = problem.plan
+    work = problem.workload.sharing(plan.prefix_caching).shortened(plan.max_model_len)
+    return estimate(problem.spec, problem.sizes, plan, problem.profile, work)
 
 
 def variants(plan: Plan) -> list[Plan]:
