@@ -85,6 +85,8 @@ def _parse() -> argparse.Namespace:
     add("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES[:1], metavar="NAME",
         help=f"of Windlass's limited job: {', '.join(SCHEDULES)} (default: first)")  # fmt: skip
     add("--skip-alone", action="store_true", help="no limited run of one request")
+    add("--llama-sequences", nargs="+", type=int, metavar="N",
+        help="of llama.cpp at once, tried in the limited job (default: 8 16 32 64 128)")  # fmt: skip
     options = parser.parse_args()
     quick = options.quick
     options.models = options.models or (models.QUICK_MODELS if quick else models.FULL_MODELS)
@@ -92,6 +94,7 @@ def _parse() -> argparse.Namespace:
     options.prompts = options.prompts or ([32] if quick else [128, 512])
     options.output_tokens = options.output_tokens or (4 if quick else 64)
     options.rounds = options.rounds or (1 if quick else 3)
+    options.llama_sequences = options.llama_sequences or ([2, 8] if quick else [8, 16, 32, 64, 128])
     options.requests = options.requests or (8 if quick else 256)
     if options.json and options.json.exists() and not options.resume:
         parser.error(f"{options.json} exists: give --resume to go on with it, or another name")
@@ -118,7 +121,7 @@ def _limited_wish(options: argparse.Namespace, threads: int) -> LimitedWish:
     return LimitedWish(
         requests=options.requests, prompt_tokens=min(options.prompts),
         output_tokens=options.limited_output_tokens, threads=threads,
-        llama_sequences=(2, 8) if options.quick else (8, 16, 32, 64, 128),
+        llama_sequences=tuple(options.llama_sequences),
         windlass_sequences=tuple(options.windlass_sequences),
         schedules=tuple(options.schedules), limit_bytes=options.limit,
         has_alone=not options.skip_alone, is_quick=options.quick,

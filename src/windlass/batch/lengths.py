@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from windlass.batch.jobfile import JobFile, Row
-from windlass.engine.prompt_pages import readable_blocks
 from windlass.errors import RequestError, UsageError
-from windlass.memory.pages import block_keys
+from windlass.memory.pages import block_keys, readable_blocks
 from windlass.params import SamplingParams
 from windlass.protocol.openai import ChatTokenizer, ServedModel, parse_body
 from windlass.schedule.batch import CHUNK_TOKENS
@@ -96,7 +95,7 @@ def _of_row(row: Row, model: ServedModel) -> tuple[list[_Sequence], bool]:
         if not limited:  # the rest of the context, or what the checkpoint's defaults say
             expected = min(expected, USUAL_OUTPUT)
         length, keys = len(prompt.token_ids), block_keys(prompt.token_ids, CHUNK_TOKENS)
-        own = _Sequence(length, expected, keys, readable_blocks(length))
+        own = _Sequence(length, expected, keys, readable_blocks(length, CHUNK_TOKENS))
         is_scored = prompt.params.prompt_logprobs is not None  # its first choice computes all
         first = own._replace(num_readable=0) if is_scored else own
         sequences += [first, *[own] * (prompt.params.n - 1)]

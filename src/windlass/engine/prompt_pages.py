@@ -10,7 +10,7 @@ from itertools import islice
 
 from windlass.engine.choice import Choice, Queued
 from windlass.memory.kv import KvStore
-from windlass.memory.pages import Block
+from windlass.memory.pages import Block, readable_blocks
 from windlass.schedule.batch import CHUNK_TOKENS
 
 Known = list[Block | None]
@@ -112,9 +112,4 @@ class PromptPages:
 def _num_readable(queued: Queued) -> int:
     if queued.scores_prompt:
         return 0
-    return min(len(queued.block_keys), readable_blocks(queued.num_tokens))
-
-
-def readable_blocks(prompt_tokens: int) -> int:
-    """Blocks of a prompt that it may read: none with its last token."""
-    return max(0, prompt_tokens - 1) // CHUNK_TOKENS
+    return min(len(queued.block_keys), readable_blocks(queued.num_tokens, CHUNK_TOKENS))

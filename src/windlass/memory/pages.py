@@ -39,6 +39,11 @@ def block_keys(token_ids: Sequence[int], block_tokens: int) -> tuple[bytes, ...]
     return tuple(keys)
 
 
+def readable_blocks(prompt_tokens: int, block_tokens: int) -> int:
+    """Blocks of a prompt that it may read: none with its last token."""
+    return max(0, prompt_tokens - 1) // block_tokens
+
+
 def num_alike(some: Sequence[bytes], others: Sequence[bytes]) -> int:
     """Blocks at the beginning of two prompts that have the same keys."""
     count = 0

@@ -14,6 +14,10 @@ from windlass.planner.costs import HostCosts
 from windlass.planner.roofline import active_experts
 from windlass.spec.model import Block, GatedDelta, ModelSpec, Moe
 
+# Taken by reading at the disk's full rate, of what computes beside it: issuing, completions, memory
+# traffic. Fitted to passes that measured 1.09 to 1.25 times their lanes (docs/log.md, 2026-11-28)
+_READING_CORES = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class Timed:
@@ -55,7 +59,9 @@ class Reckoner:
         host += self.costs.head_s(one.num_logits)
         read = missing_bytes(wanted, held, has_logits=one.num_logits > 0)
         disk = read / self._profile.disk.at(BLOCK_BYTES)
-        return Timed(max(disk, host), {"disk": disk, "host": host}, read)
+        seconds = max(disk, host)
+        seconds += contention(disk, host, seconds, self._profile.threads)
+        return Timed(seconds, {"disk": disk, "host": host}, read)
 
     def wanted_bytes(self, rows: int) -> dict[Part, float]:
         """Bytes of weights that so many rows need, the head included."""
@@ -90,6 +96,12 @@ class Reckoner:
 
     def _bytes(self, part: Part) -> int:
         return self._sizes.slot_bytes.get(part, 0)
+
+
+def contention(disk: float, host: float, seconds: float, threads: int) -> float:
+    """Seconds that a pass of `seconds` takes longer because readers and the host's threads, each
+    busy so long in it, share cores and memory. Falls on the pass while both work."""
+    return _READING_CORES / threads * disk * min(1.0, host / max(seconds, 1e-9))
 
 
 def layer_kinds(spec: ModelSpec) -> list[tuple[int, int]]:

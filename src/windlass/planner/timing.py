@@ -19,6 +19,7 @@ from windlass.planner.costs import HostCosts
 from windlass.planner.reckon import (
     Reckoner,
     Timed,
+    contention,
     held_shares,
     kv_layers,
     slots_of,
@@ -136,6 +137,7 @@ class ClockedModel:
     ) -> None:
         self._sample = sample = sample_layers(spec, most_experts=_MOST_EXPERTS)
         self._plan = plan
+        self._threads = profile.threads
         costs = HostCosts(
             sample.spec, sizes, profile, kv_layers=kv_layers(spec), weights=sample.weights,
             scale=1 / sample.factor,
@@ -171,9 +173,12 @@ class ClockedModel:
         read = self._weights.cache.stats().bytes_read
         run_pass(self._runtime, self._shape, batch)
         factor = self._sample.factor
+        seconds = (self.lanes.clock.now - begin) * factor
+        busy = {lane: (end - busy[lane]) * factor for lane, end in self.lanes.busy().items()}
+        seconds += contention(busy["disk"], busy["host"], seconds, self._threads)
         return Timed(
-            (self.lanes.clock.now - begin) * factor,
-            {lane: (end - busy[lane]) * factor for lane, end in self.lanes.busy().items()},
+            seconds,
+            busy,
             (self._weights.cache.stats().bytes_read - read) * factor,
         )
 
