@@ -86,7 +86,7 @@ def _parse() -> argparse.Namespace:
         help=f"of Windlass's limited job: {', '.join(SCHEDULES)} (default: first)")  # fmt: skip
     add("--skip-alone", action="store_true", help="no limited run of one request")
     add("--llama-sequences", nargs="+", type=int, metavar="N",
-        help="of llama.cpp at once, tried in the limited job (default: 8 16 32 64 128)")  # fmt: skip
+        help="of llama.cpp in the limited job, tried (default: 8 16 32 64 128)")  # fmt: skip
     options = parser.parse_args()
     quick = options.quick
     options.models = options.models or (models.QUICK_MODELS if quick else models.FULL_MODELS)
