@@ -180,7 +180,7 @@ def _third(model: Model) -> int:
 
 def _measure_rates(model: Model, threads: int) -> Path:
     """The file of what `windlass doctor` measures, or has kept, of this machine with this model.
-    Outside of the group: in it there is not the memory to find what was kept."""
+    Outside of the group: what is measured needs more memory than a run."""
     done = subprocess.run(
         [*(sys.executable, "-m", "windlass.cli", "doctor", "--json"),
          *("--model", str(model.checkpoint), "--threads", str(threads))],

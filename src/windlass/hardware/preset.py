@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from windlass.errors import UsageError
+from windlass.hardware.assumed import ROW_SHARE
 from windlass.hardware.profile import Curve, HardwareProfile, Link, Processor
 
 FOLDER = Path(__file__).parent / "presets"
 # Stored, scales included: groups of 128 (fp8: 128 x 128, mxfp4: 32)
-# Of the memory rate: what one norm, rotation or sum after the other reaches (measured: 0.2 to 0.35)
-_ROW_SHARE = 0.25
 _BYTES_PER_WEIGHT = {
     "bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "fp8": 1.0, "mxfp4": 0.53, "int8": 1.02,
     "int4": 0.52, "gptq": 0.52, "awq": 0.52,
@@ -137,7 +136,7 @@ def _processor(values: Mapping[str, Any]) -> Processor:
         dense=curves,
         decode_attention=values["decode_attention"],
         prefill_attention=values["prefill_attention"],
-        row_rate=_ROW_SHARE * values["memory_rate"],
+        row_rate=ROW_SHARE * values["memory_rate"],
         call_s=values["call"],
         expert_s=values["call"] / 4,
     )

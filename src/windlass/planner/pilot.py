@@ -54,8 +54,7 @@ class Pilot:
     ) -> None:
         """`predicted`: of the problem, estimated here if None. `tell` is called once, when the
         prediction first fails."""
-        work = problem.workload.sharing(problem.plan.prefix_caching)
-        problem = replace(problem, workload=work.shortened(problem.plan.max_model_len))
+        problem = _as_planned(problem)
         self._problem = problem
         self._predicted = predicted or predict(problem)
         self._tell = tell
@@ -170,9 +169,15 @@ class Pilot:
 
 def predict(problem: Problem) -> Estimate:
     """What is expected of the problem; sequences longer than the plan allows count as cut."""
+    own = _as_planned(problem)
+    return estimate(own.spec, own.sizes, own.plan, own.profile, own.workload)
+
+
+def _as_planned(problem: Problem) -> Problem:
+    """With the workload as its plan takes it: sequences cut, prompts shared or not."""
     plan = problem.plan
     work = problem.workload.sharing(plan.prefix_caching).shortened(plan.max_model_len)
-    return estimate(problem.spec, problem.sizes, plan, problem.profile, work)
+    return replace(problem, workload=work)
 
 
 def variants(plan: Plan) -> list[Plan]:
