@@ -62,11 +62,12 @@ inline void pack_chains(const float *const *rows, int mr, Part part, float *dst,
   }
 }
 
-/// Starts to bring a line into the second-level cache. gcc 12 removes loops that do nothing else unless
+/// Starts to bring a line into the second-level cache (or the first). gcc 12 removes loops that do nothing else unless
 /// something volatile is in them (attention at 7 instead of 17 GB/s).
+template <_mm_hint HINT = _MM_HINT_T1>
 inline void fetch_line(const uint8_t *p) {
   asm volatile("" ::"r"(p));
-  _mm_prefetch(reinterpret_cast<const char *>(p), _MM_HINT_T1);
+  _mm_prefetch(reinterpret_cast<const char *>(p), HINT);
 }
 
 /// What will be read next: `lines` cache lines of each of `count` rows, at `offset`. They are fetched
@@ -280,17 +281,16 @@ inline void multiply_in_order(const float *packed, int64_t rows, int64_t width, 
   multiply_panel(OrderedTile{}, packed, rows, width, k0, count, panel, c, fresh, ahead);
 }
 
-/// The lines of the panel after (n0, k0): the next block of k, or the first of the columns at n0 + step.
-/// `rows` are those of this panel where they are contiguous; `lines` is room for pointers to others.
-inline Ahead panel_after(const wl_matrix &m, const uint8_t *const rows[NR], int64_t n0, int64_t k0, int64_t step,
-                         const uint8_t *lines[KC]) {
+/// The lines of the panel after (n0, k0): the next block of k, or the first of the next columns. `rows`
+/// are those of this panel where they are contiguous; `lines` is room for pointers to others.
+inline Ahead panel_after(const wl_matrix &m, const uint8_t *const rows[NR], int64_t n0, int64_t k0, const uint8_t *lines[KC]) {
   const bool same = k0 + KC < m.k;
-  if (!same && n0 + step + NR > m.n) return {};
+  if (!same && n0 + 2 * NR > m.n) return {};
   const int per = codes_per_word(m.code);
-  if (has_contiguous_rows(m)) return {rows, same ? (k0 + KC) * 4 / per : step * m.stride_n, NR, 1, KC * 4 / per / 64};
+  if (has_contiguous_rows(m)) return {rows, same ? (k0 + KC) * 4 / per : NR * m.stride_n, NR, 1, KC * 4 / per / 64};
   if (m.packing == WL_ROWS) return {};
   // rows of words: of `per` k and one column each, or of one k and eight columns each
-  const int64_t k = same ? k0 + KC : 0, n = same ? n0 : n0 + step, tall = m.packing == WL_AWQ ? 1 : per;
+  const int64_t k = same ? k0 + KC : 0, n = same ? n0 : n0 + NR, tall = m.packing == WL_AWQ ? 1 : per;
   const int count = int(std::min<int64_t>(KC, m.k - k) / tall);
   const uint8_t *first = static_cast<const uint8_t *>(m.codes) + k / tall * m.stride_k + (tall == 1 ? n / 8 : n) * 4;
   for (int i = 0; i < count; i++) lines[i] = first + i * m.stride_k;
@@ -300,7 +300,7 @@ inline Ahead panel_after(const wl_matrix &m, const uint8_t *const rows[NR], int6
 /// Columns n0 .. n0 + NR of packed blocks times a matrix: see multiply_columns.
 template <class Mode>
 inline void multiply_panels(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *panel,
-                             float *scratch, float *c, int64_t step) {
+                             float *scratch, float *c) {
   const uint8_t *rows_of[NR];
   for (int i = 0; i < NR; i++)
     rows_of[i] = static_cast<const uint8_t *>(m.codes) + (n0 + i < m.n ? n0 + i : m.n - 1) * m.stride_n;
@@ -311,7 +311,7 @@ inline void multiply_panels(const wl_matrix &m, int64_t n0, const float *packed,
     const int count = int(m.k - k0 < KC ? m.k - k0 : KC);
     Mode::unpack(m, n0, k0, count, panel, scratch, tile.chains);
     multiply_panel(tile, packed, rows, width, k0 / Mode::UNIT, count, panel, c, k0 == 0,
-                   panel_after(m, rows_of, n0, k0, step, lines));
+                   panel_after(m, rows_of, n0, k0, lines));
   }
 }
 

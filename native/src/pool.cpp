@@ -34,17 +34,21 @@ void await_change(std::atomic<uint32_t> &value, uint32_t old) {
 
 }  // namespace
 
+void Team::begin(uint32_t phase) {
+  phase_ = phase;
+  shared_[phase & 1].store(0, std::memory_order_relaxed);
+  for (size_t i = phase & 1; i < own_.size(); i += 2) own_[i].taken.store(0, std::memory_order_relaxed);
+}
+
 void Team::barrier() {
   if (size_ == 1) {
-    phase_++;
-    cursor_[phase_ & 1].store(0, std::memory_order_relaxed);
+    begin(phase_ + 1);
     return;
   }
   const uint32_t turn = turn_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
     arrived_.store(0, std::memory_order_relaxed);
-    phase_++;
-    cursor_[phase_ & 1].store(0, std::memory_order_relaxed);
+    begin(phase_ + 1);
     turn_.store(turn + 1, std::memory_order_release);
     turn_.notify_all();
     return;
@@ -61,6 +65,7 @@ class Pool {
     if (threads == team_.size_) return;
     stop();
     team_.size_ = threads;
+    team_.own_ = std::vector<Team::Cursor>(size_t(2 * threads));
     quit_ = false;
     for (int i = 1; i < threads; i++)
       workers_.emplace_back([this, i, seen = start_.load()] { serve(i, seen); });
@@ -70,8 +75,7 @@ class Pool {
     std::lock_guard<std::mutex> lock(mutex_);
     task_ = task;
     context_ = context;
-    team_.cursor_[0].store(0, std::memory_order_relaxed);
-    team_.cursor_[1].store(0, std::memory_order_relaxed);
+    team_.begin(0);
     if (team_.size_ > 1) {
       start_.fetch_add(1, std::memory_order_release);
       start_.notify_all();

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 namespace wl {
 
@@ -15,16 +16,35 @@ class Team {
   /// Next of `count` items of the current phase, or -1. All threads of a phase pass the same count
   /// and call `barrier` between phases.
   int64_t next(int64_t count) {
-    int64_t i = cursor_[phase_ & 1].fetch_add(1, std::memory_order_relaxed);
+    int64_t i = shared_[phase_ & 1].fetch_add(1, std::memory_order_relaxed);
     return i < count ? i : -1;
+  }
+  /// The same in another order: each thread has a stretch of the items, so that it reads memory in
+  /// one direction, and takes from the others' when it is through. A phase uses one of the two.
+  int64_t next_beside(int thread, int64_t count) {
+    for (int i = 0; i < size_; i++) {
+      const int of = (thread + i) % size_;
+      Cursor &cursor = own_[size_t(2 * of) + (phase_ & 1)];
+      const int64_t first = of * count / size_, end = (of + 1) * count / size_;
+      if (first + cursor.taken.load(std::memory_order_relaxed) >= end) continue;
+      const int64_t item = first + cursor.taken.fetch_add(1, std::memory_order_relaxed);
+      if (item < end) return item;
+    }
+    return -1;
   }
 
  private:
   friend class Pool;
+  struct alignas(64) Cursor {
+    std::atomic<int64_t> taken{0};
+  };
+  void begin(uint32_t phase);
+
   int size_ = 1;
   std::atomic<int> arrived_{0};
   std::atomic<uint32_t> turn_{0};
-  std::atomic<int64_t> cursor_[2] = {};
+  std::atomic<int64_t> shared_[2] = {};
+  std::vector<Cursor> own_ = std::vector<Cursor>(2);  // of each thread, for even and odd phases
   uint32_t phase_ = 0;  // changed by the last thread at a barrier
 };
 

@@ -76,7 +76,7 @@ struct ProductRound {
 };
 
 template <class Mode>
-inline void product_task(wl::Team &team, int, void *context) {
+inline void product_task(wl::Team &team, int thread, void *context) {
   const ProductRound &round = *static_cast<ProductRound *>(context);
   const Blocks blocks{round.num_rows};
   const int64_t num_blocks = blocks.count();
@@ -88,12 +88,11 @@ inline void product_task(wl::Team &team, int, void *context) {
   }
   team.barrier();
   Bench bench(round.max_groups);
-  const int64_t step = team.size() * NR;
-  while ((i = team.next(round.panel_ends.back())) >= 0) {
+  while ((i = team.next_beside(thread, round.panel_ends.back())) >= 0) {
     const auto [index, panel] = locate(round.panel_ends, i);
     const wl_product &p = round.products[index];
     const float *packed = round.packed[size_t(round.pack_of[size_t(index)])];
-    multiply_columns<Mode>(*p.w, panel * NR, packed, round.num_rows, bench.panel, bench.groups, bench.first, step);
+    multiply_columns<Mode>(*p.w, panel * NR, packed, round.num_rows, bench.panel, bench.groups, bench.first);
     write_rows(bench.first, round.num_rows, panel * NR, p.w->n, p.bias, p.out, p.ldo, nullptr, round.first_row);
   }
 }
@@ -166,11 +165,11 @@ inline V activate(const ExpertRound &round, V gate, V up) {
 
 /// Hidden columns n0 .. n0 + NR of a segment, packed for the down projection.
 template <class Mode>
-inline void hidden_columns(const ExpertRound &round, const Segment &s, int64_t n0, const Bench &bench, int64_t step) {
+inline void hidden_columns(const ExpertRound &round, const Segment &s, int64_t n0, const Bench &bench) {
   const wl_expert &e = *s.expert;
   const int64_t inner = e.gate->n, count = std::min<int64_t>(NR, inner - n0);
-  multiply_columns<Mode>(*e.gate, n0, s.packed, s.rows, bench.panel, bench.groups, bench.first, step);
-  multiply_columns<Mode>(*e.up, n0, s.packed_up, s.rows, bench.panel, bench.groups, bench.second, step);
+  multiply_columns<Mode>(*e.gate, n0, s.packed, s.rows, bench.panel, bench.groups, bench.first);
+  multiply_columns<Mode>(*e.up, n0, s.packed_up, s.rows, bench.panel, bench.groups, bench.second);
   float gate_bias[NR] = {}, up_bias[NR] = {};
   for (int64_t j = 0; j < count; j++) {
     if (e.gate_bias) gate_bias[j] = e.gate_bias[n0 + j];
@@ -194,7 +193,7 @@ inline void hidden_columns(const ExpertRound &round, const Segment &s, int64_t n
 }
 
 template <class Mode>
-inline void expert_task(wl::Team &team, int, void *context) {
+inline void expert_task(wl::Team &team, int thread, void *context) {
   const ExpertRound &round = *static_cast<ExpertRound *>(context);
   int64_t i;
   while ((i = team.next(round.block_ends.back())) >= 0) {
@@ -206,17 +205,16 @@ inline void expert_task(wl::Team &team, int, void *context) {
   }
   team.barrier();
   Bench bench(round.max_groups);
-  const int64_t step = team.size() * NR;
-  while ((i = team.next(round.hidden_ends.back())) >= 0) {
+  while ((i = team.next_beside(thread, round.hidden_ends.back())) >= 0) {
     const auto [index, panel] = locate(round.hidden_ends, i);
-    hidden_columns<Mode>(round, round.segments[size_t(index)], panel * NR, bench, step);
+    hidden_columns<Mode>(round, round.segments[size_t(index)], panel * NR, bench);
   }
   team.barrier();
-  while ((i = team.next(round.out_ends.back())) >= 0) {
+  while ((i = team.next_beside(thread, round.out_ends.back())) >= 0) {
     const auto [index, panel] = locate(round.out_ends, i);
     const Segment &s = round.segments[size_t(index)];
     const wl_expert &e = *s.expert;
-    multiply_columns<Mode>(*e.down, panel * NR, s.hidden, s.rows, bench.panel, bench.groups, bench.first, step);
+    multiply_columns<Mode>(*e.down, panel * NR, s.hidden, s.rows, bench.panel, bench.groups, bench.first);
     write_rows(bench.first, s.rows, panel * NR, e.down->n, e.down_bias, round.out, round.ldo, e.places, s.first);
   }
 }
