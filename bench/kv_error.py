@@ -264,10 +264,13 @@ def _attention(
     store = KvStore([shape], dtype=dtype, num_pages=count, page_tokens=_PAGE_TOKENS, state_slots=0)
     pages = store.take_pages(count)
     positions = torch.arange(len(q_THd))
-    store.append(0, (torch.tensor(pages)[positions // _PAGE_TOKENS], positions % _PAGE_TOKENS), *kv)
+    page_of = torch.tensor(pages)[positions // _PAGE_TOKENS]
+    kernels = TorchKernels()
+    for rows, x_TKd in zip(store.stored(0), kv, strict=False):
+        kernels.write_rows(rows, page_of, positions % _PAGE_TOKENS, x_TKd)
     work = AttentionWork((0,), (len(q_THd),), (0,), (tuple(pages),), (True,))
     options = AttentionOptions(scale=shape.key_dim**-0.5, value_dim=shape.value_dim)
-    return TorchKernels().attention(q_THd, *store.paged(0), work, options)
+    return kernels.attention(q_THd, *store.paged(0), work, options)
 
 
 def main() -> None:

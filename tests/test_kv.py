@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from engines import engine_for, make_model, prompts, request, run_all
 from test_kernels import _work as attention_work
 from windlass.errors import UsageError
+from windlass.kernels import rowwise
 from windlass.kernels.attention import _gather
 from windlass.kernels.base import AttentionOptions
 from windlass.kernels.cpu import library
 from windlass.kernels.cpu.native import NativeKernels
 from windlass.kernels.reference import TorchKernels
-from windlass.memory import kv as kv_module
-from windlass.memory.kv import KvStore, PagedShape, bytes_per_token, rounded
+from windlass.kernels.rowwise import rounded
+from windlass.memory.kv import KvStore, PagedShape, bytes_per_token
 from windlass.options import EngineOptions
 from windlass.packed import INT8_ZERO, PagedRows
 
@@ -34,7 +35,8 @@ def _fill(store, key, value):
     order = store.take_pages(store.num_free_pages)
     pages = [order[i] for i in torch.randperm(len(order)).tolist()]
     positions = torch.arange(len(key))
-    store.append(0, (torch.tensor(pages)[positions // PAGE], positions % PAGE), key, value)
+    for rows, x in zip(store.stored(0), (key, value), strict=False):
+        KERNELS[-1].write_rows(rows, torch.tensor(pages)[positions // PAGE], positions % PAGE, x)
     return tuple(pages)
 
 
@@ -212,7 +214,7 @@ def test_int8_costs_little_and_a_wrong_scale_is_noticed(family, tmp_path, monkey
         return codes, scales.roll(1, 0)
 
     for broken, least in ((slightly_wrong, 1), (of_the_neighbour, 10)):
-        monkeypatch.setattr(kv_module, "rounded", broken)
+        monkeypatch.setattr(rowwise, "rounded", broken)
         wrong, _ = _scores(tmp_path, kv_cache_dtype="int8")
         assert (wrong - exact).abs().mean() > least * BOUNDS[family], broken.__name__
 

@@ -275,11 +275,76 @@ def test_rotate(native, rows, heads, pairs, interleaved, seed):
     rope = Rope(dim=2 * pairs, theta=1e4, scaling=NoScaling(), interleaved=interleaved)
     x = torch.randn(rows, heads + 1, 2 * pairs + seed % 3)[:, 1:]
     cos, sin = torch.randn(2, rows, pairs)
-    before = x.clone()
-    got = native.rotate(x, cos, sin, rope)
-    close(got, TORCH.rotate(x, cos, sin, rope))
-    assert torch.equal(x, before)
-    assert torch.equal(native.rotate(x[-1:], cos[-1:], sin[-1:], rope), got[-1:])
+    whole = x.clone()
+    got, expected, alone = (whole.clone()[:, 1:] for _ in range(3))
+    native.rotate(got, cos, sin, rope)
+    TORCH.rotate(expected, cos, sin, rope)
+    close(got, expected)
+    native.rotate(alone[-1:], cos[-1:], sin[-1:], rope)
+    assert torch.equal(alone[-1:], got[-1:])
+
+
+@few(60)
+@given(st.integers(1, 90), st.integers(1, 5), SIZES, TYPES, SEEDS)
+def test_write_rows(native, rows, heads, width, dtype, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(rows, heads + 1, width + 3)[:, 1:, :width] * 10.0 ** (seed % 5)
+    x[0, 0, 0] = (float("inf"), 3.4e38, 1e-41, -0.0, 70000.0)[seed % 5]
+    pages = torch.randperm(rows)
+    offsets = torch.randint(0, 4, (rows,))
+    got, expected = (
+        PagedRows(torch.ones(rows, heads, 4, width + 5).to(dtype)[..., : width + 2]) for _ in "12"
+    )
+    for threads in THREADS:
+        threads_of(native, threads)
+        native.write_rows(got, pages, offsets, x)
+        TORCH.write_rows(expected, pages, offsets, x)
+        assert torch.equal(got.rows_PKBd, expected.rows_PKBd)
+    threads_of(native, 1)
+    nothing = torch.full((1, heads, width), float("nan"))
+    native.write_rows(got, pages[:1], offsets[:1], nothing)
+    assert got.rows_PKBd[pages[0], :, offsets[0], :width].isnan().all()
+
+
+@few(60)
+@given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 40), SEEDS)
+def test_group(native, rows, per_row, num_experts, seed):
+    torch.manual_seed(seed)
+    ids = torch.randint(0, num_experts, (rows, per_row))
+    got, expected = (kernels.group(ids, num_experts) for kernels in (native, TORCH))
+    assert torch.equal(got.order, expected.order) and torch.equal(got.rows, expected.rows)
+    assert got.counts == expected.counts
+
+
+@few(40)
+@given(st.integers(1, 60), SIZES, SEEDS)
+def test_accumulate(native, rows, width, seed):
+    torch.manual_seed(seed)
+    y, start = torch.randn(rows, width), torch.randn(rows, width)
+    got, expected, last = start.clone(), start.clone(), start[-1:].clone()
+    native.accumulate(got, y, 1.5)
+    TORCH.accumulate(expected, y, 1.5)
+    close(got, expected)
+    native.accumulate(last, y[-1:], 1.5)
+    assert torch.equal(last, got[-1:])
+
+
+@few(40)
+@given(st.integers(1, 40), SIZES, SIZES, TYPES, LAYOUTS, st.booleans(), SEEDS)
+def test_linears(native, rows, width, features, dtype, layout, has_bias, seed):
+    torch.manual_seed(seed)
+    w = StoredTensors()
+    for i, name in enumerate("ab"):
+        w[f"{name}.weight"] = stored(features + i, width, dtype, layout)
+    if has_bias:
+        w["b.bias"] = torch.randn(features + 1).to(dtype)
+    x = torch.randn(rows, width)
+    for _ in range(2):  # made, then kept
+        a, b = native.linears(x, w, ("a", "b"))
+        assert torch.equal(a, native.linear(x, w["a.weight"]))
+        assert torch.equal(b, native.linear(x, w["b.weight"], w.get("b.bias")))
+    (alone,) = native.linears(x, w, ("b",))
+    assert torch.equal(alone, b)
 
 
 @few(40)

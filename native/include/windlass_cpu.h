@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define WL_ABI_VERSION 2
+#define WL_ABI_VERSION 3
 #define WL_API __attribute__((visibility("default")))
 
 enum { WL_OK = 0, WL_E_ARGUMENT = 1, WL_E_MEMORY = 2 };
@@ -101,7 +101,7 @@ typedef struct wl_tile {
  * head * head_stride + token * token_stride bytes. With WL_INT8 a code means (code - 128) *
  * scales[(page * heads + head) * page_tokens + token]. */
 typedef struct wl_cache {
-  const void *data;
+  void *data;
   int64_t page_stride, head_stride, token_stride;
   int64_t width;        /* elements of a row that can be read */
   int32_t type;         /* WL_F32, WL_BF16, WL_F16 or WL_INT8 */
@@ -145,7 +145,7 @@ WL_API int32_t wl_attend(const wl_attention *work);
 WL_API int32_t wl_rms_norm(const float *x, int64_t ldx, float *y, int64_t ldy, int64_t num_rows,
                            int64_t width, const void *weight, int32_t weight_type, float add, float eps);
 /* out[t] = residual[t] + multiplier * (shared[t] + sum over a of weights[t, a] * outputs[t, a]);
- * shared may be null. */
+ * shared may be null; so may outputs and weights, with per_row 0. */
 WL_API int32_t wl_combine(const float *outputs, const float *weights, const float *shared,
                           const float *residual, float *out, int64_t num_rows, int64_t per_row,
                           int64_t width, float multiplier);
@@ -153,6 +153,15 @@ WL_API int32_t wl_combine(const float *outputs, const float *weights, const floa
 WL_API int32_t wl_rotate(float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows,
                          int64_t num_heads, int64_t pairs, const float *cos, const float *sin,
                          int64_t table_stride, int32_t interleaved);
+/* Row t of x (T, H, width; strides in floats) to head by head of the cache, at offsets[t] of page
+ * pages[t]; rounded to its type, which is not WL_INT8. */
+WL_API int32_t wl_write_rows(const float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows,
+                             int64_t num_heads, int64_t width, const wl_cache *cache, const int64_t *pages,
+                             const int64_t *offsets);
+/* Places 0 .. num in the order of the expert that ids[place] names, stable: order[i] is a place, rows[i]
+ * its row, place / per_row; counts[e] places have expert e of num_experts. */
+WL_API int32_t wl_group(const int64_t *ids, int64_t num, int64_t per_row, int64_t num_experts, int64_t *order,
+                        int64_t *rows, int64_t *counts);
 /* fp32 copy of a matrix: out (n, k). For tests. */
 WL_API int32_t wl_widen(const wl_matrix *w, float *out);
 

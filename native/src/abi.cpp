@@ -6,6 +6,7 @@
 #include <cstring>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "pool.h"
 #include "table.h"
@@ -138,6 +139,31 @@ int32_t wl_rotate(float *x, int64_t row_stride, int64_t head_stride, int64_t num
                   const float *cos, const float *sin, int64_t table_stride, int32_t interleaved) {
   return guarded([&](const wl::Table &t) {
     t.rotate(x, row_stride, head_stride, num_rows, num_heads, pairs, cos, sin, table_stride, interleaved);
+  });
+}
+
+int32_t wl_write_rows(const float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows, int64_t num_heads,
+                      int64_t width, const wl_cache *cache, const int64_t *pages, const int64_t *offsets) {
+  if (cache->type == WL_INT8) return WL_E_ARGUMENT;
+  return guarded([&](const wl::Table &t) {
+    t.write_rows(x, row_stride, head_stride, num_rows, num_heads, width, *cache, pages, offsets);
+  });
+}
+
+int32_t wl_group(const int64_t *ids, int64_t num, int64_t per_row, int64_t num_experts, int64_t *order, int64_t *rows,
+                 int64_t *counts) {
+  return guarded([&](const wl::Table &) {
+    std::vector<int64_t> next(size_t(num_experts) + 1, 0);
+    for (int64_t i = 0; i < num; i++) next[size_t(ids[i]) + 1]++;
+    for (size_t e = 0; e < size_t(num_experts); e++) {
+      counts[e] = next[e + 1];
+      next[e + 1] += next[e];
+    }
+    for (int64_t i = 0; i < num; i++) {
+      const int64_t at = next[size_t(ids[i])]++;
+      order[at] = i;
+      rows[at] = i / per_row;
+    }
   });
 }
 

@@ -32,6 +32,8 @@ constexpr wl::Table make_table() {
          const float *sin, int64_t stride, int32_t interleaved) {
         rotate({x, row, head, rows, heads, pairs, cos, sin, stride, interleaved});
       },
+      [](const float *x, int64_t row, int64_t head, int64_t rows, int64_t heads, int64_t width, const wl_cache &cache,
+         const int64_t *pages, const int64_t *offsets) { write_rows({x, row, head, rows, heads, width, cache, pages, offsets}); },
       widen,
   };
 }

@@ -82,7 +82,7 @@ inline void combine_row(const CombineWork &c, int64_t row) {
   for (int64_t i = 0; i < c.width; i += W) {
     const int count = int(std::min<int64_t>(W, c.width - i));
     auto get = [&](const float *p) { return count == W ? v_load(p) : load_tail(p, WL_F32, 0, count); };
-    V sum = v_mul(v_set(weights[0]), get(outputs + i));
+    V sum = c.per_row ? v_mul(v_set(weights[0]), get(outputs + i)) : v_zero();
     for (int64_t a = 1; a < c.per_row; a++) sum = v_fma(v_set(weights[a]), get(outputs + a * c.width + i), sum);
     if (c.shared) sum = v_add(sum, get(c.shared + row * c.width + i));
     sum = v_fma(v_set(c.multiplier), sum, get(c.residual + row * c.width + i));
@@ -94,13 +94,13 @@ inline void combine_row(const CombineWork &c, int64_t row) {
 inline void combine_task(wl::Team &team, int, void *context) {
   const CombineWork &c = *static_cast<CombineWork *>(context);
   int64_t i;
-  const int64_t step = std::max<int64_t>(1, SMALL / 4 / (c.width * c.per_row));
+  const int64_t step = std::max<int64_t>(1, SMALL / 4 / (c.width * std::max<int64_t>(1, c.per_row)));
   while ((i = team.next((c.num_rows + step - 1) / step)) >= 0)
     for (int64_t row = i * step; row < std::min(c.num_rows, (i + 1) * step); row++) combine_row(c, row);
 }
 
 inline void combine(CombineWork c) {
-  if (c.num_rows * c.per_row * c.width > SMALL) return wl::run_team(combine_task, &c);
+  if (c.num_rows * std::max<int64_t>(1, c.per_row) * c.width > SMALL) return wl::run_team(combine_task, &c);
   for (int64_t row = 0; row < c.num_rows; row++) combine_row(c, row);
 }
 
@@ -143,6 +143,51 @@ inline void rotate_task(wl::Team &team, int, void *context) {
 inline void rotate(RotateWork r) {
   if (r.num_rows * r.num_heads * r.pairs > SMALL) return wl::run_team(rotate_task, &r);
   for (int64_t row = 0; row < r.num_rows; row++) rotate_row(r, row);
+}
+
+struct WriteWork {
+  const float *x;
+  int64_t row_stride, head_stride, num_rows, num_heads, width;
+  wl_cache to;
+  const int64_t *pages, *offsets;
+};
+
+/// To the nearest, ties to even; NaN stays NaN.
+inline uint16_t to_bf16(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+  return uint16_t(is_nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline void write_row(const WriteWork &w, int64_t row) {
+  uint8_t *page = static_cast<uint8_t *>(w.to.data) + w.pages[row] * w.to.page_stride + w.offsets[row] * w.to.token_stride;
+  for (int64_t head = 0; head < w.num_heads; head++) {
+    const float *x = w.x + row * w.row_stride + head * w.head_stride;
+    uint8_t *to = page + head * w.to.head_stride;
+    if (w.to.type == WL_F32) {
+      std::memcpy(to, x, size_t(w.width) * 4);
+      continue;
+    }
+    uint16_t *halves = reinterpret_cast<uint16_t *>(to);
+    if (w.to.type == WL_BF16) {
+      for (int64_t i = 0; i < w.width; i++) halves[i] = to_bf16(x[i]);
+    } else {
+      for (int64_t i = 0; i < w.width; i++) halves[i] = _cvtss_sh(x[i], _MM_FROUND_TO_NEAREST_INT);
+    }
+  }
+}
+
+inline void write_task(wl::Team &team, int, void *context) {
+  const WriteWork &w = *static_cast<WriteWork *>(context);
+  int64_t i;
+  const int64_t step = std::max<int64_t>(1, SMALL / 4 / (w.num_heads * w.width));
+  while ((i = team.next((w.num_rows + step - 1) / step)) >= 0)
+    for (int64_t row = i * step; row < std::min(w.num_rows, (i + 1) * step); row++) write_row(w, row);
+}
+
+inline void write_rows(WriteWork w) {
+  if (w.num_rows * w.num_heads * w.width > SMALL) return wl::run_team(write_task, &w);
+  for (int64_t row = 0; row < w.num_rows; row++) write_row(w, row);
 }
 
 }  // namespace WL_NS

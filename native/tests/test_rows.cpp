@@ -119,3 +119,65 @@ TEST(rotate_is_right_and_a_row_depends_on_itself_alone) {
   }
   wl_set_threads(1);
 }
+
+TEST(rows_are_written_where_they_belong_and_nowhere_else) {
+  for (int i = 0; i < run.tries(200); i++) {
+    const bool is_large = i % 20 == 0;
+    const int64_t rows = run.size(is_large ? 400 : 20), heads = run.between(1, 6), width = run.size(90), tokens = run.between(1, 5);
+    const int64_t head_stride = width + run.pick<int64_t>({0, 0, 3}), row_stride = (heads - 1) * head_stride + width + run.pick<int64_t>({0, 0, 4});
+    std::vector<float> x = run.normals((rows - 1) * row_stride + (heads - 1) * head_stride + width);
+    for (float &value : x)
+      if (run.chance(0.01)) value = run.pick({test::INF, test::NOT_A_NUMBER, test::DENORMAL, 3.4e38f, -0.0f});
+    const int32_t type = run.pick<int32_t>({WL_F32, WL_BF16, WL_F16});
+    const int64_t item = type == WL_F32 ? 4 : 2, held = width + run.between(0, 3);
+    std::vector<uint8_t> memory(size_t(rows * heads * tokens * held * item), 0xa5);
+    const wl_cache cache{memory.data(), heads * tokens * held * item, tokens * held * item, held * item, held, type, nullptr};
+    std::vector<int64_t> pages, offsets;
+    for (int64_t row = 0; row < rows; row++) {
+      pages.push_back(rows - 1 - row);
+      offsets.push_back(run.between(0, tokens - 1));
+    }
+    wl_set_threads(int32_t(run.between(1, 3)));
+    CHECK(wl_write_rows(x.data(), row_stride, head_stride, rows, heads, width, &cache, pages.data(), offsets.data()) == WL_OK, "refused");
+    std::vector<bool> is_written(memory.size());
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t head = 0; head < heads; head++)
+        for (int64_t d = 0; d < width; d++) {
+          const size_t at = size_t((((pages[size_t(row)] * heads + head) * tokens + offsets[size_t(row)]) * held + d) * item);
+          const float from = x[size_t(row * row_stride + head * head_stride + d)];
+          float got;
+          uint16_t half;
+          std::memcpy(&got, &memory[at], item == 4 ? 4 : 0);
+          std::memcpy(&half, &memory[at], 2);
+          if (item == 2) got = test::from_bits(type, half);
+          const double most = type == WL_F32 ? 0 : std::fabs(double(from)) * (type == WL_BF16 ? 1.0 / 256 : 1.0 / 2048) + (type == WL_BF16 ? 1e-40 : 3e-8);
+          const bool overflows = std::isinf(got) && std::fabs(from) >= (type == WL_F16 ? 65520.0f : 3.39e38f) && (got > 0) == (from > 0);
+          CHECK(overflows || (std::isnan(from) ? std::isnan(got) : std::isinf(from) ? got == from : std::fabs(double(got) - double(from)) <= most), "row %ld head %ld column %ld: %g, expected %g",
+                long(row), long(head), long(d), double(got), double(from));
+          for (int64_t b = 0; b < item; b++) is_written[at + size_t(b)] = true;
+        }
+    for (size_t at = 0; at < memory.size(); at++) CHECK(is_written[at] || memory[at] == 0xa5, "byte %zu", at);
+  }
+  wl_set_threads(1);
+  const wl_cache codes{nullptr, 0, 0, 0, 0, WL_INT8, nullptr};
+  CHECK(wl_write_rows(nullptr, 0, 0, 0, 0, 0, &codes, nullptr, nullptr) == WL_E_ARGUMENT, "int8 rows have scales");
+}
+
+TEST(places_are_grouped_by_expert_in_their_order) {
+  for (int i = 0; i < run.tries(200); i++) {
+    const int64_t num = run.size(500), per_row = run.between(1, 8), experts = run.size(70);
+    std::vector<int64_t> ids, order(size_t(num), -1), rows(size_t(num), -1), counts(size_t(experts), -1);
+    for (int64_t place = 0; place < num; place++) ids.push_back(run.between(0, experts - 1));
+    CHECK(wl_group(ids.data(), num, per_row, experts, order.data(), rows.data(), counts.data()) == WL_OK, "refused");
+    size_t at = 0;
+    for (int64_t expert = 0; expert < experts; expert++) {
+      int64_t count = 0;
+      for (int64_t place = 0; place < num; place++) {
+        if (ids[size_t(place)] != expert) continue;
+        CHECK(order[at] == place && rows[at] == place / per_row, "place %zu: %ld of row %ld", at, long(order[at]), long(rows[at]));
+        at++, count++;
+      }
+      CHECK(counts[size_t(expert)] == count, "expert %ld", long(expert));
+    }
+  }
+}

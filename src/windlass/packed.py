@@ -84,4 +84,4 @@ class StoredTensors(dict[str, Weight]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.prepared: dict[str, object] = {}
+        self.prepared: dict[object, object] = {}

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from windlass.kernels.base import Kernels, Tensors
-from windlass.packed import Packed, PackedStack, plain, plain_or_none
+from windlass.packed import Packed, PackedStack, plain
 from windlass.spec.model import Attention, GatedDelta, Gqa, Mla, Norm, RmsNorm
+
+_HEADS = ("q_proj", "k_proj", "v_proj")
+_GATED = (*_HEADS, "gate_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ def attention_output(
 
 def linear(k: Kernels, w: Tensors, name: str, x_TD: torch.Tensor) -> torch.Tensor:
     """`name`'s weight, and its bias where the part has one."""
-    return k.linear(x_TD, w[f"{name}.weight"], plain_or_none(w, f"{name}.bias"))
+    return k.linears(x_TD, w, (name,))[0]
 
 
 def _project_heads(
@@ -95,25 +98,25 @@ def _project_heads(
     cos_Tr: torch.Tensor | None,
     sin_Tr: torch.Tensor | None,
 ) -> Projected:
-    q, key, value = (linear(k, w, f"{name}_proj", h_TD) for name in "qkv")
+    names = _GATED if attention.output_gate else _HEADS
+    q, key, value, *gates = k.linears(h_TD, w, names)
     if attention.qk_norm == "full":
         q = k.normalise(norm, plain(w, "q_norm.weight"), None, q)
         key = k.normalise(norm, plain(w, "k_norm.weight"), None, key)
     if attention.clip_qkv is not None:
         limit = attention.clip_qkv
         q, key, value = (x.clamp(-limit, limit) for x in (q, key, value))
-    q_heads = (len(h_TD), attention.num_heads, attention.head_dim)
-    kv_heads = (len(h_TD), attention.num_kv_heads, attention.head_dim)
+    q_heads = (h_TD.shape[0], attention.num_heads, attention.head_dim)
+    kv_heads = (h_TD.shape[0], attention.num_kv_heads, attention.head_dim)
     q_THd, key_TKd, value_TKd = q.view(q_heads), key.view(kv_heads), value.view(kv_heads)
     if attention.qk_norm == "head":
         q_THd = k.normalise(norm, plain(w, "q_norm.weight"), None, q_THd)
         key_TKd = k.normalise(norm, plain(w, "k_norm.weight"), None, key_TKd)
     if attention.rope is not None:
         assert cos_Tr is not None and sin_Tr is not None, "rotary attention needs cos and sin"
-        q_THd = k.rotate(q_THd, cos_Tr, sin_Tr, attention.rope)
-        key_TKd = k.rotate(key_TKd, cos_Tr, sin_Tr, attention.rope)
-    gate = linear(k, w, "gate_proj", h_TD).view(q_heads) if attention.output_gate else None
-    return Projected(q_THd, key_TKd, value_TKd, gate)
+        k.rotate(q_THd, cos_Tr, sin_Tr, attention.rope)
+        k.rotate(key_TKd, cos_Tr, sin_Tr, attention.rope)
+    return Projected(q_THd, key_TKd, value_TKd, gates[0].view(q_heads) if gates else None)
 
 
 def _project_latent(
@@ -139,13 +142,13 @@ def _project_latent(
         dim=-1,
     )
     q_THc = k.batched_linear(q_nope, _heads(w, "k_up.weight").transpose(1, 2))
-    q_rot = k.rotate(q_rot, cos_Tr, sin_Tr, attention.rope)
+    k.rotate(q_rot, cos_Tr, sin_Tr, attention.rope)
     latent, key_rot = torch.split(
         linear(k, w, "kv_a_proj", h_TD), [attention.kv_lora_rank, attention.rope.dim], dim=-1
     )
     latent = k.normalise(latent_norm, plain(w, "kv_a_norm.weight"), None, latent)
-    key_rot = k.rotate(key_rot[:, None], cos_Tr, sin_Tr, attention.rope)
-    key = torch.cat((latent[:, None], key_rot), dim=-1)
+    k.rotate(key_rot[:, None], cos_Tr, sin_Tr, attention.rope)
+    key = torch.cat((latent, key_rot), dim=-1)[:, None]
     value = key[..., : attention.kv_lora_rank]
     return Projected(torch.cat((q_THc, q_rot), dim=-1), key, value, None)
 

@@ -25,6 +25,14 @@ class ExpertRows(NamedTuple):
     places: torch.Tensor
 
 
+class Groups(NamedTuple):
+    """Places (row * A + slot) of rows with A experts each, sorted by expert, stable."""
+
+    order: torch.Tensor  # (T * A,) int64
+    rows: torch.Tensor  # of `order`
+    counts: list[int]  # places of each expert
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionWork:
     """The rows of one attention call, sequence by sequence, as plain integers.
@@ -65,6 +73,11 @@ class Kernels(Protocol):
         """x @ w.T + bias -> (T, E). `w` is (E, D), or (g, n, D) with E = g n."""
         ...
 
+    def linears(self, x_TD: torch.Tensor, w: Tensors, names: Sequence[str]) -> list[torch.Tensor]:
+        """`linear` of the same rows with several of a part's matrices: `{name}.weight`, with
+        `{name}.bias` where the part has it."""
+        ...
+
     def batched_linear(
         self, x_THa: torch.Tensor, w_Hba: torch.Tensor | PackedStack
     ) -> torch.Tensor:
@@ -94,8 +107,18 @@ class Kernels(Protocol):
 
     def rotate(
         self, x_THd: torch.Tensor, cos_Tf: torch.Tensor, sin_Tf: torch.Tensor, rope: Rope
-    ) -> torch.Tensor:
-        """Rotates the first `rope.dim` dimensions of each head; the others pass. A new tensor."""
+    ) -> None:
+        """Rotates the first `rope.dim` dimensions of each head in place; the others stay."""
+        ...
+
+    def write_rows(
+        self, store: PagedRows, pages_T: torch.Tensor, offsets_T: torch.Tensor, x_TKd: torch.Tensor
+    ) -> None:
+        """Writes each row's heads at its offset of its page, rounded to the store's type."""
+        ...
+
+    def group(self, ids_TA: torch.Tensor, num_experts: int) -> Groups:
+        """Who has which expert, of the ids (int64) that rows were routed to."""
         ...
 
     def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from windlass.kernels import rowwise
 from windlass.kernels.attention import paged_attention
-from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows, Tensors
+from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows, Groups, Tensors
 from windlass.kernels.dequantise import dequantise
 from windlass.kernels.limits import TILE_BYTES, UNPACK_BYTES
 from windlass.kernels.rows import RowLadder, pad_rows, padded_width
@@ -67,6 +67,12 @@ class TorchKernels:
             column += features
         return out_TE if bias_E is None else out_TE.add_(bias_E.float())
 
+    def linears(self, x_TD: torch.Tensor, w: Tensors, names: Sequence[str]) -> list[torch.Tensor]:
+        return [
+            self.linear(x_TD, w[f"{name}.weight"], plain_or_none(w, f"{name}.bias"))
+            for name in names
+        ]
+
     def batched_linear(
         self, x_THa: torch.Tensor, w_Hba: torch.Tensor | PackedStack
     ) -> torch.Tensor:
@@ -106,8 +112,19 @@ class TorchKernels:
 
     def rotate(
         self, x_THd: torch.Tensor, cos_Tf: torch.Tensor, sin_Tf: torch.Tensor, rope: Rope
-    ) -> torch.Tensor:
-        return rowwise.rotate(x_THd, cos_Tf, sin_Tf, rope)
+    ) -> None:
+        rowwise.rotate(x_THd, cos_Tf, sin_Tf, rope)
+
+    def write_rows(
+        self, store: PagedRows, pages_T: torch.Tensor, offsets_T: torch.Tensor, x_TKd: torch.Tensor
+    ) -> None:
+        rowwise.write_rows(store, pages_T, offsets_T, x_TKd)
+
+    def group(self, ids_TA: torch.Tensor, num_experts: int) -> Groups:
+        flat = ids_TA.flatten()
+        order = torch.argsort(flat, stable=True)
+        counts = torch.bincount(flat, minlength=num_experts).tolist()
+        return Groups(order, order // ids_TA.shape[1], counts)
 
     def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
         # in two steps: a fused multiply-add would round otherwise in a vector's tail

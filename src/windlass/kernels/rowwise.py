@@ -1,4 +1,5 @@
-"""What happens to single rows, in torch: norms, rotary positions, the sum of expert outputs.
+"""What happens to single rows, in torch: norms, rotary positions, the sum of expert outputs, the
+way into the cache.
 
 Everything is elementwise or a sum over a row, so that a row's bits do not depend on other rows.
 Shape legend: kernels/base.py; f = rope.dim / 2 frequencies, A experts of a row.
@@ -6,8 +7,10 @@ Shape legend: kernels/base.py; f = rope.dim / 2 frequencies, A experts of a row.
 
 import torch
 
+from windlass.packed import INT8_ZERO, PagedRows
 from windlass.spec.model import LayerNorm, Norm, Rope
 
+_LARGEST = 127  # code of int8, either way: rounding is symmetric
 _COMBINE_ROWS = 256  # rows combined at once: their expert outputs stay in the cache
 
 
@@ -25,21 +28,17 @@ def normalise(
     return y * (1.0 + weight) if norm.plus_one else y * weight
 
 
-def rotate(
-    x_THd: torch.Tensor, cos_Tf: torch.Tensor, sin_Tf: torch.Tensor, rope: Rope
-) -> torch.Tensor:
+def rotate(x_THd: torch.Tensor, cos_Tf: torch.Tensor, sin_Tf: torch.Tensor, rope: Rope) -> None:
     """See `Kernels.rotate`."""
     cos, sin = cos_Tf[:, None], sin_Tf[:, None]
     turned = x_THd[..., : rope.dim]
     if rope.interleaved:
         a, b = turned[..., 0::2], turned[..., 1::2]
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     else:
         a, b = turned.chunk(2, dim=-1)
-        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    if rope.dim == x_THd.shape[-1]:
-        return turned
-    return torch.cat((turned, x_THd[..., rope.dim :]), dim=-1)
+    new_a, new_b = a * cos - b * sin, b * cos + a * sin
+    a.copy_(new_a)
+    b.copy_(new_b)
 
 
 def combine(
@@ -60,3 +59,26 @@ def combine(
             total = total + shared_TD[part]
         # in two steps: a fused multiply-add would round otherwise in a vector's tail
         hidden_TD[part] += total * multiplier
+
+
+def write_rows(
+    store: PagedRows, pages_T: torch.Tensor, offsets_T: torch.Tensor, x_TKd: torch.Tensor
+) -> None:
+    """See `Kernels.write_rows`."""
+    width = x_TKd.shape[2]
+    if store.scales_PKB is None:
+        store.rows_PKBd[pages_T, :, offsets_T, :width] = x_TKd.to(store.rows_PKBd.dtype)
+        return
+    codes_TKd, scales_TK = rounded(x_TKd)
+    store.rows_PKBd[pages_T, :, offsets_T, :width] = codes_TKd
+    store.scales_PKB[pages_T, :, offsets_T] = scales_TK
+
+
+def rounded(x_TKd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of fp32 rows. Maximum, division and rounding are exact or rounded once, so a
+    row's codes depend on nothing but the row. A row of zeros gets scale 0; a NaN or an infinity
+    makes its whole row NaN when it is widened."""
+    scales_TK = x_TKd.abs().amax(-1).div_(_LARGEST)
+    steps = torch.where(scales_TK == 0, 1.0, scales_TK)
+    codes = (x_TKd / steps[..., None]).round_().clamp_(-_LARGEST, _LARGEST).add_(INT8_ZERO)
+    return codes.nan_to_num_(INT8_ZERO).to(torch.uint8), scales_TK

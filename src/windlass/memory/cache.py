@@ -147,12 +147,16 @@ class WeightCache:
                 entries.append(self._take_ready(visit))
             return entries
 
-    def release(self, entry: Entry) -> None:
-        """Gives one lease of `entry` back."""
+    def release(self, entries: Sequence[Entry]) -> None:
+        """Gives one lease of each back."""
         with self._changed:
-            entry.leases -= 1
-            if entry.is_idle:
-                self._resident.set_idle(entry)
+            is_any_idle = False
+            for entry in entries:
+                entry.leases -= 1
+                if entry.is_idle:
+                    self._resident.set_idle(entry)
+                    is_any_idle = True
+            if is_any_idle:
                 self.pump()
                 self._changed.notify_all()
 

@@ -17,7 +17,6 @@ from windlass.packed import INT8_ZERO, PagedRows
 from windlass.units import round_up
 
 _ALIGN = 16  # elements: a vector of the widest unit
-_LARGEST = 127  # code, either way: rounding is symmetric
 _SCALE = torch.float32
 
 
@@ -81,6 +80,7 @@ class KvStore:
         self.num_pages = num_pages
         self._keys: dict[int, PagedRows] = {}
         self._values: dict[int, PagedRows] = {}
+        self._stored: dict[int, tuple[PagedRows, ...]] = {}
         self._states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for layer, shape in enumerate(shapes):
             if isinstance(shape, StateShape):
@@ -89,11 +89,13 @@ class KvStore:
                 continue
             rows = (num_pages, shape.num_heads, page_tokens)
             keys = self._keys[layer] = _zero_rows(rows, shape.key_dim, dtype)
-            self._values[layer] = (
-                PagedRows(keys.rows_PKBd[..., : shape.value_dim], keys.scales_PKB)
-                if shape.value_in_key
-                else _zero_rows(rows, shape.value_dim, dtype)
-            )
+            if shape.value_in_key:
+                view = keys.rows_PKBd[..., : shape.value_dim]
+                self._values[layer] = PagedRows(view, keys.scales_PKB)
+                self._stored[layer] = (keys,)
+            else:
+                values = self._values[layer] = _zero_rows(rows, shape.value_dim, dtype)
+                self._stored[layer] = (keys, values)
         self.pool = PagePool(num_pages)
         self._free_states = list(range(state_slots - 1, -1, -1))
         self._state_slots = state_slots
@@ -109,10 +111,9 @@ class KvStore:
     def take_pages(self, count: int) -> list[int]:
         """Hands out cleared pages; there must be enough."""
         pages = self.pool.take(count)
-        for layer, keys in self._keys.items():
-            _clear(keys, pages)
-            if not self._is_shared(layer):
-                _clear(self._values[layer], pages)
+        for stores in self._stored.values():
+            for store in stores:
+                _clear(store, pages)
         return pages
 
     def give_pages(self, pages: Sequence[int]) -> None:
@@ -137,26 +138,13 @@ class KvStore:
     def has_free_state(self) -> bool:
         return not self._states or bool(self._free_states)
 
-    def append(
-        self,
-        layer: int,
-        place: tuple[torch.Tensor, torch.Tensor],
-        key_TKd: torch.Tensor,
-        value_TKv: torch.Tensor,
-    ) -> None:
-        """Writes rows at `place` = (page of each row, offset in the page)."""
-        _write(self._keys[layer], place, key_TKd)
-        if not self._is_shared(layer):
-            _write(self._values[layer], place, value_TKv)
-
     def paged(self, layer: int) -> tuple[PagedRows, PagedRows]:
         """Keys and values of an attention layer."""
         return self._keys[layer], self._values[layer]
 
-    def _is_shared(self, layer: int) -> bool:
-        """Whether values are a view of the keys."""
-        keys, values = self._keys[layer], self._values[layer]
-        return keys.rows_PKBd.data_ptr() == values.rows_PKBd.data_ptr()
+    def stored(self, layer: int) -> tuple[PagedRows, ...]:
+        """The same, without values that are a view of the keys: what rows are written to."""
+        return self._stored[layer]
 
     def states(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Convolution windows (S, channels, kernel - 1) and states (S, heads, dk, dv)."""
@@ -184,24 +172,3 @@ def _clear(store: PagedRows, pages: list[int]) -> None:
         return
     store.rows_PKBd[pages] = INT8_ZERO
     store.scales_PKB[pages] = 0
-
-
-def _write(store: PagedRows, place: tuple[torch.Tensor, torch.Tensor], x_TKd: torch.Tensor) -> None:
-    pages, offsets = place
-    width = x_TKd.shape[2]
-    if store.scales_PKB is None:
-        store.rows_PKBd[pages, :, offsets, :width] = x_TKd.to(store.rows_PKBd.dtype)
-        return
-    codes_TKd, scales_TK = rounded(x_TKd)
-    store.rows_PKBd[pages, :, offsets, :width] = codes_TKd
-    store.scales_PKB[pages, :, offsets] = scales_TK
-
-
-def rounded(x_TKd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of fp32 rows. Maximum, division and rounding are exact or rounded once, so a
-    row's codes depend on nothing but the row. A row of zeros gets scale 0; a NaN or an infinity
-    makes its whole row NaN when it is widened."""
-    scales_TK = x_TKd.abs().amax(-1).div_(_LARGEST)
-    steps = torch.where(scales_TK == 0, 1.0, scales_TK)
-    codes = (x_TKd / steps[..., None]).round_().clamp_(-_LARGEST, _LARGEST).add_(INT8_ZERO)
-    return codes.nan_to_num_(INT8_ZERO).to(torch.uint8), scales_TK

@@ -30,10 +30,15 @@ class Lease:
 
     def release(self) -> None:
         """Lets the part be evicted. Idempotent."""
-        entry, self._entry = self._entry, None
+        entry = self._end()
         if entry is not None:
-            self._tensors = {}
-            self._store._release(entry)
+            self._store._release((entry,))
+
+    def _end(self) -> Entry | None:
+        """What is to be released, once."""
+        entry, self._entry = self._entry, None
+        self._tensors = {}
+        return entry
 
     def __enter__(self) -> Self:
         return self
@@ -88,8 +93,10 @@ class Arrivals:
         self._store._abandon(self._visit)
 
     def _release(self) -> None:
-        while self._leases:
-            self._leases.pop().release()
+        entries = [entry for lease in self._leases if (entry := lease._end()) is not None]
+        self._leases.clear()
+        if entries:
+            self._store._release(entries)
 
     def __del__(self) -> None:
         # The collector may run inside the store itself, so the store cleans up when it next can.

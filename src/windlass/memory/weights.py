@@ -179,8 +179,8 @@ class WeightStore:
         with self._changed:
             return [self._lease(entry) for entry in self.cache.ready(visit, limit)]
 
-    def _release(self, entry: Entry) -> None:
-        self.cache.release(entry)
+    def _release(self, entries: Sequence[Entry]) -> None:
+        self.cache.release(entries)
 
     def _abandon(self, visit: Visit) -> None:
         self.cache.abandon(visit)

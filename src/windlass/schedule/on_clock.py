@@ -94,7 +94,7 @@ class ClockWeights:
             self.cache.abandon(visit)
             assert entry is not None, f"{key} did not arrive"
         yield entry
-        self.cache.release(entry)
+        self.cache.release((entry,))
 
     def arrivals(
         self, keys: Sequence[WeightKey], *, in_groups: bool = False
@@ -108,17 +108,13 @@ class ClockWeights:
                 while (entry := self.cache.next(visit)) is not None:
                     group.append(entry)
                 yield group
-                self._give_back(group)
+                self.cache.release(group)
             return
         visit = self.cache.begin(keys)
         while (entry := self.cache.next(visit)) is not None:
             group = [entry, *self.cache.ready(visit, size - 1)]
             yield group
-            self._give_back(group)
-
-    def _give_back(self, group: Sequence[Entry]) -> None:
-        for held in reversed(group):
-            self.cache.release(held)
+            self.cache.release(group)
 
     def _fetch(self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]) -> Ticket:
         reads = self._reads(entry.key)

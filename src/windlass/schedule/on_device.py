@@ -39,9 +39,7 @@ class _Rows(NamedTuple):
 
     h_TD: torch.Tensor
     weights_TA: torch.Tensor
-    order: torch.Tensor  # places (row * A + slot), sorted by expert
-    rows: torch.Tensor  # of `order`
-    bounds: list[int]  # of each expert's range in `order`
+    places: dict[int, tuple[torch.Tensor, torch.Tensor]]  # rows and places of each expert
     outputs: torch.Tensor  # (T * A, D) by place
     shared_TD: torch.Tensor | None
 
@@ -134,21 +132,20 @@ class DeviceRuntime:
         with self._tracer.span("route", layer=layer, rows=len(hidden)):
             h_TD = math.ffn_input(self._kernels, self._spec, weights.tensors, hidden)
             weights_TA, ids_TA = route(self._kernels, moe, weights.tensors, h_TD)
-            flat = ids_TA.flatten()
-            order = torch.argsort(flat, stable=True)
-            counts = torch.bincount(flat, minlength=moe.num_experts).tolist()
-            self._forecast.observe(layer, {e: n for e, n in enumerate(counts) if n})
+            groups = self._kernels.group(ids_TA, moe.num_experts)
+            used = {expert: count for expert, count in enumerate(groups.counts) if count}
+            self._forecast.observe(layer, used)
         shared = None
         if moe.shared is not None:
             with self._tracer.span("shared", layer=layer, rows=len(hidden)):
                 shared = shared_expert(self._kernels, moe.shared, weights.tensors, h_TD)
-        bounds = [0]
-        for count in counts:
-            bounds.append(bounds[-1] + count)
-        outputs = self._expert_outputs(len(flat), h_TD.shape[1])
-        experts = tuple(expert for expert, count in enumerate(counts) if count)
-        rows = order // ids_TA.shape[1]
-        return Routed(experts, _Rows(h_TD, weights_TA, order, rows, bounds, outputs, shared))
+        outputs = self._expert_outputs(ids_TA.numel(), h_TD.shape[1])
+        counts = list(used.values())
+        parts = zip(
+            torch.split(groups.rows, counts), torch.split(groups.order, counts), strict=True
+        )
+        places = dict(zip(used, parts, strict=True))
+        return Routed(tuple(used), _Rows(h_TD, weights_TA, places, outputs, shared))
 
     def _expert_outputs(self, *shape: int) -> torch.Tensor:
         """Memory of one layer's expert outputs, the same for all layers of a pass."""
@@ -160,11 +157,8 @@ class DeviceRuntime:
     def experts(self, layer: int, group: Sequence[Lease], routed: Routed) -> None:
         moe, data = self._spec.blocks[layer].ffn, routed.data
         assert isinstance(moe, Moe), "the schedule asked for experts of a dense layer"
-        work = []
-        for lease in group:
-            part = slice(data.bounds[lease.key.index], data.bounds[lease.key.index + 1])
-            work.append(ExpertRows(lease.tensors, data.rows[part], data.order[part]))
-        rows = sum(len(one.rows) for one in work)
+        work = [ExpertRows(lease.tensors, *data.places[lease.key.index]) for lease in group]
+        rows = sum(one.rows.shape[0] for one in work)
         with self._tracer.span("experts", layer=layer, experts=len(work), rows=rows):
             self._kernels.experts(data.h_TD, work, moe.expert.activation, data.outputs)
 
@@ -233,7 +227,8 @@ class DeviceRuntime:
                 places.tables[attention.rope] = found
             cos, sin = places.tables[attention.rope]
         got = math.pre_attention(self._kernels, self._spec, attention, w, x_TD, cos, sin)
-        self._kv.append(layer, (places.pages, places.offsets), got.key_TKd, got.value_TKv)
+        for store, x_TKd in zip(self._kv.stored(layer), (got.key_TKd, got.value_TKv), strict=False):
+            self._kernels.write_rows(store, places.pages, places.offsets, x_TKd)
         gqa = attention if isinstance(attention, Gqa) else None
         options = AttentionOptions(
             scale=attention.scale,

@@ -5,7 +5,7 @@ import ctypes as c
 from functools import cache
 from pathlib import Path
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 FILE = Path(__file__).parent / "libwindlass_cpu.so"
 
 CODES = {"f32": 0, "bf16": 1, "f16": 2, "e4m3": 3, "e2m1": 4, "int8": 5, "int4": 6}
@@ -17,6 +17,8 @@ _i32, _i64, _f32, _ptr = c.c_int32, c.c_int64, c.c_float, c.c_void_p
 
 
 class Matrix(c.Structure):
+    copy: object = None  # of a weight that cannot be read in place: it lives as long as this
+
     _fields_ = [
         ("code", _i32), ("packing", _i32), ("scale_type", _i32), ("zero_type", _i32),
         ("n", _i64), ("k", _i64),
@@ -70,6 +72,8 @@ _SIGNATURES = {
     "wl_rms_norm": [_ptr, _i64, _ptr, _i64, _i64, _i64, _ptr, _i32, _f32, _f32],
     "wl_combine": [_ptr, _ptr, _ptr, _ptr, _ptr, _i64, _i64, _i64, _f32],
     "wl_rotate": [_ptr, _i64, _i64, _i64, _i64, _i64, _ptr, _ptr, _i64, _i32],
+    "wl_write_rows": [_ptr, _i64, _i64, _i64, _i64, _i64, c.POINTER(Cache), _ptr, _ptr],
+    "wl_group": [_ptr, _i64, _i64, _i64, _ptr, _ptr, _ptr],
     "wl_widen": [c.POINTER(Matrix), _ptr],
     "wl_use": [c.c_char_p],
     "wl_set_threads": [_i32],

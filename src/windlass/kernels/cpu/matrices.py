@@ -55,7 +55,7 @@ def _packed(w: Packed) -> lib.Matrix:
     if not _is_native(w):
         wide = dequantise(w, 0, w.shape[0])
         matrix = _dense(wide)
-        matrix.kept = wide
+        matrix.copy = wide
         return matrix
     form, (n, k) = w.format, w.shape
     is_wide_gptq = form.packing == "gptq" and form.code == "int8"

@@ -14,6 +14,7 @@ from windlass.kernels.base import (
     AttentionOptions,
     AttentionWork,
     ExpertRows,
+    Groups,
     Tensors,
 )
 from windlass.kernels.cpu import library as lib
@@ -49,20 +50,33 @@ class NativeKernels(TorchKernels):
     def linear(
         self, x_TD: torch.Tensor, w: Weight, bias_E: torch.Tensor | None = None
     ) -> torch.Tensor:
+        return self._products(x_TD, _Linears([(w, bias_E)]))[0]
+
+    def linears(self, x_TD: torch.Tensor, w: Tensors, names: Sequence[str]) -> list[torch.Tensor]:
+        prepared = w.prepared if isinstance(w, StoredTensors) else {}
+        linears = prepared.get(names)
+        if linears is None:
+            parts = [(w[f"{name}.weight"], plain_or_none(w, f"{name}.bias")) for name in names]
+            linears = _Linears(parts)
+            if not linears.has_copies:  # kept for as long as the tensors stay in their slot
+                prepared[names] = linears
+        assert isinstance(linears, _Linears)
+        return self._products(x_TD, linears)
+
+    def _products(self, x_TD: torch.Tensor, linears: "_Linears") -> list[torch.Tensor]:
         x_TD = _rows(x_TD)
-        parts = matrices_of(w)
-        out_TE = empty(len(x_TD), sum(m.n for m in parts))
-        bias = None if bias_E is None else floats(bias_E)
-        products = (lib.Product * len(parts))()
-        column = 0
-        for product, m in zip(products, parts, strict=True):
-            product.x, product.ldx = x_TD.data_ptr(), x_TD.stride(0)
-            product.w = c.pointer(m)
-            product.bias = None if bias is None else bias.data_ptr() + 4 * column
-            product.out, product.ldo = out_TE.data_ptr() + 4 * column, out_TE.stride(0)
-            column += m.n
-        lib.check(self._lib.wl_products(products, len(parts), len(x_TD), self._precision), "linear")
-        return out_TE
+        num_rows = x_TD.shape[0]
+        outs = [empty(num_rows, width) for width in linears.widths]
+        products = (lib.Product * len(linears.products)).from_buffer_copy(linears.products)
+        x, ldx = x_TD.data_ptr(), x_TD.stride(0)
+        pointers = [out.data_ptr() for out in outs]
+        for product, (index, column) in zip(products, linears.places, strict=True):
+            product.x, product.ldx = x, ldx
+            product.out = pointers[index] + 4 * column
+            product.ldo = linears.widths[index]
+        code = self._lib.wl_products(products, len(products), num_rows, self._precision)
+        lib.check(code, "linear")
+        return outs
 
     def batched_linear(
         self, x_THa: torch.Tensor, w_Hba: torch.Tensor | PackedStack
@@ -107,7 +121,7 @@ class NativeKernels(TorchKernels):
             kept.append(network)
             experts[i] = network.struct
             experts[i].rows, experts[i].places = rows.data_ptr(), places.data_ptr()
-            experts[i].num_rows = len(rows)
+            experts[i].num_rows = rows.shape[0]
         self._run_experts(x_TD, experts, activation, out)
 
     def _run_experts(
@@ -169,7 +183,7 @@ class NativeKernels(TorchKernels):
         y = empty(*x.shape)
         weight_D = weight_D.contiguous()
         code = self._lib.wl_rms_norm(
-            rows.data_ptr(), rows.stride(0), y.data_ptr(), width, len(rows), width,
+            rows.data_ptr(), rows.stride(0), y.data_ptr(), width, rows.shape[0], width,
             weight_D.data_ptr(), _TYPES[weight_D.dtype], float(norm.plus_one), norm.eps,
         )  # fmt: skip
         lib.check(code, "normalise")
@@ -177,19 +191,48 @@ class NativeKernels(TorchKernels):
 
     def rotate(
         self, x_THd: torch.Tensor, cos_Tf: torch.Tensor, sin_Tf: torch.Tensor, rope: Rope
-    ) -> torch.Tensor:
-        y_THd = empty(*x_THd.shape).copy_(x_THd)
-        assert cos_Tf.stride() == sin_Tf.stride() and cos_Tf.stride(1) == 1
+    ) -> None:
+        row, head, one = x_THd.stride()
+        table, unit = cos_Tf.stride()
+        assert cos_Tf.stride() == sin_Tf.stride() and unit == one == 1, "elements lie side by side"
         code = self._lib.wl_rotate(
-            y_THd.data_ptr(), y_THd.stride(0), y_THd.stride(1), *y_THd.shape[:2], rope.dim // 2,
-            cos_Tf.data_ptr(), sin_Tf.data_ptr(), cos_Tf.stride(0), rope.interleaved,
+            x_THd.data_ptr(), row, head, *x_THd.shape[:2], rope.dim // 2,
+            cos_Tf.data_ptr(), sin_Tf.data_ptr(), table, rope.interleaved,
         )  # fmt: skip
         lib.check(code, "rotate")
-        return y_THd
+
+    def write_rows(
+        self, store: PagedRows, pages_T: torch.Tensor, offsets_T: torch.Tensor, x_TKd: torch.Tensor
+    ) -> None:
+        if store.scales_PKB is not None:
+            super().write_rows(store, pages_T, offsets_T, x_TKd)
+            return
+        x_TKd = _rows(x_TKd)
+        row, head, _ = x_TKd.stride()
+        code = self._lib.wl_write_rows(
+            x_TKd.data_ptr(), row, head, *x_TKd.shape, c.byref(_cache(store)),
+            pages_T.data_ptr(), offsets_T.data_ptr(),
+        )  # fmt: skip
+        lib.check(code, "write_rows")
+
+    def group(self, ids_TA: torch.Tensor, num_experts: int) -> Groups:
+        ids_TA = ids_TA.contiguous()
+        num, per_row = ids_TA.numel(), ids_TA.shape[1]
+        order, rows = empty(num, dtype=torch.int64), empty(num, dtype=torch.int64)
+        counts = (c.c_int64 * num_experts)()
+        code = self._lib.wl_group(
+            ids_TA.data_ptr(), num, per_row, num_experts, order.data_ptr(), rows.data_ptr(), counts
+        )
+        lib.check(code, "group")
+        return Groups(order, rows, list(counts))
 
     def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
-        ones_T1 = torch.ones(len(y_TD), 1)
-        self.combine(ones_T1, y_TD.contiguous()[:, None], None, hidden_TD, multiplier)
+        y_TD = y_TD.contiguous()
+        hidden = hidden_TD.data_ptr()
+        code = self._lib.wl_combine(
+            None, None, y_TD.data_ptr(), hidden, hidden, y_TD.shape[0], 0, y_TD.shape[1], multiplier
+        )
+        lib.check(code, "accumulate")
 
     def combine(
         self,
@@ -210,16 +253,42 @@ class NativeKernels(TorchKernels):
         lib.check(code, "combine")
 
 
+class _Linears:
+    """Matrices that meet the same rows, as structures, and what those point to."""
+
+    __slots__ = ("products", "places", "widths", "has_copies", "_kept")
+
+    def __init__(self, parts: Sequence[tuple[Weight, torch.Tensor | None]]) -> None:
+        self.widths: list[int] = []  # of each result
+        self.places: list[tuple[int, int]] = []  # of each product: its result, first column
+        self.has_copies = False  # beside the stored weights
+        self._kept: list[object] = []
+        products = []
+        for index, (w, bias_E) in enumerate(parts):
+            bias = None if bias_E is None else floats(bias_E)
+            column = 0
+            for m in matrices_of(w):
+                start = None if bias is None else bias.data_ptr() + 4 * column
+                products.append(lib.Product(w=c.pointer(m), bias=start))
+                self.places.append((index, column))
+                self._kept.append((m, bias))
+                self.has_copies |= m.copy is not None
+                column += m.n
+            self.widths.append(column)
+        self.products = (lib.Product * len(products))(*products)
+
+
 class _Network:
     """The matrices of one expert or dense network as a structure, and what it points to."""
 
-    __slots__ = ("struct", "_kept")
+    __slots__ = ("struct", "has_copies", "_kept")
 
     def __init__(self, w: Tensors) -> None:
         matrices = [_single(w[name]) for name in _FFN]
         stored = [plain_or_none(w, f"{name}_bias") for name in _FFN]
         biases = [None if b is None else floats(b) for b in stored]
         self._kept = (matrices, biases)
+        self.has_copies = any(m.copy is not None for m in matrices)
         self.struct = lib.Expert(
             *(c.pointer(m) for m in matrices),
             *(None if b is None else b.data_ptr() for b in biases),
@@ -232,12 +301,13 @@ def _single(w: Weight) -> lib.Matrix:
 
 
 def _network(w: Tensors) -> _Network:
-    """Made once for as long as the tensors stay in their slot."""
-    if not isinstance(w, StoredTensors):
-        return _Network(w)
-    network = w.prepared.get("network")
+    """Kept for as long as the tensors stay in their slot."""
+    prepared = w.prepared if isinstance(w, StoredTensors) else {}
+    network = prepared.get("network")
     if network is None:
-        network = w.prepared["network"] = _Network(w)
+        network = _Network(w)
+        if not network.has_copies:
+            prepared["network"] = network
     assert isinstance(network, _Network)
     return network
 
