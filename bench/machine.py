@@ -17,7 +17,11 @@ from typing import Any
 
 import torch
 
+from windlass.device.host import empty
 from windlass.doctor.report import table as lines_of_table
+from windlass.kernels.cpu.library import load
+from windlass.kernels.cpu.native import NativeKernels
+from windlass.kernels.reference import TorchKernels
 from windlass.units import MIB
 from windlass.version import VERSION
 
@@ -83,8 +87,11 @@ def measure_rates(*, quick: bool = False) -> Rates:
     size = 1024 if quick else 2048
     a, b, out = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
     product = measure(lambda: torch.mm(a, b, out=out), repeats=15, limit_s=2)
-    large = torch.ones((_LARGE_BYTES // 8 if quick else _LARGE_BYTES) // 4)
-    total = measure(large.sum, repeats=15)
+    large = empty((_LARGE_BYTES // 8 if quick else _LARGE_BYTES) // 4).fill_(1.0)
+    threads = torch.get_num_threads()
+    library = load()
+    reader = TorchKernels() if isinstance(library, str) else NativeKernels(library, threads=threads)
+    total = measure(lambda: reader.read(large), repeats=15)
     stored, tile = large.bfloat16(), torch.empty(_TILE_BYTES // 4)
 
     def widen() -> None:

@@ -162,6 +162,9 @@ WL_API int32_t wl_write_rows(const float *x, int64_t row_stride, int64_t head_st
  * its row, place / per_row; counts[e] places have expert e of num_experts. */
 WL_API int32_t wl_group(const int64_t *ids, int64_t num, int64_t per_row, int64_t num_experts, int64_t *order,
                         int64_t *rows, int64_t *counts);
+/* Reads `num_bytes` once by all threads, as fast as memory gives them: what products of few rows are
+ * measured against. `sum` is of no use but to need them. */
+WL_API int32_t wl_read(const void *data, int64_t num_bytes, float *sum);
 /* fp32 copy of a matrix: out (n, k). For tests. */
 WL_API int32_t wl_widen(const wl_matrix *w, float *out);
 

@@ -167,6 +167,10 @@ int32_t wl_group(const int64_t *ids, int64_t num, int64_t per_row, int64_t num_e
   });
 }
 
+int32_t wl_read(const void *data, int64_t num_bytes, float *sum) {
+  return guarded([&](const wl::Table &t) { *sum = t.read(static_cast<const uint8_t *>(data), num_bytes); });
+}
+
 int32_t wl_widen(const wl_matrix *w, float *out) {
   return guarded([&](const wl::Table &t) { t.widen(*w, out); });
 }

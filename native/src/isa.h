@@ -34,6 +34,7 @@ constexpr wl::Table make_table() {
       },
       [](const float *x, int64_t row, int64_t head, int64_t rows, int64_t heads, int64_t width, const wl_cache &cache,
          const int64_t *pages, const int64_t *offsets) { write_rows({x, row, head, rows, heads, width, cache, pages, offsets}); },
+      read_all,
       widen,
   };
 }

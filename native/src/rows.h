@@ -190,4 +190,29 @@ inline void write_rows(WriteWork w) {
   for (int64_t row = 0; row < w.num_rows; row++) write_row(w, row);
 }
 
+struct ReadWork {
+  const uint8_t *data;
+  int64_t num_bytes;
+  std::atomic<float> sum{0.0f};
+};
+
+inline void read_task(wl::Team &team, int thread, void *context) {
+  ReadWork &r = *static_cast<ReadWork *>(context);
+  constexpr int64_t STEP = 1 << 16, LINES = 4 * W * 4;
+  int64_t i;
+  V sums[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
+  while ((i = team.next_beside(thread, (r.num_bytes + STEP - 1) / STEP)) >= 0) {
+    const int64_t end = std::min(r.num_bytes, (i + 1) * STEP);
+    for (int64_t at = i * STEP; at + LINES <= end; at += LINES)
+      for (int v = 0; v < 4; v++) sums[v] = v_add(sums[v], v_load(reinterpret_cast<const float *>(r.data + at) + v * W));
+  }
+  r.sum.store(v_sum(v_add(v_add(sums[0], sums[1]), v_add(sums[2], sums[3]))), std::memory_order_relaxed);
+}
+
+inline float read_all(const uint8_t *data, int64_t num_bytes) {
+  ReadWork work{data, num_bytes};
+  wl::run_team(read_task, &work);
+  return work.sum.load(std::memory_order_relaxed);
+}
+
 }  // namespace WL_NS

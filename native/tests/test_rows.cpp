@@ -181,3 +181,15 @@ TEST(places_are_grouped_by_expert_in_their_order) {
     }
   }
 }
+
+TEST(all_is_read_and_nothing_beside) {
+  for (int i = 0; i < run.tries(60); i++) {
+    const int64_t numbers = run.size(60000);
+    const std::vector<float> x(static_cast<size_t>(numbers), 1.0f);
+    float sum = -1;
+    wl_set_threads(int32_t(run.between(1, 3)));
+    CHECK(wl_read(x.data(), 4 * numbers, &sum) == WL_OK, "refused");
+    CHECK(sum >= 0 && sum <= float(numbers), "%g of %ld", double(sum), long(numbers));
+  }
+  wl_set_threads(1);
+}

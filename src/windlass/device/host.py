@@ -10,14 +10,16 @@ from typing import NamedTuple
 
 import torch
 
+from windlass.units import round_up
+
 _PROC = Path("/proc")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
-_MMAP_THRESHOLD_BYTES = 4 << 20
+LARGE_BYTES = 4 << 20
 _TRIM_THRESHOLD_BYTES = (
     16 << 20
 )  # of the heap's end that may stay free: else each tensor is faulted in
 _MADV_POPULATE_WRITE = 23  # from mman.h, Linux 5.14
-_HUGE_PAGE_BYTES = 2 << 20
+HUGE_PAGE_BYTES = 2 << 20
 
 
 class MemoryLimit(NamedTuple):
@@ -77,7 +79,7 @@ def return_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library: nothing to set
         return
-    mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+    mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
     mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES)
 
 
@@ -85,15 +87,21 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """An uninitialised tensor. Large ones lie in huge pages of their own: freed, they are given
     back at once, and made, they cost few page faults (4 KiB pages: 15 % of a large pass)."""
     num_bytes = dtype.itemsize * math.prod(shape)
-    if num_bytes < _MMAP_THRESHOLD_BYTES:
+    if num_bytes < LARGE_BYTES:
         return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, num_bytes + _HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory, start = huge_pages(num_bytes)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    return whole[start : start + num_bytes].view(dtype).view(shape)
+
+
+def huge_pages(num_bytes: int) -> tuple[mmap.mmap, int]:
+    """Fresh memory, zeros, and where in it `num_bytes` of whole huge pages begin."""
+    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -ctypes.addressof(ctypes.c_uint8.from_buffer(memory)) % HUGE_PAGE_BYTES
     memory.madvise(mmap.MADV_HUGEPAGE)
     with suppress(OSError):  # an older kernel: threads that write it wait for each other's faults
-        memory.madvise(_MADV_POPULATE_WRITE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    start = -whole.data_ptr() % _HUGE_PAGE_BYTES
-    return whole[start : start + num_bytes].view(dtype).view(shape)
+        memory.madvise(_MADV_POPULATE_WRITE, start, round_up(num_bytes, mmap.PAGESIZE))
+    return memory, start
 
 
 def _groups(proc: Path) -> Iterator[tuple[Path, _Files]]:

@@ -173,7 +173,7 @@ class _Examination:
             )
         )
         self._tell("measuring memory and attention")
-        memory = measure_memory(threads)
+        memory = measure_memory(self._kernels)
         model, kinds = self._subject.model, iter(KINDS)
         measured = random_model(next(kinds)) if model is None else checkpoint_model(model)
         try:

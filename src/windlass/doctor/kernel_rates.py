@@ -2,8 +2,7 @@
 weights, attention, memory. Every call is one that a pass makes (schedule/on_device.py)."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle, islice
@@ -62,11 +61,10 @@ class Findings:
         return Curve(tuple((rows, flops(rows) / t.median_s) for rows, t in timings.items()))
 
 
-def measure_memory(threads: int) -> Timing:
+def measure_memory(kernels: Kernels) -> Timing:
     """Seconds to read `_LARGE_BYTES` once by all threads; `memory_rate` makes a rate of it."""
-    large = torch.ones(_LARGE_BYTES // 4)
-    with _torch_threads(threads):  # the native kernels leave torch one
-        return measure(large.sum, samples=9)
+    large = empty(_LARGE_BYTES // 4).fill_(1.0)
+    return measure(lambda: kernels.read(large), samples=9)
 
 
 def memory_rate(timing: Timing) -> float:
@@ -218,13 +216,3 @@ def _time_attention(
     options = AttentionOptions(scale=heads.key_dim**-0.5, value_dim=heads.value_dim)
     stores = PagedRows(keys), PagedRows(values)
     return measure(lambda: kernels.attention(q_THd, *stores, work, options), samples=9)
-
-
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

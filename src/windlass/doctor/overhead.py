@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from windlass.build import open_engine
 from windlass.device.host import resident_bytes
 from windlass.doctor.timing import Timing
@@ -37,7 +39,7 @@ _WARM = 8  # passes that still read weights
 _ROUNDS = 3  # of prompts; the first warms up
 _ROOM = 1024 * MIB
 _LEAST_S = 1e-6
-_OTHER_KERNELS = ("linear", "batched_linear", "expert_ffn", "experts", "attention")
+_OTHER_KERNELS = ("linear", "linears", "batched_linear", "expert_ffn", "experts", "attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,8 @@ class _Watched:
         call = getattr(self._kernels, name)
         if name in _OTHER_KERNELS:
             return lambda *arguments: self._timed(call, arguments)
-        if name == "normalise":  # the first thing a layer does
-            self._since = self._clock() if self._since is None else self._since
+        if name == "normalise":
+            return self._begun(call)
         return self._ended(call) if name == "combine" else call
 
     def _timed(self, call: Callable[..., Any], arguments: Sequence[Any]) -> Any:
@@ -77,6 +79,15 @@ class _Watched:
         result = call(*arguments)
         self._inside += self._clock() - begin
         return result
+
+    def _begun(self, call: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """The first thing a layer does."""
+
+        def run(*arguments: Any) -> torch.Tensor:
+            self._since = self._clock() if self._since is None else self._since
+            return call(*arguments)
+
+        return run
 
     def _ended(self, call: Callable[..., None]) -> Callable[..., None]:
         """The last thing a layer does."""

@@ -137,6 +137,10 @@ class Kernels(Protocol):
         routing order, plus the shared expert's) to `hidden_TD`, in place."""
         ...
 
+    def read(self, x: torch.Tensor) -> None:
+        """Reads a contiguous `x` once and does nothing else: what memory gives at most."""
+        ...
+
     def pointwise(
         self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
     ) -> torch.Tensor:

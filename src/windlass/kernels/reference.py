@@ -140,6 +140,9 @@ class TorchKernels:
     ) -> None:
         rowwise.combine(weights_TA, outputs_TAD, shared_TD, hidden_TD, multiplier)
 
+    def read(self, x: torch.Tensor) -> None:
+        x.sum()
+
     def pointwise(
         self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
     ) -> torch.Tensor:

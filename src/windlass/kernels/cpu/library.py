@@ -74,6 +74,7 @@ _SIGNATURES = {
     "wl_rotate": [_ptr, _i64, _i64, _i64, _i64, _i64, _ptr, _ptr, _i64, _i32],
     "wl_write_rows": [_ptr, _i64, _i64, _i64, _i64, _i64, c.POINTER(Cache), _ptr, _ptr],
     "wl_group": [_ptr, _i64, _i64, _i64, _ptr, _ptr, _ptr],
+    "wl_read": [_ptr, _i64, c.POINTER(_f32)],
     "wl_widen": [c.POINTER(Matrix), _ptr],
     "wl_use": [c.c_char_p],
     "wl_set_threads": [_i32],

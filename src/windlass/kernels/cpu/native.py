@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from windlass.device.host import empty
+from windlass.device.recycle import Recycler
 from windlass.kernels.base import (
     AttentionOptions,
     AttentionWork,
@@ -36,6 +36,7 @@ class NativeKernels(TorchKernels):
     def __init__(self, library: c.CDLL, *, threads: int, bf16_rows: bool = False) -> None:
         super().__init__(bf16_rows=bf16_rows)
         self._lib = library
+        self._memory = Recycler()
         self._precision = int(bf16_rows)
         # of the last call: the layers of a pass share their work
         self._tiles: tuple[AttentionWork | None, int, c.Array[lib.Tile] | None, object] = (
@@ -66,7 +67,7 @@ class NativeKernels(TorchKernels):
     def _products(self, x_TD: torch.Tensor, linears: "_Linears") -> list[torch.Tensor]:
         x_TD = _rows(x_TD)
         num_rows = x_TD.shape[0]
-        outs = [empty(num_rows, width) for width in linears.widths]
+        outs = [self._memory.empty(num_rows, width) for width in linears.widths]
         products = (lib.Product * len(linears.products)).from_buffer_copy(linears.products)
         x, ldx = x_TD.data_ptr(), x_TD.stride(0)
         pointers = [out.data_ptr() for out in outs]
@@ -85,7 +86,7 @@ class NativeKernels(TorchKernels):
         if x_THa.stride(2) != 1:
             x_THa = x_THa.contiguous()
         matrices = heads_of(w_Hba)
-        out_THb = empty(num_rows, heads, matrices[0].n)
+        out_THb = self._memory.empty(num_rows, heads, matrices[0].n)
         products = (lib.Product * heads)()
         for head, (product, m) in enumerate(zip(products, matrices, strict=True)):
             product.x = x_THa.data_ptr() + 4 * head * x_THa.stride(1)
@@ -100,7 +101,7 @@ class NativeKernels(TorchKernels):
     def expert_ffn(self, x_ND: torch.Tensor, w: Tensors, activation: Activation) -> torch.Tensor:
         x_ND = _rows(x_ND)
         network = _network(w)
-        out_ND = empty(len(x_ND), network.struct.down.contents.n)
+        out_ND = self._memory.empty(len(x_ND), network.struct.down.contents.n)
         one = lib.Expert.from_buffer_copy(network.struct)
         one.num_rows = len(x_ND)
         self._run_experts(x_ND, (lib.Expert * 1)(one), activation, out_ND)
@@ -150,7 +151,7 @@ class NativeKernels(TorchKernels):
     ) -> torch.Tensor:
         q_THd = q_THd.contiguous()
         num_rows, num_heads, key_dim = q_THd.shape
-        out_THv = empty(num_rows, num_heads, options.value_dim)
+        out_THv = self._memory.empty(num_rows, num_heads, options.value_dim)
         kv_heads, page_tokens = keys.rows_PKBd.shape[1:3]
         tiles = self._tiles_of(work, max(1, _TILE_ITEMS // (num_heads // kv_heads)))
         sinks = None if options.sinks_H is None else floats(options.sinks_H)
@@ -180,7 +181,7 @@ class NativeKernels(TorchKernels):
             return super().normalise(norm, weight_D, bias_D, x)
         width = x.shape[-1]
         rows = _rows(x.reshape(-1, width))
-        y = empty(*x.shape)
+        y = self._memory.empty(*x.shape)
         weight_D = weight_D.contiguous()
         code = self._lib.wl_rms_norm(
             rows.data_ptr(), rows.stride(0), y.data_ptr(), width, rows.shape[0], width,
@@ -218,7 +219,7 @@ class NativeKernels(TorchKernels):
     def group(self, ids_TA: torch.Tensor, num_experts: int) -> Groups:
         ids_TA = ids_TA.contiguous()
         num, per_row = ids_TA.numel(), ids_TA.shape[1]
-        order, rows = empty(num, dtype=torch.int64), empty(num, dtype=torch.int64)
+        order, rows = torch.empty(2, num, dtype=torch.int64)
         counts = (c.c_int64 * num_experts)()
         code = self._lib.wl_group(
             ids_TA.data_ptr(), num, per_row, num_experts, order.data_ptr(), rows.data_ptr(), counts
@@ -233,6 +234,10 @@ class NativeKernels(TorchKernels):
             None, None, y_TD.data_ptr(), hidden, hidden, y_TD.shape[0], 0, y_TD.shape[1], multiplier
         )
         lib.check(code, "accumulate")
+
+    def read(self, x: torch.Tensor) -> None:
+        code = self._lib.wl_read(x.data_ptr(), x.numel() * x.itemsize, c.byref(c.c_float()))
+        lib.check(code, "read")
 
     def combine(
         self,
