@@ -97,9 +97,9 @@ struct LaneGroups {
 };
 
 /// out[column][W] = chains of `count` columns of k from k0 on (one block), of CB stored rows and M packed
-/// rows: out + m * stride.
+/// rows: out + m * stride. Inlined for its constants: four-bit codes of a block are two stripes.
 template <int CODE, bool ZERO, int M, int CB>
-inline void lane_block(const wl_matrix &m, const uint8_t *const *rows, int first_row, int64_t k0, int count, const float *x, int64_t ldx,
+[[gnu::always_inline]] inline void lane_block(const wl_matrix &m, const uint8_t *const *rows, int first_row, int64_t k0, int count, const float *x, int64_t ldx,
                        const LaneGroups &groups, float *out, int64_t stride, int64_t ahead) {
   constexpr int PER = codes_per_word(CODE), STRIPE = W * PER;
   V sum[CB][M];
