@@ -13,7 +13,7 @@ constexpr int LANE_COLUMNS = 2048;     // of k whose sums wait to be added up
 constexpr int LANE_WIDTH = 4;          // most stored rows read at once
 constexpr int64_t LANE_AHEAD = 4096;   // bytes between what is read and what is fetched
 constexpr int LANE_GROUPS = LANE_COLUMNS / 8 + 2 + W;  // scales of a stored row: a group has a word or more
-constexpr int64_t LANE_FLOATS = (LANE_COLUMNS / KC) * LANE_ROWS * W * W + 2 * LANE_WIDTH * LANE_GROUPS;
+constexpr int64_t LANE_FLOATS = (LANE_COLUMNS / KC) * LANE_ROWS * W * W + 2 * W * LANE_GROUPS;
 
 /// f(0), f(1), ... as constants, below N.
 template <int N, class F>
@@ -37,11 +37,15 @@ template <int CODE, bool ZERO, int I>
     return half_to_float(i_shr<I * 16>(r));
   } else if constexpr (CODE == WL_E2M1) {
     return v_mul(lookup16(i_shr<I * BITS>(r), FP4), scale);
+  } else if constexpr (CODE == WL_E4M3) {
+    return v_mul(e4m3_of_word(r, I), scale);
   } else if constexpr (CODE == WL_INT4 && !ZERO) {
     return v_mul(lookup16(i_shr<I * BITS>(r), INT4), scale);
   } else {
-    const VI bits = i_and(i_shr<I * BITS>(r), i_set((1 << BITS) - 1));
-    return v_mul(decode_code(CODE, bits, zero), scale);
+    // Where it lies in half a word, a code is the end of the mantissa of a power of two, which goes with the zero.
+    constexpr int PLACE = I * BITS % 16, POWER = 23 - PLACE;
+    const VI bits = i_and_or(I * BITS < 16 ? r : i_shr<16>(r), i_set(((1 << BITS) - 1) << PLACE), i_set((127 + POWER) << 23));
+    return v_mul(v_sub(as_float(bits), v_add(zero, v_set(1 << POWER))), scale);
   }
 }
 
@@ -61,6 +65,7 @@ struct LaneGroups {
   float *scale, *zero;  // [stored row][LANE_GROUPS], from group `first_group` on
   int64_t first_group = 0;
   bool regular = true;
+  int shift = 0;  // to divide by block_k, or -1
   VI pattern = i_set(0);  // of each word of a stripe: its group, counted from the stripe's first
 
   static VI pattern_at(const wl_matrix &m, int64_t k, int per) {
@@ -68,17 +73,22 @@ struct LaneGroups {
     for (int j = 0; j < W; j++) groups[j] = int32_t((k + j * per) / m.block_k - k / m.block_k);
     return i_load(groups);
   }
-  LaneGroups(const wl_matrix &m, float *memory, int per) : scale(memory), zero(memory + LANE_WIDTH * LANE_GROUPS) {
+  LaneGroups(const wl_matrix &m, float *memory, int per) : scale(memory), zero(memory + W * LANE_GROUPS) {
     if (!has_scales(m.code)) return;
     regular = m.block_k % (W * per) == 0 || W * per % m.block_k == 0;
+    shift = std::has_single_bit(uint64_t(m.block_k)) ? std::countr_zero(uint64_t(m.block_k)) : -1;
     pattern = pattern_at(m, 0, per);
   }
 
-  void fill(const wl_matrix &m, const int64_t *columns, int num, int64_t k0, int64_t k1) {
+  /// The group of column k, counted from the first that is filled in. Divisions take as long as a stripe.
+  int64_t at(const wl_matrix &m, int64_t k) const { return (shift >= 0 ? k >> shift : k / m.block_k) - first_group; }
+
+  /// For W stored rows at once: what was just written in parts cannot be read as a vector for a while.
+  void fill(const wl_matrix &m, int64_t n0, int64_t k0, int64_t k1) {
     first_group = k0 / m.block_k;
     const int64_t last = (k1 - 1) / m.block_k;
-    for (int c = 0; c < num; c++) {
-      const int64_t n = columns[c] / m.block_n;
+    for (int c = 0; c < W; c++) {
+      const int64_t column = std::min(n0 + c, m.n - 1), n = m.block_n == 1 ? column : column / m.block_n;
       row_of_scales(m, n, first_group, last - first_group + 1, scale + c * LANE_GROUPS);
       if (m.zero_type == WL_Z_NONE) continue;
       for (int64_t g = first_group; g <= last; g++) zero[c * LANE_GROUPS + g - first_group] = load_zero(m, n, g);
@@ -87,9 +97,9 @@ struct LaneGroups {
 };
 
 /// out[column][W] = chains of `count` columns of k from k0 on (one block), of CB stored rows and M packed
-/// rows: out + m * stride.
+/// rows: out + m * stride. Inlined for its constants: four-bit codes of a block are two stripes.
 template <int CODE, bool ZERO, int M, int CB>
-inline void lane_block(const wl_matrix &m, const uint8_t *const *rows, int64_t k0, int count, const float *x, int64_t ldx,
+[[gnu::always_inline]] inline void lane_block(const wl_matrix &m, const uint8_t *const *rows, int first_row, int64_t k0, int count, const float *x, int64_t ldx,
                        const LaneGroups &groups, float *out, int64_t stride, int64_t ahead) {
   constexpr int PER = codes_per_word(CODE), STRIPE = W * PER;
   V sum[CB][M];
@@ -100,10 +110,10 @@ inline void lane_block(const wl_matrix &m, const uint8_t *const *rows, int64_t k
   auto look_up = [&](int64_t k) __attribute__((always_inline)) {
     if constexpr (has_scales(CODE)) {
       const VI pattern = groups.regular ? groups.pattern : LaneGroups::pattern_at(m, k, PER);
-      const int64_t first = k / m.block_k - groups.first_group;
+      const int64_t first = groups.at(m, k);
       for (int c = 0; c < CB; c++) {
-        scale[c] = permute(v_load(groups.scale + c * LANE_GROUPS + first), pattern);
-        zero[c] = ZERO ? permute(v_load(groups.zero + c * LANE_GROUPS + first), pattern) : plain;
+        scale[c] = permute(v_load(groups.scale + (first_row + c) * LANE_GROUPS + first), pattern);
+        zero[c] = ZERO ? permute(v_load(groups.zero + (first_row + c) * LANE_GROUPS + first), pattern) : plain;
       }
     }
   };
@@ -166,7 +176,7 @@ inline void multiply_lanes_of(const wl_matrix &m, int64_t n0, const float *x, in
   constexpr int CB = !has_scales(CODE) ? 1 : W == 16 ? 4 : M == 1 ? 4 : 2;
   static_assert(CB <= LANE_WIDTH);
   const Chains chains{codes_per_word(CODE)};
-  const int64_t ahead = m.stride_n * (has_scales(CODE) ? CB : std::max<int64_t>(LANE_AHEAD / m.stride_n, 1));
+  const int64_t ahead = m.stride_n * CB * std::max<int64_t>(LANE_AHEAD / (m.stride_n * CB), 1);
   float *lanes = scratch;
   LaneGroups groups(m, scratch + (LANE_COLUMNS / KC) * LANE_ROWS * W * W, chains.per);
   for (int v = 0; v < NV; v++) {
@@ -174,16 +184,13 @@ inline void multiply_lanes_of(const wl_matrix &m, int64_t n0, const float *x, in
     if (first >= m.n) continue;
     for (int64_t k1 = 0; k1 < m.k; k1 += AT_ONCE) {
       const int64_t end = std::min(m.k, k1 + AT_ONCE);
+      if (has_scales(CODE)) groups.fill(m, first, k1, end);
       for (int i = 0; i < W; i += CB) {
-        int64_t columns[CB];
         const uint8_t *rows[CB];
-        for (int j = 0; j < CB; j++) {
-          columns[j] = std::min(first + i + j, m.n - 1);
-          rows[j] = static_cast<const uint8_t *>(m.codes) + columns[j] * m.stride_n;
-        }
-        if (has_scales(CODE)) groups.fill(m, columns, CB, k1, end);
+        for (int j = 0; j < CB; j++)
+          rows[j] = static_cast<const uint8_t *>(m.codes) + std::min(first + i + j, m.n - 1) * m.stride_n;
         for (int64_t k0 = k1; k0 < end; k0 += KC)
-          lane_block<CODE, ZERO, M, CB>(m, rows, k0, int(std::min<int64_t>(KC, end - k0)), x, ldx, groups,
+          lane_block<CODE, ZERO, M, CB>(m, rows, i, k0, int(std::min<int64_t>(KC, end - k0)), x, ldx, groups,
                                               lanes + ((k0 - k1) / KC * M * W + i) * W, W * W, ahead);
       }
       add_chains(lanes, M, (end - k1 + KC - 1) / KC, c + v * W, k1 == 0);

@@ -36,6 +36,8 @@ inline VI i_load(const void *p) { return _mm512_loadu_si512(p); }
 inline VI i_set(int32_t x) { return _mm512_set1_epi32(x); }
 inline VI i_and(VI a, VI b) { return _mm512_and_si512(a, b); }
 inline VI i_or(VI a, VI b) { return _mm512_or_si512(a, b); }
+/// (a & b) | c
+inline VI i_and_or(VI a, VI b, VI c) { return _mm512_ternarylogic_epi32(a, b, c, 0xea); }
 inline VI i_add(VI a, VI b) { return _mm512_add_epi32(a, b); }
 inline VI i_sub(VI a, VI b) { return _mm512_sub_epi32(a, b); }
 template <int N> inline VI i_shl(VI a) { return _mm512_slli_epi32(a, N); }
@@ -137,6 +139,7 @@ inline VI i_load(const void *p) { return _mm256_loadu_si256(static_cast<const __
 inline VI i_set(int32_t x) { return _mm256_set1_epi32(x); }
 inline VI i_and(VI a, VI b) { return _mm256_and_si256(a, b); }
 inline VI i_or(VI a, VI b) { return _mm256_or_si256(a, b); }
+inline VI i_and_or(VI a, VI b, VI c) { return i_or(i_and(a, b), c); }
 inline VI i_add(VI a, VI b) { return _mm256_add_epi32(a, b); }
 inline VI i_sub(VI a, VI b) { return _mm256_sub_epi32(a, b); }
 template <int N> inline VI i_shl(VI a) { return _mm256_slli_epi32(a, N); }

@@ -3,6 +3,8 @@
 // are transposed in registers: 32 bits of W rows at a time, one to eight codes each.
 #pragma once
 
+#include <algorithm>
+
 #include "../include/windlass_cpu.h"
 #include "simd.h"
 
@@ -18,20 +20,24 @@ inline float scalar_bf16(uint16_t x) {
   return f;
 }
 
-inline float load_scale(const wl_matrix &m, int64_t n, int64_t group) {
-  int64_t i = n * m.scale_stride_n + group * m.scale_stride_k;
+inline float scalar_e8m0(uint8_t x) {
+  const uint32_t bits = x == 255 ? 0x7fc00000u : x ? uint32_t(x) << 23 : 0x00400000u;  // 2^-127 is denormal
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+/// `count` scales that lie `stride` elements apart.
+inline void load_scales_apart(const wl_matrix &m, int64_t at, int64_t stride, int64_t count, float *to) {
+  auto each = [&](auto *scales, auto widen) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < count; i++) to[i] = widen(scales[at + i * stride]);
+  };
   switch (m.scale_type) {
-    case WL_S_F32: return static_cast<const float *>(m.scales)[i];
-    case WL_S_BF16: return scalar_bf16(static_cast<const uint16_t *>(m.scales)[i]);
-    case WL_S_F16: return _cvtsh_ss(static_cast<const uint16_t *>(m.scales)[i]);
-    case WL_S_E8M0: {
-      uint32_t e = static_cast<const uint8_t *>(m.scales)[i];
-      uint32_t bits = e == 255 ? 0x7fc00000u : e ? e << 23 : 0x00400000u;  // 2^-127 is denormal
-      float f;
-      std::memcpy(&f, &bits, 4);
-      return f;
-    }
-    default: return 1.0f;
+    case WL_S_F32: return each(static_cast<const float *>(m.scales), [](float x) { return x; });
+    case WL_S_BF16: return each(static_cast<const uint16_t *>(m.scales), scalar_bf16);
+    case WL_S_F16: return each(static_cast<const uint16_t *>(m.scales), [](uint16_t x) { return _cvtsh_ss(x); });
+    case WL_S_E8M0: return each(static_cast<const uint8_t *>(m.scales), scalar_e8m0);
+    default: std::fill(to, to + count, 1.0f);
   }
 }
 
@@ -81,7 +87,7 @@ inline V load_scales(const wl_matrix &m, int64_t at) {
 inline void row_of_scales(const wl_matrix &m, int64_t n, int64_t group, int64_t count, float *to) {
   int64_t i = 0;
   for (; m.scale_stride_k == 1 && i + W <= count; i += W) v_store(to + i, load_scales(m, n * m.scale_stride_n + group + i));
-  for (; i < count; i++) to[i] = load_scale(m, n, group + i);
+  if (i < count) load_scales_apart(m, n * m.scale_stride_n + (group + i) * m.scale_stride_k, m.scale_stride_k, count - i, to + i);
 }
 
 /// Scale and zero of W columns for each group of a range of k.
@@ -140,9 +146,40 @@ inline V decode_e4m3(VI byte) {  // in the low 8 bits of each lane
   return where_equal(low, i_set(0x7f), v_set(__builtin_nanf("")), x);
 }
 
+#if defined(__AVX512BW__)
+struct Halves {
+  alignas(64) uint16_t bf16[128];
+};
+
+/// Every positive e4m3 as bf16, which holds it exactly.
+constexpr Halves E4M3 = [] {
+  Halves all{};
+  for (int code = 0; code < 128; code++) {
+    int power = code >> 3, low = code & 7;
+    if (power == 0) {  // denormal: low / 512
+      for (power = 1; low && low < 8; low *= 2) power--;
+      low &= 7;
+    }
+    all.bf16[code] = uint16_t(code == 0 ? 0 : code == 0x7f ? 0x7fc0 : (power + 120) << 7 | low << 4);
+  }
+  return all;
+}();
+
+/// Byte i of each lane. Two bytes of a lane are looked up at once (a third of what integers take).
+inline V e4m3_of_word(VI r, int i) {
+  const VI code = i % 2 ? i_shr<8>(r) : r;
+  auto look_up = [&](const uint16_t *table) { return _mm512_permutex2var_epi16(i_load(table), code, i_load(table + 32)); };
+  const __mmask32 large = _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40));
+  const VI value = _mm512_mask_blend_epi16(large, look_up(E4M3.bf16), look_up(E4M3.bf16 + 64));
+  const VI both = i_and_or(i_shl<8>(code), i_set(int32_t(0x80008000)), value);
+  return as_float(i < 2 ? i_shl<16>(both) : i_and(both, i_set(int32_t(0xffff0000))));
+}
+#else
+inline V e4m3_of_word(VI r, int i) { return decode_e4m3(i_and(i_shr_by(r, 8 * i), i_set(0xff))); }
+#endif
+
 inline V decode_code(int code, VI bits, V zero) {
   switch (code) {
-    case WL_E4M3: return decode_e4m3(bits);
     case WL_E2M1: return lookup16(bits, FP4);
     default: return v_sub(to_float(bits), zero);
   }
@@ -197,8 +234,10 @@ template <int CODE>
           scale = v_load(groups.scale + g * W);
           zero = v_load(groups.zero + g * W);
         }
-        VI bits = i_and(i_shr_by(r[i], j * BITS), mask);
-        put(i, j, v_mul(decode_code(CODE, bits, zero), scale));
+        V code;
+        if constexpr (CODE == WL_E4M3) code = e4m3_of_word(r[i], j);
+        else code = decode_code(CODE, i_and(i_shr_by(r[i], j * BITS), mask), zero);
+        put(i, j, v_mul(code, scale));
       }
     }
   }
