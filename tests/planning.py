@@ -1,10 +1,15 @@
 """Machines and models that plans are made for, in tests."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+
+import pytest
 
 from windlass.hardware.assumed import assumed_profile
 from windlass.hardware.profile import Curve, HardwareProfile
 from windlass.ids import Part
+from windlass.planner import timing
 from windlass.planner.activations import Backend
 from windlass.planner.budget import Sizes
 from windlass.spec.model import ModelSpec, Moe
@@ -50,6 +55,15 @@ def sizes_of(spec: ModelSpec) -> Sizes:
         bytes_per_position=512, row_buffer_bytes=2 * MIB, state_bytes=0,
         backend=Backend("cpu", threads=2),
     )  # fmt: skip
+
+
+@contextmanager
+def few_layers() -> Iterator[None]:
+    """Fewer layers stand for the model on the clock, which is three times as fast: for tests that
+    compare estimates with each other. That few stand for many: test_estimate.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "_MOST_EXPERTS", 256)
+        yield
 
 
 def machine(*, disk: float = 1.0, compute: float = 1.0, threads: int = 2) -> HardwareProfile:

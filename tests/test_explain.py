@@ -13,6 +13,7 @@ import pytest
 
 from engines import make_model
 from machines import machine
+from planning import few_layers
 from published import PUBLISHED
 from windlass.cli import main
 from windlass.cli.engine_flags import refuse_known
@@ -31,6 +32,13 @@ from windlass.plot.svg import ticks, to_html, to_svg
 from windlass.schedule.clock import Span
 from windlass.units import GIB, MIB
 from windlass.workload import Workload
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast():
+    """What is said follows from an estimate, however many layers it rests on."""
+    with few_layers():
+        yield
 
 
 @pytest.fixture(scope="module")

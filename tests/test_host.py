@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cgroups import memory_group
 from windlass import build
-from windlass.device.host import MemoryLimit, available_bytes, memory_limits
+from windlass.device.host import MemoryLimit, available_bytes, empty, memory_limits, zeros
 from windlass.units import GIB, MIB
 
 MACHINE = 64 * GIB  # available
@@ -100,6 +101,29 @@ def test_the_default_budget_is_below_every_limit(monkeypatch):
     groups = [MemoryLimit(GIB, 0), MemoryLimit(2 * GIB, GIB)]
     monkeypatch.setattr(build, "memory_limits", lambda: groups)
     assert GIB - 64 * MIB <= build.default_budget() < GIB
+
+
+@pytest.mark.parametrize("rows", [3, 1 << 12])  # malloc's memory, and pages of its own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_zeros_are_zero_where_other_tensors_were(rows, dtype):
+    for _ in range(3):
+        for make in (empty, zeros):
+            found = make(rows, 2, 1024, dtype=dtype)
+            assert (found.shape, found.dtype) == ((rows, 2, 1024), dtype)
+            assert make is empty or not found.any()
+            found.fill_(1)  # what it leaves behind must not be seen again
+
+
+def test_large_zeros_are_cleared_by_the_system_alone(monkeypatch):
+    def cleared(*_args, **_more):
+        raise AssertionError("cleared twice")
+
+    for name in ("zero_", "fill_", "__setitem__"):
+        monkeypatch.setattr(torch.Tensor, name, cleared)
+    monkeypatch.setattr(torch, "zeros", cleared)
+    assert not zeros(2, 1 << 20).any()
+    with pytest.raises(AssertionError, match="cleared twice"):
+        zeros(2)
 
 
 @pytest.mark.cgroup

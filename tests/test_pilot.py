@@ -8,6 +8,7 @@ import pytest
 
 from engines import engine_for, make_model, prompts, request, run_all
 from machines import machine
+from planning import few_layers
 from test_budget import SPECS, _sizes
 from windlass.cli import main
 from windlass.cli.report import phase_json, phase_lines
@@ -29,6 +30,13 @@ from windlass.workload import Workload
 SPEC, SIZES = SPECS["olmoe-1b-7b"], _sizes(SPECS["olmoe-1b-7b"])
 PLAN = make_plan(SPEC, SIZES, 4 * GIB, Wanted(max_num_seqs=64, max_num_batched_tokens=1024))
 WORK = Workload.from_lengths(100, 20, 200)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast():
+    """What is measured is said in multiples of an estimate, however many layers it rests on."""
+    with few_layers():
+        yield
 
 
 # --- the comparison ---

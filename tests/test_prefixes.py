@@ -512,14 +512,20 @@ def test_keys_and_values_of_a_prompt_do_not_depend_on_its_chunks(engine_of):
         assert all(map(torch.equal, got, found[0]))
 
 
-@pytest.mark.parametrize("rows", [72, 1000])
-def test_bits_are_those_without_sharing(engine_of, rows):
+@pytest.fixture(scope="module")
+def without(engine_of):
+    """Results of all requests with nothing shared, and the engine's counts."""
     with engine_of(enable_prefix_caching=False) as engine:
         assert "shared prompt prefixes not looked for" in engine.plan.lines()[-1]
-        expected = run_all(engine, _wanted())
-        assert all(one.num_cached_tokens == 0 for one in expected.values())
-        without = engine.stats()
-    assert (without.prefix_cache_queries, without.prefix_cache_hits) == (0, 0)
+        results = run_all(engine, _wanted())
+        return results, engine.stats()
+
+
+@pytest.mark.parametrize("rows", [72, 1000])
+def test_bits_are_those_without_sharing(engine_of, without, rows):
+    expected, counts = without
+    assert all(one.num_cached_tokens == 0 for one in expected.values())
+    assert (counts.prefix_cache_queries, counts.prefix_cache_hits) == (0, 0)
     with engine_of(max_num_batched_tokens=rows) as engine:
         assert "shared prompt prefixes computed once" in engine.plan.lines()[-1]
         results = run_all(engine, _wanted())
@@ -529,16 +535,14 @@ def test_bits_are_those_without_sharing(engine_of, rows):
     assert _bits(results) == _bits(again) == _bits(expected)
     # of 0, 2 (three choices), the second of 4, and 7: blocks of the first header but one time
     assert stats.prefix_cache_hits >= 5 * 128
-    assert stats.prompt_tokens + stats.prefix_cache_hits == without.prompt_tokens
+    assert stats.prompt_tokens + stats.prefix_cache_hits == counts.prompt_tokens
     assert later.prefix_cache_hits >= 2 * stats.prefix_cache_hits
     assert results["7"].num_cached_tokens == 128 and results["4"].num_cached_tokens == 0
 
 
 @pytest.mark.parametrize("pages", [8, 10])
-def test_bits_are_those_without_sharing_on_few_pages(engine_of, pages):
+def test_bits_are_those_without_sharing_on_few_pages(engine_of, without, pages):
     """As few as the longest request takes: one runs nearly alone. With two more they compete."""
-    with engine_of(enable_prefix_caching=False) as engine:
-        expected = _bits(run_all(engine, _wanted()))
     with engine_of(max_num_batched_tokens=140) as engine:
         kv = engine._admission._kv
         kv.num_pages, kv.pool = pages, PagePool(pages)  # as if others had the rest
@@ -546,12 +550,10 @@ def test_bits_are_those_without_sharing_on_few_pages(engine_of, pages):
         stats = engine.stats()
         engine.check()
     assert stats.prefix_cache_hits > 0 and (stats.num_preemptions > 0 or pages == 8)
-    assert _bits(results) == expected
+    assert _bits(results) == _bits(without[0])
 
 
-def test_a_pass_that_failed_leaves_nothing_to_be_found(engine_of):
-    with engine_of() as engine:
-        expected = _bits(run_all(engine, _wanted()))
+def test_a_pass_that_failed_leaves_nothing_to_be_found(engine_of, without):
     with engine_of() as engine:
         run_pass, calls = engine._run_pass, []
 
@@ -572,7 +574,7 @@ def test_a_pass_that_failed_leaves_nothing_to_be_found(engine_of):
                 assert not engine._admission.running
             engine.check()
         assert len(calls) > 3
-    assert _bits(results) == expected
+    assert _bits(results) == _bits(without[0])
 
 
 def test_models_with_recurrent_layers_share_nothing_and_say_so(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planning import SPECS, machine, sizes_of
+from planning import SPECS, few_layers, machine, sizes_of
 from windlass.errors import BudgetError
 from windlass.ids import Part
 from windlass.planner.budget import Wanted, make_plan
@@ -65,7 +65,8 @@ def test_no_plan_breaks_its_budget_or_what_is_fixed(problem, seqs, experts):
         with pytest.raises(BudgetError):
             search(spec, sizes, profile, work, budget, wanted)
         return
-    found = search(spec, sizes, profile, work, budget, wanted)
+    with few_layers():
+        found = search(spec, sizes, profile, work, budget, wanted)
     assert found
     for plan in (one.plan for one in found):
         slots = {
@@ -104,7 +105,8 @@ JOBS = {
      ("one", 1, 6), ("one", 3, 0.3), ("prompts", 2, 1), ("even", 20, 1), ("ragged", 20, 1)],
 )  # fmt: skip
 def test_near_the_best_of_a_grid_and_never_behind_plain_rules(job, gigabytes, disk):
-    """The planner's choice within 10 % of the best of a grid's settings that fit."""
+    """The planner's choice within 10 % of the best of a grid's settings that fit. Those whose
+    busiest lane alone works longer than the choice takes are not run on the clock."""
     sizes, profile, work = sizes_of(SMALL), machine(disk=disk), JOBS[job]
     budget = gigabytes * GIB
     best = search(SMALL, sizes, profile, work, budget, Wanted())[0]
@@ -122,10 +124,16 @@ def test_near_the_best_of_a_grid_and_never_behind_plain_rules(job, gigabytes, di
                     continue
     fitting = [plan for plan in plans if plan.max_model_len >= work.longest]
     assert len(fitting) >= 15
-    grid = [estimate(SMALL, sizes, plan, profile, work).total_s for plan in fitting]
-    assert best.estimate.total_s <= 1.1 * min(grid)
+
+    def seconds(plan, *, on_clock):
+        return estimate(SMALL, sizes, plan, profile, work, on_clock=on_clock).total_s
+
+    chosen = best.estimate.total_s
+    rivals = [plan for plan in fitting if seconds(plan, on_clock=False) < chosen]
+    assert all(chosen <= 1.1 * seconds(plan, on_clock=True) for plan in rivals)
 
 
+@few_layers()
 def test_a_job_that_shares_its_prompts_is_planned_for_what_it_computes():
     """No worse than the plan for the same job without sharing, and another where that is off."""
     sizes, profile = sizes_of(SMALL), machine(disk=2)
@@ -147,6 +155,7 @@ def test_the_closed_form_has_the_prompt_rows_that_are_computed():
     assert rows == pytest.approx(work.computed_prompt_tokens)
 
 
+@few_layers()
 def test_more_memory_never_slows():
     sizes, profile, work = sizes_of(OLMOE), machine(disk=2), JOBS["ragged"]
     times = [
@@ -181,6 +190,7 @@ def test_what_a_job_leaves_open_gets_room():
     assert length(8) < 2000 <= length(None)
 
 
+@few_layers()
 def test_a_process_that_grows_meanwhile_is_counted():
     sizes, profile = sizes_of(SMALL), machine()
     job = Job(JOBS["even"], True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from windlass.device.host import empty
+from windlass.device.host import empty, zeros
 from windlass.memory.pages import PagePool
 from windlass.packed import INT8_ZERO, PagedRows
 from windlass.units import round_up
@@ -161,7 +161,7 @@ class KvStore:
 def _zero_rows(rows: tuple[int, int, int], width: int, dtype: torch.dtype) -> PagedRows:
     shape = (*rows, round_up(width, _ALIGN))
     if dtype is not torch.int8:
-        return PagedRows(empty(*shape, dtype=dtype).zero_())
+        return PagedRows(zeros(*shape, dtype=dtype))
     codes = empty(*shape, dtype=torch.uint8).fill_(INT8_ZERO)
     return PagedRows(codes, torch.zeros(rows, dtype=_SCALE))
 
