@@ -14,7 +14,7 @@ NATIVE_ROWS = 512  # MC: rows whose packed copies are made at once
 NATIVE_ROUND_FLOATS = 1 << 20  # of packed rows, for which several products or experts are joined
 NATIVE_INNER = 256  # KC: rows of a panel of weights
 NATIVE_COLUMNS = 32  # NR
-NATIVE_LANES = 10_400  # LANE_FLOATS: sums and scales of few rows, in the place of a panel
+NATIVE_LANES = 16_960  # LANE_FLOATS: sums and scales of few rows, in the place of a panel
 NATIVE_BLOCK = 64  # BK: positions that attention takes at once
 NATIVE_QUERIES = 80  # MQ + W: rows times heads that attention takes at once
 
