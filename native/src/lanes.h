@@ -10,7 +10,6 @@ namespace WL_NS {
 
 constexpr int LANE_ROWS = 4;           // up to here this is faster than panels
 constexpr int LANE_COLUMNS = 2048;     // of k whose sums wait to be added up
-constexpr int LANE_WIDTH = 4;          // most stored rows read at once
 constexpr int64_t LANE_AHEAD = 4096;   // bytes between what is read and what is fetched
 constexpr int LANE_GROUPS = LANE_COLUMNS / 8 + 2 + W;  // scales of a stored row: a group has a word or more
 constexpr int64_t LANE_FLOATS = (LANE_COLUMNS / KC) * LANE_ROWS * W * W + 2 * W * LANE_GROUPS;
@@ -99,8 +98,9 @@ struct LaneGroups {
 /// out[column][W] = chains of `count` columns of k from k0 on (one block), of CB stored rows and M packed
 /// rows: out + m * stride. Inlined for its constants: four-bit codes of a block are two stripes.
 template <int CODE, bool ZERO, int M, int CB>
-[[gnu::always_inline]] inline void lane_block(const wl_matrix &m, const uint8_t *const *rows, int first_row, int64_t k0, int count, const float *x, int64_t ldx,
-                       const LaneGroups &groups, float *out, int64_t stride, int64_t ahead) {
+[[gnu::always_inline]] inline void lane_block(const wl_matrix &m, const uint8_t *const *rows, int first_row, int64_t k0,
+                                              int count, const float *x, int64_t ldx, const LaneGroups &groups, float *out,
+                                              int64_t stride, int64_t ahead) {
   constexpr int PER = codes_per_word(CODE), STRIPE = W * PER;
   V sum[CB][M];
   for (int c = 0; c < CB; c++)
@@ -174,7 +174,7 @@ inline void multiply_lanes_of(const wl_matrix &m, int64_t n0, const float *x, in
   // Where codes are cheap to widen, memory decides, which is read fastest in one direction (measured: 47
   // GB/s of 47 row by row, 40 in four rows at once); else rows at once hide the latency of sums.
   constexpr int CB = !has_scales(CODE) ? 1 : W == 16 ? 4 : M == 1 ? 4 : 2;
-  static_assert(CB <= LANE_WIDTH);
+  static_assert(W % CB == 0);
   const Chains chains{codes_per_word(CODE)};
   const int64_t ahead = m.stride_n * CB * std::max<int64_t>(LANE_AHEAD / (m.stride_n * CB), 1);
   float *lanes = scratch;

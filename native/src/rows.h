@@ -7,6 +7,26 @@ namespace WL_NS {
 
 constexpr int64_t SMALL = 1 << 15;  // elements below which waking threads does not pay
 
+/// Calls `row` for every row of `work`, of `elements` each; all threads do where that pays.
+template <auto row, class Work>
+inline void for_rows(const Work &work, int64_t elements) {
+  if (work.num_rows * elements <= SMALL) {
+    for (int64_t i = 0; i < work.num_rows; i++) row(work, i);
+    return;
+  }
+  struct Shares {
+    const Work &work;
+    int64_t step;
+  } shares{work, std::max<int64_t>(1, SMALL / 4 / elements)};
+  auto task = [](wl::Team &team, int, void *context) {
+    const auto &[own, step] = *static_cast<Shares *>(context);
+    int64_t i;
+    while ((i = team.next((own.num_rows + step - 1) / step)) >= 0)
+      for (int64_t at = i * step; at < std::min(own.num_rows, (i + 1) * step); at++) row(own, at);
+  };
+  wl::run_team(task, &shares);
+}
+
 inline V load_as(const void *p, int32_t type, int64_t i) {
   const uint8_t *bytes = static_cast<const uint8_t *>(p);
   return type == WL_F32 ? v_load(reinterpret_cast<const float *>(bytes) + i)
@@ -57,18 +77,7 @@ inline void norm_row(const NormWork &n, int64_t row) {
   }
 }
 
-inline void norm_task(wl::Team &team, int, void *context) {
-  const NormWork &n = *static_cast<NormWork *>(context);
-  int64_t i;
-  const int64_t step = std::max<int64_t>(1, SMALL / 4 / n.width);
-  while ((i = team.next((n.num_rows + step - 1) / step)) >= 0)
-    for (int64_t row = i * step; row < std::min(n.num_rows, (i + 1) * step); row++) norm_row(n, row);
-}
-
-inline void rms_norm(NormWork n) {
-  if (n.num_rows * n.width > SMALL) return wl::run_team(norm_task, &n);
-  for (int64_t row = 0; row < n.num_rows; row++) norm_row(n, row);
-}
+inline void rms_norm(const NormWork &n) { for_rows<norm_row>(n, n.width); }
 
 struct CombineWork {
   const float *outputs, *weights, *shared, *residual;
@@ -91,18 +100,7 @@ inline void combine_row(const CombineWork &c, int64_t row) {
   }
 }
 
-inline void combine_task(wl::Team &team, int, void *context) {
-  const CombineWork &c = *static_cast<CombineWork *>(context);
-  int64_t i;
-  const int64_t step = std::max<int64_t>(1, SMALL / 4 / (c.width * std::max<int64_t>(1, c.per_row)));
-  while ((i = team.next((c.num_rows + step - 1) / step)) >= 0)
-    for (int64_t row = i * step; row < std::min(c.num_rows, (i + 1) * step); row++) combine_row(c, row);
-}
-
-inline void combine(CombineWork c) {
-  if (c.num_rows * std::max<int64_t>(1, c.per_row) * c.width > SMALL) return wl::run_team(combine_task, &c);
-  for (int64_t row = 0; row < c.num_rows; row++) combine_row(c, row);
-}
+inline void combine(const CombineWork &c) { for_rows<combine_row>(c, c.width * std::max<int64_t>(1, c.per_row)); }
 
 struct RotateWork {
   float *x;
@@ -132,18 +130,7 @@ inline void rotate_row(const RotateWork &r, int64_t row) {
   }
 }
 
-inline void rotate_task(wl::Team &team, int, void *context) {
-  const RotateWork &r = *static_cast<RotateWork *>(context);
-  int64_t i;
-  const int64_t step = 16;
-  while ((i = team.next((r.num_rows + step - 1) / step)) >= 0)
-    for (int64_t row = i * step; row < std::min(r.num_rows, (i + 1) * step); row++) rotate_row(r, row);
-}
-
-inline void rotate(RotateWork r) {
-  if (r.num_rows * r.num_heads * r.pairs > SMALL) return wl::run_team(rotate_task, &r);
-  for (int64_t row = 0; row < r.num_rows; row++) rotate_row(r, row);
-}
+inline void rotate(const RotateWork &r) { for_rows<rotate_row>(r, r.num_heads * r.pairs); }
 
 struct WriteWork {
   const float *x;
@@ -177,18 +164,7 @@ inline void write_row(const WriteWork &w, int64_t row) {
   }
 }
 
-inline void write_task(wl::Team &team, int, void *context) {
-  const WriteWork &w = *static_cast<WriteWork *>(context);
-  int64_t i;
-  const int64_t step = std::max<int64_t>(1, SMALL / 4 / (w.num_heads * w.width));
-  while ((i = team.next((w.num_rows + step - 1) / step)) >= 0)
-    for (int64_t row = i * step; row < std::min(w.num_rows, (i + 1) * step); row++) write_row(w, row);
-}
-
-inline void write_rows(WriteWork w) {
-  if (w.num_rows * w.num_heads * w.width > SMALL) return wl::run_team(write_task, &w);
-  for (int64_t row = 0; row < w.num_rows; row++) write_row(w, row);
-}
+inline void write_rows(const WriteWork &w) { for_rows<write_row>(w, w.num_heads * w.width); }
 
 struct ReadWork {
   const uint8_t *data;

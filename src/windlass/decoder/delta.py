@@ -19,10 +19,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from windlass.decoder.attention import linear
 from windlass.kernels.base import Kernels, Tensors
 from windlass.packed import plain
 from windlass.spec.model import GatedDelta
 
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "a_proj", "b_proj")
 CHUNK = 64  # positions; where a prompt is cut between passes, the cut is at a multiple of this
 _L2_EPS = 1e-6  # fixed by the trained models
 _ALIGNMENT = 64  # bytes; a product's rounding may depend on where its operand lies
@@ -107,21 +109,21 @@ def _project(
     segments: Sequence[Segment],
     conv_state: torch.Tensor,
 ) -> _Inputs:
-    names = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
-    mixed_TC = torch.cat([kernels.linear(h_TD, w[name]) for name in names], dim=-1)
+    *mixed, step_TH, beta_TH = kernels.linears(h_TD, w, _PROJECTIONS)
+    mixed_TC = torch.cat(mixed, dim=-1)
     mixed_TC = _convolve(mixed_TC, plain(w, "conv.weight").float(), segments, conv_state)
     mixed_TC = kernels.pointwise(F.silu, mixed_TC)
     width = spec.num_k_heads * spec.k_head_dim
     q, k, v = mixed_TC[:, :width], mixed_TC[:, width : 2 * width], mixed_TC[:, 2 * width :]
     head = (-1, spec.num_k_heads, spec.k_head_dim)
-    step_TH = kernels.linear(h_TD, w["a_proj.weight"]) + plain(w, "dt_bias").float()
+    step_TH = step_TH + plain(w, "dt_bias").float()
     rate_H = kernels.pointwise(torch.exp, plain(w, "a_log").float())
     return _Inputs(
         q_nGd=_unit(q.reshape(head)) / math.sqrt(spec.k_head_dim),
         k_nGd=_unit(k.reshape(head)),
         v_nHv=v.reshape(-1, spec.num_v_heads, spec.v_head_dim),
         log_decay_nH=-rate_H * kernels.pointwise(F.softplus, step_TH),
-        beta_nH=kernels.pointwise(torch.sigmoid, kernels.linear(h_TD, w["b_proj.weight"])),
+        beta_nH=kernels.pointwise(torch.sigmoid, beta_TH),
     )
 
 
@@ -218,9 +220,9 @@ def _aligned(state: torch.Tensor) -> torch.Tensor:
 def _output(
     kernels: Kernels, spec: GatedDelta, w: Tensors, h_TD: torch.Tensor, out_THv: torch.Tensor
 ) -> torch.Tensor:
-    gate_TC = kernels.pointwise(F.silu, kernels.linear(h_TD, w["z_proj.weight"]))
+    gate_TC = kernels.pointwise(F.silu, linear(kernels, w, "z_proj", h_TD))
     mean_TH1 = (out_THv * out_THv).mean(dim=-1, keepdim=True)
     normed_THv = (
         out_THv / torch.sqrt(mean_TH1 + spec.norm_eps) * plain(w, "out_norm.weight").float()
     )
-    return kernels.linear(normed_THv.flatten(1) * gate_TC, w["o_proj.weight"])
+    return linear(kernels, w, "o_proj", normed_THv.flatten(1) * gate_TC)

@@ -23,7 +23,7 @@ class _Block(NamedTuple):
 
 class Recycler:
     """Makes uninitialised fp32 tensors, of freed ones' memory where sizes match: fresh memory is
-    cleared by the kernel on the caller's thread alone, at some GB/s. Never holds more than was once
+    cleared by the system on the caller's thread alone, at some GB/s. Never holds more than was once
     in use at the same time, so a peak stays what it was. Freed with the last of its tensors. Not
     thread-safe, but tensors may be freed by any thread."""
 

@@ -5,7 +5,8 @@ there is no row ladder. Shape legend: kernels/base.py.
 """
 
 import ctypes as c
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
 
 import torch
 
@@ -54,15 +55,12 @@ class NativeKernels(TorchKernels):
         return self._products(x_TD, _Linears([(w, bias_E)]))[0]
 
     def linears(self, x_TD: torch.Tensor, w: Tensors, names: Sequence[str]) -> list[torch.Tensor]:
-        prepared = w.prepared if isinstance(w, StoredTensors) else {}
-        linears = prepared.get(names)
-        if linears is None:
-            parts = [(w[f"{name}.weight"], plain_or_none(w, f"{name}.bias")) for name in names]
-            linears = _Linears(parts)
-            if not linears.has_copies:  # kept for as long as the tensors stay in their slot
-                prepared[names] = linears
-        assert isinstance(linears, _Linears)
-        return self._products(x_TD, linears)
+        def make() -> _Linears:
+            return _Linears(
+                [(w[f"{name}.weight"], plain_or_none(w, f"{name}.bias")) for name in names]
+            )
+
+        return self._products(x_TD, _prepared(w, names, make))
 
     def _products(self, x_TD: torch.Tensor, linears: "_Linears") -> list[torch.Tensor]:
         x_TD = _rows(x_TD)
@@ -74,7 +72,6 @@ class NativeKernels(TorchKernels):
         for product, (index, column) in zip(products, linears.places, strict=True):
             product.x, product.ldx = x, ldx
             product.out = pointers[index] + 4 * column
-            product.ldo = linears.widths[index]
         code = self._lib.wl_products(products, len(products), num_rows, self._precision)
         lib.check(code, "linear")
         return outs
@@ -271,15 +268,17 @@ class _Linears:
         products = []
         for index, (w, bias_E) in enumerate(parts):
             bias = None if bias_E is None else floats(bias_E)
+            matrices = matrices_of(w)
+            width = sum(m.n for m in matrices)
             column = 0
-            for m in matrices_of(w):
+            for m in matrices:
                 start = None if bias is None else bias.data_ptr() + 4 * column
-                products.append(lib.Product(w=c.pointer(m), bias=start))
+                products.append(lib.Product(w=c.pointer(m), bias=start, ldo=width))
                 self.places.append((index, column))
-                self._kept.append((m, bias))
                 self.has_copies |= m.copy is not None
                 column += m.n
-            self.widths.append(column)
+            self.widths.append(width)
+            self._kept.append((matrices, bias))
         self.products = (lib.Product * len(products))(*products)
 
 
@@ -306,15 +305,23 @@ def _single(w: Weight) -> lib.Matrix:
 
 
 def _network(w: Tensors) -> _Network:
-    """Kept for as long as the tensors stay in their slot."""
-    prepared = w.prepared if isinstance(w, StoredTensors) else {}
-    network = prepared.get("network")
-    if network is None:
-        network = _Network(w)
-        if not network.has_copies:
-            prepared["network"] = network
-    assert isinstance(network, _Network)
-    return network
+    return _prepared(w, "network", lambda: _Network(w))
+
+
+_Made = TypeVar("_Made", _Linears, _Network)
+
+
+def _prepared(w: Tensors, key: object, make: Callable[[], _Made]) -> _Made:
+    """What is derived from a part: kept for as long as its tensors stay in their slot, unless it
+    has copies of them, which no slot is planned for."""
+    if not isinstance(w, StoredTensors):
+        return make()
+    found = cast("_Made | None", w.prepared.get(key))
+    if found is None:
+        found = make()
+        if not found.has_copies:
+            w.prepared[key] = found
+    return found
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
