@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define WL_ABI_VERSION 3
+#define WL_ABI_VERSION 4
 #define WL_API __attribute__((visibility("default")))
 
 enum { WL_OK = 0, WL_E_ARGUMENT = 1, WL_E_MEMORY = 2 };
@@ -122,6 +122,22 @@ typedef struct wl_attention {
   int64_t num_tiles;
 } wl_attention;
 
+/* What becomes of the logits of a router. WL_LOGITS: the chosen ones go through a softmax. */
+enum wl_score { WL_SOFTMAX = 0, WL_SIGMOID = 1, WL_LOGITS = 2 };
+
+/* What chosen scores are divided by: nothing; max(sum, norm_by); max(sqrt(sum of squares), norm_by);
+ * sum + norm_by. */
+enum wl_norm { WL_N_NONE = 0, WL_N_SUM = 1, WL_N_EUCLID = 2, WL_N_PLUS = 3 };
+
+typedef struct wl_routing {
+  int32_t score, norm;
+  float norm_by, scale;
+  int64_t top_k;
+  int64_t num_groups, kept_groups; /* 0: all experts can be chosen */
+  int32_t rank_by_two;             /* a group's rank is the sum of its best two, else its best */
+  const float *bias;               /* (experts) or null: added to the scores for the choice only */
+} wl_routing;
+
 WL_API int32_t wl_abi_version(void);
 /* Names of the instruction sets that this library has and this machine can run, best last, comma
  * separated; and the one in use. `wl_use` chooses one, by name; not while a call runs. */
@@ -158,6 +174,10 @@ WL_API int32_t wl_rotate(float *x, int64_t row_stride, int64_t head_stride, int6
 WL_API int32_t wl_write_rows(const float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows,
                              int64_t num_heads, int64_t width, const wl_cache *cache, const int64_t *pages,
                              const int64_t *offsets);
+/* The best top_k experts of each row, best first, of equal ones the lower; logits (T, experts), weights and
+ * ids (T, top_k). */
+WL_API int32_t wl_route(const float *logits, int64_t num_rows, int64_t num_experts, const wl_routing *routing,
+                        float *weights, int64_t *ids);
 /* Places 0 .. num in the order of the expert that ids[place] names, stable: order[i] is a place, rows[i]
  * its row, place / per_row; counts[e] places have expert e of num_experts. */
 WL_API int32_t wl_group(const int64_t *ids, int64_t num, int64_t per_row, int64_t num_experts, int64_t *order,
@@ -165,6 +185,23 @@ WL_API int32_t wl_group(const int64_t *ids, int64_t num, int64_t per_row, int64_
 /* Reads `num_bytes` once by all threads, as fast as memory gives them: what products of few rows are
  * measured against. `sum` is of no use but to need them. */
 WL_API int32_t wl_read(const void *data, int64_t num_bytes, float *sum);
+/* A call of the function above that `function` names, with its arguments in order. */
+enum wl_function {
+  WL_RUN_PRODUCTS = 0, WL_RUN_EXPERTS = 1, WL_RUN_ATTEND = 2, WL_RUN_RMS_NORM = 3, WL_RUN_COMBINE = 4,
+  WL_RUN_ROTATE = 5, WL_RUN_WRITE_ROWS = 6, WL_RUN_ROUTE = 7, WL_RUN_GROUP = 8,
+};
+typedef union wl_argument {
+  const void *p;
+  int64_t i;
+  double f;
+} wl_argument;
+typedef struct wl_call {
+  int64_t function;
+  wl_argument arguments[10];
+} wl_call;
+
+/* All calls, one after the other, up to the first that fails. */
+WL_API int32_t wl_run(const wl_call *calls, int64_t num);
 /* fp32 copy of a matrix: out (n, k). For tests. */
 WL_API int32_t wl_widen(const wl_matrix *w, float *out);
 

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <new>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "pool.h"
@@ -69,6 +71,20 @@ int32_t guarded(F call) {
   } catch (const std::bad_alloc &) {
     return WL_E_MEMORY;
   }
+}
+
+template <typename T>
+T argument(const wl_argument &a) {
+  if constexpr (std::is_pointer_v<T>) return static_cast<T>(const_cast<void *>(a.p));
+  else if constexpr (std::is_floating_point_v<T>) return T(a.f);
+  else return T(a.i);
+}
+
+template <typename... Types>
+int32_t call(int32_t (*function)(Types...), const wl_argument *arguments) {
+  return [&]<size_t... I>(std::index_sequence<I...>) {
+    return function(argument<Types>(arguments[I])...);
+  }(std::index_sequence_for<Types...>{});
 }
 
 }  // namespace
@@ -165,6 +181,33 @@ int32_t wl_group(const int64_t *ids, int64_t num, int64_t per_row, int64_t num_e
       rows[at] = i / per_row;
     }
   });
+}
+
+int32_t wl_route(const float *logits, int64_t num_rows, int64_t num_experts, const wl_routing *routing, float *weights,
+                 int64_t *ids) {
+  const bool is_whole = !routing->num_groups || num_experts % routing->num_groups == 0;
+  if (routing->top_k < 1 || routing->top_k > num_experts || !is_whole) return WL_E_ARGUMENT;
+  return guarded([&](const wl::Table &t) { t.route(logits, num_rows, num_experts, *routing, weights, ids); });
+}
+
+int32_t wl_run(const wl_call *calls, int64_t num) {
+  for (const wl_call *one = calls; one < calls + num; one++) {
+    const wl_argument *a = one->arguments;
+    int32_t code = WL_E_ARGUMENT;
+    switch (one->function) {
+      case WL_RUN_PRODUCTS: code = call(wl_products, a); break;
+      case WL_RUN_EXPERTS: code = call(wl_experts, a); break;
+      case WL_RUN_ATTEND: code = call(wl_attend, a); break;
+      case WL_RUN_RMS_NORM: code = call(wl_rms_norm, a); break;
+      case WL_RUN_COMBINE: code = call(wl_combine, a); break;
+      case WL_RUN_ROTATE: code = call(wl_rotate, a); break;
+      case WL_RUN_WRITE_ROWS: code = call(wl_write_rows, a); break;
+      case WL_RUN_ROUTE: code = call(wl_route, a); break;
+      case WL_RUN_GROUP: code = call(wl_group, a); break;
+    }
+    if (code != WL_OK) return code;
+  }
+  return WL_OK;
 }
 
 int32_t wl_read(const void *data, int64_t num_bytes, float *sum) {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "attention.h"
-#include "rows.h"
+#include "route.h"
 #include "table.h"
 
 namespace WL_NS {
@@ -34,6 +34,9 @@ constexpr wl::Table make_table() {
       },
       [](const float *x, int64_t row, int64_t head, int64_t rows, int64_t heads, int64_t width, const wl_cache &cache,
          const int64_t *pages, const int64_t *offsets) { write_rows({x, row, head, rows, heads, width, cache, pages, offsets}); },
+      [](const float *logits, int64_t rows, int64_t experts, const wl_routing &r, float *weights, int64_t *ids) {
+        route({logits, rows, experts, r, weights, ids});
+      },
       read_all,
       widen,
   };

@@ -18,6 +18,7 @@ struct Table {
   void (*combine)(const float *, const float *, const float *, const float *, float *, int64_t, int64_t, int64_t, float);
   void (*rotate)(float *, int64_t, int64_t, int64_t, int64_t, int64_t, const float *, const float *, int64_t, int32_t);
   void (*write_rows)(const float *, int64_t, int64_t, int64_t, int64_t, int64_t, const wl_cache &, const int64_t *, const int64_t *);
+  void (*route)(const float *, int64_t, int64_t, const wl_routing &, float *, int64_t *);
   float (*read)(const uint8_t *, int64_t);
   void (*widen)(const wl_matrix &, float *);
 };

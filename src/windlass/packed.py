@@ -67,6 +67,19 @@ def plain_or_none(tensors: Tensors, name: str) -> torch.Tensor | None:
     return plain(tensors, name) if name in tensors else None
 
 
+def floats_or_none(tensors: Tensors, name: str) -> torch.Tensor | None:
+    """A vector in fp32 and contiguous, made once where it is stored otherwise; None where the part
+    has none."""
+    if name not in tensors:
+        return None
+    kept = tensors.prepared if isinstance(tensors, StoredTensors) else {}
+    found = kept.get(name)
+    if found is None:
+        found = kept[name] = plain(tensors, name).float().contiguous()
+    assert isinstance(found, torch.Tensor), f"{name}: kept as something else"
+    return found
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PagedRows:
     """Keys or values of a layer: a row for each page (P), head (K) and token (B). Rows are of a

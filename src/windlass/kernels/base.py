@@ -7,13 +7,13 @@ P pages, B tokens of a page, S sequences.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
 from windlass.packed import PackedStack, PagedRows, Weight
 from windlass.packed import Tensors as Tensors
-from windlass.spec.model import Activation, Norm, Rope
+from windlass.spec.model import Activation, Norm, Rope, Routing
 
 
 class ExpertRows(NamedTuple):
@@ -30,7 +30,7 @@ class Groups(NamedTuple):
 
     order: torch.Tensor  # (T * A,) int64
     rows: torch.Tensor  # of `order`
-    counts: list[int]  # places of each expert
+    counts_E: torch.Tensor  # int64: places of each expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,24 @@ class AttentionOptions:
     sinks_H: torch.Tensor | None = None
 
 
+_Result = TypeVar("_Result")
+
+
+class Recorder(Protocol):
+    """Repeats what was computed for an earlier pass of as many rows, each of another sequence, in
+    tensors that are where they were."""
+
+    def begin(self, work: AttentionWork) -> None:
+        """A pass begins, and this is what its rows attend to."""
+        ...
+
+    def run(self, name: str, layer: int, w: Tensors, body: Callable[[], _Result]) -> _Result:
+        """What `body` gives. It may be run, or what it computed at an earlier time with the same
+        `w` may be computed again: then its result is the same object with new contents. It only
+        calls kernels, and decides nothing by what tensors contain."""
+        ...
+
+
 class Kernels(Protocol):
     """Activations are fp32; weights come in their stored type, possibly as strided views, and
     quantised ones packed as they are."""
@@ -65,6 +83,10 @@ class Kernels(Protocol):
     @property
     def name(self) -> str:
         """Of the backend, as `moe_backend` has it."""
+        ...
+
+    def recorder(self) -> Recorder | None:
+        """A new one; None where nothing would be gained by it."""
         ...
 
     def linear(
@@ -115,6 +137,17 @@ class Kernels(Protocol):
         self, store: PagedRows, pages_T: torch.Tensor, offsets_T: torch.Tensor, x_TKd: torch.Tensor
     ) -> None:
         """Writes each row's heads at its offset of its page, rounded to the store's type."""
+        ...
+
+    def route(
+        self,
+        routing: Routing,
+        top_k: int,
+        logits_TE: torch.Tensor,
+        bias_E: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts of each row: weights (T, A) fp32 and ids (T, A) int64, best first. `bias_E`
+        (fp32) is what `select_bias` speaks of."""
         ...
 
     def group(self, ids_TA: torch.Tensor, num_experts: int) -> Groups:

@@ -11,14 +11,22 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from windlass.kernels import routing as routes
 from windlass.kernels import rowwise
 from windlass.kernels.attention import paged_attention
-from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows, Groups, Tensors
+from windlass.kernels.base import (
+    AttentionOptions,
+    AttentionWork,
+    ExpertRows,
+    Groups,
+    Recorder,
+    Tensors,
+)
 from windlass.kernels.dequantise import dequantise
 from windlass.kernels.limits import TILE_BYTES, UNPACK_BYTES
 from windlass.kernels.rows import RowLadder, pad_rows, padded_width
 from windlass.packed import Packed, PackedStack, PagedRows, Weight, plain_or_none
-from windlass.spec.model import Activation, ClampedSwiGlu, Norm, Rope
+from windlass.spec.model import Activation, ClampedSwiGlu, Norm, Rope, Routing
 from windlass.units import round_up
 
 _FEW_ROWS = (12, 128)
@@ -51,6 +59,9 @@ class TorchKernels:
     @property
     def name(self) -> str:
         return "torch"
+
+    def recorder(self) -> Recorder | None:
+        return None
 
     def linear(
         self, x_TD: torch.Tensor, w: Weight, bias_E: torch.Tensor | None = None
@@ -120,11 +131,20 @@ class TorchKernels:
     ) -> None:
         rowwise.write_rows(store, pages_T, offsets_T, x_TKd)
 
+    def route(
+        self,
+        routing: Routing,
+        top_k: int,
+        logits_TE: torch.Tensor,
+        bias_E: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return routes.route(self.pointwise, routing, top_k, logits_TE, bias_E)
+
     def group(self, ids_TA: torch.Tensor, num_experts: int) -> Groups:
         flat = ids_TA.flatten()
         order = torch.argsort(flat, stable=True)
-        counts = torch.bincount(flat, minlength=num_experts).tolist()
-        return Groups(order, order // ids_TA.shape[1], counts)
+        counts_E = torch.bincount(flat, minlength=num_experts)
+        return Groups(order, order // ids_TA.shape[1], counts_E)
 
     def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
         # in two steps: a fused multiply-add would round otherwise in a vector's tail

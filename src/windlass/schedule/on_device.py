@@ -4,33 +4,34 @@ Owns nothing that outlives a pass except the stores and the usage forecast it wa
 come from one thread. The only place where routing is read back to Python.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from windlass.decoder import block as math
 from windlass.decoder.attention import value_width
-from windlass.decoder.delta import Segment as DeltaSegment
 from windlass.decoder.delta import delta_attention
 from windlass.decoder.moe import dense_ffn, route, shared_expert
 from windlass.decoder.rope import RopeTable
 from windlass.decoder.score import RunningLogprobs
 from windlass.device.host import empty
 from windlass.ids import Part, WeightKey
-from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows, Kernels
+from windlass.kernels.base import AttentionOptions, ExpertRows, Groups, Kernels
 from windlass.memory.kv import KvStore
 from windlass.memory.weights import Lease, WeightStore
-from windlass.packed import plain
+from windlass.packed import floats_or_none, plain
 from windlass.schedule.announce import Announcer, PassForecast
 from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
 from windlass.schedule.embedding import EmbeddingRows
+from windlass.schedule.places import Places, Step, is_repeatable, places_of
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.spec.model import GatedDelta, Gqa, Mla, ModelSpec, Moe, Rope
 from windlass.trace import Tracer
 
+_T = TypeVar("_T")
 _SCORE_BYTES = 8 << 20  # of logits that only a score is taken of
 
 
@@ -81,7 +82,8 @@ class DeviceRuntime:
         self._forecast = forecast
         self._tracer = tracer
         self._ropes = {rope: RopeTable(rope) for rope in ropes(spec)}
-        self._places: dict[int, _Places] = {}
+        self._places: dict[int, Places] = {}
+        self._step: Step | None = None  # of passes that go one way, the last one included
         self._outputs: torch.Tensor | None = None
 
     # --- weights ----------------------------------------------------------------------------------
@@ -111,11 +113,33 @@ class DeviceRuntime:
         with self._tracer.span("embed", rows=batch.num_rows):
             tokens = [token for segment in batch.segments for token in segment.token_ids]
             self._places = {
-                micro.first_row: _places(micro, self._kv.page_tokens)
+                micro.first_row: places_of(micro, self._kv.page_tokens)
                 for micro in batch.micro_batches
             }
             self._forecast.begin(batch.num_rows)
-            return math.embed(self._spec, self._embedding.rows(tokens))
+            hidden = math.embed(self._spec, self._embedding.rows(tokens))
+            return self._repeat(batch, hidden)
+
+    def _repeat(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states where those of the last pass were, if this one can go the same way."""
+        if not is_repeatable(batch):
+            self._step = None
+            return hidden
+        (places,) = self._places.values()
+        for rope in self._ropes:
+            self._cos_sin(places, rope)
+        if self._step is None or self._step.num_rows != batch.num_rows:
+            recorder = self._kernels.recorder()
+            self._step = None if recorder is None else Step(recorder, places, hidden)
+            return hidden
+        self._places = {0: self._step.next(places, hidden)}
+        return self._step.hidden_TD
+
+    def _computed(self, name: str, layer: int, weights: Lease, body: Callable[[], _T]) -> _T:
+        """What `body` computes, by repeating it where the pass goes the way of an earlier one."""
+        if self._step is None:
+            return body()
+        return self._step.recorder.run(name, layer, weights.tensors, body)
 
     def attention(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:
         attention = self._spec.blocks[layer].attention
@@ -123,29 +147,46 @@ class DeviceRuntime:
         with self._tracer.span("attention", layer=layer, rows=rows.num_rows):
             if isinstance(attention, GatedDelta):
                 self._delta(layer, attention, weights, hidden[part], rows)
-            else:
-                self._softmax(layer, attention, weights, hidden[part], rows)
+                return
+            self._computed(
+                "attention",
+                layer,
+                weights,
+                lambda: self._softmax(layer, attention, weights, hidden[part], rows),
+            )
 
     def enter_experts(self, layer: int, weights: Lease, hidden: torch.Tensor) -> Routed:
         moe = self._spec.blocks[layer].ffn
         assert isinstance(moe, Moe), "the schedule asked for experts of a dense layer"
         with self._tracer.span("route", layer=layer, rows=len(hidden)):
-            h_TD = math.ffn_input(self._kernels, self._spec, weights.tensors, hidden)
-            weights_TA, ids_TA = route(self._kernels, moe, weights.tensors, h_TD)
-            groups = self._kernels.group(ids_TA, moe.num_experts)
-            used = {expert: count for expert, count in enumerate(groups.counts) if count}
+            h_TD, weights_TA, groups = self._computed(
+                "route", layer, weights, lambda: self._route(moe, weights, hidden)
+            )
+            used = {expert: n for expert, n in enumerate(groups.counts_E.tolist()) if n}
             self._forecast.observe(layer, used)
         shared = None
-        if moe.shared is not None:
+        if (network := moe.shared) is not None:
             with self._tracer.span("shared", layer=layer, rows=len(hidden)):
-                shared = shared_expert(self._kernels, moe.shared, weights.tensors, h_TD)
-        outputs = self._expert_outputs(ids_TA.numel(), h_TD.shape[1])
+                shared = self._computed(
+                    "shared",
+                    layer,
+                    weights,
+                    lambda: shared_expert(self._kernels, network, weights.tensors, h_TD),
+                )
+        outputs = self._expert_outputs(len(groups.order), h_TD.shape[1])
         counts = list(used.values())
         parts = zip(
             torch.split(groups.rows, counts), torch.split(groups.order, counts), strict=True
         )
         places = dict(zip(used, parts, strict=True))
         return Routed(tuple(used), _Rows(h_TD, weights_TA, places, outputs, shared))
+
+    def _route(
+        self, moe: Moe, weights: Lease, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Groups]:
+        h_TD = math.ffn_input(self._kernels, self._spec, weights.tensors, hidden)
+        weights_TA, ids_TA = route(self._kernels, moe, weights.tensors, h_TD)
+        return h_TD, weights_TA, self._kernels.group(ids_TA, moe.num_experts)
 
     def _expert_outputs(self, *shape: int) -> torch.Tensor:
         """Memory of one layer's expert outputs, the same for all layers of a pass."""
@@ -221,11 +262,7 @@ class DeviceRuntime:
         places, w = self._places[rows.first_row], lease.tensors
         cos = sin = None
         if attention.rope is not None:
-            if attention.rope not in places.tables:
-                table = self._ropes[attention.rope]
-                found = table.cos_sin(places.positions, long_T=places.long_rope)
-                places.tables[attention.rope] = found
-            cos, sin = places.tables[attention.rope]
+            cos, sin = self._cos_sin(places, attention.rope)
         got = math.pre_attention(self._kernels, self._spec, attention, w, x_TD, cos, sin)
         for store, x_TKd in zip(self._kv.stored(layer), (got.key_TKd, got.value_TKv), strict=False):
             self._kernels.write_rows(store, places.pages, places.offsets, x_TKd)
@@ -234,11 +271,17 @@ class DeviceRuntime:
             scale=attention.scale,
             value_dim=value_width(attention),
             window=gqa.window if gqa else None,
-            sinks_H=plain(w, "sinks") if gqa and gqa.sinks else None,
+            sinks_H=floats_or_none(w, "sinks") if gqa and gqa.sinks else None,
         )
         keys, values = self._kv.paged(layer)
         o_THv = self._kernels.attention(got.q_THd, keys, values, places.work, options)
         math.post_attention(self._kernels, self._spec, attention, w, x_TD, o_THv, got.gate_THv)
+
+    def _cos_sin(self, places: Places, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        if rope not in places.tables:
+            found = self._ropes[rope].cos_sin(places.positions, long_T=places.long_rope)
+            places.tables[rope] = found
+        return places.tables[rope]
 
     def _delta(
         self, layer: int, attention: GatedDelta, lease: Lease, x_TD: torch.Tensor, rows: MicroBatch
@@ -248,52 +291,6 @@ class DeviceRuntime:
         conv, state = self._kv.states(layer)
         y_TD = delta_attention(self._kernels, attention, lease.tensors, h_TD, segments, conv, state)
         math.residual(self._kernels, self._spec, x_TD, y_TD)
-
-
-class _Places(NamedTuple):
-    """Where the rows of a micro-batch are: computed once per pass, used by all layers."""
-
-    positions: torch.Tensor
-    pages: torch.Tensor
-    offsets: torch.Tensor
-    long_rope: torch.Tensor
-    work: AttentionWork
-    delta: list[DeltaSegment]
-    tables: dict[Rope, tuple[torch.Tensor, torch.Tensor]]  # cos and sin, filled as layers ask
-
-
-def _places(micro: MicroBatch, page_tokens: int) -> _Places:
-    positions: list[int] = []
-    pages: list[int] = []
-    long_rope: list[bool] = []
-    first_rows: list[int] = []
-    for segment in micro.segments:
-        first_rows.append(len(positions))
-        span = range(segment.first_position, segment.first_position + segment.num_rows)
-        positions.extend(span)
-        pages.extend(segment.pages[position // page_tokens] for position in span)
-        long_rope.extend([segment.long_rope] * segment.num_rows)
-    work = AttentionWork(
-        first_row=tuple(first_rows),
-        num_rows=tuple(s.num_rows for s in micro.segments),
-        first_position=tuple(s.first_position for s in micro.segments),
-        pages=tuple(s.pages for s in micro.segments),
-        is_prompt=tuple(s.is_prompt for s in micro.segments),
-    )
-    delta = [
-        DeltaSegment(
-            first_row=row,
-            num_rows=s.num_rows,
-            first_position=s.first_position,
-            slot=s.state_slot,
-            is_prompt=s.is_prompt,
-        )
-        for row, s in zip(first_rows, micro.segments, strict=True)
-    ]
-    where = torch.tensor(positions)
-    return _Places(
-        where, torch.tensor(pages), where % page_tokens, torch.tensor(long_rope), work, delta, {}
-    )
 
 
 def ropes(spec: ModelSpec) -> set[Rope]:

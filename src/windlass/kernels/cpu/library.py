@@ -4,14 +4,17 @@ Knows pointers and sizes, no torch."""
 import ctypes as c
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 FILE = Path(__file__).parent / "libwindlass_cpu.so"
 
 CODES = {"f32": 0, "bf16": 1, "f16": 2, "e4m3": 3, "e2m1": 4, "int8": 5, "int4": 6}
 PACKINGS = {"rows": 0, "gptq": 1, "awq": 2, "gptq8": 3}
 SCALES = {"none": 0, "f32": 1, "bf16": 2, "f16": 3, "e8m0": 4}
 ZEROS = {"none": 0, "rows": 1, "gptq": 2, "awq": 3}
+SCORES = {"softmax": 0, "sigmoid": 1, "logits": 2}
+NORMS = {"none": 0, "sum": 1, "euclid": 2, "plus": 3}
 
 _i32, _i64, _f32, _ptr = c.c_int32, c.c_int64, c.c_float, c.c_void_p
 
@@ -65,7 +68,22 @@ class Attention(c.Structure):
     ]  # fmt: skip
 
 
-_SIGNATURES = {
+class Routing(c.Structure):
+    _fields_ = [
+        ("score", _i32), ("norm", _i32), ("norm_by", _f32), ("scale", _f32), ("top_k", _i64),
+        ("num_groups", _i64), ("kept_groups", _i64), ("rank_by_two", _i32), ("bias", _ptr),
+    ]  # fmt: skip
+
+
+class Argument(c.Union):
+    _fields_ = [("p", _ptr), ("i", _i64), ("f", c.c_double)]
+
+
+class Call(c.Structure):
+    _fields_ = [("function", _i64), ("arguments", Argument * 10)]
+
+
+SIGNATURES: dict[str, list[Any]] = {
     "wl_products": [_ptr, _i64, _i64, _i32],
     "wl_experts": [_ptr, _i64, _ptr, _i64, _ptr, _i64, _i32, _f32, _f32, _i32],
     "wl_attend": [c.POINTER(Attention)],
@@ -73,12 +91,19 @@ _SIGNATURES = {
     "wl_combine": [_ptr, _ptr, _ptr, _ptr, _ptr, _i64, _i64, _i64, _f32],
     "wl_rotate": [_ptr, _i64, _i64, _i64, _i64, _i64, _ptr, _ptr, _i64, _i32],
     "wl_write_rows": [_ptr, _i64, _i64, _i64, _i64, _i64, c.POINTER(Cache), _ptr, _ptr],
+    "wl_route": [_ptr, _i64, _i64, c.POINTER(Routing), _ptr, _ptr],
     "wl_group": [_ptr, _i64, _i64, _i64, _ptr, _ptr, _ptr],
+    "wl_run": [_ptr, _i64],
     "wl_read": [_ptr, _i64, c.POINTER(_f32)],
     "wl_widen": [c.POINTER(Matrix), _ptr],
     "wl_use": [c.c_char_p],
     "wl_set_threads": [_i32],
 }
+# Functions that `wl_run` can call.
+REPEATABLE = {
+    "wl_products": 0, "wl_experts": 1, "wl_attend": 2, "wl_rms_norm": 3, "wl_combine": 4,
+    "wl_rotate": 5, "wl_write_rows": 6, "wl_route": 7, "wl_group": 8,
+}  # fmt: skip
 
 
 def load() -> c.CDLL | str:
@@ -97,7 +122,7 @@ def _load(path: Path) -> c.CDLL | str:
         return f"cannot be loaded: {error}"
     if version != ABI_VERSION:
         return f"has interface {version}, expected {ABI_VERSION}: build it again"
-    for name, types in _SIGNATURES.items():
+    for name, types in SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = types, _i32
     for name in ("wl_available", "wl_in_use"):

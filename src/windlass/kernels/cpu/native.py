@@ -5,8 +5,9 @@ there is no row ladder. Shape legend: kernels/base.py.
 """
 
 import ctypes as c
-from collections.abc import Callable, Sequence
-from typing import TypeVar, cast
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -19,14 +20,24 @@ from windlass.kernels.base import (
     Tensors,
 )
 from windlass.kernels.cpu import library as lib
-from windlass.kernels.cpu.matrices import floats, heads_of, matrices_of
+from windlass.kernels.cpu.matrices import floats, heads_of
+from windlass.kernels.cpu.prepared import Linears, Network, network_of, prepared, routing_of
+from windlass.kernels.cpu.recorder import NativeRecorder, Scratch, Tape
+from windlass.kernels.cpu.tiles import Tiles
 from windlass.kernels.reference import TorchKernels
-from windlass.packed import PackedStack, PagedRows, StoredTensors, Weight, plain_or_none
-from windlass.spec.model import Activation, ClampedSwiGlu, Norm, RmsNorm, Rope
+from windlass.packed import PackedStack, PagedRows, Weight, plain_or_none
+from windlass.spec.model import (
+    Activation,
+    ClampedSwiGlu,
+    Norm,
+    RmsNorm,
+    Rope,
+    Routing,
+    SparseMixer,
+)
 
 _TILE_ITEMS = 64  # rows times heads of a group that attention takes together (MQ in attention.h)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 5}
-_FFN = ("gate", "up", "down")
 
 
 class NativeKernels(TorchKernels):
@@ -37,32 +48,48 @@ class NativeKernels(TorchKernels):
     def __init__(self, library: c.CDLL, *, threads: int, bf16_rows: bool = False) -> None:
         super().__init__(bf16_rows=bf16_rows)
         self._lib = library
-        self._memory = Recycler()
+        self._memory: Recycler | Scratch = Recycler()
         self._precision = int(bf16_rows)
-        # of the last call: the layers of a pass share their work
-        self._tiles: tuple[AttentionWork | None, int, c.Array[lib.Tile] | None, object] = (
-            None, 0, None, None,
-        )  # fmt: skip
+        self._tiles = Tiles()
+        self._tape: Tape | None = None  # where calls are noted
         lib.check(library.wl_set_threads(threads), "threads")
 
     @property
     def name(self) -> str:
         return "cpu"
 
+    def recorder(self) -> NativeRecorder:
+        return NativeRecorder(self._lib, self._recording)
+
+    @contextmanager
+    def _recording(self, tape: Tape, scratch: Scratch, tiles: Tiles) -> Iterator[None]:
+        usual = self._memory, self._tiles
+        self._tape, self._memory, self._tiles = tape, scratch, tiles
+        try:
+            yield
+        finally:
+            self._tape, (self._memory, self._tiles) = None, usual
+
+    def _call(self, name: str, *arguments: Any, keep: object = None) -> None:
+        """`keep`: what structures among the arguments point to, where nothing else keeps it."""
+        if self._tape is not None:
+            self._tape.add(name, arguments, keep)
+        lib.check(getattr(self._lib, name)(*arguments), name)
+
     def linear(
         self, x_TD: torch.Tensor, w: Weight, bias_E: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return self._products(x_TD, _Linears([(w, bias_E)]))[0]
+        return self._products(x_TD, Linears([(w, bias_E)]))[0]
 
     def linears(self, x_TD: torch.Tensor, w: Tensors, names: Sequence[str]) -> list[torch.Tensor]:
-        def make() -> _Linears:
-            return _Linears(
+        def make() -> Linears:
+            return Linears(
                 [(w[f"{name}.weight"], plain_or_none(w, f"{name}.bias")) for name in names]
             )
 
-        return self._products(x_TD, _prepared(w, names, make))
+        return self._products(x_TD, prepared(w, names, make))
 
-    def _products(self, x_TD: torch.Tensor, linears: "_Linears") -> list[torch.Tensor]:
+    def _products(self, x_TD: torch.Tensor, linears: Linears) -> list[torch.Tensor]:
         x_TD = _rows(x_TD)
         num_rows = x_TD.shape[0]
         outs = [self._memory.empty(num_rows, width) for width in linears.widths]
@@ -72,8 +99,7 @@ class NativeKernels(TorchKernels):
         for product, (index, column) in zip(products, linears.places, strict=True):
             product.x, product.ldx = x, ldx
             product.out = pointers[index] + 4 * column
-        code = self._lib.wl_products(products, len(products), num_rows, self._precision)
-        lib.check(code, "linear")
+        self._call("wl_products", products, len(products), num_rows, self._precision, keep=linears)
         return outs
 
     def batched_linear(
@@ -92,16 +118,16 @@ class NativeKernels(TorchKernels):
             product.out = out_THb.data_ptr() + 4 * head * m.n
             product.ldo = heads * m.n
         # always exact: the matrices may be recurrent states
-        lib.check(self._lib.wl_products(products, heads, num_rows, 0), "batched_linear")
+        self._call("wl_products", products, heads, num_rows, 0, keep=matrices)
         return out_THb
 
     def expert_ffn(self, x_ND: torch.Tensor, w: Tensors, activation: Activation) -> torch.Tensor:
         x_ND = _rows(x_ND)
-        network = _network(w)
+        network = network_of(w)
         out_ND = self._memory.empty(len(x_ND), network.struct.down.contents.n)
         one = lib.Expert.from_buffer_copy(network.struct)
         one.num_rows = len(x_ND)
-        self._run_experts(x_ND, (lib.Expert * 1)(one), activation, out_ND)
+        self._run_experts(x_ND, (lib.Expert * 1)(one), [network], activation, out_ND)
         return out_ND
 
     def experts(
@@ -113,30 +139,31 @@ class NativeKernels(TorchKernels):
     ) -> None:
         x_TD = _rows(x_TD)
         experts = (lib.Expert * len(work))()
-        kept = []  # what the structures point to
+        networks = []
         for i, (w, rows, places) in enumerate(work):
-            network = _network(w)
-            kept.append(network)
+            network = network_of(w)
+            networks.append(network)
             experts[i] = network.struct
             experts[i].rows, experts[i].places = rows.data_ptr(), places.data_ptr()
             experts[i].num_rows = rows.shape[0]
-        self._run_experts(x_TD, experts, activation, out)
+        self._run_experts(x_TD, experts, networks, activation, out)
 
     def _run_experts(
         self,
         x: torch.Tensor,
         experts: "c.Array[lib.Expert]",
+        networks: Sequence[Network],
         activation: Activation,
         out: torch.Tensor,
     ) -> None:
         kind, alpha, limit = 0, 0.0, 0.0
         if isinstance(activation, ClampedSwiGlu):
             kind, alpha, limit = 1, activation.alpha, activation.limit
-        code = self._lib.wl_experts(
+        self._call(
+            "wl_experts",
             x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), experts, len(experts),
-            kind, alpha, limit, self._precision,
+            kind, alpha, limit, self._precision, keep=networks,
         )  # fmt: skip
-        lib.check(code, "experts")
 
     def attention(
         self,
@@ -150,7 +177,7 @@ class NativeKernels(TorchKernels):
         num_rows, num_heads, key_dim = q_THd.shape
         out_THv = self._memory.empty(num_rows, num_heads, options.value_dim)
         kv_heads, page_tokens = keys.rows_PKBd.shape[1:3]
-        tiles = self._tiles_of(work, max(1, _TILE_ITEMS // (num_heads // kv_heads)))
+        tiles = self._tiles.of(work, max(1, _TILE_ITEMS // (num_heads // kv_heads)))
         sinks = None if options.sinks_H is None else floats(options.sinks_H)
         attention = lib.Attention(
             q=q_THd.data_ptr(), out=out_THv.data_ptr(),
@@ -161,15 +188,8 @@ class NativeKernels(TorchKernels):
             keys=_cache(keys), values=_cache(values),
             tiles=c.addressof(tiles), num_tiles=len(tiles),
         )  # fmt: skip
-        lib.check(self._lib.wl_attend(c.byref(attention)), "attention")
+        self._call("wl_attend", attention, keep=sinks)
         return out_THv
-
-    def _tiles_of(self, work: AttentionWork, most: int) -> "c.Array[lib.Tile]":
-        last, last_most, tiles, _ = self._tiles
-        if last is not work or last_most != most or tiles is None:
-            tiles, kept = _tiles(work, most)
-            self._tiles = (work, most, tiles, kept)
-        return tiles
 
     def normalise(
         self, norm: Norm, weight_D: torch.Tensor, bias_D: torch.Tensor | None, x: torch.Tensor
@@ -180,11 +200,11 @@ class NativeKernels(TorchKernels):
         rows = _rows(x.reshape(-1, width))
         y = self._memory.empty(*x.shape)
         weight_D = weight_D.contiguous()
-        code = self._lib.wl_rms_norm(
+        self._call(
+            "wl_rms_norm",
             rows.data_ptr(), rows.stride(0), y.data_ptr(), width, rows.shape[0], width,
             weight_D.data_ptr(), _TYPES[weight_D.dtype], float(norm.plus_one), norm.eps,
         )  # fmt: skip
-        lib.check(code, "normalise")
         return y
 
     def rotate(
@@ -193,11 +213,11 @@ class NativeKernels(TorchKernels):
         row, head, one = x_THd.stride()
         table, unit = cos_Tf.stride()
         assert cos_Tf.stride() == sin_Tf.stride() and unit == one == 1, "elements lie side by side"
-        code = self._lib.wl_rotate(
+        self._call(
+            "wl_rotate",
             x_THd.data_ptr(), row, head, *x_THd.shape[:2], rope.dim // 2,
             cos_Tf.data_ptr(), sin_Tf.data_ptr(), table, rope.interleaved,
         )  # fmt: skip
-        lib.check(code, "rotate")
 
     def write_rows(
         self, store: PagedRows, pages_T: torch.Tensor, offsets_T: torch.Tensor, x_TKd: torch.Tensor
@@ -207,34 +227,61 @@ class NativeKernels(TorchKernels):
             return
         x_TKd = _rows(x_TKd)
         row, head, _ = x_TKd.stride()
-        code = self._lib.wl_write_rows(
-            x_TKd.data_ptr(), row, head, *x_TKd.shape, c.byref(_cache(store)),
+        self._call(
+            "wl_write_rows",
+            x_TKd.data_ptr(), row, head, *x_TKd.shape, _cache(store),
             pages_T.data_ptr(), offsets_T.data_ptr(),
         )  # fmt: skip
-        lib.check(code, "write_rows")
+
+    def route(
+        self,
+        routing: Routing,
+        top_k: int,
+        logits_TE: torch.Tensor,
+        bias_E: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(routing, SparseMixer):
+            return super().route(routing, top_k, logits_TE, bias_E)
+        logits_TE = logits_TE.contiguous()
+        num_rows, num_experts = logits_TE.shape
+        weights_TA = torch.empty(num_rows, top_k)
+        ids_TA = torch.empty(num_rows, top_k, dtype=torch.int64)
+        structure = routing_of(routing, top_k, bias_E)
+        self._call(
+            "wl_route", logits_TE.data_ptr(), num_rows, num_experts, structure,
+            weights_TA.data_ptr(), ids_TA.data_ptr(), keep=(weights_TA, ids_TA, bias_E),
+        )  # fmt: skip
+        return weights_TA, ids_TA
 
     def group(self, ids_TA: torch.Tensor, num_experts: int) -> Groups:
         ids_TA = ids_TA.contiguous()
         num, per_row = ids_TA.numel(), ids_TA.shape[1]
         order, rows = torch.empty(2, num, dtype=torch.int64)
-        counts = (c.c_int64 * num_experts)()
-        code = self._lib.wl_group(
-            ids_TA.data_ptr(), num, per_row, num_experts, order.data_ptr(), rows.data_ptr(), counts
-        )
-        lib.check(code, "group")
-        return Groups(order, rows, list(counts))
+        counts_E = torch.empty(num_experts, dtype=torch.int64)
+        self._call(
+            "wl_group", ids_TA.data_ptr(), num, per_row, num_experts,
+            order.data_ptr(), rows.data_ptr(), counts_E.data_ptr(), keep=(order, rows, counts_E),
+        )  # fmt: skip
+        return Groups(order, rows, counts_E)
 
     def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
         y_TD = y_TD.contiguous()
         hidden = hidden_TD.data_ptr()
-        code = self._lib.wl_combine(
-            None, None, y_TD.data_ptr(), hidden, hidden, y_TD.shape[0], 0, y_TD.shape[1], multiplier
+        self._call(
+            "wl_combine",
+            None,
+            None,
+            y_TD.data_ptr(),
+            hidden,
+            hidden,
+            y_TD.shape[0],
+            0,
+            y_TD.shape[1],
+            multiplier,
         )
-        lib.check(code, "accumulate")
 
     def read(self, x: torch.Tensor) -> None:
-        code = self._lib.wl_read(x.data_ptr(), x.numel() * x.itemsize, c.byref(c.c_float()))
-        lib.check(code, "read")
+        self._call("wl_read", x.data_ptr(), x.numel() * x.itemsize, c.c_float())
 
     def combine(
         self,
@@ -247,81 +294,12 @@ class NativeKernels(TorchKernels):
         assert outputs_TAD.is_contiguous() and hidden_TD.is_contiguous()
         weights_TA = weights_TA.contiguous()
         shared_TD = None if shared_TD is None else shared_TD.contiguous()
-        code = self._lib.wl_combine(
+        self._call(
+            "wl_combine",
             outputs_TAD.data_ptr(), weights_TA.data_ptr(),
             None if shared_TD is None else shared_TD.data_ptr(),
             hidden_TD.data_ptr(), hidden_TD.data_ptr(), *outputs_TAD.shape, multiplier,
         )  # fmt: skip
-        lib.check(code, "combine")
-
-
-class _Linears:
-    """Matrices that meet the same rows, as structures, and what those point to."""
-
-    __slots__ = ("products", "places", "widths", "has_copies", "_kept")
-
-    def __init__(self, parts: Sequence[tuple[Weight, torch.Tensor | None]]) -> None:
-        self.widths: list[int] = []  # of each result
-        self.places: list[tuple[int, int]] = []  # of each product: its result, first column
-        self.has_copies = False  # beside the stored weights
-        self._kept: list[object] = []
-        products = []
-        for index, (w, bias_E) in enumerate(parts):
-            bias = None if bias_E is None else floats(bias_E)
-            matrices = matrices_of(w)
-            width = sum(m.n for m in matrices)
-            column = 0
-            for m in matrices:
-                start = None if bias is None else bias.data_ptr() + 4 * column
-                products.append(lib.Product(w=c.pointer(m), bias=start, ldo=width))
-                self.places.append((index, column))
-                self.has_copies |= m.copy is not None
-                column += m.n
-            self.widths.append(width)
-            self._kept.append((matrices, bias))
-        self.products = (lib.Product * len(products))(*products)
-
-
-class _Network:
-    """The matrices of one expert or dense network as a structure, and what it points to."""
-
-    __slots__ = ("struct", "has_copies", "_kept")
-
-    def __init__(self, w: Tensors) -> None:
-        matrices = [_single(w[name]) for name in _FFN]
-        stored = [plain_or_none(w, f"{name}_bias") for name in _FFN]
-        biases = [None if b is None else floats(b) for b in stored]
-        self._kept = (matrices, biases)
-        self.has_copies = any(m.copy is not None for m in matrices)
-        self.struct = lib.Expert(
-            *(c.pointer(m) for m in matrices),
-            *(None if b is None else b.data_ptr() for b in biases),
-        )
-
-
-def _single(w: Weight) -> lib.Matrix:
-    (matrix,) = matrices_of(w)
-    return matrix
-
-
-def _network(w: Tensors) -> _Network:
-    return _prepared(w, "network", lambda: _Network(w))
-
-
-_Made = TypeVar("_Made", _Linears, _Network)
-
-
-def _prepared(w: Tensors, key: object, make: Callable[[], _Made]) -> _Made:
-    """What is derived from a part: kept for as long as its tensors stay in their slot, unless it
-    has copies of them, which no slot is planned for."""
-    if not isinstance(w, StoredTensors):
-        return make()
-    found = cast("_Made | None", w.prepared.get(key))
-    if found is None:
-        found = make()
-        if not found.has_copies:
-            w.prepared[key] = found
-    return found
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -340,19 +318,3 @@ def _cache(store: PagedRows) -> lib.Cache:
         token_stride=token * item, width=token, type=_TYPES[rows.dtype],
         scales=None if scales is None else scales.data_ptr(),
     )  # fmt: skip
-
-
-def _tiles(work: AttentionWork, most: int) -> tuple["c.Array[lib.Tile]", list[torch.Tensor]]:
-    """All rows in tiles of at most `most`, longest contexts first, and the page lists they use."""
-    found = []
-    kept = []
-    for i, num_rows in enumerate(work.num_rows):
-        pages = torch.tensor(work.pages[i], dtype=torch.int64)
-        kept.append(pages)
-        for offset in range(0, num_rows, most):
-            rows = min(most, num_rows - offset)
-            position = work.first_position[i] + offset
-            found.append((-position, work.first_row[i] + offset, rows, position, pages.data_ptr()))
-    found.sort()
-    tiles = (lib.Tile * len(found))(*(lib.Tile(*one[1:]) for one in found))
-    return tiles, kept
