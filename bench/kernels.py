@@ -32,7 +32,7 @@ from matrices import FORMATS, Matrix, bf16, num_bytes
 from torch.nn.functional import linear, silu
 
 from windlass.device.host import empty
-from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows
+from windlass.kernels.base import AttentionOptions, AttentionWork, Groups
 from windlass.kernels.cpu import library
 from windlass.kernels.cpu.native import NativeKernels
 from windlass.kernels.reference import TorchKernels
@@ -126,11 +126,10 @@ def _measure_group(
     group = min(_GROUP if rows <= 256 else 1, len(experts))
     x_TD = torch.randn(rows * group, shape.hidden)
     out = empty(rows * group, shape.hidden)
-    places = [torch.arange(i * rows, (i + 1) * rows) for i in range(group)]
+    groups = Groups.even(group, rows)
 
     def call() -> None:
-        work = [ExpertRows(w, p, p) for w, p in zip(islice(turn, group), places, strict=True)]
-        kernels.experts(x_TD, work, SwiGlu(), out)
+        kernels.experts(x_TD, dict(enumerate(islice(turn, group))), groups, SwiGlu(), out)
 
     for _ in range(-(-len(experts) // group)):
         call()  # structures of all experts are made once in a run

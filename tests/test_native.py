@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backends import LIBRARY, NATIVE, kernels_of
-from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows
+from windlass.kernels.base import AttentionOptions, AttentionWork, Groups
 from windlass.kernels.cpu.native import NativeKernels
 from windlass.kernels.reference import TorchKernels
 from windlass.packed import INT8_ZERO, PagedRows, StoredTensors
@@ -120,18 +120,24 @@ def test_experts(native, count, rows, width, inner, dtype, layout, activation, s
     networks = [network(width, inner, dtype, layout, seed % 2 == 0) for _ in range(count)]
     x = torch.randn(rows, width)
     chosen = [torch.randperm(rows)[: int(torch.randint(0, rows + 1, ()))] for _ in networks]
-    order = torch.randperm(sum(map(len, chosen))).split([len(one) for one in chosen])
-    work = [ExpertRows(*one) for one in zip(networks, chosen, order, strict=True)]
-    got, expected = (torch.zeros(sum(map(len, chosen)), width) for _ in range(2))
-    native.experts(x, work, activation, got)
-    TORCH.experts(x, work, activation, expected)
+    counts = torch.tensor([len(one) for one in chosen])
+    groups = Groups(torch.randperm(int(counts.sum())), torch.cat(chosen), counts)
+    got, expected = (torch.zeros(len(groups.order), width) for _ in range(2))
+    native.experts(x, dict(enumerate(networks)), groups, activation, got)
+    TORCH.experts(x, dict(enumerate(networks)), groups, activation, expected)
     close(got, expected, size=4)
-    for threads, (w, picked, places) in zip(THREADS * count, work, strict=False):
+    parts = zip(networks, chosen, groups.order.split(counts.tolist()), strict=True)
+    for i, (threads, (w, picked, places)) in enumerate(zip(THREADS * count, parts, strict=False)):
         threads_of(native, threads)
         assert torch.equal(native.expert_ffn(x[picked], w, activation), got[places])
+        alone = torch.zeros_like(got)
+        native.experts(x, {i: w}, groups, activation, alone)
+        assert torch.equal(alone[places], got[places])
+        assert alone.count_nonzero() == alone[places].count_nonzero(), "rows of others"
         for part in cuts(len(picked), seed):
+            some = Groups(places[part], picked[part], torch.tensor([len(picked[part])]))
             alone = torch.zeros_like(got)
-            native.experts(x, [ExpertRows(w, picked[part], places[part])], activation, alone)
+            native.experts(x, {0: w}, some, activation, alone)
             assert torch.equal(alone[places[part]], got[places[part]])
     threads_of(native, 1)
 

@@ -156,6 +156,11 @@ WL_API int32_t wl_products(const wl_product *products, int64_t num, int64_t num_
 WL_API int32_t wl_experts(const float *x, int64_t ldx, float *out, int64_t ldo, const wl_expert *experts,
                           int64_t num, int32_t activation, float alpha, float limit,
                           int32_t precision);
+/* The same for rows that `wl_group` sorted: expert e of num has the next counts[e] of rows and places. Rows
+ * of an expert that is null in the table are left alone. */
+WL_API int32_t wl_routed(const float *x, int64_t ldx, float *out, int64_t ldo, const wl_expert *const *table,
+                         int64_t num, const int64_t *counts, const int64_t *rows, const int64_t *places,
+                         int32_t activation, float alpha, float limit, int32_t precision);
 WL_API int32_t wl_attend(const wl_attention *work);
 /* y = x / rms(x) * (weight + add), over the last dimension; weight fp32 or, with type, as stored. */
 WL_API int32_t wl_rms_norm(const float *x, int64_t ldx, float *y, int64_t ldy, int64_t num_rows,
@@ -189,6 +194,7 @@ WL_API int32_t wl_read(const void *data, int64_t num_bytes, float *sum);
 enum wl_function {
   WL_RUN_PRODUCTS = 0, WL_RUN_EXPERTS = 1, WL_RUN_ATTEND = 2, WL_RUN_RMS_NORM = 3, WL_RUN_COMBINE = 4,
   WL_RUN_ROTATE = 5, WL_RUN_WRITE_ROWS = 6, WL_RUN_ROUTE = 7, WL_RUN_GROUP = 8,
+  WL_RUN_ROUTED = 9,
 };
 typedef union wl_argument {
   const void *p;
@@ -196,12 +202,13 @@ typedef union wl_argument {
   double f;
 } wl_argument;
 typedef struct wl_call {
-  int64_t function;
-  wl_argument arguments[10];
+  int32_t function, label;
+  wl_argument arguments[13];
 } wl_call;
 
-/* All calls, one after the other, up to the first that fails. */
-WL_API int32_t wl_run(const wl_call *calls, int64_t num);
+/* All calls, one after the other, up to the first that fails; the seconds of each are added to
+ * seconds[label]. */
+WL_API int32_t wl_run(const wl_call *calls, int64_t num, double *seconds);
 /* fp32 copy of a matrix: out (n, k). For tests. */
 WL_API int32_t wl_widen(const wl_matrix *w, float *out);
 

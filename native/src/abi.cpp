@@ -3,6 +3,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstring>
 #include <new>
 #include <string>
@@ -87,6 +88,23 @@ int32_t call(int32_t (*function)(Types...), const wl_argument *arguments) {
   }(std::index_sequence_for<Types...>{});
 }
 
+int32_t run_one(const wl_call &one) {
+  const wl_argument *a = one.arguments;
+  switch (one.function) {
+    case WL_RUN_PRODUCTS: return call(wl_products, a);
+    case WL_RUN_EXPERTS: return call(wl_experts, a);
+    case WL_RUN_ATTEND: return call(wl_attend, a);
+    case WL_RUN_RMS_NORM: return call(wl_rms_norm, a);
+    case WL_RUN_COMBINE: return call(wl_combine, a);
+    case WL_RUN_ROTATE: return call(wl_rotate, a);
+    case WL_RUN_WRITE_ROWS: return call(wl_write_rows, a);
+    case WL_RUN_ROUTE: return call(wl_route, a);
+    case WL_RUN_GROUP: return call(wl_group, a);
+    case WL_RUN_ROUTED: return call(wl_routed, a);
+  }
+  return WL_E_ARGUMENT;
+}
+
 }  // namespace
 
 extern "C" {
@@ -132,6 +150,22 @@ int32_t wl_experts(const float *x, int64_t ldx, float *out, int64_t ldo, const w
   return guarded([&](const wl::Table &t) {
     const wl::Products &kind = precision == WL_BF16_ROWS ? *in_use->rounded : t.exact;
     kind.experts(x, ldx, out, ldo, experts, num, activation, alpha, limit);
+  });
+}
+
+int32_t wl_routed(const float *x, int64_t ldx, float *out, int64_t ldo, const wl_expert *const *table, int64_t num,
+                  const int64_t *counts, const int64_t *rows, const int64_t *places, int32_t activation, float alpha,
+                  float limit, int32_t precision) {
+  return guarded([&](const wl::Table &t) {
+    std::vector<wl_expert> experts;
+    for (int64_t e = 0; e < num; rows += counts[e], places += counts[e], e++) {
+      if (!table[e] || !counts[e]) continue;
+      wl_expert &one = experts.emplace_back(*table[e]);
+      one.rows = rows, one.places = places, one.num_rows = counts[e];
+    }
+    const wl::Products &kind = precision == WL_BF16_ROWS ? *in_use->rounded : t.exact;
+    if (!experts.empty())
+      kind.experts(x, ldx, out, ldo, experts.data(), int64_t(experts.size()), activation, alpha, limit);
   });
 }
 
@@ -190,22 +224,13 @@ int32_t wl_route(const float *logits, int64_t num_rows, int64_t num_experts, con
   return guarded([&](const wl::Table &t) { t.route(logits, num_rows, num_experts, *routing, weights, ids); });
 }
 
-int32_t wl_run(const wl_call *calls, int64_t num) {
+int32_t wl_run(const wl_call *calls, int64_t num, double *seconds) {
+  auto before = std::chrono::steady_clock::now();
   for (const wl_call *one = calls; one < calls + num; one++) {
-    const wl_argument *a = one->arguments;
-    int32_t code = WL_E_ARGUMENT;
-    switch (one->function) {
-      case WL_RUN_PRODUCTS: code = call(wl_products, a); break;
-      case WL_RUN_EXPERTS: code = call(wl_experts, a); break;
-      case WL_RUN_ATTEND: code = call(wl_attend, a); break;
-      case WL_RUN_RMS_NORM: code = call(wl_rms_norm, a); break;
-      case WL_RUN_COMBINE: code = call(wl_combine, a); break;
-      case WL_RUN_ROTATE: code = call(wl_rotate, a); break;
-      case WL_RUN_WRITE_ROWS: code = call(wl_write_rows, a); break;
-      case WL_RUN_ROUTE: code = call(wl_route, a); break;
-      case WL_RUN_GROUP: code = call(wl_group, a); break;
-    }
-    if (code != WL_OK) return code;
+    if (const int32_t code = run_one(*one)) return code;
+    const auto now = std::chrono::steady_clock::now();
+    seconds[one->label] += std::chrono::duration<double>(now - before).count();
+    before = now;
   }
   return WL_OK;
 }

@@ -36,7 +36,7 @@ from windlass.options import (
 )
 from windlass.planner.activations import Backend
 from windlass.planner.budget import Sizes, Wanted
-from windlass.schedule.on_device import ropes
+from windlass.schedule.block_math import ropes
 from windlass.schedule.passes import PassShape
 from windlass.spec.kinds import weight_kinds
 from windlass.spec.layout import build_layout

@@ -25,6 +25,7 @@ class Tracer:
         self._lanes: dict[str, int] = {}
         self._lock = threading.Lock()
         self._start = time.perf_counter()
+        self.current = ""  # the innermost span under way
         self.seconds: dict[str, float] = defaultdict(
             float
         )  # in spans, by name; with and without a file
@@ -34,11 +35,13 @@ class Tracer:
     @contextmanager
     def span(self, name: str, lane: str = "compute", **args: Any) -> Iterator[None]:
         """Times the body on `lane`; `args` are shown with the span."""
+        outer, self.current = self.current, name
         begin = time.perf_counter()
         try:
             yield
         finally:
             end = time.perf_counter()
+            self.current = outer
             self.seconds[name] += end - begin
             if self._file is not None:
                 self.record(name, lane, begin, end, **args)

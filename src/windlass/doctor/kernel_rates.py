@@ -15,7 +15,7 @@ from windlass.doctor.parts import Model, cold_parts, weight_kind
 from windlass.doctor.timing import Timing, measure
 from windlass.hardware.profile import Curve
 from windlass.ids import Part
-from windlass.kernels.base import AttentionOptions, AttentionWork, ExpertRows, Kernels
+from windlass.kernels.base import AttentionOptions, AttentionWork, Groups, Kernels
 from windlass.packed import PagedRows, StoredTensors, Weight
 from windlass.planner.budget import PAGE_TOKENS
 from windlass.spec.model import Gqa, Mla
@@ -108,12 +108,11 @@ def _time_experts(
     turn = cycle(experts)
     x_TD = torch.randn(rows * group, model.spec.hidden_size)
     out = empty(rows * group, model.spec.hidden_size)
-    places = [torch.arange(i * rows, (i + 1) * rows) for i in range(group)]
+    groups = Groups.even(group, rows)
     activation = model.moe.expert.activation
 
     def call() -> None:
-        work = [ExpertRows(w, p, p) for w, p in zip(islice(turn, group), places, strict=True)]
-        kernels.experts(x_TD, work, activation, out)
+        kernels.experts(x_TD, dict(enumerate(islice(turn, group))), groups, activation, out)
 
     if not experts[-1].prepared:  # what kernels derive from each expert is made once in a run
         for _ in range(-(-len(experts) // group)):

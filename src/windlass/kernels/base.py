@@ -5,7 +5,7 @@ I intermediate, H query heads, K key/value heads, d head dim, v value dim, N row
 P pages, B tokens of a page, S sequences.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -16,21 +16,19 @@ from windlass.packed import Tensors as Tensors
 from windlass.spec.model import Activation, Norm, Rope, Routing
 
 
-class ExpertRows(NamedTuple):
-    """One expert's weights, and its rows: `rows` of the input go to `places` of the output (int64,
-    equally many)."""
-
-    w: Tensors
-    rows: torch.Tensor
-    places: torch.Tensor
-
-
 class Groups(NamedTuple):
-    """Places (row * A + slot) of rows with A experts each, sorted by expert, stable."""
+    """Places (row * A + slot) of rows with A experts each, sorted by expert, stable. All int64 and
+    contiguous."""
 
-    order: torch.Tensor  # (T * A,) int64
+    order: torch.Tensor  # (T * A,)
     rows: torch.Tensor  # of `order`
-    counts_E: torch.Tensor  # int64: places of each expert
+    counts_E: torch.Tensor  # places of each expert
+
+    @classmethod
+    def even(cls, experts: int, rows: int) -> "Groups":
+        """Of rows that have one expert each, equally many of each expert, in their order."""
+        places = torch.arange(experts * rows)
+        return cls(places, places, torch.full((experts,), rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +60,22 @@ _Result = TypeVar("_Result")
 
 
 class Recorder(Protocol):
-    """Repeats what was computed for an earlier pass of as many rows, each of another sequence, in
-    tensors that are where they were."""
+    """Repeats the layers of an earlier pass: one of as many rows, each of another sequence, whose
+    hidden states, places and weights lie where they lay."""
 
     def begin(self, work: AttentionWork) -> None:
         """A pass begins, and this is what its rows attend to."""
         ...
 
-    def run(self, name: str, layer: int, w: Tensors, body: Callable[[], _Result]) -> _Result:
-        """What `body` gives. It may be run, or what it computed at an earlier time with the same
-        `w` may be computed again: then its result is the same object with new contents. It only
-        calls kernels, and decides nothing by what tensors contain."""
+    def run(self, layer: int, body: Callable[[], _Result]) -> _Result | None:
+        """What `body` computes, which only calls kernels and decides nothing by what tensors
+        contain: by running it, or by repeating what it did for an earlier pass, and then its result
+        is that of then with new contents. None, and nothing is computed, where it cannot be
+        repeated because it does more than that."""
+        ...
+
+    def seconds(self) -> dict[str, float]:
+        """What repeating took since this was last asked, by the label at the time of noting."""
         ...
 
 
@@ -85,8 +88,8 @@ class Kernels(Protocol):
         """Of the backend, as `moe_backend` has it."""
         ...
 
-    def recorder(self) -> Recorder | None:
-        """A new one; None where nothing would be gained by it."""
+    def recorder(self, label: Callable[[], str]) -> Recorder | None:
+        """A new one; None where nothing would be gained by it. `label`: what is being computed."""
         ...
 
     def linear(
@@ -114,11 +117,13 @@ class Kernels(Protocol):
     def experts(
         self,
         x_TD: torch.Tensor,
-        work: Sequence[ExpertRows],
+        experts: Mapping[int, Tensors],
+        groups: Groups,
         activation: Activation,
         out: torch.Tensor,
     ) -> None:
-        """`expert_ffn` of several experts over gathered rows, written to their places of `out`."""
+        """`expert_ffn` of some experts, each over its rows of `x_TD`, written to their places (as
+        `groups.order` has them) of `out` (T * A, D). Those without rows cost nothing."""
         ...
 
     def normalise(

@@ -7,7 +7,7 @@ transcendental functions through `pointwise`. Shape legend: kernels/base.py.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -17,7 +17,6 @@ from windlass.kernels.attention import paged_attention
 from windlass.kernels.base import (
     AttentionOptions,
     AttentionWork,
-    ExpertRows,
     Groups,
     Recorder,
     Tensors,
@@ -60,7 +59,7 @@ class TorchKernels:
     def name(self) -> str:
         return "torch"
 
-    def recorder(self) -> Recorder | None:
+    def recorder(self, label: Callable[[], str]) -> Recorder | None:
         return None
 
     def linear(
@@ -109,12 +108,18 @@ class TorchKernels:
     def experts(
         self,
         x_TD: torch.Tensor,
-        work: Sequence[ExpertRows],
+        experts: Mapping[int, Tensors],
+        groups: Groups,
         activation: Activation,
         out: torch.Tensor,
     ) -> None:
-        for w, rows, places in work:
-            out[places] = self.expert_ffn(x_TD[rows], w, activation)
+        counts = groups.counts_E.tolist()
+        parts = zip(
+            torch.split(groups.rows, counts), torch.split(groups.order, counts), strict=True
+        )
+        for expert, (rows, places) in enumerate(parts):
+            if expert in experts and len(rows):
+                out[places] = self.expert_ffn(x_TD[rows], experts[expert], activation)
 
     def normalise(
         self, norm: Norm, weight_D: torch.Tensor, bias_D: torch.Tensor | None, x: torch.Tensor

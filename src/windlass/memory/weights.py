@@ -115,6 +115,21 @@ class WeightStore:
         """Whether `key` is resident or under way. A hint: it may change at any moment."""
         return self.cache.holds(key)
 
+    def settled(self, keys: Iterable[WeightKey]) -> list[StoredTensors] | None:
+        """Tensors of `keys`, valid as long as the store, if all are in memory for good and views of
+        their slots."""
+        with self._changed:
+            entries = self.cache.settled(keys)
+            if entries is None:
+                return None
+            tensors = [self._tensors_of(entry) for entry in entries]
+            has_copies = any(entry.content.tensors is None for entry in entries)
+            return None if has_copies else tensors
+
+    def count_hits(self, part: Part, count: int) -> None:
+        """Settled parts that were used, for the statistics."""
+        self.cache.count_hits(part, count)
+
     def lease(self, key: WeightKey) -> Lease:
         """Waits until `key` is resident. Raises CheckpointError if it cannot be read, BudgetError
         if all slots of its kind are leased."""
@@ -186,13 +201,16 @@ class WeightStore:
         self.cache.abandon(visit)
 
     def _lease(self, entry: Entry) -> Lease:
+        return Lease(self, entry, self._tensors_of(entry))
+
+    def _tensors_of(self, entry: Entry) -> StoredTensors:
         content: _Content = entry.content
         if content.tensors is not None:
-            return Lease(self, entry, content.tensors)
+            return content.tensors
         tensors, has_copies = make_views(content.recipe, self._memory_of(entry))
         if not has_copies:  # copies are outside the budget's slots: they end with the lease
             content.tensors = tensors
-        return Lease(self, entry, tensors)
+        return tensors
 
     def _fetch(self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]) -> Ticket:
         recipe = make_recipe(entry.key, self._layout, self._source.tensors)

@@ -178,6 +178,9 @@ class ClockRuntime:
         if self._announcer is not None:
             self._announcer.enter(layer)
 
+    def repeat(self, layer: int, hidden: None, batch: Batch) -> bool:
+        return False  # the same work and reads, but for calls that cost nothing: see costs.py
+
     # --- a pass -----------------------------------------------------------------------------------
 
     def begin(self, batch: Batch) -> None:

@@ -4,43 +4,39 @@ Owns nothing that outlives a pass except the stores and the usage forecast it wa
 come from one thread. The only place where routing is read back to Python.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
 from windlass.decoder import block as math
-from windlass.decoder.attention import value_width
-from windlass.decoder.delta import delta_attention
-from windlass.decoder.moe import dense_ffn, route, shared_expert
-from windlass.decoder.rope import RopeTable
 from windlass.decoder.score import RunningLogprobs
 from windlass.device.host import empty
 from windlass.ids import Part, WeightKey
-from windlass.kernels.base import AttentionOptions, ExpertRows, Groups, Kernels
+from windlass.kernels.base import Kernels
 from windlass.memory.kv import KvStore
 from windlass.memory.weights import Lease, WeightStore
-from windlass.packed import floats_or_none, plain
+from windlass.packed import plain
 from windlass.schedule.announce import Announcer, PassForecast
 from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
+from windlass.schedule.block_math import BlockMath, RoutedRows
 from windlass.schedule.embedding import EmbeddingRows
-from windlass.schedule.places import Places, Step, is_repeatable, places_of
+from windlass.schedule.places import Places, places_of
+from windlass.schedule.repeat import Repeater
 from windlass.schedule.runtime import Outcome, Routed
-from windlass.spec.model import GatedDelta, Gqa, Mla, ModelSpec, Moe, Rope
+from windlass.spec.model import ModelSpec
 from windlass.trace import Tracer
 
-_T = TypeVar("_T")
 _SCORE_BYTES = 8 << 20  # of logits that only a score is taken of
 
 
 class _Rows(NamedTuple):
     """Rows of a layer on their way through its experts."""
 
-    h_TD: torch.Tensor
-    weights_TA: torch.Tensor
-    places: dict[int, tuple[torch.Tensor, torch.Tensor]]  # rows and places of each expert
+    routed: RoutedRows
+    counts: dict[int, int]  # rows of each expert that has any
     outputs: torch.Tensor  # (T * A, D) by place
     shared_TD: torch.Tensor | None
 
@@ -81,9 +77,9 @@ class DeviceRuntime:
         self._announcer = announcer
         self._forecast = forecast
         self._tracer = tracer
-        self._ropes = {rope: RopeTable(rope) for rope in ropes(spec)}
-        self._places: dict[int, Places] = {}
-        self._step: Step | None = None  # of passes that go one way, the last one included
+        self._blocks = BlockMath(spec, kernels, kv, tracer)
+        self._repeater = Repeater(spec, self._blocks, kernels, weights, tracer)
+        self._places: Mapping[int, Places] = {}
         self._outputs: torch.Tensor | None = None
 
     # --- weights ----------------------------------------------------------------------------------
@@ -118,75 +114,24 @@ class DeviceRuntime:
             }
             self._forecast.begin(batch.num_rows)
             hidden = math.embed(self._spec, self._embedding.rows(tokens))
-            return self._repeat(batch, hidden)
-
-    def _repeat(self, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states where those of the last pass were, if this one can go the same way."""
-        if not is_repeatable(batch):
-            self._step = None
+            hidden, self._places = self._repeater.begin(batch, hidden, self._places)
             return hidden
-        (places,) = self._places.values()
-        for rope in self._ropes:
-            self._cos_sin(places, rope)
-        if self._step is None or self._step.num_rows != batch.num_rows:
-            recorder = self._kernels.recorder()
-            self._step = None if recorder is None else Step(recorder, places, hidden)
-            return hidden
-        self._places = {0: self._step.next(places, hidden)}
-        return self._step.hidden_TD
 
-    def _computed(self, name: str, layer: int, weights: Lease, body: Callable[[], _T]) -> _T:
-        """What `body` computes, by repeating it where the pass goes the way of an earlier one."""
-        if self._step is None:
-            return body()
-        return self._step.recorder.run(name, layer, weights.tensors, body)
+    def repeat(self, layer: int, hidden: torch.Tensor, batch: Batch) -> bool:
+        return self._repeater.layer(layer)
 
     def attention(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:
-        attention = self._spec.blocks[layer].attention
         part = slice(rows.first_row, rows.first_row + rows.num_rows)
-        with self._tracer.span("attention", layer=layer, rows=rows.num_rows):
-            if isinstance(attention, GatedDelta):
-                self._delta(layer, attention, weights, hidden[part], rows)
-                return
-            self._computed(
-                "attention",
-                layer,
-                weights,
-                lambda: self._softmax(layer, attention, weights, hidden[part], rows),
-            )
+        places = self._places[rows.first_row]
+        self._blocks.attention(layer, weights.tensors, hidden[part], places)
 
     def enter_experts(self, layer: int, weights: Lease, hidden: torch.Tensor) -> Routed:
-        moe = self._spec.blocks[layer].ffn
-        assert isinstance(moe, Moe), "the schedule asked for experts of a dense layer"
-        with self._tracer.span("route", layer=layer, rows=len(hidden)):
-            h_TD, weights_TA, groups = self._computed(
-                "route", layer, weights, lambda: self._route(moe, weights, hidden)
-            )
-            used = {expert: n for expert, n in enumerate(groups.counts_E.tolist()) if n}
-            self._forecast.observe(layer, used)
-        shared = None
-        if (network := moe.shared) is not None:
-            with self._tracer.span("shared", layer=layer, rows=len(hidden)):
-                shared = self._computed(
-                    "shared",
-                    layer,
-                    weights,
-                    lambda: shared_expert(self._kernels, network, weights.tensors, h_TD),
-                )
-        outputs = self._expert_outputs(len(groups.order), h_TD.shape[1])
-        counts = list(used.values())
-        parts = zip(
-            torch.split(groups.rows, counts), torch.split(groups.order, counts), strict=True
-        )
-        places = dict(zip(used, parts, strict=True))
-        return Routed(tuple(used), _Rows(h_TD, weights_TA, places, outputs, shared))
-
-    def _route(
-        self, moe: Moe, weights: Lease, hidden: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, Groups]:
-        h_TD = math.ffn_input(self._kernels, self._spec, weights.tensors, hidden)
-        weights_TA, ids_TA = route(self._kernels, moe, weights.tensors, h_TD)
-        return h_TD, weights_TA, self._kernels.group(ids_TA, moe.num_experts)
+        routed = self._blocks.route(layer, weights.tensors, hidden)
+        counts = {expert: n for expert, n in enumerate(routed.groups.counts_E.tolist()) if n}
+        self._forecast.observe(layer, counts)
+        shared = self._blocks.shared(layer, weights.tensors, routed)
+        outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
+        return Routed(tuple(counts), _Rows(routed, counts, outputs, shared))
 
     def _expert_outputs(self, *shape: int) -> torch.Tensor:
         """Memory of one layer's expert outputs, the same for all layers of a pass."""
@@ -196,34 +141,20 @@ class DeviceRuntime:
         return self._outputs
 
     def experts(self, layer: int, group: Sequence[Lease], routed: Routed) -> None:
-        moe, data = self._spec.blocks[layer].ffn, routed.data
-        assert isinstance(moe, Moe), "the schedule asked for experts of a dense layer"
-        work = [ExpertRows(lease.tensors, *data.places[lease.key.index]) for lease in group]
-        rows = sum(one.rows.shape[0] for one in work)
-        with self._tracer.span("experts", layer=layer, experts=len(work), rows=rows):
-            self._kernels.experts(data.h_TD, work, moe.expert.activation, data.outputs)
+        data: _Rows = routed.data
+        experts = {lease.key.index: lease.tensors for lease in group}
+        rows = sum(data.counts[expert] for expert in experts)
+        self._blocks.experts(layer, experts, data.routed, data.outputs, rows)
 
     def leave_experts(self, layer: int, hidden: torch.Tensor, routed: Routed) -> None:
         data: _Rows = routed.data
-        with self._tracer.span("combine", layer=layer, rows=len(hidden)):
-            per_row = data.weights_TA.shape[1]
-            self._kernels.combine(
-                data.weights_TA,
-                data.outputs.view(len(hidden), per_row, -1),
-                data.shared_TD,
-                hidden,
-                self._spec.residual_multiplier,
-            )
+        self._blocks.combine(layer, hidden, data.routed, data.outputs, data.shared_TD)
 
     def enter_dense(self, layer: int, weights: Lease, hidden: torch.Tensor) -> torch.Tensor:
-        return math.ffn_input(self._kernels, self._spec, weights.tensors, hidden)
+        return self._blocks.ffn_input(weights.tensors, hidden)
 
     def dense(self, layer: int, weights: Lease, hidden: torch.Tensor, normed: torch.Tensor) -> None:
-        ffn = self._spec.blocks[layer].ffn
-        assert not isinstance(ffn, Moe), "the schedule asked for a dense network of a MoE layer"
-        with self._tracer.span("dense", layer=layer, rows=len(hidden)):
-            y_TD = dense_ffn(self._kernels, ffn, weights.tensors, normed)
-            math.residual(self._kernels, self._spec, hidden, y_TD)
+        self._blocks.dense(layer, weights.tensors, hidden, normed)
 
     def enter_head(self, hidden: torch.Tensor, batch: Batch) -> _Final:
         rows, scored = batch.logit_rows, batch.scored_rows
@@ -252,48 +183,5 @@ class DeviceRuntime:
 
     def finish(self, final: _Final) -> Outcome:
         self._outputs = None
+        self._repeater.end()
         return Outcome(final.logits_RV, final.scores.logprobs())
-
-    # --- attention --------------------------------------------------------------------------------
-
-    def _softmax(
-        self, layer: int, attention: Gqa | Mla, lease: Lease, x_TD: torch.Tensor, rows: MicroBatch
-    ) -> None:
-        places, w = self._places[rows.first_row], lease.tensors
-        cos = sin = None
-        if attention.rope is not None:
-            cos, sin = self._cos_sin(places, attention.rope)
-        got = math.pre_attention(self._kernels, self._spec, attention, w, x_TD, cos, sin)
-        for store, x_TKd in zip(self._kv.stored(layer), (got.key_TKd, got.value_TKv), strict=False):
-            self._kernels.write_rows(store, places.pages, places.offsets, x_TKd)
-        gqa = attention if isinstance(attention, Gqa) else None
-        options = AttentionOptions(
-            scale=attention.scale,
-            value_dim=value_width(attention),
-            window=gqa.window if gqa else None,
-            sinks_H=floats_or_none(w, "sinks") if gqa and gqa.sinks else None,
-        )
-        keys, values = self._kv.paged(layer)
-        o_THv = self._kernels.attention(got.q_THd, keys, values, places.work, options)
-        math.post_attention(self._kernels, self._spec, attention, w, x_TD, o_THv, got.gate_THv)
-
-    def _cos_sin(self, places: Places, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
-        if rope not in places.tables:
-            found = self._ropes[rope].cos_sin(places.positions, long_T=places.long_rope)
-            places.tables[rope] = found
-        return places.tables[rope]
-
-    def _delta(
-        self, layer: int, attention: GatedDelta, lease: Lease, x_TD: torch.Tensor, rows: MicroBatch
-    ) -> None:
-        h_TD = math.attention_input(self._kernels, self._spec, lease.tensors, x_TD)
-        segments = self._places[rows.first_row].delta
-        conv, state = self._kv.states(layer)
-        y_TD = delta_attention(self._kernels, attention, lease.tensors, h_TD, segments, conv, state)
-        math.residual(self._kernels, self._spec, x_TD, y_TD)
-
-
-def ropes(spec: ModelSpec) -> set[Rope]:
-    """Kinds of rotary positions in the model; each has a table."""
-    attentions = [block.attention for block in spec.blocks]
-    return {a.rope for a in attentions if isinstance(a, Gqa | Mla) and a.rope is not None}

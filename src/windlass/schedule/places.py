@@ -1,15 +1,13 @@
-"""Where the rows of a pass are, and passes that can be repeated. Knows no layers."""
+"""Where the rows of a pass are in the cache. Knows no layers."""
 
 from typing import NamedTuple
 
 import torch
 
 from windlass.decoder.delta import Segment as DeltaSegment
-from windlass.kernels.base import AttentionWork, Recorder
-from windlass.schedule.batch import Batch, MicroBatch
+from windlass.kernels.base import AttentionWork
+from windlass.schedule.batch import MicroBatch
 from windlass.spec.model import Rope
-
-_REPEATED_ROWS = 16  # beyond, kernels take so long that it does not matter how they are called
 
 
 class Places(NamedTuple):
@@ -56,43 +54,3 @@ def places_of(micro: MicroBatch, page_tokens: int) -> Places:
     return Places(
         where, torch.tensor(pages), where % page_tokens, torch.tensor(long_rope), work, delta, {}
     )
-
-
-def is_repeatable(batch: Batch) -> bool:
-    """Whether other passes can be as this one: a few sequences, one row of each."""
-    return (
-        batch.num_rows <= _REPEATED_ROWS
-        and len(batch.micro_batches) == 1
-        and len(batch.segments) == batch.num_rows
-    )
-
-
-class Step:
-    """Passes of equally many rows, one of each sequence: their hidden states and places lie in the
-    same memory, so that what was noted of one holds for the next."""
-
-    def __init__(self, recorder: Recorder, places: Places, hidden_TD: torch.Tensor) -> None:
-        self.recorder = recorder
-        self.hidden_TD = hidden_TD
-        self._places = places
-        recorder.begin(places.work)
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.hidden_TD)
-
-    def next(self, places: Places, hidden_TD: torch.Tensor) -> Places:
-        """Takes the rows of the next pass over; where they are from now on."""
-        own = self._places
-        self.hidden_TD.copy_(hidden_TD)
-        own.positions.copy_(places.positions)
-        own.pages.copy_(places.pages)
-        own.offsets.copy_(places.offsets)
-        for rope, tables in own.tables.items():
-            for to, table in zip(tables, places.tables[rope], strict=True):
-                to.copy_(table)
-        self.recorder.begin(places.work)
-        self._places = places._replace(
-            positions=own.positions, pages=own.pages, offsets=own.offsets, tables=own.tables
-        )
-        return self._places

@@ -37,6 +37,11 @@ class Runtime(Protocol):
         """The pass enters `layer` (len(layers) for the head): forecast what comes and fetch it."""
         ...
 
+    def repeat(self, layer: int, hidden: Any, batch: Batch) -> bool:
+        """Computes a whole layer at once, if all its weights are in memory for good and the device
+        can do what it did for the last pass. False: nothing is done, the schedule has to."""
+        ...
+
     def lease(self, key: WeightKey) -> AbstractContextManager[Any]:
         """The part's weights, waiting for them if need be."""
         ...

@@ -80,12 +80,13 @@ class Argument(c.Union):
 
 
 class Call(c.Structure):
-    _fields_ = [("function", _i64), ("arguments", Argument * 10)]
+    _fields_ = [("function", _i32), ("label", _i32), ("arguments", Argument * 13)]
 
 
 SIGNATURES: dict[str, list[Any]] = {
     "wl_products": [_ptr, _i64, _i64, _i32],
     "wl_experts": [_ptr, _i64, _ptr, _i64, _ptr, _i64, _i32, _f32, _f32, _i32],
+    "wl_routed": [_ptr, _i64, _ptr, _i64, _ptr, _i64, _ptr, _ptr, _ptr, _i32, _f32, _f32, _i32],
     "wl_attend": [c.POINTER(Attention)],
     "wl_rms_norm": [_ptr, _i64, _ptr, _i64, _i64, _i64, _ptr, _i32, _f32, _f32],
     "wl_combine": [_ptr, _ptr, _ptr, _ptr, _ptr, _i64, _i64, _i64, _f32],
@@ -93,7 +94,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "wl_write_rows": [_ptr, _i64, _i64, _i64, _i64, _i64, c.POINTER(Cache), _ptr, _ptr],
     "wl_route": [_ptr, _i64, _i64, c.POINTER(Routing), _ptr, _ptr],
     "wl_group": [_ptr, _i64, _i64, _i64, _ptr, _ptr, _ptr],
-    "wl_run": [_ptr, _i64],
+    "wl_run": [_ptr, _i64, _ptr],
     "wl_read": [_ptr, _i64, c.POINTER(_f32)],
     "wl_widen": [c.POINTER(Matrix), _ptr],
     "wl_use": [c.c_char_p],
@@ -103,6 +104,7 @@ SIGNATURES: dict[str, list[Any]] = {
 REPEATABLE = {
     "wl_products": 0, "wl_experts": 1, "wl_attend": 2, "wl_rms_norm": 3, "wl_combine": 4,
     "wl_rotate": 5, "wl_write_rows": 6, "wl_route": 7, "wl_group": 8,
+    "wl_routed": 9,
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ there is no row ladder. Shape legend: kernels/base.py.
 """
 
 import ctypes as c
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,13 +15,12 @@ from windlass.device.recycle import Recycler
 from windlass.kernels.base import (
     AttentionOptions,
     AttentionWork,
-    ExpertRows,
     Groups,
     Tensors,
 )
 from windlass.kernels.cpu import library as lib
 from windlass.kernels.cpu.matrices import floats, heads_of
-from windlass.kernels.cpu.prepared import Linears, Network, network_of, prepared, routing_of
+from windlass.kernels.cpu.prepared import Linears, network_of, prepared, routing_of
 from windlass.kernels.cpu.recorder import NativeRecorder, Scratch, Tape
 from windlass.kernels.cpu.tiles import Tiles
 from windlass.kernels.reference import TorchKernels
@@ -58,8 +57,8 @@ class NativeKernels(TorchKernels):
     def name(self) -> str:
         return "cpu"
 
-    def recorder(self) -> NativeRecorder:
-        return NativeRecorder(self._lib, self._recording)
+    def recorder(self, label: Callable[[], str]) -> NativeRecorder:
+        return NativeRecorder(self._lib, self._recording, label)
 
     @contextmanager
     def _recording(self, tape: Tape, scratch: Scratch, tiles: Tiles) -> Iterator[None]:
@@ -124,45 +123,37 @@ class NativeKernels(TorchKernels):
     def expert_ffn(self, x_ND: torch.Tensor, w: Tensors, activation: Activation) -> torch.Tensor:
         x_ND = _rows(x_ND)
         network = network_of(w)
-        out_ND = self._memory.empty(len(x_ND), network.struct.down.contents.n)
-        one = lib.Expert.from_buffer_copy(network.struct)
-        one.num_rows = len(x_ND)
-        self._run_experts(x_ND, (lib.Expert * 1)(one), [network], activation, out_ND)
+        out_ND = self._memory.empty(x_ND.shape[0], network.struct.down.contents.n)
+        one = (lib.Expert * 1)(network.struct)
+        one[0].num_rows = x_ND.shape[0]
+        self._call(
+            "wl_experts",
+            x_ND.data_ptr(), x_ND.stride(0), out_ND.data_ptr(), out_ND.stride(0), one, 1,
+            *_activation(activation), self._precision, keep=network,
+        )  # fmt: skip
         return out_ND
 
     def experts(
         self,
         x_TD: torch.Tensor,
-        work: Sequence[ExpertRows],
+        experts: Mapping[int, Tensors],
+        groups: Groups,
         activation: Activation,
         out: torch.Tensor,
     ) -> None:
         x_TD = _rows(x_TD)
-        experts = (lib.Expert * len(work))()
+        num_experts = groups.counts_E.shape[0]
+        table = (c.c_void_p * num_experts)()
         networks = []
-        for i, (w, rows, places) in enumerate(work):
+        for expert, w in experts.items():
             network = network_of(w)
             networks.append(network)
-            experts[i] = network.struct
-            experts[i].rows, experts[i].places = rows.data_ptr(), places.data_ptr()
-            experts[i].num_rows = rows.shape[0]
-        self._run_experts(x_TD, experts, networks, activation, out)
-
-    def _run_experts(
-        self,
-        x: torch.Tensor,
-        experts: "c.Array[lib.Expert]",
-        networks: Sequence[Network],
-        activation: Activation,
-        out: torch.Tensor,
-    ) -> None:
-        kind, alpha, limit = 0, 0.0, 0.0
-        if isinstance(activation, ClampedSwiGlu):
-            kind, alpha, limit = 1, activation.alpha, activation.limit
+            table[expert] = network.address
         self._call(
-            "wl_experts",
-            x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), experts, len(experts),
-            kind, alpha, limit, self._precision, keep=networks,
+            "wl_routed",
+            x_TD.data_ptr(), x_TD.stride(0), out.data_ptr(), out.stride(0), table, num_experts,
+            groups.counts_E.data_ptr(), groups.rows.data_ptr(), groups.order.data_ptr(),
+            *_activation(activation), self._precision, keep=networks,
         )  # fmt: skip
 
     def attention(
@@ -300,6 +291,12 @@ class NativeKernels(TorchKernels):
             None if shared_TD is None else shared_TD.data_ptr(),
             hidden_TD.data_ptr(), hidden_TD.data_ptr(), *outputs_TAD.shape, multiplier,
         )  # fmt: skip
+
+
+def _activation(activation: Activation) -> tuple[int, float, float]:
+    if isinstance(activation, ClampedSwiGlu):
+        return 1, activation.alpha, activation.limit
+    return 0, 0.0, 0.0
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -46,7 +46,7 @@ class Linears:
 class Network:
     """The matrices of one expert or dense network as a structure, and what it points to."""
 
-    __slots__ = ("struct", "has_copies", "_kept")
+    __slots__ = ("struct", "address", "has_copies", "_kept")
 
     def __init__(self, w: Tensors) -> None:
         matrices = [_single(w[name]) for name in _FFN]
@@ -58,6 +58,7 @@ class Network:
             *(c.pointer(m) for m in matrices),
             *(None if b is None else b.data_ptr() for b in biases),
         )
+        self.address = c.addressof(self.struct)
 
 
 def _single(w: Weight) -> lib.Matrix:

@@ -2,27 +2,30 @@
 takes longer to say what is to be computed than to compute it."""
 
 import ctypes as c
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from windlass.kernels.base import AttentionWork, Tensors
+from windlass.kernels.base import AttentionWork
 from windlass.kernels.cpu import library as lib
 from windlass.kernels.cpu.prepared import Linears, Network
 from windlass.kernels.cpu.tiles import Tiles
 
 _Result = TypeVar("_Result")
-_TRIES = 2  # what is derived from weights may still be made at the first
+_TRIES = 3  # of a layer: what is derived from its weights is made at the first
+_MOST_LABELS = 16
 
 
 class Tape:
     """Calls in their order, and what they point to."""
 
-    def __init__(self) -> None:
+    def __init__(self, label: Callable[[], int]) -> None:
         self.is_complete = True  # nothing has been computed but by these calls
+        self._label = label
         self._calls: list[lib.Call] = []
         self._kept: list[object] = []
 
@@ -31,7 +34,7 @@ class Tape:
         if name not in lib.REPEATABLE or _has_copies(keep):
             self.is_complete = False  # copies of weights are planned for while a call lasts
             return
-        call = lib.Call(function=lib.REPEATABLE[name])
+        call = lib.Call(function=lib.REPEATABLE[name], label=self._label())
         for i, (kind, value) in enumerate(zip(lib.SIGNATURES[name], arguments, strict=True)):
             if kind is c.c_float:
                 call.arguments[i].f = value
@@ -48,17 +51,18 @@ class Tape:
 
 
 class Scratch:
-    """Memory of results, the same whenever a body of this name asks for them in the same order."""
+    """Memory of results: the layers of a pass use the same, since they do the same."""
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[str, int, tuple[int, ...]], torch.Tensor] = {}
-        self._name, self._count = "", 0
+        self._tensors: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+        self._count = 0
 
-    def rewind(self, name: str) -> None:
-        self._name, self._count = name, 0
+    def rewind(self) -> None:
+        """The next layer begins."""
+        self._count = 0
 
     def empty(self, *shape: int) -> torch.Tensor:
-        key = (self._name, self._count, shape)
+        key = (self._count, shape)
         self._count += 1
         if key not in self._tensors:
             self._tensors[key] = torch.empty(shape)
@@ -73,56 +77,59 @@ class Recording(Protocol):
     ) -> AbstractContextManager[None]: ...
 
 
-class _Note:
-    """What is known of one body: for the weights `w`, its calls and its result."""
+class _Note(NamedTuple):
+    """What a layer did."""
 
-    __slots__ = ("w", "tries", "tape", "calls", "result")
-
-    def __init__(self, w: Tensors) -> None:
-        self.w = w
-        self.tries = _TRIES
-        self.tape: Tape | None = None
-        self.calls: c.Array[lib.Call] | None = None
-        self.result: object = None
+    tape: Tape
+    calls: "c.Array[lib.Call]"
+    result: object
 
 
 class NativeRecorder:
-    """Implements `Recorder`. A body is noted when it comes with the same weights for the second
-    time: those that are read anew in every pass are not worth it."""
+    """Implements `Recorder`."""
 
-    def __init__(self, library: c.CDLL, recording: Recording) -> None:
+    def __init__(self, library: c.CDLL, recording: Recording, label: Callable[[], str]) -> None:
         self._run = library.wl_run
         self._recording = recording
+        self._label = label
+        self._labels: list[str] = []
+        self._seconds = (c.c_double * _MOST_LABELS)()
         self._scratch = Scratch()
         self._tiles = Tiles()
-        self._notes: dict[tuple[str, int], _Note] = {}
-        self.num_repeated = 0
+        self._notes: dict[int, _Note] = {}
+        self._tries: Counter[int] = Counter()
+        self.num_repeated = 0  # layers
 
     def begin(self, work: AttentionWork) -> None:
         self._tiles.replace(work)
 
-    def run(self, name: str, layer: int, w: Tensors, body: Callable[[], _Result]) -> _Result:
-        note = self._notes.get((name, layer))
-        if note is None or note.w is not w:
-            self._notes[name, layer] = _Note(w)
-            return body()
-        if note.calls is not None:
+    def run(self, layer: int, body: Callable[[], _Result]) -> _Result | None:
+        note = self._notes.get(layer)
+        if note is not None:
             self.num_repeated += 1
-            lib.check(self._run(note.calls, len(note.calls)), name)
+            lib.check(self._run(note.calls, len(note.calls), self._seconds), "a repeated layer")
             return cast("_Result", note.result)
-        if not note.tries:
-            return body()
-        note.tries -= 1
-        return self._note(note, name, body)
-
-    def _note(self, note: _Note, name: str, body: Callable[[], _Result]) -> _Result:
-        tape = Tape()
-        self._scratch.rewind(name)
+        if self._tries[layer] == _TRIES:
+            return None
+        self._tries[layer] += 1
+        tape = Tape(self._index)
+        self._scratch.rewind()
         with self._recording(tape, self._scratch, self._tiles), _Watch() as watch:  # type: ignore[no-untyped-call]
             result = body()
         if tape.is_complete and not watch.has_computed:
-            note.tape, note.calls, note.result = tape, tape.calls(), result
+            self._notes[layer] = _Note(tape, tape.calls(), result)
         return result
+
+    def seconds(self) -> dict[str, float]:
+        found = dict(zip(self._labels, self._seconds, strict=False))
+        c.memset(self._seconds, 0, c.sizeof(self._seconds))
+        return found
+
+    def _index(self) -> int:
+        label = self._label()
+        if label not in self._labels:
+            self._labels.append(label)
+        return self._labels.index(label)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -1,0 +1,167 @@
+"""Layers that are computed as they were for the last pass: with a few rows and all weights in
+memory, saying what is to be computed takes as long as computing it."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from windlass.device.host import empty
+from windlass.ids import Part, WeightKey
+from windlass.kernels.base import Groups, Kernels, Recorder, Tensors
+from windlass.memory.weights import WeightStore
+from windlass.schedule.batch import Batch
+from windlass.schedule.block_math import BlockMath
+from windlass.schedule.places import Places
+from windlass.spec.model import ModelSpec, Moe
+from windlass.trace import Tracer
+
+MOST_ROWS = 16  # beyond, kernels take so long that it hardly matters how they are called
+
+
+class _Done(NamedTuple):
+    """What a layer tells of itself."""
+
+    groups: Groups | None  # of layers with experts
+
+
+class Repeater:
+    """Passes of equally many rows, one of each sequence: hidden states and places of the next take
+    the memory of the last one's, so that what was noted of a layer holds again."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        blocks: BlockMath,
+        kernels: Kernels,
+        weights: WeightStore,
+        tracer: Tracer,
+    ) -> None:
+        self._spec = spec
+        self._blocks = blocks
+        self._kernels = kernels
+        self._weights = weights
+        self._tracer = tracer
+        self._settled: dict[int, list[Tensors]] = {}  # weights of layers that are there for good
+        self._pass: _Pass | None = None
+
+    def begin(
+        self, batch: Batch, hidden: torch.Tensor, places: Mapping[int, Places]
+    ) -> tuple[torch.Tensor, Mapping[int, Places]]:
+        """A pass begins: where its hidden states and the places of its micro-batches are from now
+        on."""
+        if not is_repeatable(batch):
+            self._pass = None
+            return hidden, places
+        (now,) = places.values()
+        self._blocks.fill_tables(now)
+        if self._pass is None or self._pass.num_rows != batch.num_rows:
+            recorder = self._kernels.recorder(lambda: self._tracer.current)
+            self._pass = None if recorder is None else _Pass(recorder, now, hidden)
+            return hidden, places
+        return self._pass.hidden_TD, {0: self._pass.next(now, hidden)}
+
+    def layer(self, layer: int) -> bool:
+        """See `Runtime.repeat`."""
+        if self._pass is None:
+            return False
+        parts = self._settled.get(layer) or self._settle(layer)
+        if parts is None:
+            return False
+        now = self._pass
+        with self._tracer.span("layer", layer=layer, rows=now.num_rows):
+            done = now.recorder.run(layer, lambda: self._compute(layer, parts, now))
+        if done is None:
+            return False
+        self._weights.count_hits(Part.BLOCK, 1)
+        if done.groups is None:
+            self._weights.count_hits(Part.FFN, 1)
+        else:
+            self._weights.count_hits(Part.EXPERT, int(done.groups.counts_E.count_nonzero()))
+        return True
+
+    def end(self) -> None:
+        """The pass has ended: what was repeated is charged to the spans it was noted in."""
+        if self._pass is not None:
+            for name, seconds in self._pass.recorder.seconds().items():
+                self._tracer.seconds[name] += seconds
+
+    def _settle(self, layer: int) -> list[Tensors] | None:
+        """Block, and network or experts."""
+        ffn = self._spec.blocks[layer].ffn
+        keys = [WeightKey(Part.BLOCK, layer)]
+        if isinstance(ffn, Moe):
+            keys += [WeightKey(Part.EXPERT, layer, expert) for expert in range(ffn.num_experts)]
+        else:
+            keys.append(WeightKey(Part.FFN, layer))
+        found = self._weights.settled(keys)
+        if found is None:
+            return None
+        self._settled[layer] = [*found]
+        return self._settled[layer]
+
+    def _compute(self, layer: int, parts: Sequence[Tensors], now: "_Pass") -> _Done:
+        """What the schedule does, but for all experts at once: those without rows cost nothing."""
+        block, *others = parts
+        hidden = now.hidden_TD
+        self._blocks.attention(layer, block, hidden, now.places)
+        ffn = self._spec.blocks[layer].ffn
+        if not isinstance(ffn, Moe):
+            self._blocks.dense(layer, others[0], hidden, self._blocks.ffn_input(block, hidden))
+            return _Done(None)
+        routed = self._blocks.route(layer, block, hidden)
+        shared_TD = self._blocks.shared(layer, block, routed)
+        outputs = now.expert_outputs(ffn.top_k)
+        experts = dict(enumerate(others))
+        self._blocks.experts(layer, experts, routed, outputs, now.num_rows * ffn.top_k)
+        self._blocks.combine(layer, hidden, routed, outputs, shared_TD)
+        return _Done(routed.groups)
+
+
+def is_repeatable(batch: Batch) -> bool:
+    """Whether other passes can be as this one: a few sequences, one row of each."""
+    return (
+        batch.num_rows <= MOST_ROWS
+        and len(batch.micro_batches) == 1
+        and len(batch.segments) == batch.num_rows
+    )
+
+
+class _Pass:
+    """What passes that repeat each other have in common."""
+
+    def __init__(self, recorder: Recorder, places: Places, hidden_TD: torch.Tensor) -> None:
+        self.recorder = recorder
+        self.hidden_TD = hidden_TD
+        self.places = places
+        self._outputs: dict[int, torch.Tensor] = {}
+        recorder.begin(places.work)
+
+    @property
+    def num_rows(self) -> int:
+        return self.hidden_TD.shape[0]
+
+    def expert_outputs(self, top_k: int) -> torch.Tensor:
+        """(T * A, D), the same for all layers."""
+        if top_k not in self._outputs:
+            self._outputs[top_k] = empty(self.num_rows * top_k, self.hidden_TD.shape[1])
+        return self._outputs[top_k]
+
+    def next(self, places: Places, hidden_TD: torch.Tensor) -> Places:
+        """Takes the rows of the next pass over; where they are from now on."""
+        own = self.places
+        self.hidden_TD.copy_(hidden_TD)
+        for to, new in zip(own[:4], places[:4], strict=True):
+            to.copy_(new)
+        for rope, tables in own.tables.items():
+            for to, new in zip(tables, places.tables[rope], strict=True):
+                to.copy_(new)
+        self.recorder.begin(places.work)
+        self.places = places._replace(
+            positions=own.positions,
+            pages=own.pages,
+            offsets=own.offsets,
+            long_rope=own.long_rope,
+            tables=own.tables,
+        )
+        return self.places
