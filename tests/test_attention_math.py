@@ -49,7 +49,7 @@ def test_rows_do_not_depend_on_each_other(name: str) -> None:
         cos, sin = RopeTable(attention.rope).cos_sin(torch.arange(5, 72))
     whole = project(KERNELS, attention, NORM, w, h_TD, cos, sin)
     o_THv = torch.randn(67, attention.num_heads, value_width(attention), generator=generator)
-    output = attention_output(KERNELS, attention, w, o_THv, whole.gate_THv)
+    output = attention_output(KERNELS, attention, w, o_THv.clone(), whole.gate_THv)
     assert output.shape == (67, HIDDEN)
     for first, last in ((0, 1), (5, 6), (3, 20), (66, 67), (1, 67)):
         part = slice(first, last)

@@ -67,7 +67,7 @@ OTHER_VERSION = "int wl_abi_version(void) { return 99; }"
 # of the right version, with all names, on a processor that can run none of it
 NO_SETS = "\n".join((
     f"int wl_abi_version(void) {{ return {library.ABI_VERSION}; }}",
-    *(f"int {name}(void) {{ return 0; }}" for name in library._SIGNATURES),
+    *(f"int {name}(void) {{ return 0; }}" for name in library.SIGNATURES),
     'const char *wl_available(void) { return ""; }',
     'const char *wl_in_use(void) { return ""; }',
 ))  # fmt: skip

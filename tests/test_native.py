@@ -313,6 +313,46 @@ def test_write_rows(native, rows, heads, width, dtype, seed):
 
 
 @few(60)
+@given(st.integers(1, 90), st.integers(1, 5), SIZES, SEEDS)
+def test_int8_rows_are_written_with_the_same_codes_and_scales(native, rows, heads, width, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(rows, heads + 1, width)[:, 1:] * 10.0 ** (seed % 5)
+    special = (float("inf"), float("nan"), 3.4e38, 1e-41, 0.0)[seed % 5]
+    x[0, 0, :: max(1, width - 1)] = special
+    x[-1, -1] = 0.0
+    pages, offsets = torch.randperm(rows), torch.randint(0, 4, (rows,))
+    got, expected = (
+        PagedRows(
+            torch.full((rows, heads, 4, width + 2), 7, dtype=torch.uint8),
+            torch.ones(rows, heads, 4),
+        )
+        for _ in "12"
+    )
+    native.write_rows(got, pages, offsets, x)
+    TORCH.write_rows(expected, pages, offsets, x)
+    assert torch.equal(got.rows_PKBd, expected.rows_PKBd)
+    assert got.scales_PKB is not None and expected.scales_PKB is not None
+    torch.testing.assert_close(got.scales_PKB, expected.scales_PKB, rtol=0, atol=0, equal_nan=True)
+
+
+@few(40)
+@given(st.integers(1, 60), st.integers(1, 5), SIZES, SIZES, SEEDS)
+def test_join_and_gate(native, rows, heads, first, second, seed):
+    torch.manual_seed(seed)
+    both = torch.randn(rows, heads, first + second)
+    parts = (torch.randn(rows, 2 * heads, first)[:, ::2], both[..., first:])
+    got = native.join(parts)
+    assert torch.equal(got, TORCH.join(parts))
+    for gate in (torch.randn(rows, heads, first + second), torch.randn(rows, 1, 1)):
+        expected, last = got.clone(), got[-1:].clone()
+        native.gate(got, gate)
+        TORCH.gate(expected, gate)
+        close(got, expected)
+        native.gate(last, gate[-1:])
+        assert torch.equal(last, got[-1:])
+
+
+@few(60)
 @given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 40), SEEDS)
 def test_group(native, rows, per_row, num_experts, seed):
     torch.manual_seed(seed)

@@ -17,6 +17,7 @@ from windlass.memory.recipe import Read, make_recipe
 from windlass.planner.device_costs import DEVICE_LANES, DeviceCosts
 from windlass.planner.reckon import slots_of
 from windlass.planner.tiers import LayerShape, Rates, Share, layer_seconds
+from windlass.schedule import repeat
 from windlass.schedule.announce import Announcer, num_experts, pass_forecast
 from windlass.schedule.batch import Segment, make_batch
 from windlass.schedule.clock import Clock, Job, Lanes, Work
@@ -57,6 +58,9 @@ class Recorder:
         for group in self._inner.arrivals(keys):
             self._notes.append(("arrived", *(one.key for one in group)))
             yield group
+
+    def repeat(self, layer, hidden, batch):
+        return self._inner.repeat(layer, hidden, batch)
 
     def attention(self, layer, weights, hidden, rows):
         self._inner.attention(layer, weights, hidden, rows)
@@ -138,7 +142,8 @@ def test_the_clock_does_what_the_device_does(
     checkpoint, monkeypatch, blocks, slots, schedule, overlap
 ):
     """Copies answer in their order: only while the caller waits, and `blocks` of them during each
-    operation."""
+    operation. Layers that are repeated have no operations of their own: none is here."""
+    monkeypatch.setattr(repeat, "MOST_ROWS", 0)
     options = dict(moe_expert_cache_size=slots, micro_batch_size=64, schedule=schedule)
     if not overlap:
         with engine_for(checkpoint, **options) as engine:

@@ -14,8 +14,9 @@ from windlass.schedule.runtime import Routed
 class RecordingRuntime:
     """A `Runtime` without tensors: notes every call, and gives experts in another order."""
 
-    def __init__(self, experts):
+    def __init__(self, experts, repeated=()):
         self.routed = experts
+        self.repeated = repeated
         self.calls = []
         self.held = []
 
@@ -26,6 +27,10 @@ class RecordingRuntime:
     def announce(self, layer):
         assert not self.held, "announced while weights are leased"
         self.calls.append(("announce", layer))
+
+    def repeat(self, layer, hidden, batch):
+        assert not self.held, "a layer is repeated as a whole"
+        return layer in self.repeated
 
     @contextmanager
     def lease(self, key):
@@ -116,6 +121,15 @@ def test_a_pass_without_wanted_logits_does_not_touch_the_head():
     runtime = RecordingRuntime(experts=(0,))
     run_pass(runtime, PassShape((True,), 3), batch)
     assert not [call for call in runtime.calls if call[0] == "head"]
+
+
+def test_a_repeated_layer_is_not_computed_again():
+    batch = make_batch([_segment(0, 0, 64)], micro_batch_tokens=64)
+    runtime = RecordingRuntime(experts=(0,), repeated=(0, 2))
+    run_pass(runtime, PassShape((True, False, True), 1), batch)
+    assert [call for call in runtime.calls if call[0] != "announce"] == [
+        ("begin", 64), ("attention", 1, 0, 64), ("dense", 1), ("head", 0),
+    ]  # fmt: skip
 
 
 @given(

@@ -1,5 +1,6 @@
 """Routing against plain arithmetic, and independence of rows."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backends import NATIVE, kernels_of
 from windlass.decoder.moe import route
 from windlass.kernels.reference import TorchKernels
 from windlass.kernels.rowwise import normalise
@@ -109,14 +111,20 @@ def _sparse_mixer_by_hand(logits: list[float], eps: float) -> dict[int, float]:
     return chosen
 
 
+@pytest.fixture(scope="module", params=["torch", *NATIVE])
+def kernels(request: pytest.FixtureRequest) -> Iterator[TorchKernels]:
+    with kernels_of(request.param) as found:
+        yield found
+
+
 @pytest.mark.parametrize("name", ROUTINGS)
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), top_k=st.integers(1, 6))
-def test_against_plain_arithmetic(name: str, seed: int, top_k: int) -> None:
+def test_against_plain_arithmetic(kernels: TorchKernels, name: str, seed: int, top_k: int) -> None:
     routing = ROUTINGS[name]
     top_k = 2 if isinstance(routing, SparseMixer) else top_k
     w, h_TD = weights(routing, seed), rows(3, seed + 1)
-    got, ids = route(KERNELS, moe(routing, top_k), w, h_TD)
+    got, ids = route(kernels, moe(routing, top_k), w, h_TD)
     assert got.dtype == torch.float32 and ids.dtype == torch.int64
     assert got.shape == ids.shape == (3, top_k)
     for row in range(3):
@@ -127,12 +135,12 @@ def test_against_plain_arithmetic(name: str, seed: int, top_k: int) -> None:
 
 
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_rows_do_not_depend_on_each_other(name: str) -> None:
+def test_rows_do_not_depend_on_each_other(kernels: TorchKernels, name: str) -> None:
     routing = ROUTINGS[name]
     w, h_TD = weights(routing), rows(67)
-    got, ids = route(KERNELS, moe(routing), w, h_TD)
+    got, ids = route(kernels, moe(routing), w, h_TD)
     for first, last in ((0, 1), (5, 6), (3, 20), (66, 67), (1, 67)):
-        part, part_ids = route(KERNELS, moe(routing), w, h_TD[first:last].clone())
+        part, part_ids = route(kernels, moe(routing), w, h_TD[first:last].clone())
         assert torch.equal(part, got[first:last]) and torch.equal(part_ids, ids[first:last])
 
 

@@ -175,10 +175,17 @@ WL_API int32_t wl_rotate(float *x, int64_t row_stride, int64_t head_stride, int6
                          int64_t num_heads, int64_t pairs, const float *cos, const float *sin,
                          int64_t table_stride, int32_t interleaved);
 /* Row t of x (T, H, width; strides in floats) to head by head of the cache, at offsets[t] of page
- * pages[t]; rounded to its type, which is not WL_INT8. */
+ * pages[t]; rounded to its type. With WL_INT8 a row's largest magnitude is 127 steps, and `scales` is that of
+ * the cache, (pages, H, page_tokens). */
 WL_API int32_t wl_write_rows(const float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows,
                              int64_t num_heads, int64_t width, const wl_cache *cache, const int64_t *pages,
-                             const int64_t *offsets);
+                             const int64_t *offsets, float *scales, int64_t page_tokens);
+/* Copies x (T, H, width) to out; strides in floats. */
+WL_API int32_t wl_copy_rows(const float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows,
+                            int64_t num_heads, int64_t width, float *out, int64_t out_row_stride,
+                            int64_t out_head_stride);
+/* x (T, width) times the sigmoid of gate: (T, width), or (T) if one_of_row; in place. */
+WL_API int32_t wl_gate(float *x, int64_t num_rows, int64_t width, const float *gate, int32_t one_of_row);
 /* The best top_k experts of each row, best first, of equal ones the lower; logits (T, experts), weights and
  * ids (T, top_k). */
 WL_API int32_t wl_route(const float *logits, int64_t num_rows, int64_t num_experts, const wl_routing *routing,
@@ -194,7 +201,7 @@ WL_API int32_t wl_read(const void *data, int64_t num_bytes, float *sum);
 enum wl_function {
   WL_RUN_PRODUCTS = 0, WL_RUN_EXPERTS = 1, WL_RUN_ATTEND = 2, WL_RUN_RMS_NORM = 3, WL_RUN_COMBINE = 4,
   WL_RUN_ROTATE = 5, WL_RUN_WRITE_ROWS = 6, WL_RUN_ROUTE = 7, WL_RUN_GROUP = 8,
-  WL_RUN_ROUTED = 9,
+  WL_RUN_ROUTED = 9, WL_RUN_COPY_ROWS = 10, WL_RUN_GATE = 11,
 };
 typedef union wl_argument {
   const void *p;

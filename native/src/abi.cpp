@@ -101,6 +101,8 @@ int32_t run_one(const wl_call &one) {
     case WL_RUN_ROUTE: return call(wl_route, a);
     case WL_RUN_GROUP: return call(wl_group, a);
     case WL_RUN_ROUTED: return call(wl_routed, a);
+    case WL_RUN_COPY_ROWS: return call(wl_copy_rows, a);
+    case WL_RUN_GATE: return call(wl_gate, a);
   }
   return WL_E_ARGUMENT;
 }
@@ -193,11 +195,23 @@ int32_t wl_rotate(float *x, int64_t row_stride, int64_t head_stride, int64_t num
 }
 
 int32_t wl_write_rows(const float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows, int64_t num_heads,
-                      int64_t width, const wl_cache *cache, const int64_t *pages, const int64_t *offsets) {
-  if (cache->type == WL_INT8) return WL_E_ARGUMENT;
+                      int64_t width, const wl_cache *cache, const int64_t *pages, const int64_t *offsets, float *scales,
+                      int64_t page_tokens) {
+  if (cache->type == WL_INT8 && !scales) return WL_E_ARGUMENT;
   return guarded([&](const wl::Table &t) {
-    t.write_rows(x, row_stride, head_stride, num_rows, num_heads, width, *cache, pages, offsets);
+    t.write_rows(x, row_stride, head_stride, num_rows, num_heads, width, *cache, pages, offsets, scales, page_tokens);
   });
+}
+
+int32_t wl_copy_rows(const float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows, int64_t num_heads,
+                     int64_t width, float *out, int64_t out_row_stride, int64_t out_head_stride) {
+  return guarded([&](const wl::Table &t) {
+    t.copy_rows(x, row_stride, head_stride, num_rows, num_heads, width, out, out_row_stride, out_head_stride);
+  });
+}
+
+int32_t wl_gate(float *x, int64_t num_rows, int64_t width, const float *gate, int32_t one_of_row) {
+  return guarded([&](const wl::Table &t) { t.gate(x, num_rows, width, gate, one_of_row); });
 }
 
 int32_t wl_group(const int64_t *ids, int64_t num, int64_t per_row, int64_t num_experts, int64_t *order, int64_t *rows,

@@ -137,6 +137,8 @@ struct WriteWork {
   int64_t row_stride, head_stride, num_rows, num_heads, width;
   wl_cache to;
   const int64_t *pages, *offsets;
+  float *scales;
+  int64_t page_tokens;
 };
 
 /// To the nearest, ties to even; NaN stays NaN.
@@ -146,11 +148,34 @@ inline uint16_t to_bf16(float x) {
   return uint16_t(is_nan ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+/// One head as bytes and a scale: the largest magnitude is 127 steps from the code of 0. A NaN or an infinity makes
+/// the scale NaN or infinite, and so all that the codes of 0 mean.
+inline void write_int8(const float *x, int64_t width, uint8_t *to, float &scale) {
+  float top = 0;
+  for (int64_t i = 0; i < width; i++) {
+    const float size = std::fabs(x[i]);
+    top = size > top || size != size ? size : top;
+  }
+  scale = top / 127.0f;
+  const V step = v_set(scale == 0 ? 1.0f : scale), most = v_set(127.0f);
+  for (int64_t i = 0; i < width; i += W) {
+    const int count = int(std::min<int64_t>(W, width - i));
+    const V value = v_round(v_div(count == W ? v_load(x + i) : load_tail(x, WL_F32, i, count), step));
+    float lanes[W];
+    v_store(lanes, v_max(v_min(value, most), v_set(-127.0f)));
+    for (int j = 0; j < count; j++) to[i + j] = uint8_t(scale - scale == 0 ? int(lanes[j]) + 128 : 128);
+  }
+}
+
 inline void write_row(const WriteWork &w, int64_t row) {
   uint8_t *page = static_cast<uint8_t *>(w.to.data) + w.pages[row] * w.to.page_stride + w.offsets[row] * w.to.token_stride;
   for (int64_t head = 0; head < w.num_heads; head++) {
     const float *x = w.x + row * w.row_stride + head * w.head_stride;
     uint8_t *to = page + head * w.to.head_stride;
+    if (w.to.type == WL_INT8) {
+      write_int8(x, w.width, to, w.scales[(w.pages[row] * w.num_heads + head) * w.page_tokens + w.offsets[row]]);
+      continue;
+    }
     if (w.to.type == WL_F32) {
       std::memcpy(to, x, size_t(w.width) * 4);
       continue;
@@ -165,6 +190,44 @@ inline void write_row(const WriteWork &w, int64_t row) {
 }
 
 inline void write_rows(const WriteWork &w) { for_rows<write_row>(w, w.num_heads * w.width); }
+
+struct CopyWork {
+  const float *x;
+  int64_t row_stride, head_stride, num_rows, num_heads, width;
+  float *out;
+  int64_t out_row_stride, out_head_stride;
+};
+
+inline void copy_row(const CopyWork &c, int64_t row) {
+  for (int64_t head = 0; head < c.num_heads; head++)
+    std::memcpy(c.out + row * c.out_row_stride + head * c.out_head_stride,
+                c.x + row * c.row_stride + head * c.head_stride, size_t(c.width) * 4);
+}
+
+inline void copy_rows(const CopyWork &c) { for_rows<copy_row>(c, c.num_heads * c.width); }
+
+inline V sigmoid(V x) { return v_div(v_set(1.0f), v_add(v_set(1.0f), v_exp(v_sub(v_zero(), x)))); }
+
+struct GateWork {
+  float *x;
+  int64_t num_rows, width;
+  const float *gate;
+  bool one_of_row;
+};
+
+inline void gate_row(const GateWork &g, int64_t row) {
+  const V all = g.one_of_row ? sigmoid(v_set(g.gate[row])) : v_zero();
+  for (int64_t i = 0; i < g.width; i += W) {
+    const int count = int(std::min<int64_t>(W, g.width - i));
+    auto get = [&](const float *p) { return count == W ? v_load(p) : load_tail(p, WL_F32, 0, count); };
+    float *x = g.x + row * g.width + i;
+    const V y = v_mul(get(x), g.one_of_row ? all : sigmoid(get(g.gate + row * g.width + i)));
+    if (count == W) v_store(x, y);
+    else store_tail(x, y, count);
+  }
+}
+
+inline void gate(const GateWork &g) { for_rows<gate_row>(g, g.width * 4); }
 
 struct ReadWork {
   const uint8_t *data;

@@ -1,6 +1,8 @@
 // Row-wise operations: normalisation, combination, rotation.
 #include "matrices.h"
 
+#include <algorithm>
+
 namespace {
 
 constexpr float UNTOUCHED = -12345.0f;
@@ -138,7 +140,7 @@ TEST(rows_are_written_where_they_belong_and_nowhere_else) {
       offsets.push_back(run.between(0, tokens - 1));
     }
     wl_set_threads(int32_t(run.between(1, 3)));
-    CHECK(wl_write_rows(x.data(), row_stride, head_stride, rows, heads, width, &cache, pages.data(), offsets.data()) == WL_OK, "refused");
+    CHECK(wl_write_rows(x.data(), row_stride, head_stride, rows, heads, width, &cache, pages.data(), offsets.data(), nullptr, 0) == WL_OK, "refused");
     std::vector<bool> is_written(memory.size());
     for (int64_t row = 0; row < rows; row++)
       for (int64_t head = 0; head < heads; head++)
@@ -160,7 +162,78 @@ TEST(rows_are_written_where_they_belong_and_nowhere_else) {
   }
   wl_set_threads(1);
   const wl_cache codes{nullptr, 0, 0, 0, 0, WL_INT8, nullptr};
-  CHECK(wl_write_rows(nullptr, 0, 0, 0, 0, 0, &codes, nullptr, nullptr) == WL_E_ARGUMENT, "int8 rows have scales");
+  CHECK(wl_write_rows(nullptr, 0, 0, 0, 0, 0, &codes, nullptr, nullptr, nullptr, 1) == WL_E_ARGUMENT, "int8 rows have scales");
+}
+
+TEST(int8_rows_have_codes_and_a_scale_of_their_own) {
+  for (int i = 0; i < run.tries(200); i++) {
+    const int64_t rows = run.size(40), heads = run.between(1, 4), width = run.size(90), tokens = run.between(1, 5), held = width + run.between(0, 3);
+    std::vector<float> x = run.normals(rows * heads * width);
+    for (float &value : x)
+      if (run.chance(0.01)) value = run.pick({test::INF, test::NOT_A_NUMBER, test::DENORMAL, 3.4e38f, 0.0f});
+    if (run.chance(0.2)) std::fill_n(x.begin(), width, 0.0f);
+    std::vector<uint8_t> memory(size_t(rows * heads * tokens * held), 0xa5);
+    std::vector<float> scales(size_t(rows * heads * tokens), UNTOUCHED);
+    const wl_cache cache{memory.data(), heads * tokens * held, tokens * held, held, held, WL_INT8, scales.data()};
+    std::vector<int64_t> pages, offsets;
+    for (int64_t row = 0; row < rows; row++) {
+      pages.push_back(rows - 1 - row);
+      offsets.push_back(run.between(0, tokens - 1));
+    }
+    wl_set_threads(int32_t(run.between(1, 3)));
+    CHECK(wl_write_rows(x.data(), heads * width, width, rows, heads, width, &cache, pages.data(), offsets.data(), scales.data(), tokens) == WL_OK, "refused");
+    for (int64_t row = 0; row < rows; row++)
+      for (int64_t head = 0; head < heads; head++) {
+        const float *from = &x[size_t((row * heads + head) * width)];
+        const size_t at = size_t((pages[size_t(row)] * heads + head) * tokens + offsets[size_t(row)]);
+        float top = 0;
+        bool is_finite = true;
+        for (int64_t d = 0; d < width; d++) {
+          top = std::max(top, std::fabs(from[d]));
+          is_finite &= std::isfinite(from[d]) != 0;
+        }
+        CHECK(is_finite ? scales[at] == top / 127.0f : !std::isfinite(scales[at]), "scale %g of %g", double(scales[at]), double(top));
+        for (int64_t d = 0; d < width; d++) {
+          const int code = memory[at * size_t(held) + size_t(d)];
+          const float step = scales[at] == 0 ? 1.0f : scales[at];
+          const int expected = is_finite ? int(std::nearbyint(from[d] / step)) + 128 : 128;
+          CHECK(code == expected, "row %ld head %ld column %ld: %d, expected %d", long(row), long(head), long(d), code, expected);
+        }
+        for (int64_t d = width; d < held; d++) CHECK(memory[at * size_t(held) + size_t(d)] == 0xa5, "beside a row");
+      }
+    CHECK(std::count(scales.begin(), scales.end(), UNTOUCHED) == rows * heads * (tokens - 1), "other scales");
+  }
+  wl_set_threads(1);
+}
+
+TEST(rows_are_copied_and_gated) {
+  for (int i = 0; i < run.tries(200); i++) {
+    const bool is_large = i % 20 == 0, is_one = run.chance(0.5);
+    const int64_t rows = run.size(is_large ? 500 : 20), heads = run.between(1, 5), width = run.size(90);
+    const int64_t from_head = width + run.between(0, 3), to_head = width + run.between(0, 3);
+    const std::vector<float> x = run.normals(rows * heads * from_head);
+    std::vector<float> out(size_t(rows * heads * to_head), UNTOUCHED);
+    wl_set_threads(int32_t(run.between(1, 3)));
+    CHECK(wl_copy_rows(x.data(), heads * from_head, from_head, rows, heads, width, out.data(), heads * to_head, to_head) == WL_OK, "refused");
+    for (int64_t head = 0; head < rows * heads; head++)
+      for (int64_t d = 0; d < to_head; d++) {
+        const float expected = d < width ? x[size_t(head * from_head + d)] : UNTOUCHED;
+        CHECK(out[size_t(head * to_head + d)] == expected, "head %ld column %ld", long(head), long(d));
+      }
+    const int64_t all = heads * to_head;
+    std::vector<float> gate = run.normals(is_one ? rows : rows * all), gated = out;
+    for (float &value : gate)
+      if (run.chance(0.02)) value = run.pick({test::INF, -test::INF, test::NOT_A_NUMBER, 100.0f, -100.0f});
+    CHECK(wl_gate(gated.data(), rows, all, gate.data(), is_one) == WL_OK, "refused");
+    for (int64_t at = 0; at < rows * all; at++) {
+      const double by = 1 / (1 + std::exp(-double(gate[size_t(is_one ? at / all : at)]))), expected = double(out[size_t(at)]) * by;
+      CHECK(test::near(double(gated[size_t(at)]), expected, 1e-6 * std::fabs(expected) + 1e-30), "%g, expected %g", double(gated[size_t(at)]), expected);
+    }
+    std::vector<float> last(out.end() - all, out.end());
+    CHECK(wl_gate(last.data(), 1, all, gate.data() + gate.size() - (is_one ? 1 : size_t(all)), is_one) == WL_OK, "refused");
+    CHECK(test::first_difference(last.data(), &gated[size_t((rows - 1) * all)], all) < 0, "a row alone");
+  }
+  wl_set_threads(1);
 }
 
 TEST(places_are_grouped_by_expert_in_their_order) {

@@ -76,11 +76,11 @@ def attention_output(
     o_THv: torch.Tensor,
     gate_THv: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Output projection of what the attention kernel returned -> (T, D)."""
+    """Output projection of what the attention kernel returned, which is gated in place -> (T, D)."""
     if isinstance(attention, Mla):
         o_THv = k.batched_linear(o_THv, _heads(w, "v_up.weight"))
     if gate_THv is not None:
-        o_THv = o_THv * k.pointwise(torch.sigmoid, gate_THv)
+        k.gate(o_THv, gate_THv)
     return linear(k, w, "o_proj", o_THv.flatten(1))
 
 
@@ -148,9 +148,9 @@ def _project_latent(
     )
     latent = k.normalise(latent_norm, plain(w, "kv_a_norm.weight"), None, latent)
     k.rotate(key_rot[:, None], cos_Tr, sin_Tr, attention.rope)
-    key = torch.cat((latent, key_rot), dim=-1)[:, None]
+    key = k.join((latent[:, None], key_rot[:, None]))
     value = key[..., : attention.kv_lora_rank]
-    return Projected(torch.cat((q_THc, q_rot), dim=-1), key, value, None)
+    return Projected(k.join((q_THc, q_rot)), key, value, None)
 
 
 def _heads(w: Tensors, name: str) -> torch.Tensor | PackedStack:

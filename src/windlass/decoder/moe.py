@@ -29,9 +29,9 @@ def shared_expert(k: Kernels, shared: Shared, w: Tensors, h_TD: torch.Tensor) ->
     if shared.ffn.bias:
         own |= {f"{name}_bias": w[f"shared.{name}.bias"] for name in names}
     y_TD = k.expert_ffn(h_TD, own, shared.ffn.activation)
-    if not shared.gated:
-        return y_TD
-    return y_TD * k.pointwise(torch.sigmoid, linear(k, w, "shared.mix", h_TD))
+    if shared.gated:
+        k.gate(y_TD, linear(k, w, "shared.mix", h_TD))
+    return y_TD
 
 
 def dense_ffn(k: Kernels, ffn: Ffn, w: Tensors, h_TD: torch.Tensor) -> torch.Tensor:

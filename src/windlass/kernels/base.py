@@ -138,6 +138,15 @@ class Kernels(Protocol):
         """Rotates the first `rope.dim` dimensions of each head in place; the others stay."""
         ...
 
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(T, H, a), (T, H, b), ... side by side -> (T, H, a + b + ...)."""
+        ...
+
+    def gate(self, x: torch.Tensor, gate: torch.Tensor) -> None:
+        """Multiplies a contiguous `x` (T, ...) by the sigmoid of `gate`, of its shape or one number
+        for each row, in place."""
+        ...
+
     def write_rows(
         self, store: PagedRows, pages_T: torch.Tensor, offsets_T: torch.Tensor, x_TKd: torch.Tensor
     ) -> None:

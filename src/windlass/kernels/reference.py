@@ -131,6 +131,12 @@ class TorchKernels:
     ) -> None:
         rowwise.rotate(x_THd, cos_Tf, sin_Tf, rope)
 
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(parts), dim=-1)
+
+    def gate(self, x: torch.Tensor, gate: torch.Tensor) -> None:
+        x *= self.pointwise(torch.sigmoid, gate)
+
     def write_rows(
         self, store: PagedRows, pages_T: torch.Tensor, offsets_T: torch.Tensor, x_TKd: torch.Tensor
     ) -> None:

@@ -91,7 +91,9 @@ SIGNATURES: dict[str, list[Any]] = {
     "wl_rms_norm": [_ptr, _i64, _ptr, _i64, _i64, _i64, _ptr, _i32, _f32, _f32],
     "wl_combine": [_ptr, _ptr, _ptr, _ptr, _ptr, _i64, _i64, _i64, _f32],
     "wl_rotate": [_ptr, _i64, _i64, _i64, _i64, _i64, _ptr, _ptr, _i64, _i32],
-    "wl_write_rows": [_ptr, _i64, _i64, _i64, _i64, _i64, c.POINTER(Cache), _ptr, _ptr],
+    "wl_write_rows": [_ptr, _i64, _i64, _i64, _i64, _i64, c.POINTER(Cache), _ptr, _ptr, _ptr, _i64],
+    "wl_copy_rows": [_ptr, _i64, _i64, _i64, _i64, _i64, _ptr, _i64, _i64],
+    "wl_gate": [_ptr, _i64, _i64, _ptr, _i32],
     "wl_route": [_ptr, _i64, _i64, c.POINTER(Routing), _ptr, _ptr],
     "wl_group": [_ptr, _i64, _i64, _i64, _ptr, _ptr, _ptr],
     "wl_run": [_ptr, _i64, _ptr],
@@ -104,7 +106,7 @@ SIGNATURES: dict[str, list[Any]] = {
 REPEATABLE = {
     "wl_products": 0, "wl_experts": 1, "wl_attend": 2, "wl_rms_norm": 3, "wl_combine": 4,
     "wl_rotate": 5, "wl_write_rows": 6, "wl_route": 7, "wl_group": 8,
-    "wl_routed": 9,
+    "wl_routed": 9, "wl_copy_rows": 10, "wl_gate": 11,
 }  # fmt: skip
 
 

@@ -213,16 +213,38 @@ class NativeKernels(TorchKernels):
     def write_rows(
         self, store: PagedRows, pages_T: torch.Tensor, offsets_T: torch.Tensor, x_TKd: torch.Tensor
     ) -> None:
-        if store.scales_PKB is not None:
-            super().write_rows(store, pages_T, offsets_T, x_TKd)
-            return
         x_TKd = _rows(x_TKd)
         row, head, _ = x_TKd.stride()
+        scales = store.scales_PKB
         self._call(
             "wl_write_rows",
             x_TKd.data_ptr(), row, head, *x_TKd.shape, _cache(store),
             pages_T.data_ptr(), offsets_T.data_ptr(),
+            None if scales is None else scales.data_ptr(), store.rows_PKBd.shape[2],
         )  # fmt: skip
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        num_rows, num_heads, _ = parts[0].shape
+        widths = [part.shape[2] for part in parts]
+        out = self._memory.empty(num_rows, num_heads, sum(widths))
+        row, head, _ = out.stride()
+        column = out.data_ptr()
+        for part, width in zip(parts, widths, strict=True):
+            part = _rows(part)
+            self._call(
+                "wl_copy_rows",
+                part.data_ptr(), part.stride(0), part.stride(1), num_rows, num_heads, width,
+                column, row, head,
+            )  # fmt: skip
+            column += 4 * width
+        return out
+
+    def gate(self, x: torch.Tensor, gate: torch.Tensor) -> None:
+        assert x.is_contiguous(), "rows are gated in place"
+        gate = gate.contiguous()
+        num_rows, width = x.shape[0], x[0].numel()
+        is_one = gate.numel() == num_rows and width > 1
+        self._call("wl_gate", x.data_ptr(), num_rows, width, gate.data_ptr(), is_one)
 
     def route(
         self,

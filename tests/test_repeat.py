@@ -1,0 +1,173 @@
+"""Layers that are repeated: the same bits as computed anew, of every family, and nothing is
+repeated that would have to be decided again."""
+
+import pytest
+import torch
+
+from backends import LIBRARY, NATIVE, kernels_of
+from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
+from windlass.kernels.base import AttentionWork
+from windlass.kernels.cpu.recorder import NativeRecorder
+from windlass.packed import StoredTensors
+from windlass.schedule import repeat
+from windlass.spec.model import RmsNorm
+
+# What torch computes within all of their layers: a layer norm, a mixer, a clamp.
+NEVER = {"phimoe", "dbrx", "olmoe"}
+
+pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"the native library {LIBRARY}")
+
+
+@pytest.fixture
+def repeated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Layers that were repeated, and not computed anew."""
+    layers: list[int] = []
+    run = NativeRecorder.run
+
+    def watched(recorder, layer, body):
+        before = recorder.num_repeated
+        result = run(recorder, layer, body)
+        layers.extend([layer] * (recorder.num_repeated - before))
+        return result
+
+    monkeypatch.setattr(NativeRecorder, "run", watched)
+    return layers
+
+
+def answers(path, **options):
+    """Three sequences that begin and end at different times, sampled; every bit of them."""
+    lengths = [(5, 9), (70, 14), (30, 5)]
+    requests = [
+        request(f"{i}", prompt, max_tokens=tokens, temperature=0.8, seed=i, logprobs=3)
+        for i, (prompt, (_, tokens)) in enumerate(
+            zip(prompts([length for length, _ in lengths]), lengths, strict=True)
+        )
+    ]
+    with engine_for(path, moe_backend="cpu", **options) as engine:
+        first = run_all(engine, requests[:1])
+        return {
+            name: [
+                (
+                    one.token_ids,
+                    [sorted((t, p.logprob) for t, p in step.items()) for step in one.logprobs],
+                )
+                for one in output.outputs
+            ]
+            for name, output in (first | run_all(engine, requests[1:])).items()
+        }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_same_bits(family, tmp_path, monkeypatch, repeated):
+    make_model(family, tmp_path)
+    got = answers(tmp_path)
+    assert bool(repeated) == (family not in NEVER)
+    repeated.clear()
+    monkeypatch.setattr(repeat, "MOST_ROWS", 0)
+    assert got == answers(tmp_path) and not repeated
+
+
+@pytest.mark.parametrize(
+    "options", [{"kv_cache_dtype": "int8"}, {"dtype": "bfloat16"}, {"schedule": "model-based"}]
+)
+def test_so_do_options(options, tmp_path, monkeypatch, repeated):
+    make_model("qwen3_moe", tmp_path)
+    got = answers(tmp_path, **options)
+    assert repeated
+    monkeypatch.setattr(repeat, "MOST_ROWS", 0)
+    assert got == answers(tmp_path, **options)
+
+
+def test_weights_that_may_be_evicted_are_not_repeated(tmp_path, repeated):
+    make_model("mixtral", tmp_path)
+    answers(tmp_path, moe_expert_cache_size="2")
+    assert not repeated
+
+
+def test_hits_and_times_are_counted_as_without(tmp_path, monkeypatch, repeated):
+    make_model("mixtral", tmp_path)
+    counts = []
+    for most in (16, 0):
+        monkeypatch.setattr(repeat, "MOST_ROWS", most)
+        with engine_for(tmp_path, moe_backend="cpu") as engine:
+            run_all(engine, [request("0", prompts([6])[0], max_tokens=12)])
+            stats = engine.stats()
+        counts.append(stats.expert_requests)
+        modules = stats.phases["decode"].modules
+        assert all(modules[name] > 0 for name in ("attention", "experts", "dense", "head"))
+        assert sum(modules.values()) <= stats.phases["decode"].seconds
+    assert counts[0] == counts[1] and repeated
+
+
+# --- the recorder ---------------------------------------------------------------------------------
+
+WORK = AttentionWork((0,), (1,), (0,), ((0,),), (False,))
+
+
+@pytest.fixture(params=NATIVE)
+def kernels(request):
+    with kernels_of(request.param) as found:
+        yield found
+
+
+def normalised(kernels, recorder, x, weight, extra=lambda y: y):
+    recorder.begin(WORK)
+    return recorder.run(0, lambda: extra(kernels.normalise(RmsNorm(eps=1e-6), weight, None, x)))
+
+
+def test_a_repeated_layer_reads_what_is_there_now(kernels):
+    x, weight = torch.randn(1, 48), torch.randn(48)
+    recorder = kernels.recorder(lambda: "norm")
+    assert torch.equal(
+        normalised(kernels, recorder, x, weight),
+        kernels.normalise(RmsNorm(eps=1e-6), weight, None, x),
+    )
+    assert not recorder.num_repeated
+    x.copy_(torch.randn(1, 48))
+    assert torch.equal(
+        normalised(kernels, recorder, x, weight),
+        kernels.normalise(RmsNorm(eps=1e-6), weight, None, x),
+    )
+    assert recorder.num_repeated == 1
+    assert recorder.seconds()["norm"] > 0 and recorder.seconds()["norm"] == 0
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        lambda y: y + 1,
+        lambda y: torch.cat((y, y)),
+        lambda y: y.clamp_(0, 1),
+        lambda y: y.t().contiguous().flatten() if y.shape[1] > 1 else y,
+        lambda y: y.double(),
+    ],
+)
+def test_what_torch_computes_is_not_repeated(kernels, extra):
+    x, weight = torch.randn(2, 48), torch.randn(48)
+    recorder = kernels.recorder(lambda: "")
+    results = [normalised(kernels, recorder, x, weight, extra) for _ in range(5)]
+    assert not recorder.num_repeated
+    assert [one is None for one in results] == [False, False, False, True, True]
+
+
+def test_views_are(kernels):
+    x, weight = torch.randn(2, 48), torch.randn(48)
+    recorder = kernels.recorder(lambda: "")
+    for _ in range(3):
+        normalised(kernels, recorder, x, weight, lambda y: y.view(2, 6, 8)[:, 1:].split(2, 1))
+    assert recorder.num_repeated == 2
+
+
+def test_copies_of_weights_are_not_kept(kernels):
+    """A transposed packed matrix is widened for a call: no slot is planned for the copy."""
+    from windlass.kernels.cpu.prepared import Linears
+
+    linears = Linears([(torch.randn(4, 8), None)])
+    linears.has_copies = True
+    w = StoredTensors()
+    w.prepared["x",] = linears
+    recorder = kernels.recorder(lambda: "")
+    recorder.begin(WORK)
+    for _ in range(3):
+        recorder.run(0, lambda: kernels.linears(torch.ones(1, 8), w, ("x",)))
+    assert not recorder.num_repeated
