@@ -6,7 +6,7 @@ from pathlib import Path
 
 FILE_LINES = 400
 NATIVE = (".h", ".cpp", ".py")
-TOTAL_LINES = 26_000
+TOTAL_LINES = 27_000
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from windlass.memory.recipe import Read, make_recipe
 from windlass.planner.device_costs import DEVICE_LANES, DeviceCosts
 from windlass.planner.reckon import slots_of
 from windlass.planner.tiers import LayerShape, Rates, Share, layer_seconds
-from windlass.schedule import repeat
+from windlass.schedule import batch as batches
 from windlass.schedule.announce import Announcer, num_experts, pass_forecast
 from windlass.schedule.batch import Segment, make_batch
 from windlass.schedule.clock import Clock, Job, Lanes, Work
@@ -143,7 +143,7 @@ def test_the_clock_does_what_the_device_does(
 ):
     """Copies answer in their order: only while the caller waits, and `blocks` of them during each
     operation. Layers that are repeated have no operations of their own: none is here."""
-    monkeypatch.setattr(repeat, "MOST_ROWS", 0)
+    monkeypatch.setattr(batches, "MOST_REPEATED", 0)
     options = dict(moe_expert_cache_size=slots, micro_batch_size=64, schedule=schedule)
     if not overlap:
         with engine_for(checkpoint, **options) as engine:

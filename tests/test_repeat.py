@@ -9,7 +9,7 @@ from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
 from windlass.kernels.base import AttentionWork
 from windlass.kernels.cpu.recorder import NativeRecorder
 from windlass.packed import StoredTensors
-from windlass.schedule import repeat
+from windlass.schedule import batch as batches
 from windlass.spec.model import RmsNorm
 
 # What torch computes within all of their layers: a layer norm, a mixer, a clamp.
@@ -63,7 +63,7 @@ def test_every_family_gives_the_same_bits(family, tmp_path, monkeypatch, repeate
     got = answers(tmp_path)
     assert bool(repeated) == (family not in NEVER)
     repeated.clear()
-    monkeypatch.setattr(repeat, "MOST_ROWS", 0)
+    monkeypatch.setattr(batches, "MOST_REPEATED", 0)
     assert got == answers(tmp_path) and not repeated
 
 
@@ -74,7 +74,7 @@ def test_so_do_options(options, tmp_path, monkeypatch, repeated):
     make_model("qwen3_moe", tmp_path)
     got = answers(tmp_path, **options)
     assert repeated
-    monkeypatch.setattr(repeat, "MOST_ROWS", 0)
+    monkeypatch.setattr(batches, "MOST_REPEATED", 0)
     assert got == answers(tmp_path, **options)
 
 
@@ -88,7 +88,7 @@ def test_hits_and_times_are_counted_as_without(tmp_path, monkeypatch, repeated):
     make_model("mixtral", tmp_path)
     counts = []
     for most in (16, 0):
-        monkeypatch.setattr(repeat, "MOST_ROWS", most)
+        monkeypatch.setattr(batches, "MOST_REPEATED", most)
         with engine_for(tmp_path, moe_backend="cpu") as engine:
             run_all(engine, [request("0", prompts([6])[0], max_tokens=12)])
             stats = engine.stats()

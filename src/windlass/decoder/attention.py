@@ -76,7 +76,7 @@ def attention_output(
     o_THv: torch.Tensor,
     gate_THv: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Output projection of what the attention kernel returned, which is gated in place -> (T, D)."""
+    """Output projection of what the attention kernel returned (gated in place) -> (T, D)."""
     if isinstance(attention, Mla):
         o_THv = k.batched_linear(o_THv, _heads(w, "v_up.weight"))
     if gate_THv is not None:

@@ -61,6 +61,7 @@ class Processor:
     row_rate: float  # bytes/s of what is done row by row: norms, rotation, routing, sums
     call_s: float  # seconds that a module's call costs beside its work
     expert_s: float  # the same of each expert of a call
+    repeats: bool = True  # few rows of layers that stay in memory do without these two
 
     def __post_init__(self) -> None:
         _check_positive(
@@ -173,7 +174,7 @@ class _Fields:
     def value(self, name: str, kind: type) -> Any:
         value = self.document[name]
         allowed = (int, float) if kind is float else (kind,)
-        if isinstance(value, bool) or not isinstance(value, allowed):
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, allowed):
             raise UsageError(f"{self._what}: {name}: got {value!r}, allowed a {kind.__name__}")
         return kind(value)
 
@@ -207,11 +208,14 @@ def _numbers(document: object, what: str) -> dict[str, float]:
 
 
 def _processor(document: object, what: str) -> Processor:
-    fields = _Fields(document, what, {*_PROCESSOR, "experts", "dense"})
+    fields = _Fields(
+        document, what, {*_PROCESSOR, "experts", "dense", "repeats"}, optional={"repeats"}
+    )
     return Processor(
         **{name: fields.value(name, kind) for name, kind in _PROCESSOR.items()},
         experts=_curves(fields.document["experts"], f"{what}: experts"),
         dense=_curves(fields.document["dense"], f"{what}: dense"),
+        repeats=fields.value("repeats", bool) if "repeats" in fields.document else True,
     )
 
 
@@ -229,6 +233,7 @@ def _processor_json(processor: Processor) -> dict[str, Any]:
         **{name: getattr(processor, name) for name in _PROCESSOR},
         "experts": {kind: _points(curve) for kind, curve in processor.experts.items()},
         "dense": {kind: _points(curve) for kind, curve in processor.dense.items()},
+        "repeats": processor.repeats,
     }
 
 

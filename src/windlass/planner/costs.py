@@ -13,7 +13,7 @@ from windlass.errors import UsageError
 from windlass.hardware.profile import Curve, HardwareProfile, Processor
 from windlass.ids import Part, WeightKey
 from windlass.planner.budget import Sizes
-from windlass.schedule.batch import Batch, MicroBatch
+from windlass.schedule.batch import Batch, MicroBatch, is_repeatable
 from windlass.schedule.clock import Job, Work
 from windlass.spec.cost import (
     attention_flops,
@@ -87,8 +87,7 @@ class Rates:
 
     def expert(self, flops_per_row: float, num_rows: int) -> float:
         """One expert over its rows."""
-        seconds = flops_per_row * num_rows / self._rate(self._experts, Part.EXPERT, num_rows)
-        return seconds + self.processor.expert_s
+        return flops_per_row * num_rows / self._rate(self._experts, Part.EXPERT, num_rows)
 
     def product(self, part: Part, flops_per_row: float, num_rows: int) -> float:
         """Dense matrices of a part over the rows."""
@@ -140,8 +139,10 @@ class HostCosts:
         kv_layers: int,
         weights: Sequence[float] | None = None,
         scale: float = 1.0,
+        keeps_all: bool = False,
     ) -> None:
-        """`kv_layers`: layers of the whole model that keep keys and values."""
+        """`kv_layers`: layers of the whole model that keep keys and values. `keeps_all`: all
+        weights stay in memory, so that layers of a few rows are repeated (`schedule/repeat.py`)."""
         self._spec = spec
         self._sizes = sizes
         self._profile = profile
@@ -149,7 +150,8 @@ class HostCosts:
         self._kv_bytes = sizes.bytes_per_token / max(1, kv_layers)  # of a position in a layer
         self._weights = weights or [1.0] * len(spec.blocks)
         self._scale = scale
-        self._call_s = profile.host.call_s
+        self._repeats = keeps_all and profile.host.repeats
+        self._call_s, self._expert_s = profile.host.call_s, profile.host.expert_s
         self._seen: dict[int, Seen] = {}  # by first row of a micro-batch, of the current pass
         self._block_reads: dict[tuple[Part, int], float] = {}
 
@@ -157,6 +159,8 @@ class HostCosts:
 
     def embed(self, batch: Batch) -> Work:
         self._seen = {micro.first_row: seen_by(micro) for micro in batch.micro_batches}
+        host, is_repeated = self._profile.host, self._repeats and is_repeatable(batch)
+        self._call_s, self._expert_s = (0.0, 0.0) if is_repeated else (host.call_s, host.expert_s)
         return _on_host(self.embed_s(batch.num_rows) * self._scale)
 
     def embedding_rows(self, num_rows: int) -> float:
@@ -173,7 +177,7 @@ class HostCosts:
     def experts(self, layer: int, num_rows: Sequence[int]) -> Work:
         flops = 2 * expert_matrices(self._spec, layer)
         seconds = sum(self._rates.expert(flops, count) for count in num_rows)
-        seconds += _EXPERTS * self._call_s
+        seconds += len(num_rows) * self._expert_s + _EXPERTS * self._call_s
         return _on_host(seconds * self._weights[layer])
 
     def combine(self, layer: int, num_rows: int) -> Work:
@@ -188,7 +192,7 @@ class HostCosts:
 
     def head(self, chunk: int, num_rows: int) -> Work:
         chunks = max(1, self._sizes.num_parts.get(Part.HEAD, 1))
-        seconds = self.head_s(num_rows) / chunks + self._call_s
+        seconds = self.head_s(num_rows) / chunks + self._profile.host.call_s
         return _on_host(seconds * self._scale)
 
     def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[str, float]]:
@@ -238,7 +242,8 @@ class HostCosts:
 
     def expert_s(self, layer: int, num_rows: int) -> float:
         """One expert over its rows, without its call."""
-        return self._rates.expert(2 * expert_matrices(self._spec, layer), num_rows)
+        flops = 2 * expert_matrices(self._spec, layer)
+        return self._rates.expert(flops, num_rows) + self._expert_s
 
     def combine_s(self, layer: int, num_rows: int) -> float:
         numbers = num_rows * ffn_row_numbers(self._spec, layer)[1]

@@ -108,6 +108,12 @@ def _parts_of(sample: Sample, sizes: Sizes) -> dict[Part, int]:
     return {part: own.get(part, count) for part, count in sizes.num_parts.items() if count}
 
 
+def _keeps_all(plan: Plan, sizes: Sizes) -> bool:
+    return all(
+        share == 1 for part, share in held_shares(plan, sizes).items() if part is not Part.EMBED
+    )
+
+
 def _slots_of(plan: Plan, sizes: Sizes, parts: Mapping[Part, int]) -> dict[Part, int]:
     """The plan's slots for the sample: the share that stays, and those on their way."""
     slots: dict[Part, int] = {}
@@ -140,7 +146,7 @@ class ClockedModel:
         self._threads = profile.threads
         costs = HostCosts(
             sample.spec, sizes, profile, kv_layers=kv_layers(spec), weights=sample.weights,
-            scale=1 / sample.factor,
+            scale=1 / sample.factor, keeps_all=_keeps_all(plan, sizes),
         )  # fmt: skip
         forecast = pass_forecast(sample.spec)
         self.lanes = Lanes(Clock(), ("disk", "host"), keeps_spans=keeps_spans)

@@ -7,6 +7,9 @@ from windlass.plan import Schedule
 CHUNK_TOKENS = (
     64  # prompt chunks and micro-batches end at multiples of this, or at the prompt's end
 )
+MOST_REPEATED = (
+    16  # rows: with more, kernels take so long that it hardly matters how one calls them
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +104,15 @@ def make_batch(segments: list[Segment], *, micro_batch_tokens: int) -> Batch:
         rows += rest.num_rows
     close()
     return Batch(tuple(segments), sum(s.num_rows for s in segments), tuple(micro))
+
+
+def is_repeatable(batch: Batch) -> bool:
+    """Whether other passes can be as this one: a few sequences, one row of each."""
+    return (
+        batch.num_rows <= MOST_REPEATED
+        and len(batch.micro_batches) == 1
+        and len(batch.segments) == batch.num_rows
+    )
 
 
 def passes_of(batch: Batch, schedule: Schedule) -> list[Batch]:

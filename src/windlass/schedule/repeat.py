@@ -10,13 +10,11 @@ from windlass.device.host import empty
 from windlass.ids import Part, WeightKey
 from windlass.kernels.base import Groups, Kernels, Recorder, Tensors
 from windlass.memory.weights import WeightStore
-from windlass.schedule.batch import Batch
+from windlass.schedule.batch import Batch, is_repeatable
 from windlass.schedule.block_math import BlockMath
 from windlass.schedule.places import Places
 from windlass.spec.model import ModelSpec, Moe
 from windlass.trace import Tracer
-
-MOST_ROWS = 16  # beyond, kernels take so long that it hardly matters how they are called
 
 
 class _Done(NamedTuple):
@@ -116,15 +114,6 @@ class Repeater:
         self._blocks.experts(layer, experts, routed, outputs, now.num_rows * ffn.top_k)
         self._blocks.combine(layer, hidden, routed, outputs, shared_TD)
         return _Done(routed.groups)
-
-
-def is_repeatable(batch: Batch) -> bool:
-    """Whether other passes can be as this one: a few sequences, one row of each."""
-    return (
-        batch.num_rows <= MOST_ROWS
-        and len(batch.micro_batches) == 1
-        and len(batch.segments) == batch.num_rows
-    )
 
 
 class _Pass:
