@@ -139,7 +139,9 @@ class DeltaModel:
             math.residual(KERNELS, self.spec, x, y)
         h = math.final_norm(KERNELS, self.spec, self.checkpoint.part(Part.FINAL), x)
         chunks = [self.checkpoint.part(*key) for key in self.checkpoint.layout.keys(Part.HEAD)]
-        logits = [math.logits(KERNELS, self.spec, w["weight"], None, h) for w in chunks]
+        logits = [h.new_empty(len(h), len(w["weight"])) for w in chunks]
+        for w, out in zip(chunks, logits, strict=True):
+            math.logits(KERNELS, self.spec, w["weight"], None, h, out)
         return torch.cat(logits, dim=-1)
 
     def run_alone(

@@ -77,7 +77,8 @@ def dense_logits(
     for key in checkpoint.layout.keys(Part.HEAD):
         weight = checkpoint.part(*key)["weight"]
         bias = final["head_bias"][first : first + len(weight)] if spec.head_bias else None
-        chunks.append(math.logits(kernels, spec, weight, bias, h))
+        chunks.append(h.new_empty(len(h), weight.shape[0]))
+        math.logits(kernels, spec, weight, bias, h, chunks[-1])
         first += len(weight)
     return torch.cat(chunks, dim=-1)
 

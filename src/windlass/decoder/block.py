@@ -72,10 +72,13 @@ def logits(
     weight_VD: Weight,
     bias_V: torch.Tensor | None,
     h_TD: torch.Tensor,
-) -> torch.Tensor:
-    """Logits of one chunk of the vocabulary; `bias_V` is that chunk's range of `head_bias`."""
-    bias_V = None if bias_V is None else bias_V.float()
-    return k.linear(h_TD, weight_VD, bias_V) / spec.logit_divisor
+    out_TV: torch.Tensor,
+) -> None:
+    """Logits of one chunk of the vocabulary into `out_TV`; `bias_V` is that chunk's range of
+    `head_bias`."""
+    k.linear(h_TD, weight_VD, None if bias_V is None else bias_V.float(), out=out_TV)
+    if spec.logit_divisor != 1:
+        out_TV /= spec.logit_divisor
 
 
 def _norm(k: Kernels, spec: ModelSpec, w: Tensors, name: str, x_TD: torch.Tensor) -> torch.Tensor:

@@ -93,9 +93,15 @@ class Kernels(Protocol):
         ...
 
     def linear(
-        self, x_TD: torch.Tensor, w: Weight, bias_E: torch.Tensor | None = None
+        self,
+        x_TD: torch.Tensor,
+        w: Weight,
+        bias_E: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x @ w.T + bias -> (T, E). `w` is (E, D), or (g, n, D) with E = g n."""
+        """x @ w.T + bias -> (T, E), in `out` where it is given. `w` is (E, D), or (g, n, D) with
+        E = g n."""
         ...
 
     def linears(self, x_TD: torch.Tensor, w: Tensors, names: Sequence[str]) -> list[torch.Tensor]:

@@ -63,11 +63,16 @@ class TorchKernels:
         return None
 
     def linear(
-        self, x_TD: torch.Tensor, w: Weight, bias_E: torch.Tensor | None = None
+        self,
+        x_TD: torch.Tensor,
+        w: Weight,
+        bias_E: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         x_TD = self._narrow(x_TD)
         num_rows, width = x_TD.shape
-        out_TE = x_TD.new_empty(num_rows, math.prod(w.shape[:-1]))
+        out_TE = x_TD.new_empty(num_rows, math.prod(w.shape[:-1])) if out is None else out
         column = 0
         for w_ED in self._wide_tiles(w, width):
             features = w_ED.shape[0]

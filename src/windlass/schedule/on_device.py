@@ -159,26 +159,32 @@ class DeviceRuntime:
     def enter_head(self, hidden: torch.Tensor, batch: Batch) -> _Final:
         rows, scored = batch.logit_rows, batch.scored_rows
         with self._weights.lease(WeightKey(Part.FINAL)) as lease:
-            h_RD = math.final_norm(self._kernels, self._spec, lease.tensors, hidden[rows])
-            h_SD = math.final_norm(self._kernels, self._spec, lease.tensors, hidden[scored])
+            h_RD, h_SD = (self._final_norm(lease, hidden, which) for which in (rows, scored))
             bias_V = plain(lease.tensors, "head_bias").clone() if self._spec.head_bias else None
         logits_RV = h_RD.new_empty(len(rows), self._spec.vocab_size)
         return _Final(h_RD, logits_RV, bias_V, RunningLogprobs(batch.targets), h_SD, 0)
 
+    def _final_norm(self, final: Lease, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        if len(rows) == hidden.shape[0]:  # all of them: rows come in their order
+            return math.final_norm(self._kernels, self._spec, final.tensors, hidden)
+        picked = hidden[rows]
+        return math.final_norm(self._kernels, self._spec, final.tensors, picked) if rows else picked
+
     def head(self, weights: Lease, final: _Final) -> None:
         w_VD = weights.tensors["weight"]
         part = slice(final.column, final.column + w_VD.shape[0])
-        with self._tracer.span("head", rows=len(final.h_RD), chunk=weights.key.index):
+        with self._tracer.span("head", rows=final.h_RD.shape[0], chunk=weights.key.index):
             bias = None if final.bias_V is None else final.bias_V[part]
-            if len(final.h_RD):
-                logits = math.logits(self._kernels, self._spec, w_VD, bias, final.h_RD)
-                final.logits_RV[:, part] = logits
+            if final.h_RD.shape[0]:
+                out_RV = final.logits_RV[:, part]
+                math.logits(self._kernels, self._spec, w_VD, bias, final.h_RD, out_RV)
             # a few rows at a time: logits of all of them would be larger than the pass itself
             step = max(CHUNK_TOKENS, _SCORE_BYTES // (4 * w_VD.shape[0]))
-            for first in range(0, len(final.h_SD), step):
-                rows = slice(first, first + step)
-                logits = math.logits(self._kernels, self._spec, w_VD, bias, final.h_SD[rows])
-                final.scores.add(rows, final.column, logits)
+            for first in range(0, final.h_SD.shape[0], step):
+                h_SD = final.h_SD[first : first + step]
+                logits_SV = h_SD.new_empty(h_SD.shape[0], w_VD.shape[0])
+                math.logits(self._kernels, self._spec, w_VD, bias, h_SD, logits_SV)
+                final.scores.add(slice(first, first + step), final.column, logits_SV)
         final.column = part.stop
 
     def finish(self, final: _Final) -> Outcome:

@@ -76,9 +76,19 @@ class NativeKernels(TorchKernels):
         lib.check(getattr(self._lib, name)(*arguments), name)
 
     def linear(
-        self, x_TD: torch.Tensor, w: Weight, bias_E: torch.Tensor | None = None
+        self,
+        x_TD: torch.Tensor,
+        w: Weight,
+        bias_E: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self._products(x_TD, Linears([(w, bias_E)]))[0]
+        linears = Linears([(w, bias_E)])
+        if out is None:
+            return self._products(x_TD, linears)[0]
+        assert out.stride(1) == 1, "elements of a row lie side by side"
+        self._multiply(x_TD, linears, [out])
+        return out
 
     def linears(self, x_TD: torch.Tensor, w: Tensors, names: Sequence[str]) -> list[torch.Tensor]:
         def make() -> Linears:
@@ -89,17 +99,21 @@ class NativeKernels(TorchKernels):
         return self._products(x_TD, prepared(w, names, make))
 
     def _products(self, x_TD: torch.Tensor, linears: Linears) -> list[torch.Tensor]:
+        outs = [self._memory.empty(x_TD.shape[0], width) for width in linears.widths]
+        self._multiply(x_TD, linears, outs)
+        return outs
+
+    def _multiply(self, x_TD: torch.Tensor, linears: Linears, outs: Sequence[torch.Tensor]) -> None:
         x_TD = _rows(x_TD)
-        num_rows = x_TD.shape[0]
-        outs = [self._memory.empty(num_rows, width) for width in linears.widths]
         products = (lib.Product * len(linears.products)).from_buffer_copy(linears.products)
         x, ldx = x_TD.data_ptr(), x_TD.stride(0)
-        pointers = [out.data_ptr() for out in outs]
+        places = [(out.data_ptr(), out.stride(0)) for out in outs]
         for product, (index, column) in zip(products, linears.places, strict=True):
+            start, ldo = places[index]
             product.x, product.ldx = x, ldx
-            product.out = pointers[index] + 4 * column
+            product.out, product.ldo = start + 4 * column, ldo
+        num_rows = x_TD.shape[0]
         self._call("wl_products", products, len(products), num_rows, self._precision, keep=linears)
-        return outs
 
     def batched_linear(
         self, x_THa: torch.Tensor, w_Hba: torch.Tensor | PackedStack

@@ -34,7 +34,7 @@ class Linears:
             column = 0
             for m in matrices:
                 start = None if bias is None else bias.data_ptr() + 4 * column
-                products.append(lib.Product(w=c.pointer(m), bias=start, ldo=width))
+                products.append(lib.Product(w=c.pointer(m), bias=start))
                 self.places.append((index, column))
                 self.has_copies |= m.copy is not None
                 column += m.n
