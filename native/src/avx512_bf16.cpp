@@ -1,5 +1,5 @@
 #define WL_NS wl_avx512_bf16
-#include "pairs.h"
+#include "pair_rows.h"
 #include "table.h"
 
 // constinit: code of this file must not run before the processor has been asked

@@ -1,0 +1,140 @@
+// Few rows rounded to bf16 times a matrix whose rows are contiguous: stored rows are read W at a time, as they lie, made
+// pairs and transposed in registers; no panel is written. The same bits as panels give.
+#pragma once
+
+#include "pairs.h"
+
+namespace WL_NS {
+
+constexpr int PAIR_ROWS = 4;  // up to here this is faster than panels
+constexpr int64_t PAIR_AHEAD = 512;  // bytes between what is read of a stored row and what is fetched
+
+/// A stripe of W stored rows from column k on, `rest` columns being left of their block, as pairs: to[pair][row].
+template <int CODE, bool ZERO>
+inline void pairs_of_stripe(const wl_matrix &m, const uint8_t *const rows[W], int64_t k, int rest, const LaneGroups &groups,
+                            int64_t ahead, VI *to) {
+  constexpr int PER = codes_per_word(CODE), STRIPE = W * PER, SETS = PER / 2;
+  const V plain = v_set(load_plain_zero(m.code));
+  const VI left = i_set(rest);
+  const bool is_whole = rest >= STRIPE;
+  VI pattern = i_set(0);
+  int64_t first = 0;
+  if constexpr (has_scales(CODE)) {
+    pattern = groups.regular ? groups.pattern : LaneGroups::pattern_at(m, k, PER);
+    first = groups.at(m, k);
+  }
+  VI pairs[SETS][W];
+  each<W>([&](auto c) __attribute__((always_inline)) {
+    const uint8_t *from = rows[c()] + k * 4 / PER;
+    VI r;
+    if (is_whole) {
+      r = i_load(from);
+      fetch_line<_MM_HINT_T0>(from + ahead);
+    } else {  // only bytes that exist are read
+      alignas(64) uint8_t bytes[W * 4] = {};
+      std::memcpy(bytes, from, size_t((rest * 4 + PER - 1) / PER));
+      r = i_load(bytes);
+    }
+    if constexpr (CODE == WL_BF16) {
+      pairs[0][c()] = r;
+    } else {
+      V scale = v_zero(), zero = plain;
+      if constexpr (has_scales(CODE)) {
+        scale = permute(v_load(groups.scale + c() * LANE_GROUPS + first), pattern);
+        if (ZERO) zero = permute(v_load(groups.zero + c() * LANE_GROUPS + first), pattern);
+      }
+      each<SETS>([&](auto i) __attribute__((always_inline)) {
+        const V low = lane_weight<CODE, ZERO, 2 * i()>(r, scale, zero);
+        V high = lane_weight<CODE, ZERO, 2 * i() + 1>(r, scale, zero);
+        if (!is_whole) high = where_less(places_of_words(PER, 2 * i() + 1), left, high, v_zero());
+        pairs[i()][c()] = to_pairs(low, high);
+      });
+    }
+  });
+  each<SETS>([&](auto i) __attribute__((always_inline)) {
+    transpose(pairs[i()]);
+    each<W>([&](auto j) __attribute__((always_inline)) { to[j() * SETS + i()] = pairs[i()][j()]; });
+  });
+}
+
+/// Adds `count` columns of k from k0 on (one block) of W stored rows to sum[M]; x: packed rows from there on.
+template <int CODE, bool ZERO, int M>
+inline void add_pairs(const wl_matrix &m, const uint8_t *const rows[W], int64_t k0, int count, const float *x,
+                      const LaneGroups &groups, V sum[M]) {
+  constexpr int PER = codes_per_word(CODE), STRIPE = W * PER;
+  const int64_t row_bytes = m.k * 4 / PER;
+  VI pairs[STRIPE / 2];
+  for (int k = 0; k < count; k += STRIPE) {
+    // behind the end of a row comes the beginning of the one that is read after it
+    const bool is_within = (k0 + k) * 4 / PER + PAIR_AHEAD < row_bytes;
+    pairs_of_stripe<CODE, ZERO>(m, rows, k0 + k, count - k, groups, PAIR_AHEAD + (is_within ? 0 : W * m.stride_n - row_bytes), pairs);
+    const int units = std::min(STRIPE / 2, (count - k + 1) / 2);
+    const float *y = x + int64_t(k / 2) * M;
+    for (int u = 0; u < units; u++)
+      for (int j = 0; j < M; j++) sum[j] = Pairs::add(Pairs::element(y + u * M + j), (__m512bh)pairs[u], sum[j]);
+  }
+}
+
+/// Columns n0 .. n0 + NR of M packed rows times a matrix: c[M][NR].
+template <int CODE, bool ZERO, int M>
+inline void multiply_pairs_of(const wl_matrix &m, int64_t n0, const float *packed, float *scratch, float *c) {
+  LaneGroups groups(m, scratch, codes_per_word(CODE));
+  for (int v = 0; v < NV; v++) {
+    const int64_t n = n0 + v * W;
+    if (n >= m.n) return;
+    const uint8_t *rows[W];
+    for (int i = 0; i < W; i++)
+      rows[i] = static_cast<const uint8_t *>(m.codes) + std::min(n + i, m.n - 1) * m.stride_n;
+    for (int64_t k0 = 0; k0 < m.k; k0 += KC) {
+      const int count = int(std::min<int64_t>(KC, m.k - k0));
+      if (has_scales(CODE) && k0 % LANE_COLUMNS == 0) groups.fill(m, n, k0, std::min(m.k, k0 + LANE_COLUMNS));
+      V sum[M];
+      for (V &one : sum) one = v_zero();
+      add_pairs<CODE, ZERO, M>(m, rows, k0, count, packed + k0 / 2 * M, groups, sum);
+      for (int j = 0; j < M; j++) {
+        float *to = c + j * NR + v * W;
+        v_store(to, k0 ? v_add(v_load(to), sum[j]) : sum[j]);
+      }
+    }
+  }
+}
+
+template <int CODE, bool ZERO>
+inline void multiply_pairs_as(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *scratch, float *c) {
+  switch (rows) {
+    case 1: return multiply_pairs_of<CODE, ZERO, 1>(m, n0, packed, scratch, c);
+    case 2: return multiply_pairs_of<CODE, ZERO, 2>(m, n0, packed, scratch, c);
+    case 3: return multiply_pairs_of<CODE, ZERO, 3>(m, n0, packed, scratch, c);
+    case 4: return multiply_pairs_of<CODE, ZERO, 4>(m, n0, packed, scratch, c);
+  }
+}
+
+/// Whether `multiply_pairs` can: whole words of at least two codes, scales that follow k.
+inline bool has_pair_rows(const wl_matrix &m, int64_t rows) {
+  return rows <= PAIR_ROWS && has_contiguous_rows(m) && m.code != WL_F32 && !m.groups;
+}
+
+inline void multiply_pairs(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *scratch, float *c) {
+  const bool zero = m.zero_type != WL_Z_NONE;
+  switch (m.code) {
+    case WL_BF16: return multiply_pairs_as<WL_BF16, false>(m, n0, packed, rows, scratch, c);
+    case WL_F16: return multiply_pairs_as<WL_F16, false>(m, n0, packed, rows, scratch, c);
+    case WL_E4M3: return multiply_pairs_as<WL_E4M3, false>(m, n0, packed, rows, scratch, c);
+    case WL_E2M1: return multiply_pairs_as<WL_E2M1, false>(m, n0, packed, rows, scratch, c);
+    case WL_INT8:
+      if (zero) return multiply_pairs_as<WL_INT8, true>(m, n0, packed, rows, scratch, c);
+      return multiply_pairs_as<WL_INT8, false>(m, n0, packed, rows, scratch, c);
+    case WL_INT4:
+      if (zero) return multiply_pairs_as<WL_INT4, true>(m, n0, packed, rows, scratch, c);
+      return multiply_pairs_as<WL_INT4, false>(m, n0, packed, rows, scratch, c);
+  }
+}
+
+template <>
+inline void multiply_columns<Pairs>(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *panel,
+                                    float *scratch, float *c) {
+  if (has_pair_rows(m, rows)) return multiply_pairs(m, n0, packed, rows, panel, c);
+  multiply_panels<Pairs>(m, n0, packed, rows, panel, scratch, c);
+}
+
+}  // namespace WL_NS
