@@ -90,6 +90,16 @@ inline void row_of_scales(const wl_matrix &m, int64_t n, int64_t group, int64_t 
   if (i < count) load_scales_apart(m, n * m.scale_stride_n + (group + i) * m.scale_stride_k, m.scale_stride_k, count - i, to + i);
 }
 
+/// Where the nibble of column n of words along n begins.
+struct Nibbles {
+  int32_t plain[W], awq[W];
+};
+constexpr Nibbles NIBBLES = [] {
+  Nibbles all{};
+  for (int i = 0; i < W; i++) all.plain[i] = 4 * (i % 8), all.awq[i] = 4 * AWQ_ORDER[i % 8];
+  return all;
+}();
+
 /// Scale and zero of W columns for each group of a range of k.
 struct Groups {
   float *scale, *zero;  // [group - first][W]
@@ -127,10 +137,9 @@ struct Groups {
     if (m.zero_type == WL_Z_NONE) return v_set(load_plain_zero(m.code));
     const bool nibbles = m.zero_type == WL_Z_AWQ || (m.zero_type == WL_Z_GPTQ && m.code != WL_INT8);
     if (full && nibbles) {
-      int32_t shifts[W];
-      for (int i = 0; i < W; i++) shifts[i] = 4 * (m.zero_type == WL_Z_AWQ ? AWQ_ORDER[i % 8] : i % 8);
+      const VI shifts = i_load(m.zero_type == WL_Z_AWQ ? NIBBLES.awq : NIBBLES.plain);
       const VI words = spread(static_cast<const int32_t *>(m.zeros) + g * m.zero_stride + columns[0] / 8);
-      const VI code = i_and(i_shrv(words, i_load(shifts)), i_set(15));
+      const VI code = i_and(i_shrv(words, shifts), i_set(15));
       return to_float(m.zero_type == WL_Z_AWQ ? code : i_and(i_add(code, i_set(int32_t(m.zero_add))), i_set(15)));
     }
     float lanes[W];
