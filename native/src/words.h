@@ -9,17 +9,23 @@ namespace WL_NS {
 constexpr int TILE_VECTORS = 8;               // AWQ: a word has eight columns
 constexpr int TILE = TILE_VECTORS * W;        // columns at once
 constexpr int TILE_PANELS = TILE / NR;
-constexpr int64_t WORDS_AHEAD = 4096;         // bytes of a tile between what is read and what is fetched
+constexpr int64_t WORDS_AHEAD = 6144;         // bytes of a tile between what is read and what is fetched
 
-/// Code I of each word, plus a power of two: where it lies in half a word, a code is the end of a mantissa.
+/// Half of each word, with ones for an exponent: a code and some of those are the end of the mantissa of a
+/// power of two, taken by one `and` (hidden from gcc, which would make it two operations for each code).
+[[gnu::always_inline]] inline VI raise_half(VI words, int half) {
+  VI raised = i_or(half ? i_shr<16>(words) : words, i_set(0x7f800000));
+  asm("" : "+v"(raised));
+  return raised;
+}
 template <int BITS>
 constexpr int place_of(int i) { return i * BITS % 16; }
 template <int BITS>
 constexpr float power_of(int i) { return float(1 << (23 - place_of<BITS>(i))); }
 template <int BITS, int I>
-[[gnu::always_inline]] inline V raised_code(VI r) {
+[[gnu::always_inline]] inline V raised_code(VI half) {
   constexpr int PLACE = place_of<BITS>(I);
-  return as_float(i_and_or(I * BITS < 16 ? r : i_shr<16>(r), i_set(((1 << BITS) - 1) << PLACE), i_set((127 + 23 - PLACE) << 23)));
+  return as_float(i_and(half, i_set(((1 << BITS) - 1) << PLACE | (127 + 23 - PLACE) << 23)));
 }
 
 /// natural[8 * j + i] to lane j of the vector of nibble AWQ_ORDER[i]. Reads eight more floats.
@@ -46,7 +52,7 @@ struct WordTile {
   static constexpr int PLACES = BESIDE ? 1 : 16 / BITS;            // each with its own power of two in its zeros
   static constexpr int GROUP = (1 + PLACES) * TILE;                // floats of a group: scales, zeros
   static constexpr int PIECE = KC / W, LEVELS = std::countr_zero(unsigned(W));
-  static constexpr int ROW_BYTES = BESIDE ? W * 4 : TILE * 4;
+  static constexpr int ROW_BYTES = BESIDE ? W * 4 : TILE * 4, LINES = PASS * W * 4 / 64;
 
   const wl_matrix &m;
   const int64_t n0, ldx;
@@ -89,14 +95,14 @@ struct WordTile {
       for (const int64_t end = std::min<int64_t>(count, (g + 1) * m.block_k - k0); k < end; k++) group_of[k] = tables + (g - first) * GROUP;
   }
 
-  /// One k of PASS vectors: codes I of words (a code of each word, or codes of one word).
+  /// One k, whose x is at `at`, of PASS vectors: code I of halves of words, or codes of one word.
   template <int I>
-  [[gnu::always_inline]] void add(const VI *r, const float *group, const float *at, V sum[PASS][M]) {
+  [[gnu::always_inline]] void add(const VI half[PASS], const float *group, const float *at, V sum[PASS][M]) {
     V w[PASS];
     each<PASS>([&](auto c) __attribute__((always_inline)) {
-      constexpr int CODE = BESIDE ? c() : I, P = BESIDE ? 0 : I % PLACES;
-      const V code = raised_code<BITS, CODE>(r[BESIDE ? 0 : c()]);
-      w[c()] = v_mul(v_sub(code, v_load(group + (1 + P) * TILE + c() * W)), v_load(group + c() * W));
+      constexpr int CODE = BESIDE ? c() : I, PLACE = BESIDE ? 0 : I % PLACES;
+      const V code = raised_code<BITS, CODE>(half[BESIDE ? c() / 4 : c()]);
+      w[c()] = v_mul(v_sub(code, v_load(group + (1 + PLACE) * TILE + c() * W)), v_load(group + c() * W));
     });
     for (int j = 0; j < M; j++) {
       const V y = v_set(at[j * ldx]);
@@ -104,35 +110,44 @@ struct WordTile {
     }
   }
 
-  /// Rows of words of a piece of a block.
+  /// A piece of a block: `count` columns of k, in rows of words.
   struct Piece {
     const uint8_t *rows;
     int64_t stride, ahead;  // ahead: from a row to what is fetched
-    int index, k, count;    // k: its first column's place in the block
+    int index, count;
   };
 
-  /// The chain of a piece, of PASS vectors from `v` on.
-  template <bool WHOLE>
+  /// Codes of one row of words, whose first k is `left` before the end of the piece.
+  template <bool ONE>
+  [[gnu::always_inline]] void add_row(const uint8_t *row, int64_t ahead, int left, const float *const *group, int v, const float *at,
+                                      V sum[PASS][M]) {
+    VI r[PASS];
+    if constexpr (BESIDE) {
+      if (v == 0) fetch_line<_MM_HINT_T0>(row + ahead);
+      for (int c = 0; c < PASS; c += 4) r[c / 4] = raise_half(i_shr_by(i_load(row), v * BITS), c / 4);
+      add<0>(r, *group + v * W, at, sum);
+    } else {
+      each<2>([&](auto half) __attribute__((always_inline)) {
+        for (int c = 0; c < PASS; c++) r[c] = raise_half(i_load(row + (v + c) * W * 4), half());
+        each<PER / 2>([&](auto n) __attribute__((always_inline)) {
+          constexpr int CODE = half() * PER / 2 + n(), FIRST = CODE * LINES / PER, END = (CODE + 1) * LINES / PER;
+          // a few at a time: a burst of them would wait for memory
+          for (int line = FIRST; line < END; line++) fetch_line<_MM_HINT_T0>(row + ahead + v * W * 4 + line * 64);
+          if (ONE || CODE < left) add<CODE>(r, group[ONE ? 0 : CODE] + v * W, at + CODE, sum);
+        });
+      });
+    }
+  }
+
+  /// The chain of a piece, of PASS vectors from `v` on. ONE: it is whole, and of one group.
+  template <bool ONE>
   [[gnu::always_inline]] void add_piece(const Piece &piece, bool fresh, int v, const float *at) {
     V sum[PASS][M];
-    each<PASS>([&](auto c) __attribute__((always_inline)) { each<M>([&](auto j) __attribute__((always_inline)) { sum[c()][j()] = v_zero(); }); });
-    const uint8_t *rows = piece.rows;
-    const float *const *group = group_of + piece.k;
-    const int count = WHOLE ? PIECE : piece.count;
-    for (int i = 0; i < count; i += TALL, rows += piece.stride, at += TALL, group += TALL) {
-      if (v == 0)
-        for (int line = 0; line < ROW_BYTES; line += 64) fetch_line(rows + piece.ahead + line);
-      if constexpr (BESIDE) {
-        const VI r = i_shr_by(i_load(rows), v * BITS);
-        add<0>(&r, *group + v * W, at, sum);
-      } else {
-        VI r[PASS];
-        for (int c = 0; c < PASS; c++) r[c] = i_load(rows + (v + c) * W * 4);
-        each<PER>([&](auto code) __attribute__((always_inline)) {
-          if (WHOLE || i + code() < count) add<code()>(r, group[code()] + v * W, at + code(), sum);
-        });
-      }
-    }
+    each<PASS * M>([&](auto i) __attribute__((always_inline)) { sum[i() / M][i() % M] = v_zero(); });
+    const float *const *group = group_of + piece.index * PIECE;
+    const int count = ONE ? PIECE : piece.count;
+    for (int i = 0; i < count; i += TALL)
+      add_row<ONE>(piece.rows + i / TALL * piece.stride, piece.ahead, count - i, ONE ? group : group + i, v, at + i, sum);
     join(piece.index, fresh, v, sum);
   }
 
@@ -156,18 +171,19 @@ struct WordTile {
     alignas(64) uint8_t copy[PIECE / TALL * ROW_BYTES];
     if (valid < ROW_BYTES) std::memset(copy, 0, sizeof copy);
     for (int index = 0; index < W; index++) {
-      const int k = index * PIECE, columns = std::clamp(count - k, 0, PIECE), tall = (columns + TALL - 1) / TALL;
+      const int k = index * PIECE, columns = std::clamp(count - k, 0, PIECE);
       const int64_t row = (k0 + k) / TALL;
       const uint8_t *rows = static_cast<const uint8_t *>(m.codes) + row * m.stride_k + (BESIDE ? n0 / 8 : n0) * 4;
       int64_t stride = m.stride_k, ahead = far * m.stride_k;
-      if (row + far >= num) ahead += ROW_BYTES - num * m.stride_k;
+      if (row + far >= num) ahead += ROW_BYTES - num * m.stride_k;  // the next columns
       if (valid < ROW_BYTES) {  // only bytes that exist are read
-        for (int i = 0; i < tall; i++) std::memcpy(copy + i * ROW_BYTES, rows + i * stride, size_t(valid));
+        for (int i = 0; i * TALL < columns; i++) std::memcpy(copy + i * ROW_BYTES, rows + i * stride, size_t(valid));
         rows = copy, stride = ROW_BYTES;
       }
+      const Piece piece{rows, stride, ahead, index, columns};
+      const bool is_one = columns == PIECE && !m.groups && m.block_k % PIECE == 0;
       for (int v = 0; v < TILE_VECTORS; v += PASS) {
-        const Piece piece{rows, stride, ahead, index, k, columns};
-        if (columns == PIECE) add_piece<true>(piece, k0 == 0, v, x + k0 + k);
+        if (is_one) add_piece<true>(piece, k0 == 0, v, x + k0 + k);
         else add_piece<false>(piece, k0 == 0, v, x + k0 + k);
       }
     }
