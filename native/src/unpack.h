@@ -45,17 +45,19 @@ inline void load_scales_apart(const wl_matrix &m, int64_t at, int64_t stride, in
 inline float load_plain_zero(int code) { return code == WL_INT4 ? 8.0f : code == WL_INT8 ? 128.0f : 0.0f; }
 
 inline float load_zero(const wl_matrix &m, int64_t n, int64_t group) {
+  // no division by what gcc does not know: it takes longer than a line of codes
   const bool wide = m.code == WL_INT8;
-  const int per = wide ? 4 : 8, bits = wide ? 8 : 4;
+  const int bits = wide ? 8 : 4, place = bits * int(n & (wide ? 3 : 7));
+  const int64_t word = n >> (wide ? 2 : 3);
   const uint32_t *words = static_cast<const uint32_t *>(m.zeros);
-  uint32_t mask = (1u << bits) - 1;
+  const uint32_t mask = (1u << bits) - 1;
   switch (m.zero_type) {
-    case WL_Z_ROWS: return float((words[(n / per) * m.zero_stride + group] >> (bits * (n % per))) & mask);
+    case WL_Z_ROWS: return float((words[word * m.zero_stride + group] >> place) & mask);
     case WL_Z_GPTQ: {
-      uint32_t z = (words[group * m.zero_stride + n / per] >> (bits * (n % per))) & mask;
+      const uint32_t z = (words[group * m.zero_stride + word] >> place) & mask;
       return float((z + uint32_t(m.zero_add)) & mask);  // AutoGPTQ stores a zero of 0 as the largest code
     }
-    case WL_Z_AWQ: return float((words[group * m.zero_stride + n / 8] >> (4 * AWQ_ORDER[n % 8])) & 15);
+    case WL_Z_AWQ: return float((words[group * m.zero_stride + word] >> (4 * AWQ_ORDER[n % 8])) & 15);
     default: return load_plain_zero(m.code);
   }
 }

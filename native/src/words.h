@@ -48,7 +48,7 @@ template <int PACKING, int M>
 struct WordTile {
   static constexpr bool BESIDE = PACKING == WL_AWQ;  // the codes of a word belong to one k
   static constexpr int BITS = PACKING == WL_GPTQ8 ? 8 : 4, PER = 32 / BITS, TALL = BESIDE ? 1 : PER;
-  static constexpr int PASS = (W == 16 ? 8 : 4) / (M > 2 ? 2 : 1);  // vectors whose sums are in registers
+  static constexpr int PASS = M <= 2 ? W / 2 : BESIDE && W == 16 ? 4 : 2;  // vectors whose sums are in registers
   static constexpr int PLACES = BESIDE ? 1 : 16 / BITS;            // each with its own power of two in its zeros
   static constexpr int GROUP = (1 + PLACES) * TILE;                // floats of a group: scales, zeros
   static constexpr int PIECE = KC / W, LEVELS = std::countr_zero(unsigned(W));
@@ -98,16 +98,14 @@ struct WordTile {
   /// One k, whose x is at `at`, of PASS vectors: code I of halves of words, or codes of one word.
   template <int I>
   [[gnu::always_inline]] void add(const VI half[PASS], const float *group, const float *at, V sum[PASS][M]) {
-    V w[PASS];
+    V y[M];
+    for (int j = 0; j < M; j++) y[j] = v_set(at[j * ldx]);
     each<PASS>([&](auto c) __attribute__((always_inline)) {
       constexpr int CODE = BESIDE ? c() : I, PLACE = BESIDE ? 0 : I % PLACES;
       const V code = raised_code<BITS, CODE>(half[BESIDE ? c() / 4 : c()]);
-      w[c()] = v_mul(v_sub(code, v_load(group + (1 + PLACE) * TILE + c() * W)), v_load(group + c() * W));
+      const V w = v_mul(v_sub(code, v_load(group + (1 + PLACE) * TILE + c() * W)), v_load(group + c() * W));
+      for (int j = 0; j < M; j++) sum[c()][j] = v_fma(y[j], w, sum[c()][j]);
     });
-    for (int j = 0; j < M; j++) {
-      const V y = v_set(at[j * ldx]);
-      for (int c = 0; c < PASS; c++) sum[c][j] = v_fma(y, w[c], sum[c][j]);
-    }
   }
 
   /// A piece of a block: `count` columns of k, in rows of words.
