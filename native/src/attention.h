@@ -27,7 +27,7 @@ struct AttentionBench {
   explicit AttentionBench(const wl_attention &a) {
     thread_local wl::Scratch scratch;
     const int64_t rows = MQ + W, width = std::max(a.keys.width, a.values.width) + 64;
-    const int64_t v = num_panels(a.value_dim) * NR;
+    const int64_t v = num_items(a.value_dim, 1) * NR;
     queries = scratch.floats(rows * a.key_dim + 2 * rows * BK + rows * v + KC * NR + width + 3 * rows);
     scores = queries + rows * a.key_dim;
     weights = scores + rows * BK;
@@ -193,7 +193,7 @@ inline void attend_item(const wl_attention &a, const Item &item, const Item *aft
                         const AttentionBench &bench) {
   const wl_tile &tile = *item.tile;
   const int64_t group = item.group, first = item.first, heads = item.heads;
-  const int64_t rows = tile.num_rows * heads, d = a.key_dim, v = a.value_dim, panels = num_panels(v);
+  const int64_t rows = tile.num_rows * heads, d = a.key_dim, v = a.value_dim, panels = num_items(v, 1);
   const int64_t head0 = group * (a.num_heads / a.num_kv_heads) + first;
   const Blocks blocks{rows};
   // row r of the item is row r / heads of the tile and head r % heads

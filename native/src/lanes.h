@@ -246,47 +246,12 @@ inline void pack_lanes_of(const float *row, Part part, float *dst) {
 template <class Mode>
 inline void pack_lanes(const float *row, Part part, float *dst, Chains chains) {
   switch (chains.per) {
+    case 0:
     case 1: return pack_lanes_of<Mode, 1>(row, part, dst);
     case 2: return pack_lanes_of<Mode, 2>(row, part, dst);
     case 4: return pack_lanes_of<Mode, 4>(row, part, dst);
     case 8: return pack_lanes_of<Mode, 8>(row, part, dst);
   }
-}
-
-/// How the packed rows of a product lie: as blocks for tiles, or row by row for lanes.
-template <class Mode>
-struct Layout {
-  Chains chains;
-  bool lanes;
-  bool operator==(const Layout &) const = default;
-  Layout(const wl_matrix &m, int64_t rows)
-      : chains(Mode::chains(m)),
-        lanes(Mode::LANES && rows <= LANE_ROWS && chains.per && has_contiguous_rows(m) && !m.groups) {}
-  /// Floats of a packed row of k columns.
-  int64_t width(int64_t k) const {
-    const int64_t stripe = W * std::max(chains.per, 1);
-    return lanes ? (k + stripe - 1) / stripe * stripe : packed_width<Mode>(k, chains);
-  }
-  /// Block `b` of a part of the rows.
-  void pack(const float *const *rows, Blocks blocks, int64_t b, Part part, float *packed) const {
-    float *dst = packed + blocks.begin(b) * width(part.total);
-    const int mr = blocks.size(b);
-    if constexpr (Mode::LANES) {
-      for (int i = 0; lanes && i < mr; i++) pack_lanes<Mode>(rows[i], part, dst + i * width(part.total), chains);
-    }
-    if (!lanes) Mode::pack(rows, mr, part, dst, chains);
-  }
-};
-
-/// Columns n0 .. n0 + NR of packed rows times a matrix, all of k: c[rows][NR].
-template <class Mode>
-inline void multiply_columns(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *panel,
-                             float *scratch, float *c) {
-  const Layout<Mode> layout(m, rows);
-  if constexpr (Mode::LANES) {
-    if (layout.lanes) return multiply_lanes(m, n0, packed, layout.width(m.k), rows, panel, c);
-  }
-  multiply_panels<Mode>(m, n0, packed, rows, panel, scratch, c);
 }
 
 }  // namespace WL_NS

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "lanes.h"
+#include "layout.h"
 #include "pool.h"
 #include "scratch.h"
 
@@ -32,7 +32,8 @@ inline std::pair<int64_t, int64_t> locate(const std::vector<int64_t> &ends, int6
   return {list, i - (list ? ends[size_t(list) - 1] : 0)};
 }
 
-inline int64_t num_panels(int64_t n) { return (n + NR - 1) / NR; }
+/// Columns of n in items of `panels` panels.
+inline int64_t num_items(int64_t n, int panels) { return (n + panels * NR - 1) / (panels * NR); }
 
 /// Block `b` of rows `first + i` (of `rows`, where given) of x into `packed`, to be multiplied by m.
 template <class Mode>
@@ -47,8 +48,8 @@ inline void pack_block(const float *x, int64_t ldx, const int64_t *rows, int64_t
   Layout<Mode>(m, blocks.rows).pack(pointers, blocks, b, {0, m.k, m.k}, packed);
 }
 
-inline void write_rows(const float *c, int64_t rows, int64_t n0, int64_t n, const float *bias, float *out,
-                       int64_t ldo, const int64_t *places, int64_t first) {
+inline void write_panel(const float *c, int64_t rows, int64_t n0, int64_t n, const float *bias, float *out,
+                        int64_t ldo, const int64_t *places, int64_t first) {
   const int64_t count = std::min<int64_t>(NR, n - n0);
   for (int64_t i = 0; i < rows; i++) {
     float *to = out + (places ? places[first + i] : first + i) * ldo + n0;
@@ -64,6 +65,13 @@ inline void write_rows(const float *c, int64_t rows, int64_t n0, int64_t n, cons
   }
 }
 
+/// Panels c[panel][rows][NR], of columns n0 and following.
+inline void write_panels(const float *c, int panels, int64_t rows, int64_t n0, int64_t n, const float *bias, float *out,
+                         int64_t ldo, const int64_t *places, int64_t first) {
+  for (int p = 0; p < panels && n0 + p * NR < n; p++)
+    write_panel(c + p * rows * NR, rows, n0 + p * NR, n, bias, out, ldo, places, first);
+}
+
 // --- dense products -------------------------------------------------------------------------------
 
 struct ProductRound {
@@ -72,7 +80,7 @@ struct ProductRound {
   std::vector<int64_t> packs;       // index of the product whose rows a pack is
   std::vector<int64_t> pack_of;     // of each product
   std::vector<float *> packed;      // of each pack
-  std::vector<int64_t> panel_ends;  // running totals of panels, by product
+  std::vector<int64_t> ends;        // running totals of items, by product
 };
 
 template <class Mode>
@@ -88,12 +96,14 @@ inline void product_task(wl::Team &team, int thread, void *context) {
   }
   team.barrier();
   Bench bench(round.max_groups);
-  while ((i = team.next_beside(thread, round.panel_ends.back())) >= 0) {
-    const auto [index, panel] = locate(round.panel_ends, i);
+  while ((i = team.next_beside(thread, round.ends.back())) >= 0) {
+    const auto [index, item] = locate(round.ends, i);
     const wl_product &p = round.products[index];
     const float *packed = round.packed[size_t(round.pack_of[size_t(index)])];
-    multiply_columns<Mode>(*p.w, panel * NR, packed, round.num_rows, bench.panel, bench.groups, bench.first);
-    write_rows(bench.first, round.num_rows, panel * NR, p.w->n, p.bias, p.out, p.ldo, nullptr, round.first_row);
+    const int panels = Layout<Mode>(*p.w, round.num_rows).panels();
+    const int64_t n0 = item * panels * NR;
+    multiply_columns<Mode>(*p.w, n0, panels, packed, round.num_rows, bench.panel, bench.groups, bench.first);
+    write_panels(bench.first, panels, round.num_rows, n0, p.w->n, p.bias, p.out, p.ldo, nullptr, round.first_row);
   }
 }
 
@@ -107,22 +117,23 @@ inline void products(const wl_product *all, int64_t num, int64_t num_rows) {
       round.products = all + begin;
       round.first_row = row;
       round.num_rows = rows;
-      int64_t floats = 0, panels = 0;
+      int64_t floats = 0, items = 0;
       std::vector<int64_t> offsets;
       for (end = begin; end < num; end++) {
         const wl_product &p = all[end];
+        const Layout<Mode> layout(*p.w, rows);
         const bool shared = end > begin && p.x == all[end - 1].x && p.ldx == all[end - 1].ldx && p.w->k == all[end - 1].w->k &&
-                            Layout<Mode>(*p.w, rows) == Layout<Mode>(*all[end - 1].w, rows);
+                            layout == Layout<Mode>(*all[end - 1].w, rows);
         if (!shared) {
-          const int64_t size = rows * Layout<Mode>(*p.w, rows).width(p.w->k);
+          const int64_t size = rows * layout.width(p.w->k);
           if (end > begin && floats + size > ROUND_FLOATS) break;
           round.packs.push_back(end - begin);
           offsets.push_back(floats);
           floats += (size + 15) / 16 * 16;
         }
         round.pack_of.push_back(int64_t(round.packs.size()) - 1);
-        round.panel_ends.push_back(panels += num_panels(p.w->n));
-        round.max_groups = std::max(round.max_groups, group_floats(*p.w));
+        round.ends.push_back(items += num_items(p.w->n, layout.panels()));
+        round.max_groups = std::max(round.max_groups, layout.scratch_floats(*p.w));
       }
       float *memory = scratch.floats(floats);
       for (int64_t offset : offsets) round.packed.push_back(memory + offset);
@@ -163,13 +174,17 @@ inline V activate(const ExpertRound &round, V gate, V up) {
   return v_mul(v_mul(v_add(up, v_set(1.0f)), gate), sigmoid);
 }
 
-/// Hidden columns n0 .. n0 + NR of a segment, packed for the down projection.
+/// Panels of hidden columns that are made together.
 template <class Mode>
-inline void hidden_columns(const ExpertRound &round, const Segment &s, int64_t n0, const Bench &bench) {
+inline int hidden_panels(const wl_expert &e, int64_t rows) {
+  return std::max(Layout<Mode>(*e.gate, rows).panels(), Layout<Mode>(*e.up, rows).panels());
+}
+
+/// One panel of hidden columns from those of gate and up, packed for the down projection.
+template <class Mode>
+inline void activate_panel(const ExpertRound &round, const Segment &s, int64_t n0, float *gates, const float *ups) {
   const wl_expert &e = *s.expert;
   const int64_t inner = e.gate->n, count = std::min<int64_t>(NR, inner - n0);
-  multiply_columns<Mode>(*e.gate, n0, s.packed, s.rows, bench.panel, bench.groups, bench.first);
-  multiply_columns<Mode>(*e.up, n0, s.packed_up, s.rows, bench.panel, bench.groups, bench.second);
   float gate_bias[NR] = {}, up_bias[NR] = {};
   for (int64_t j = 0; j < count; j++) {
     if (e.gate_bias) gate_bias[j] = e.gate_bias[n0 + j];
@@ -177,8 +192,8 @@ inline void hidden_columns(const ExpertRound &round, const Segment &s, int64_t n
   }
   for (int64_t i = 0; i < s.rows; i++)
     for (int v = 0; v < NV; v++) {
-      float *gate = bench.first + i * NR + v * W;
-      V g = v_load(gate), u = v_load(bench.second + i * NR + v * W);
+      float *gate = gates + i * NR + v * W;
+      V g = v_load(gate), u = v_load(ups + i * NR + v * W);
       if (e.gate_bias) g = v_add(g, v_load(gate_bias + v * W));
       if (e.up_bias) u = v_add(u, v_load(up_bias + v * W));
       v_store(gate, activate(round, g, u));
@@ -187,9 +202,21 @@ inline void hidden_columns(const ExpertRound &round, const Segment &s, int64_t n
   const Blocks blocks{s.rows};
   for (int64_t b = 0; b < blocks.count(); b++) {
     const float *pointers[MR];
-    for (int i = 0; i < blocks.size(b); i++) pointers[i] = bench.first + (blocks.begin(b) + i) * NR;
+    for (int i = 0; i < blocks.size(b); i++) pointers[i] = gates + (blocks.begin(b) + i) * NR;
     down.pack(pointers, blocks, b, {n0, count, inner}, s.hidden);
   }
+}
+
+/// An item of hidden columns of a segment.
+template <class Mode>
+inline void hidden_columns(const ExpertRound &round, const Segment &s, int64_t item, const Bench &bench) {
+  const wl_expert &e = *s.expert;
+  const int panels = hidden_panels<Mode>(e, s.rows);
+  const int64_t n0 = item * panels * NR;
+  multiply_columns<Mode>(*e.gate, n0, panels, s.packed, s.rows, bench.panel, bench.groups, bench.first);
+  multiply_columns<Mode>(*e.up, n0, panels, s.packed_up, s.rows, bench.panel, bench.groups, bench.second);
+  for (int p = 0; p < panels && n0 + p * NR < e.gate->n; p++)
+    activate_panel<Mode>(round, s, n0 + p * NR, bench.first + p * s.rows * NR, bench.second + p * s.rows * NR);
 }
 
 template <class Mode>
@@ -206,16 +233,18 @@ inline void expert_task(wl::Team &team, int thread, void *context) {
   team.barrier();
   Bench bench(round.max_groups);
   while ((i = team.next_beside(thread, round.hidden_ends.back())) >= 0) {
-    const auto [index, panel] = locate(round.hidden_ends, i);
-    hidden_columns<Mode>(round, round.segments[size_t(index)], panel * NR, bench);
+    const auto [index, item] = locate(round.hidden_ends, i);
+    hidden_columns<Mode>(round, round.segments[size_t(index)], item, bench);
   }
   team.barrier();
   while ((i = team.next_beside(thread, round.out_ends.back())) >= 0) {
-    const auto [index, panel] = locate(round.out_ends, i);
+    const auto [index, item] = locate(round.out_ends, i);
     const Segment &s = round.segments[size_t(index)];
     const wl_expert &e = *s.expert;
-    multiply_columns<Mode>(*e.down, panel * NR, s.hidden, s.rows, bench.panel, bench.groups, bench.first);
-    write_rows(bench.first, s.rows, panel * NR, e.down->n, e.down_bias, round.out, round.ldo, e.places, s.first);
+    const int panels = Layout<Mode>(*e.down, s.rows).panels();
+    const int64_t n0 = item * panels * NR;
+    multiply_columns<Mode>(*e.down, n0, panels, s.hidden, s.rows, bench.panel, bench.groups, bench.first);
+    write_panels(bench.first, panels, s.rows, n0, e.down->n, e.down_bias, round.out, round.ldo, e.places, s.first);
   }
 }
 
@@ -242,9 +271,9 @@ inline void experts(const float *x, int64_t ldx, float *out, int64_t ldo, const 
         take(down.width(e.down->k));
         round.segments.push_back({&e, first, rows, nullptr, nullptr, nullptr});
         round.block_ends.push_back(blocks += Blocks{rows}.count());
-        round.hidden_ends.push_back(hidden += num_panels(e.gate->n));
-        round.out_ends.push_back(outs += num_panels(e.down->n));
-        for (const wl_matrix *m : {e.gate, e.up, e.down}) round.max_groups = std::max(round.max_groups, group_floats(*m));
+        round.hidden_ends.push_back(hidden += num_items(e.gate->n, hidden_panels<Mode>(e, rows)));
+        round.out_ends.push_back(outs += num_items(e.down->n, down.panels()));
+        round.max_groups = std::max({round.max_groups, gate.scratch_floats(*e.gate), up.scratch_floats(*e.up), down.scratch_floats(*e.down)});
       }
       first += rows;
       if (first >= e.num_rows) {

@@ -45,17 +45,19 @@ inline void load_scales_apart(const wl_matrix &m, int64_t at, int64_t stride, in
 inline float load_plain_zero(int code) { return code == WL_INT4 ? 8.0f : code == WL_INT8 ? 128.0f : 0.0f; }
 
 inline float load_zero(const wl_matrix &m, int64_t n, int64_t group) {
+  // no division by what gcc does not know: it takes longer than a line of codes
   const bool wide = m.code == WL_INT8;
-  const int per = wide ? 4 : 8, bits = wide ? 8 : 4;
+  const int bits = wide ? 8 : 4, place = bits * int(n & (wide ? 3 : 7));
+  const int64_t word = n >> (wide ? 2 : 3);
   const uint32_t *words = static_cast<const uint32_t *>(m.zeros);
-  uint32_t mask = (1u << bits) - 1;
+  const uint32_t mask = (1u << bits) - 1;
   switch (m.zero_type) {
-    case WL_Z_ROWS: return float((words[(n / per) * m.zero_stride + group] >> (bits * (n % per))) & mask);
+    case WL_Z_ROWS: return float((words[word * m.zero_stride + group] >> place) & mask);
     case WL_Z_GPTQ: {
-      uint32_t z = (words[group * m.zero_stride + n / per] >> (bits * (n % per))) & mask;
+      const uint32_t z = (words[group * m.zero_stride + word] >> place) & mask;
       return float((z + uint32_t(m.zero_add)) & mask);  // AutoGPTQ stores a zero of 0 as the largest code
     }
-    case WL_Z_AWQ: return float((words[group * m.zero_stride + n / 8] >> (4 * AWQ_ORDER[n % 8])) & 15);
+    case WL_Z_AWQ: return float((words[group * m.zero_stride + word] >> (4 * AWQ_ORDER[n % 8])) & 15);
     default: return load_plain_zero(m.code);
   }
 }
@@ -89,6 +91,16 @@ inline void row_of_scales(const wl_matrix &m, int64_t n, int64_t group, int64_t 
   for (; m.scale_stride_k == 1 && i + W <= count; i += W) v_store(to + i, load_scales(m, n * m.scale_stride_n + group + i));
   if (i < count) load_scales_apart(m, n * m.scale_stride_n + (group + i) * m.scale_stride_k, m.scale_stride_k, count - i, to + i);
 }
+
+/// Where the nibble of column n of words along n begins.
+struct Nibbles {
+  int32_t plain[W], awq[W];
+};
+constexpr Nibbles NIBBLES = [] {
+  Nibbles all{};
+  for (int i = 0; i < W; i++) all.plain[i] = 4 * (i % 8), all.awq[i] = 4 * AWQ_ORDER[i % 8];
+  return all;
+}();
 
 /// Scale and zero of W columns for each group of a range of k.
 struct Groups {
@@ -127,10 +139,9 @@ struct Groups {
     if (m.zero_type == WL_Z_NONE) return v_set(load_plain_zero(m.code));
     const bool nibbles = m.zero_type == WL_Z_AWQ || (m.zero_type == WL_Z_GPTQ && m.code != WL_INT8);
     if (full && nibbles) {
-      int32_t shifts[W];
-      for (int i = 0; i < W; i++) shifts[i] = 4 * (m.zero_type == WL_Z_AWQ ? AWQ_ORDER[i % 8] : i % 8);
+      const VI shifts = i_load(m.zero_type == WL_Z_AWQ ? NIBBLES.awq : NIBBLES.plain);
       const VI words = spread(static_cast<const int32_t *>(m.zeros) + g * m.zero_stride + columns[0] / 8);
-      const VI code = i_and(i_shrv(words, i_load(shifts)), i_set(15));
+      const VI code = i_and(i_shrv(words, shifts), i_set(15));
       return to_float(m.zero_type == WL_Z_AWQ ? code : i_and(i_add(code, i_set(int32_t(m.zero_add))), i_set(15)));
     }
     float lanes[W];

@@ -1,0 +1,234 @@
+// Few rows times a matrix whose words lie side by side along n (GPTQ, AWQ), with lanes along n: words are
+// read as they lie. The same bits as panels give: pieces of a block of k are chains, added up as a tree.
+#pragma once
+
+#include "lanes.h"
+
+namespace WL_NS {
+
+constexpr int TILE_VECTORS = 8;               // AWQ: a word has eight columns
+constexpr int TILE = TILE_VECTORS * W;        // columns at once
+constexpr int TILE_PANELS = TILE / NR;
+constexpr int64_t WORDS_AHEAD = 6144;         // bytes of a tile between what is read and what is fetched
+
+/// Half of each word, with ones for an exponent: a code and some of those are the end of the mantissa of a
+/// power of two, taken by one `and` (hidden from gcc, which would make it two operations for each code).
+[[gnu::always_inline]] inline VI raise_half(VI words, int half) {
+  VI raised = i_or(half ? i_shr<16>(words) : words, i_set(0x7f800000));
+  asm("" : "+v"(raised));
+  return raised;
+}
+template <int BITS>
+constexpr int place_of(int i) { return i * BITS % 16; }
+template <int BITS>
+constexpr float power_of(int i) { return float(1 << (23 - place_of<BITS>(i))); }
+template <int BITS, int I>
+[[gnu::always_inline]] inline V raised_code(VI half) {
+  constexpr int PLACE = place_of<BITS>(I);
+  return as_float(i_and(half, i_set(((1 << BITS) - 1) << PLACE | (127 + 23 - PLACE) << 23)));
+}
+
+/// natural[8 * j + i] to lane j of the vector of nibble AWQ_ORDER[i]. Reads eight more floats.
+inline void to_nibbles(const float *natural, float *to) {
+  VI r[W];
+  for (int j = 0; j < W; j++) r[j] = i_load(natural + 8 * j);
+  transpose(r);
+  for (int i = 0; i < 8; i++) v_store(to + AWQ_ORDER[i] * W, as_float(r[i]));
+}
+
+/// And back.
+inline void from_nibbles(const float *nibbles, float *natural) {
+  VI r[W];
+  for (int i = 0; i < W; i++) r[i] = i < 8 ? i_load(nibbles + AWQ_ORDER[i % 8] * W) : i_set(0);
+  transpose(r);
+  for (int j = 0; j < W; j++) std::memcpy(natural + 8 * j, &r[j], 32);
+}
+
+template <int PACKING, int M>
+struct WordTile {
+  static constexpr bool BESIDE = PACKING == WL_AWQ;  // the codes of a word belong to one k
+  static constexpr int BITS = PACKING == WL_GPTQ8 ? 8 : 4, PER = 32 / BITS, TALL = BESIDE ? 1 : PER;
+  static constexpr int PASS = M <= 2 ? W / 2 : BESIDE && W == 16 ? 4 : 2;  // vectors whose sums are in registers
+  static constexpr int PLACES = BESIDE ? 1 : 16 / BITS;            // each with its own power of two in its zeros
+  static constexpr int GROUP = (1 + PLACES) * TILE;                // floats of a group: scales, zeros
+  static constexpr int PIECE = KC / W, LEVELS = std::countr_zero(unsigned(W));
+  static constexpr int ROW_BYTES = BESIDE ? W * 4 : TILE * 4, LINES = PASS * W * 4 / 64;
+
+  const wl_matrix &m;
+  const int64_t n0, ldx;
+  const float *x;
+  float *tables;
+  const int64_t valid = std::min<int64_t>(ROW_BYTES, BESIDE ? (m.n - n0 + 7) / 8 * 4 : (m.n - n0) * 4);
+  int64_t low = 0, high = -1;  // groups that tables have
+  const float *group_of[KC];   // of each k of a block
+  alignas(64) float waiting[LEVELS][M * TILE], total[M * TILE];
+
+  WordTile(const wl_matrix &m, int64_t n0, int64_t ldx, const float *x, float *tables) : m(m), n0(n0), ldx(ldx), x(x), tables(tables) {}
+
+  void fill_group(int64_t g, float *to) {
+    alignas(64) float scale[TILE + 8], zero[TILE + 8], nibbles[TILE];
+    for (int v = 0; v < TILE_VECTORS; v++) {
+      int64_t columns[W];
+      for (int i = 0; i < W; i++) columns[i] = std::min(n0 + v * W + i, m.n - 1);
+      Groups{scale + v * W, zero + v * W}.fill(m, columns, n0 + (v + 1) * W <= m.n, g, g);
+    }
+    if (BESIDE) {
+      to_nibbles(scale, to);
+      to_nibbles(zero, nibbles);
+    } else {
+      std::memcpy(to, scale, TILE * 4);
+    }
+    for (int p = 0; p < PLACES; p++)
+      for (int v = 0; v < TILE_VECTORS; v++)
+        v_store(to + (1 + p) * TILE + v * W,
+                v_add(v_load((BESIDE ? nibbles : zero) + v * W), v_set(power_of<BITS>(BESIDE ? v % PASS : p))));
+  }
+
+  void fill(int64_t k0, int count) {
+    const int64_t first = m.groups ? 0 : k0 / m.block_k, last = m.groups ? num_groups(m) - 1 : (k0 + count - 1) / m.block_k;
+    if (first != low || last != high)
+      for (int64_t g = first; g <= last; g++) fill_group(g, tables + (g - first) * GROUP);
+    low = first, high = last;
+    for (int k = 0; m.groups && k < count; k++) group_of[k] = tables + m.groups[k0 + k] * GROUP;
+    int k = 0;
+    for (int64_t g = first; !m.groups && g <= last; g++)  // a division for each k would take longer than products
+      for (const int64_t end = std::min<int64_t>(count, (g + 1) * m.block_k - k0); k < end; k++) group_of[k] = tables + (g - first) * GROUP;
+  }
+
+  /// One k, whose x is at `at`, of PASS vectors: code I of halves of words, or codes of one word.
+  template <int I>
+  [[gnu::always_inline]] void add(const VI half[PASS], const float *group, const float *at, V sum[PASS][M]) {
+    V y[M];
+    for (int j = 0; j < M; j++) y[j] = v_set(at[j * ldx]);
+    each<PASS>([&](auto c) __attribute__((always_inline)) {
+      constexpr int CODE = BESIDE ? c() : I, PLACE = BESIDE ? 0 : I % PLACES;
+      const V code = raised_code<BITS, CODE>(half[BESIDE ? c() / 4 : c()]);
+      const V w = v_mul(v_sub(code, v_load(group + (1 + PLACE) * TILE + c() * W)), v_load(group + c() * W));
+      for (int j = 0; j < M; j++) sum[c()][j] = v_fma(y[j], w, sum[c()][j]);
+    });
+  }
+
+  /// A piece of a block: `count` columns of k, in rows of words.
+  struct Piece {
+    const uint8_t *rows;
+    int64_t stride, ahead;  // ahead: from a row to what is fetched
+    int index, count;
+  };
+
+  /// Codes of one row of words, whose first k is `left` before the end of the piece.
+  template <bool ONE>
+  [[gnu::always_inline]] void add_row(const uint8_t *row, int64_t ahead, int left, const float *const *group, int v, const float *at,
+                                      V sum[PASS][M]) {
+    VI r[PASS];
+    if constexpr (BESIDE) {
+      if (v == 0) fetch_line<_MM_HINT_T0>(row + ahead);
+      for (int c = 0; c < PASS; c += 4) r[c / 4] = raise_half(i_shr_by(i_load(row), v * BITS), c / 4);
+      add<0>(r, *group + v * W, at, sum);
+    } else {
+      each<2>([&](auto half) __attribute__((always_inline)) {
+        for (int c = 0; c < PASS; c++) r[c] = raise_half(i_load(row + (v + c) * W * 4), half());
+        each<PER / 2>([&](auto n) __attribute__((always_inline)) {
+          constexpr int CODE = half() * PER / 2 + n(), FIRST = CODE * LINES / PER, END = (CODE + 1) * LINES / PER;
+          // a few at a time: a burst of them would wait for memory
+          for (int line = FIRST; line < END; line++) fetch_line<_MM_HINT_T0>(row + ahead + v * W * 4 + line * 64);
+          if (ONE || CODE < left) add<CODE>(r, group[ONE ? 0 : CODE] + v * W, at + CODE, sum);
+        });
+      });
+    }
+  }
+
+  /// The chain of a piece, of PASS vectors from `v` on. ONE: it is whole, and of one group.
+  template <bool ONE>
+  [[gnu::always_inline]] void add_piece(const Piece &piece, bool fresh, int v, const float *at) {
+    V sum[PASS][M];
+    each<PASS * M>([&](auto i) __attribute__((always_inline)) { sum[i() / M][i() % M] = v_zero(); });
+    const float *const *group = group_of + piece.index * PIECE;
+    const int count = ONE ? PIECE : piece.count;
+    for (int i = 0; i < count; i += TALL)
+      add_row<ONE>(piece.rows + i / TALL * piece.stride, piece.ahead, count - i, ONE ? group : group + i, v, at + i, sum);
+    join(piece.index, fresh, v, sum);
+  }
+
+  /// Chain `index` of a block joins those before it, as in a binary counter.
+  [[gnu::always_inline]] void join(int index, bool fresh, int v, V sum[PASS][M]) {
+    auto through = [&](float *at, auto f) __attribute__((always_inline)) {
+      each<M>([&](auto j) __attribute__((always_inline)) {
+        each<PASS>([&](auto c) __attribute__((always_inline)) { f(at + j() * TILE + (v + c()) * W, sum[c()][j()]); });
+      });
+    };
+    auto plus = [](float *held, V &one) __attribute__((always_inline)) { one = v_add(v_load(held), one); };
+    auto keep = [](float *held, V &one) __attribute__((always_inline)) { v_store(held, one); };
+    int level = 0;
+    for (; index >> level & 1; level++) through(waiting[level], plus);
+    if (level == LEVELS && !fresh) through(total, plus);
+    through(level == LEVELS ? total : waiting[level], keep);
+  }
+
+  void multiply_block(int64_t k0, int count) {
+    const int64_t num = (m.k + TALL - 1) / TALL, far = std::max<int64_t>(WORDS_AHEAD / ROW_BYTES, 1);
+    alignas(64) uint8_t copy[PIECE / TALL * ROW_BYTES];
+    if (valid < ROW_BYTES) std::memset(copy, 0, sizeof copy);
+    for (int index = 0; index < W; index++) {
+      const int k = index * PIECE, columns = std::clamp(count - k, 0, PIECE);
+      const int64_t row = (k0 + k) / TALL;
+      const uint8_t *rows = static_cast<const uint8_t *>(m.codes) + row * m.stride_k + (BESIDE ? n0 / 8 : n0) * 4;
+      int64_t stride = m.stride_k, ahead = far * m.stride_k;
+      if (row + far >= num) ahead += ROW_BYTES - num * m.stride_k;  // the next columns
+      if (valid < ROW_BYTES) {  // only bytes that exist are read
+        for (int i = 0; i * TALL < columns; i++) std::memcpy(copy + i * ROW_BYTES, rows + i * stride, size_t(valid));
+        rows = copy, stride = ROW_BYTES;
+      }
+      const Piece piece{rows, stride, ahead, index, columns};
+      const bool is_one = columns == PIECE && !m.groups && m.block_k % PIECE == 0;
+      for (int v = 0; v < TILE_VECTORS; v += PASS) {
+        if (is_one) add_piece<true>(piece, k0 == 0, v, x + k0 + k);
+        else add_piece<false>(piece, k0 == 0, v, x + k0 + k);
+      }
+    }
+  }
+
+  /// c[panel][M][NR]
+  void multiply(float *c) {
+    for (int64_t k0 = 0; k0 < m.k; k0 += KC) {
+      const int count = int(std::min<int64_t>(KC, m.k - k0));
+      fill(k0, count);
+      multiply_block(k0, count);
+    }
+    alignas(64) float natural[TILE + 8];
+    for (int j = 0; j < M; j++) {
+      if (BESIDE) from_nibbles(total + j * TILE, natural);
+      const float *from = BESIDE ? natural : total + j * TILE;
+      for (int p = 0; p < TILE_PANELS; p++) std::memcpy(c + (p * M + j) * NR, from + p * NR, NR * 4);
+    }
+  }
+};
+
+inline bool has_words_along_n(const wl_matrix &m) { return m.packing != WL_ROWS; }
+
+/// Floats of scratch for the groups of a tile.
+inline int64_t word_floats(const wl_matrix &m) {
+  const int64_t all = num_groups(m), block = (KC + m.block_k - 1) / m.block_k + 1;
+  return WordTile<WL_GPTQ, 1>::GROUP * (m.groups || all < block ? all : block);
+}
+
+template <int PACKING>
+inline void multiply_words_as(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, int64_t rows, float *tables, float *c) {
+  auto run = [&]<int M>() { WordTile<PACKING, M>(m, n0, ldx, x, tables).multiply(c); };
+  switch (rows) {
+    case 1: return run.template operator()<1>();
+    case 2: return run.template operator()<2>();
+    case 3: return run.template operator()<3>();
+    case 4: return run.template operator()<4>();
+  }
+}
+
+/// Columns n0 .. n0 + TILE of `rows` rows (at most LANE_ROWS) times a matrix: c[panel][rows][NR].
+inline void multiply_words(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, int64_t rows, float *tables, float *c) {
+  switch (m.packing) {
+    case WL_GPTQ: return multiply_words_as<WL_GPTQ>(m, n0, x, ldx, rows, tables, c);
+    case WL_GPTQ8: return multiply_words_as<WL_GPTQ8>(m, n0, x, ldx, rows, tables, c);
+    case WL_AWQ: return multiply_words_as<WL_AWQ>(m, n0, x, ldx, rows, tables, c);
+  }
+}
+
+}  // namespace WL_NS
