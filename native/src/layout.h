@@ -49,6 +49,9 @@ inline void multiply_columns(const wl_matrix &m, int64_t n0, int panels, const f
       if (layout.way == Layout<Mode>::WORDS) multiply_words(m, n, packed, layout.width(m.k), rows, scratch, to);
       if (layout.way == Layout<Mode>::LANES) multiply_lanes(m, n, packed, layout.width(m.k), rows, panel, to);
     }
+    if constexpr (requires { Mode::multiply_few(m, n, packed, rows, panel, to); }) {
+      if (Mode::multiply_few(m, n, packed, rows, panel, to)) continue;
+    }
     if (layout.way == Layout<Mode>::PANELS) multiply_panels<Mode>(m, n, packed, rows, panel, scratch, to);
   }
 }

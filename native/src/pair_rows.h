@@ -109,11 +109,6 @@ inline void multiply_pairs_as(const wl_matrix &m, int64_t n0, const float *packe
   }
 }
 
-/// Whether `multiply_pairs` can: whole words of at least two codes, scales that follow k.
-inline bool has_pair_rows(const wl_matrix &m, int64_t rows) {
-  return rows <= PAIR_ROWS && has_contiguous_rows(m) && m.code != WL_F32 && !m.groups;
-}
-
 inline void multiply_pairs(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *scratch, float *c) {
   const bool zero = m.zero_type != WL_Z_NONE;
   switch (m.code) {
@@ -130,11 +125,13 @@ inline void multiply_pairs(const wl_matrix &m, int64_t n0, const float *packed, 
   }
 }
 
-template <>
-inline void multiply_columns<Pairs>(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *panel,
-                                    float *scratch, float *c) {
-  if (has_pair_rows(m, rows)) return multiply_pairs(m, n0, packed, rows, panel, c);
-  multiply_panels<Pairs>(m, n0, packed, rows, panel, scratch, c);
-}
+/// Pairs that are not written to panels where rows are few.
+struct FewPairs : Pairs {
+  static bool multiply_few(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *scratch, float *c) {
+    if (rows > PAIR_ROWS || !has_contiguous_rows(m) || m.code == WL_F32 || m.groups) return false;
+    multiply_pairs(m, n0, packed, rows, scratch, c);
+    return true;
+  }
+};
 
 }  // namespace WL_NS

@@ -6,10 +6,11 @@
 
 namespace WL_NS {
 
-inline VI to_pairs(V low, V high) {  // low in even, high in odd places: one pair in each lane
-  VI a = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(low));
-  VI b = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(high));
-  return i_or(a, i_shl<16>(b));
+/// One pair in each lane: low in even, high in odd places.
+inline VI to_pairs(V low, V high) {
+  alignas(64) static constexpr uint16_t PLACES[2 * W] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(PLACES), (VI)_mm512_cvtne2ps_pbh(high, low));
 }
 
 struct Pairs {
