@@ -99,9 +99,9 @@ TEST(numbers_that_are_none_find_experts_too) {
 }
 
 TEST(calls_of_a_list_do_what_calls_do) {
-  const int64_t width = 33;
-  const std::vector<float> x = run.normals(width), weight = run.normals(width);
-  std::vector<float> normed(size_t(width)), copied(size_t(width)), expected(size_t(width));
+  const size_t width = 33;
+  const std::vector<float> x = run.normals(int64_t(width)), weight = run.normals(int64_t(width));
+  std::vector<float> normed(width), copied(width), expected(width);
   wl_call calls[2] = {};
   calls[0].function = WL_RUN_RMS_NORM;
   wl_argument *a = calls[0].arguments;
@@ -113,7 +113,7 @@ TEST(calls_of_a_list_do_what_calls_do) {
   double seconds[2] = {};
   CHECK(wl_run(calls, 2, seconds) == WL_OK, "refused");
   wl_rms_norm(x.data(), width, expected.data(), width, 1, width, weight.data(), WL_F32, 1, 1e-6f);
-  CHECK(test::first_difference(copied.data(), expected.data(), width) < 0, "another result");
+  CHECK(test::first_difference(copied.data(), expected.data(), int64_t(width)) < 0, "another result");
   CHECK(seconds[0] > 0 && seconds[1] > 0, "no time");
   calls[0].function = 99;
   CHECK(wl_run(calls, 2, seconds) == WL_E_ARGUMENT, "an unknown function");
