@@ -45,9 +45,15 @@ class PlainKernels(TorchKernels):
     """torch as it is: faster for tiny models than kernels that keep rows independent."""
 
     def linear(
-        self, x_TD: torch.Tensor, w: torch.Tensor, bias_E: torch.Tensor | None = None
+        self,
+        x_TD: torch.Tensor,
+        w: torch.Tensor,
+        bias_E: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return functional.linear(x_TD, w.reshape(-1, x_TD.shape[1]), bias_E)
+        result = functional.linear(x_TD, w.reshape(-1, x_TD.shape[1]), bias_E)
+        return result if out is None else out.copy_(result)
 
     def batched_linear(self, x_THa: torch.Tensor, w_Hba: torch.Tensor) -> torch.Tensor:
         return torch.einsum("tha,hba->thb", x_THa, w_Hba)

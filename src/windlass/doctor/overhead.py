@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,14 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         call = getattr(self._kernels, name)
         if name in _OTHER_KERNELS:
-            return lambda *arguments: self._timed(call, arguments)
+            return lambda *arguments, **more: self._timed(partial(call, *arguments, **more))
         if name == "normalise":
             return self._begun(call)
         return self._ended(call) if name == "combine" else call
 
-    def _timed(self, call: Callable[..., Any], arguments: Sequence[Any]) -> Any:
+    def _timed(self, call: Callable[[], Any]) -> Any:
         begin = self._clock()
-        result = call(*arguments)
+        result = call()
         self._inside += self._clock() - begin
         return result
 
