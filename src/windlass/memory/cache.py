@@ -95,15 +95,18 @@ class WeightCache:
 
     def settled(self, keys: Iterable[WeightKey]) -> list[Entry] | None:
         """Of `keys`, if all are in memory for good: nothing is ever evicted."""
+        if not self.keeps_all:
+            return None
         with self._changed:
             entries = [self._resident.entries.get(key) for key in keys]
             there = [entry for entry in entries if entry is not None and entry.ticket is None]
-            return there if self.keeps_all and len(there) == len(entries) else None
+            return there if len(there) == len(entries) else None
 
     def count_hits(self, part: Part, count: int) -> None:
         """Parts that were used without a lease, because they are there for good."""
-        self._requests[part] += count
-        self._hits[part] += count
+        with self._changed:
+            self._requests[part] += count
+            self._hits[part] += count
 
     # --- one caller's demands ---------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ class Repeater:
     ) -> tuple[torch.Tensor, Mapping[int, Places]]:
         """A pass begins: where its hidden states and the places of its micro-batches are from now
         on."""
-        if not is_repeatable(batch):
+        if not self._weights.keeps_all or not is_repeatable(batch):
             self._pass = None
             return hidden, places
         (now,) = places.values()

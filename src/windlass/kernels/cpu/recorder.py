@@ -128,6 +128,7 @@ class NativeRecorder:
     def _index(self) -> int:
         label = self._label()
         if label not in self._labels:
+            assert len(self._labels) < _MOST_LABELS, f"{label}: more labels than there is room for"
             self._labels.append(label)
         return self._labels.index(label)
 
@@ -141,7 +142,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        is_view = not func._schema.is_mutable and _memory(result) <= _memory(args)
+        found = _memory(result)  # nothing in a number: whoever asks for one decides by it
+        is_view = bool(found) and found <= _memory(args) and not func._schema.is_mutable
         if not is_view and func is not torch.ops.aten.empty.memory_format:
             self.has_computed = True
         return result
