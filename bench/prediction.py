@@ -22,7 +22,7 @@ from offload import Job
 from windlass.options import read_config
 from windlass.units import MIB
 
-_LENGTHS = ((128, 16, 64), (32, 48, 48), (512, 4, 16))
+_LENGTHS = ((128, 16, 64), (32, 48, 48), (512, 4, 16), (128, 96, 1))
 _PROCESS_BYTES = 600 * MIB  # Python, torch and the least activations
 _HEAD = ("model", "budget MiB", "lengths", "predicted s", "took s", "error", "of the bound")
 
