@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from windlass.kernels.base import AttentionWork
 from windlass.kernels.cpu import library as lib
@@ -114,7 +114,7 @@ class NativeRecorder:
         self._tries[layer] += 1
         tape = Tape(self._index)
         self._scratch.rewind()
-        with self._recording(tape, self._scratch, self._tiles), _Watch() as watch:  # type: ignore[no-untyped-call]
+        with self._recording(tape, self._scratch, self._tiles), _Watch() as watch:
             result = body()
         if tape.is_complete and not watch.has_computed:
             self._notes[layer] = _Note(tape, tape.calls(), result)
@@ -133,18 +133,29 @@ class NativeRecorder:
         return self._labels.index(label)
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Whether torch computes anything: all but views and uninitialised memory."""
+# What torch may do while a layer is noted: say how tensors lie, hand out memory, look at it another
+# way. (A dispatch mode would see operations instead of names; the first one imports 800 modules.)
+_WORDS = frozenset(
+    "__get__ __len__ data_ptr dim element_size is_contiguous is_floating_point numel size stride"
+    " storage_offset empty new_empty".split()
+)
+_VIEWS = frozenset(
+    "__getitem__ chunk contiguous expand flatten float permute reshape split squeeze t transpose"
+    " unbind unsqueeze view".split()
+)
+
+
+class _Watch(TorchFunctionMode):
+    """Whether torch computes anything, or is asked for what tensors contain."""
 
     has_computed = False
 
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        found = _memory(result)  # nothing in a number: whoever asks for one decides by it
-        is_view = bool(found) and found <= _memory(args) and not func._schema.is_mutable
-        if not is_view and func is not torch.ops.aten.empty.memory_format:
+        is_view = func.__name__ in _VIEWS and _memory(result) <= _memory(args)  # and no copy
+        if not is_view and func.__name__ not in _WORDS:
             self.has_computed = True
         return result
 
