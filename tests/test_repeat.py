@@ -1,6 +1,9 @@
 """Layers that are repeated: the same bits as computed anew, of every family, and nothing is
 repeated that would have to be decided again."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -130,6 +133,28 @@ def test_a_repeated_layer_reads_what_is_there_now(kernels):
     )
     assert recorder.num_repeated == 1
     assert recorder.seconds()["norm"] > 0 and recorder.seconds()["norm"] == 0
+
+
+def test_noting_imports_nothing():
+    """The first use of some of torch's modes takes a second, and memory that no plan knows."""
+    program = """
+import sys, torch
+from windlass.kernels.base import AttentionWork
+from windlass.kernels.choose import choose_kernels
+from windlass.spec.model import RmsNorm
+kernels = choose_kernels("cpu", threads=1, bf16_rows=False)
+x, weight, before = torch.randn(1, 48), torch.randn(48), set(sys.modules)
+recorder = kernels.recorder(lambda: "")
+recorder.begin(AttentionWork((0,), (1,), (0,), ((0,),), (False,)))
+for _ in range(3):
+    recorder.run(0, lambda: kernels.normalise(RmsNorm(eps=1e-6), weight, None, x))
+assert recorder.num_repeated == 2
+print(len(set(sys.modules) - before))
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert int(ran.stdout) < 5
 
 
 @pytest.mark.parametrize(
