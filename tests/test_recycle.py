@@ -25,6 +25,16 @@ def test_the_memory_of_a_freed_tensor_is_used_again():
     assert memory.empty(3, SIZES[0]).data_ptr() == address
 
 
+def test_results_of_some_megabytes_leave_no_holes_in_the_heap():
+    memory = Recycler()
+    x = memory.empty(3 * MIB // 4)
+    assert memory.held_bytes == 3 * MIB
+    address = x.data_ptr()
+    del x
+    assert memory.empty(3 * MIB // 4).data_ptr() == address, "used again"
+    assert memory.held_bytes == 3 * MIB
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(SIZES)), max_size=40))
 def test_no_two_tensors_share_memory_and_the_peak_stays(steps):

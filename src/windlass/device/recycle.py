@@ -13,8 +13,14 @@ from windlass.device import host
 from windlass.units import round_up
 
 
+# Below, malloc's memory. What lies in between is too large for it: freed among smaller pieces that
+# live on, it leaves holes, and the heap grew by up to 34 MiB beyond what was in use.
+_LEAST_BYTES = 512 << 10
+_STEP_BYTES = 64 << 10  # that sizes below those of huge pages are rounded up to
+
+
 class _Block(NamedTuple):
-    """Huge pages: `size` bytes from `start` of `memory` on."""
+    """`size` bytes from `start` of `memory` on: huge pages where it is large."""
 
     memory: mmap.mmap
     start: int
@@ -40,9 +46,10 @@ class Recycler:
     def empty(self, *shape: int) -> torch.Tensor:
         """(shape) fp32."""
         num_bytes = torch.float32.itemsize * math.prod(shape)
-        if num_bytes < host.LARGE_BYTES:
+        if num_bytes < _LEAST_BYTES:
             return torch.empty(shape)
-        size = round_up(num_bytes, host.HUGE_PAGE_BYTES)
+        is_large = num_bytes >= host.LARGE_BYTES
+        size = round_up(num_bytes, host.HUGE_PAGE_BYTES if is_large else _STEP_BYTES)
         self._take_back()
         self._in_use += size
         self._peak = max(self._peak, self._in_use)
@@ -67,5 +74,7 @@ class Recycler:
         while self._free and self._held + size > self._peak:
             self._held -= self._free.pop(0).size
         self._held += size
+        if size < host.LARGE_BYTES:
+            return _Block(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), 0, size)
         memory, start = host.huge_pages(size)
         return _Block(memory, start, size)
