@@ -59,8 +59,8 @@ class Recorder:
             self._notes.append(("arrived", *(one.key for one in group)))
             yield group
 
-    def repeat(self, layer, hidden, batch):
-        return self._inner.repeat(layer, hidden, batch)
+    def repeat(self, layer):
+        return self._inner.repeat(layer)
 
     def attention(self, layer, weights, hidden, rows):
         self._inner.attention(layer, weights, hidden, rows)

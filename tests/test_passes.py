@@ -28,7 +28,7 @@ class RecordingRuntime:
         assert not self.held, "announced while weights are leased"
         self.calls.append(("announce", layer))
 
-    def repeat(self, layer, hidden, batch):
+    def repeat(self, layer):
         assert not self.held, "a layer is repeated as a whole"
         return layer in self.repeated
 

@@ -105,7 +105,7 @@ typedef struct wl_cache {
   int64_t page_stride, head_stride, token_stride;
   int64_t width;        /* elements of a row that can be read */
   int32_t type;         /* WL_F32, WL_BF16, WL_F16 or WL_INT8 */
-  const float *scales;  /* of WL_INT8 */
+  float *scales;        /* of WL_INT8 */
 } wl_cache;
 
 /* Causal softmax attention (grouped queries): q (T, H, d) and out (T, H, v), contiguous. */
@@ -175,11 +175,10 @@ WL_API int32_t wl_rotate(float *x, int64_t row_stride, int64_t head_stride, int6
                          int64_t num_heads, int64_t pairs, const float *cos, const float *sin,
                          int64_t table_stride, int32_t interleaved);
 /* Row t of x (T, H, width; strides in floats) to head by head of the cache, at offsets[t] of page
- * pages[t]; rounded to its type. With WL_INT8 a row's largest magnitude is 127 steps, and `scales` is that of
- * the cache, (pages, H, page_tokens). */
+ * pages[t]; rounded to its type. With WL_INT8 a row's largest magnitude is 127 steps. */
 WL_API int32_t wl_write_rows(const float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows,
                              int64_t num_heads, int64_t width, const wl_cache *cache, const int64_t *pages,
-                             const int64_t *offsets, float *scales, int64_t page_tokens);
+                             const int64_t *offsets, int64_t page_tokens);
 /* Copies x (T, H, width) to out; strides in floats. */
 WL_API int32_t wl_copy_rows(const float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows,
                             int64_t num_heads, int64_t width, float *out, int64_t out_row_stride,

@@ -74,6 +74,10 @@ int32_t guarded(F call) {
   }
 }
 
+const wl::Products &products_of(const wl::Table &t, int32_t precision) {
+  return precision == WL_BF16_ROWS ? *in_use->rounded : t.exact;
+}
+
 template <typename T>
 T argument(const wl_argument &a) {
   if constexpr (std::is_pointer_v<T>) return static_cast<T>(const_cast<void *>(a.p));
@@ -143,15 +147,14 @@ int32_t wl_get_threads(void) { return wl::get_threads(); }
 
 int32_t wl_products(const wl_product *products, int64_t num, int64_t num_rows, int32_t precision) {
   return guarded([&](const wl::Table &t) {
-    (precision == WL_BF16_ROWS ? *in_use->rounded : t.exact).products(products, num, num_rows);
+    products_of(t, precision).products(products, num, num_rows);
   });
 }
 
 int32_t wl_experts(const float *x, int64_t ldx, float *out, int64_t ldo, const wl_expert *experts, int64_t num,
                    int32_t activation, float alpha, float limit, int32_t precision) {
   return guarded([&](const wl::Table &t) {
-    const wl::Products &kind = precision == WL_BF16_ROWS ? *in_use->rounded : t.exact;
-    kind.experts(x, ldx, out, ldo, experts, num, activation, alpha, limit);
+    products_of(t, precision).experts(x, ldx, out, ldo, experts, num, activation, alpha, limit);
   });
 }
 
@@ -165,9 +168,8 @@ int32_t wl_routed(const float *x, int64_t ldx, float *out, int64_t ldo, const wl
       wl_expert &one = experts.emplace_back(*table[e]);
       one.rows = rows, one.places = places, one.num_rows = counts[e];
     }
-    const wl::Products &kind = precision == WL_BF16_ROWS ? *in_use->rounded : t.exact;
     if (!experts.empty())
-      kind.experts(x, ldx, out, ldo, experts.data(), int64_t(experts.size()), activation, alpha, limit);
+      products_of(t, precision).experts(x, ldx, out, ldo, experts.data(), int64_t(experts.size()), activation, alpha, limit);
   });
 }
 
@@ -195,11 +197,10 @@ int32_t wl_rotate(float *x, int64_t row_stride, int64_t head_stride, int64_t num
 }
 
 int32_t wl_write_rows(const float *x, int64_t row_stride, int64_t head_stride, int64_t num_rows, int64_t num_heads,
-                      int64_t width, const wl_cache *cache, const int64_t *pages, const int64_t *offsets, float *scales,
-                      int64_t page_tokens) {
-  if (cache->type == WL_INT8 && !scales) return WL_E_ARGUMENT;
+                      int64_t width, const wl_cache *cache, const int64_t *pages, const int64_t *offsets, int64_t page_tokens) {
+  if (cache->type == WL_INT8 && !cache->scales) return WL_E_ARGUMENT;
   return guarded([&](const wl::Table &t) {
-    t.write_rows(x, row_stride, head_stride, num_rows, num_heads, width, *cache, pages, offsets, scales, page_tokens);
+    t.write_rows(x, row_stride, head_stride, num_rows, num_heads, width, *cache, pages, offsets, page_tokens);
   });
 }
 

@@ -33,8 +33,8 @@ constexpr wl::Table make_table() {
         rotate({x, row, head, rows, heads, pairs, cos, sin, stride, interleaved});
       },
       [](const float *x, int64_t row, int64_t head, int64_t rows, int64_t heads, int64_t width, const wl_cache &cache,
-         const int64_t *pages, const int64_t *offsets, float *scales, int64_t page_tokens) {
-        write_rows({x, row, head, rows, heads, width, cache, pages, offsets, scales, page_tokens});
+         const int64_t *pages, const int64_t *offsets, int64_t page_tokens) {
+        write_rows({x, row, head, rows, heads, width, cache, pages, offsets, page_tokens});
       },
       [](const float *x, int64_t row, int64_t head, int64_t rows, int64_t heads, int64_t width, float *out, int64_t out_row,
          int64_t out_head) { copy_rows({x, row, head, rows, heads, width, out, out_row, out_head}); },

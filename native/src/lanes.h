@@ -198,34 +198,38 @@ inline void multiply_lanes_of(const wl_matrix &m, int64_t n0, const float *x, in
   }
 }
 
-template <int CODE, bool ZERO>
-inline void multiply_lanes_as(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, int64_t rows, float *scratch,
-                              float *c) {
-  using Run = void (*)(const wl_matrix &, int64_t, const float *, int64_t, float *, float *);
-  static constexpr Run table[LANE_ROWS] = {
-      multiply_lanes_of<CODE, ZERO, 1>, multiply_lanes_of<CODE, ZERO, 2>,
-      multiply_lanes_of<CODE, ZERO, 3>, multiply_lanes_of<CODE, ZERO, 4>,
-  };
-  table[rows - 1](m, n0, x, ldx, scratch, c);
+/// f<M>() for M = `rows`, at most LANE_ROWS.
+template <class F>
+inline void with_rows(int64_t rows, F f) {
+  switch (rows) {
+    case 1: return f.template operator()<1>();
+    case 2: return f.template operator()<2>();
+    case 3: return f.template operator()<3>();
+    case 4: return f.template operator()<4>();
+  }
+}
+
+/// f<CODE, ZERO>() for the codes of a matrix; ZERO: it has zero points of its own.
+template <class F>
+inline void with_code(const wl_matrix &m, F f) {
+  const bool zero = m.zero_type != WL_Z_NONE;
+  switch (m.code) {
+    case WL_F32: return f.template operator()<WL_F32, false>();
+    case WL_BF16: return f.template operator()<WL_BF16, false>();
+    case WL_F16: return f.template operator()<WL_F16, false>();
+    case WL_E4M3: return f.template operator()<WL_E4M3, false>();
+    case WL_E2M1: return f.template operator()<WL_E2M1, false>();
+    case WL_INT8: return zero ? f.template operator()<WL_INT8, true>() : f.template operator()<WL_INT8, false>();
+    case WL_INT4: return zero ? f.template operator()<WL_INT4, true>() : f.template operator()<WL_INT4, false>();
+  }
 }
 
 /// Columns n0 .. n0 + NR of `rows` packed rows (at most LANE_ROWS) times a matrix: c[rows][NR].
 inline void multiply_lanes(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, int64_t rows, float *scratch,
                            float *c) {
-  const bool zero = m.zero_type != WL_Z_NONE;
-  switch (m.code) {
-    case WL_F32: return multiply_lanes_as<WL_F32, false>(m, n0, x, ldx, rows, scratch, c);
-    case WL_BF16: return multiply_lanes_as<WL_BF16, false>(m, n0, x, ldx, rows, scratch, c);
-    case WL_F16: return multiply_lanes_as<WL_F16, false>(m, n0, x, ldx, rows, scratch, c);
-    case WL_E4M3: return multiply_lanes_as<WL_E4M3, false>(m, n0, x, ldx, rows, scratch, c);
-    case WL_E2M1: return multiply_lanes_as<WL_E2M1, false>(m, n0, x, ldx, rows, scratch, c);
-    case WL_INT8:
-      if (zero) return multiply_lanes_as<WL_INT8, true>(m, n0, x, ldx, rows, scratch, c);
-      return multiply_lanes_as<WL_INT8, false>(m, n0, x, ldx, rows, scratch, c);
-    case WL_INT4:
-      if (zero) return multiply_lanes_as<WL_INT4, true>(m, n0, x, ldx, rows, scratch, c);
-      return multiply_lanes_as<WL_INT4, false>(m, n0, x, ldx, rows, scratch, c);
-  }
+  with_code(m, [&]<int CODE, bool ZERO>() {
+    with_rows(rows, [&]<int M>() { multiply_lanes_of<CODE, ZERO, M>(m, n0, x, ldx, scratch, c); });
+  });
 }
 
 /// A part of a row, row[0] being column part.first, as lanes meet it; dst is where column 0 goes.

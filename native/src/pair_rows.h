@@ -6,7 +6,6 @@
 
 namespace WL_NS {
 
-constexpr int PAIR_ROWS = 4;  // up to here this is faster than panels
 constexpr int64_t PAIR_AHEAD = 512;  // bytes between what is read of a stored row and what is fetched
 
 /// A stripe of W stored rows from column k on, `rest` columns being left of their block, as pairs: to[pair][row].
@@ -99,36 +98,17 @@ inline void multiply_pairs_of(const wl_matrix &m, int64_t n0, const float *packe
   }
 }
 
-template <int CODE, bool ZERO>
-inline void multiply_pairs_as(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *scratch, float *c) {
-  switch (rows) {
-    case 1: return multiply_pairs_of<CODE, ZERO, 1>(m, n0, packed, scratch, c);
-    case 2: return multiply_pairs_of<CODE, ZERO, 2>(m, n0, packed, scratch, c);
-    case 3: return multiply_pairs_of<CODE, ZERO, 3>(m, n0, packed, scratch, c);
-    case 4: return multiply_pairs_of<CODE, ZERO, 4>(m, n0, packed, scratch, c);
-  }
-}
-
 inline void multiply_pairs(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *scratch, float *c) {
-  const bool zero = m.zero_type != WL_Z_NONE;
-  switch (m.code) {
-    case WL_BF16: return multiply_pairs_as<WL_BF16, false>(m, n0, packed, rows, scratch, c);
-    case WL_F16: return multiply_pairs_as<WL_F16, false>(m, n0, packed, rows, scratch, c);
-    case WL_E4M3: return multiply_pairs_as<WL_E4M3, false>(m, n0, packed, rows, scratch, c);
-    case WL_E2M1: return multiply_pairs_as<WL_E2M1, false>(m, n0, packed, rows, scratch, c);
-    case WL_INT8:
-      if (zero) return multiply_pairs_as<WL_INT8, true>(m, n0, packed, rows, scratch, c);
-      return multiply_pairs_as<WL_INT8, false>(m, n0, packed, rows, scratch, c);
-    case WL_INT4:
-      if (zero) return multiply_pairs_as<WL_INT4, true>(m, n0, packed, rows, scratch, c);
-      return multiply_pairs_as<WL_INT4, false>(m, n0, packed, rows, scratch, c);
-  }
+  with_code(m, [&]<int CODE, bool ZERO>() {
+    if constexpr (codes_per_word(CODE) > 1)
+      with_rows(rows, [&]<int M>() { multiply_pairs_of<CODE, ZERO, M>(m, n0, packed, scratch, c); });
+  });
 }
 
 /// Pairs that are not written to panels where rows are few.
 struct FewPairs : Pairs {
   static bool multiply_few(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *scratch, float *c) {
-    if (rows > PAIR_ROWS || !has_contiguous_rows(m) || m.code == WL_F32 || m.groups) return false;
+    if (rows > LANE_ROWS || !has_contiguous_rows(m) || codes_per_word(m.code) == 1 || m.groups) return false;
     multiply_pairs(m, n0, packed, rows, scratch, c);
     return true;
   }

@@ -142,12 +142,14 @@ inline void unpack_awq(const wl_matrix &m, const int64_t columns[W], bool full, 
 
 inline int64_t num_groups(const wl_matrix &m) { return (m.k + m.block_k - 1) / m.block_k; }
 
-/// Floats of scratch for the scales of a panel.
-inline int64_t group_floats(const wl_matrix &m) {
-  if (m.scale_type == WL_S_NONE) return 0;
+/// Most groups that a block of k has.
+inline int64_t block_groups(const wl_matrix &m) {
   const int64_t all = num_groups(m), block = (KC + m.block_k - 1) / m.block_k + 1;
-  return 2 * NR * (m.groups || all < block ? all : block);
+  return m.groups || all < block ? all : block;
 }
+
+/// Floats of scratch for the scales of a panel.
+inline int64_t group_floats(const wl_matrix &m) { return m.scale_type == WL_S_NONE ? 0 : 2 * NR * block_groups(m); }
 
 /// The columns of a panel, and the scales of one block of k.
 struct Source {

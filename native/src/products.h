@@ -170,8 +170,7 @@ inline V activate(const ExpertRound &round, V gate, V up) {
   // the limit comes first: min and max then pass on NaN in their second operand
   gate = v_min(v_set(round.limit), gate);
   up = v_max(v_set(-round.limit), v_min(v_set(round.limit), up));
-  V sigmoid = v_div(v_set(1.0f), v_add(v_set(1.0f), v_exp(v_mul(gate, v_set(-round.alpha)))));
-  return v_mul(v_mul(v_add(up, v_set(1.0f)), gate), sigmoid);
+  return v_mul(v_mul(v_add(up, v_set(1.0f)), gate), v_sigmoid(v_mul(gate, v_set(round.alpha))));
 }
 
 /// Panels of hidden columns that are made together.

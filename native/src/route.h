@@ -51,7 +51,7 @@ inline void scores_of(float *x, int64_t size, int32_t kind) {
     for (int64_t i = 0; i < size; i += W) v_store(x + i, v_div(v_load(x + i), v_set(sum)));
     return;
   }
-  for (int64_t i = 0; i < size; i += W) v_store(x + i, sigmoid(v_load(x + i)));
+  for (int64_t i = 0; i < size; i += W) v_store(x + i, v_sigmoid(v_load(x + i)));
 }
 
 /// Experts of groups that are not among the best can no longer be chosen.

@@ -47,6 +47,13 @@ inline void store_tail(float *p, V x, int count) {
   std::memcpy(p, lanes, size_t(count) * 4);
 }
 
+/// The first `count` floats, W or fewer.
+inline V load_floats(const float *p, int count) { return count == W ? v_load(p) : load_tail(p, WL_F32, 0, count); }
+inline void store_floats(float *p, V x, int count) {
+  if (count == W) v_store(p, x);
+  else store_tail(p, x, count);
+}
+
 struct NormWork {
   const float *x;
   int64_t ldx;
@@ -90,13 +97,12 @@ inline void combine_row(const CombineWork &c, int64_t row) {
   const float *weights = c.weights + row * c.per_row, *outputs = c.outputs + row * c.per_row * c.width;
   for (int64_t i = 0; i < c.width; i += W) {
     const int count = int(std::min<int64_t>(W, c.width - i));
-    auto get = [&](const float *p) { return count == W ? v_load(p) : load_tail(p, WL_F32, 0, count); };
+    auto get = [&](const float *p) { return load_floats(p, count); };
     V sum = c.per_row ? v_mul(v_set(weights[0]), get(outputs + i)) : v_zero();
     for (int64_t a = 1; a < c.per_row; a++) sum = v_fma(v_set(weights[a]), get(outputs + a * c.width + i), sum);
     if (c.shared) sum = v_add(sum, get(c.shared + row * c.width + i));
     sum = v_fma(v_set(c.multiplier), sum, get(c.residual + row * c.width + i));
-    if (count == W) v_store(c.out + row * c.width + i, sum);
-    else store_tail(c.out + row * c.width + i, sum, count);
+    store_floats(c.out + row * c.width + i, sum, count);
   }
 }
 
@@ -137,7 +143,6 @@ struct WriteWork {
   int64_t row_stride, head_stride, num_rows, num_heads, width;
   wl_cache to;
   const int64_t *pages, *offsets;
-  float *scales;
   int64_t page_tokens;
 };
 
@@ -160,7 +165,7 @@ inline void write_int8(const float *x, int64_t width, uint8_t *to, float &scale)
   const V step = v_set(scale == 0 ? 1.0f : scale), most = v_set(127.0f);
   for (int64_t i = 0; i < width; i += W) {
     const int count = int(std::min<int64_t>(W, width - i));
-    const V value = v_round(v_div(count == W ? v_load(x + i) : load_tail(x, WL_F32, i, count), step));
+    const V value = v_round(v_div(load_floats(x + i, count), step));
     float lanes[W];
     v_store(lanes, v_max(v_min(value, most), v_set(-127.0f)));
     for (int j = 0; j < count; j++) to[i + j] = uint8_t(scale - scale == 0 ? int(lanes[j]) + 128 : 128);
@@ -173,7 +178,7 @@ inline void write_row(const WriteWork &w, int64_t row) {
     const float *x = w.x + row * w.row_stride + head * w.head_stride;
     uint8_t *to = page + head * w.to.head_stride;
     if (w.to.type == WL_INT8) {
-      write_int8(x, w.width, to, w.scales[(w.pages[row] * w.num_heads + head) * w.page_tokens + w.offsets[row]]);
+      write_int8(x, w.width, to, w.to.scales[(w.pages[row] * w.num_heads + head) * w.page_tokens + w.offsets[row]]);
       continue;
     }
     if (w.to.type == WL_F32) {
@@ -206,8 +211,6 @@ inline void copy_row(const CopyWork &c, int64_t row) {
 
 inline void copy_rows(const CopyWork &c) { for_rows<copy_row>(c, c.num_heads * c.width); }
 
-inline V sigmoid(V x) { return v_div(v_set(1.0f), v_add(v_set(1.0f), v_exp(v_sub(v_zero(), x)))); }
-
 struct GateWork {
   float *x;
   int64_t num_rows, width;
@@ -216,14 +219,12 @@ struct GateWork {
 };
 
 inline void gate_row(const GateWork &g, int64_t row) {
-  const V all = g.one_of_row ? sigmoid(v_set(g.gate[row])) : v_zero();
+  const V all = g.one_of_row ? v_sigmoid(v_set(g.gate[row])) : v_zero();
   for (int64_t i = 0; i < g.width; i += W) {
     const int count = int(std::min<int64_t>(W, g.width - i));
-    auto get = [&](const float *p) { return count == W ? v_load(p) : load_tail(p, WL_F32, 0, count); };
     float *x = g.x + row * g.width + i;
-    const V y = v_mul(get(x), g.one_of_row ? all : sigmoid(get(g.gate + row * g.width + i)));
-    if (count == W) v_store(x, y);
-    else store_tail(x, y, count);
+    const V by = g.one_of_row ? all : v_sigmoid(load_floats(g.gate + row * g.width + i, count));
+    store_floats(x, v_mul(load_floats(x, count), by), count);
   }
 }
 

@@ -244,6 +244,8 @@ inline V v_exp(V x) {
   return v_mul(v_mul(p, a), b);
 }
 
+inline V v_sigmoid(V x) { return v_div(v_set(1.0f), v_add(v_set(1.0f), v_exp(v_sub(v_zero(), x)))); }
+
 /// Sum of the lanes, in a fixed order.
 inline float v_sum(V x) {
   float lanes[W];

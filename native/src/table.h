@@ -18,7 +18,7 @@ struct Table {
   void (*combine)(const float *, const float *, const float *, const float *, float *, int64_t, int64_t, int64_t, float);
   void (*rotate)(float *, int64_t, int64_t, int64_t, int64_t, int64_t, const float *, const float *, int64_t, int32_t);
   void (*write_rows)(const float *, int64_t, int64_t, int64_t, int64_t, int64_t, const wl_cache &, const int64_t *, const int64_t *,
-                     float *, int64_t);
+                     int64_t);
   void (*copy_rows)(const float *, int64_t, int64_t, int64_t, int64_t, int64_t, float *, int64_t, int64_t);
   void (*gate)(float *, int64_t, int64_t, const float *, bool);
   void (*route)(const float *, int64_t, int64_t, const wl_routing &, float *, int64_t *);

@@ -206,20 +206,11 @@ struct WordTile {
 inline bool has_words_along_n(const wl_matrix &m) { return m.packing != WL_ROWS; }
 
 /// Floats of scratch for the groups of a tile.
-inline int64_t word_floats(const wl_matrix &m) {
-  const int64_t all = num_groups(m), block = (KC + m.block_k - 1) / m.block_k + 1;
-  return WordTile<WL_GPTQ, 1>::GROUP * (m.groups || all < block ? all : block);
-}
+inline int64_t word_floats(const wl_matrix &m) { return WordTile<WL_GPTQ, 1>::GROUP * block_groups(m); }
 
 template <int PACKING>
 inline void multiply_words_as(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, int64_t rows, float *tables, float *c) {
-  auto run = [&]<int M>() { WordTile<PACKING, M>(m, n0, ldx, x, tables).multiply(c); };
-  switch (rows) {
-    case 1: return run.template operator()<1>();
-    case 2: return run.template operator()<2>();
-    case 3: return run.template operator()<3>();
-    case 4: return run.template operator()<4>();
-  }
+  with_rows(rows, [&]<int M>() { WordTile<PACKING, M>(m, n0, ldx, x, tables).multiply(c); });
 }
 
 /// Columns n0 .. n0 + TILE of `rows` rows (at most LANE_ROWS) times a matrix: c[panel][rows][NR].

@@ -140,7 +140,7 @@ TEST(rows_are_written_where_they_belong_and_nowhere_else) {
       offsets.push_back(run.between(0, tokens - 1));
     }
     wl_set_threads(int32_t(run.between(1, 3)));
-    CHECK(wl_write_rows(x.data(), row_stride, head_stride, rows, heads, width, &cache, pages.data(), offsets.data(), nullptr, 0) == WL_OK, "refused");
+    CHECK(wl_write_rows(x.data(), row_stride, head_stride, rows, heads, width, &cache, pages.data(), offsets.data(), 0) == WL_OK, "refused");
     std::vector<bool> is_written(memory.size());
     for (int64_t row = 0; row < rows; row++)
       for (int64_t head = 0; head < heads; head++)
@@ -162,7 +162,7 @@ TEST(rows_are_written_where_they_belong_and_nowhere_else) {
   }
   wl_set_threads(1);
   const wl_cache codes{nullptr, 0, 0, 0, 0, WL_INT8, nullptr};
-  CHECK(wl_write_rows(nullptr, 0, 0, 0, 0, 0, &codes, nullptr, nullptr, nullptr, 1) == WL_E_ARGUMENT, "int8 rows have scales");
+  CHECK(wl_write_rows(nullptr, 0, 0, 0, 0, 0, &codes, nullptr, nullptr, 1) == WL_E_ARGUMENT, "int8 rows have scales");
 }
 
 TEST(int8_rows_have_codes_and_a_scale_of_their_own) {
@@ -181,7 +181,7 @@ TEST(int8_rows_have_codes_and_a_scale_of_their_own) {
       offsets.push_back(run.between(0, tokens - 1));
     }
     wl_set_threads(int32_t(run.between(1, 3)));
-    CHECK(wl_write_rows(x.data(), heads * width, width, rows, heads, width, &cache, pages.data(), offsets.data(), scales.data(), tokens) == WL_OK, "refused");
+    CHECK(wl_write_rows(x.data(), heads * width, width, rows, heads, width, &cache, pages.data(), offsets.data(), tokens) == WL_OK, "refused");
     for (int64_t row = 0; row < rows; row++)
       for (int64_t head = 0; head < heads; head++) {
         const float *from = &x[size_t((row * heads + head) * width)];

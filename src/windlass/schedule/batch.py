@@ -7,9 +7,8 @@ from windlass.plan import Schedule
 CHUNK_TOKENS = (
     64  # prompt chunks and micro-batches end at multiples of this, or at the prompt's end
 )
-MOST_REPEATED = (
-    16  # rows: with more, kernels take so long that it hardly matters how one calls them
-)
+# Rows; with more, kernels take so long that it hardly matters how one calls them.
+MOST_REPEATED = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

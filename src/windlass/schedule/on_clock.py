@@ -178,7 +178,7 @@ class ClockRuntime:
         if self._announcer is not None:
             self._announcer.enter(layer)
 
-    def repeat(self, layer: int, hidden: None, batch: Batch) -> bool:
+    def repeat(self, layer: int) -> bool:
         return False  # the same work and reads, but for calls that cost nothing: see costs.py
 
     # --- a pass -----------------------------------------------------------------------------------

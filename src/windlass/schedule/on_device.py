@@ -117,7 +117,7 @@ class DeviceRuntime:
             hidden, self._places = self._repeater.begin(batch, hidden, self._places)
             return hidden
 
-    def repeat(self, layer: int, hidden: torch.Tensor, batch: Batch) -> bool:
+    def repeat(self, layer: int) -> bool:
         return self._repeater.layer(layer)
 
     def attention(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:

@@ -26,7 +26,7 @@ def run_pass(rt: Runtime, shape: PassShape, batch: Batch) -> Outcome:
     hidden = rt.begin(batch)
     for layer, is_moe in enumerate(shape.is_moe):
         rt.announce(layer)
-        if rt.repeat(layer, hidden, batch):
+        if rt.repeat(layer):
             continue
         if is_moe:
             _moe_layer(rt, layer, hidden, batch)

@@ -146,11 +146,5 @@ class _Pass:
             for to, new in zip(tables, places.tables[rope], strict=True):
                 to.copy_(new)
         self.recorder.begin(places.work)
-        self.places = places._replace(
-            positions=own.positions,
-            pages=own.pages,
-            offsets=own.offsets,
-            long_rope=own.long_rope,
-            tables=own.tables,
-        )
+        self.places = own._replace(work=places.work, delta=places.delta)
         return self.places

@@ -37,9 +37,10 @@ class Runtime(Protocol):
         """The pass enters `layer` (len(layers) for the head): forecast what comes and fetch it."""
         ...
 
-    def repeat(self, layer: int, hidden: Any, batch: Batch) -> bool:
-        """Computes a whole layer at once, if all its weights are in memory for good and the device
-        can do what it did for the last pass. False: nothing is done, the schedule has to."""
+    def repeat(self, layer: int) -> bool:
+        """Computes a whole layer of the pass at once, if all its weights are in memory for good and
+        the device can do what it did for the last pass. False: nothing is done, the schedule has
+        to."""
         ...
 
     def lease(self, key: WeightKey) -> AbstractContextManager[Any]:

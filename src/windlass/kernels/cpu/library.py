@@ -91,7 +91,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "wl_rms_norm": [_ptr, _i64, _ptr, _i64, _i64, _i64, _ptr, _i32, _f32, _f32],
     "wl_combine": [_ptr, _ptr, _ptr, _ptr, _ptr, _i64, _i64, _i64, _f32],
     "wl_rotate": [_ptr, _i64, _i64, _i64, _i64, _i64, _ptr, _ptr, _i64, _i32],
-    "wl_write_rows": [_ptr, _i64, _i64, _i64, _i64, _i64, c.POINTER(Cache), _ptr, _ptr, _ptr, _i64],
+    "wl_write_rows": [_ptr, _i64, _i64, _i64, _i64, _i64, c.POINTER(Cache), _ptr, _ptr, _i64],
     "wl_copy_rows": [_ptr, _i64, _i64, _i64, _i64, _i64, _ptr, _i64, _i64],
     "wl_gate": [_ptr, _i64, _i64, _ptr, _i32],
     "wl_route": [_ptr, _i64, _i64, c.POINTER(Routing), _ptr, _ptr],

@@ -229,12 +229,10 @@ class NativeKernels(TorchKernels):
     ) -> None:
         x_TKd = _rows(x_TKd)
         row, head, _ = x_TKd.stride()
-        scales = store.scales_PKB
         self._call(
             "wl_write_rows",
             x_TKd.data_ptr(), row, head, *x_TKd.shape, _cache(store),
-            pages_T.data_ptr(), offsets_T.data_ptr(),
-            None if scales is None else scales.data_ptr(), store.rows_PKBd.shape[2],
+            pages_T.data_ptr(), offsets_T.data_ptr(), store.rows_PKBd.shape[2],
         )  # fmt: skip
 
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -293,19 +291,11 @@ class NativeKernels(TorchKernels):
 
     def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
         y_TD = y_TD.contiguous()
-        hidden = hidden_TD.data_ptr()
+        hidden, (num_rows, width) = hidden_TD.data_ptr(), y_TD.shape
         self._call(
             "wl_combine",
-            None,
-            None,
-            y_TD.data_ptr(),
-            hidden,
-            hidden,
-            y_TD.shape[0],
-            0,
-            y_TD.shape[1],
-            multiplier,
-        )
+            None, None, y_TD.data_ptr(), hidden, hidden, num_rows, 0, width, multiplier,
+        )  # fmt: skip
 
     def read(self, x: torch.Tensor) -> None:
         self._call("wl_read", x.data_ptr(), x.numel() * x.itemsize, c.c_float())
