@@ -12,7 +12,6 @@ import torch
 from windlass.device import host
 from windlass.units import round_up
 
-
 # Below, malloc's memory. What lies in between is too large for it: freed among smaller pieces that
 # live on, it leaves holes, and the heap grew by up to 34 MiB beyond what was in use.
 _LEAST_BYTES = 512 << 10
