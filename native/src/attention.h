@@ -7,12 +7,10 @@
 
 #include <cmath>
 
-#include "products.h"
+#include "kv_block.h"
 
 namespace WL_NS {
 
-constexpr int BK = 64;         // positions of a block
-constexpr int BP = BK / NR;    // panels of a block
 constexpr int64_t MQ = 64;     // rows of one item at most: tile rows times heads
 constexpr float LOWEST = -1e30f;  // instead of -inf: differences of two masked rows stay finite
 
@@ -38,36 +36,6 @@ struct AttentionBench {
     total = top + rows;
     fade = total + rows;
     std::memset(zeros, 0, size_t(width) * 4);
-  }
-};
-
-/// Where the rows of a block's positions lie; those after the last one point to zeros.
-struct Places {
-  const uint8_t *rows[BK];
-  float scales[BK];
-
-  void fill(const wl_attention &a, const wl_cache &c, const wl_tile &t, int64_t head, int64_t t0, int64_t last,
-            const float *zeros) {
-    int64_t page = t0 / a.page_tokens, offset = t0 % a.page_tokens;
-    for (int i = 0; i < BK; i++) {
-      if (t0 + i > last) {
-        rows[i] = reinterpret_cast<const uint8_t *>(zeros);
-        scales[i] = 0.0f;
-        continue;
-      }
-      const int64_t at = t.pages[page];
-      rows[i] = static_cast<const uint8_t *>(c.data) + at * c.page_stride + head * c.head_stride + offset * c.token_stride;
-      if (c.scales) scales[i] = c.scales[(at * a.num_kv_heads + head) * a.page_tokens + offset];
-      if (++offset == a.page_tokens) {
-        offset = 0;
-        page++;
-      }
-    }
-  }
-
-  /// `count` rows from `first` on, for `steps` steps of micro tiles to fetch.
-  Ahead ahead(int first, int count, int64_t bytes, int64_t steps) const {
-    return {rows + first, 0, count, int((count + steps - 1) / std::max<int64_t>(steps, 1)), int((bytes + 63) / 64)};
   }
 };
 
@@ -99,40 +67,6 @@ inline void score(const wl_attention &a, const Places &keys, int valid, const Pl
       }
       multiply_in_order(bench.queries, rows, a.key_dim, k0, count, bench.panel, bench.scores + p * rows * NR, k0 == 0, ahead);
     }
-}
-
-/// panel[valid][NR] = columns v0 .. v0 + NR of the values of a block.
-template <int TYPE>
-inline void unpack_values_as(const wl_cache &c, const Places &values, int valid, int64_t v0, float *panel) {
-  for (int i = 0; i < valid; i++)
-    for (int v = 0; v < NV; v++) {
-      const int64_t at = v0 + v * W;
-      const uint8_t *row = values.rows[i];
-      V x = v_zero();
-      if (at < c.width) {
-        const uint8_t *from = row + at * item_bytes(TYPE);
-        alignas(64) uint8_t tail[W * 4];
-        if (at + W > c.width) {  // the row ends inside this vector
-          std::memset(tail, 0, sizeof tail);
-          std::memcpy(tail, from, size_t((c.width - at) * item_bytes(TYPE)));
-          from = tail;
-        }
-        if constexpr (TYPE == WL_F32) x = v_load(reinterpret_cast<const float *>(from));
-        if constexpr (TYPE == WL_BF16) x = load_bf16(from);
-        if constexpr (TYPE == WL_F16) x = load_f16(from);
-        if constexpr (TYPE == WL_INT8) x = v_mul(v_sub(to_float(load_bytes(from)), v_set(128.0f)), v_set(values.scales[i]));
-      }
-      v_store(panel + i * NR + v * W, x);
-    }
-}
-
-inline void unpack_values(const wl_cache &c, const Places &values, int valid, int64_t v0, float *panel) {
-  switch (c.type) {
-    case WL_F32: return unpack_values_as<WL_F32>(c, values, valid, v0, panel);
-    case WL_BF16: return unpack_values_as<WL_BF16>(c, values, valid, v0, panel);
-    case WL_F16: return unpack_values_as<WL_F16>(c, values, valid, v0, panel);
-    default: return unpack_values_as<WL_INT8>(c, values, valid, v0, panel);
-  }
 }
 
 /// One block's new maximum, weights (in place of scores) and sum of a row at `position`.
@@ -231,6 +165,12 @@ inline void attend_item(const wl_attention &a, const Item &item, const Item *aft
           v_store(o, v_mul(v_load(o), v_set(bench.fade[r])));
         }
     }
+    const Places &values = pipeline.shared ? pipeline.keys[now] : pipeline.values[now];
+    const Places *next = more && !pipeline.shared ? &pipeline.values[then] : nullptr;
+    if (rows <= FEW_HEADS) {
+      add_values(a.values, values, next, valid, rows, bench.scores, v, bench.out);
+      continue;
+    }
     for (int64_t b = 0; b < blocks.count(); b++) {
       const float *pointers[MR];
       const int64_t begin = blocks.begin(b);
@@ -241,12 +181,12 @@ inline void attend_item(const wl_attention &a, const Item &item, const Item *aft
       }
     }
     for (int64_t p = 0; p < panels; p++) {
-      unpack_values(a.values, pipeline.shared ? pipeline.keys[now] : pipeline.values[now], valid, p * NR, bench.panel);
+      unpack_values(a.values, values, valid, p * NR, bench.panel);
       Ahead ahead;
-      if (more && !pipeline.shared) {
+      if (next) {
         const int per_panel = int((BK + panels - 1) / panels), from = int(p) * per_panel;
         const int num = std::max(0, std::min(per_panel, BK - from));
-        ahead = pipeline.values[then].ahead(from, num, v * item_bytes(a.values.type), valid / KSTEP);
+        ahead = next->ahead(from, num, v * item_bytes(a.values.type), valid / KSTEP);
       }
       multiply_in_order(bench.weights, rows, BK, 0, valid, bench.panel, bench.out + p * rows * NR, false, ahead);
     }
@@ -263,7 +203,10 @@ inline void attend_item(const wl_attention &a, const Item &item, const Item *aft
       total = total * fade + lanes[0];
     }
     float *to = a.out + ((tile.row + r / heads) * a.num_heads + head) * v;
-    for (int64_t i = 0; i < v; i++) to[i] = bench.out[(i / NR * rows + r) * NR + i % NR] * fade / total;
+    for (int64_t i = 0; i < v; i += W) {
+      const V x = v_div(v_mul(v_load(bench.out + (i / NR * rows + r) * NR + i % NR), v_set(fade)), v_set(total));
+      store_some(to + i, as_int(x), int(std::min<int64_t>(W, v - i)));
+    }
   }
 }
 

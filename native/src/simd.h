@@ -246,21 +246,22 @@ inline V v_exp(V x) {
 
 inline V v_sigmoid(V x) { return v_div(v_set(1.0f), v_add(v_set(1.0f), v_exp(v_sub(v_zero(), x)))); }
 
-/// Sum of the lanes, in a fixed order.
-inline float v_sum(V x) {
-  float lanes[W];
-  v_store(lanes, x);
-  for (int width = W / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-  return lanes[0];
+/// The lanes joined by `join`, those half a vector apart first.
+template <class F>
+[[gnu::always_inline]] inline float join_lanes(V x, F join) {
+#if defined(__AVX512F__)
+  x = join(x, _mm512_shuffle_f32x4(x, x, 0x4e));
+  x = join(x, _mm512_shuffle_f32x4(x, x, 0xb1));
+  x = join(x, _mm512_shuffle_ps(x, x, 0x4e));
+  return _mm512_cvtss_f32(join(x, _mm512_shuffle_ps(x, x, 0xb1)));
+#else
+  x = join(x, _mm256_permute2f128_ps(x, x, 0x01));
+  x = join(x, _mm256_shuffle_ps(x, x, 0x4e));
+  return _mm256_cvtss_f32(join(x, _mm256_shuffle_ps(x, x, 0xb1)));
+#endif
 }
 
-inline float v_top(V x) {
-  float lanes[W];
-  v_store(lanes, x);
-  for (int width = W / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-  return lanes[0];
-}
+inline float v_sum(V x) { return join_lanes(x, v_add); }
+inline float v_top(V x) { return join_lanes(x, v_max); }
 
 }  // namespace WL_NS

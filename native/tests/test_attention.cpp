@@ -169,7 +169,7 @@ Case::Shape any_shape(Run &run) {
   return run.pick<Case::Shape>({
       {4, 2, 64, 64, false}, {3, 3, 5, 7, false}, {8, 1, 12, 4, false}, {16, 2, 128, 128, false}, {6, 2, 33, 31, false},
       {1, 1, 1, 1, false}, {70, 1, 16, 16, false}, {5, 1, 256, 65, false}, {2, 1, 300, 20, false},
-      {16, 1, 72, 64, true}, {4, 1, 576, 512, true}, {3, 1, 9, 7, true},
+      {16, 1, 72, 64, true}, {4, 1, 576, 512, true}, {3, 1, 9, 7, true}, {8, 1, 40, 130, false}, {14, 2, 64, 160, false},
   });
 }
 
