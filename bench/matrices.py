@@ -8,12 +8,35 @@ import torch
 from windlass.device.host import empty
 from windlass.packed import Packed, Tensors
 from windlass.spec.formats import WeightFormat
+from windlass.units import MIB, round_up
 
 Matrix = Callable[[int, int], torch.Tensor | Packed]
 
 
+class _Arena:
+    """Memory in huge pages that parts of matrices are cut from, as from slots in a run."""
+
+    _BYTES = 64 * MIB
+    _ALIGNMENT = 64
+
+    def __init__(self) -> None:
+        self._left = torch.empty(0, dtype=torch.uint8)
+
+    def place(self, part: torch.Tensor) -> torch.Tensor:
+        """A copy of a contiguous tensor."""
+        size = part.numel() * part.itemsize
+        if size > self._left.numel():
+            self._left = empty(max(size, self._BYTES), dtype=torch.uint8)
+        here = self._left[:size]
+        self._left = self._left[round_up(size, self._ALIGNMENT) :]
+        return here.view(part.dtype).view(part.shape).copy_(part)
+
+
+_place = _Arena().place
+
+
 def bf16(n: int, k: int) -> torch.Tensor:
-    return empty(n, k, dtype=torch.bfloat16).copy_(torch.randn(n, k) / k**0.5)
+    return _place((torch.randn(n, k) / k**0.5).to(torch.bfloat16))
 
 
 def _rows_of(code: Any, columns: int, rows: int = 1) -> Matrix:
@@ -28,7 +51,7 @@ def _rows_of(code: Any, columns: int, rows: int = 1) -> Matrix:
         if scale_type is torch.uint8:
             scales = torch.full((n, k // columns), 120, dtype=torch.uint8)
         form = WeightFormat(code=code, rows=rows, columns=columns)
-        return Packed(form, (n, k), empty(*codes.shape, dtype=torch.uint8).copy_(codes), scales)
+        return Packed(form, (n, k), _place(codes), _place(scales))
 
     return make
 
@@ -37,16 +60,16 @@ def _gptq(n: int, k: int) -> Packed:
     codes = torch.randint(-(2**31), 2**31, (k // 8, n)).int()
     zeros = torch.randint(-(2**31), 2**31, (k // 128, n // 8)).int()
     form = WeightFormat(code="int4", packing="gptq", columns=128, zero="gptq", zero_add=1)
-    scales = torch.full((k // 128, n), 0.01).half().t()
-    return Packed(form, (n, k), empty(*codes.shape, dtype=torch.int32).copy_(codes), scales, zeros)
+    scales = _place(torch.full((k // 128, n), 0.01).half()).t()
+    return Packed(form, (n, k), _place(codes), scales, _place(zeros))
 
 
 def _awq(n: int, k: int) -> Packed:
     codes = torch.randint(-(2**31), 2**31, (k, n // 8)).int()
     zeros = torch.randint(-(2**31), 2**31, (k // 128, n // 8)).int()
     form = WeightFormat(code="int4", packing="awq", columns=128, zero="awq")
-    scales = torch.full((k // 128, n), 0.01).half().t()
-    return Packed(form, (n, k), empty(*codes.shape, dtype=torch.int32).copy_(codes), scales, zeros)
+    scales = _place(torch.full((k // 128, n), 0.01).half()).t()
+    return Packed(form, (n, k), _place(codes), scales, _place(zeros))
 
 
 FORMATS: dict[str, Matrix] = {

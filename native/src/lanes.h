@@ -5,13 +5,13 @@
 #include <utility>
 
 #include "gemm.h"
+#include "lane_groups.h"
 
 namespace WL_NS {
 
 constexpr int LANE_ROWS = 4;           // up to here this is faster than panels
-constexpr int LANE_COLUMNS = 2048;     // of k whose sums wait to be added up
 constexpr int64_t LANE_AHEAD = 4096;   // bytes between what is read and what is fetched
-constexpr int LANE_GROUPS = LANE_COLUMNS / 8 + 2 + W;  // scales of a stored row: a group has a word or more
+constexpr int64_t PACKED_AHEAD = 4096; // the same of rows of which several are read at once
 constexpr int64_t LANE_FLOATS = (LANE_COLUMNS / KC) * LANE_ROWS * W * W + 2 * W * LANE_GROUPS;
 
 /// f(0), f(1), ... as constants, below N.
@@ -22,11 +22,40 @@ template <int N, class F>
   }(std::make_integer_sequence<int, N>{});
 }
 
-constexpr bool has_scales(int code) { return codes_per_word(code) > 2; }
+/// Half of each word, with ones for an exponent: a code and some of those are the end of the mantissa of a
+/// power of two, taken by one `and` (hidden from gcc, which would make it two operations for each code).
+[[gnu::always_inline]] inline VI raise_half(VI words, int half) {
+  VI raised = i_or(half ? i_shr<16>(words) : words, i_set(0x7f800000));
+  asm("" : "+v"(raised));
+  return raised;
+}
+template <int BITS>
+constexpr int place_of(int i) { return i * BITS % 16; }
+template <int BITS>
+constexpr float power_of(int i) { return float(1 << (23 - place_of<BITS>(i))); }
+template <int BITS, int I>
+[[gnu::always_inline]] inline V raised_code(VI half) {
+  constexpr int PLACE = place_of<BITS>(I);
+  return as_float(i_and(half, i_set(((1 << BITS) - 1) << PLACE | (127 + 23 - PLACE) << 23)));
+}
+
+/// Whether codes are taken out by one `and`; those of int4 without zero points are looked up (4 % faster).
+constexpr bool is_raised(int code, bool zero) { return code == WL_INT8 || (code == WL_INT4 && zero); }
+
+/// Words that a stored row has in a stripe, with both halves raised where codes are taken out so.
+template <int CODE, bool ZERO>
+struct LaneWords {
+  VI low, high;
+  LaneWords() = default;
+  [[gnu::always_inline]] explicit LaneWords(VI r) : low(r), high(r) {
+    if constexpr (is_raised(CODE, ZERO)) low = raise_half(r, 0), high = raise_half(r, 1);
+  }
+};
 
 /// Code I of each word as a weight.
 template <int CODE, bool ZERO, int I>
-[[gnu::always_inline]] inline V lane_weight(VI r, V scale, V zero) {
+[[gnu::always_inline]] inline V lane_weight(const LaneWords<CODE, ZERO> &words, V scale, V zero) {
+  const VI r = words.low;
   constexpr int BITS = 32 / codes_per_word(CODE);
   if constexpr (CODE == WL_F32) {
     return as_float(r);
@@ -38,13 +67,11 @@ template <int CODE, bool ZERO, int I>
     return v_mul(lookup16(i_shr<I * BITS>(r), FP4), scale);
   } else if constexpr (CODE == WL_E4M3) {
     return v_mul(e4m3_of_word(r, I), scale);
-  } else if constexpr (CODE == WL_INT4 && !ZERO) {
+  } else if constexpr (!is_raised(CODE, ZERO)) {
     return v_mul(lookup16(i_shr<I * BITS>(r), INT4), scale);
   } else {
-    // Where it lies in half a word, a code is the end of the mantissa of a power of two, which goes with the zero.
-    constexpr int PLACE = I * BITS % 16, POWER = 23 - PLACE;
-    const VI bits = i_and_or(I * BITS < 16 ? r : i_shr<16>(r), i_set(((1 << BITS) - 1) << PLACE), i_set((127 + POWER) << 23));
-    return v_mul(v_sub(as_float(bits), v_add(zero, v_set(1 << POWER))), scale);
+    const V code = raised_code<BITS, I>(I * BITS < 16 ? r : words.high);
+    return v_mul(v_sub(code, v_add(zero, v_set(power_of<BITS>(I)))), scale);
   }
 }
 
@@ -59,101 +86,85 @@ inline VI places_of_words(int per, int i) {
   return i_load(places);
 }
 
-/// Scales and zeros of some stored rows, and which of them belong to the words of a stripe.
-struct LaneGroups {
-  float *scale, *zero;  // [stored row][LANE_GROUPS], from group `first_group` on
-  int64_t first_group = 0;
-  bool regular = true;
-  int shift = 0;  // to divide by block_k, or -1
-  VI pattern = i_set(0);  // of each word of a stripe: its group, counted from the stripe's first
-
-  static VI pattern_at(const wl_matrix &m, int64_t k, int per) {
-    int32_t groups[W];
-    for (int j = 0; j < W; j++) groups[j] = int32_t((k + j * per) / m.block_k - k / m.block_k);
-    return i_load(groups);
-  }
-  LaneGroups(const wl_matrix &m, float *memory, int per) : scale(memory), zero(memory + W * LANE_GROUPS) {
-    if (!has_scales(m.code)) return;
-    regular = m.block_k % (W * per) == 0 || W * per % m.block_k == 0;
-    shift = std::has_single_bit(uint64_t(m.block_k)) ? std::countr_zero(uint64_t(m.block_k)) : -1;
-    pattern = pattern_at(m, 0, per);
-  }
-
-  /// The group of column k, counted from the first that is filled in. Divisions take as long as a stripe.
-  int64_t at(const wl_matrix &m, int64_t k) const { return (shift >= 0 ? k >> shift : k / m.block_k) - first_group; }
-
-  /// For W stored rows at once: what was just written in parts cannot be read as a vector for a while.
-  void fill(const wl_matrix &m, int64_t n0, int64_t k0, int64_t k1) {
-    first_group = k0 / m.block_k;
-    const int64_t last = (k1 - 1) / m.block_k;
-    for (int c = 0; c < W; c++) {
-      const int64_t column = std::min(n0 + c, m.n - 1), n = m.block_n == 1 ? column : column / m.block_n;
-      row_of_scales(m, n, first_group, last - first_group + 1, scale + c * LANE_GROUPS);
-      if (m.zero_type == WL_Z_NONE) continue;
-      for (int64_t g = first_group; g <= last; g++) zero[c * LANE_GROUPS + g - first_group] = load_zero(m, n, g);
-    }
-  }
-};
-
-/// out[column][W] = chains of `count` columns of k from k0 on (one block), of CB stored rows and M packed
-/// rows: out + m * stride. Inlined for its constants: four-bit codes of a block are two stripes.
+/// CB stored rows times M packed ones.
 template <int CODE, bool ZERO, int M, int CB>
-[[gnu::always_inline]] inline void lane_block(const wl_matrix &m, const uint8_t *const *rows, int first_row, int64_t k0,
-                                              int count, const float *x, int64_t ldx, const LaneGroups &groups, float *out,
-                                              int64_t stride, int64_t ahead) {
-  constexpr int PER = codes_per_word(CODE), STRIPE = W * PER;
-  V sum[CB][M];
-  for (int c = 0; c < CB; c++)
-    for (int i = 0; i < M; i++) sum[c][i] = v_zero();
-  const V plain = v_set(load_plain_zero(m.code));
-  V scale[CB], zero[CB];
-  auto look_up = [&](int64_t k) __attribute__((always_inline)) {
+struct LaneRows {
+  static constexpr int PER = codes_per_word(CODE), STRIPE = W * PER, STRIPES = KC / STRIPE;
+  const uint8_t *rows[CB];
+  const float *x;
+  int64_t ldx, ahead;  // ahead: bytes from what is read to what is fetched
+  const LaneGroups &groups;
+  int first;  // the first row's place in `groups`
+
+  [[gnu::always_inline]] void look_up(int64_t k, V scale[CB], V zero[CB]) const {
     if constexpr (has_scales(CODE)) {
-      const VI pattern = groups.regular ? groups.pattern : LaneGroups::pattern_at(m, k, PER);
-      const int64_t first = groups.at(m, k);
+      const int64_t group = first * LANE_GROUPS + groups.at(k);
       for (int c = 0; c < CB; c++) {
-        scale[c] = permute(v_load(groups.scale + (first_row + c) * LANE_GROUPS + first), pattern);
-        zero[c] = ZERO ? permute(v_load(groups.zero + (first_row + c) * LANE_GROUPS + first), pattern) : plain;
+        scale[c] = permute(v_load(groups.scale + c * LANE_GROUPS + group), groups.pattern);
+        zero[c] = ZERO ? permute(v_load(groups.zero + c * LANE_GROUPS + group), groups.pattern) : v_set(load_plain_zero(CODE));
       }
     }
-  };
-  int k = 0;
-  x += k0;
-  for (; k + STRIPE <= count; k += STRIPE, x += STRIPE) {
-    VI r[CB];
+  }
+
+  /// The stripe from column k on.
+  [[gnu::always_inline]] void add_stripe(int64_t k, V sum[CB][M]) const {
+    LaneWords<CODE, ZERO> r[CB];
+    V scale[CB], zero[CB];
     for (int c = 0; c < CB; c++) {
-      r[c] = i_load(rows[c] + (k0 + k) * 4 / PER);
-      fetch_line<_MM_HINT_T0>(rows[c] + (k0 + k) * 4 / PER + ahead);
+      r[c] = LaneWords<CODE, ZERO>(i_load(rows[c] + k * 4 / PER));
+      fetch_line<_MM_HINT_T0>(rows[c] + k * 4 / PER + ahead);
     }
-    look_up(k0 + k);
+    look_up(k, scale, zero);
     each<PER>([&](auto i) __attribute__((always_inline)) {
       V w[CB];
       for (int c = 0; c < CB; c++) w[c] = lane_weight<CODE, ZERO, i()>(r[c], scale[c], zero[c]);
       for (int j = 0; j < M; j++) {
-        const V y = v_load(x + j * ldx + i() * W);
+        const V y = v_load(x + j * ldx + k + i() * W);
         for (int c = 0; c < CB; c++) sum[c][j] = v_fma(y, w[c], sum[c][j]);
       }
     });
   }
-  if (const int rest = count - k; rest > 0) {  // only bytes that exist are read, only sums that exist are changed
-    look_up(k0 + k);
+
+  /// The last stripe, which has `rest` columns: only bytes that exist are read, only sums that exist are changed.
+  void add_rest(int64_t k, int rest, V sum[CB][M]) const {
+    V scale[CB], zero[CB];
+    look_up(k, scale, zero);
     const VI left = i_set(rest);
     for (int c = 0; c < CB; c++) {
-      alignas(64) uint8_t bytes[W * 4] = {};
-      std::memcpy(bytes, rows[c] + (k0 + k) * 4 / PER, size_t((rest * 4 + PER - 1) / PER));
-      const VI r = i_load(bytes);
+      const LaneWords<CODE, ZERO> r(load_some<W * 4>(rows[c] + k * 4 / PER, (rest * 4 + PER - 1) / PER));
       each<PER>([&](auto i) __attribute__((always_inline)) {
         const V w = lane_weight<CODE, ZERO, i()>(r, scale[c], zero[c]);
         for (int j = 0; j < M; j++) {
-          const V y = v_load(x + j * ldx + i() * W);
+          const V y = v_load(x + j * ldx + k + i() * W);
           sum[c][j] = where_less(places_of_words(PER, i()), left, v_fma(y, w, sum[c][j]), sum[c][j]);
         }
       });
     }
   }
-  for (int c = 0; c < CB; c++)
-    for (int j = 0; j < M; j++) v_store(out + j * stride + c * W, sum[c][j]);
-}
+
+  /// to[block][M][row][chain] = chains of the columns k0 .. end, block by block.
+  [[gnu::always_inline]] void multiply(int64_t k0, int64_t end, float *to) const {
+    auto block = [&](auto add) __attribute__((always_inline)) {
+      V sum[CB][M];
+      for (int c = 0; c < CB; c++)
+        for (int j = 0; j < M; j++) sum[c][j] = v_zero();
+      add(sum);
+      for (int c = 0; c < CB; c++)
+        for (int j = 0; j < M; j++) v_store(to + (j * W + c) * W, sum[c][j]);
+      to += M * W * W;
+    };
+    for (; k0 + KC <= end; k0 += KC)
+      block([&](auto &sum) __attribute__((always_inline)) {
+        if constexpr (STRIPES <= 4) each<STRIPES>([&](auto s) __attribute__((always_inline)) { add_stripe(k0 + s() * STRIPE, sum); });
+        else for (int s = 0; s < STRIPES; s++) add_stripe(k0 + s * STRIPE, sum);
+      });
+    if (k0 == end) return;
+    block([&](auto &sum) {
+      for (; k0 + STRIPE <= end; k0 += STRIPE) add_stripe(k0, sum);
+      if (k0 < end) add_rest(k0, int(end - k0), sum);
+    });
+  }
+};
 
 /// c[row * NR] (+)= the chains of W columns in all blocks: `lanes` [block][M][column][chain].
 inline void add_chains(const float *lanes, int M, int64_t blocks, float *c, bool fresh) {
@@ -175,23 +186,21 @@ inline void multiply_lanes_of(const wl_matrix &m, int64_t n0, const float *x, in
   // GB/s of 47 row by row, 40 in four rows at once); else rows at once hide the latency of sums.
   constexpr int CB = !has_scales(CODE) ? 1 : W == 16 ? 4 : M == 1 ? 4 : 2;
   static_assert(W % CB == 0);
-  const Chains chains{codes_per_word(CODE)};
-  const int64_t ahead = m.stride_n * CB * std::max<int64_t>(LANE_AHEAD / (m.stride_n * CB), 1);
+  constexpr int64_t FAR = has_scales(CODE) ? PACKED_AHEAD : LANE_AHEAD;
+  const int64_t ahead = m.stride_n * CB * std::max<int64_t>(FAR / (m.stride_n * CB), 1);
   float *lanes = scratch;
-  LaneGroups groups(m, scratch + (LANE_COLUMNS / KC) * LANE_ROWS * W * W, chains.per);
+  LaneGroups groups(m, scratch + (LANE_COLUMNS / KC) * LANE_ROWS * W * W);
   for (int v = 0; v < NV; v++) {
     const int64_t first = n0 + v * W;
     if (first >= m.n) continue;
     for (int64_t k1 = 0; k1 < m.k; k1 += AT_ONCE) {
       const int64_t end = std::min(m.k, k1 + AT_ONCE);
-      if (has_scales(CODE)) groups.fill(m, first, k1, end);
+      if (has_scales(CODE)) groups.fill(first, k1, end);
       for (int i = 0; i < W; i += CB) {
-        const uint8_t *rows[CB];
+        LaneRows<CODE, ZERO, M, CB> some{{}, x, ldx, ahead, groups, i};
         for (int j = 0; j < CB; j++)
-          rows[j] = static_cast<const uint8_t *>(m.codes) + std::min(first + i + j, m.n - 1) * m.stride_n;
-        for (int64_t k0 = k1; k0 < end; k0 += KC)
-          lane_block<CODE, ZERO, M, CB>(m, rows, i, k0, int(std::min<int64_t>(KC, end - k0)), x, ldx, groups,
-                                              lanes + ((k0 - k1) / KC * M * W + i) * W, W * W, ahead);
+          some.rows[j] = static_cast<const uint8_t *>(m.codes) + std::min(first + i + j, m.n - 1) * m.stride_n;
+        some.multiply(k1, end, lanes + i * W);
       }
       add_chains(lanes, M, (end - k1 + KC - 1) / KC, c + v * W, k1 == 0);
     }

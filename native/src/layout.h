@@ -14,7 +14,7 @@ struct Layout {
   bool operator==(const Layout &) const = default;
   Layout(const wl_matrix &m, int64_t rows) : chains(Mode::chains(m)) {
     if (!Mode::LANES || rows > LANE_ROWS) return;
-    if (has_contiguous_rows(m) && !m.groups) way = LANES;
+    if (has_contiguous_rows(m) && has_even_groups(m)) way = LANES;
     if (has_words_along_n(m)) way = WORDS;
   }
   /// Floats of a packed row of k columns.

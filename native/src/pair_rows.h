@@ -19,8 +19,8 @@ inline void pairs_of_stripe(const wl_matrix &m, const uint8_t *const rows[W], in
   VI pattern = i_set(0);
   int64_t first = 0;
   if constexpr (has_scales(CODE)) {
-    pattern = groups.regular ? groups.pattern : LaneGroups::pattern_at(m, k, PER);
-    first = groups.at(m, k);
+    pattern = groups.pattern;
+    first = groups.at(k);
   }
   VI pairs[SETS][W];
   each<W>([&](auto c) __attribute__((always_inline)) {
@@ -42,9 +42,10 @@ inline void pairs_of_stripe(const wl_matrix &m, const uint8_t *const rows[W], in
         scale = permute(v_load(groups.scale + c() * LANE_GROUPS + first), pattern);
         if (ZERO) zero = permute(v_load(groups.zero + c() * LANE_GROUPS + first), pattern);
       }
+      const LaneWords<CODE, ZERO> words(r);
       each<SETS>([&](auto i) __attribute__((always_inline)) {
-        const V low = lane_weight<CODE, ZERO, 2 * i()>(r, scale, zero);
-        V high = lane_weight<CODE, ZERO, 2 * i() + 1>(r, scale, zero);
+        const V low = lane_weight<CODE, ZERO, 2 * i()>(words, scale, zero);
+        V high = lane_weight<CODE, ZERO, 2 * i() + 1>(words, scale, zero);
         if (!is_whole) high = where_less(places_of_words(PER, 2 * i() + 1), left, high, v_zero());
         pairs[i()][c()] = to_pairs(low, high);
       });
@@ -77,7 +78,7 @@ inline void add_pairs(const wl_matrix &m, const uint8_t *const rows[W], int64_t 
 /// Columns n0 .. n0 + NR of M packed rows times a matrix: c[M][NR].
 template <int CODE, bool ZERO, int M>
 inline void multiply_pairs_of(const wl_matrix &m, int64_t n0, const float *packed, float *scratch, float *c) {
-  LaneGroups groups(m, scratch, codes_per_word(CODE));
+  LaneGroups groups(m, scratch);
   for (int v = 0; v < NV; v++) {
     const int64_t n = n0 + v * W;
     if (n >= m.n) return;
@@ -86,7 +87,7 @@ inline void multiply_pairs_of(const wl_matrix &m, int64_t n0, const float *packe
       rows[i] = static_cast<const uint8_t *>(m.codes) + std::min(n + i, m.n - 1) * m.stride_n;
     for (int64_t k0 = 0; k0 < m.k; k0 += KC) {
       const int count = int(std::min<int64_t>(KC, m.k - k0));
-      if (has_scales(CODE) && k0 % LANE_COLUMNS == 0) groups.fill(m, n, k0, std::min(m.k, k0 + LANE_COLUMNS));
+      if (has_scales(CODE) && k0 % LANE_COLUMNS == 0) groups.fill(n, k0, std::min(m.k, k0 + LANE_COLUMNS));
       V sum[M];
       for (V &one : sum) one = v_zero();
       add_pairs<CODE, ZERO, M>(m, rows, k0, count, packed + k0 / 2 * M, groups, sum);
@@ -108,7 +109,7 @@ inline void multiply_pairs(const wl_matrix &m, int64_t n0, const float *packed, 
 /// Pairs that are not written to panels where rows are few.
 struct FewPairs : Pairs {
   static bool multiply_few(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *scratch, float *c) {
-    if (rows > LANE_ROWS || !has_contiguous_rows(m) || codes_per_word(m.code) == 1 || m.groups) return false;
+    if (rows > LANE_ROWS || !has_contiguous_rows(m) || codes_per_word(m.code) == 1 || !has_even_groups(m)) return false;
     multiply_pairs(m, n0, packed, rows, scratch, c);
     return true;
   }

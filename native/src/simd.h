@@ -61,6 +61,18 @@ inline V load_bf16(const void *p) {
 inline VI load_bytes(const void *p) {  // W bytes to W lanes
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i *>(p)));
 }
+/// The first `count` bytes of SIZE; zeros behind them.
+template <int SIZE>
+[[gnu::always_inline]] inline VI load_some(const void *p, int count) {
+  if (count == SIZE) {
+    if (SIZE == 64) return i_load(p);
+    if (SIZE == 32) return _mm512_zextsi256_si512(_mm256_loadu_si256(static_cast<const __m256i *>(p)));
+    return _mm512_zextsi128_si512(_mm_loadu_si128(static_cast<const __m128i *>(p)));
+  }
+  return _mm512_maskz_loadu_epi8(count >= 64 ? ~0ull : (1ull << count) - 1, p);
+}
+inline VI low_halves(VI a) { return _mm512_cvtepu16_epi32(_mm512_castsi512_si256(a)); }
+inline VI low_bytes(VI a) { return _mm512_cvtepu8_epi32(_mm512_castsi512_si128(a)); }
 /// W / 8 words, each in eight lanes.
 inline VI spread(const int32_t *words) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set1_epi32(words[0])), _mm256_set1_epi32(words[1]), 1);
@@ -165,6 +177,15 @@ inline V load_bf16(const void *p) {
 inline VI load_bytes(const void *p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i *>(p)));
 }
+template <int SIZE>
+[[gnu::always_inline]] inline VI load_some(const void *p, int count) {
+  alignas(32) uint8_t bytes[32] = {};
+  if (count == SIZE) std::memcpy(bytes, p, SIZE);
+  else std::memcpy(bytes, p, size_t(count));
+  return i_load(bytes);
+}
+inline VI low_halves(VI a) { return _mm256_cvtepu16_epi32(_mm256_castsi256_si128(a)); }
+inline VI low_bytes(VI a) { return _mm256_cvtepu8_epi32(_mm256_castsi256_si128(a)); }
 inline VI spread(const int32_t *words) { return _mm256_set1_epi32(words[0]); }
 inline V where_equal(VI a, VI b, V yes, V no) {
   return _mm256_blendv_ps(no, yes, as_float(_mm256_cmpeq_epi32(a, b)));

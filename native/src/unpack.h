@@ -74,15 +74,34 @@ inline V decode_e8m0(VI byte) {
   return where_equal(byte, i_set(255), as_float(i_set(0x7fc00000)), where_equal(byte, i_set(0), low, x));
 }
 
+constexpr int scale_bytes(int type) { return type == WL_S_F32 ? 4 : type == WL_S_E8M0 ? 1 : 2; }
+
+/// The first `count` of W scales that lie side by side; no others are read.
+template <int TYPE>
+[[gnu::always_inline]] inline V load_scales_as(const void *scales, int64_t at, int64_t count = W) {
+  const VI raw = load_some<W * scale_bytes(TYPE)>(static_cast<const uint8_t *>(scales) + at * scale_bytes(TYPE), int(count) * scale_bytes(TYPE));
+  if constexpr (TYPE == WL_S_F32) return as_float(raw);
+  else if constexpr (TYPE == WL_S_BF16) return as_float(i_shl<16>(low_halves(raw)));
+  else if constexpr (TYPE == WL_S_F16) return half_to_float(low_halves(raw));
+  else return decode_e8m0(low_bytes(raw));
+}
+
+/// f<TYPE>() for the type of a matrix's scales, where it has any.
+template <class F>
+[[gnu::always_inline]] inline void with_scales(const wl_matrix &m, F f) {
+  switch (m.scale_type) {
+    case WL_S_F32: return f.template operator()<WL_S_F32>();
+    case WL_S_BF16: return f.template operator()<WL_S_BF16>();
+    case WL_S_F16: return f.template operator()<WL_S_F16>();
+    case WL_S_E8M0: return f.template operator()<WL_S_E8M0>();
+  }
+}
+
 /// W scales that lie side by side.
 inline V load_scales(const wl_matrix &m, int64_t at) {
-  switch (m.scale_type) {
-    case WL_S_F32: return v_load(static_cast<const float *>(m.scales) + at);
-    case WL_S_BF16: return load_bf16(static_cast<const uint16_t *>(m.scales) + at);
-    case WL_S_F16: return load_f16(static_cast<const uint16_t *>(m.scales) + at);
-    case WL_S_E8M0: return decode_e8m0(load_bytes(static_cast<const uint8_t *>(m.scales) + at));
-    default: return v_set(1.0f);
-  }
+  V scales = v_set(1.0f);
+  with_scales(m, [&]<int TYPE>() { scales = load_scales_as<TYPE>(m.scales, at); });
+  return scales;
 }
 
 /// `count` scales of row n of scales, from `group` on.

@@ -11,23 +11,6 @@ constexpr int TILE = TILE_VECTORS * W;        // columns at once
 constexpr int TILE_PANELS = TILE / NR;
 constexpr int64_t WORDS_AHEAD = 6144;         // bytes of a tile between what is read and what is fetched
 
-/// Half of each word, with ones for an exponent: a code and some of those are the end of the mantissa of a
-/// power of two, taken by one `and` (hidden from gcc, which would make it two operations for each code).
-[[gnu::always_inline]] inline VI raise_half(VI words, int half) {
-  VI raised = i_or(half ? i_shr<16>(words) : words, i_set(0x7f800000));
-  asm("" : "+v"(raised));
-  return raised;
-}
-template <int BITS>
-constexpr int place_of(int i) { return i * BITS % 16; }
-template <int BITS>
-constexpr float power_of(int i) { return float(1 << (23 - place_of<BITS>(i))); }
-template <int BITS, int I>
-[[gnu::always_inline]] inline V raised_code(VI half) {
-  constexpr int PLACE = place_of<BITS>(I);
-  return as_float(i_and(half, i_set(((1 << BITS) - 1) << PLACE | (127 + 23 - PLACE) << 23)));
-}
-
 /// natural[8 * j + i] to lane j of the vector of nibble AWQ_ORDER[i]. Reads eight more floats.
 inline void to_nibbles(const float *natural, float *to) {
   VI r[W];
