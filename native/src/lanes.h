@@ -181,7 +181,7 @@ inline void add_chains(const float *lanes, int M, int64_t blocks, float *c, bool
 
 template <int CODE, bool ZERO, int M>
 inline void multiply_lanes_of(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, float *scratch, float *c) {
-  constexpr int64_t AT_ONCE = M <= 2 ? LANE_COLUMNS : M <= 4 ? LANE_COLUMNS / 2 : LANE_COLUMNS / 4;
+  constexpr int64_t AT_ONCE = LANE_COLUMNS;
   // Where codes are cheap to widen, memory decides, which is read fastest in one direction (measured: 47
   // GB/s of 47 row by row, 40 in four rows at once); else rows at once hide the latency of sums.
   constexpr int CB = !has_scales(CODE) ? 1 : W == 16 ? 4 : M == 1 ? 4 : 2;

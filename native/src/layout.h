@@ -11,11 +11,12 @@ struct Layout {
   enum Way { PANELS, LANES, WORDS };
   Chains chains;
   Way way = PANELS;
+  int num_panels = 1;
   bool operator==(const Layout &) const = default;
   Layout(const wl_matrix &m, int64_t rows) : chains(Mode::chains(m)) {
     if (!Mode::LANES || rows > LANE_ROWS) return;
     if (has_contiguous_rows(m) && has_even_groups(m)) way = LANES;
-    if (has_words_along_n(m)) way = WORDS;
+    if (has_words_along_n(m)) way = WORDS, num_panels = tile_panels(m);
   }
   /// Floats of a packed row of k columns.
   int64_t width(int64_t k) const {
@@ -23,7 +24,7 @@ struct Layout {
     return way != PANELS ? (k + stripe - 1) / stripe * stripe : packed_width<Mode>(k, chains);
   }
   /// Panels that are multiplied together.
-  int panels() const { return way == WORDS ? TILE_PANELS : 1; }
+  int panels() const { return num_panels; }
   int64_t scratch_floats(const wl_matrix &m) const { return way == WORDS ? word_floats(m) : group_floats(m); }
   /// Block `b` of a part of the rows.
   void pack(const float *const *rows, Blocks blocks, int64_t b, Part part, float *packed) const {

@@ -126,6 +126,21 @@ struct Groups {
   float *scale, *zero;  // [group - first][W]
   int64_t first = 0;
 
+  /// Those of W columns from n (a multiple of W) on, for one group; the last column is repeated.
+  static void one(const wl_matrix &m, int64_t n, int64_t g, V &scale, V &zero) {
+    const bool full = n + W <= m.n, beside = full && m.block_n == 1 && m.scale_stride_n == 1;
+    int64_t columns[W];
+    for (int i = 0; i < W; i++) columns[i] = std::min(n + i, m.n - 1);
+    if (beside) {
+      scale = load_scales(m, n + g * m.scale_stride_k);
+    } else {
+      float lanes[W];
+      for (int i = 0; i < W; i++) row_of_scales(m, columns[i] / m.block_n, g, 1, lanes + i);
+      scale = v_load(lanes);
+    }
+    zero = zeros_of(m, columns, beside, g);
+  }
+
   /// `full`: the columns follow each other, the first a multiple of W.
   void fill(const wl_matrix &m, const int64_t columns[W], bool full, int64_t first_group, int64_t last_group) {
     first = first_group;
