@@ -8,7 +8,9 @@ from windlass.kernels import limits
 SOURCES = Path(__file__).parent.parent / "native/src"
 
 
-INCLUDED = ("simd", "unpack", "panel", "gemm", "lanes", "products", "attention")  # in this order
+INCLUDED = (
+    "simd", "unpack", "panel", "gemm", "lane_groups", "lanes", "products", "kv_block", "attention",
+)  # in this order  # fmt: skip
 
 
 def constants() -> dict[str, int]:

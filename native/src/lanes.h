@@ -9,10 +9,12 @@
 
 namespace WL_NS {
 
-constexpr int LANE_ROWS = 4;           // up to here this is faster than panels
+constexpr int FEW_ROWS = 4;
+/// Rows up to which this is faster than panels: with 32 registers those of unpacking cost more than twice as many sums.
+constexpr int lane_rows(int code) { return W == 8 ? FEW_ROWS : has_scales(code) ? 8 : 5; }
 constexpr int64_t LANE_AHEAD = 4096;   // bytes between what is read and what is fetched
 constexpr int64_t PACKED_AHEAD = 4096; // the same of rows of which several are read at once
-constexpr int64_t LANE_FLOATS = (LANE_COLUMNS / KC) * LANE_ROWS * W * W + 2 * W * LANE_GROUPS;
+constexpr int64_t LANE_FLOATS = (LANE_COLUMNS / KC) * FEW_ROWS * W * W + 2 * W * LANE_GROUPS;
 
 /// f(0), f(1), ... as constants, below N.
 template <int N, class F>
@@ -181,15 +183,15 @@ inline void add_chains(const float *lanes, int M, int64_t blocks, float *c, bool
 
 template <int CODE, bool ZERO, int M>
 inline void multiply_lanes_of(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, float *scratch, float *c) {
-  constexpr int64_t AT_ONCE = LANE_COLUMNS;
+  constexpr int64_t AT_ONCE = M <= FEW_ROWS ? LANE_COLUMNS : LANE_COLUMNS / 2;
   // Where codes are cheap to widen, memory decides, which is read fastest in one direction (measured: 47
   // GB/s of 47 row by row, 40 in four rows at once); else rows at once hide the latency of sums.
-  constexpr int CB = !has_scales(CODE) ? 1 : W == 16 ? 4 : M == 1 ? 4 : 2;
+  constexpr int CB = M > FEW_ROWS ? 2 : !has_scales(CODE) ? 1 : W == 16 ? 4 : M == 1 ? 4 : 2;
   static_assert(W % CB == 0);
   constexpr int64_t FAR = has_scales(CODE) ? PACKED_AHEAD : LANE_AHEAD;
   const int64_t ahead = m.stride_n * CB * std::max<int64_t>(FAR / (m.stride_n * CB), 1);
   float *lanes = scratch;
-  LaneGroups groups(m, scratch + (LANE_COLUMNS / KC) * LANE_ROWS * W * W);
+  LaneGroups groups(m, scratch + (LANE_COLUMNS / KC) * FEW_ROWS * W * W);
   for (int v = 0; v < NV; v++) {
     const int64_t first = n0 + v * W;
     if (first >= m.n) continue;
@@ -207,15 +209,12 @@ inline void multiply_lanes_of(const wl_matrix &m, int64_t n0, const float *x, in
   }
 }
 
-/// f<M>() for M = `rows`, at most LANE_ROWS.
-template <class F>
+/// f<M>() for M = `rows`, at most MOST.
+template <int MOST, class F>
 inline void with_rows(int64_t rows, F f) {
-  switch (rows) {
-    case 1: return f.template operator()<1>();
-    case 2: return f.template operator()<2>();
-    case 3: return f.template operator()<3>();
-    case 4: return f.template operator()<4>();
-  }
+  each<MOST>([&](auto i) {
+    if (rows == i() + 1) f.template operator()<i() + 1>();
+  });
 }
 
 /// f<CODE, ZERO>() for the codes of a matrix; ZERO: it has zero points of its own.
@@ -233,11 +232,11 @@ inline void with_code(const wl_matrix &m, F f) {
   }
 }
 
-/// Columns n0 .. n0 + NR of `rows` packed rows (at most LANE_ROWS) times a matrix: c[rows][NR].
+/// Columns n0 .. n0 + NR of `rows` packed rows (at most lane_rows) times a matrix: c[rows][NR].
 inline void multiply_lanes(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, int64_t rows, float *scratch,
                            float *c) {
   with_code(m, [&]<int CODE, bool ZERO>() {
-    with_rows(rows, [&]<int M>() { multiply_lanes_of<CODE, ZERO, M>(m, n0, x, ldx, scratch, c); });
+    with_rows<lane_rows(CODE)>(rows, [&]<int M>() { multiply_lanes_of<CODE, ZERO, M>(m, n0, x, ldx, scratch, c); });
   });
 }
 

@@ -14,9 +14,9 @@ struct Layout {
   int num_panels = 1;
   bool operator==(const Layout &) const = default;
   Layout(const wl_matrix &m, int64_t rows) : chains(Mode::chains(m)) {
-    if (!Mode::LANES || rows > LANE_ROWS) return;
-    if (has_contiguous_rows(m) && has_even_groups(m)) way = LANES;
-    if (has_words_along_n(m)) way = WORDS, num_panels = tile_panels(m);
+    if (!Mode::LANES) return;
+    if (rows <= lane_rows(m.code) && has_contiguous_rows(m) && has_even_groups(m)) way = LANES;
+    if (rows <= WORD_ROWS && has_words_along_n(m)) way = WORDS, num_panels = tile_panels(m);
   }
   /// Floats of a packed row of k columns.
   int64_t width(int64_t k) const {

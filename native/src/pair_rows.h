@@ -102,14 +102,14 @@ inline void multiply_pairs_of(const wl_matrix &m, int64_t n0, const float *packe
 inline void multiply_pairs(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *scratch, float *c) {
   with_code(m, [&]<int CODE, bool ZERO>() {
     if constexpr (codes_per_word(CODE) > 1)
-      with_rows(rows, [&]<int M>() { multiply_pairs_of<CODE, ZERO, M>(m, n0, packed, scratch, c); });
+      with_rows<FEW_ROWS>(rows, [&]<int M>() { multiply_pairs_of<CODE, ZERO, M>(m, n0, packed, scratch, c); });
   });
 }
 
 /// Pairs that are not written to panels where rows are few.
 struct FewPairs : Pairs {
   static bool multiply_few(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *scratch, float *c) {
-    if (rows > LANE_ROWS || !has_contiguous_rows(m) || codes_per_word(m.code) == 1 || !has_even_groups(m)) return false;
+    if (rows > FEW_ROWS || !has_contiguous_rows(m) || codes_per_word(m.code) == 1 || !has_even_groups(m)) return false;
     multiply_pairs(m, n0, packed, rows, scratch, c);
     return true;
   }

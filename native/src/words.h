@@ -10,6 +10,7 @@ constexpr int WORD_VECTORS = 8;               // of the columns of W words of AW
 /// Vectors of columns at once: two lines of each row of words of AWQ (one: 23 instead of 28 GB/s), else eight.
 constexpr int tile_vectors(int packing) { return packing == WL_AWQ ? 2 * WORD_VECTORS : WORD_VECTORS; }
 inline int tile_panels(const wl_matrix &m) { return tile_vectors(m.packing) / NV; }
+constexpr int WORD_ROWS = W == 16 ? 8 : FEW_ROWS;  // as lane_rows
 constexpr int64_t WORDS_AHEAD = 6144;         // bytes of a tile between what is read and what is fetched
 
 /// Element 8 * j + i of `natural`, of the columns of W words, to lane j of the vector of nibble AWQ_ORDER[i].
@@ -40,7 +41,7 @@ struct WordTile {
   static constexpr bool BESIDE = PACKING == WL_AWQ;  // the codes of a word belong to one k
   static constexpr int BITS = PACKING == WL_GPTQ8 ? 8 : 4, PER = 32 / BITS, TALL = BESIDE ? 1 : PER;
   static constexpr int TILE_VECTORS = tile_vectors(PACKING), TILE = TILE_VECTORS * W;
-  static constexpr int PASS = M <= 2 ? W / 2 : BESIDE && W == 16 ? 4 : 2;  // vectors whose sums are in registers
+  static constexpr int PASS = M <= 2 ? W / 2 : BESIDE && W == 16 && M <= 4 ? 4 : 2;  // vectors whose sums are in registers
   /// Scales of a piece stay in registers: two loads for each code take as long as its arithmetic. With eight
   /// vectors of codes as well there are too few (29 to 26 GB/s).
   static constexpr bool HELD = BESIDE;
@@ -214,10 +215,10 @@ inline int64_t word_floats(const wl_matrix &m) { return std::max(WordTile<WL_GPT
 
 template <int PACKING>
 inline void multiply_words_as(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, int64_t rows, float *tables, float *c) {
-  with_rows(rows, [&]<int M>() { WordTile<PACKING, M>(m, n0, ldx, x, tables).multiply(c); });
+  with_rows<WORD_ROWS>(rows, [&]<int M>() { WordTile<PACKING, M>(m, n0, ldx, x, tables).multiply(c); });
 }
 
-/// Columns of a tile, from n0 on, of `rows` rows (at most LANE_ROWS) times a matrix: c[panel][rows][NR].
+/// Columns of a tile, from n0 on, of `rows` rows (at most WORD_ROWS) times a matrix: c[panel][rows][NR].
 inline void multiply_words(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, int64_t rows, float *tables, float *c) {
   switch (m.packing) {
     case WL_GPTQ: return multiply_words_as<WL_GPTQ>(m, n0, x, ldx, rows, tables, c);

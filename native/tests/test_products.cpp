@@ -125,14 +125,14 @@ TEST(products_are_right_and_depend_on_their_row_alone) {
 TEST(few_rows_give_the_bits_of_many) {
   for (int i = 0; i < run.tries(4); i++)
     for (const test::Storage &storage : test::all_storages(run)) {
-      Products p(run.between(5, 16));
+      Products p(run.between(9, 20));
       p.precision = run.chance(0.3);
       p.add(run, storage, run.size(300), run.size(700));
       std::vector<float> whole = p.buffer(), cut = p.buffer();
       p.call(0, p.rows, whole);
       wl_set_threads(int32_t(run.between(1, 3)));
       for (int64_t first = 0, last; first < p.rows; first = last) {
-        last = std::min(p.rows, first + run.between(1, 4));
+        last = std::min(p.rows, first + run.between(1, 9));
         p.call(first, last, cut);
       }
       expect_same(p, whole, cut, test::name_of(storage));
