@@ -81,7 +81,7 @@ struct Tiles {
   }
 
   template <int M>
-  static void tile(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead, Chains chains) {
+  static void tile(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead, Chains chains, bool) {
     const int units = places(count, chains);
     TileConfig config;
     for (int t = 0; t < 5; t++) {  // 0, 1: sums; 2: rows; 3, 4: columns

@@ -107,11 +107,13 @@ struct Exact {
   static void pack(const float *const *rows, int mr, Part part, float *dst, Chains chains) {
     pack_chains(rows, mr, part, dst, chains);
   }
+  /// Words of bf16 stay as they are: a tile widens them beside its products.
   static void unpack(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, float *scratch, Chains chains) {
-    unpack_panel(m, n0, k0, count, panel, scratch, chains);
+    if (has_pairs(m)) unpack_pairs(m, n0, k0, count, panel, {chains.length(count) / 2, 1});
+    else unpack_panel(m, n0, k0, count, panel, scratch, chains);
   }
   template <int M>
-  static void tile(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead, Chains chains);
+  static void tile(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead, Chains chains, bool pairs);
 
   /// Where x goes as code i of a word of a stripe (lanes.h).
   static void put_lane(float *dst, int64_t base, unsigned word, unsigned i, float x);
@@ -126,6 +128,19 @@ template <class Mode, int M>
     const auto x = Mode::element(rows + int64_t(u) * M + m);
     for (int v = 0; v < NV; v++) sum[m][v] = Mode::add(x, w[v], sum[m][v]);
   }
+}
+
+/// Two columns of k that lie in words of bf16, or the first of them.
+template <int M, bool BOTH>
+[[gnu::always_inline]] inline void add_words(const float *rows, const float *words, V sum[M][NV]) {
+  auto add = [&](const float *x, auto widen) __attribute__((always_inline)) {
+    V w[NV];
+    for (int v = 0; v < NV; v++) w[v] = widen(i_load(words + v * W));
+    for (int m = 0; m < M; m++)
+      for (int v = 0; v < NV; v++) sum[m][v] = v_fma(v_set(x[m]), w[v], sum[m][v]);
+  };
+  add(rows, [](VI r) __attribute__((always_inline)) { return as_float(i_shl<16>(r)); });
+  if (BOTH) add(rows + M, [](VI r) __attribute__((always_inline)) { return as_float(i_and(r, i_set(int32_t(0xffff0000)))); });
 }
 
 template <int M>
@@ -160,7 +175,7 @@ inline void tile_in_order(const float *rows, const float *panel, int units, floa
 
 /// The same in chains. They are added up as a tree (add_lanes): sums of 1, 2, 4, ...
 /// chains wait for their equals, as in a binary counter.
-template <int M>
+template <int M, bool PAIRS>
 inline void tile_in_chains(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead,
                            Chains chains) {
   constexpr int LEVELS = std::countr_zero(unsigned(W));
@@ -171,14 +186,24 @@ inline void tile_in_chains(const float *rows, const float *panel, int count, flo
     V sum[M][NV];
     for (int m = 0; m < M; m++)
       for (int v = 0; v < NV; v++) sum[m][v] = v_zero();
-    const float *x = rows + j * step * M, *w = panel + j * step * NR;
+    const float *x = rows + j * step * M, *w = panel + j * (PAIRS ? step / 2 : step) * NR;
     int u = 0;
     for (; u + 4 <= columns; u += 4) {
       if (u % 8 == 0 && u < NR / W * 8) ahead.fetch(j * (NR / W) + u / 8);
+      if constexpr (PAIRS) {
+        add_words<M, true>(x + u * M, w + u / 2 * NR, sum);
+        add_words<M, true>(x + (u + 2) * M, w + (u / 2 + 1) * NR, sum);
+      } else {
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++) add_unit<Exact, M>(x, w, u + i, sum);
+        for (int i = 0; i < 4; i++) add_unit<Exact, M>(x, w, u + i, sum);
+      }
     }
-    for (; u < columns; u++) add_unit<Exact, M>(x, w, u, sum);
+    if constexpr (PAIRS) {
+      for (; u + 2 <= columns; u += 2) add_words<M, true>(x + u * M, w + u / 2 * NR, sum);
+      if (u < columns) add_words<M, false>(x + u * M, w + u / 2 * NR, sum);
+    } else {
+      for (; u < columns; u++) add_unit<Exact, M>(x, w, u, sum);
+    }
     int level = 0;
     for (; j >> level & 1; level++) add_to<M>(waiting[level], sum);
     if (level < LEVELS) {
@@ -192,8 +217,9 @@ inline void tile_in_chains(const float *rows, const float *panel, int count, flo
 
 template <int M>
 inline void Exact::tile(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead,
-                        Chains chains) {
-  tile_in_chains<M>(rows, panel, count, c, fresh, ahead, chains);
+                        Chains chains, bool pairs) {
+  if (pairs) tile_in_chains<M, true>(rows, panel, count, c, fresh, ahead, chains);
+  else tile_in_chains<M, false>(rows, panel, count, c, fresh, ahead, chains);
 }
 
 /// The same with rows rounded to bf16, where no instruction multiplies bf16.
@@ -229,9 +255,10 @@ inline int64_t packed_width(int64_t k, Chains chains) {
 template <class Mode>
 struct ChainTile {
   Chains chains;
+  bool pairs;  // the panel has words of bf16
   template <int M>
   static void run(ChainTile t, const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead) {
-    Mode::template tile<M>(rows, panel, count, c, fresh, ahead, t.chains);
+    Mode::template tile<M>(rows, panel, count, c, fresh, ahead, t.chains, t.pairs);
   }
 };
 
@@ -305,7 +332,7 @@ inline void multiply_panels(const wl_matrix &m, int64_t n0, const float *packed,
   for (int i = 0; i < NR; i++)
     rows_of[i] = static_cast<const uint8_t *>(m.codes) + (n0 + i < m.n ? n0 + i : m.n - 1) * m.stride_n;
   const uint8_t *lines[KC];
-  const ChainTile<Mode> tile{Mode::chains(m)};
+  const ChainTile<Mode> tile{Mode::chains(m), has_pairs(m)};
   const int64_t width = packed_width<Mode>(m.k, tile.chains);
   for (int64_t k0 = 0; k0 < m.k; k0 += KC) {
     const int count = int(m.k - k0 < KC ? m.k - k0 : KC);

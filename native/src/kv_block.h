@@ -152,18 +152,7 @@ inline void add_values(const wl_cache &c, const Places &values, const Places *ne
                        const float *weights, int64_t width, float *out) {
   with_type(c, [&]<int TYPE>() {
     auto few = [&]<int M>() { FewHeads<TYPE, M>{c, values, valid, weights, out}.add_all(width, next); };
-    switch (rows) {
-      case 1: return few.template operator()<1>();
-      case 2: return few.template operator()<2>();
-      case 3: return few.template operator()<3>();
-      case 4: return few.template operator()<4>();
-      case 5: return few.template operator()<5>();
-      case 6: return few.template operator()<6>();
-#if defined(__AVX512F__)
-      case 7: return few.template operator()<7>();
-      case 8: return few.template operator()<8>();
-#endif
-    }
+    with_rows<FEW_HEADS>(rows, few);
   });
 }
 

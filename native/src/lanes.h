@@ -9,11 +9,10 @@
 
 namespace WL_NS {
 
-constexpr int FEW_ROWS = 4;
-/// Rows up to which this is faster than panels: with 32 registers those of unpacking cost more than twice as many sums.
-constexpr int lane_rows(int code) { return W == 8 ? FEW_ROWS : has_scales(code) ? 8 : 5; }
+constexpr int FEW_ROWS = 4;  // whose sums fit into 16 registers beside weights
+/// Rows up to which this is faster than panels: where codes are packed, and registers enough, unpacking costs more than more sums.
+constexpr int lane_rows(int code) { return W == 16 && has_scales(code) ? 8 : FEW_ROWS; }
 constexpr int64_t LANE_AHEAD = 4096;   // bytes between what is read and what is fetched
-constexpr int64_t PACKED_AHEAD = 4096; // the same of rows of which several are read at once
 constexpr int64_t LANE_FLOATS = (LANE_COLUMNS / KC) * FEW_ROWS * W * W + 2 * W * LANE_GROUPS;
 
 /// f(0), f(1), ... as constants, below N.
@@ -188,8 +187,7 @@ inline void multiply_lanes_of(const wl_matrix &m, int64_t n0, const float *x, in
   // GB/s of 47 row by row, 40 in four rows at once); else rows at once hide the latency of sums.
   constexpr int CB = M > FEW_ROWS ? 2 : !has_scales(CODE) ? 1 : W == 16 ? 4 : M == 1 ? 4 : 2;
   static_assert(W % CB == 0);
-  constexpr int64_t FAR = has_scales(CODE) ? PACKED_AHEAD : LANE_AHEAD;
-  const int64_t ahead = m.stride_n * CB * std::max<int64_t>(FAR / (m.stride_n * CB), 1);
+  const int64_t ahead = m.stride_n * CB * std::max<int64_t>(LANE_AHEAD / (m.stride_n * CB), 1);
   float *lanes = scratch;
   LaneGroups groups(m, scratch + (LANE_COLUMNS / KC) * FEW_ROWS * W * W);
   for (int v = 0; v < NV; v++) {

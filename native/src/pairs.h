@@ -32,7 +32,7 @@ struct Pairs {
   }
 
   static void unpack(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, float *scratch, Chains chains) {
-    if (m.code == WL_BF16 && has_contiguous_rows(m)) return unpack_bf16(m, n0, k0, count, panel);
+    if (has_pairs(m)) return unpack_pairs(m, n0, k0, count, panel, {1, W});
     alignas(64) float wide[(KC + 1) * NR];
     unpack_panel(m, n0, k0, count, wide, scratch, chains);
     if (count % 2) std::memset(wide + count * NR, 0, NR * 4);
@@ -48,8 +48,7 @@ struct Pairs {
   static __m512bh element(const float *p) { return (__m512bh)i_set1(p); }
   static V add(__m512bh x, Column w, V sum) { return _mm512_dpbf16_ps(sum, x, w); }
   template <int M>
-  static void tile(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead,
-                   Chains) {
+  static void tile(const float *rows, const float *panel, int count, float *c, bool fresh, const Ahead &ahead, Chains, bool) {
     tile_in_order<Pairs, M>(rows, panel, (count + 1) / 2, c, fresh, ahead);
   }
 
@@ -68,32 +67,6 @@ struct Pairs {
     int32_t word;
     std::memcpy(&word, p, 4);
     return i_set(word);
-  }
-
-  /// Pairs as they are stored, transposed.
-  static void unpack_bf16(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel) {
-    for (int v = 0; v < NV; v++) {
-      const uint8_t *rows[W];
-      for (int i = 0; i < W; i++) {
-        const int64_t n = n0 + v * W + i < m.n ? n0 + v * W + i : m.n - 1;
-        rows[i] = static_cast<const uint8_t *>(m.codes) + n * m.stride_n + 2 * k0;
-      }
-      for (int k = 0; k < count; k += 2 * W) {
-        VI r[W];
-        alignas(64) uint16_t ends[W][2 * W] = {};
-        for (int i = 0; i < W; i++) {
-          if (k + 2 * W <= count) {
-            r[i] = i_load(rows[i] + 2 * k);
-          } else {
-            std::memcpy(ends[i], rows[i] + 2 * k, size_t(count - k) * 2);
-            r[i] = i_load(ends[i]);
-          }
-        }
-        transpose(r);
-        for (int i = 0; i < W && k + 2 * i < count; i++)
-          _mm512_storeu_si512(panel + (k / 2 + i) * NR + v * W, r[i]);
-      }
-    }
   }
 };
 

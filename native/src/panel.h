@@ -148,6 +148,39 @@ inline int64_t block_groups(const wl_matrix &m) {
   return m.groups || all < block ? all : block;
 }
 
+/// Whether panels may hold its words as they are stored, of two columns of k each.
+inline bool has_pairs(const wl_matrix &m) { return m.code == WL_BF16 && has_contiguous_rows(m); }
+
+/// Such columns, word by word: word i of each W goes to row i * word of dst, those after it `next` rows on.
+[[gnu::noinline]] inline void unpack_pairs_of(const uint8_t *const rows[W], int64_t k0, int count, float *dst, Steps steps) {
+  int k = 0;
+  auto whole = [&](Steps known) __attribute__((always_inline)) {
+    for (; k + 2 * W <= count; k += 2 * W, dst += known.next * NR) {
+      VI r[W];
+      for (int i = 0; i < W; i++) r[i] = i_load(rows[i] + (k0 + k) * 2);
+      transpose(r);
+      for (int i = 0; i < W; i++) v_store(dst + i * known.word * NR, as_float(r[i]));
+    }
+  };
+  if (steps.word == 1) whole({1, W});
+  else if (count == KC) whole({KC / W / 2, 1});
+  else whole(steps);
+  if (k == count) return;
+  VI r[W];
+  for (int i = 0; i < W; i++) r[i] = load_some<W * 4>(rows[i] + (k0 + k) * 2, 2 * (count - k));
+  transpose(r);
+  for (int i = 0; i < W; i++) v_store(dst + i * steps.word * NR, as_float(r[i]));
+}
+
+inline void unpack_pairs(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, Steps steps) {
+  for (int v = 0; v < NV; v++) {
+    const uint8_t *rows[W];
+    for (int i = 0; i < W; i++)
+      rows[i] = static_cast<const uint8_t *>(m.codes) + std::min(n0 + v * W + i, m.n - 1) * m.stride_n;
+    unpack_pairs_of(rows, k0, count, panel + v * W, steps);
+  }
+}
+
 /// Floats of scratch for the scales of a panel.
 inline int64_t group_floats(const wl_matrix &m) { return m.scale_type == WL_S_NONE ? 0 : 2 * NR * block_groups(m); }
 
