@@ -50,17 +50,24 @@ class Timing:
                 "repeats": self.repeats}  # fmt: skip
 
 
+_LEAST_S = 0.15  # a few short calls can all fall into one disturbance
+
+
 def measure(call: Callable[[], object], *, repeats: int = 7, limit_s: float = 1.0) -> Timing:
-    """Times `call` after one call that warms up: `repeats` times, fewer (but 3) past `limit_s`."""
+    """Times `call` after one call that warms up: `repeats` times, fewer (but 3) past `limit_s`,
+    more before `_LEAST_S`."""
     call()
     seconds: list[float] = []
     start = time.perf_counter()
-    while len(seconds) < 3 or (
-        len(seconds) < repeats and time.perf_counter() - start < limit_s
-    ):  # the median of 3 survives one disturbed call
+    while True:
         begin = time.perf_counter()
         call()
-        seconds.append(time.perf_counter() - begin)
+        end = time.perf_counter()
+        seconds.append(end - begin)
+        is_enough = len(seconds) >= repeats and end - start >= _LEAST_S
+        # the median of 3 survives one disturbed call
+        if is_enough or (len(seconds) >= 3 and end - start >= limit_s):
+            break
     return Timing(statistics.median(seconds), min(seconds), max(seconds), len(seconds))
 
 
