@@ -107,9 +107,11 @@ struct Exact {
   static void pack(const float *const *rows, int mr, Part part, float *dst, Chains chains) {
     pack_chains(rows, mr, part, dst, chains);
   }
-  /// Words of bf16 stay as they are: a tile widens them beside its products.
+  /// Words of bf16 stay as they are: a tile widens them beside its products. With 16 registers it has none for that
+  /// (64 rows 12 % slower).
+  static bool keeps_pairs(const wl_matrix &m) { return W == 16 && has_pairs(m); }
   static void unpack(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, float *scratch, Chains chains) {
-    if (has_pairs(m)) unpack_pairs(m, n0, k0, count, panel, {chains.length(count) / 2, 1});
+    if (keeps_pairs(m)) unpack_pairs(m, n0, k0, count, panel, {chains.length(count) / 2, 1});
     else unpack_panel(m, n0, k0, count, panel, scratch, chains);
   }
   template <int M>
@@ -332,7 +334,7 @@ inline void multiply_panels(const wl_matrix &m, int64_t n0, const float *packed,
   for (int i = 0; i < NR; i++)
     rows_of[i] = static_cast<const uint8_t *>(m.codes) + (n0 + i < m.n ? n0 + i : m.n - 1) * m.stride_n;
   const uint8_t *lines[KC];
-  const ChainTile<Mode> tile{Mode::chains(m), has_pairs(m)};
+  const ChainTile<Mode> tile{Mode::chains(m), Exact::keeps_pairs(m)};
   const int64_t width = packed_width<Mode>(m.k, tile.chains);
   for (int64_t k0 = 0; k0 < m.k; k0 += KC) {
     const int count = int(m.k - k0 < KC ? m.k - k0 : KC);
