@@ -331,8 +331,7 @@ template <class Mode>
 inline void multiply_panels(const wl_matrix &m, int64_t n0, const float *packed, int64_t rows, float *panel,
                              float *scratch, float *c) {
   const uint8_t *rows_of[NR];
-  for (int i = 0; i < NR; i++)
-    rows_of[i] = static_cast<const uint8_t *>(m.codes) + (n0 + i < m.n ? n0 + i : m.n - 1) * m.stride_n;
+  for (int i = 0; i < NR; i++) rows_of[i] = stored_row(m, n0 + i);
   const uint8_t *lines[KC];
   const ChainTile<Mode> tile{Mode::chains(m), Exact::keeps_pairs(m)};
   const int64_t width = packed_width<Mode>(m.k, tile.chains);

@@ -83,8 +83,7 @@ inline void multiply_pairs_of(const wl_matrix &m, int64_t n0, const float *packe
     const int64_t n = n0 + v * W;
     if (n >= m.n) return;
     const uint8_t *rows[W];
-    for (int i = 0; i < W; i++)
-      rows[i] = static_cast<const uint8_t *>(m.codes) + std::min(n + i, m.n - 1) * m.stride_n;
+    for (int i = 0; i < W; i++) rows[i] = stored_row(m, n + i);
     for (int64_t k0 = 0; k0 < m.k; k0 += KC) {
       const int count = int(std::min<int64_t>(KC, m.k - k0));
       if (has_scales(CODE) && k0 % LANE_COLUMNS == 0) groups.fill(n, k0, std::min(m.k, k0 + LANE_COLUMNS));

@@ -16,6 +16,11 @@ inline bool has_contiguous_rows(const wl_matrix &m) {
   return m.packing == WL_ROWS && (m.code == WL_E2M1 || m.code == WL_INT4 || m.stride_k == item_bytes(m.code));
 }
 
+/// Stored row n; the last one is repeated.
+inline const uint8_t *stored_row(const wl_matrix &m, int64_t n) {
+  return static_cast<const uint8_t *>(m.codes) + std::min(n, m.n - 1) * m.stride_n;
+}
+
 /// The order of a row's sums within a block of k: W chains, each in ascending order of k, are added up as
 /// a tree (add_lanes). Where rows are read as words of `per` codes, chain j has what lies in lane j of
 /// vectors of W words, so that few rows need no transposition (lanes.h); else (`per` 0) chain j is the
@@ -175,8 +180,7 @@ inline bool has_pairs(const wl_matrix &m) { return m.code == WL_BF16 && has_cont
 inline void unpack_pairs(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *panel, Steps steps) {
   for (int v = 0; v < NV; v++) {
     const uint8_t *rows[W];
-    for (int i = 0; i < W; i++)
-      rows[i] = static_cast<const uint8_t *>(m.codes) + std::min(n0 + v * W + i, m.n - 1) * m.stride_n;
+    for (int i = 0; i < W; i++) rows[i] = stored_row(m, n0 + v * W + i);
     unpack_pairs_of(rows, k0, count, panel + v * W, steps);
   }
 }
@@ -192,7 +196,7 @@ struct Source {
   Source(const wl_matrix &m, int64_t n0, int64_t k0, int count, float *scratch) {
     for (int i = 0; i < NR; i++) {
       columns[i] = n0 + i < m.n ? n0 + i : m.n - 1;
-      rows[i] = static_cast<const uint8_t *>(m.codes) + columns[i] * m.stride_n;
+      rows[i] = stored_row(m, columns[i]);
     }
     if (m.scale_type == WL_S_NONE) return;
     const int64_t low = m.groups ? 0 : k0 / m.block_k;
