@@ -11,7 +11,7 @@ kernels/base.py.
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from windlass.units import MIB, round_up
 
 _COLD_BYTES = 256 * MIB  # of experts called in turn
 _GROUP = 8  # experts of one call, as a layer has them
+_NOTED_ROWS = 4  # of an expert: passes of so few are noted and repeated (schedule/repeat.py)
 _MEMORY_BOUND_ROWS = 8  # up to here, bytes per second say more than FLOPs
 _PAGE_TOKENS = 32
 _SEQUENCES = 32
@@ -122,18 +123,28 @@ def _measure_group(
     kernels: Kernels, shape: _Expert, experts: Sequence[StoredTensors], rows: int
 ) -> float:
     """Seconds of one expert over `rows` rows, median."""
-    turn = cycle(experts)
     group = min(_GROUP if rows <= 256 else 1, len(experts))
     x_TD = torch.randn(rows * group, shape.hidden)
     out = empty(rows * group, shape.hidden)
     groups = Groups.even(group, rows)
+    parts = [
+        dict(enumerate(experts[i : i + group])) for i in range(0, len(experts) - group + 1, group)
+    ]
+    recorder = kernels.recorder(lambda: "experts") if rows <= _NOTED_ROWS else None
 
-    def call() -> None:
-        kernels.experts(x_TD, dict(enumerate(islice(turn, group))), groups, SwiGlu(), out)
+    def experts_of(part: int) -> bool:
+        def compute() -> bool:
+            kernels.experts(x_TD, parts[part], groups, SwiGlu(), out)
+            return True
 
-    for _ in range(-(-len(experts) // group)):
-        call()  # structures of all experts are made once in a run
-    return measure(call, repeats=15).median_s / group
+        return bool(recorder.run(part, compute)) if recorder else compute()
+
+    for part in [*range(len(parts))] * 2:
+        experts_of(part)  # structures of all experts are made once in a run
+    turn = cycle(range(len(parts)))
+    timing = measure(lambda: experts_of(next(turn)), repeats=15)
+    assert experts_of(0), "calls of experts cannot be repeated"
+    return timing.median_s / group
 
 
 def _torch_ffn(x_ND: torch.Tensor, w: Tensors) -> torch.Tensor:

@@ -62,14 +62,6 @@ inline void pack_chains(const float *const *rows, int mr, Part part, float *dst,
   }
 }
 
-/// Starts to bring a line into the second-level cache (or the first). gcc 12 removes loops that do nothing
-/// else unless something volatile is in them (attention at 7 instead of 17 GB/s).
-template <_mm_hint HINT = _MM_HINT_T1>
-inline void fetch_line(const uint8_t *p) {
-  asm volatile("" ::"r"(p));
-  _mm_prefetch(reinterpret_cast<const char *>(p), HINT);
-}
-
 /// What will be read next: `lines` cache lines of each of `count` rows, at `offset`. They are fetched
 /// into the second-level cache while a micro tile computes, `per_step` rows for every KSTEP columns: the
 /// buffers for lines under way are few, and a burst would wait for them.

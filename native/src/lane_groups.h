@@ -47,6 +47,16 @@ struct LaneGroups {
           zero[c * LANE_GROUPS + g] = load_zero(m, std::min(n0 + c, m.n - 1), first + g);
   }
 
+  /// Fetches what `fill` will read of `rows` rows from n on: all of it misses, and nothing is multiplied meanwhile.
+  static void fetch(const wl_matrix &m, int64_t n, int64_t rows) {
+    if (m.block_n != 1 || m.scale_stride_k != 1 || n + rows > m.n) return;
+    const int64_t row = m.scale_stride_n * scale_bytes(m.scale_type);
+    fetch_lines(static_cast<const uint8_t *>(m.scales) + n * row, rows * row);
+    const int64_t per = codes_per_word(m.code), words = m.zero_stride * 4;
+    if (m.zero_type == WL_Z_ROWS && n % per == 0)
+      fetch_lines(static_cast<const uint8_t *>(m.zeros) + n / per * words, (rows + per - 1) / per * words);
+  }
+
  private:
   void fill_scales(int64_t n0, int64_t count) {
     int64_t row = m.block_n == 1 ? n0 : n0 / m.block_n, within = n0 - row * m.block_n;

@@ -199,6 +199,7 @@ inline void multiply_lanes_of(const wl_matrix &m, int64_t n0, const float *x, in
       for (int i = 0; i < W; i += CB) {
         LaneRows<CODE, ZERO, M, CB> some{{}, x, ldx, ahead, groups, i};
         for (int j = 0; j < CB; j++) some.rows[j] = stored_row(m, first + i + j);
+        if (has_scales(CODE) && k1 == 0) LaneGroups::fetch(m, first + W + i, CB);
         some.multiply(k1, end, lanes + i * W);
       }
       add_chains(lanes, M, (end - k1 + KC - 1) / KC, c + v * W, k1 == 0);

@@ -37,6 +37,16 @@ struct Layout {
   }
 };
 
+/// Fetches what is read first of columns n0 and following where there are no panels. What comes after it
+/// is fetched by the loops that read it; only what is first would be waited for.
+template <class Mode>
+inline void fetch_start(const wl_matrix &m, int64_t n0, const Layout<Mode> &layout) {
+  if (layout.way == Layout<Mode>::PANELS) return;
+  if (layout.way == Layout<Mode>::WORDS) return fetch_words(m, n0);
+  fetch_lines(stored_row(m, n0), std::min(LANE_AHEAD, (m.n - n0) * m.stride_n));
+  if (has_scales(m.code)) LaneGroups::fetch(m, n0, W);
+}
+
 /// Columns n0 .. n0 + `panels` * NR (a multiple of what the matrix's layout takes together) of packed rows
 /// times a matrix, all of k: c[panel][rows][NR].
 template <class Mode>

@@ -86,7 +86,10 @@ inline void multiply_pairs_of(const wl_matrix &m, int64_t n0, const float *packe
     for (int i = 0; i < W; i++) rows[i] = stored_row(m, n + i);
     for (int64_t k0 = 0; k0 < m.k; k0 += KC) {
       const int count = int(std::min<int64_t>(KC, m.k - k0));
-      if (has_scales(CODE) && k0 % LANE_COLUMNS == 0) groups.fill(n, k0, std::min(m.k, k0 + LANE_COLUMNS));
+      if (has_scales(CODE) && k0 % LANE_COLUMNS == 0) {
+        groups.fill(n, k0, std::min(m.k, k0 + LANE_COLUMNS));
+        if (k0 == 0) LaneGroups::fetch(m, n + W, W);
+      }
       V sum[M];
       for (V &one : sum) one = v_zero();
       add_pairs<CODE, ZERO, M>(m, rows, k0, count, packed + k0 / 2 * M, groups, sum);

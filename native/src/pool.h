@@ -25,13 +25,15 @@ class Team {
     for (int i = 0; i < size_; i++) {
       const int of = (thread + i) % size_;
       Cursor &cursor = own_[size_t(2 * of) + (phase_ & 1)];
-      const int64_t first = of * count / size_, end = (of + 1) * count / size_;
+      const int64_t first = first_beside(of, count), end = first_beside(of + 1, count);
       if (first + cursor.taken.load(std::memory_order_relaxed) >= end) continue;
       const int64_t item = first + cursor.taken.fetch_add(1, std::memory_order_relaxed);
       if (item < end) return item;
     }
     return -1;
   }
+  /// The first item of a thread's stretch.
+  int64_t first_beside(int thread, int64_t count) const { return thread * count / size_; }
 
  private:
   friend class Pool;

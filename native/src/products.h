@@ -94,10 +94,19 @@ inline void product_task(wl::Team &team, int thread, void *context) {
     const wl_product &p = round.products[round.packs[pack]];
     pack_block<Mode>(p.x, p.ldx, nullptr, round.first_row, blocks, i % num_blocks, *p.w, round.packed[pack]);
   }
+  auto fetch = [&](int64_t i) {
+    if (i == round.ends.back()) return;
+    const auto [index, item] = locate(round.ends, i);
+    const wl_matrix &m = *round.products[index].w;
+    const Layout<Mode> layout(m, round.num_rows);
+    fetch_start(m, item * layout.panels() * NR, layout);
+  };
+  fetch(team.first_beside(thread, round.ends.back()));
   team.barrier();
   Bench bench(round.max_groups);
   while ((i = team.next_beside(thread, round.ends.back())) >= 0) {
     const auto [index, item] = locate(round.ends, i);
+    if (i + 1 == round.ends[size_t(index)]) fetch(i + 1);
     const wl_product &p = round.products[index];
     const float *packed = round.packed[size_t(round.pack_of[size_t(index)])];
     const int panels = Layout<Mode>(*p.w, round.num_rows).panels();
@@ -229,15 +238,36 @@ inline void expert_task(wl::Team &team, int thread, void *context) {
     pack_block<Mode>(round.x, round.ldx, e.rows, s.first, Blocks{s.rows}, block, *e.gate, s.packed);
     if (s.packed_up != s.packed) pack_block<Mode>(round.x, round.ldx, e.rows, s.first, Blocks{s.rows}, block, *e.up, s.packed_up);
   }
+  auto fetch_hidden = [&](int64_t i) {
+    if (i == round.hidden_ends.back()) return;
+    const auto [index, item] = locate(round.hidden_ends, i);
+    const Segment &s = round.segments[size_t(index)];
+    const wl_matrix &gate = *s.expert->gate, &up = *s.expert->up;
+    const int64_t n0 = item * hidden_panels<Mode>(*s.expert, s.rows) * NR;
+    fetch_start(gate, n0, Layout<Mode>(gate, s.rows));
+    fetch_start(up, n0, Layout<Mode>(up, s.rows));
+  };
+  auto fetch_out = [&](int64_t i) {
+    if (i == round.out_ends.back()) return;
+    const auto [index, item] = locate(round.out_ends, i);
+    const Segment &s = round.segments[size_t(index)];
+    const wl_matrix &down = *s.expert->down;
+    const Layout<Mode> layout(down, s.rows);
+    fetch_start(down, item * layout.panels() * NR, layout);
+  };
+  fetch_hidden(team.first_beside(thread, round.hidden_ends.back()));
   team.barrier();
   Bench bench(round.max_groups);
   while ((i = team.next_beside(thread, round.hidden_ends.back())) >= 0) {
     const auto [index, item] = locate(round.hidden_ends, i);
+    if (i + 1 == round.hidden_ends[size_t(index)]) fetch_hidden(i + 1);
     hidden_columns<Mode>(round, round.segments[size_t(index)], item, bench);
   }
+  fetch_out(team.first_beside(thread, round.out_ends.back()));
   team.barrier();
   while ((i = team.next_beside(thread, round.out_ends.back())) >= 0) {
     const auto [index, item] = locate(round.out_ends, i);
+    if (i + 1 == round.out_ends[size_t(index)]) fetch_out(i + 1);
     const Segment &s = round.segments[size_t(index)];
     const wl_expert &e = *s.expert;
     const int panels = Layout<Mode>(*e.down, s.rows).panels();

@@ -74,6 +74,16 @@ struct WordTile {
     }
   }
 
+  /// Fetches what `fill_group` will read of the block of k0, of columns n0 and following.
+  static void fetch_groups(const wl_matrix &m, int64_t n0, int64_t k0) {
+    if (m.groups || m.block_n != 1 || m.scale_stride_n != 1 || n0 + TILE > m.n) return;
+    const int size = scale_bytes(m.scale_type);
+    for (int64_t g = k0 / m.block_k; g <= (std::min(k0 + KC, m.k) - 1) / m.block_k; g++) {
+      fetch_lines(static_cast<const uint8_t *>(m.scales) + (n0 + g * m.scale_stride_k) * size, TILE * size);
+      if (m.zeros) fetch_lines(static_cast<const uint8_t *>(m.zeros) + (g * m.zero_stride + n0 * BITS / 32) * 4, TILE * BITS / 8);
+    }
+  }
+
   void fill(int64_t k0, int count) {
     const int64_t first = m.groups ? 0 : k0 / m.block_k, last = m.groups ? num_groups(m) - 1 : (k0 + count - 1) / m.block_k;
     if (first != low || last != high)
@@ -197,6 +207,8 @@ struct WordTile {
     for (int64_t k0 = 0; k0 < m.k; k0 += KC) {
       const int count = int(std::min<int64_t>(KC, m.k - k0));
       fill(k0, count);
+      const bool more = k0 + KC < m.k;
+      fetch_groups(m, more ? n0 : n0 + TILE, more ? k0 + KC : 0);
       multiply_block(k0, count);
     }
     alignas(64) float natural[TILE + 8];
@@ -216,6 +228,25 @@ inline int64_t word_floats(const wl_matrix &m) { return std::max(WordTile<WL_GPT
 template <int PACKING>
 inline void multiply_words_as(const wl_matrix &m, int64_t n0, const float *x, int64_t ldx, int64_t rows, float *tables, float *c) {
   with_rows<WORD_ROWS>(rows, [&]<int M>() { WordTile<PACKING, M>(m, n0, ldx, x, tables).multiply(c); });
+}
+
+/// Fetches what a tile begins with.
+template <int PACKING>
+inline void fetch_words_as(const wl_matrix &m, int64_t n0) {
+  using Tile = WordTile<PACKING, 1>;
+  if (n0 + Tile::TILE > m.n) return;
+  const uint8_t *rows = static_cast<const uint8_t *>(m.codes) + (Tile::BESIDE ? n0 / 8 : n0) * 4;
+  const int64_t num = std::min<int64_t>(WORDS_AHEAD / Tile::ROW_BYTES, m.k / Tile::TALL);
+  for (int64_t i = 0; i < num; i++) fetch_lines(rows + i * m.stride_k, Tile::ROW_BYTES);
+  Tile::fetch_groups(m, n0, 0);
+}
+
+inline void fetch_words(const wl_matrix &m, int64_t n0) {
+  switch (m.packing) {
+    case WL_GPTQ: return fetch_words_as<WL_GPTQ>(m, n0);
+    case WL_GPTQ8: return fetch_words_as<WL_GPTQ8>(m, n0);
+    case WL_AWQ: return fetch_words_as<WL_AWQ>(m, n0);
+  }
 }
 
 /// Columns of a tile, from n0 on, of `rows` rows (at most WORD_ROWS) times a matrix: c[panel][rows][NR].
