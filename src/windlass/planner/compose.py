@@ -122,7 +122,7 @@ class _Composer:
         for i in np.flatnonzero(self._computed < self._prompt).tolist():
             counts[i] = _fitting(int(self._prompt[i] - self._computed[i]), room)
             room -= counts[i]
-        return counts + self._join(room)
+        return counts + self._join(counts, room)
 
     def _squeezed(self, wanted: Ints) -> tuple[int, Ints]:
         """Room and rows where those who are computed again would take the rows of others."""
@@ -133,8 +133,8 @@ class _Composer:
             room -= int(rows[i])
         return room, rows
 
-    def _join(self, room: int) -> list[int]:
-        """Prompt rows of those who join."""
+    def _join(self, counts: Sequence[int], room: int) -> list[int]:
+        """Prompt rows of those who join those who compute `counts`."""
         places = self._limits.max_seqs - len(self._prompt)
         if room <= 0 or not self._waiting or places <= 0:
             return []
@@ -150,6 +150,8 @@ class _Composer:
             count = _fitting(first.prompt - first.shared, room)
             if needed + kept > self._free or not count:
                 break
+            if first.shared and not self._is_ready(first.shared, counts, new, rows):
+                break
             new.append(self._waiting.popleft())
             rows.append(count)
             pages.append(self._pages_for(first.prompt))
@@ -159,6 +161,20 @@ class _Composer:
         if new:
             self._append(new, pages)
         return rows
+
+    def _is_ready(
+        self, shared: int, counts: Sequence[int], new: Sequence[_Waiting], rows: Sequence[int]
+    ) -> bool:
+        """Whether all of so many first tokens are computed in this pass at the latest, by the
+        youngest that shares fewer itself: others can then read them."""
+        for i in reversed(range(len(new))):
+            if new[i].shared < shared:
+                return new[i].shared + rows[i] >= min(shared, new[i].prompt)
+        before = np.flatnonzero(self._shared < shared)
+        if not len(before):
+            return True  # it has ended
+        i = int(before[-1])
+        return bool(self._computed[i] + counts[i] >= min(shared, self._prompt[i]))
 
     def _append(self, new: Sequence[_Waiting], pages: Sequence[int]) -> None:
         prompt, output, shared, generated = np.array(new, dtype=np.int64).T
