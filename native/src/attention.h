@@ -44,9 +44,9 @@ struct AttentionBench {
 inline void score(const wl_attention &a, const Places &keys, int valid, const Places *next, int64_t rows,
                   const AttentionBench &bench) {
   wl_matrix shape{};  // of a column's scale: one for all of k
+  shape.code = a.keys.type;
   shape.block_k = a.key_dim;
-  float zeros[W];
-  v_store(zeros, v_set(128.0f));
+  float zeros[W] = {};  // looked up, not used: the codes' own zero
   const int codes = codes_per_word(a.keys.type);
   const Steps steps{codes, W * codes};
   const int panels = (valid + NR - 1) / NR;
@@ -58,7 +58,7 @@ inline void score(const wl_attention &a, const Places &keys, int valid, const Pl
         Groups groups;
         groups.scale = const_cast<float *>(keys.scales) + first;
         groups.zero = zeros;
-        unpack_rows_of(a.keys.type, keys.rows + first, k0, count, bench.panel + v * W, steps, &shape, groups);
+        unpack_rows_of(keys.rows + first, k0, count, bench.panel + v * W, steps, shape, groups);
       }
       Ahead ahead;
       if (next && k0 == 0) {

@@ -8,8 +8,6 @@ namespace WL_NS {
 constexpr int LANE_COLUMNS = 2048;                     // of k whose sums wait to be added up
 constexpr int LANE_GROUPS = LANE_COLUMNS / 8 + 2 + W;  // scales of a stored row: a group has a word or more
 
-constexpr bool has_scales(int code) { return codes_per_word(code) > 2; }
-
 /// Whether all stripes of W words have their groups in the same lanes.
 inline bool has_even_groups(const wl_matrix &m) {
   const int stripe = W * codes_per_word(m.code);
@@ -45,16 +43,6 @@ struct LaneGroups {
       for (int c = 0; c < W; c++)
         for (int64_t g = 0; g < count; g++)
           zero[c * LANE_GROUPS + g] = load_zero(m, std::min(n0 + c, m.n - 1), first + g);
-  }
-
-  /// Fetches what `fill` will read of `rows` rows from n on: all of it misses, and nothing is multiplied meanwhile.
-  static void fetch(const wl_matrix &m, int64_t n, int64_t rows) {
-    if (m.block_n != 1 || m.scale_stride_k != 1 || n + rows > m.n) return;
-    const int64_t row = m.scale_stride_n * scale_bytes(m.scale_type);
-    fetch_lines(static_cast<const uint8_t *>(m.scales) + n * row, rows * row);
-    const int64_t per = codes_per_word(m.code), words = m.zero_stride * 4;
-    if (m.zero_type == WL_Z_ROWS && n % per == 0)
-      fetch_lines(static_cast<const uint8_t *>(m.zeros) + n / per * words, (rows + per - 1) / per * words);
   }
 
  private:

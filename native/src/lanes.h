@@ -2,8 +2,6 @@
 // along k, and nothing is transposed but the sums. The same bits as panels give (Chains).
 #pragma once
 
-#include <utility>
-
 #include "gemm.h"
 #include "lane_groups.h"
 
@@ -14,67 +12,6 @@ constexpr int FEW_ROWS = 4;  // whose sums fit into 16 registers beside weights
 constexpr int lane_rows(int code) { return W == 16 && has_scales(code) ? 8 : FEW_ROWS; }
 constexpr int64_t LANE_AHEAD = 4096;   // bytes between what is read and what is fetched
 constexpr int64_t LANE_FLOATS = (LANE_COLUMNS / KC) * FEW_ROWS * W * W + 2 * W * LANE_GROUPS;
-
-/// f(0), f(1), ... as constants, below N.
-template <int N, class F>
-[[gnu::always_inline]] inline void each(F f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) __attribute__((always_inline)) {
-    (f(std::integral_constant<int, I>{}), ...);
-  }(std::make_integer_sequence<int, N>{});
-}
-
-/// Half of each word, with ones for an exponent: a code and some of those are the end of the mantissa of a
-/// power of two, taken by one `and` (hidden from gcc, which would make it two operations for each code).
-[[gnu::always_inline]] inline VI raise_half(VI words, int half) {
-  VI raised = i_or(half ? i_shr<16>(words) : words, i_set(0x7f800000));
-  asm("" : "+v"(raised));
-  return raised;
-}
-template <int BITS>
-constexpr int place_of(int i) { return i * BITS % 16; }
-template <int BITS>
-constexpr float power_of(int i) { return float(1 << (23 - place_of<BITS>(i))); }
-template <int BITS, int I>
-[[gnu::always_inline]] inline V raised_code(VI half) {
-  constexpr int PLACE = place_of<BITS>(I);
-  return as_float(i_and(half, i_set(((1 << BITS) - 1) << PLACE | (127 + 23 - PLACE) << 23)));
-}
-
-/// Whether codes are taken out by one `and`; those of int4 without zero points are looked up (a tenth faster from the cache).
-constexpr bool is_raised(int code, bool zero) { return code == WL_INT8 || (code == WL_INT4 && zero); }
-
-/// Words that a stored row has in a stripe, with both halves raised where codes are taken out so.
-template <int CODE, bool ZERO>
-struct LaneWords {
-  VI low, high;
-  LaneWords() = default;
-  [[gnu::always_inline]] explicit LaneWords(VI r) : low(r), high(r) {
-    if constexpr (is_raised(CODE, ZERO)) low = raise_half(r, 0), high = raise_half(r, 1);
-  }
-};
-
-/// Code I of each word as a weight.
-template <int CODE, bool ZERO, int I>
-[[gnu::always_inline]] inline V lane_weight(const LaneWords<CODE, ZERO> &words, V scale, V zero) {
-  const VI r = words.low;
-  constexpr int BITS = 32 / codes_per_word(CODE);
-  if constexpr (CODE == WL_F32) {
-    return as_float(r);
-  } else if constexpr (CODE == WL_BF16) {
-    return as_float(I ? i_and(r, i_set(int32_t(0xffff0000))) : i_shl<16>(r));
-  } else if constexpr (CODE == WL_F16) {
-    return half_to_float(i_shr<I * 16>(r));
-  } else if constexpr (CODE == WL_E2M1) {
-    return v_mul(lookup16(i_shr<I * BITS>(r), FP4), scale);
-  } else if constexpr (CODE == WL_E4M3) {
-    return v_mul(e4m3_of_word(r, I), scale);
-  } else if constexpr (!is_raised(CODE, ZERO)) {
-    return v_mul(lookup16(i_shr<I * BITS>(r), INT4), scale);
-  } else {
-    const V code = raised_code<BITS, I>(I * BITS < 16 ? r : words.high);
-    return v_mul(v_sub(code, v_add(zero, v_set(power_of<BITS>(I)))), scale);
-  }
-}
 
 inline void Exact::put_lane(float *dst, int64_t base, unsigned word, unsigned i, float x) {
   dst[base + i * W + word] = x;
@@ -109,16 +46,16 @@ struct LaneRows {
 
   /// The stripe from column k on.
   [[gnu::always_inline]] void add_stripe(int64_t k, V sum[CB][M]) const {
-    LaneWords<CODE, ZERO> r[CB];
+    Words<CODE, ZERO> r[CB];
     V scale[CB], zero[CB];
     for (int c = 0; c < CB; c++) {
-      r[c] = LaneWords<CODE, ZERO>(i_load(rows[c] + k * 4 / PER));
+      r[c] = Words<CODE, ZERO>(i_load(rows[c] + k * 4 / PER));
       fetch_line<_MM_HINT_T0>(rows[c] + k * 4 / PER + ahead);
     }
     look_up(k, scale, zero);
     each<PER>([&](auto i) __attribute__((always_inline)) {
       V w[CB];
-      for (int c = 0; c < CB; c++) w[c] = lane_weight<CODE, ZERO, i()>(r[c], scale[c], zero[c]);
+      for (int c = 0; c < CB; c++) w[c] = weight_of<CODE, ZERO, i()>(r[c], scale[c], zero[c]);
       for (int j = 0; j < M; j++) {
         const V y = v_load(x + j * ldx + k + i() * W);
         for (int c = 0; c < CB; c++) sum[c][j] = v_fma(y, w[c], sum[c][j]);
@@ -132,9 +69,9 @@ struct LaneRows {
     look_up(k, scale, zero);
     const VI left = i_set(rest);
     for (int c = 0; c < CB; c++) {
-      const LaneWords<CODE, ZERO> r(load_some<W * 4>(rows[c] + k * 4 / PER, (rest * 4 + PER - 1) / PER));
+      const Words<CODE, ZERO> r(load_some<W * 4>(rows[c] + k * 4 / PER, (rest * 4 + PER - 1) / PER));
       each<PER>([&](auto i) __attribute__((always_inline)) {
-        const V w = lane_weight<CODE, ZERO, i()>(r, scale[c], zero[c]);
+        const V w = weight_of<CODE, ZERO, i()>(r, scale[c], zero[c]);
         for (int j = 0; j < M; j++) {
           const V y = v_load(x + j * ldx + k + i() * W);
           sum[c][j] = where_less(places_of_words(PER, i()), left, v_fma(y, w, sum[c][j]), sum[c][j]);
@@ -199,7 +136,7 @@ inline void multiply_lanes_of(const wl_matrix &m, int64_t n0, const float *x, in
       for (int i = 0; i < W; i += CB) {
         LaneRows<CODE, ZERO, M, CB> some{{}, x, ldx, ahead, groups, i};
         for (int j = 0; j < CB; j++) some.rows[j] = stored_row(m, first + i + j);
-        if (has_scales(CODE) && k1 == 0) LaneGroups::fetch(m, first + W + i, CB);
+        if (has_scales(CODE) && k1 == 0) Groups::fetch(m, first + W + i, CB);
         some.multiply(k1, end, lanes + i * W);
       }
       add_chains(lanes, M, (end - k1 + KC - 1) / KC, c + v * W, k1 == 0);
@@ -213,21 +150,6 @@ inline void with_rows(int64_t rows, F f) {
   each<MOST>([&](auto i) {
     if (rows == i() + 1) f.template operator()<i() + 1>();
   });
-}
-
-/// f<CODE, ZERO>() for the codes of a matrix; ZERO: it has zero points of its own.
-template <class F>
-inline void with_code(const wl_matrix &m, F f) {
-  const bool zero = m.zero_type != WL_Z_NONE;
-  switch (m.code) {
-    case WL_F32: return f.template operator()<WL_F32, false>();
-    case WL_BF16: return f.template operator()<WL_BF16, false>();
-    case WL_F16: return f.template operator()<WL_F16, false>();
-    case WL_E4M3: return f.template operator()<WL_E4M3, false>();
-    case WL_E2M1: return f.template operator()<WL_E2M1, false>();
-    case WL_INT8: return zero ? f.template operator()<WL_INT8, true>() : f.template operator()<WL_INT8, false>();
-    case WL_INT4: return zero ? f.template operator()<WL_INT4, true>() : f.template operator()<WL_INT4, false>();
-  }
 }
 
 /// Columns n0 .. n0 + NR of `rows` packed rows (at most lane_rows) times a matrix: c[rows][NR].

@@ -44,7 +44,7 @@ inline void fetch_start(const wl_matrix &m, int64_t n0, const Layout<Mode> &layo
   if (layout.way == Layout<Mode>::PANELS) return;
   if (layout.way == Layout<Mode>::WORDS) return fetch_words(m, n0);
   fetch_lines(stored_row(m, n0), std::min(LANE_AHEAD, (m.n - n0) * m.stride_n));
-  if (has_scales(m.code)) LaneGroups::fetch(m, n0, W);
+  if (has_scales(m.code)) Groups::fetch(m, n0, W);
 }
 
 /// Columns n0 .. n0 + `panels` * NR (a multiple of what the matrix's layout takes together) of packed rows

@@ -42,10 +42,10 @@ inline void pairs_of_stripe(const wl_matrix &m, const uint8_t *const rows[W], in
         scale = permute(v_load(groups.scale + c() * LANE_GROUPS + first), pattern);
         if (ZERO) zero = permute(v_load(groups.zero + c() * LANE_GROUPS + first), pattern);
       }
-      const LaneWords<CODE, ZERO> words(r);
+      const Words<CODE, ZERO> words(r);
       each<SETS>([&](auto i) __attribute__((always_inline)) {
-        const V low = lane_weight<CODE, ZERO, 2 * i()>(words, scale, zero);
-        V high = lane_weight<CODE, ZERO, 2 * i() + 1>(words, scale, zero);
+        const V low = weight_of<CODE, ZERO, 2 * i()>(words, scale, zero);
+        V high = weight_of<CODE, ZERO, 2 * i() + 1>(words, scale, zero);
         if (!is_whole) high = where_less(places_of_words(PER, 2 * i() + 1), left, high, v_zero());
         pairs[i()][c()] = to_pairs(low, high);
       });
@@ -88,7 +88,7 @@ inline void multiply_pairs_of(const wl_matrix &m, int64_t n0, const float *packe
       const int count = int(std::min<int64_t>(KC, m.k - k0));
       if (has_scales(CODE) && k0 % LANE_COLUMNS == 0) {
         groups.fill(n, k0, std::min(m.k, k0 + LANE_COLUMNS));
-        if (k0 == 0) LaneGroups::fetch(m, n + W, W);
+        if (k0 == 0) Groups::fetch(m, n + W, W);
       }
       V sum[M];
       for (V &one : sum) one = v_zero();

@@ -79,22 +79,6 @@ inline V load_strided(const wl_matrix &m, const int64_t columns[W], int64_t k, b
        : m.code == WL_INT8 ? to_float(r) : as_float(r);
 }
 
-/// Codes of W columns of one k: the scale and zero of their group.
-struct GroupAt {
-  const wl_matrix &m;
-  const Groups &groups;
-  int64_t next = -1;  // k at which another group begins, where they follow k
-  V scale = v_zero(), zero = v_zero();
-  void move(int64_t k) {
-    if (!m.groups && k < next) return;
-    const int64_t g = m.groups ? m.groups[k] : k / m.block_k;
-    next = (g + 1) * m.block_k;
-    scale = v_load(groups.scale + (g - groups.first) * W);
-    zero = v_load(groups.zero + (g - groups.first) * W);
-  }
-  V weight(V code) const { return v_mul(v_sub(code, zero), scale); }
-};
-
 inline void unpack_strided(const wl_matrix &m, const int64_t columns[W], bool full, int64_t k0, int count,
                            float *dst, const Groups *groups) {
   if (!groups) {
@@ -108,23 +92,22 @@ inline void unpack_strided(const wl_matrix &m, const int64_t columns[W], bool fu
   }
 }
 
+template <int CODE>
 inline void unpack_gptq(const wl_matrix &m, const int64_t columns[W], bool full, int64_t k0, int count,
                         float *dst, const Groups *groups) {
-  const int bits = m.packing == WL_GPTQ8 ? 8 : 4, per = 32 / bits;
-  const VI mask = i_set((1 << bits) - 1);
-  const int32_t *words = static_cast<const int32_t *>(m.codes);
-  const int64_t stride = m.stride_k / 4;
+  constexpr int PER = codes_per_word(CODE);
+  const int32_t *codes = static_cast<const int32_t *>(m.codes);
   GroupAt group{m, *groups};
-  for (int i = 0; i < count;) {  // blocks begin with a word
-    const int32_t *row = words + (k0 + i) / per * stride;
+  for (int i = 0; i < count; i += PER) {  // blocks begin with a word
+    const int32_t *row = codes + (k0 + i) / PER * (m.stride_k / 4);
     int32_t lanes[W];
     for (int j = 0; !full && j < W; j++) lanes[j] = row[columns[j]];
-    VI word = full ? i_load(row + columns[0]) : i_load(lanes);
-    for (int j = 0; j < per && i < count; j++, i++) {
-      group.move(k0 + i);
-      v_store(dst + int64_t(i) * NR, group.weight(to_float(i_and(word, mask))));
-      word = bits == 8 ? i_shr<8>(word) : i_shr<4>(word);
-    }
+    const Words<CODE, true> words(full ? i_load(row + columns[0]) : i_load(lanes));
+    each<PER>([&](auto j) __attribute__((always_inline)) {
+      if (i + j() >= count) return;
+      group.move(k0 + i + j());
+      v_store(dst + int64_t(i + j()) * NR, weight_of<CODE, true, j()>(words, group.scale, group.zero));
+    });
   }
 }
 
@@ -215,9 +198,10 @@ inline void unpack_panel(const wl_matrix &m, int64_t n0, int64_t k0, int count, 
                          Chains chains) {
   const Source source(m, n0, k0, count, scratch);
   const Steps steps = chains.steps(m, count);
+  if (has_scales(m.code) && k0 == 0) Groups::fetch(m, n0 + NR, NR);
   for (int v = 0; v < NV; v++) {
     if (has_contiguous_rows(m)) {
-      unpack_rows_of(m.code, source.rows + v * W, k0, count, panel + v * W, steps, &m, source.groups[v]);
+      unpack_rows_of(source.rows + v * W, k0, count, panel + v * W, steps, m, source.groups[v]);
       continue;
     }
     const int64_t *columns = source.columns + v * W;
@@ -226,7 +210,8 @@ inline void unpack_panel(const wl_matrix &m, int64_t n0, int64_t k0, int count, 
     if (m.packing == WL_AWQ) {
       unpack_awq(m, columns, full, k0, count, panel + v * W, groups);
     } else if (m.packing != WL_ROWS) {
-      unpack_gptq(m, columns, full, k0, count, panel + v * W, groups);
+      const auto unpack = m.packing == WL_GPTQ8 ? unpack_gptq<WL_INT8> : unpack_gptq<WL_INT4>;
+      unpack(m, columns, full, k0, count, panel + v * W, groups);
     } else {
       unpack_strided(m, columns, full, k0, count, panel + v * W, m.scale_type == WL_S_NONE ? nullptr : groups);
     }

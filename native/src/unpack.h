@@ -5,8 +5,7 @@
 
 #include <algorithm>
 
-#include "../include/windlass_cpu.h"
-#include "simd.h"
+#include "codes.h"
 
 namespace WL_NS {
 
@@ -41,9 +40,6 @@ inline void load_scales_apart(const wl_matrix &m, int64_t at, int64_t stride, in
   }
 }
 
-/// The format's own zero.
-inline float load_plain_zero(int code) { return code == WL_INT4 ? 8.0f : code == WL_INT8 ? 128.0f : 0.0f; }
-
 inline float load_zero(const wl_matrix &m, int64_t n, int64_t group) {
   // no division by what gcc does not know: it takes longer than a line of codes
   const bool wide = m.code == WL_INT8;
@@ -61,12 +57,6 @@ inline float load_zero(const wl_matrix &m, int64_t n, int64_t group) {
     default: return load_plain_zero(m.code);
   }
 }
-
-constexpr float FP4[16] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f,
-                           -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f};
-
-constexpr float INT4[16] = {-8.0f, -7.0f, -6.0f, -5.0f, -4.0f, -3.0f, -2.0f, -1.0f,
-                            0.0f, 1.0f, 2.0f, 3.0f, 4.0f, 5.0f, 6.0f, 7.0f};
 
 /// 2 to the (byte - 127), the byte in the low bits of each lane; 255 means NaN.
 inline V decode_e8m0(VI byte) {
@@ -104,13 +94,6 @@ inline V load_scales(const wl_matrix &m, int64_t at) {
   return scales;
 }
 
-/// `count` scales of row n of scales, from `group` on.
-inline void row_of_scales(const wl_matrix &m, int64_t n, int64_t group, int64_t count, float *to) {
-  int64_t i = 0;
-  for (; m.scale_stride_k == 1 && i + W <= count; i += W) v_store(to + i, load_scales(m, n * m.scale_stride_n + group + i));
-  if (i < count) load_scales_apart(m, n * m.scale_stride_n + (group + i) * m.scale_stride_k, m.scale_stride_k, count - i, to + i);
-}
-
 /// Where the nibble of column n of words along n begins.
 struct Nibbles {
   int32_t plain[W], awq[W];
@@ -135,7 +118,7 @@ struct Groups {
       scale = load_scales(m, n + g * m.scale_stride_k);
     } else {
       float lanes[W];
-      for (int i = 0; i < W; i++) row_of_scales(m, columns[i] / m.block_n, g, 1, lanes + i);
+      for (int i = 0; i < W; i++) load_scales_apart(m, columns[i] / m.block_n * m.scale_stride_n + g * m.scale_stride_k, 1, 1, lanes + i);
       scale = v_load(lanes);
     }
     zero = zeros_of(m, columns, beside, g);
@@ -152,6 +135,17 @@ struct Groups {
     }
   }
 
+  /// Fetches what is stored with the scales of `rows` rows from n on, where they lie row by row: all of it misses
+  /// when it is read, and nothing is multiplied meanwhile.
+  static void fetch(const wl_matrix &m, int64_t n, int64_t rows) {
+    if (m.block_n != 1 || m.scale_stride_k != 1 || n + rows > m.n) return;
+    const int64_t row = m.scale_stride_n * scale_bytes(m.scale_type);
+    fetch_lines(static_cast<const uint8_t *>(m.scales) + n * row, rows * row);
+    const int64_t per = codes_per_word(m.code), words = m.zero_stride * 4;
+    if (m.zero_type == WL_Z_ROWS && n % per == 0)
+      fetch_lines(static_cast<const uint8_t *>(m.zeros) + n / per * words, (rows + per - 1) / per * words);
+  }
+
  private:
   void fill_scales(const wl_matrix &m, const int64_t columns[W], bool full, int64_t g, int64_t num) {
     float *to = scale + (g - first) * W;
@@ -159,12 +153,21 @@ struct Groups {
       for (int64_t i = 0; i < num; i++) v_store(to + i * W, load_scales(m, columns[0] + (g + i) * m.scale_stride_k));
       return;
     }
-    alignas(64) float rows[W][W];
     VI r[W];
-    for (int i = 0; i < W; i++) {
-      row_of_scales(m, columns[i] / m.block_n, g, num, rows[i]);
-      r[i] = i_load(rows[i]);
-    }
+    auto load = [&](auto row_at) __attribute__((always_inline)) {
+      // no division where it can be helped: there are as many as lines of codes
+      for (int i = 0; i < W; i++) r[i] = row_at((m.block_n == 1 ? columns[i] : columns[i] / m.block_n) * m.scale_stride_n + g * m.scale_stride_k);
+    };
+    if (m.scale_stride_k == 1)
+      with_scales(m, [&]<int TYPE>() __attribute__((always_inline)) {
+        load([&](int64_t at) __attribute__((always_inline)) { return as_int(load_scales_as<TYPE>(m.scales, at, num)); });
+      });
+    else
+      load([&](int64_t at) {
+        alignas(64) float row[W];
+        load_scales_apart(m, at, m.scale_stride_k, num, row);
+        return i_load(row);
+      });
     transpose(r);
     for (int64_t i = 0; i < num; i++) v_store(to + i * W, as_float(r[i]));
   }
@@ -184,120 +187,59 @@ struct Groups {
   }
 };
 
-inline V decode_e4m3(VI byte) {  // in the low 8 bits of each lane
-  VI low = i_and(byte, i_set(0x7f));
-  VI half = i_or(i_shl<7>(low), i_shl<8>(i_and(byte, i_set(0x80))));
-  V x = v_mul(half_to_float(half), v_set(256.0f));
-  return where_equal(low, i_set(0x7f), v_set(__builtin_nanf("")), x);
-}
-
-#if defined(__AVX512BW__)
-struct Halves {
-  alignas(64) uint16_t bf16[128];
-};
-
-/// Every positive e4m3 as bf16, which holds it exactly.
-constexpr Halves E4M3 = [] {
-  Halves all{};
-  for (int code = 0; code < 128; code++) {
-    int power = code >> 3, low = code & 7;
-    if (power == 0) {  // denormal: low / 512
-      for (power = 1; low && low < 8; low *= 2) power--;
-      low &= 7;
-    }
-    all.bf16[code] = uint16_t(code == 0 ? 0 : code == 0x7f ? 0x7fc0 : (power + 120) << 7 | low << 4);
-  }
-  return all;
-}();
-
-/// Byte i of each lane. Two bytes of a lane are looked up at once (a third of what integers take).
-inline V e4m3_of_word(VI r, int i) {
-  const VI code = i % 2 ? i_shr<8>(r) : r;
-  auto look_up = [&](const uint16_t *table) { return _mm512_permutex2var_epi16(i_load(table), code, i_load(table + 32)); };
-  const __mmask32 large = _mm512_test_epi16_mask(code, _mm512_set1_epi16(0x40));
-  const VI value = _mm512_mask_blend_epi16(large, look_up(E4M3.bf16), look_up(E4M3.bf16 + 64));
-  const VI both = i_and_or(i_shl<8>(code), i_set(int32_t(0x80008000)), value);
-  return as_float(i < 2 ? i_shl<16>(both) : i_and(both, i_set(int32_t(0xffff0000))));
-}
-#else
-inline V e4m3_of_word(VI r, int i) { return decode_e4m3(i_and(i_shr_by(r, 8 * i), i_set(0xff))); }
-#endif
-
-inline V decode_code(int code, VI bits, V zero) {
-  switch (code) {
-    case WL_E2M1: return lookup16(bits, FP4);
-    default: return v_sub(to_float(bits), zero);
-  }
-}
-
-constexpr int codes_per_word(int code) {
-  return code == WL_F32 ? 1 : code == WL_BF16 || code == WL_F16 ? 2
-       : code == WL_E4M3 || code == WL_INT8 ? 4 : 8;
-}
-
 /// Where vectors of a panel go: that of code i of word j at j * word + i, the next W words at `next`.
 struct Steps {
   int word, next;
 };
 
+/// Codes of W columns of one k: the scale and zero of their group.
+struct GroupAt {
+  const wl_matrix &m;
+  const Groups &groups;
+  int64_t group = 0, next = -1;  // next: k at which another group begins, where they follow k
+  V scale = v_zero(), zero = v_zero();
+  /// k: ascending, of every group or of all k
+  [[gnu::always_inline]] void move(int64_t k) {
+    if (!m.groups && k < next) return;
+    group = m.groups ? m.groups[k] : next < 0 ? k / m.block_k : group + 1;  // no division where it can be helped
+    next = (group + 1) * m.block_k;
+    scale = v_load(groups.scale + (group - groups.first) * W);
+    zero = v_load(groups.zero + (group - groups.first) * W);
+  }
+  V weight(V code) const { return v_mul(v_sub(code, zero), scale); }
+};
+
 /// W rows at `rows` + offset: W words of each, as codes_per_word * W vectors. Columns from `end` on do
-/// not exist: nothing is looked up for them.
-template <int CODE>
+/// not exist: nothing is looked up for them. EACH: neighbours may be of different groups.
+template <int CODE, bool ZERO, bool EACH>
 [[gnu::always_inline]] inline void unpack_words(const uint8_t *const rows[W], int64_t offset, float *dst, Steps steps, int64_t k, int64_t end,
-                         const wl_matrix *m, const Groups &groups) {
+                                                GroupAt &group) {
   constexpr int PER = codes_per_word(CODE);
-  auto put = [&](int i, int j, V x) { v_store(dst + int64_t(i * steps.word + j) * NR, x); };
   VI r[W];
   for (int i = 0; i < W; i++) r[i] = i_load(rows[i] + offset);
   transpose(r);
-  if constexpr (CODE == WL_F32) {
-    for (int i = 0; i < W; i++) put(i, 0, as_float(r[i]));
-  } else if constexpr (CODE == WL_BF16) {
-    const VI high = i_set(int32_t(0xffff0000));
-    for (int i = 0; i < W; i++) {
-      put(i, 0, as_float(i_shl<16>(r[i])));
-      put(i, 1, as_float(i_and(r[i], high)));
-    }
-  } else if constexpr (CODE == WL_F16) {
-    for (int i = 0; i < W; i++) {
-      put(i, 0, half_to_float(r[i]));
-      put(i, 1, half_to_float(i_shr<16>(r[i])));
-    }
-  } else {
-    constexpr int BITS = 32 / PER;
-    const VI mask = i_set((1 << BITS) - 1);
-    V scale = v_set(1.0f), zero = v_zero();
-    for (int i = 0; i < W; i++) {
-      if (!m->groups && k + i * PER < end) {  // groups are never narrower than a word
-        int64_t g = (k + i * PER) / m->block_k - groups.first;
-        scale = v_load(groups.scale + g * W);
-        zero = v_load(groups.zero + g * W);
-      }
-      for (int j = 0; j < PER; j++) {
-        if (m->groups) {
-          int64_t g = k + i * PER + j < end ? m->groups[k + i * PER + j] - groups.first : 0;
-          scale = v_load(groups.scale + g * W);
-          zero = v_load(groups.zero + g * W);
-        }
-        V code;
-        if constexpr (CODE == WL_E4M3) code = e4m3_of_word(r[i], j);
-        else code = decode_code(CODE, i_and(i_shr_by(r[i], j * BITS), mask), zero);
-        put(i, j, v_mul(code, scale));
-      }
-    }
-  }
+  each<W>([&](auto i) __attribute__((always_inline)) {
+    const Words<CODE, ZERO> words(r[i()]);
+    if (has_scales(CODE) && !EACH && k + i() * PER < end) group.move(k + i() * PER);
+    each<PER>([&](auto j) __attribute__((always_inline)) {
+      if (EACH && k + i() * PER + j() < end) group.move(k + i() * PER + j());
+      const V zero = ZERO ? group.zero : v_set(load_plain_zero(CODE));
+      v_store(dst + int64_t(i() * steps.word + j()) * NR, weight_of<CODE, ZERO, j()>(words, group.scale, zero));
+    });
+  });
 }
 
 /// W columns whose codes are contiguous in k. Few rows at once: the hardware follows 16 streams, not
 /// 32 (36 against 19 GB/s for one thread of a Zen 5).
-template <int CODE>
-inline void unpack_rows(const uint8_t *const rows[W], int64_t k0, int count, float *dst, Steps steps,
-                        const wl_matrix *m, const Groups &groups) {
+template <int CODE, bool ZERO, bool EACH>
+[[gnu::noinline]] inline void unpack_rows(const uint8_t *const rows[W], int64_t k0, int count, float *dst, Steps steps,
+                                          const wl_matrix &m, const Groups &groups) {
   constexpr int PER = codes_per_word(CODE), STRIPE = PER * W;
+  GroupAt group{m, groups};
   int k = 0;
   auto whole = [&](Steps known) __attribute__((always_inline)) {
     for (; k + STRIPE <= count; k += STRIPE, dst += known.next * NR)
-      unpack_words<CODE>(rows, (k0 + k) * 4 / PER, dst, known, k0 + k, k0 + count, m, groups);
+      unpack_words<CODE, ZERO, EACH>(rows, (k0 + k) * 4 / PER, dst, known, k0 + k, k0 + count, group);
   };
   // constants where they can be: addresses cost as much as the transposition
   if (steps.word == PER) whole({PER, STRIPE});
@@ -313,22 +255,17 @@ inline void unpack_rows(const uint8_t *const rows[W], int64_t k0, int count, flo
     std::memcpy(copy[i], rows[i] + (k0 + k) * 4 / PER, size_t(bytes));
     ends[i] = copy[i];
   }
-  unpack_words<CODE>(ends, 0, tail, {PER, STRIPE}, k0 + k, k0 + count, m, groups);
+  unpack_words<CODE, ZERO, EACH>(ends, 0, tail, {PER, STRIPE}, k0 + k, k0 + count, group);
   for (int i = 0; i < STRIPE && k + i < count; i++)
     v_store(dst + int64_t(i / PER * steps.word + i % PER) * NR, v_load(tail + i * NR));
 }
 
-inline void unpack_rows_of(int code, const uint8_t *const rows[W], int64_t k0, int count, float *dst, Steps steps,
-                           const wl_matrix *m, const Groups &groups) {
-  switch (code) {
-    case WL_F32: return unpack_rows<WL_F32>(rows, k0, count, dst, steps, m, groups);
-    case WL_BF16: return unpack_rows<WL_BF16>(rows, k0, count, dst, steps, m, groups);
-    case WL_F16: return unpack_rows<WL_F16>(rows, k0, count, dst, steps, m, groups);
-    case WL_E4M3: return unpack_rows<WL_E4M3>(rows, k0, count, dst, steps, m, groups);
-    case WL_E2M1: return unpack_rows<WL_E2M1>(rows, k0, count, dst, steps, m, groups);
-    case WL_INT8: return unpack_rows<WL_INT8>(rows, k0, count, dst, steps, m, groups);
-    case WL_INT4: return unpack_rows<WL_INT4>(rows, k0, count, dst, steps, m, groups);
-  }
+inline void unpack_rows_of(const uint8_t *const rows[W], int64_t k0, int count, float *dst, Steps steps,
+                           const wl_matrix &m, const Groups &groups) {
+  with_code(m, [&]<int CODE, bool ZERO>() {
+    if (has_scales(CODE) && m.groups) unpack_rows<CODE, ZERO, has_scales(CODE)>(rows, k0, count, dst, steps, m, groups);
+    else unpack_rows<CODE, ZERO, false>(rows, k0, count, dst, steps, m, groups);
+  });
 }
 
 }  // namespace WL_NS
