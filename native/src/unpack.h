@@ -210,23 +210,26 @@ struct GroupAt {
 };
 
 /// W rows at `rows` + offset: W words of each, as codes_per_word * W vectors. Columns from `end` on do
-/// not exist: nothing is looked up for them. EACH: neighbours may be of different groups.
-template <int CODE, bool ZERO, bool EACH>
+/// not exist: nothing is looked up for them. EACH: neighbours may be of different groups. UNROLLED: a
+/// tenth faster, and slow to compile.
+template <int CODE, bool ZERO, bool EACH, bool UNROLLED>
 [[gnu::always_inline]] inline void unpack_words(const uint8_t *const rows[W], int64_t offset, float *dst, Steps steps, int64_t k, int64_t end,
                                                 GroupAt &group) {
   constexpr int PER = codes_per_word(CODE);
   VI r[W];
   for (int i = 0; i < W; i++) r[i] = i_load(rows[i] + offset);
   transpose(r);
-  each<W>([&](auto i) __attribute__((always_inline)) {
-    const Words<CODE, ZERO> words(r[i()]);
-    if (has_scales(CODE) && !EACH && k + i() * PER < end) group.move(k + i() * PER);
+  auto word = [&](int i) __attribute__((always_inline)) {
+    const Words<CODE, ZERO> words(r[i]);
+    if (has_scales(CODE) && !EACH && k + i * PER < end) group.move(k + i * PER);
     each<PER>([&](auto j) __attribute__((always_inline)) {
-      if (EACH && k + i() * PER + j() < end) group.move(k + i() * PER + j());
+      if (EACH && k + i * PER + j() < end) group.move(k + i * PER + j());
       const V zero = ZERO ? group.zero : v_set(load_plain_zero(CODE));
-      v_store(dst + int64_t(i() * steps.word + j()) * NR, weight_of<CODE, ZERO, j()>(words, group.scale, zero));
+      v_store(dst + int64_t(i * steps.word + j()) * NR, weight_of<CODE, ZERO, j()>(words, group.scale, zero));
     });
-  });
+  };
+  if constexpr (UNROLLED) each<W>(word);
+  else for (int i = 0; i < W; i++) word(i);
 }
 
 /// W columns whose codes are contiguous in k. Few rows at once: the hardware follows 16 streams, not
@@ -237,14 +240,14 @@ template <int CODE, bool ZERO, bool EACH>
   constexpr int PER = codes_per_word(CODE), STRIPE = PER * W;
   GroupAt group{m, groups};
   int k = 0;
-  auto whole = [&](Steps known) __attribute__((always_inline)) {
+  auto whole = [&]<bool UNROLLED>(Steps known) __attribute__((always_inline)) {
     for (; k + STRIPE <= count; k += STRIPE, dst += known.next * NR)
-      unpack_words<CODE, ZERO, EACH>(rows, (k0 + k) * 4 / PER, dst, known, k0 + k, k0 + count, group);
+      unpack_words<CODE, ZERO, EACH, UNROLLED>(rows, (k0 + k) * 4 / PER, dst, known, k0 + k, k0 + count, group);
   };
   // constants where they can be: addresses cost as much as the transposition
-  if (steps.word == PER) whole({PER, STRIPE});
-  else if (count == KC) whole({KC / W, PER});
-  else whole(steps);
+  if (steps.word == PER) whole.template operator()<false>({PER, STRIPE});
+  else if (count == KC) whole.template operator()<!EACH>({KC / W, PER});
+  else whole.template operator()<false>(steps);
   if (k == count) return;
   // a ragged end: only bytes that exist are read, only columns that exist are written
   alignas(64) uint8_t copy[W][W * 4] = {};
@@ -255,7 +258,7 @@ template <int CODE, bool ZERO, bool EACH>
     std::memcpy(copy[i], rows[i] + (k0 + k) * 4 / PER, size_t(bytes));
     ends[i] = copy[i];
   }
-  unpack_words<CODE, ZERO, EACH>(ends, 0, tail, {PER, STRIPE}, k0 + k, k0 + count, group);
+  unpack_words<CODE, ZERO, EACH, false>(ends, 0, tail, {PER, STRIPE}, k0 + k, k0 + count, group);
   for (int i = 0; i < STRIPE && k + i < count; i++)
     v_store(dst + int64_t(i / PER * steps.word + i % PER) * NR, v_load(tail + i * NR));
 }
