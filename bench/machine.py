@@ -76,7 +76,7 @@ class Rates:
     """What the machine does at best, measured with torch's own calls."""
 
     fp32_flops_per_s: float  # torch.mm of 2048 x 2048 x 2048
-    read_bytes_per_s: float  # sum over fp32 in memory
+    read_bytes_per_s: float  # a plain read of memory
     widened_elements_per_s: float  # bf16 in memory to a tile of fp32 in the cache
     timings: dict[str, Timing]
 
