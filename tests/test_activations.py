@@ -52,6 +52,12 @@ CASES = {
         },
         dict(rows=512, prompts=[120] * 6 + [16] * 26, new=3),
     ),
+    # all weights stay: layers are noted for every number of rows, since one answer ends at a time
+    "noted": (
+        preset("olmoe-1b-7b", num_layers=4)
+        | {"num_experts": 8, "intermediate_size": 64, "vocab_size": 512},
+        dict(rows=128, prompts=[8] * 16, new=2, longer=1, moe_expert_cache_size="auto"),
+    ),
 }  # fmt: skip
 
 SCRIPT = """
@@ -66,14 +72,16 @@ folder, case = sys.argv[1], json.loads(sys.argv[2])
 prompts = case["prompts"]
 options = EngineOptions(
     model=folder, load_format="dummy", host_memory=8 << 30, max_num_seqs=len(prompts),
-    max_num_batched_tokens=case["rows"], max_model_len=max(prompts) + case["new"],
-    moe_expert_cache_size="1", generation_config="vllm", moe_backend=sys.argv[3],
+    max_num_batched_tokens=case["rows"], max_model_len=max(prompts) + 2 * len(prompts),
+    moe_expert_cache_size=case.get("moe_expert_cache_size", "1"), generation_config="vllm",
+    moe_backend=sys.argv[3],
     kv_cache_dtype=case.get("kv_cache_dtype", "auto"),
 )
 with open_engine(options) as engine:
     for i, length in enumerate(prompts):
         prompt = tuple((7 * i + 13 * j) % 250 for j in range(length))
-        params = SamplingParams(max_tokens=case["new"], temperature=0.7, ignore_eos=True)
+        new = case["new"] + case.get("longer", 0) * i
+        params = SamplingParams(max_tokens=new, temperature=0.7, ignore_eos=True)
         engine.add(Request(str(i), prompt, params, str(i)))
     while engine.has_work:
         engine.step()

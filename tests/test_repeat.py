@@ -87,6 +87,22 @@ def test_weights_that_may_be_evicted_are_not_repeated(tmp_path, repeated):
     assert not repeated
 
 
+def test_what_was_noted_holds_for_later_jobs(tmp_path, repeated):
+    """Prompts and other numbers of rows in between change nothing."""
+    num_layers = make_model("mixtral", tmp_path).config.num_hidden_layers
+    several = [request(f"{i}", p, max_tokens=4) for i, p in enumerate(prompts([5, 70, 9]))]
+    one = [request("one", prompts([40])[0], max_tokens=8)]
+    with engine_for(tmp_path, moe_backend="cpu") as engine:
+        run_all(engine, several)
+        run_all(engine, one)
+        for job in (one, several):
+            before = engine.stats().passes
+            repeated.clear()
+            run_all(engine, job)
+            decoded = engine.stats().passes - before - 1
+            assert len(repeated) == decoded * num_layers
+
+
 def test_hits_and_times_are_counted_as_without(tmp_path, monkeypatch, repeated):
     make_model("mixtral", tmp_path)
     counts = []
@@ -182,6 +198,22 @@ def test_views_are(kernels):
     for _ in range(3):
         normalised(kernels, recorder, x, weight, lambda y: y.view(2, 6, 8)[:, 1:].split(2, 1))
     assert recorder.num_repeated == 2
+
+
+def test_results_of_a_layer_lie_apart_and_their_memory_is_used_again(kernels):
+    first, second = (kernels.recorder(lambda: "") for _ in range(2))
+    shapes = [(1, 48), (16, 5000), (3, 7), (2, 3, 4), (16, 5000)]
+
+    def taken(recorder):
+        recorder.begin(WORK)
+        return recorder.run(0, lambda: [recorder.empty(*shape) for shape in shapes])
+
+    for recorder in (first, second):
+        found = taken(recorder)
+        assert [tuple(one.shape) for one in found] == shapes
+        spans = sorted((one.data_ptr(), one.data_ptr() + one.nbytes) for one in found)
+        assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
+    assert [one.data_ptr() for one in taken(first)] == [one.data_ptr() for one in taken(second)]
 
 
 def test_copies_of_weights_are_not_kept(kernels):

@@ -2,7 +2,7 @@
 it with what it had predicted."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 PHASES = ("prefill", "mixed", "decode")
@@ -49,9 +49,9 @@ class PhaseStats:
 
     def _with(self, more: "PhaseStats", times: int) -> "PhaseStats":
         plain = {
-            name: value + times * getattr(more, name)
-            for name, value in asdict(self).items()
-            if name != "modules"
+            one.name: getattr(self, one.name) + times * getattr(more, one.name)
+            for one in fields(self)
+            if one.name != "modules"
         }
         modules = {name: self.modules[name] + times * more.modules[name] for name in MODULES}
         return replace(self, **plain, modules=modules)

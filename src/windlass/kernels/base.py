@@ -74,6 +74,10 @@ class Recorder(Protocol):
         repeated because it does more than that."""
         ...
 
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Within a body: memory of a result, fp32, that lasts until the next layer."""
+        ...
+
     def seconds(self) -> dict[str, float]:
         """What repeating took since this was last asked, by the label at the time of noting."""
         ...

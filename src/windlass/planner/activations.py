@@ -15,6 +15,7 @@ from windlass.kernels.limits import (
     attention_scratch_bytes,
     native_thread_bytes,
 )
+from windlass.schedule.batch import MOST_REPEATED
 from windlass.spec.model import Attention, Ffn, GatedDelta, Gqa, Mla, ModelSpec, Moe
 from windlass.units import MIB
 
@@ -51,7 +52,10 @@ def activation_bytes(
     # the outputs of experts wait by place, in memory that all layers share
     kept = (2 + max(_top_k(block.ffn) for block in spec.blocks)) * rows * width
     phases = (attention, rows * network, seqs * (3 * spec.vocab_size + 2 * width))
-    scratch = _native_scratch_bytes(spec, backend.threads, rows) if is_native else _TORCH_BYTES
+    scratch = _TORCH_BYTES
+    if is_native:
+        scratch = _native_scratch_bytes(spec, backend.threads, rows)
+        scratch += _noted_bytes(spec, min(seqs, MOST_REPEATED), page_tokens)
     return round(_SLACK * _F32 * (kept + max(phases))) + scratch + _PROCESS_BYTES
 
 
@@ -123,6 +127,18 @@ def _native_network(ffn: Ffn | Moe, width: int) -> int:
         return 3 * width
     shared = 2 * width if ffn.shared else 0
     return width + _routing(ffn) + shared
+
+
+def _noted_bytes(spec: ModelSpec, rows: int, page_tokens: int) -> int:
+    """What repeated layers keep for good (schedule/repeat.py): the results of a layer, and hidden
+    states of passes of 1 to `rows` rows."""
+    width = spec.hidden_size
+    results = max(
+        _native_attention(block.attention, width, rows, page_tokens)
+        + rows * (_native_network(block.ffn, width) + _top_k(block.ffn) * width)
+        for block in spec.blocks
+    )
+    return _F32 * (results + width * rows * (rows + 1) // 2)
 
 
 def _native_scratch_bytes(spec: ModelSpec, threads: int, rows: int) -> int:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from windlass.device.host import empty
 from windlass.ids import Part, WeightKey
 from windlass.kernels.base import Groups, Kernels, Recorder, Tensors
 from windlass.memory.weights import WeightStore
@@ -25,7 +24,8 @@ class _Done(NamedTuple):
 
 class Repeater:
     """Passes of equally many rows, one of each sequence: hidden states and places of the next take
-    the memory of the last one's, so that what was noted of a layer holds again."""
+    the memory of the last one's, so that what was noted of a layer holds again, also when others
+    were computed in between."""
 
     def __init__(
         self,
@@ -41,23 +41,26 @@ class Repeater:
         self._weights = weights
         self._tracer = tracer
         self._settled: dict[int, list[Tensors]] = {}  # weights of layers that are there for good
-        self._pass: _Pass | None = None
+        self._passes: dict[int, _Pass] = {}  # by their number of rows
+        self._pass: _Pass | None = None  # under way, if it can be repeated
 
     def begin(
         self, batch: Batch, hidden: torch.Tensor, places: Mapping[int, Places]
     ) -> tuple[torch.Tensor, Mapping[int, Places]]:
         """A pass begins: where its hidden states and the places of its micro-batches are from now
         on."""
+        self._pass = None
         if not self._weights.keeps_all or not is_repeatable(batch):
-            self._pass = None
             return hidden, places
         (now,) = places.values()
         self._blocks.fill_tables(now)
-        if self._pass is None or self._pass.num_rows != batch.num_rows:
-            recorder = self._kernels.recorder(lambda: self._tracer.current)
-            self._pass = None if recorder is None else _Pass(recorder, now, hidden)
-            return hidden, places
-        return self._pass.hidden_TD, {0: self._pass.next(now, hidden)}
+        self._pass = self._passes.get(batch.num_rows)
+        if self._pass is not None:
+            return self._pass.hidden_TD, {0: self._pass.next(now, hidden)}
+        recorder = self._kernels.recorder(lambda: self._tracer.current)
+        if recorder is not None:
+            self._pass = self._passes[batch.num_rows] = _Pass(recorder, now, hidden)
+        return hidden, places
 
     def layer(self, layer: int) -> bool:
         """See `Runtime.repeat`."""
@@ -109,7 +112,7 @@ class Repeater:
             return _Done(None)
         routed = self._blocks.route(layer, block, hidden)
         shared_TD = self._blocks.shared(layer, block, routed)
-        outputs = now.expert_outputs(ffn.top_k)
+        outputs = now.recorder.empty(now.num_rows * ffn.top_k, hidden.shape[1])
         experts = dict(enumerate(others))
         self._blocks.experts(layer, experts, routed, outputs, now.num_rows * ffn.top_k)
         self._blocks.combine(layer, hidden, routed, outputs, shared_TD)
@@ -123,18 +126,11 @@ class _Pass:
         self.recorder = recorder
         self.hidden_TD = hidden_TD
         self.places = places
-        self._outputs: dict[int, torch.Tensor] = {}
         recorder.begin(places.work)
 
     @property
     def num_rows(self) -> int:
         return self.hidden_TD.shape[0]
-
-    def expert_outputs(self, top_k: int) -> torch.Tensor:
-        """(T * A, D), the same for all layers."""
-        if top_k not in self._outputs:
-            self._outputs[top_k] = empty(self.num_rows * top_k, self.hidden_TD.shape[1])
-        return self._outputs[top_k]
 
     def next(self, places: Places, hidden_TD: torch.Tensor) -> Places:
         """Takes the rows of the next pass over; where they are from now on."""

@@ -51,6 +51,7 @@ class NativeKernels(TorchKernels):
         self._precision = int(bf16_rows)
         self._tiles = Tiles()
         self._tape: Tape | None = None  # where calls are noted
+        self._results = Scratch()  # of all recorders: one layer runs at a time
         lib.check(library.wl_set_threads(threads), "threads")
 
     @property
@@ -58,12 +59,12 @@ class NativeKernels(TorchKernels):
         return "cpu"
 
     def recorder(self, label: Callable[[], str]) -> NativeRecorder:
-        return NativeRecorder(self._lib, self._recording, label)
+        return NativeRecorder(self._lib, self._recording, self._results, label)
 
     @contextmanager
-    def _recording(self, tape: Tape, scratch: Scratch, tiles: Tiles) -> Iterator[None]:
+    def _recording(self, tape: Tape, tiles: Tiles) -> Iterator[None]:
         usual = self._memory, self._tiles
-        self._tape, self._memory, self._tiles = tape, scratch, tiles
+        self._tape, self._memory, self._tiles = tape, self._results, tiles
         try:
             yield
         finally:

@@ -2,6 +2,7 @@
 takes longer to say what is to be computed than to compute it."""
 
 import ctypes as c
+import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -14,10 +15,13 @@ from windlass.kernels.base import AttentionWork
 from windlass.kernels.cpu import library as lib
 from windlass.kernels.cpu.prepared import Linears, Network
 from windlass.kernels.cpu.tiles import Tiles
+from windlass.units import round_up
 
 _Result = TypeVar("_Result")
 _TRIES = 3  # of a layer: what is derived from its weights is made at the first
 _MOST_LABELS = 16
+_LINE_FLOATS = 16  # that results begin at multiples of
+_BLOCK_FLOATS = 1 << 16
 
 
 class Tape:
@@ -35,15 +39,17 @@ class Tape:
             self.is_complete = False  # copies of weights are planned for while a call lasts
             return
         call = lib.Call(function=lib.REPEATABLE[name], label=self._label())
+        structures = []
         for i, (kind, value) in enumerate(zip(lib.SIGNATURES[name], arguments, strict=True)):
             if kind is c.c_float:
                 call.arguments[i].f = value
             elif isinstance(value, c.Array | c.Structure):
+                structures.append(value)
                 call.arguments[i].p = c.addressof(value)
             else:
                 call.arguments[i].i = value or 0
         self._calls.append(call)
-        self._kept.append((arguments, keep))
+        self._kept.append((structures, keep))
 
     def calls(self) -> "c.Array[lib.Call]":
         """All of them, for `wl_run`; valid as long as the tape."""
@@ -51,30 +57,33 @@ class Tape:
 
 
 class Scratch:
-    """Memory of results: the layers of a pass use the same, since they do the same."""
+    """Memory of results: all layers of all passes use the same, one after the other."""
 
     def __init__(self) -> None:
-        self._tensors: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
-        self._count = 0
+        self._blocks: list[torch.Tensor] = []  # never freed or moved: calls point into them
+        self._block = self._used = 0  # the one in use, and its floats that are taken
 
     def rewind(self) -> None:
         """The next layer begins."""
-        self._count = 0
+        self._block = self._used = 0
 
     def empty(self, *shape: int) -> torch.Tensor:
-        key = (self._count, shape)
-        self._count += 1
-        if key not in self._tensors:
-            self._tensors[key] = torch.empty(shape)
-        return self._tensors[key]
+        """(shape) fp32, until the next layer."""
+        count = round_up(math.prod(shape), _LINE_FLOATS)
+        while self._block < len(self._blocks):
+            first, self._used = self._used, self._used + count
+            block = self._blocks[self._block]
+            if self._used <= block.numel():
+                return block[first : first + math.prod(shape)].view(shape)
+            self._block, self._used = self._block + 1, 0
+        self._blocks.append(torch.empty(max(count, _BLOCK_FLOATS)))
+        return self.empty(*shape)
 
 
 class Recording(Protocol):
     """Where the kernels note their calls, and take memory from, while a body runs."""
 
-    def __call__(
-        self, tape: Tape, scratch: Scratch, tiles: Tiles
-    ) -> AbstractContextManager[None]: ...
+    def __call__(self, tape: Tape, tiles: Tiles) -> AbstractContextManager[None]: ...
 
 
 class _Note(NamedTuple):
@@ -88,13 +97,15 @@ class _Note(NamedTuple):
 class NativeRecorder:
     """Implements `Recorder`."""
 
-    def __init__(self, library: c.CDLL, recording: Recording, label: Callable[[], str]) -> None:
+    def __init__(
+        self, library: c.CDLL, recording: Recording, scratch: Scratch, label: Callable[[], str]
+    ) -> None:
         self._run = library.wl_run
         self._recording = recording
         self._label = label
         self._labels: list[str] = []
         self._seconds = (c.c_double * _MOST_LABELS)()
-        self._scratch = Scratch()
+        self._scratch = scratch
         self._tiles = Tiles()
         self._notes: dict[int, _Note] = {}
         self._tries: Counter[int] = Counter()
@@ -114,11 +125,14 @@ class NativeRecorder:
         self._tries[layer] += 1
         tape = Tape(self._index)
         self._scratch.rewind()
-        with self._recording(tape, self._scratch, self._tiles), _Watch() as watch:
+        with self._recording(tape, self._tiles), _Watch() as watch:
             result = body()
         if tape.is_complete and not watch.has_computed:
             self._notes[layer] = _Note(tape, tape.calls(), result)
         return result
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return self._scratch.empty(*shape)
 
     def seconds(self) -> dict[str, float]:
         found = dict(zip(self._labels, self._seconds, strict=False))
