@@ -31,9 +31,9 @@ ENGINE_FLAGS = (
     Flag(name="dtype", read=choice("auto", "float32", "bfloat16"), default="auto", metavar="TYPE",
          group=_MODEL,
          help="what matrix products multiply: auto (float32) or bfloat16, the activations rounded "
-         "as transformers and vLLM do it: prompts up to twice as fast with AVX512-BF16 or AMX, decode "
-         "of some 64 sequences too; fewer decode faster without. Weights stay as stored, sums are "
-         "float32"),
+         "as transformers and vLLM do it: prompts up to twice as fast with AVX512-BF16 or AMX, "
+         "decode of some 64 sequences too; fewer decode faster without. Weights stay as stored, "
+         "sums are float32"),
     Flag(name="quantization", aliases=("-q",), read=choice(*METHODS), metavar="METHOD",
          group=_MODEL, help="asserts how the weights are stored, which the checkpoint itself says: "
          + ", ".join(METHODS)),
