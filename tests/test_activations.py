@@ -70,18 +70,17 @@ from windlass.params import SamplingParams
 
 folder, case = sys.argv[1], json.loads(sys.argv[2])
 prompts = case["prompts"]
+new = [case["new"] + case.get("longer", 0) * i for i in range(len(prompts))]
 options = EngineOptions(
     model=folder, load_format="dummy", host_memory=8 << 30, max_num_seqs=len(prompts),
-    max_num_batched_tokens=case["rows"], max_model_len=max(prompts) + 2 * len(prompts),
+    max_num_batched_tokens=case["rows"], max_model_len=max(prompts) + max(new),
     moe_expert_cache_size=case.get("moe_expert_cache_size", "1"), generation_config="vllm",
-    moe_backend=sys.argv[3],
-    kv_cache_dtype=case.get("kv_cache_dtype", "auto"),
+    moe_backend=sys.argv[3], kv_cache_dtype=case.get("kv_cache_dtype", "auto"),
 )
 with open_engine(options) as engine:
     for i, length in enumerate(prompts):
         prompt = tuple((7 * i + 13 * j) % 250 for j in range(length))
-        new = case["new"] + case.get("longer", 0) * i
-        params = SamplingParams(max_tokens=new, temperature=0.7, ignore_eos=True)
+        params = SamplingParams(max_tokens=new[i], temperature=0.7, ignore_eos=True)
         engine.add(Request(str(i), prompt, params, str(i)))
     while engine.has_work:
         engine.step()
