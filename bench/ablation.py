@@ -24,8 +24,8 @@ from limits import bench_folder, run_limited
 from machine import describe, set_threads, table, write
 from offload import Job
 
+from windlass.checkpoint.synthetic import preset, write_random_checkpoint
 from windlass.plan import Plan
-from windlass.synth import preset, write_random_checkpoint
 from windlass.units import format_bytes, parse_bytes
 
 _BEST_OF_GRID = 3  # measured again, in turn with the planner's choice

@@ -5,7 +5,7 @@
 Experts are called in groups, in turn from a set larger than the last-level cache, as in a run,
 where each is used once per pass. A bound is the larger of two times: stored bytes at the
 memory's read rate, FLOPs at the rate of a large fp32 product of the BLAS. Shape legend:
-kernels/base.py.
+kernels/interface.py.
 """
 
 import argparse
@@ -31,18 +31,18 @@ from machine import (
 from matrices import FORMATS, Matrix, bf16, num_bytes
 from torch.nn.functional import linear, silu
 
-from windlass.device.host import empty
-from windlass.kernels.base import AttentionOptions, AttentionWork, Groups
+from windlass.device.host_memory import empty
 from windlass.kernels.cpu import library
 from windlass.kernels.cpu.native import NativeKernels
+from windlass.kernels.interface import AttentionOptions, AttentionWork, ExpertGroups
 from windlass.kernels.reference import TorchKernels
-from windlass.packed import PagedRows, StoredTensors, Tensors
-from windlass.spec.model import SwiGlu
+from windlass.models.spec import SwiGlu
+from windlass.tensors import PagedRows, StoredTensors, Tensors
 from windlass.units import MIB, round_up
 
 _COLD_BYTES = 256 * MIB  # of experts called in turn
 _GROUP = 8  # experts of one call, as a layer has them
-_NOTED_ROWS = 4  # of an expert: passes of so few are noted and repeated (schedule/repeat.py)
+_NOTED_ROWS = 4  # of an expert: passes of so few are noted and repeated (runtime/capture.py)
 _MEMORY_BOUND_ROWS = 8  # up to here, bytes per second say more than FLOPs
 _PAGE_TOKENS = 32
 _SEQUENCES = 32
@@ -126,18 +126,18 @@ def _measure_group(
     group = min(_GROUP if rows <= 256 else 1, len(experts))
     x_TD = torch.randn(rows * group, shape.hidden)
     out = empty(rows * group, shape.hidden)
-    groups = Groups.even(group, rows)
+    groups = ExpertGroups.even(group, rows)
     parts = [
         dict(enumerate(experts[i : i + group])) for i in range(0, len(experts) - group + 1, group)
     ]
-    recorder = kernels.recorder(lambda: "experts") if rows <= _NOTED_ROWS else None
+    capture = kernels.capture(lambda: "experts") if rows <= _NOTED_ROWS else None
 
     def experts_of(part: int) -> bool:
         def compute() -> bool:
             kernels.experts(x_TD, parts[part], groups, SwiGlu(), out)
             return True
 
-        return bool(recorder.run(part, compute)) if recorder else compute()
+        return bool(capture.run(part, compute)) if capture else compute()
 
     for part in [*range(len(parts))] * 2:
         experts_of(part)  # structures of all experts are made once in a run
@@ -172,7 +172,7 @@ def _result(
         "share_of_fp32_rate": compute_s / seconds,
         "stored_bytes_per_s": size / seconds,
         "share_of_read_rate": bandwidth_s / seconds,
-        "binds": "memory" if bandwidth_s > compute_s else "compute",
+        "bottleneck": "memory" if bandwidth_s > compute_s else "compute",
         "share_of_bound": max(bandwidth_s, compute_s) / seconds,
     }  # fmt: skip
 
@@ -184,7 +184,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['flops_per_s'] / 1e9:.0f}", f"{100 * row['share_of_fp32_rate']:.0f} %",
         f"{row['stored_bytes_per_s'] / 1e9:.1f}" if few else "",
         f"{100 * row['share_of_read_rate']:.0f} %" if few else "",
-        f"{100 * row['share_of_bound']:.0f} % of {row['binds']}",
+        f"{100 * row['share_of_bound']:.0f} % of {row['bottleneck']}",
         f"{theirs / row['seconds']:.1f} x" if theirs else "",
     ]  # fmt: skip
 
@@ -304,14 +304,14 @@ def _kernels(threads: int, instruction_set: str | None) -> tuple[Kernels, Kernel
     found = library.load()
     if isinstance(found, str):
         print(f"the native library {found}: torch's kernels are measured")
-        return TorchKernels(), TorchKernels(bf16_rows=True)
+        return TorchKernels(), TorchKernels(bf16_activations=True)
     if instruction_set is not None and found.wl_use(instruction_set.encode()):
         raise SystemExit(
             f"instruction set: got {instruction_set!r}, allowed"
             f" {', '.join(library.instruction_sets(found))} on this machine"
         )
     exact = NativeKernels(found, threads=threads)
-    return exact, NativeKernels(found, threads=threads, bf16_rows=True)
+    return exact, NativeKernels(found, threads=threads, bf16_activations=True)
 
 
 def main() -> None:

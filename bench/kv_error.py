@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from machine import ROOT, describe, set_threads, table, write
 
-from windlass.build import open_engine
+from windlass.build.open import open_engine
 from windlass.engine.engine import Engine
 from windlass.engine.outputs import RequestOutput
-from windlass.engine.sequence import WINDOW, Request
-from windlass.kernels.base import AttentionOptions, AttentionWork
+from windlass.engine.request import WINDOW, Request
+from windlass.kernels.interface import AttentionOptions, AttentionWork
 from windlass.kernels.reference import TorchKernels
-from windlass.memory.kv import KvStore, PagedShape
+from windlass.kvcache.kv_cache import KvCache, PagedShape
 from windlass.options import EngineOptions
 from windlass.params import SamplingParams
 from windlass.units import GIB
@@ -47,7 +47,7 @@ _TEXTS = {
         "docs/architecture.md",
         "docs/decisions/0002-row-independent-arithmetic.md",
     ),
-    "python": ("src/windlass/memory/weights.py", "src/windlass/schedule/on_device.py"),
+    "python": ("src/windlass/weights/store.py", "src/windlass/runtime/host.py"),
 }
 _PAGE_TOKENS = 32
 
@@ -261,7 +261,7 @@ def _attention(
     kv: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     count = len(q_THd) // _PAGE_TOKENS
-    store = KvStore([shape], dtype=dtype, num_pages=count, page_tokens=_PAGE_TOKENS, state_slots=0)
+    store = KvCache([shape], dtype=dtype, num_pages=count, page_tokens=_PAGE_TOKENS, state_slots=0)
     pages = store.take_pages(count)
     positions = torch.arange(len(q_THd))
     page_of = torch.tensor(pages)[positions // _PAGE_TOKENS]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from machine import Others
 
-from windlass.device.host import available_bytes, empty
+from windlass.device.host_memory import available_bytes, empty
 
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")

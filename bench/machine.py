@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from windlass.device.host import empty
-from windlass.doctor.report import table as lines_of_table
+from windlass.device.host_memory import empty
+from windlass.doctor.tables import table as lines_of_table
 from windlass.kernels.cpu.library import load
 from windlass.kernels.cpu.native import NativeKernels
 from windlass.kernels.reference import TorchKernels

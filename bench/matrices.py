@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from windlass.device.host import empty
-from windlass.packed import Packed, Tensors
-from windlass.spec.formats import WeightFormat
+from windlass.device.host_memory import empty
+from windlass.formats import WeightFormat
+from windlass.tensors import Packed, Tensors
 from windlass.units import MIB, round_up
 
 Matrix = Callable[[int, int], torch.Tensor | Packed]

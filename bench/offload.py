@@ -23,15 +23,16 @@ from limits import Ran, bench_folder, run_limited
 from machine import Rates, describe, head, measure_rates, set_threads, table, write
 from spans import rows_histogram, totals
 
+from windlass.checkpoint.part_reads import Read
+from windlass.checkpoint.reader import Checkpoint
+from windlass.checkpoint.synthetic import preset, write_random_checkpoint
 from windlass.device.cpu import CpuDevice
-from windlass.memory.checkpoint import Checkpoint
-from windlass.memory.recipe import Read
-from windlass.memory.transfer import Priority, TransferQueue
-from windlass.spec.cost import block_flops_per_token, head_flops_per_token
-from windlass.spec.model import ModelSpec
-from windlass.spec.registry import read_spec
-from windlass.synth import preset, write_random_checkpoint
+from windlass.models.registry import read_spec
+from windlass.models.spec import ModelSpec
+from windlass.perf.flops import block_flops_per_token, head_flops_per_token
 from windlass.units import MIB, format_bytes, format_seconds, parse_bytes, round_up
+from windlass.weights.io_queue import Priority
+from windlass.weights.transfer import TransferQueue
 
 _READ_THREADS = 4  # as planned by planner/budget.py; checked against the plan of each run
 _STAGING_BYTES = 64 * MIB
@@ -188,7 +189,7 @@ def judge(budget: str, ran: Ran, said: dict[str, Any], limits: dict[str, float])
         "disk_bound_s": disk_s,
         "compute_bound_s": compute_s,
         "bound_s": max(disk_s, compute_s),
-        "binds": "disk" if disk_s > compute_s else "compute",
+        "bottleneck": "disk" if disk_s > compute_s else "compute",
         "share_of_bound": max(disk_s, compute_s) / wall,
         "plan": plan,
     }
@@ -225,7 +226,7 @@ def show(runs: Sequence[dict[str, Any]]) -> str:
         sizes("cgroup peak", "cgroup_peak_bytes"),
         line("bound: disk, s", "{:.1f}", "disk_bound_s"),
         line("bound: compute, s", "{:.1f}", "compute_bound_s"),
-        ["what binds", *(r["binds"] for r in runs)],
+        ["what bottleneck", *(r["bottleneck"] for r in runs)],
         line("share of the bound", "{:.0f} %", "share_of_bound", 100),
     ]
     return table(["--host-memory", *(r["host_memory"] for r in runs)], rows)

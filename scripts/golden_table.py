@@ -7,9 +7,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import transformers
+from test_engine_golden import STEPS, TOLERANCE, compare
 
 from engines import FAMILIES
-from test_engine_golden import STEPS, TOLERANCE, compare
 
 
 def main() -> int:

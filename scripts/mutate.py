@@ -20,13 +20,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
+from test_families import TOLERANCE, Checkpoint, dense_logits, prompts  # noqa: E402
+
 import families  # noqa: E402
 from delta_model import DELTA_CASES, DeltaModel, make_delta_checkpoint  # noqa: E402
-from test_families import TOLERANCE, Checkpoint, dense_logits, prompts  # noqa: E402
+from windlass.checkpoint.layout import build_layout  # noqa: E402
 from windlass.decoder.rope import frequencies  # noqa: E402
 from windlass.errors import WindlassError  # noqa: E402
-from windlass.spec import model as m  # noqa: E402
-from windlass.spec.layout import build_layout  # noqa: E402
+from windlass.models import spec as m  # noqa: E402
 
 Spec = m.ModelSpec
 Forward = Callable[[Checkpoint, torch.Tensor], torch.Tensor]

@@ -62,9 +62,9 @@ class _Way:
 class Limited:
     """The runs of one model; entries go to the document."""
 
-    def __init__(self, document: Document, wish: LimitedWish) -> None:
+    def __init__(self, document: Document, hint: LimitedWish) -> None:
         self._document = document
-        self._wish = wish
+        self._wish = hint
 
     def run(self, model: Model, engines: Sequence[str]) -> None:
         """All requests at the best number of sequences of each engine, then one request."""
@@ -83,13 +83,13 @@ class Limited:
         return max(LEAST_BYTES, (self._wish.limit_bytes or _third(model)) // _MIB * _MIB)
 
     def _candidates(self, model: Model, engine: str) -> list[int]:
-        wish = self._wish
+        hint = self._wish
         if engine == "windlass":
-            return list(wish.windlass_sequences)
-        tokens = wish.prompt_tokens + wish.output_tokens
+            return list(hint.windlass_sequences)
+        tokens = hint.prompt_tokens + hint.output_tokens
         room = _SHARE_FOR_KV * self.limit_bytes(model) / (tokens * model.kv_bytes_per_token)
-        most = min(room, wish.requests)
-        return [count for count in wish.llama_sequences if count <= most]
+        most = min(room, hint.requests)
+        return [count for count in hint.llama_sequences if count <= most]
 
     def _best(self, model: Model, engine: str, schedule: Schedule) -> _Way | None:
         """By a share of the job: as many requests as run at once, or all where it is planned."""
@@ -140,7 +140,7 @@ class Limited:
     def _measure(
         self, model: Model, engine: str, requests: int, way: _Way, *, phase_s: float
     ) -> dict[str, Any]:
-        wish, limit = self._wish, self.limit_bytes(model)
+        hint, limit = self._wish, self.limit_bytes(model)
         settings: dict[str, Any] = _LLAMA_SETTINGS | {
             "n_batch": way.n_ubatch, "n_ubatch": way.n_ubatch,
         }  # fmt: skip
@@ -149,22 +149,22 @@ class Limited:
             if way.schedule != SCHEDULES[0]:
                 settings["schedule"] = way.schedule
         own = {}
-        if engine == "windlass" and not wish.is_quick:
-            own["profile"] = str(_measure_rates(model, wish.threads))
+        if engine == "windlass" and not hint.is_quick:
+            own["profile"] = str(_measure_rates(model, hint.threads))
         job = Job(
             model=str(model.file(engine, "bf16")), vocab_size=model.config["vocab_size"],
-            threads=wish.threads, sequences=requests, at_once=min(way.at_once, requests),
-            prompt_tokens=wish.prompt_tokens, output_tokens=wish.output_tokens,
+            threads=hint.threads, sequences=requests, at_once=min(way.at_once, requests),
+            prompt_tokens=hint.prompt_tokens, output_tokens=hint.output_tokens,
             prefill_limit_s=phase_s, decode_limit_s=phase_s, settings=settings | own,
         )  # fmt: skip
-        outcome = launch.run_in_group(engine, job, wish.timeout_s, limit)
+        outcome = launch.run_in_group(engine, job, hint.timeout_s, limit)
         result, total_s = outcome.result, None
         if result is not None:
             total_s = result["prefill_s"] + result["decode_s"]
         return {
             "model": model.name, "requests": requests, "at_once": way.at_once, "limit_bytes": limit,
             "is_third": limit == _third(model), "settings": settings,
-            "prompt_tokens": wish.prompt_tokens, "output_tokens": wish.output_tokens,
+            "prompt_tokens": hint.prompt_tokens, "output_tokens": hint.output_tokens,
             "total_s": total_s, **outcome.to_json(),
         }  # fmt: skip
 

@@ -136,7 +136,7 @@ def _run_model(
     if "check" in options.only:
         comparison.check(model, available)
     if "memory" in options.only:
-        for prompt, sequences in cases(comparison.wish):
+        for prompt, sequences in cases(comparison.hint):
             comparison.run_case(model, available, prompt, sequences)
     if "limited" in options.only:
         engines = [c.engine for c in available if c.form == "bf16"]

@@ -54,14 +54,14 @@ class Wish:
 class Comparison:
     """One model at a time; entries go to the document."""
 
-    def __init__(self, document: Document, wish: Wish) -> None:
+    def __init__(self, document: Document, hint: Wish) -> None:
         self._document = document
-        self.wish = wish
+        self.hint = hint
 
     def available(self, model: Model) -> list[Contender]:
         """Contenders whose files are there, made now if need be; others are noted."""
         found = []
-        for contender in self.wish.contenders:
+        for contender in self.hint.contenders:
             why = models.prepare(model, contender.engine, contender.form)
             skipped = self._document.data["skipped"]
             skipped.pop(f"{model.name} {contender}", None)
@@ -89,7 +89,7 @@ class Comparison:
             key = f"{model.name} {engine} {form}"
 
             def make(engine: str = engine, form: str = form) -> dict[str, Any]:
-                answer = check.ask(model, engine, form, self.wish.threads) | {"form": form}
+                answer = check.ask(model, engine, form, self.hint.threads) | {"form": form}
                 reference = entries[0] if entries else answer
                 if answer["result"] is not None and reference["result"] is not None:
                     answer["difference"] = check.compare(reference, answer)
@@ -109,10 +109,10 @@ class Comparison:
             return {"host_memory": launch.memory_budget()} | (
                 {"dtype": "bfloat16"} if rounded else {}
             )
-        many = max(s for s in (1, min(_WARM_SIZES[1], max(self.wish.sequences))) if s <= sequences)
+        many = max(s for s in (1, min(_WARM_SIZES[1], max(self.hint.sequences))) if s <= sequences)
         size = sweep.Size(
-            sequences=many, prompt_tokens=min(self.wish.prompts), threads=self.wish.threads,
-            output_tokens=self.wish.output_tokens,
+            sequences=many, prompt_tokens=min(self.hint.prompts), threads=self.hint.threads,
+            output_tokens=self.hint.output_tokens,
         )  # fmt: skip
         key = f"{model.name} {contender} {many}"
         found = self._document.record(
@@ -126,8 +126,8 @@ class Comparison:
     ) -> None:
         """All rounds of a case. The order turns around from round to round."""
         spent = 0.0
-        for round_ in range(self.wish.rounds):
-            if round_ and spent > self.wish.case_s:
+        for round_ in range(self.hint.rounds):
+            if round_ and spent > self.hint.case_s:
                 return
             for contender in contenders if round_ % 2 == 0 else reversed(contenders):
                 entry = self._run(model, contender, (prompt, sequences, round_))
@@ -135,28 +135,28 @@ class Comparison:
 
     def _run(self, model: Model, contender: Contender, at: tuple[int, int, int]) -> dict[str, Any]:
         prompt, sequences, round_ = at
-        wish, engine = self.wish, contender.engine
+        hint, engine = self.hint, contender.engine
         case = {"model": model.name, "form": contender.form, "prompt_tokens": prompt,
-                "output_tokens": wish.output_tokens, "sequences": sequences,
+                "output_tokens": hint.output_tokens, "sequences": sequences,
                 "round": round_}  # fmt: skip
-        name = f"{model.name} {contender}, {prompt} + {wish.output_tokens} tokens, {sequences} seqs"
+        name = f"{model.name} {contender}, {prompt} + {hint.output_tokens} tokens, {sequences} seqs"
         first = self._document.find("runs", f"{name}, round 0")
         if first is not None and first["status"] != "ok":  # it would end the same way again
             return first
         settings = self.settings(model, contender, sequences)
         size = sweep.Size(sequences=sequences, prompt_tokens=prompt,
-                          output_tokens=wish.output_tokens, threads=wish.threads)  # fmt: skip
+                          output_tokens=hint.output_tokens, threads=hint.threads)  # fmt: skip
 
         def make() -> dict[str, Any]:
             if settings is None:
                 return case | launch.Outcome(status="failed", message="no settings ran").to_json()
             job = sweep.make_job(
                 model, engine, contender.form, settings=settings, size=size,
-                limits_s=(wish.phase_s, wish.phase_s), output_tokens=wish.output_tokens,
+                limits_s=(hint.phase_s, hint.phase_s), output_tokens=hint.output_tokens,
             )  # fmt: skip
             if job is None:
                 return case | sweep.no_room(model, engine, contender.form, settings).to_json()
-            outcome = launch.run(engine, job, wish.timeout_s)
+            outcome = launch.run(engine, job, hint.timeout_s)
             print(f"  {_said(outcome)}", flush=True)
             return case | {"settings": settings, "at_once": job.at_once} | outcome.to_json()
 
@@ -170,9 +170,9 @@ def _said(outcome: launch.Outcome) -> str:
     return f"prefill {result['prefill_s']:.1f} s, decode {result['decode_s']:.1f} s"
 
 
-def cases(wish: Wish) -> Iterator[tuple[int, int]]:
+def cases(hint: Wish) -> Iterator[tuple[int, int]]:
     """Prompt length and sequences, what the aims are about first."""
-    order = sorted(wish.sequences, key=lambda count: (count != 64, count != 1, count))
-    for prompt in wish.prompts:
+    order = sorted(hint.sequences, key=lambda count: (count != 64, count != 1, count))
+    for prompt in hint.prompts:
         for sequences in order:
             yield prompt, sequences

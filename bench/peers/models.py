@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peers import environment, launch
-from windlass.synth import preset, write_random_checkpoint
+from windlass.checkpoint.synthetic import preset, write_random_checkpoint
 
 _SEED = 0
 _GROUP = 32  # weights per scale, as in q8_0 and q4_0

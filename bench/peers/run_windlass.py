@@ -19,9 +19,9 @@ import numpy as np
 
 from peers.job import KEPT_TOKENS, Job, Result, memory_bytes, run_job
 from windlass import LLM, SamplingParams
-from windlass.build import open_engine
+from windlass.build.open import open_engine
 from windlass.engine.engine import Engine
-from windlass.engine.sequence import Request
+from windlass.engine.request import Request
 from windlass.hardware.profile import HardwareProfile
 from windlass.options import EngineOptions
 from windlass.version import VERSION

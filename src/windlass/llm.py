@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from windlass.build import open_engine
+from windlass.build.open import open_engine
 from windlass.doctor.kept import kept_profile
 from windlass.engine.engine import Engine
+from windlass.engine.engine_stats import EngineStats
 from windlass.engine.outputs import RequestOutput
-from windlass.engine.sequence import WINDOW, Request
-from windlass.engine.stats import EngineStats
+from windlass.engine.request import WINDOW, Request
 from windlass.errors import RequestError, UsageError
 from windlass.options import EngineOptions
 from windlass.params import SamplingParams
@@ -113,8 +113,8 @@ class LLM:
         of such prompts and limits, and how near it came to the bound: the `prediction` of
         `windlass run-batch --json`. By the rates that `windlass doctor` kept, else assumed ones.
 
-        Reckoned when it is first asked for. None before a run has ended, after one that raised, and
-        where other prompts were under way when it began. `generate_iter` leaves it as it is.
+        Estimated when it is first asked for. None before a run has ended, after one that raised,
+        and where other prompts were under way when it began. `generate_iter` leaves it as it is.
         """
         return self._comparison() if self._comparison else None
 
@@ -317,7 +317,7 @@ _NOWHERE = object()
 def _comparison(
     engine: Engine, entries: Iterable[_Entry], begin: EngineStats
 ) -> Callable[[], dict[str, Any] | None] | None:
-    """Of a run that ends now, reckoned when it is called; None where there was nothing to run."""
+    """Of a run that ends now, estimated when it is called; None where there was nothing to run."""
     lengths = [
         (len(entry.request.prompt_token_ids), expected_output(entry.request.params.max_tokens))
         for entry in entries

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from windlass.errors import CheckpointError, ModelError, UsageError
+from windlass.formats import METHODS
 from windlass.plan import SCHEDULES, Plan, Schedule
-from windlass.spec.formats import METHODS
 
 DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).parent / "data" / "demo"

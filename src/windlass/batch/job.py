@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from windlass.batch.jobfile import JobFile
-from windlass.batch.journal import Journal, State, write_error
+from windlass.batch.journal import Journal, JournalState, write_error
 from windlass.batch.ledger import Ledger
-from windlass.batch.lengths import job_lengths
 from windlass.batch.manifest import (
     Manifest,
     refuse_difference,
@@ -22,9 +21,10 @@ from windlass.batch.manifest import (
     sync_folder,
     temporary_file,
 )
-from windlass.batch.progress import Progress, Snapshot
+from windlass.batch.progress import JobProgress, Snapshot
+from windlass.batch.prompt_lengths import job_lengths
 from windlass.batch.runner import BatchRunner, JobEngine, RunSettings
-from windlass.engine.stats import EngineStats
+from windlass.engine.engine_stats import EngineStats
 from windlass.errors import JobError, UsageError
 from windlass.params import SamplingParams
 from windlass.protocol.openai import ChatTokenizer, ServedModel
@@ -94,7 +94,7 @@ def run_job(
     options: JobOptions,
     open_engine: Callable[[int | None, Lengths], JobEngine],
     *,
-    progress: Progress,
+    progress: JobProgress,
     is_stopping: Callable[[], bool],
 ) -> Summary:
     """Runs what is left of the job; complete if not stopped. Raises UsageError for wrong files or
@@ -236,7 +236,7 @@ def _write_plan(options: JobOptions, engine: JobEngine) -> None:
         raise write_error(options.plan_file, error) from error
 
 
-def _greet(options: JobOptions, ledger: Ledger, journal: Journal, progress: Progress) -> None:
+def _greet(options: JobOptions, ledger: Ledger, journal: Journal, progress: JobProgress) -> None:
     if ledger.num_before:
         progress.say(
             f"resuming {options.output_file}: {ledger.num_before} of {len(ledger)} rows are done"
@@ -256,7 +256,7 @@ def _run_rows(
     engine: JobEngine,
     options: JobOptions,
     manifest: Manifest,
-    progress: Progress,
+    progress: JobProgress,
     is_stopping: Callable[[], bool],
 ) -> None:
     model = ServedModel(
@@ -273,7 +273,7 @@ def _run_rows(
             rows=len(ledger),
             rows_done=ledger.num_done,
             rows_before=ledger.num_before,
-            rows_failed=ledger.count(State.REFUSED) + ledger.count(State.FAILED),
+            rows_failed=ledger.count(JournalState.REFUSED) + ledger.count(JournalState.FAILED),
             stats=engine.stats(),
         )
 
@@ -287,9 +287,9 @@ def _run_rows(
 def _summary(ledger: Ledger, load_s: float, run_s: float, stats: EngineStats | None) -> Summary:
     return Summary(
         rows=len(ledger),
-        ok=ledger.count(State.OK),
-        refused=ledger.count(State.REFUSED),
-        failed=ledger.count(State.FAILED),
+        ok=ledger.count(JournalState.OK),
+        refused=ledger.count(JournalState.REFUSED),
+        failed=ledger.count(JournalState.FAILED),
         rows_before=ledger.num_before,
         load_s=load_s,
         run_s=run_s,
@@ -307,7 +307,7 @@ def _write_output(options: JobOptions, ledger: Ledger) -> None:
         with ExitStack() as stack:
             files: list[BinaryIO] = [stack.enter_context(path.open("wb")) for path in temporary]
             for state, line in ledger.results():
-                files[0 if state is State.OK else -1].write(line)
+                files[0 if state is JournalState.OK else -1].write(line)
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())

@@ -34,7 +34,7 @@ class Malformed:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class JobRow:
     """One non-empty line. Either `endpoint` and `body` are set, or `malformed`."""
 
     index: int  # among the non-empty lines, from 0
@@ -72,7 +72,7 @@ class JobFile:
         """(rows,) of 16 bytes each, in input order; a view."""
         return np.frombuffer(self._digests, dtype=f"V{DIGEST_BYTES}")
 
-    def rows(self, wanted: "np.ndarray[Any, np.dtype[np.bool_]]") -> Iterator[Row]:
+    def rows(self, wanted: "np.ndarray[Any, np.dtype[np.bool_]]") -> Iterator[JobRow]:
         """The rows where `wanted` is true, in input order, parsed as they are asked for. Raises
         JobError if the file changed since it was scanned."""
         with _open(self.path) as file:
@@ -151,13 +151,13 @@ def _open(path: Path) -> BinaryIO:
         raise UsageError(f"input file: got {str(path)!r}: {error.strerror}") from error
 
 
-def _id_hash(row: Row) -> bytes:
+def _id_hash(row: JobRow) -> bytes:
     if row.custom_id is None:  # nothing to collide with: any value that is unique in practice
         return row.digest[:8]
     return hashlib.blake2b(row.custom_id.encode(), digest_size=8).digest()
 
 
-def _parse(text: bytes, number: int) -> Row | None:
+def _parse(text: bytes, number: int) -> JobRow | None:
     """The row of one line, None if the line is empty. Never raises."""
     if number == 1:
         text = text.removeprefix(_BOM)
@@ -175,10 +175,10 @@ def _parse(text: bytes, number: int) -> Row | None:
         code = error.code if isinstance(error, _MalformedLine) else "invalid_json_line"
         malformed = Malformed(code, f"line {number}: {error}")
         digest = _digest(f"malformed {number}".encode(), text)
-        return Row(0, number, digest, custom_id, malformed=malformed)
+        return JobRow(0, number, digest, custom_id, malformed=malformed)
     assert custom_id is not None, "_request checks it"
     digest = _digest(custom_id.encode(), canonical)
-    return Row(0, number, digest, custom_id, endpoint, body)
+    return JobRow(0, number, digest, custom_id, endpoint, body)
 
 
 class _MalformedLine(Exception):

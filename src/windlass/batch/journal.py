@@ -22,7 +22,7 @@ _END = b'"}}\n'
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-class State(StrEnum):
+class JournalState(StrEnum):
     """What became of a row. Only `failed` rows run again."""
 
     OK = "ok"  # 200
@@ -35,7 +35,7 @@ class Record:
     """Where the result of one row lies in the journal."""
 
     digest: bytes
-    state: State
+    state: JournalState
     offset: int
     length: int  # with the journal's own field and the newline
 
@@ -87,7 +87,7 @@ class Journal:
     def size_bytes(self) -> int:
         return self._size
 
-    def append(self, digest: bytes, state: State, line: bytes) -> Record:
+    def append(self, digest: bytes, state: JournalState, line: bytes) -> Record:
         """Adds the result `line`, a JSON object ending in `}` and a newline."""
         assert line.endswith(b"}\n"), "a result is one JSON object"
         head = line[:-2] + _MARK + digest.hex().encode() + b'","state":"' + state.encode()
@@ -189,7 +189,7 @@ def write_error(path: Path, error: OSError) -> JobError:
     return JobError(f"{path}: write failed ({error.strerror}). Finished rows are safe")
 
 
-def _parse(record: bytes) -> tuple[bytes, State] | None:
+def _parse(record: bytes) -> tuple[bytes, JournalState] | None:
     start = record.rfind(_MARK)
     crc_at = record.rfind(_CRC)
     if start < 0 or crc_at < start or not record.endswith(_END):
@@ -199,4 +199,4 @@ def _parse(record: bytes) -> tuple[bytes, State] | None:
     row, _, state = record[start + len(_MARK) : crc_at].partition(b'","state":"')
     if len(row) != 2 * DIGEST_BYTES:
         return None
-    return bytes.fromhex(row.decode()), State(state.decode())
+    return bytes.fromhex(row.decode()), JournalState(state.decode())

@@ -7,9 +7,9 @@ from itertools import islice
 import numpy as np
 
 from windlass.batch.jobfile import DIGEST_BYTES, JobFile
-from windlass.batch.journal import Journal, Record, State
+from windlass.batch.journal import Journal, JournalState, Record
 
-_STATES = tuple(State)  # a row's code is the position here plus one; 0 is "no result yet"
+_STATES = tuple(JournalState)  # a row's code is the position here plus one; 0 is "no result yet"
 _CODES = {state: code for code, state in enumerate(_STATES, start=1)}
 _CHUNK = 1 << 16
 # numpy orders S but not V; padding is equal on both sides, so equality is exact
@@ -31,7 +31,7 @@ class Ledger:
         if journal.size_bytes and len(job) and not forget_all:  # else nothing can match
             self._match(job)
         if retry_failed:
-            self._codes[self._codes == _CODES[State.FAILED]] = 0
+            self._codes[self._codes == _CODES[JournalState.FAILED]] = 0
         self.num_before = self.num_done  # results that an earlier run left
 
     def __len__(self) -> int:
@@ -46,18 +46,18 @@ class Ledger:
         """(rows,) true where a result is missing; a copy."""
         return np.equal(self._codes, 0)
 
-    def count(self, state: State) -> int:
+    def count(self, state: JournalState) -> int:
         return int(np.count_nonzero(self._codes == _CODES[state]))
 
-    def add(self, index: int, digest: bytes, state: State, line: bytes) -> None:
+    def add(self, index: int, digest: bytes, state: JournalState, line: bytes) -> None:
         """Stores the result of a row, in the journal and here."""
         self._place(np.array([index]), [self._journal.append(digest, state, line)])
 
     def sync_if_due(self) -> None:
         self._journal.sync_if_due()
 
-    def results(self) -> Iterator[tuple[State, bytes]]:
-        """State and result line of every row in input order; all must be done."""
+    def results(self) -> Iterator[tuple[JournalState, bytes]]:
+        """JournalState and result line of every row in input order; all must be done."""
         assert self.num_done == len(self), "rows without a result"
         for code, offset, length in zip(self._codes, self._offsets, self._lengths, strict=True):
             yield _STATES[int(code) - 1], self._journal.result(int(offset), int(length))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, TextIO
 
-from windlass.engine.stats import EngineStats
+from windlass.engine.engine_stats import EngineStats
 from windlass.units import format_bytes, format_seconds
 
 LINE_EVERY_S = 5.0
@@ -29,7 +29,7 @@ class Snapshot:
     stats: EngineStats
 
 
-class Progress(Protocol):
+class JobProgress(Protocol):
     """What the job tells, on the job's own thread."""
 
     def say(self, text: str) -> None: ...
@@ -40,14 +40,14 @@ class Progress(Protocol):
 
     def update(self, take: Callable[[], Snapshot]) -> None: ...
 
-    def __enter__(self) -> "Progress": ...
+    def __enter__(self) -> "JobProgress": ...
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, _: TracebackType | None
     ) -> None: ...
 
 
-def open_progress(stream: TextIO | None = None) -> Progress:
+def open_progress(stream: TextIO | None = None) -> JobProgress:
     """The kind that fits `stream` (standard error)."""
     stream = stream or sys.stderr
     return TerminalProgress(stream) if stream.isatty() else LineProgress(stream)

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from windlass.batch.jobfile import Row
-from windlass.batch.journal import State
+from windlass.batch.jobfile import JobRow
+from windlass.batch.journal import JournalState
 from windlass.batch.ledger import Ledger
+from windlass.engine.engine_stats import EngineStats
 from windlass.engine.outputs import NOT_FINITE, RequestOutput
-from windlass.engine.sequence import WINDOW, Request, StepResult
-from windlass.engine.stats import EngineStats
+from windlass.engine.request import WINDOW, Request, StepResult
 from windlass.errors import RequestError
 from windlass.params import SamplingParams
 from windlass.protocol.openai import ApiRequest, ChatTokenizer, ServedModel, parse_body
@@ -60,7 +60,7 @@ class RunSettings:
 class _Flight:
     """A row in the engine: one request per prompt."""
 
-    row: Row
+    row: JobRow
     api: ApiRequest
     attempt: int = 0
     outputs: dict[int, RequestOutput] = field(default_factory=dict)  # prompt index -> result
@@ -93,7 +93,7 @@ class BatchRunner:
         self._num_sequences = 0
 
     def run(
-        self, rows: Iterator[Row], *, is_stopping: Callable[[], bool], tick: Callable[[], None]
+        self, rows: Iterator[JobRow], *, is_stopping: Callable[[], bool], tick: Callable[[], None]
     ) -> None:
         """Raises JobError if a result cannot be stored; what the engine raises passes through."""
         more = True
@@ -107,7 +107,7 @@ class BatchRunner:
             tick()
 
     def _admit(
-        self, rows: Iterator[Row], is_stopping: Callable[[], bool], tick: Callable[[], None]
+        self, rows: Iterator[JobRow], is_stopping: Callable[[], bool], tick: Callable[[], None]
     ) -> bool:
         """Fills the window. False when there are no more rows."""
         window = WINDOW * self._engine.capacity
@@ -120,22 +120,22 @@ class BatchRunner:
             tick()
         return True
 
-    def _start(self, row: Row) -> None:
+    def _start(self, row: JobRow) -> None:
         if row.malformed is not None:
-            self._store_error(row, State.REFUSED, row.malformed.code, row.malformed.message)
+            self._store_error(row, JournalState.REFUSED, row.malformed.code, row.malformed.message)
             return
         assert row.endpoint is not None and row.body is not None, "a row is a request or malformed"
         try:
             api = parse_body(row.endpoint, row.body, self._model)
             # the body may be large and is no longer needed
-            row = Row(row.index, row.line, row.digest, row.custom_id)
+            row = JobRow(row.index, row.line, row.digest, row.custom_id)
             self._launch(_Flight(row, api))
         except RequestError as error:
             status, body = error_response(error)
-            self._store_response(row, State.REFUSED, status, body)
+            self._store_response(row, JournalState.REFUSED, status, body)
         except Exception as error:  # noqa: BLE001  # one strange row must not end the job
             self._store_error(
-                row, State.FAILED, "internal_error", f"{type(error).__name__}: {error}"
+                row, JournalState.FAILED, "internal_error", f"{type(error).__name__}: {error}"
             )
 
     def _launch(self, flight: _Flight) -> None:
@@ -167,7 +167,7 @@ class BatchRunner:
             outputs = [flight.outputs[i] for i in range(len(flight.outputs))]
             row = flight.row
             body = response_body(flight.api, outputs, key=_key(row), created=self._settings.created)
-            self._store_response(row, State.OK, 200, body)
+            self._store_response(row, JournalState.OK, 200, body)
 
     def _land(self, request_id: str) -> tuple[_Flight, int]:
         flight, number = self._flying.pop(request_id)
@@ -178,10 +178,10 @@ class BatchRunner:
         """For what would come out the same again: the request's fault, or else the model's."""
         self._ground(flight)
         if code == NOT_FINITE:
-            self._store_error(flight.row, State.FAILED, code, reason)
+            self._store_error(flight.row, JournalState.FAILED, code, reason)
             return
         status, body = error_response(RequestError(reason, code=code))
-        self._store_response(flight.row, State.REFUSED, status, body)
+        self._store_response(flight.row, JournalState.REFUSED, status, body)
 
     def _ground(self, flight: _Flight) -> None:
         """Takes back what the row still has in the engine."""
@@ -198,19 +198,21 @@ class BatchRunner:
             self._launch(flight)
             return
         message = f"no result after {flight.attempt} attempts: {reason}"
-        self._store_error(flight.row, State.FAILED, "request_failed", message)
+        self._store_error(flight.row, JournalState.FAILED, "request_failed", message)
 
-    def _store_response(self, row: Row, state: State, status: int, body: dict[str, Any]) -> None:
+    def _store_response(
+        self, row: JobRow, state: JournalState, status: int, body: dict[str, Any]
+    ) -> None:
         response = {"status_code": status, "request_id": f"req_{_key(row)}", "body": body}
         self._store(row, state, response, None)
 
-    def _store_error(self, row: Row, state: State, code: str, message: str) -> None:
+    def _store_error(self, row: JobRow, state: JournalState, code: str, message: str) -> None:
         self._store(row, state, None, {"code": code, "message": message})
 
     def _store(
         self,
-        row: Row,
-        state: State,
+        row: JobRow,
+        state: JournalState,
         response: dict[str, Any] | None,
         error: dict[str, Any] | None,
     ) -> None:
@@ -233,7 +235,7 @@ def result_line(result: Mapping[str, Any]) -> bytes:
     return text.encode() + b"\n"
 
 
-def _key(row: Row) -> str:
+def _key(row: JobRow) -> str:
     """Ends the ids of a row's result: the same in every run."""
     name = row.digest if row.custom_id is None else row.custom_id.encode()
     return hashlib.blake2b(name, digest_size=12).hexdigest()

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from windlass import __version__
-from windlass.cli import doctor, generate, plan, quantize, run_batch, synth
+from windlass.cli import doctor, generate, quantize, run_batch, synth
+from windlass.cli import plan_command as plan
 from windlass.cli.engine_flags import refuse_known, translate_known
 from windlass.cli.flags import (
     Command,

@@ -7,10 +7,10 @@ from typing import Any
 
 from windlass.cli.flags import Flag, choice, count, integer, size
 from windlass.errors import UsageError
+from windlass.formats import METHODS
+from windlass.models.registry import read_spec
 from windlass.options import KV_CACHE_DTYPES, EngineOptions, read_config, resolve_model
 from windlass.plan import SCHEDULES
-from windlass.spec.formats import METHODS
-from windlass.spec.registry import read_spec
 
 _MODELS_OWN, _WHAT_FITS = 0, -1  # of --max-model-len
 _MODEL, _MEMORY, _BATCHING = "model", "memory", "batching"

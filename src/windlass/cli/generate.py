@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from windlass import __version__
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer, number
-from windlass.cli.report import phase_json, phase_lines, plan_lines
+from windlass.cli.summary import phase_json, phase_lines, plan_lines
 from windlass.doctor.kept import kept_profile
 from windlass.errors import RequestError, UsageError
 from windlass.units import format_bytes
@@ -20,7 +20,7 @@ from windlass.units import format_bytes
 if TYPE_CHECKING:
     from windlass.engine.engine import Engine
     from windlass.engine.outputs import RequestOutput
-    from windlass.engine.sequence import Request
+    from windlass.engine.request import Request
     from windlass.engine.tokenizer import Tokenizer
     from windlass.workload import Job
 
@@ -55,7 +55,7 @@ FLAGS = (
 
 def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     prompt = _prompt(values)
-    from windlass.build import open_engine
+    from windlass.build.open import open_engine
 
     def lengths(tokenizer: "Tokenizer", params: object, longest: int) -> "Job":
         from windlass.planner.choose import single_request
@@ -125,7 +125,7 @@ def _prompt(values: Mapping[str, Any]) -> str:
 
 
 def _request(engine: "Engine", prompt: str, values: Mapping[str, Any]) -> "Request":
-    from windlass.engine.sequence import Request
+    from windlass.engine.request import Request
 
     given = {name: values[name] for name in _PARAMS if values[name] is not None}
     params = replace(

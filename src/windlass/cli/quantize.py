@@ -16,9 +16,9 @@ from windlass.options import resolve_model
 from windlass.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from windlass.quantize.job import Quantized
+    from windlass.quantize.convert import Quantized
     from windlass.quantize.perplexity import Perplexity
-    from windlass.quantize.progress import Progress
+    from windlass.quantize.tensor_progress import TensorProgress
 
 _TEXT = "perplexity"
 _DEFAULT_WINDOW = 512
@@ -73,10 +73,10 @@ def _run(values: Mapping[str, Any]) -> int:
     for name in ("window", "host_memory"):
         if values[name] is not None and values["text"] is None:
             raise UsageError(f"--{name.replace('_', '-')}: allowed only with --text")
-    from windlass.quantize.job import QuantizeOptions, quantize
-    from windlass.quantize.progress import Progress
-    from windlass.quantize.report import kind_lines, tensor_lines
+    from windlass.quantize.convert import QuantizeOptions, quantize
     from windlass.quantize.scheme import make_scheme
+    from windlass.quantize.tensor_errors import kind_lines, tensor_lines
+    from windlass.quantize.tensor_progress import TensorProgress
 
     options = QuantizeOptions(
         model=values["model"],
@@ -86,7 +86,7 @@ def _run(values: Mapping[str, Any]) -> int:
         threads=values["threads"],
     )
     text = None if values["text"] is None else _read_text(values)
-    with Progress() as progress:
+    with TensorProgress() as progress:
         progress.begin("quantised", lambda per_s: f"{format_bytes(per_s)}/s")
         result = quantize(
             options, say=progress.say, on_step=lambda step: progress.step(step.done, step.total)
@@ -111,7 +111,7 @@ def _read_text(values: Mapping[str, Any]) -> str:
 
 
 def _perplexities(
-    text: str, values: Mapping[str, Any], progress: "Progress"
+    text: str, values: Mapping[str, Any], progress: "TensorProgress"
 ) -> dict[str, "Perplexity"]:
     """Before and after, printed as they are known."""
     from windlass.options import EngineOptions

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from windlass import __version__
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer
-from windlass.cli.report import phase_json, phase_lines, plan_lines
 from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
+from windlass.cli.summary import phase_json, phase_lines, plan_lines
 from windlass.doctor.kept import kept_profile
 from windlass.errors import UsageError, WindlassError
 from windlass.options import EngineOptions, checkpoint_stamp, resolve_model
@@ -95,7 +95,7 @@ def _run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         plan: dict[str, Any] = {}  # stays empty where the job was already done
 
         def open_job_engine(max_model_len: int | None, lengths: "Lengths") -> "JobEngine":
-            from windlass.build import open_engine
+            from windlass.build.open import open_engine
 
             progress.say(f"loading {values['model']}")
             opened = open_engine(

@@ -28,7 +28,7 @@ FLAGS = (
 
 
 def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
-    from windlass.synth import write_random_checkpoint
+    from windlass.checkpoint.synthetic import write_random_checkpoint
 
     begin = time.monotonic()
     num_bytes = write_random_checkpoint(
@@ -48,7 +48,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
 
 
 def _config(values: Mapping[str, Any]) -> dict[str, Any]:
-    from windlass.synth import preset
+    from windlass.checkpoint.synthetic import preset
 
     name, num_layers = values["model_config"], values["num_layers"]
     path = Path(name)

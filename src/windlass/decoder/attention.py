@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from windlass.kernels.base import Kernels, Tensors
-from windlass.packed import Packed, PackedStack, plain
-from windlass.spec.model import Attention, GatedDelta, Gqa, Mla, Norm, RmsNorm
+from windlass.kernels.interface import Kernels
+from windlass.models.spec import Attention, GatedDelta, Gqa, Mla, Norm, RmsNorm
+from windlass.tensors import Packed, PackedStack, Tensors, plain
 
 _HEADS = ("q_proj", "k_proj", "v_proj")
 _GATED = (*_HEADS, "gate_proj")

@@ -9,9 +9,9 @@ Shapes: T rows, D hidden, H query heads, v value dim, r rotary pairs, V tokens o
 import torch
 
 from windlass.decoder.attention import Projected, attention_output, project
-from windlass.kernels.base import Kernels, Tensors
-from windlass.packed import Weight, plain, plain_or_none
-from windlass.spec.model import Gqa, Mla, ModelSpec
+from windlass.kernels.interface import Kernels
+from windlass.models.spec import Gqa, Mla, ModelSpec
+from windlass.tensors import Tensors, Weight, plain, plain_or_none
 
 
 def embed(spec: ModelSpec, rows_TD: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 
 from windlass.decoder.attention import linear
-from windlass.kernels.base import Kernels, Tensors
-from windlass.packed import plain
-from windlass.spec.model import GatedDelta
+from windlass.kernels.interface import Kernels
+from windlass.models.spec import GatedDelta
+from windlass.tensors import Tensors, plain
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "a_proj", "b_proj")
 CHUNK = 64  # positions; where a prompt is cut between passes, the cut is at a multiple of this
@@ -31,7 +31,7 @@ _ALIGNMENT = 64  # bytes; a product's rounding may depend on where its operand l
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
+class DeltaSegment:
     """The rows of one sequence in a call: consecutive rows, consecutive positions, one kind."""
 
     first_row: int
@@ -71,7 +71,7 @@ def delta_attention(
     spec: GatedDelta,
     w: Tensors,
     h_TD: torch.Tensor,
-    segments: Sequence[Segment],
+    segments: Sequence[DeltaSegment],
     conv_state: torch.Tensor,
     ssm_state: torch.Tensor,
 ) -> torch.Tensor:
@@ -106,7 +106,7 @@ def _project(
     spec: GatedDelta,
     w: Tensors,
     h_TD: torch.Tensor,
-    segments: Sequence[Segment],
+    segments: Sequence[DeltaSegment],
     conv_state: torch.Tensor,
 ) -> _Inputs:
     *mixed, step_TH, beta_TH = kernels.linears(h_TD, w, _PROJECTIONS)
@@ -130,7 +130,7 @@ def _project(
 def _convolve(
     mixed_TC: torch.Tensor,
     taps_CK: torch.Tensor,
-    segments: Sequence[Segment],
+    segments: Sequence[DeltaSegment],
     conv_state: torch.Tensor,
 ) -> torch.Tensor:
     """Causal convolution per channel, over each sequence's rows and the last ones before them."""

@@ -9,9 +9,9 @@ Shapes: T rows, D hidden, E experts, A experts per row.
 import torch
 
 from windlass.decoder.attention import linear
-from windlass.kernels.base import Kernels, Tensors
-from windlass.packed import floats_or_none
-from windlass.spec.model import Ffn, Moe, Shared
+from windlass.kernels.interface import Kernels
+from windlass.models.spec import Ffn, Moe, Shared
+from windlass.tensors import Tensors, floats_or_none
 
 
 def route(

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from windlass.spec.model import (
+from windlass.models.spec import (
     LinearScaling,
     Llama3Scaling,
     LongRopeScaling,

@@ -12,7 +12,7 @@ import torch
 ALIGN_BYTES = 4096
 
 
-class Source(Protocol):
+class ByteSource(Protocol):
     """Where copies come from."""
 
     def read(self, file: str, offset: int, into: memoryview) -> None:
@@ -25,7 +25,7 @@ class Source(Protocol):
 class Copy:
     """One block to move. `into` is a contiguous uint8 tensor inside memory of `allocate`."""
 
-    source: Source
+    source: ByteSource
     file: str
     offset: int
     into: torch.Tensor

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from windlass.device import host
+from windlass.device import host_memory as host
 from windlass.units import round_up
 
 # Below, malloc's memory. What lies in between is too large for it: freed among smaller pieces that

@@ -1,4 +1,4 @@
-"""How fast the disk reads, with the reader and the lanes that a run has (memory/checkpoint.py,
+"""How fast the disk reads, with the reader and the lanes that a run has (checkpoint/reader.py,
 device/cpu.py): cold, by the bytes of one read and the reads in flight."""
 
 import os
@@ -14,16 +14,16 @@ from typing import Literal
 
 import torch
 
+from windlass.checkpoint.reader import Checkpoint
+from windlass.checkpoint.safetensors import encode_header
 from windlass.device.base import ALIGN_BYTES, Copy
 from windlass.device.cpu import CpuDevice
 from windlass.doctor.timing import Timing
 from windlass.errors import CheckpointError, UsageError
 from windlass.hardware.profile import Curve
-from windlass.memory.checkpoint import Checkpoint
-from windlass.memory.header import encode_header
-from windlass.memory.transfer import BLOCK_BYTES
-from windlass.spec.names import TensorInfo
+from windlass.models.names import TensorInfo
 from windlass.units import KIB, MIB, format_bytes
+from windlass.weights.io_queue import BLOCK_BYTES
 
 READ_BYTES = (64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB)
 IN_FLIGHT = (1, 4, 8)

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from windlass.device.host import available_bytes, memory_limits
-from windlass.kernels.base import Kernels
+from windlass.device.host_memory import available_bytes, memory_limits
 from windlass.kernels.cpu import library
+from windlass.kernels.interface import Kernels
 from windlass.version import VERSION
 
 _PROC = Path("/proc")

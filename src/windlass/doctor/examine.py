@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from windlass.device.cuda import find_cuda
-from windlass.doctor.cache import cache_key, load_report, save_report
+from windlass.doctor.bench_model import KINDS, checkpoint_model, random_model
 from windlass.doctor.device_rates import Accelerator, DeviceRates, measure_device
 from windlass.doctor.disk import DiskRates, measure_disk, scratch_checkpoint
 from windlass.doctor.environment import Environment, read_environment
@@ -23,12 +23,12 @@ from windlass.doctor.kernel_rates import (
     memory_rate,
 )
 from windlass.doctor.overhead import measure_overhead, small_budget
-from windlass.doctor.parts import KINDS, checkpoint_model, random_model
-from windlass.doctor.report import Report, disk_name
+from windlass.doctor.profile_store import cache_key, load_report, save_report
+from windlass.doctor.tables import Report, disk_name
 from windlass.doctor.timing import Load
 from windlass.hardware.profile import HardwareProfile, Processor
-from windlass.kernels.base import Kernels
-from windlass.kernels.choose import choose_kernels
+from windlass.kernels.interface import Kernels
+from windlass.kernels.select import choose_kernels
 from windlass.options import EngineOptions
 from windlass.units import format_bytes
 
@@ -98,7 +98,7 @@ def _prepared(subject: Subject) -> Iterator[_Place]:
     threads = subject.threads or machine_threads
     try:
         kernels = choose_kernels(
-            subject.moe_backend, threads=threads, bf16_rows=subject.dtype == "bfloat16"
+            subject.moe_backend, threads=threads, bf16_activations=subject.dtype == "bfloat16"
         )
         gpu = find_cuda()
         environment = read_environment(
@@ -201,7 +201,7 @@ class _Examination:
             row_rate=overhead.row_rate,
             call_s=overhead.call.median_s,
             expert_s=overhead.expert_s,
-            repeats=self._kernels.recorder(str) is not None,
+            repeats=self._kernels.capture(str) is not None,
         )
 
     def _profile(

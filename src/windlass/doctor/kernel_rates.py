@@ -1,5 +1,5 @@
 """How fast the kernels of a run are on this machine: experts and dense products by rows and kind of
-weights, attention, memory. Every call is one that a pass makes (schedule/on_device.py)."""
+weights, attention, memory. Every call is one that a pass makes (runtime/host.py)."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,15 +10,15 @@ from math import prod
 
 import torch
 
-from windlass.device.host import empty
-from windlass.doctor.parts import Model, cold_parts, weight_kind
+from windlass.device.host_memory import empty
+from windlass.doctor.bench_model import BenchModel, cold_parts, weight_kind
 from windlass.doctor.timing import Timing, measure
 from windlass.hardware.profile import Curve
 from windlass.ids import Part
-from windlass.kernels.base import AttentionOptions, AttentionWork, Groups, Kernels
-from windlass.packed import PagedRows, StoredTensors, Weight
+from windlass.kernels.interface import AttentionOptions, AttentionWork, ExpertGroups, Kernels
+from windlass.models.spec import Gqa, Mla
 from windlass.planner.budget import PAGE_TOKENS
-from windlass.spec.model import Gqa, Mla
+from windlass.tensors import PagedRows, StoredTensors, Weight
 from windlass.units import MIB
 
 ROWS = (1, 4, 16, 64, 256, 1024)
@@ -72,7 +72,7 @@ def memory_rate(timing: Timing) -> float:
     return _LARGE_BYTES / timing.median_s
 
 
-def measure_products(model: Model, kernels: Kernels, findings: Findings) -> None:
+def measure_products(model: BenchModel, kernels: Kernels, findings: Findings) -> None:
     """Expert networks and dense products of the kinds that the model has."""
     experts = cold_parts(model, Part.EXPERT, fewest=_GROUP)
     kind = weight_kind(experts[0]["gate"])
@@ -101,14 +101,14 @@ def _flops(elements: int, rows: int) -> int:
 
 
 def _time_experts(
-    model: Model, kernels: Kernels, experts: list[StoredTensors], rows: int
+    model: BenchModel, kernels: Kernels, experts: list[StoredTensors], rows: int
 ) -> Timing:
     """Of one expert over `rows` rows, in groups as a layer calls them."""
     group = _GROUP if rows <= _SINGLE_ROWS else 1
     turn = cycle(experts)
     x_TD = torch.randn(rows * group, model.spec.hidden_size)
     out = empty(rows * group, model.spec.hidden_size)
-    groups = Groups.even(group, rows)
+    groups = ExpertGroups.even(group, rows)
     activation = model.moe.expert.activation
 
     def call() -> None:
@@ -167,7 +167,7 @@ class _Heads:
         return 2 * self.query * (self.key_dim + self.value_dim)
 
 
-def _heads(model: Model) -> _Heads | None:
+def _heads(model: BenchModel) -> _Heads | None:
     """Of the first block whose cache grows; None where no block's does."""
     for block in model.spec.blocks:
         match block.attention:
@@ -178,7 +178,9 @@ def _heads(model: Model) -> _Heads | None:
     return None
 
 
-def measure_attention(model: Model, kernels: Kernels, findings: Findings) -> tuple[float, float]:
+def measure_attention(
+    model: BenchModel, kernels: Kernels, findings: Findings
+) -> tuple[float, float]:
     """Bytes/s of keys and values in decode (bf16, contexts of 512), FLOP/s of a prompt."""
     heads = _heads(model) or _Heads(32, 4, 128, 128, False)
     decode = _time_attention(kernels, heads, (_CONTEXT, 1), _SEQUENCES)

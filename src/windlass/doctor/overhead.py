@@ -14,19 +14,19 @@ from typing import Any
 
 import torch
 
-from windlass.build import open_engine
-from windlass.device.host import resident_bytes
+from windlass.build.open import open_engine
+from windlass.checkpoint.synthetic import preset
+from windlass.device.host_memory import resident_bytes
 from windlass.doctor.timing import Timing
 from windlass.engine.engine import Engine
-from windlass.engine.sequence import Request
-from windlass.kernels.base import Kernels
-from windlass.kernels.choose import choose_kernels
+from windlass.engine.request import Request
+from windlass.kernels.interface import Kernels
+from windlass.kernels.select import choose_kernels
+from windlass.models.registry import read_spec
+from windlass.models.spec import ModelSpec
 from windlass.options import EngineOptions
 from windlass.params import SamplingParams
-from windlass.spec.cost import attention_row_numbers, ffn_row_numbers
-from windlass.spec.model import ModelSpec
-from windlass.spec.registry import read_spec
-from windlass.synth import preset
+from windlass.perf.flops import attention_row_numbers, ffn_row_numbers
 from windlass.units import MIB
 
 _LAYERS = 6
@@ -67,7 +67,7 @@ class _Watched:
         self._inside = 0.0
         self.beside_s = 0.0
 
-    def recorder(self, label: Callable[[], str]) -> None:
+    def capture(self, label: Callable[[], str]) -> None:
         """What is repeated has no cost beside its calls."""
 
     def __getattr__(self, name: str) -> Any:
@@ -111,7 +111,9 @@ def measure_overhead(
     threads = options.threads
     assert threads is not None, "kernels need their threads"
     kernels = _Watched(
-        choose_kernels(options.moe_backend, threads=threads, bf16_rows=options.dtype == "bfloat16"),
+        choose_kernels(
+            options.moe_backend, threads=threads, bf16_activations=options.dtype == "bfloat16"
+        ),
         clock,
     )
     with tempfile.TemporaryDirectory() as folder:

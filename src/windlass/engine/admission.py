@@ -16,29 +16,29 @@ from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
-from windlass.engine.choice import Choice, Queued
-from windlass.engine.lengths import OutputLengths
+from windlass.engine.answer_lengths import OutputLengths
 from windlass.engine.prompt_pages import Known, PromptPages
-from windlass.engine.sequence import WINDOW, Request
-from windlass.memory.kv import KvStore
-from windlass.memory.pages import num_alike
+from windlass.engine.request import WINDOW, Request
+from windlass.engine.sequence import QueuedSequence, Sequence
+from windlass.kvcache.kv_cache import KvCache
+from windlass.kvcache.pages import num_alike
 from windlass.plan import Plan
 from windlass.schedule.batch import CHUNK_TOKENS, Segment
 
 
-class Row(NamedTuple):
+class ScheduledSequence(NamedTuple):
     """A segment and whose it is."""
 
-    choice: Choice
+    sequence: Sequence
     segment: Segment
 
 
 class Admission:
-    """Owns the waiting and running choices and their pages."""
+    """Owns the waiting and running sequences and their pages."""
 
     def __init__(
         self,
-        kv: KvStore,
+        kv: KvCache,
         *,
         max_num_seqs: int,
         max_rows: int,
@@ -59,22 +59,22 @@ class Admission:
         self.lengths = OutputLengths()
         self._is_filling = False  # a wave takes in prompts
         self.prompt_pages = PromptPages(kv, long_rope_after=long_rope_after)
-        self.waiting: deque[Queued | Choice] = deque()  # a Choice: to be computed again
-        self.running: list[Choice] = []  # oldest first
+        self.waiting: deque[QueuedSequence | Sequence] = deque()  # a Sequence: to be computed again
+        self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
 
-    def add(self, queued: Queued) -> None:
+    def add(self, queued: QueuedSequence) -> None:
         self.waiting.append(queued)
 
-    def remove(self, choice: Choice) -> None:
-        """A running choice has ended; its pages are free at once."""
-        self.running.remove(choice)
-        self._release(choice)
+    def remove(self, sequence: Sequence) -> None:
+        """A running sequence has ended; its pages are free at once."""
+        self.running.remove(sequence)
+        self._release(sequence)
 
     def drop(self, request: Request) -> None:
-        """Forgets all choices of `request`, running or waiting."""
-        for choice in [choice for choice in self.running if choice.request is request]:
-            self.remove(choice)
+        """Forgets all sequences of `request`, running or waiting."""
+        for sequence in [sequence for sequence in self.running if sequence.request is request]:
+            self.remove(sequence)
         self.waiting = deque(one for one in self.waiting if one.request is not request)
 
     def replan(self, plan: Plan) -> None:
@@ -92,10 +92,10 @@ class Admission:
             self._preempt(self.running[-1])
         self._kv.pool.forget_all()
 
-    def compose(self, start: Callable[[Queued], Choice]) -> list[Row]:
+    def compose(self, start: Callable[[QueuedSequence], Sequence]) -> list[ScheduledSequence]:
         """The rows of the next pass; empty only when there is nothing to do. `start` makes the
-        choice of what is taken from the queue."""
-        rows: list[Row] = []
+        sequence of what is taken from the queue."""
+        rows: list[ScheduledSequence] = []
         if self._mixed_prefill_rows == 0:
             self._is_filling |= not self.running
             if self._is_filling:
@@ -106,19 +106,21 @@ class Admission:
         # oldest first, at the cost of the youngest, which is in its prompt from then on
         decoding = [c for c in list(self.running) if not c.in_prompt and self._grow(c)]
         room = self._max_rows
-        for following, choice in zip(range(len(decoding))[::-1], decoding, strict=True):
-            rows.append(self._generated(choice, room - following))  # a row for each that follows
+        for following, sequence in zip(range(len(decoding))[::-1], decoding, strict=True):
+            rows.append(self._generated(sequence, room - following))  # a row for each that follows
             room -= rows[-1].segment.num_rows
         if rows and self._mixed_prefill_rows is not None:
             room = min(room, self._mixed_prefill_rows)
         self._add_prompts(start, room, rows)
         return rows
 
-    def _add_prompts(self, start: Callable[[Queued], Choice], room: int, rows: list[Row]) -> None:
+    def _add_prompts(
+        self, start: Callable[[QueuedSequence], Sequence], room: int, rows: list[ScheduledSequence]
+    ) -> None:
         """Prompt rows of those that run, then of newcomers."""
-        for choice in self.running:
-            if choice.in_prompt:
-                room -= self._add_prompt(choice, room, rows)
+        for sequence in self.running:
+            if sequence.in_prompt:
+                room -= self._add_prompt(sequence, room, rows)
         while room > 0 and self.waiting and len(self.running) < self._max_num_seqs:
             place = self._next()
             newcomer = self.waiting[place]
@@ -126,10 +128,10 @@ class Admission:
             if not self._can_admit(newcomer, known, room):
                 break
             del self.waiting[place]
-            choice = start(newcomer) if isinstance(newcomer, Queued) else newcomer
-            self._admit(choice, known)
+            sequence = start(newcomer) if isinstance(newcomer, QueuedSequence) else newcomer
+            self._admit(sequence, known)
             self._num_passed_over = self._num_passed_over + 1 if place else 0
-            room -= self._add_prompt(choice, room, rows)
+            room -= self._add_prompt(sequence, room, rows)
 
     def _next(self) -> int:
         """Place in the queue of what is admitted next: the first, or the first of those that begin
@@ -137,7 +139,7 @@ class Admission:
         is not passed over, nothing is more often than there are places for sequences."""
         keys = self._last_keys
         is_due = self._num_passed_over >= self._max_num_seqs
-        if not keys or is_due or isinstance(self.waiting[0], Choice):
+        if not keys or is_due or isinstance(self.waiting[0], Sequence):
             return 0
         found = most = 0
         for place, one in enumerate(islice(self.waiting, WINDOW * self._max_num_seqs)):
@@ -146,7 +148,7 @@ class Admission:
                 found, most = place, alike
         return found
 
-    def _can_admit(self, newcomer: Queued | Choice, known: Known, room: int) -> bool:
+    def _can_admit(self, newcomer: QueuedSequence | Sequence, known: Known, room: int) -> bool:
         left = newcomer.queued.num_tokens - self.prompt_pages.num_ready(known)
         needed = self._kv.pages_for(min(newcomer.num_tokens + 1, newcomer.max_total - 1))
         needed -= self.prompt_pages.num_held(known)
@@ -154,95 +156,98 @@ class Admission:
         fits = needed + kept <= self._kv.num_free_pages and self._kv.has_free_state
         return fits and self._fitting(left, room) > 0
 
-    def _may_want(self, choice: Choice) -> float:
-        """Pages kept free for a running choice, so that a newcomer does not drive it out at once:
+    def _may_want(self, sequence: Sequence) -> float:
+        """Pages kept free for a running sequence, so that a newcomer does not drive it out at once:
         those it lacks now, else one as far as it is likely to want it. To keep all that it may grow
         to saves preemptions and costs more passes than they do (docs/log.md)."""
-        held = len(choice.pages)
-        lacking = self._kv.pages_for(choice.num_tokens) - held
-        most = self._kv.pages_for(choice.max_total - 1) - held
+        held = len(sequence.pages)
+        lacking = self._kv.pages_for(sequence.num_tokens) - held
+        most = self._kv.pages_for(sequence.max_total - 1) - held
         if lacking > 0 or not most:
             return min(lacking, most)
         # the last token of an answer is never computed
-        fitting = held * self._kv.page_tokens - choice.num_prompt + 1
+        fitting = held * self._kv.page_tokens - sequence.num_prompt + 1
         return self.lengths.chance(
-            fitting, after=len(choice.output_ids), max_output=choice.queued.max_output
+            fitting, after=len(sequence.output_ids), max_output=sequence.queued.max_output
         )
 
-    def _admit(self, choice: Choice, known: Known) -> None:
-        self.prompt_pages.take(choice, known)
-        self._last_keys = choice.queued.block_keys
-        choice.state_slot = self._kv.take_state()
-        self.running.append(choice)
+    def _admit(self, sequence: Sequence, known: Known) -> None:
+        self.prompt_pages.take(sequence, known)
+        self._last_keys = sequence.queued.block_keys
+        sequence.state_slot = self._kv.take_state()
+        self.running.append(sequence)
 
-    def _grow(self, choice: Choice) -> bool:
-        """Pages for all of the choice's tokens, at the cost of younger ones; False if it had to
+    def _grow(self, sequence: Sequence) -> bool:
+        """Pages for all of the sequence's tokens, at the cost of younger ones; False if it had to
         give way itself."""
-        missing = self._kv.pages_for(choice.num_tokens) - len(choice.pages)
+        missing = self._kv.pages_for(sequence.num_tokens) - len(sequence.pages)
         while missing > self._kv.num_free_pages:
             youngest = self.running[-1]
             self._preempt(youngest)
-            if youngest is choice:
+            if youngest is sequence:
                 return False
         if missing > 0:
-            choice.pages.extend(self._kv.take_pages(missing))
+            sequence.pages.extend(self._kv.take_pages(missing))
         return True
 
-    def _preempt(self, choice: Choice) -> None:
-        self.running.remove(choice)
-        self._release(choice)
-        choice.num_computed = 0
-        self.waiting.appendleft(choice)
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.num_computed = 0
+        self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
-    def _release(self, choice: Choice) -> None:
-        self._kv.give_pages(choice.pages)
-        self._kv.give_state(choice.state_slot)
-        choice.pages, choice.state_slot = [], -1
+    def _release(self, sequence: Sequence) -> None:
+        self._kv.give_pages(sequence.pages)
+        self._kv.give_state(sequence.state_slot)
+        sequence.pages, sequence.state_slot = [], -1
 
-    def _generated(self, choice: Choice, room: int) -> Row:
+    def _generated(self, sequence: Sequence, room: int) -> ScheduledSequence:
         """Rows of generated tokens: one, or several after a preemption."""
-        first = choice.num_computed
-        last = min(choice.num_tokens, first + room)
-        return self._row(choice, first, last, is_prompt=False)
+        first = sequence.num_computed
+        last = min(sequence.num_tokens, first + room)
+        return self._row(sequence, first, last, is_prompt=False)
 
-    def _add_prompt(self, choice: Choice, room: int, rows: list[Row]) -> int:
+    def _add_prompt(self, sequence: Sequence, room: int, rows: list[ScheduledSequence]) -> int:
         """Adds the next chunk of a prompt and returns its number of rows. What rows before it have
         computed, here or earlier, is done."""
-        self.prompt_pages.skip(choice)
-        count = self._fitting(choice.num_prompt - choice.num_computed, room)
+        self.prompt_pages.skip(sequence)
+        count = self._fitting(sequence.num_prompt - sequence.num_computed, room)
         if count:
-            first = choice.num_computed
-            rows.append(self._row(choice, first, first + count, is_prompt=True))
-            self.prompt_pages.fill(choice, first, first + count)
+            first = sequence.num_computed
+            rows.append(self._row(sequence, first, first + count, is_prompt=True))
+            self.prompt_pages.fill(sequence, first, first + count)
         return count
 
     def _fitting(self, left: int, room: int) -> int:
         """Prompt rows that fit: all that is left, or up to a multiple of CHUNK_TOKENS."""
         return left if left <= room else room // CHUNK_TOKENS * CHUNK_TOKENS
 
-    def _row(self, choice: Choice, first: int, last: int, *, is_prompt: bool) -> Row:
-        is_scored = is_prompt and choice.scores_prompt
+    def _row(
+        self, sequence: Sequence, first: int, last: int, *, is_prompt: bool
+    ) -> ScheduledSequence:
+        is_scored = is_prompt and sequence.scores_prompt
         segment = Segment(
-            sequence=id(choice),
-            token_ids=choice.tokens(first, last),
+            sequence=id(sequence),
+            token_ids=sequence.tokens(first, last),
             first_position=first,
-            pages=tuple(choice.pages),
-            state_slot=choice.state_slot,
+            pages=tuple(sequence.pages),
+            state_slot=sequence.state_slot,
             is_prompt=is_prompt,
-            long_rope=self.prompt_pages.long_rope(choice.queued),
-            wants_logits=last == choice.num_tokens,
-            targets=choice.request.prompt_token_ids[first + 1 : last + 1] if is_scored else (),
+            long_rope=self.prompt_pages.long_rope(sequence.queued),
+            wants_logits=last == sequence.num_tokens,
+            targets=sequence.request.prompt_token_ids[first + 1 : last + 1] if is_scored else (),
         )
-        return Row(choice, segment)
+        return ScheduledSequence(sequence, segment)
 
     def check(self) -> None:
-        """Pages are held by running choices only, and by several only where their prompts agree."""
-        held = Counter(page for choice in self.running for page in choice.pages)
+        """Pages are held by running sequences only, and by several only where their prompts
+        agree."""
+        held = Counter(page for sequence in self.running for page in sequence.pages)
         self._kv.check(held)
-        for choice in self.running:
-            assert len(set(choice.pages)) == len(choice.pages), "a choice has a page twice"
-            self.prompt_pages.check(choice)
-        assert all(isinstance(one, Queued) or not one.pages for one in self.waiting), (
-            "a waiting choice holds pages"
+        for sequence in self.running:
+            assert len(set(sequence.pages)) == len(sequence.pages), "a sequence has a page twice"
+            self.prompt_pages.check(sequence)
+        assert all(isinstance(one, QueuedSequence) or not one.pages for one in self.waiting), (
+            "a waiting sequence holds pages"
         )

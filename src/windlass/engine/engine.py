@@ -11,26 +11,26 @@ from dataclasses import dataclass, field
 
 import torch
 
-from windlass.engine.admission import Admission, Row
-from windlass.engine.choice import Choice, Queued
-from windlass.engine.meter import PhaseMeter, Readings
+from windlass.engine.admission import Admission, ScheduledSequence
+from windlass.engine.detokenizer import TextStream
+from windlass.engine.engine_stats import EngineStats
 from windlass.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from windlass.engine.phase_meter import PhaseMeter, Readings
+from windlass.engine.request import Delta, Request, StepResult
 from windlass.engine.sampling import Sampler, choice_seed
-from windlass.engine.sequence import Delta, Request, StepResult
-from windlass.engine.stats import EngineStats
+from windlass.engine.sequence import QueuedSequence, Sequence
 from windlass.engine.steering import Check, Compare, Pilot
-from windlass.engine.text import TextStream
 from windlass.engine.tokenizer import Tokenizer
 from windlass.errors import RequestError
 from windlass.ids import Part
-from windlass.memory.pages import block_keys
-from windlass.memory.weights import WeightStore
+from windlass.kvcache.pages import block_keys
 from windlass.params import SamplingParams
 from windlass.phases import PhaseStats
 from windlass.plan import Plan
 from windlass.schedule.batch import CHUNK_TOKENS, Batch, make_batch, passes_of
 from windlass.schedule.runtime import Outcome
 from windlass.trace import Tracer
+from windlass.weights.store import WeightStore
 from windlass.workload import Workload
 
 RunPass = Callable[[Batch], Outcome]
@@ -43,7 +43,7 @@ class _Open:
     request: Request
     left: int
     arrival: float
-    choices: list[Choice] = field(default_factory=list)  # that have begun, by their index
+    choices: list[Sequence] = field(default_factory=list)  # that have begun, by their index
     first_token: float | None = None
     failure: RequestError | None = None
 
@@ -141,7 +141,7 @@ class Engine:
         if self.plan.prefix_caching:
             keys = block_keys(request.prompt_token_ids, CHUNK_TOKENS)
         for index in range(params.n):
-            self._admission.add(Queued(request, index, max_output, longest, keys))
+            self._admission.add(QueuedSequence(request, index, max_output, longest, keys))
 
     def abort(self, request_id: str) -> None:
         """Drops a request; unknown ids are ignored, it may just have ended."""
@@ -166,11 +166,11 @@ class Engine:
             raise RequestError(f"prompt token ids: allowed 0 to {vocab_size - 1}", param="prompt")
         self._sampler(request, 0)  # checks the ids that the parameters name
 
-    def _start(self, queued: Queued) -> Choice:
+    def _start(self, queued: QueuedSequence) -> Sequence:
         """The choice that leaves the queue."""
         request = queued.request
         params = request.params
-        choice = Choice(
+        choice = Sequence(
             queued,
             self._sampler(request, queued.index),
             TextStream(self.tokenizer, params) if params.detokenize else None,
@@ -233,7 +233,7 @@ class Engine:
         self._tracer.counter("disk", bytes=stats.bytes_read)
         return result
 
-    def _take(self, rows: list[Row], outcome: Outcome) -> StepResult:
+    def _take(self, rows: list[ScheduledSequence], outcome: Outcome) -> StepResult:
         finished: list[RequestOutput] = []
         deltas: list[Delta] = []
         taken = 0
@@ -263,7 +263,7 @@ class Engine:
                     finished.append(self._finish(entry))
         return StepResult(tuple(finished), tuple(deltas))
 
-    def _observe(self, choice: Choice) -> None:
+    def _observe(self, choice: Sequence) -> None:
         if choice.finish_reason is not None:
             self._admission.lengths.observe(len(choice.output_ids), choice.queued.max_output)
 
@@ -297,7 +297,7 @@ class Engine:
         for one in (*self._admission.running, *self._admission.waiting):
             output = round(self.expected_output_tokens(one.queued.max_output))
             prompt, generated, ready = one.queued.num_tokens, 0, 0
-            if isinstance(one, Choice):
+            if isinstance(one, Sequence):
                 prompt, generated = max(0, prompt - one.num_computed), len(one.output_ids)
             else:
                 ready = pages.num_ready(pages.find(one))

@@ -8,18 +8,18 @@ results are those of a prompt that was computed in two chunks: the same bits as 
 from collections.abc import Hashable
 from itertools import islice
 
-from windlass.engine.choice import Choice, Queued
-from windlass.memory.kv import KvStore
-from windlass.memory.pages import Block, readable_blocks
+from windlass.engine.sequence import QueuedSequence, Sequence
+from windlass.kvcache.kv_cache import KvCache
+from windlass.kvcache.pages import PageBlock, readable_blocks
 from windlass.schedule.batch import CHUNK_TOKENS
 
-Known = list[Block | None]
+Known = list[PageBlock | None]
 
 
 class PromptPages:
     """Which pages prompts get, and how far they are computed."""
 
-    def __init__(self, kv: KvStore, *, long_rope_after: int | None) -> None:
+    def __init__(self, kv: KvCache, *, long_rope_after: int | None) -> None:
         self._kv = kv
         self._long_rope_after = long_rope_after
         self._block_pages = CHUNK_TOKENS // kv.page_tokens
@@ -27,11 +27,11 @@ class PromptPages:
         self.num_asked = 0  # tokens of prompts that might have been found
         self.num_found = 0  # of these, tokens that were not computed again
 
-    def long_rope(self, queued: Queued) -> bool:
+    def long_rope(self, queued: QueuedSequence) -> bool:
         """Whether its positions use LongRoPE's long factors."""
         return self._long_rope_after is not None and queued.longest > self._long_rope_after
 
-    def find(self, queued: Queued) -> Known:
+    def find(self, queued: QueuedSequence) -> Known:
         """What is known of each block that the prompt may read; true until pages are taken or given
         back."""
         return [self._kv.pool.find(n) for n in self._names(queued)[: _num_readable(queued)]]
@@ -50,10 +50,10 @@ class PromptPages:
             count += CHUNK_TOKENS
         return count
 
-    def take(self, choice: Choice, known: Known) -> None:
-        """Gives the choice all pages of its prompt, and names to those that others may read.
+    def take(self, sequence: Sequence, known: Known) -> None:
+        """Gives the sequence all pages of its prompt, and names to those that others may read.
         `known`: what `find` says of it now."""
-        queued, pool = choice.queued, self._kv.pool
+        queued, pool = sequence.queued, self._kv.pool
         shared = [block for block in known if block is not None]
         for block in shared:
             pool.hold(block)  # before anything is taken, which may forget what nobody holds
@@ -64,52 +64,52 @@ class PromptPages:
             pages = found.pages if found else tuple(islice(fresh, self._block_pages))
             if found is None and pool.find(name) is None:
                 pool.name(name, pages)
-            choice.pages.extend(pages)
-        choice.pages.extend(fresh)
-        choice.num_cached = 0
+            sequence.pages.extend(pages)
+        sequence.pages.extend(fresh)
+        sequence.num_cached = 0
         self.num_asked += 0 if queued.scores_prompt else queued.num_tokens
 
-    def skip(self, choice: Choice) -> None:
-        """Moves a choice in its prompt past the blocks that others have computed."""
-        most = _num_readable(choice.queued)
-        while (place := choice.num_computed // CHUNK_TOKENS) < most:
-            block = self._block(choice, place)
+    def skip(self, sequence: Sequence) -> None:
+        """Moves a sequence in its prompt past the blocks that others have computed."""
+        most = _num_readable(sequence.queued)
+        while (place := sequence.num_computed // CHUNK_TOKENS) < most:
+            block = self._block(sequence, place)
             if block is None or not block.is_full:
                 break
-            choice.num_computed += CHUNK_TOKENS
-            choice.num_cached += CHUNK_TOKENS
+            sequence.num_computed += CHUNK_TOKENS
+            sequence.num_cached += CHUNK_TOKENS
             self.num_found += CHUNK_TOKENS
 
-    def fill(self, choice: Choice, first: int, last: int) -> None:
+    def fill(self, sequence: Sequence, first: int, last: int) -> None:
         """Prompt rows from position `first` up to `last` are in the next pass: what comes later in
         it, or after it, may read them."""
         for place in range(first // CHUNK_TOKENS, last // CHUNK_TOKENS):
-            block = self._block(choice, place)
+            block = self._block(sequence, place)
             if block is not None:
                 block.is_full = True
 
-    def _names(self, queued: Queued) -> list[Hashable]:
+    def _names(self, queued: QueuedSequence) -> list[Hashable]:
         is_long = self.long_rope(queued)
         return [(is_long, key) for key in queued.block_keys]
 
-    def _block(self, choice: Choice, place: int) -> Block | None:
-        return self._kv.pool.block_of(choice.pages[place * self._block_pages])
+    def _block(self, sequence: Sequence, place: int) -> PageBlock | None:
+        return self._kv.pool.block_of(sequence.pages[place * self._block_pages])
 
-    def check(self, choice: Choice) -> None:
-        """A running choice holds blocks by their names alone, each where it belongs."""
-        names, size = self._names(choice.queued), self._block_pages
+    def check(self, sequence: Sequence) -> None:
+        """A running sequence holds blocks by their names alone, each where it belongs."""
+        names, size = self._names(sequence.queued), self._block_pages
         for place, name in enumerate(names):
-            block = self._block(choice, place)
+            block = self._block(sequence, place)
             if block is not None:
-                pages = tuple(choice.pages[place * size : (place + 1) * size])
+                pages = tuple(sequence.pages[place * size : (place + 1) * size])
                 assert (block.name, block.pages) == (name, pages), "another prompt's block"
-                is_computed = (place + 1) * CHUNK_TOKENS <= choice.num_computed
+                is_computed = (place + 1) * CHUNK_TOKENS <= sequence.num_computed
                 assert block.is_full or not is_computed, "a block was computed and not marked"
-        for page in choice.pages[len(names) * size :]:
+        for page in sequence.pages[len(names) * size :]:
             assert self._kv.pool.block_of(page) is None, "a page that still changes has a name"
 
 
-def _num_readable(queued: Queued) -> int:
+def _num_readable(queued: QueuedSequence) -> int:
     if queued.scores_prompt:
         return 0
     return min(len(queued.block_keys), readable_blocks(queued.num_tokens, CHUNK_TOKENS))

@@ -1,38 +1,193 @@
-"""Request (frozen, from a front) and what an engine step gives back. Knows no model."""
+"""One sequence: a sequence of a request, its tokens, text and place in memory. Mutable; one owner,
+the engine. Knows pages as numbers, no tensors but the row of logits it is given."""
 
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, field
 
-from windlass.engine.outputs import RequestOutput
-from windlass.params import SamplingParams
+import torch
 
-# What fronts keep in the engine, times its capacity: a freed place is never left empty.
-WINDOW = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One prompt, already tokenised. `seed_key` is a stable name (a `custom_id`) from which seeds
-    of unseeded requests are derived, so that order and restarts change nothing."""
-
-    request_id: str
-    prompt_token_ids: tuple[int, ...]
-    params: SamplingParams
-    seed_key: str
+from windlass.engine.detokenizer import TextStream
+from windlass.engine.outputs import CompletionOutput, LogprobsOfStep
+from windlass.engine.request import Delta, Request
+from windlass.engine.sampling import Sampled, Sampler
+from windlass.engine.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """New text and tokens of one choice of a request in one step."""
+@dataclass(frozen=True, slots=True, eq=False)
+class QueuedSequence:
+    """A sequence that has not begun: what waits by the thousand has no sampler, text or tokens of
+    its own. `max_output` is at least 1. `longest`: tokens that it could have if memory had no end.
+    `block_keys`: of the blocks of its prompt that may be shared (`kvcache/pages.py`)."""
 
-    request_id: str
+    request: Request
     index: int
-    text: str
-    token_ids: tuple[int, ...]
+    max_output: int
+    longest: int
+    block_keys: tuple[bytes, ...] = ()
+
+    @property
+    def queued(self) -> "QueuedSequence":
+        return self
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def max_total(self) -> int:
+        """Tokens of prompt and output at most; positions that may be cached are one fewer."""
+        return len(self.request.prompt_token_ids) + self.max_output
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether its pass gives log-probabilities of the prompt: those of all sequences are
+        one."""
+        return self.request.params.prompt_logprobs is not None and self.index == 0
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one `Engine.step` brought."""
+class LogprobLog:
+    """Log-probabilities step by step, 16 bytes per candidate: a tenth of the dicts that results
+    have of them."""
 
-    finished: tuple[RequestOutput, ...]
-    deltas: tuple[Delta, ...]
+    __slots__ = ("_ids", "_ranks", "_logprobs", "_ends")
+
+    def __init__(self) -> None:
+        self._ids, self._ranks = array("i"), array("i")
+        self._logprobs = array("d")
+        self._ends = array("q")  # of each step; its drawn token comes first
+
+    def add(self, sampled: Sampled) -> None:
+        assert sampled.logprob is not None and sampled.rank is not None, "logprobs were asked for"
+        drawn = (sampled.token_id, sampled.logprob, sampled.rank)
+        ids, logprobs, ranks = zip(drawn, *sampled.top, strict=True)
+        self._ids.extend(ids)
+        self._logprobs.extend(logprobs)
+        self._ranks.extend(ranks)
+        self._ends.append(len(self._ids))
+
+    def steps(self) -> list[Sampled]:
+        """What was added."""
+        result, first = [], 0
+        for end in self._ends:
+            part = slice(first + 1, end)
+            top = zip(self._ids[part], self._logprobs[part], self._ranks[part], strict=True)
+            drawn = self._ids[first], self._logprobs[first], self._ranks[first]
+            result.append(Sampled(*drawn, tuple(top)))
+            first = end
+        return result
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A sequence that runs, or waits to be computed again. `num_computed` positions have their keys
+    and values in `pages`; the rest of the prompt and `output_ids` is still to be computed."""
+
+    queued: QueuedSequence
+    sampler: Sampler
+    text: TextStream | None  # None: the request does not want text
+    eos_token_ids: frozenset[int]
+    output_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_cached: int = 0  # of these, prompt tokens that another sequence computed
+    pages: list[int] = field(default_factory=list)
+    state_slot: int = -1
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    cumulative_logprob: float = 0.0
+    logprobs: LogprobLog = field(default_factory=LogprobLog)
+    prompt_logprobs: dict[int, float] = field(default_factory=dict)  # of the token at a position
+
+    @property
+    def request(self) -> Request:
+        return self.queued.request
+
+    @property
+    def num_prompt(self) -> int:
+        return self.queued.num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prompt + len(self.output_ids)
+
+    @property
+    def max_total(self) -> int:
+        return self.queued.max_total
+
+    @property
+    def scores_prompt(self) -> bool:
+        return self.queued.scores_prompt
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether the next row to compute is a prompt token."""
+        return self.num_computed < self.num_prompt
+
+    def tokens(self, first: int, last: int) -> tuple[int, ...]:
+        """Tokens from position `first` up to `last`: all of the prompt or all generated."""
+        before = self.num_prompt
+        if last <= before:
+            return self.request.prompt_token_ids[first:last]
+        assert first >= before, "a row is a prompt row or a generated row"
+        return tuple(self.output_ids[first - before : last - before])
+
+    def advance(self, logits_V: torch.Tensor, tokenizer: Tokenizer) -> Delta:
+        """Samples the next token of this sequence and decides whether it ends here."""
+        sampled = self.sampler.sample(logits_V)
+        token = sampled.token_id
+        self.output_ids.append(token)
+        if sampled.logprob is not None:
+            self.cumulative_logprob += sampled.logprob
+            self.logprobs.add(sampled)
+        new_text = self._decide(token)
+        return Delta(self.request.request_id, self.queued.index, new_text, (token,))
+
+    def _decide(self, token: int) -> str:
+        """Sets `finish_reason` where the token ends the sequence; returns the text to show.
+
+        The sampler gives no end-of-sequence or stop token before `min_tokens`, and the text stream
+        no stop string.
+        """
+        params = self.request.params
+        shows = True  # whether the token is part of the text
+        if token in self.eos_token_ids and not params.ignore_eos:
+            self.finish_reason, shows = "stop", False
+        elif token in params.stop_token_ids:
+            self.finish_reason, self.stop_reason = "stop", token
+            shows = params.include_stop_str_in_output
+        new_text = ""
+        if self.text is not None and shows:
+            new_text = self.text.push(token)
+            if self.text.stop_hit is not None:
+                self.finish_reason, self.stop_reason = "stop", self.text.stop_hit
+        if self.finish_reason is None and self.num_tokens >= self.max_total:
+            self.finish_reason = "length"
+        if self.finish_reason is not None and self.text is not None:
+            new_text += self.text.finish()
+        return new_text
+
+    def prompt_output(self, tokenizer: Tokenizer) -> tuple[LogprobsOfStep | None, ...] | None:
+        """Of each prompt token but the first, which follows nothing; None if not asked for. Ranks
+        are not known."""
+        if not self.scores_prompt:
+            return None
+        found = self.prompt_logprobs
+        return tuple(
+            Sampled(token, found[place]).as_logprobs(tokenizer.token_bytes) if place else None
+            for place, token in enumerate(self.request.prompt_token_ids)
+        )
+
+    def output(self, tokenizer: Tokenizer) -> CompletionOutput:
+        """The sequence as it stands."""
+        has_logprobs = self.request.params.logprobs is not None
+        steps: list[LogprobsOfStep] = [
+            step.as_logprobs(tokenizer.token_bytes) for step in self.logprobs.steps()
+        ]
+        return CompletionOutput(
+            index=self.queued.index,
+            text=self.text.text if self.text is not None else "",
+            token_ids=tuple(self.output_ids),
+            cumulative_logprob=self.cumulative_logprob if has_logprobs else None,
+            logprobs=tuple(steps) if has_logprobs else None,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )

@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from windlass.engine.chat import ChatTemplate
+from windlass.engine.chat_template import ChatTemplate
 from windlass.errors import CheckpointError, RequestError
 
 _CHAT_FILE = "chat_template.jinja"

@@ -7,8 +7,8 @@ Shapes: n rows, K columns.
 
 import torch
 
-from windlass.packed import Packed
-from windlass.spec.formats import WeightFormat
+from windlass.formats import WeightFormat
+from windlass.tensors import Packed
 
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _E2M1 = torch.cat((_E2M1, -_E2M1))

@@ -3,7 +3,7 @@ multiplied by the BLAS.
 
 A tile of widened weights stays in the last-level cache, is filled once per call and used by all
 row blocks. Sums of a row never depend on other rows: products go through a `RowLadder`,
-transcendental functions through `pointwise`. Shape legend: kernels/base.py.
+transcendental functions through `pointwise`. Shape legend: kernels/interface.py.
 """
 
 import math
@@ -13,19 +13,13 @@ import torch
 
 from windlass.kernels import routing as routes
 from windlass.kernels import rowwise
-from windlass.kernels.attention import paged_attention
-from windlass.kernels.base import (
-    AttentionOptions,
-    AttentionWork,
-    Groups,
-    Recorder,
-    Tensors,
-)
 from windlass.kernels.dequantise import dequantise
+from windlass.kernels.interface import AttentionOptions, AttentionWork, Capture, ExpertGroups
 from windlass.kernels.limits import TILE_BYTES, UNPACK_BYTES
-from windlass.kernels.rows import RowLadder, pad_rows, padded_width
-from windlass.packed import Packed, PackedStack, PagedRows, Weight, plain_or_none
-from windlass.spec.model import Activation, ClampedSwiGlu, Norm, Rope, Routing
+from windlass.kernels.row_counts import RowLadder, pad_rows, padded_width
+from windlass.kernels.torch_attention import paged_attention
+from windlass.models.spec import Activation, ClampedSwiGlu, Norm, Rope, Routing
+from windlass.tensors import Packed, PackedStack, PagedRows, Tensors, Weight, plain_or_none
 from windlass.units import round_up
 
 _FEW_ROWS = (12, 128)
@@ -48,9 +42,9 @@ def _batched_matmul(x_HTa: torch.Tensor, w_Hba: torch.Tensor) -> torch.Tensor:
 class TorchKernels:
     """Implements `Kernels` on a CPU. Owns one scratch tile; used by one thread at a time."""
 
-    def __init__(self, *, bf16_rows: bool = False) -> None:
-        """`bf16_rows`: products round their rows to bf16 before they multiply."""
-        self._bf16_rows = bf16_rows
+    def __init__(self, *, bf16_activations: bool = False) -> None:
+        """`bf16_activations`: products round their rows to bf16 before they multiply."""
+        self._bf16_rows = bf16_activations
         self._rows = RowLadder(_matmul)
         self._batched_rows = RowLadder(_batched_matmul)
         self._scratch = torch.empty(TILE_BYTES // 4)
@@ -59,7 +53,7 @@ class TorchKernels:
     def name(self) -> str:
         return "torch"
 
-    def recorder(self, label: Callable[[], str]) -> Recorder | None:
+    def capture(self, label: Callable[[], str]) -> Capture | None:
         return None
 
     def linear(
@@ -114,7 +108,7 @@ class TorchKernels:
         self,
         x_TD: torch.Tensor,
         experts: Mapping[int, Tensors],
-        groups: Groups,
+        groups: ExpertGroups,
         activation: Activation,
         out: torch.Tensor,
     ) -> None:
@@ -156,11 +150,11 @@ class TorchKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return routes.route(self.pointwise, routing, top_k, logits_TE, bias_E)
 
-    def group(self, ids_TA: torch.Tensor, num_experts: int) -> Groups:
+    def group(self, ids_TA: torch.Tensor, num_experts: int) -> ExpertGroups:
         flat = ids_TA.flatten()
         order = torch.argsort(flat, stable=True)
         counts_E = torch.bincount(flat, minlength=num_experts)
-        return Groups(order, order // ids_TA.shape[1], counts_E)
+        return ExpertGroups(order, order // ids_TA.shape[1], counts_E)
 
     def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
         # in two steps: a fused multiply-add would round otherwise in a vector's tail

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 
-from windlass.spec.model import (
-    Groups,
+from windlass.models.spec import (
     NoGroups,
     Routing,
+    RoutingGroups,
     SigmoidTopK,
     SoftmaxTopK,
     SparseMixer,
@@ -48,11 +48,14 @@ def route(
 
 
 def _choose(
-    scores_TE: torch.Tensor, top_k: int, groups: NoGroups | Groups, bias_E: torch.Tensor | None
+    scores_TE: torch.Tensor,
+    top_k: int,
+    groups: NoGroups | RoutingGroups,
+    bias_E: torch.Tensor | None,
 ) -> torch.Tensor:
     """Ids (T, A) of the best experts among the kept groups."""
     choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
-    if isinstance(groups, Groups):
+    if isinstance(groups, RoutingGroups):
         choice_TGe = choice_TE.view(len(choice_TE), groups.num, -1)
         if groups.score == "max":
             rank_TG = choice_TGe.amax(-1)

@@ -2,13 +2,13 @@
 way into the cache.
 
 Everything is elementwise or a sum over a row, so that a row's bits do not depend on other rows.
-Shape legend: kernels/base.py; f = rope.dim / 2 frequencies, A experts of a row.
+Shape legend: kernels/interface.py; f = rope.dim / 2 frequencies, A experts of a row.
 """
 
 import torch
 
-from windlass.packed import INT8_ZERO, PagedRows
-from windlass.spec.model import LayerNorm, Norm, Rope
+from windlass.models.spec import LayerNorm, Norm, Rope
+from windlass.tensors import INT8_ZERO, PagedRows
 
 _LARGEST = 127  # code of int8, either way: rounding is symmetric
 _COMBINE_ROWS = 256  # rows combined at once: their expert outputs stay in the cache

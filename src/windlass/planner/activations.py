@@ -1,9 +1,7 @@
 """Upper bounds of what a pass allocates beside weights and key/value pages. Pure arithmetic.
 
-Mirrors schedule/on_device.py and the kernels; a test compares with measured peaks.
+Mirrors runtime/host.py and the kernels; a test compares with measured peaks.
 """
-
-from dataclasses import dataclass
 
 from windlass.kernels.limits import (
     NATIVE_INNER,
@@ -15,8 +13,9 @@ from windlass.kernels.limits import (
     attention_scratch_bytes,
     native_thread_bytes,
 )
-from windlass.schedule.batch import MOST_REPEATED
-from windlass.spec.model import Attention, Ffn, GatedDelta, Gqa, Mla, ModelSpec, Moe
+from windlass.models.spec import Attention, Ffn, GatedDelta, Gqa, Mla, ModelSpec, Moe
+from windlass.perf.sizes import Backend
+from windlass.schedule.batch import MOST_CAPTURED
 from windlass.units import MIB
 
 _F32 = 4
@@ -27,14 +26,6 @@ _PROCESS_BYTES = 12 * MIB  # what Python and the allocator take while a job runs
 # row-count comparison.
 _TORCH_BYTES = TILE_BYTES + 8 * UNPACK_BYTES + 4 * PROBE_BYTES
 _NATIVE_GROUPS = 1024  # of k with scales of their own, in a matrix with activation order
-
-
-@dataclass(frozen=True, slots=True)
-class Backend:
-    """The kernels that a pass runs on: their name and threads."""
-
-    name: str
-    threads: int
 
 
 def activation_bytes(
@@ -55,7 +46,7 @@ def activation_bytes(
     scratch = _TORCH_BYTES
     if is_native:
         scratch = _native_scratch_bytes(spec, backend.threads, rows)
-        scratch += _noted_bytes(spec, min(seqs, MOST_REPEATED), page_tokens)
+        scratch += _noted_bytes(spec, min(seqs, MOST_CAPTURED), page_tokens)
     return round(_SLACK * _F32 * (kept + max(phases))) + scratch + _PROCESS_BYTES
 
 
@@ -130,7 +121,7 @@ def _native_network(ffn: Ffn | Moe, width: int) -> int:
 
 
 def _noted_bytes(spec: ModelSpec, rows: int, page_tokens: int) -> int:
-    """What repeated layers keep for good (schedule/repeat.py): the results of a layer, and hidden
+    """What repeated layers keep for good (runtime/capture.py): the results of a layer, and hidden
     states of passes of 1 to `rows` rows."""
     width = spec.hidden_size
     results = max(

@@ -1,4 +1,4 @@
-"""Divides a memory budget: from sizes and wishes to a Plan, or to the smallest budget that works.
+"""Divides a memory budget: from sizes and hints to a Plan, or to the smallest budget that works.
 
 Plain rules for one machine without measurements. What is fixed by the user is kept or refused.
 The size of a pass comes first, then the slots of the reading pipeline, keys and values (more
@@ -7,13 +7,14 @@ same reads per pass, so dense parts, head, experts, embedding in this order.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
+from windlass.models.spec import ModelSpec
+from windlass.perf.sizes import Sizes
 from windlass.plan import Plan, Schedule
-from windlass.planner.activations import Backend, activation_bytes
-from windlass.spec.model import ModelSpec
+from windlass.planner.activations import activation_bytes
 from windlass.units import MIB, format_bytes, round_up
 
 PAGE_TOKENS = 32
@@ -38,7 +39,7 @@ MIN_SLOTS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class PlanConstraints:
     """What the user fixed; None where the planner chooses. Experts in slots."""
 
     expert_slots: int | None = None
@@ -52,24 +53,7 @@ class Wanted:
     prefix_caching: bool = True
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
-    """What the checkpoint and the process weigh, in bytes."""
-
-    process_bytes: int  # measured before anything was allocated
-    slot_bytes: Mapping[Part, int]
-    num_parts: Mapping[Part, int]
-    bytes_per_token: int  # keys and values, all layers
-    kv_cache_dtype: str  # which they are kept in
-    bytes_per_position: int  # tables of rotary positions
-    row_buffer_bytes: int  # where the embedding's rows are read one by one
-    state_bytes: int  # recurrent state of a sequence, all layers
-    backend: Backend
-    # how matrices are stored, as hardware profiles call it; "bfloat16" of parts that are absent
-    weight_kinds: Mapping[Part, str] = field(default_factory=dict)
-
-
-def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -> Plan:
+def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: PlanConstraints) -> Plan:
     """The plan for a budget. BudgetError names the smallest budget that works."""
     _check(wanted, spec)
     draft = _Draft(spec, sizes, wanted)
@@ -87,7 +71,7 @@ def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted) -
 
 def bytes_here(plan: Plan, spec: ModelSpec, sizes: Sizes) -> int:
     """What `plan` adds up to in this process, on these kernels."""
-    wanted = Wanted(
+    wanted = PlanConstraints(
         micro_batch_tokens=plan.micro_batch_tokens,
         max_model_len=plan.max_model_len,
         schedule=plan.schedule,
@@ -98,7 +82,7 @@ def bytes_here(plan: Plan, spec: ModelSpec, sizes: Sizes) -> int:
 class _Draft:
     """One planning problem; all methods are pure."""
 
-    def __init__(self, spec: ModelSpec, sizes: Sizes, wanted: Wanted) -> None:
+    def __init__(self, spec: ModelSpec, sizes: Sizes, wanted: PlanConstraints) -> None:
         self._spec = spec
         self._sizes = sizes
         self._wanted = wanted
@@ -271,7 +255,7 @@ class _Draft:
         )
 
 
-def _check(wanted: Wanted, spec: ModelSpec) -> None:
+def _check(wanted: PlanConstraints, spec: ModelSpec) -> None:
     if wanted.max_model_len is not None and wanted.max_model_len > spec.max_positions:
         raise UsageError(
             f"max_model_len: got {wanted.max_model_len}, allowed at most {spec.max_positions},"

@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 
 from windlass.errors import BudgetError
 from windlass.hardware.profile import HardwareProfile
+from windlass.models.spec import ModelSpec
+from windlass.perf.estimate import Estimate
+from windlass.perf.sizes import Sizes
 from windlass.plan import Plan
-from windlass.planner.budget import Sizes, Wanted, make_plan
-from windlass.planner.estimate import Estimate
+from windlass.planner.budget import PlanConstraints, make_plan
 from windlass.planner.search import Candidate, search
-from windlass.spec.model import ModelSpec
 from windlass.units import format_seconds
 from windlass.workload import USUAL_OUTPUT, Job, Workload
 
@@ -46,7 +47,7 @@ class Chosen:
         return [
             f"plan: for {sequences} of {work.mean_prompt_tokens:.0f} tokens in"
             f" and {work.mean_output_tokens:.0f} out: about {format_seconds(found.total_s)},"
-            f" {found.total_tokens_s:.3g} tokens/s, {found.binds} binds; rates {rates}"
+            f" {found.total_tokens_s:.3g} tokens/s, bottleneck {found.bottleneck}; rates {rates}"
         ]
 
 
@@ -56,7 +57,7 @@ def choose_plan(
     profile: HardwareProfile,
     job: Job,
     host_memory: int,
-    wanted: Wanted,
+    wanted: PlanConstraints,
     *,
     growth: Callable[[], int] = lambda: 0,
 ) -> Chosen:
@@ -81,7 +82,7 @@ def choose_plan(
 
 
 def _again(
-    spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: Wanted, best: Candidate
+    spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: PlanConstraints, best: Candidate
 ) -> Plan | None:
     """The same choices beside a process that has grown; None if they fit no more."""
     plan = best.plan

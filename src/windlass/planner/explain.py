@@ -1,5 +1,6 @@
 """Why a plan is as it is: bytes of every tier and what they hold, what the job takes and what
-binds, what more memory would bring, and the plans that come next. Pure arithmetic over a search."""
+limits it, what more memory would bring, and the plans that come next. Pure arithmetic over a
+search."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,14 +8,15 @@ from typing import Any
 
 from windlass.hardware.profile import HardwareProfile
 from windlass.ids import Part
+from windlass.models.spec import ModelSpec
+from windlass.perf.estimate import Estimate
+from windlass.perf.flops import num_parameters
+from windlass.perf.pass_cost import slots_of
+from windlass.perf.sizes import Sizes
 from windlass.plan import Plan
-from windlass.planner.budget import Sizes, Wanted
-from windlass.planner.estimate import Estimate
-from windlass.planner.reckon import slots_of
+from windlass.planner.budget import PlanConstraints
+from windlass.planner.frozen_gpu_plan import DeviceReport, report_device
 from windlass.planner.search import Candidate, search
-from windlass.planner.with_device import DeviceReport, report_device
-from windlass.spec.cost import num_parameters
-from windlass.spec.model import ModelSpec
 from windlass.units import GIB, format_bytes, format_seconds
 from windlass.workload import Workload
 
@@ -136,7 +138,7 @@ def explain(
     profile: HardwareProfile,
     workload: Workload,
     host_memory: int,
-    wanted: Wanted,
+    wanted: PlanConstraints,
     *,
     device_memory: int | None = None,
 ) -> Explanation:
@@ -210,15 +212,15 @@ def _binding_lines(found: Estimate) -> list[str]:
         if seconds
     )
     lines = [
-        f"binds: {found.binds}; busy: {busy}; the bound of what binds is"
+        f"bottleneck: {found.bottleneck}; busy: {busy}; the bound of the bottleneck is"
         f" {100 * found.share_of_bound:.0f} % of the time"
     ]
     for name, phase in found.phases.items():
         if phase.passes and phase.seconds >= 0.01 * found.total_s:
-            bound = phase.bound.get(phase.binds, 0.0)
+            bound = phase.bound.get(phase.bottleneck, 0.0)
             lines.append(
                 f"  {name}: {phase.passes} passes in {format_seconds(phase.seconds)}, bound by"
-                f" {phase.binds} ({100 * bound / phase.seconds:.0f} %)"
+                f" {phase.bottleneck} ({100 * bound / phase.seconds:.0f} %)"
             )
     return lines
 

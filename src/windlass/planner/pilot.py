@@ -6,16 +6,17 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from windlass.hardware.profile import Curve, HardwareProfile, Processor
+from windlass.models.spec import ModelSpec
+from windlass.perf.accuracy import Accuracy, compare
+from windlass.perf.estimate import Estimate, estimate
+from windlass.perf.job_passes import Limits, PassRun, compose
+from windlass.perf.op_cost import Seen
+from windlass.perf.simulation import PassTimes
+from windlass.perf.sizes import Sizes
 from windlass.phases import PhaseStats
 from windlass.plan import Plan
-from windlass.planner.budget import Sizes, bytes_here
-from windlass.planner.check import Check, compare
-from windlass.planner.compose import Limits, PassRun, compose
-from windlass.planner.costs import Seen
-from windlass.planner.estimate import Estimate, estimate
-from windlass.planner.timing import PassTimes
+from windlass.planner.budget import bytes_here
 from windlass.schedule.batch import CHUNK_TOKENS, Segment
-from windlass.spec.model import ModelSpec
 from windlass.units import round_up
 from windlass.workload import Workload
 
@@ -68,7 +69,7 @@ class Pilot:
         self._most_seqs = problem.plan.max_num_seqs  # that may still run
         self._said: str | None = None
 
-    def check(self, phases: Mapping[str, PhaseStats]) -> Check:
+    def check(self, phases: Mapping[str, PhaseStats]) -> Accuracy:
         """All that ran beside the prediction that was made at the start."""
         return compare(self._predicted, phases, replanned=self._said)
 

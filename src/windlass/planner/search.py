@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 
 from windlass.errors import BudgetError, UsageError
 from windlass.hardware.profile import HardwareProfile
+from windlass.models.spec import ModelSpec
+from windlass.perf.estimate import Estimate, estimate
+from windlass.perf.job_passes import PassRun
+from windlass.perf.op_cost import Seen
+from windlass.perf.pass_cost import PassCost, held_shares, layer_kinds
+from windlass.perf.sizes import Sizes
+from windlass.perf.steady import steady_seconds
 from windlass.plan import Plan
-from windlass.planner.budget import PAGE_TOKENS, SMALLEST_CONTEXT, Sizes, Wanted, make_plan
-from windlass.planner.compose import PassRun
-from windlass.planner.costs import Seen
-from windlass.planner.estimate import Estimate, estimate
-from windlass.planner.reckon import Reckoner, held_shares, layer_kinds
-from windlass.planner.steady import steady_seconds
+from windlass.planner.budget import PAGE_TOKENS, SMALLEST_CONTEXT, PlanConstraints, make_plan
 from windlass.schedule.batch import CHUNK_TOKENS
-from windlass.spec.model import ModelSpec
 from windlass.units import round_up
 from windlass.workload import Workload
 
@@ -53,7 +54,7 @@ def search(
     profile: HardwareProfile,
     workload: Workload,
     host_memory: int,
-    wanted: Wanted,
+    wanted: PlanConstraints,
     *,
     context: int | None = None,
 ) -> list[Candidate]:
@@ -65,9 +66,9 @@ def search(
     """
     machine = _Machine(spec, sizes, host_memory, context or 0)
     work = machine.fitting(workload, wanted)
-    reckoner = Reckoner(spec, sizes, profile)
+    pass_cost = PassCost(spec, sizes, profile)
     grid = machine.grid(work, wanted)
-    ranked = sorted(grid, key=lambda plan: _closed_form(reckoner, sizes, plan, work))
+    ranked = sorted(grid, key=lambda plan: _closed_form(pass_cost, sizes, plan, work))
     some = _spread(ranked, _COMPOSED, each=3)
 
     def coarse(plan: Plan) -> float:
@@ -98,7 +99,7 @@ class _Machine:
         self._host_memory = host_memory
         self._context = context
 
-    def fitting(self, workload: Workload, wanted: Wanted) -> Workload:
+    def fitting(self, workload: Workload, wanted: PlanConstraints) -> Workload:
         """The workload with no sequence longer than a plan can hold, and as plans share prompts.
         BudgetError where nothing fits."""
         plain = make_plan(self._spec, self._sizes, self._host_memory, wanted)
@@ -111,7 +112,7 @@ class _Machine:
             most = longest if self._plan(alone) else most
         return workload.shortened(most)
 
-    def grid(self, work: Workload, wanted: Wanted) -> list[Plan]:
+    def grid(self, work: Workload, wanted: PlanConstraints) -> list[Plan]:
         """All plans of the grid that fit, and the one by plain rules."""
         found: dict[Plan, None] = {}
         for seqs in _choices(_SEQS, work.num_sequences, wanted.max_num_seqs):
@@ -128,7 +129,7 @@ class _Machine:
             found[plain] = None
         return list(found)
 
-    def other_micro_batches(self, plan: Plan, wanted: Wanted) -> list[Plan]:
+    def other_micro_batches(self, plan: Plan, wanted: PlanConstraints) -> list[Plan]:
         """The same plan with fewer rows per call of attention, and more weights."""
         if wanted.micro_batch_tokens is not None:
             return []
@@ -141,7 +142,7 @@ class _Machine:
         others = [rows for rows in _MICRO_ROWS if rows < plan.micro_batch_tokens]
         return [p for m in others for p in self._plan(replace(values, micro_batch_tokens=m))]
 
-    def _page_counts(self, seqs: int, work: Workload, wanted: Wanted) -> Sequence[int]:
+    def _page_counts(self, seqs: int, work: Workload, wanted: PlanConstraints) -> Sequence[int]:
         if wanted.kv_pages is not None:
             return (wanted.kv_pages,)
         context = wanted.max_model_len or min(SMALLEST_CONTEXT, self._spec.max_positions)
@@ -150,7 +151,7 @@ class _Machine:
         whole = alive * (_pages(_tokens(work) / work.num_sequences) + 1)
         return sorted({least, *(max(least, int(share * whole)) for share in _PAGE_SHARES)})
 
-    def _plan(self, values: Wanted) -> list[Plan]:
+    def _plan(self, values: PlanConstraints) -> list[Plan]:
         """The plan with these values, if it fits."""
         try:
             return [make_plan(self._spec, self._sizes, self._host_memory, values)]
@@ -178,7 +179,7 @@ def _spread(plans: Sequence[Plan], most: int, *, each: int) -> list[Plan]:
     return kept
 
 
-def _closed_form(reckoner: Reckoner, sizes: Sizes, plan: Plan, work: Workload) -> float:
+def _closed_form(pass_cost: PassCost, sizes: Sizes, plan: Plan, work: Workload) -> float:
     """Seconds of the job as a steady state."""
     prompt, output = work.mean_prompt_tokens, work.mean_output_tokens
     hold = plan.kv_pages * plan.page_tokens / (prompt + output / 2 + plan.page_tokens / 2)
@@ -188,7 +189,7 @@ def _closed_form(reckoner: Reckoner, sizes: Sizes, plan: Plan, work: Workload) -
 
     def seconds(decode: float, prefill: float) -> float:
         seen = Seen(round(decode), decode * (prompt + output / 2), round(prefill), prefill * middle)
-        return reckoner.of(PassRun(1, seen, max(1, round(decode))), held).seconds
+        return pass_cost.of(PassRun(1, seen, max(1, round(decode))), held).seconds
 
     return steady_seconds(work, alive, plan.max_num_batched_tokens, seconds)
 

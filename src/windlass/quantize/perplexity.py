@@ -8,13 +8,13 @@ from itertools import islice
 from math import exp
 from pathlib import Path
 
-from windlass.build import open_engine
+from windlass.build.open import open_engine
 from windlass.engine.engine import Engine
-from windlass.engine.sequence import WINDOW, Request
+from windlass.engine.request import WINDOW, Request
 from windlass.errors import RequestError, UsageError
+from windlass.models.registry import read_spec
 from windlass.options import EngineOptions, read_config, resolve_model
 from windlass.params import SamplingParams
-from windlass.spec.registry import read_spec
 from windlass.units import MIB, format_bytes
 
 _LONGEST_TEXT = 64 * MIB

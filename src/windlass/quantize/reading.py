@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from windlass.checkpoint.reader import WeightSource
 from windlass.device.base import ALIGN_BYTES
-from windlass.memory.checkpoint import WeightSource
 from windlass.units import round_up
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from windlass.quantize.scheme import Scheme
+from windlass.quantize.scheme import IntegerScheme
 
 # Scales tried, as shares of the one that reaches the largest element. Four bits pay for clipping up
 # to 60 % of the range, eight bits only for a little: docs/decisions/0007-quantize.md.
@@ -28,7 +28,9 @@ class Rounded(NamedTuple):
     max_error: float
 
 
-def round_to_nearest(w_NK: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Rounded:
+def round_to_nearest(
+    w_NK: torch.Tensor, scheme: IntegerScheme, scale_dtype: torch.dtype
+) -> Rounded:
     """Codes and scales of `w_NK`. Codes are those of the scale as it is stored, and errors are of
     what is stored. ValueError where an element is not finite."""
     rows, width = w_NK.shape
@@ -46,7 +48,9 @@ def round_to_nearest(w_NK: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtyp
     )
 
 
-def best_scales(w_Gg: torch.Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> torch.Tensor:
+def best_scales(
+    w_Gg: torch.Tensor, scheme: IntegerScheme, scale_dtype: torch.dtype
+) -> torch.Tensor:
     """(G, 1) fp32, each a value of `scale_dtype`: of all scales tried the one of least error. Never
     worse than a range that holds the largest element, on either side or on both."""
     largest_G1 = w_Gg.abs().amax(-1, keepdim=True)
@@ -93,7 +97,7 @@ def _storable(scale_G1: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _errors(
     w_Gg: torch.Tensor,
     scale_G1: torch.Tensor,
-    scheme: Scheme,
+    scheme: IntegerScheme,
     scratch: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     """(G, 1) squared errors, in two buffers of the size of `w_Gg`."""

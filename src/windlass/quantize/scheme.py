@@ -13,7 +13,7 @@ _DEFAULT_GROUP = {"int4": 128, "int8": 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Scheme:
+class IntegerScheme:
     """Symmetric integers of `bits`, one scale for `group` elements of a row; 0: for a whole row."""
 
     bits: int
@@ -49,19 +49,19 @@ class Scheme:
         return None
 
 
-def make_scheme(format_name: str, group: int | None) -> Scheme:
+def make_scheme(format_name: str, group: int | None) -> IntegerScheme:
     """By the names that users give. Raises UsageError."""
     if format_name not in FORMATS:
         raise UsageError(f"format: got {format_name!r}, allowed {', '.join(FORMATS)}")
     if group is not None and group not in GROUPS:
         raise UsageError(f"group: got {group}, allowed {', '.join(map(str, GROUPS))}")
-    return Scheme(
+    return IntegerScheme(
         bits=FORMATS[format_name], group=_DEFAULT_GROUP[format_name] if group is None else group
     )
 
 
 def tensors_of(
-    scheme: Scheme, module: str, shape: tuple[int, int], scale_dtype: str
+    scheme: IntegerScheme, module: str, shape: tuple[int, int], scale_dtype: str
 ) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
     """(name, type, shape) of the three tensors of a matrix (N, K): codes, scales, and the shape."""
     rows, width = shape
@@ -72,7 +72,7 @@ def tensors_of(
     )
 
 
-def quantization_config(scheme: Scheme, ignored: Sequence[str]) -> dict[str, Any]:
+def quantization_config(scheme: IntegerScheme, ignored: Sequence[str]) -> dict[str, Any]:
     """As llm-compressor writes it, which vLLM and transformers read: all linear modules but those
     `ignored`."""
     weights = {

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from windlass.memory.header import encode_header, shard_name
-from windlass.quantize.scheme import Scheme, tensors_of
-from windlass.quantize.targets import Matrix, Target
-from windlass.spec.names import TensorInfo
+from windlass.checkpoint.safetensors import encode_header, shard_name
+from windlass.models.names import TensorInfo
+from windlass.quantize.scheme import IntegerScheme, tensors_of
+from windlass.quantize.targets import Target, TargetMatrix
 from windlass.units import GIB
 
 SHARD_BYTES = 4 * GIB
@@ -25,7 +25,7 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class TensorPlaces:
     """All weight files, and the tensors of each target in them (`begin` and `end` in the file):
     codes, scales, shape of a matrix, or the one that is copied."""
 
@@ -37,7 +37,9 @@ class Places:
         return sum(shard.num_bytes for shard in self.shards)
 
 
-def place(targets: Sequence[Target], scheme: Scheme, *, shard_bytes: int = SHARD_BYTES) -> Places:
+def place(
+    targets: Sequence[Target], scheme: IntegerScheme, *, shard_bytes: int = SHARD_BYTES
+) -> TensorPlaces:
     """Cuts the targets into files of about `shard_bytes`. The tensors of a target lie side by side,
     and so do targets, so that an expert is one range of a file."""
     groups: list[list[int]] = [[]]
@@ -58,15 +60,15 @@ def place(targets: Sequence[Target], scheme: Scheme, *, shard_bytes: int = SHARD
         header = encode_header(infos)
         placed |= {info.name: _moved(info, len(header), file) for info in infos}
         shards.append(Shard(file, header, len(header) + infos[-1].end))
-    return Places(
+    return TensorPlaces(
         tuple(shards), tuple(tuple(placed[info.name] for info in tensors) for tensors in sizes)
     )
 
 
-def _tensors(target: Target, scheme: Scheme) -> tuple[TensorInfo, ...]:
+def _tensors(target: Target, scheme: IntegerScheme) -> tuple[TensorInfo, ...]:
     """What a target becomes; every `begin` is 0."""
     source = target.source
-    if not isinstance(target, Matrix):
+    if not isinstance(target, TargetMatrix):
         return (replace(source, begin=0, end=source.end - source.begin),)
     return tuple(
         TensorInfo(name, "", dtype, shape, 0, prod(shape) * _ITEM_BYTES[dtype])

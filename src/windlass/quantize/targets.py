@@ -10,13 +10,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from windlass.checkpoint.layout import ITEM_BYTES
+from windlass.checkpoint.safetensors import natural_key
 from windlass.errors import ModelError, UsageError
 from windlass.ids import Part, WeightKey
-from windlass.memory.header import natural_key
-from windlass.quantize.scheme import GROUPS, Scheme
-from windlass.spec.layout import ITEM_BYTES
-from windlass.spec.model import ModelSpec
-from windlass.spec.names import Layout, NameMap, Piece, TensorInfo
+from windlass.models.names import Layout, NameMap, Piece, TensorInfo
+from windlass.models.spec import ModelSpec
+from windlass.quantize.scheme import GROUPS, IntegerScheme
 
 # Canonical names in a block. Gates of the delta rule (`a_proj`, `b_proj`) have few rows and decide
 # about much: they stay as they are, like routers.
@@ -25,7 +25,7 @@ _NETWORK = ("gate", "up", "down")
 
 
 @dataclass(frozen=True, slots=True)
-class Matrix:
+class TargetMatrix:
     """A linear map (N, K) that becomes integers. `source.name` is what it is called afterwards,
     though it may lie in a stack of all experts."""
 
@@ -59,13 +59,13 @@ class Kept:
         return self.source.name
 
 
-Target = Matrix | Kept
+Target = TargetMatrix | Kept
 
 
 def choose_targets(
     model: tuple[ModelSpec, NameMap, Layout],
     tensors: Mapping[str, TensorInfo],
-    scheme: Scheme,
+    scheme: IntegerScheme,
     *,
     experts_only: bool,
 ) -> list[Target]:
@@ -77,7 +77,7 @@ def choose_targets(
     spec, names, layout = model
     wanted = list(_experts(spec, names, layout, tensors))
     experts = [_fitting(info, f"experts {_leaf(info)}", scheme) for info in wanted]
-    if not any(isinstance(target, Matrix) for target in experts):
+    if not any(isinstance(target, TargetMatrix) for target in experts):
         raise UsageError(f"{scheme.name}: fits no expert: {misfits(experts, scheme)}")
     stacks = {piece.tensor for key in layout.keys(Part.EXPERT) for piece in layout.parts[key]
               if piece.name in _NETWORK}  # fmt: skip
@@ -105,7 +105,7 @@ def ignored_modules(targets: Iterable[Target], layout: Layout) -> list[str]:
     return found if "lm_head" in found else [*found, "lm_head"]
 
 
-def misfits(targets: Iterable[Target], scheme: Scheme) -> str | None:
+def misfits(targets: Iterable[Target], scheme: IntegerScheme) -> str | None:
     """What to say of experts that stay as they are; None where all become integers. Programs with
     one kernel for all of an expert's matrices take three integer matrices or none."""
     experts = [target for target in targets if target.kind.startswith("experts ")]
@@ -176,7 +176,7 @@ def _uses(layout: Layout) -> dict[str, list[tuple[Part, str]]]:
 
 
 def _target(
-    info: TensorInfo, uses: list[tuple[Part, str]], scheme: Scheme, *, experts_only: bool
+    info: TensorInfo, uses: list[tuple[Part, str]], scheme: IntegerScheme, *, experts_only: bool
 ) -> Target:
     if not uses:
         return Kept(info, "not read by Windlass")
@@ -191,10 +191,10 @@ def _target(
     return _fitting(info, f"{_place(uses)} {_leaf(info)}", scheme)
 
 
-def _fitting(info: TensorInfo, kind: str, scheme: Scheme) -> Target:
+def _fitting(info: TensorInfo, kind: str, scheme: IntegerScheme) -> Target:
     """A matrix, unless its rows cannot be cut into groups."""
     refusal = scheme.refusal(info.shape[1])
-    return Matrix(info, kind) if refusal is None else Kept(info, refusal, kind)
+    return TargetMatrix(info, kind) if refusal is None else Kept(info, refusal, kind)
 
 
 def _leaf(info: TensorInfo) -> str:

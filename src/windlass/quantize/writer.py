@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 import torch
 
+from windlass.checkpoint.layout import ITEM_BYTES
+from windlass.checkpoint.reader import WeightSource
+from windlass.checkpoint.views import dtype_of
 from windlass.errors import CheckpointError
-from windlass.memory.checkpoint import WeightSource
-from windlass.memory.views import dtype_of
-from windlass.quantize.folder import Folder, Record
+from windlass.models.names import TensorInfo
+from windlass.quantize.output_folder import Folder, Record
 from windlass.quantize.reading import Range, read_ahead
 from windlass.quantize.rounding import Rounded, pack_rows, round_to_nearest
-from windlass.quantize.scheme import Scheme
-from windlass.quantize.shards import Places
-from windlass.quantize.targets import Kept, Matrix, Target
-from windlass.spec.layout import ITEM_BYTES
-from windlass.spec.names import TensorInfo
+from windlass.quantize.scheme import IntegerScheme
+from windlass.quantize.shards import TensorPlaces
+from windlass.quantize.targets import Kept, Target, TargetMatrix
 from windlass.units import MIB
 
 _CHUNK_BYTES = 16 * MIB  # read at once
@@ -40,7 +40,7 @@ class Chunk(NamedTuple):
 def write_targets(
     source: WeightSource,
     folder: Folder,
-    work: tuple[Sequence[Target], Places, Scheme],
+    work: tuple[Sequence[Target], TensorPlaces, IntegerScheme],
     *,
     threads: int,
     on_bytes: Callable[[int], None],
@@ -50,7 +50,7 @@ def write_targets(
     targets, places, scheme = work
     chunks = list(_chunks(targets, first=len(folder.records)))
     ranges = [_range(targets[chunk.target], chunk) for chunk in chunks]
-    sums = _Sums()
+    sums = _ErrorSums()
     with _workers(threads) as pool:
         for chunk, data in zip(chunks, read_ahead(source, ranges), strict=True):
             target, tensors = targets[chunk.target], places.tensors[chunk.target]
@@ -63,13 +63,13 @@ def write_targets(
                 sums.add(parts)
             on_bytes(len(data))
             if chunk.is_last:
-                if isinstance(target, Matrix):
+                if isinstance(target, TargetMatrix):
                     _write_shape(folder, tensors[2], target)
                 folder.finish(_record(target, sums))
-                sums = _Sums()
+                sums = _ErrorSums()
 
 
-class _Sums:
+class _ErrorSums:
     """Errors of a matrix, chunk by chunk."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class _Sums:
             self.most = max(self.most, part.max_error)
 
 
-def _record(target: Target, sums: _Sums) -> Record:
+def _record(target: Target, sums: _ErrorSums) -> Record:
     if isinstance(target, Kept):
         return {"tensor": target.name, "kept": target.why}
     return {
@@ -97,7 +97,7 @@ def _record(target: Target, sums: _Sums) -> Record:
 def _chunks(targets: Sequence[Target], *, first: int) -> Iterator[Chunk]:
     for index in range(first, len(targets)):
         target = targets[index]
-        if isinstance(target, Matrix):
+        if isinstance(target, TargetMatrix):
             size = target.shape[0]
             step = max(1, _CHUNK_BYTES // (target.shape[1] * ITEM_BYTES[target.source.dtype]))
         else:
@@ -109,12 +109,14 @@ def _chunks(targets: Sequence[Target], *, first: int) -> Iterator[Chunk]:
 def _range(target: Target, chunk: Chunk) -> Range:
     """The bytes of a chunk in the source."""
     source, unit = target.source, 1
-    if isinstance(target, Matrix):
+    if isinstance(target, TargetMatrix):
         unit = target.shape[1] * ITEM_BYTES[source.dtype]
     return Range(source.file, source.begin + chunk.first * unit, source.begin + chunk.last * unit)
 
 
-def _round(pool: Executor, target: Matrix, data: torch.Tensor, scheme: Scheme) -> list[Rounded]:
+def _round(
+    pool: Executor, target: TargetMatrix, data: torch.Tensor, scheme: IntegerScheme
+) -> list[Rounded]:
     """Rows of a matrix, tile by tile; the codes packed."""
     dtype, width = dtype_of(target.source.dtype), target.shape[1]
     if data.storage_offset() % dtype.itemsize:
@@ -150,7 +152,7 @@ def _write_rows(
         folder.write(info.file, info.begin + first * row_bytes, raw)
 
 
-def _write_shape(folder: Folder, info: TensorInfo, target: Matrix) -> None:
+def _write_shape(folder: Folder, info: TensorInfo, target: TargetMatrix) -> None:
     shape = b"".join(size.to_bytes(8, "little") for size in target.shape)
     folder.write(info.file, info.begin, memoryview(shape))
 

@@ -8,7 +8,7 @@ CHUNK_TOKENS = (
     64  # prompt chunks and micro-batches end at multiples of this, or at the prompt's end
 )
 # Rows; with more, kernels take so long that it hardly matters how one calls them.
-MOST_REPEATED = 16
+MOST_CAPTURED = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,10 +105,10 @@ def make_batch(segments: list[Segment], *, micro_batch_tokens: int) -> Batch:
     return Batch(tuple(segments), sum(s.num_rows for s in segments), tuple(micro))
 
 
-def is_repeatable(batch: Batch) -> bool:
+def is_capturable(batch: Batch) -> bool:
     """Whether other passes can be as this one: a few sequences, one row of each."""
     return (
-        batch.num_rows <= MOST_REPEATED
+        batch.num_rows <= MOST_CAPTURED
         and len(batch.micro_batches) == 1
         and len(batch.segments) == batch.num_rows
     )

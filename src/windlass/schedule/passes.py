@@ -25,14 +25,14 @@ def run_pass(rt: Runtime, shape: PassShape, batch: Batch) -> Outcome:
     """Runs `batch`; the logits of `batch.logit_rows`, the scores of `batch.targets`."""
     hidden = rt.begin(batch)
     for layer, is_moe in enumerate(shape.is_moe):
-        rt.announce(layer)
-        if rt.repeat(layer):
+        rt.prefetch(layer)
+        if rt.replay(layer):
             continue
         if is_moe:
             _moe_layer(rt, layer, hidden, batch)
         else:
             _dense_layer(rt, layer, hidden, batch)
-    rt.announce(len(shape.is_moe))
+    rt.prefetch(len(shape.is_moe))
     final = rt.enter_head(hidden, batch)
     if batch.logit_rows or batch.scored_rows:
         for key in (WeightKey(Part.HEAD, -1, i) for i in range(shape.num_head_chunks)):

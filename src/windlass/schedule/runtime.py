@@ -33,11 +33,11 @@ class Runtime(Protocol):
         """Embeds the tokens -> hidden states."""
         ...
 
-    def announce(self, layer: int) -> None:
+    def prefetch(self, layer: int) -> None:
         """The pass enters `layer` (len(layers) for the head): forecast what comes and fetch it."""
         ...
 
-    def repeat(self, layer: int) -> bool:
+    def replay(self, layer: int) -> bool:
         """Computes a whole layer of the pass at once, if all its weights are in memory for good and
         the device can do what it did for the last pass. False: nothing is done, the schedule has
         to."""

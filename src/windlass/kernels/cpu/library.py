@@ -103,7 +103,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "wl_set_threads": [_i32],
 }
 # Functions that `wl_run` can call.
-REPEATABLE = {
+CAPTURABLE = {
     "wl_products": 0, "wl_experts": 1, "wl_attend": 2, "wl_rms_norm": 3, "wl_combine": 4,
     "wl_rotate": 5, "wl_write_rows": 6, "wl_route": 7, "wl_group": 8,
     "wl_routed": 9, "wl_copy_rows": 10, "wl_gate": 11,

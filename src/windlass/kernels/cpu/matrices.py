@@ -5,7 +5,7 @@ import torch
 
 from windlass.kernels.cpu import library as lib
 from windlass.kernels.dequantise import dequantise
-from windlass.packed import Packed, PackedStack, Weight
+from windlass.tensors import Packed, PackedStack, Weight
 
 _CODES = {torch.float32: lib.CODES["f32"], torch.bfloat16: lib.CODES["bf16"],
           torch.float16: lib.CODES["f16"]}  # fmt: skip

@@ -1,7 +1,7 @@
 """The native kernels behind the `Kernels` protocol: tensors to pointers, nothing else.
 
 Sums of a row run in an order that depends on nothing but the inner width (native/src/gemm.h), so
-there is no row ladder. Shape legend: kernels/base.py.
+there is no row ladder. Shape legend: kernels/interface.py.
 """
 
 import ctypes as c
@@ -12,20 +12,14 @@ from typing import Any
 import torch
 
 from windlass.device.recycle import Recycler
-from windlass.kernels.base import (
-    AttentionOptions,
-    AttentionWork,
-    Groups,
-    Tensors,
-)
 from windlass.kernels.cpu import library as lib
+from windlass.kernels.cpu.capture_calls import CapturedCalls, NativeCapture, Scratch
 from windlass.kernels.cpu.matrices import floats, heads_of
 from windlass.kernels.cpu.prepared import Linears, network_of, prepared, routing_of
-from windlass.kernels.cpu.recorder import NativeRecorder, Scratch, Tape
 from windlass.kernels.cpu.tiles import Tiles
+from windlass.kernels.interface import AttentionOptions, AttentionWork, ExpertGroups
 from windlass.kernels.reference import TorchKernels
-from windlass.packed import PackedStack, PagedRows, Weight, plain_or_none
-from windlass.spec.model import (
+from windlass.models.spec import (
     Activation,
     ClampedSwiGlu,
     Norm,
@@ -34,6 +28,7 @@ from windlass.spec.model import (
     Routing,
     SparseMixer,
 )
+from windlass.tensors import PackedStack, PagedRows, Tensors, Weight, plain_or_none
 
 _TILE_ITEMS = 64  # rows times heads of a group that attention takes together (MQ in attention.h)
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 5}
@@ -41,39 +36,39 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 5}
 
 class NativeKernels(TorchKernels):
     """Implements `Kernels` with the native library; what that lacks, torch computes. Called from
-    one thread; the library's own pool of `threads` takes part. `bf16_rows`: products round their
-    rows to bf16, as models that compute in bf16 do; sums are fp32 all the same."""
+    one thread; the library's own pool of `threads` takes part. `bf16_activations`: products round
+    their rows to bf16, as models that compute in bf16 do; sums are fp32 all the same."""
 
-    def __init__(self, library: c.CDLL, *, threads: int, bf16_rows: bool = False) -> None:
-        super().__init__(bf16_rows=bf16_rows)
+    def __init__(self, library: c.CDLL, *, threads: int, bf16_activations: bool = False) -> None:
+        super().__init__(bf16_activations=bf16_activations)
         self._lib = library
         self._memory: Recycler | Scratch = Recycler()
-        self._precision = int(bf16_rows)
+        self._precision = int(bf16_activations)
         self._tiles = Tiles()
-        self._tape: Tape | None = None  # where calls are noted
-        self._results = Scratch()  # of all recorders: one layer runs at a time
+        self._captured: CapturedCalls | None = None  # where calls are noted
+        self._results = Scratch()  # of all captures: one layer runs at a time
         lib.check(library.wl_set_threads(threads), "threads")
 
     @property
     def name(self) -> str:
         return "cpu"
 
-    def recorder(self, label: Callable[[], str]) -> NativeRecorder:
-        return NativeRecorder(self._lib, self._recording, self._results, label)
+    def capture(self, label: Callable[[], str]) -> NativeCapture:
+        return NativeCapture(self._lib, self._recording, self._results, label)
 
     @contextmanager
-    def _recording(self, tape: Tape, tiles: Tiles) -> Iterator[None]:
+    def _recording(self, captured: CapturedCalls, tiles: Tiles) -> Iterator[None]:
         usual = self._memory, self._tiles
-        self._tape, self._memory, self._tiles = tape, self._results, tiles
+        self._captured, self._memory, self._tiles = captured, self._results, tiles
         try:
             yield
         finally:
-            self._tape, (self._memory, self._tiles) = None, usual
+            self._captured, (self._memory, self._tiles) = None, usual
 
     def _call(self, name: str, *arguments: Any, keep: object = None) -> None:
         """`keep`: what structures among the arguments point to, where nothing else keeps it."""
-        if self._tape is not None:
-            self._tape.add(name, arguments, keep)
+        if self._captured is not None:
+            self._captured.add(name, arguments, keep)
         lib.check(getattr(self._lib, name)(*arguments), name)
 
     def linear(
@@ -152,7 +147,7 @@ class NativeKernels(TorchKernels):
         self,
         x_TD: torch.Tensor,
         experts: Mapping[int, Tensors],
-        groups: Groups,
+        groups: ExpertGroups,
         activation: Activation,
         out: torch.Tensor,
     ) -> None:
@@ -279,7 +274,7 @@ class NativeKernels(TorchKernels):
         )  # fmt: skip
         return weights_TA, ids_TA
 
-    def group(self, ids_TA: torch.Tensor, num_experts: int) -> Groups:
+    def group(self, ids_TA: torch.Tensor, num_experts: int) -> ExpertGroups:
         ids_TA = ids_TA.contiguous()
         num, per_row = ids_TA.numel(), ids_TA.shape[1]
         order, rows = torch.empty(2, num, dtype=torch.int64)
@@ -288,7 +283,7 @@ class NativeKernels(TorchKernels):
             "wl_group", ids_TA.data_ptr(), num, per_row, num_experts,
             order.data_ptr(), rows.data_ptr(), counts_E.data_ptr(), keep=(order, rows, counts_E),
         )  # fmt: skip
-        return Groups(order, rows, counts_E)
+        return ExpertGroups(order, rows, counts_E)
 
     def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
         y_TD = y_TD.contiguous()

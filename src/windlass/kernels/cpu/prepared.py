@@ -7,11 +7,10 @@ from typing import TypeVar, cast
 
 import torch
 
-from windlass.kernels.base import Tensors
 from windlass.kernels.cpu import library as lib
 from windlass.kernels.cpu.matrices import floats, matrices_of
-from windlass.packed import StoredTensors, Weight, plain_or_none
-from windlass.spec.model import Groups, SigmoidTopK, SoftmaxTopK, TopKSoftmax
+from windlass.models.spec import RoutingGroups, SigmoidTopK, SoftmaxTopK, TopKSoftmax
+from windlass.tensors import StoredTensors, Tensors, Weight, plain_or_none
 
 _FFN = ("gate", "up", "down")
 
@@ -102,7 +101,7 @@ def routing_of(
     elif routing.renorm_floor is not None:
         found.norm = lib.NORMS["sum" if routing.renorm_order == 1 else "euclid"]
         found.norm_by = routing.renorm_floor
-    if isinstance(routing.groups, Groups):
+    if isinstance(routing.groups, RoutingGroups):
         found.num_groups, found.kept_groups = routing.groups.num, routing.groups.kept
         found.rank_by_two = routing.groups.score == "top2_sum"
     return found

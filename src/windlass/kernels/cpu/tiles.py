@@ -4,8 +4,8 @@ import ctypes as c
 
 import torch
 
-from windlass.kernels.base import AttentionWork
 from windlass.kernels.cpu import library as lib
+from windlass.kernels.interface import AttentionWork
 
 _Made = tuple["c.Array[lib.Tile]", list[torch.Tensor]]  # and the page lists that tiles point to
 

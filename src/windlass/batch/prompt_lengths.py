@@ -1,0 +1,114 @@
+"""How long the sequences of a job are, and how much of its prompts they share, from its file and
+before anything runs: what the planner plans for. Of a large job, evenly spaced rows stand for all;
+what only rows near each other share is not seen then."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from windlass.batch.jobfile import JobFile, JobRow
+from windlass.errors import RequestError, UsageError
+from windlass.kvcache.pages import block_keys, readable_blocks
+from windlass.params import SamplingParams
+from windlass.protocol.openai import ChatTokenizer, ServedModel, parse_body
+from windlass.schedule.batch import CHUNK_TOKENS
+from windlass.workload import USUAL_OUTPUT, Job, Workload, expected_output
+
+_MOST_ROWS = 256  # that are tokenised
+
+
+class _Sequence(NamedTuple):
+    """Tokens of prompt and answer; the keys of the prompt's blocks, and how many it may read."""
+
+    prompt: int
+    output: int
+    keys: tuple[bytes, ...]
+    num_readable: int
+
+
+def job_lengths(
+    job: JobFile, wanted: "np.ndarray[Any, np.dtype[np.bool_]]", model: ServedModel
+) -> Job | None:
+    """Of the rows where `wanted` is true; rows that will be refused do not count. None where none
+    is left."""
+    open_rows = np.flatnonzero(wanted)
+    count = min(len(open_rows), _MOST_ROWS)
+    kept = np.zeros(len(wanted), dtype=np.bool_)
+    kept[open_rows[np.arange(count) * len(open_rows) // max(count, 1)]] = True
+    rows: list[list[_Sequence]] = []
+    is_bounded = True
+    for row in job.rows(kept):
+        own, has_limit = _of_row(row, model)
+        rows.append(own)
+        is_bounded &= has_limit
+    found = _shared(rows)
+    if not found:
+        return None
+    total = round(len(found) * len(open_rows) / count)
+    lengths: list[tuple[int, int, int]] = []
+    last = -1
+    for place in (i * len(found) // total for i in range(total)):
+        one, first, others = found[place]
+        lengths.append((one.prompt, one.output, others if place == last else first))
+        last = place
+    return Job(Workload(*zip(*lengths, strict=True)), is_bounded)
+
+
+def _shared(rows: list[list[_Sequence]]) -> list[tuple[_Sequence, int, int]]:
+    """Each sequence; the tokens at its beginning that earlier ones compute; and those that the next
+    of many like it finds: what it shares with any other row, or with earlier ones of its own.
+
+    As engine/prompt_pages.py has it, where blocks are found as long as the job lasts. (LongRoPE's
+    two kinds of positions count as one: each computes a common beginning once.)"""
+    num_rows = Counter(key for row in rows for key in {key for one in row for key in one.keys})
+    seen: set[bytes] = set()
+    found: list[tuple[_Sequence, int, int]] = []
+    for row in rows:
+        here: set[bytes] = set()
+        for one in row:
+            # a key stands for all tokens up to its block's end: those known come first
+            readable = one.keys[: one.num_readable]
+            first = sum(key in seen for key in readable)
+            others = sum(key in here or num_rows[key] > 1 for key in readable)
+            found.append((one, first * CHUNK_TOKENS, others * CHUNK_TOKENS))
+            here.update(one.keys)
+            seen.update(one.keys)
+    return found
+
+
+def _of_row(row: JobRow, model: ServedModel) -> tuple[list[_Sequence], bool]:
+    """Its sequences, and whether the row limits its answers."""
+    if row.malformed is not None or row.endpoint is None or row.body is None:
+        return [], True
+    try:
+        api = parse_body(row.endpoint, row.body, model)
+    except (RequestError, UsageError):
+        return [], True
+    limited = any(
+        row.body.get(name) is not None for name in ("max_tokens", "max_completion_tokens")
+    )
+    sequences: list[_Sequence] = []
+    for prompt in api.prompts:
+        expected = expected_output(prompt.params.max_tokens)
+        if not limited:  # the rest of the context, or what the checkpoint's defaults say
+            expected = min(expected, USUAL_OUTPUT)
+        length, keys = len(prompt.token_ids), block_keys(prompt.token_ids, CHUNK_TOKENS)
+        own = _Sequence(length, expected, keys, readable_blocks(length, CHUNK_TOKENS))
+        is_scored = prompt.params.prompt_logprobs is not None  # its first choice computes all
+        first = own._replace(num_readable=0) if is_scored else own
+        sequences += [first, *[own] * (prompt.params.n - 1)]
+    return sequences, limited
+
+
+def file_lengths(path: Path, tokenizer: ChatTokenizer, longest: int) -> Workload:
+    """Of all rows of a file, whichever models they name. UsageError where none can run."""
+    job = JobFile(path)
+    every = np.ones(len(job), dtype=np.bool_)
+    names = {str(row.body.get("model")) for row in job.rows(every) if row.body is not None}
+    model = ServedModel(tuple(sorted(names)), tokenizer, longest, SamplingParams())
+    found = job_lengths(job, every, model)
+    if found is None:
+        raise UsageError(f"{path}: no row can run")
+    return found.workload

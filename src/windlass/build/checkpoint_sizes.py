@@ -1,0 +1,147 @@
+"""What a checkpoint and the process weigh, and what the user fixed: from which a plan is made."""
+
+
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from windlass.decoder.attention import kv_shape, value_width
+from windlass.decoder.delta import state_shapes
+from windlass.decoder.rope import RopeTable
+from windlass.device.host_memory import (
+    resident_bytes,
+)
+from windlass.errors import UsageError
+from windlass.ids import Part
+from windlass.checkpoint.reader import Checkpoint, WeightSource
+from windlass.kvcache.kv_cache import (
+    CacheShape,
+    PagedShape,
+    StateShape,
+    bytes_per_token,
+    state_bytes,
+)
+from windlass.checkpoint.part_reads import slot_bytes
+from windlass.weights.row_reader import row_buffer_bytes
+from windlass.checkpoint.views import copied_bytes, dtype_of
+from windlass.options import (
+    EngineOptions,
+    read_config,
+    resolve_model,
+)
+from windlass.perf.sizes import Backend
+from windlass.planner.budget import PlanConstraints
+from windlass.perf.sizes import Sizes
+from windlass.runtime.layer_ops import ropes
+from windlass.schedule.passes import PassShape
+from windlass.checkpoint.weight_kinds import weight_kinds
+from windlass.checkpoint.layout import build_layout
+from windlass.models.spec import GatedDelta, ModelSpec, Moe
+from windlass.models.names import Layout, NameMap, TensorInfo
+from windlass.models.registry import read_spec
+from windlass.checkpoint.synthetic import random_source
+from windlass.units import parse_bytes
+
+from windlass.checkpoint.folder import CheckpointFolder
+_MACHINE_THREADS = torch.get_num_threads()  # before any engine of this process set its own
+_ELEMENTS_PER_THREAD = 1 << 17  # of an expert's largest matrix
+CACHE_DTYPES = {
+    "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
+    "int8": torch.int8,
+}  # fmt: skip
+
+
+def pass_shape(spec: ModelSpec, layout: Layout) -> PassShape:
+    """What the schedule must know of a model."""
+    is_moe = tuple(isinstance(block.ffn, Moe) for block in spec.blocks)
+    return PassShape(is_moe, len(layout.keys(Part.HEAD)))
+
+
+def cache_shapes(spec: ModelSpec) -> list[CacheShape]:
+    """What each layer keeps of a sequence."""
+    shapes: list[CacheShape] = []
+    for block in spec.blocks:
+        if isinstance(block.attention, GatedDelta):
+            shapes.append(StateShape(*state_shapes(block.attention)))
+            continue
+        shape = kv_shape(block.attention)
+        assert shape is not None, "only recurrent attention has no growing cache"
+        width = value_width(block.attention)
+        shapes.append(PagedShape(shape[0], shape[1], width, value_in_key=shape[2] == 0))
+    return shapes
+
+
+def sizes_of(model: CheckpointFolder, options: EngineOptions, backend: Backend) -> Sizes:
+    shapes, tensors = cache_shapes(model.spec), model.source.tensors
+    kept_in = cache_dtype(model, options)
+    slots = slot_bytes(model.layout, tensors)
+    return Sizes(
+        process_bytes=resident_bytes() + copied_bytes(model.layout, tensors),
+        slot_bytes=slots,
+        num_parts=Counter(key.part for key in model.layout.parts),
+        bytes_per_token=bytes_per_token(shapes, CACHE_DTYPES[kept_in]),
+        kv_cache_dtype=kept_in,
+        bytes_per_position=sum(
+            2 * RopeTable(rope).bytes_per_position for rope in ropes(model.spec)
+        ),
+        row_buffer_bytes=row_buffer_bytes(_embedding(model)),
+        state_bytes=state_bytes(shapes),
+        backend=backend,
+        weight_kinds=weight_kinds(model.layout, tensors),
+    )
+
+
+def _embedding(model: CheckpointFolder) -> TensorInfo:
+    (key,) = model.layout.keys(Part.EMBED)
+    return model.source.tensors[model.layout.parts[key][0].tensor]
+
+
+def cache_dtype(model: CheckpointFolder, options: EngineOptions) -> str:
+    """What keys and values are kept in: what the user said, or the type that weights have."""
+    if options.kv_cache_dtype != "auto":
+        return options.kv_cache_dtype
+    stored = dtype_of(_embedding(model).dtype)
+    return next(name for name, dtype in CACHE_DTYPES.items() if dtype is stored)
+
+
+def wanted_of(options: EngineOptions, model: CheckpointFolder) -> PlanConstraints:
+    return PlanConstraints(
+        expert_slots=_expert_slots(options.moe_expert_cache_size, model),
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        micro_batch_tokens=options.micro_batch_size,
+        max_model_len=options.max_model_len,
+        schedule=options.schedule,
+        prefix_caching=options.enable_prefix_caching,
+    )
+
+
+def _expert_slots(text: str | None, model: CheckpointFolder) -> int | None:
+    """Slots of "auto" (None), of a size, or of a number of experts per layer."""
+    if text is None or text == "auto":
+        return None
+    if text.isdecimal():
+        layers = sum(isinstance(block.ffn, Moe) for block in model.spec.blocks)
+        return int(text) * layers
+    per_slot = slot_bytes(model.layout, model.source.tensors)[Part.EXPERT]
+    slots = parse_bytes(text, what="moe-expert-cache-size") // per_slot
+    if slots < 1:
+        raise UsageError(
+            f"moe-expert-cache-size: got {text!r}, allowed auto, a number of experts per layer, or"
+            f" a size of at least one expert ({per_slot} bytes)"
+        )
+    return slots
+
+
+def useful_threads(model: CheckpointFolder) -> int:
+    """Threads that pay: waking one costs about what multiplying a few hundred KiB of weights does,
+    and much more where other work keeps the cores busy."""
+    expert = model.layout.keys(Part.EXPERT)[0]
+    pieces = model.layout.parts[expert]
+    matrix = max(prod(p.packed.shape if p.packed else p.shape) for p in pieces)
+    return max(1, min(_MACHINE_THREADS, matrix // _ELEMENTS_PER_THREAD))

@@ -1,0 +1,327 @@
+"""The composition root: from options to a running engine. The only place that sees all layers."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from windlass.device.base import Device
+from windlass.device.cpu import CpuDevice
+from windlass.device.host_memory import (
+    available_bytes,
+    memory_limits,
+    peak_resident_bytes,
+    resident_bytes,
+    return_freed_memory,
+)
+from windlass.engine.admission import Admission
+from windlass.engine.engine import Engine, EngineSetup
+from windlass.engine.tokenizer import Tokenizer
+from windlass.engine.tokenizer import load as load_tokenizer
+from windlass.errors import UsageError
+from windlass.prefetch.policies import FarthestNextUse
+from windlass.hardware.assumed import assumed_profile
+from windlass.hardware.profile import HardwareProfile
+from windlass.kernels.interface import Kernels
+from windlass.kernels.select import choose_kernels
+from windlass.kvcache.kv_cache import (
+    KvCache,
+)
+from windlass.weights.store import WeightStore
+from windlass.checkpoint.folder import (CheckpointFolder, read_model)
+from windlass.build.checkpoint_sizes import wanted_of
+from windlass.build.checkpoint_sizes import useful_threads
+from windlass.build.checkpoint_sizes import sizes_of
+from windlass.build.checkpoint_sizes import pass_shape
+from windlass.build.checkpoint_sizes import cache_shapes
+from windlass.build.checkpoint_sizes import cache_dtype
+from windlass.build.checkpoint_sizes import CACHE_DTYPES
+from windlass.options import (
+    EngineOptions,
+    checkpoint_stamp,
+    read_config,
+    read_plan,
+    resolve_model,
+)
+from windlass.params import SamplingParams
+from windlass.phases import PhaseStats
+from windlass.plan import Plan
+from windlass.perf.sizes import Backend
+from windlass.planner.budget import (PlanConstraints, make_plan)
+from windlass.perf.sizes import Sizes
+from windlass.perf.accuracy import Accuracy, compare
+from windlass.planner.choose import Chosen, choose_plan
+from windlass.planner.pilot import Pilot, Problem, predict
+from windlass.perf.pass_cost import slots_of
+from windlass.planner.validate import validate_plan
+from windlass.prefetch.prefetcher import Prefetcher, num_experts, pass_forecast
+from windlass.schedule.batch import Batch
+from windlass.runtime.embedding import EmbeddingRows
+from windlass.runtime.host import HostRuntime
+from windlass.schedule.passes import run_pass
+from windlass.schedule.runtime import Outcome
+from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec
+from windlass.trace import Tracer
+from windlass.units import MIB
+from windlass.version import VERSION
+from windlass.workload import Job, Workload
+
+_DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
+# Left free below the limit of a memory cgroup: page tables and buffers of the kernel count too
+_LIMIT_MARGIN = 32 * MIB
+
+
+# lengths of a job; None if there is nothing to plan for
+Lengths = Callable[[Tokenizer, SamplingParams, int], Job | None]
+
+
+def open_engine(
+    options: EngineOptions,
+    *,
+    device: Device | None = None,
+    kernels: Kernels | None = None,
+    lengths: Lengths | None = None,
+    profile: Callable[[], HardwareProfile | None] = lambda: None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Engine:
+    """Everything between options and the first step; nothing is read but headers and tokenizer.
+
+    `device`: where weights go; the host if None. The engine closes it; so does a failure here.
+    `kernels`: what computes; as the options say if None.
+    `lengths`, of the tokenizer, the default parameters and the longest sequence that the model
+    allows: what to plan for, on the machine that `profile` gives (where it gives none, one like
+    this is assumed). Without, `Engine.compare` predicts for that machine what it is asked for.
+    `tell` hears, once, that the run is not as predicted.
+    """
+    return_freed_memory()
+    known_profile = profile()  # before kernels are set up for us
+    with ExitStack() as opened:
+        if device is not None:
+            opened.callback(device.close)
+        tracer = Tracer(options.trace)
+        opened.callback(tracer.close)
+        model = read_model(options, opened)
+        threads = options.threads or useful_threads(model)
+        kernels = kernels or choose_kernels(
+            options.moe_backend, threads=threads, bf16_activations=options.dtype == "bfloat16"
+        )
+        kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
+        backend = Backend(kernels.name, threads)
+        setup = _setup(options, model, backend, lengths, known_profile, tell)
+        if device is None:
+            device = CpuDevice(setup.plan.read_threads, tracer=tracer)
+            opened.callback(device.close)
+        engine = _assemble(setup, model, kernels, device, tracer, opened)
+    return engine
+
+
+def _setup(
+    options: EngineOptions,
+    model: CheckpointFolder,
+    backend: Backend,
+    lengths: Lengths | None,
+    profile: HardwareProfile | None,
+    tell: Callable[[str], None],
+) -> EngineSetup:
+    """The plan and all that requests need."""
+    tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
+    tokenizer = load_tokenizer(tokenizer_folder, model_folder=model.folder)
+    replayed = read_plan(options.plan) if options.plan else None
+    if replayed is not None and options.kv_cache_dtype == "auto":
+        options = replace(options, kv_cache_dtype=_known_cache_dtype(replayed))
+    params = _default_params(model.folder, options)
+    longest = options.max_model_len or model.spec.max_positions
+    job = lengths(tokenizer, params, longest) if lengths else None
+    wanted = wanted_of(options, model)
+    profile = profile or assumed_profile(threads=backend.threads, memory_bytes=available_bytes())
+    sizes = sizes_of(model, options, backend)  # after all that the process has grown by
+    if replayed is not None:
+        validate_plan(replayed, model.spec, sizes, wanted, options.host_memory or largest_budget())
+    chosen = _choose(model.spec, sizes, options, wanted, job, profile, replayed)
+    plan = chosen.plan
+    return EngineSetup(
+        plan=plan,
+        notes=tuple(chosen.lines()),
+        tokenizer=tokenizer,
+        default_params=params,
+        vocab_size=model.spec.vocab_size,
+        max_model_len=plan.max_model_len,
+        longest=longest,
+        seed=options.seed,
+        fingerprint=_fingerprint(model, tokenizer, options, backend),
+        peak_rss=peak_resident_bytes,
+        pilot=_pilot(model.spec, chosen, tell),
+        compare=partial(_compare, model.spec, chosen.sizes, profile),
+    )
+
+
+def _choose(
+    spec: ModelSpec,
+    sizes: Sizes,
+    options: EngineOptions,
+    wanted: PlanConstraints,
+    job: Job | None,
+    profile: HardwareProfile,
+    replayed: Plan | None,
+) -> Chosen:
+    budget = options.host_memory or default_budget()
+    if job is None:
+        return Chosen(plan=replayed or make_plan(spec, sizes, budget, wanted), sizes=sizes)
+    before = resident_bytes()
+    if replayed is not None:
+        return Chosen(plan=replayed, sizes=sizes, workload=job.workload, profile=profile)
+
+    def growth() -> int:
+        return_freed_memory()
+        return resident_bytes() - before
+
+    return choose_plan(spec, sizes, profile, job, budget, wanted, growth=growth)
+
+
+def _pilot(spec: ModelSpec, chosen: Chosen, tell: Callable[[str], None]) -> Pilot | None:
+    """Whoever compares the run with what is expected of it; None where nothing is."""
+    if chosen.profile is None or chosen.workload is None:
+        return None
+    problem = Problem(
+        spec=spec,
+        sizes=chosen.sizes,
+        plan=chosen.plan,
+        profile=chosen.profile,
+        workload=chosen.workload,
+    )
+    return Pilot(problem, chosen.estimate, tell=tell)
+
+
+def _compare(
+    spec: ModelSpec,
+    sizes: Sizes,
+    profile: HardwareProfile,
+    plan: Plan,
+    work: Workload,
+    phases: Mapping[str, PhaseStats],
+    *,
+    is_warm: bool,
+) -> Accuracy:
+    problem = Problem(spec=spec, sizes=sizes, plan=plan, profile=profile, workload=work)
+    return compare(predict(problem), phases, is_warm=is_warm)
+
+
+def _assemble(
+    setup: EngineSetup,
+    model: CheckpointFolder,
+    kernels: Kernels,
+    device: Device,
+    tracer: Tracer,
+    opened: ExitStack,
+) -> Engine:
+    """The engine, which takes over what `opened` holds. Nothing made here may hold the engine: one
+    that is dropped must end by itself."""
+    plan, spec = setup.plan, model.spec
+    assert not (plan.prefix_caching and plan.state_slots), "no state is kept of a prompt's prefix"
+    shape = pass_shape(spec, model.layout)
+    forecast = pass_forecast(spec)
+    policy = FarthestNextUse(len(spec.blocks), probability=forecast.probability)
+    weights = WeightStore(
+        model.layout, model.source, device, slots_of(plan), policy=policy, tracer=tracer
+    )
+    opened.callback(weights.close)
+    kv = KvCache(
+        cache_shapes(spec),
+        dtype=CACHE_DTYPES[plan.kv_cache_dtype],
+        num_pages=plan.kv_pages,
+        page_tokens=plan.page_tokens,
+        state_slots=plan.state_slots,
+    )
+    runtime = HostRuntime(
+        spec,
+        kernels,
+        weights,
+        kv,
+        embedding=EmbeddingRows(weights),
+        prefetcher=(
+            Prefetcher(shape, num_experts(spec), weights.cache, forecast) if plan.overlap else None
+        ),
+        forecast=forecast,
+        tracer=tracer,
+    )
+    admission = Admission(
+        kv,
+        max_num_seqs=plan.max_num_seqs,
+        max_rows=plan.max_num_batched_tokens,
+        long_rope_after=_long_rope_after(spec),
+        mixed_prefill_rows=plan.mixed_prefill_tokens,
+    )
+
+    def run(batch: Batch) -> Outcome:
+        return run_pass(runtime, shape, batch)
+
+    return Engine(
+        setup,
+        run,
+        weights,
+        admission,
+        tracer=tracer,
+        disk_busy_s=lambda: device.busy_s,
+        on_close=opened.pop_all().close,
+    )
+
+
+def _known_cache_dtype(plan: Plan) -> Any:
+    if plan.kv_cache_dtype not in CACHE_DTYPES:
+        raise UsageError(
+            f"plan: kv_cache_dtype: got {plan.kv_cache_dtype!r}, allowed {', '.join(CACHE_DTYPES)}"
+        )
+    return plan.kv_cache_dtype
+
+
+def default_budget() -> int:
+    """Memory for the whole process where the user names none: below every limit on it."""
+    return _budget(_DEFAULT_SHARE)
+
+
+def largest_budget() -> int:
+    """All memory that this process could have."""
+    return _budget(1.0)
+
+
+def _budget(share: float) -> int:
+    budget = resident_bytes() + int(share * available_bytes())
+    return min([budget, *(group.limit - _LIMIT_MARGIN for group in memory_limits())])
+
+
+def _default_params(folder: Path, options: EngineOptions) -> SamplingParams:
+    path = folder / "generation_config.json"
+    if options.generation_config == "vllm" or not path.exists():
+        return SamplingParams()
+    return SamplingParams.from_generation_config(read_config(folder, path.name))
+
+
+def _long_rope_after(spec: ModelSpec) -> int | None:
+    """Tokens up to which a sequence uses LongRoPE's short factors; None for other models."""
+    for block in spec.blocks:
+        rope = block.attention.rope if isinstance(block.attention, Gqa | Mla) else None
+        if rope is not None and isinstance(rope.scaling, LongRopeScaling):
+            return rope.scaling.original_max
+    return None
+
+
+def _fingerprint(
+    model: CheckpointFolder, tokenizer: Tokenizer, options: EngineOptions, backend: Backend
+) -> dict[str, object]:
+    """What would change results if it changed."""
+    return {
+        "model": checkpoint_stamp(model.folder),
+        "load_format": options.load_format,
+        "kernels": backend.name,
+        "kv_cache_dtype": cache_dtype(model, options),
+        "tokenizer": tokenizer.digest,
+        "generation_config": options.generation_config,
+        "seed": options.seed,
+        "max_model_len": options.max_model_len,
+        "dtype": "bfloat16" if options.dtype == "bfloat16" else "float32",
+        "version": VERSION,
+    }

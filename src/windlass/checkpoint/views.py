@@ -1,0 +1,149 @@
+"""Canonical tensors and packed matrices over the bytes of a slot. Pure functions; the only place
+where stored bytes get a type."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from windlass.checkpoint.layout import ITEM_BYTES
+from windlass.checkpoint.part_reads import PartReads, Placement
+from windlass.errors import CheckpointError
+from windlass.models.names import (
+    Layout,
+    PackedShape,
+    Reshape,
+    Role,
+    Take,
+    TensorInfo,
+    Transpose,
+    ViewOp,
+)
+from windlass.tensors import Packed, PackedStack, StoredTensors, Weight
+
+_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.uint8,  # exponents
+    "U8": torch.uint8,
+    "I32": torch.int32,
+}
+
+
+class Views(NamedTuple):
+    """Tensors and packed matrices by canonical name. `has_copies`: some of them own memory outside
+    the slot."""
+
+    tensors: StoredTensors
+    has_copies: bool
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The torch type of a safetensors type that Windlass runs."""
+    return _DTYPES[name]
+
+
+def copied_bytes(layout: Layout, tensors: Mapping[str, TensorInfo]) -> int:
+    """The most that the views of one part copy to memory outside the slots; a pass leases one part
+    at a time. 0 unless a file's data begin at an odd place, as safetensors itself never writes."""
+    most = 0
+    for pieces in layout.parts.values():
+        items = [(ITEM_BYTES[tensors[piece.tensor].dtype], piece) for piece in pieces]
+        odd = (
+            (piece.stop - piece.start) * item
+            for item, piece in items
+            if tensors[piece.tensor].begin % item
+        )
+        most = max(most, sum(odd))
+    return most
+
+
+def make_views(part_reads: PartReads, memory: torch.Tensor) -> Views:
+    """All tensors of a part whose bytes are in `memory` (uint8). Only a tensor that begins at a
+    place where torch cannot view its type (odd, in effect) is copied."""
+    tensors = StoredTensors()
+    parts: dict[str, dict[Role, torch.Tensor]] = {}
+    shapes: dict[str, PackedShape] = {}
+    has_copies = False
+    for place in part_reads.placements:
+        stored = memory[place.at : place.at + place.num_bytes]
+        if stored.storage_offset() % ITEM_BYTES[place.dtype]:
+            stored = stored.clone()
+            has_copies = True
+        tensor = _canonical(stored, place)
+        if place.packed is None:
+            tensors[place.name] = tensor
+        else:
+            shapes[place.name] = place.packed
+            parts.setdefault(place.name, {})[place.role] = tensor
+    for name, shape in shapes.items():
+        tensors[name] = _packed(name, shape, parts[name])
+    return Views(tensors, has_copies)
+
+
+def _packed(name: str, shape: PackedShape, tensors: dict[Role, torch.Tensor]) -> Weight:
+    """One matrix, or one for each head, over the views of its tensors."""
+    if "groups" in tensors:
+        scales = tensors["scales"].shape
+        by_rows = shape.format.packing == "rows"
+        _check_groups(name, tensors["groups"], scales[-1] if by_rows else scales[0])
+    if len(shape.shape) == 2:
+        return _matrix(shape, tensors)
+    by_rows = shape.format.packing == "rows"
+    # tensors without heads belong to all of them
+    heads = {
+        role: t.unbind(0 if by_rows else 1) if t.dim() == 3 else (t,) * shape.shape[0]
+        for role, t in tensors.items()
+    }
+    return PackedStack(
+        tuple(
+            _matrix(shape, {role: views[i] for role, views in heads.items()})
+            for i in range(shape.shape[0])
+        )
+    )
+
+
+def _matrix(shape: PackedShape, tensors: dict[Role, torch.Tensor]) -> Packed:
+    codes, scales = tensors["codes"], tensors["scales"]
+    if shape.format.packing != "rows":
+        scales = scales.t()
+    elif codes.dtype == torch.int32:
+        codes = codes.view(torch.uint8)
+    return Packed(
+        format=shape.format,
+        shape=(shape.shape[-2], shape.shape[-1]),
+        codes=codes,
+        scales=scales,
+        zeros=tensors.get("zeros"),
+        groups=tensors.get("groups"),
+    )
+
+
+def _check_groups(name: str, groups: torch.Tensor, num_groups: int) -> None:
+    """Kernels trust the numbers of groups."""
+    least, most = int(groups.min()), int(groups.max())
+    if least < 0 or most >= num_groups:
+        raise CheckpointError(
+            f"groups of {name}: found {least} to {most}, allowed 0 to {num_groups - 1}"
+        )
+
+
+def _canonical(stored: torch.Tensor, place: Placement) -> torch.Tensor:
+    x = stored.view(_DTYPES[place.dtype]).view(place.shape)
+    for op in place.ops:
+        x = _apply(op, x)
+    return x
+
+
+def _apply(op: ViewOp, x: torch.Tensor) -> torch.Tensor:
+    match op:
+        case Take(dim, start, stop, step):
+            index: list[slice] = [slice(None)] * x.dim()
+            index[dim] = slice(start, stop, step)
+            return x[tuple(index)]
+        case Reshape(shape):
+            return x.view(shape)
+        case Transpose():
+            return x.transpose(-1, -2)

@@ -1,0 +1,161 @@
+"""`windlass plan`: what a run would do and how long it would take, before anything is loaded."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
+from windlass.cli.flags import Command, Flag, integer, size
+from windlass.doctor.kept import cache_folder
+from windlass.errors import UsageError
+from windlass.options import EngineOptions, resolve_model
+
+if TYPE_CHECKING:
+    from windlass.checkpoint.folder import CheckpointFolder
+    from windlass.hardware.profile import HardwareProfile
+    from windlass.workload import Workload
+
+_JOB, _MACHINE = "workload", "machine"
+# Flags of an engine that say nothing about a plan that is yet to be made
+_WITHOUT = ("plan", "trace", "load-format", "generation-config")
+_PROMPT, _OUTPUT, _REQUESTS = 512, 128, 256
+_SHARE = 0.8  # of the memory of a machine that is not this one (MoE-Lightning, artifact)
+FLAGS = (
+    Flag(name="workload", aliases=("-i",), read=Path, metavar="FILE", group=_JOB,
+         help="a file of OpenAI batch requests: their own lengths are planned for"),
+    Flag(name="prompt-len", read=integer(1), metavar="N", group=_JOB,
+         help=f"tokens of every prompt instead (default {_PROMPT})"),
+    Flag(name="output-len", read=integer(1), metavar="N", group=_JOB,
+         help=f"tokens of every answer (default {_OUTPUT})"),
+    Flag(name="num-requests", read=integer(1), metavar="N", group=_JOB,
+         help=f"requests (default {_REQUESTS})"),
+    Flag(name="machine", metavar="NAME|FILE", group=_MACHINE,
+         help="plan for a machine one does not have: a preset (a wrong name lists them), a .toml "
+         "file like theirs, or what `windlass doctor --json` printed elsewhere (default: this "
+         "machine, measured once)"),
+    Flag(name="device-memory", read=size, metavar="SIZE", group=_MACHINE,
+         help="memory of the machine's GPU that may be used (default: 90 % of it)"),
+    Flag(name="json", read=None, default=False, group="records",
+         help="print one line of JSON instead"),
+    *(flag for flag in ENGINE_FLAGS if flag.name not in _WITHOUT),
+    CONFIG_FLAG,
+)  # fmt: skip
+
+
+def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
+    _check(values)
+    from windlass.build.checkpoint_sizes import sizes_of, wanted_of
+    from windlass.checkpoint.folder import read_model
+    from windlass.planner.explain import explain
+
+    options = _options(values)
+    with ExitStack() as opened:
+        model = read_model(options, opened)
+        profile, backend = _machine(values, options, model)
+        sizes = sizes_of(model, options, backend)
+        workload = _workload(values, options, model)
+        budget = _budget(values, profile)
+        wanted = wanted_of(options, model)
+        found = explain(
+            model.spec, sizes, profile, workload, budget, wanted,
+            device_memory=values["device_memory"],
+        )  # fmt: skip
+        if values["json"]:
+            print(json.dumps(found.to_json()))
+        else:
+            print("\n".join(found.lines()))
+    return 0
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    """What can be refused before anything heavy is imported."""
+    lengths = [name for name in ("prompt_len", "output_len", "num_requests") if values[name]]
+    if values["workload"] is not None and lengths:
+        name = lengths[0].replace("_", "-")
+        raise UsageError(f"--{name}: not beside --workload, whose own lengths are planned for")
+    if values["device_memory"] is not None and values["machine"] is None:
+        raise UsageError("--device-memory: allowed with a --machine that has a GPU")
+
+
+def _options(values: Mapping[str, Any]) -> EngineOptions:
+    """The engine to plan for; of a configuration without weights, one of random weights."""
+    defaults = {flag.key: flag.default for flag in ENGINE_FLAGS if flag.name in _WITHOUT}
+    options = engine_options({**values, **defaults})
+    has_weights = any(resolve_model(options.model).glob("*.safetensors"))
+    return options if has_weights else replace(options, load_format="dummy")
+
+
+def _machine(
+    values: Mapping[str, Any], options: EngineOptions, model: "CheckpointFolder"
+) -> tuple["HardwareProfile", Any]:
+    """The machine to plan for, and the kernels that it runs."""
+    from windlass.build.checkpoint_sizes import useful_threads
+    from windlass.kernels.cpu import library
+    from windlass.perf.sizes import Backend
+
+    if values["machine"] is not None:
+        from windlass.hardware.preset import load_machine
+
+        profile = load_machine(values["machine"])
+        if profile.device is None and values["device_memory"] is not None:
+            raise UsageError(f"--device-memory: {profile.name} has no GPU")
+        return profile, Backend("cpu", options.threads or profile.threads)
+    from windlass.doctor.examine import Subject, examine
+
+    is_dummy = options.load_format == "dummy"
+    subject = Subject(
+        cache=cache_folder(),
+        model=None if is_dummy else resolve_model(options.model),
+        threads=options.threads,
+        moe_backend=options.moe_backend,
+        dtype=options.dtype,
+        load_mode=options.load_mode,
+    )
+    report = examine(subject, tell=lambda text: print(f"plan: {text}", file=sys.stderr, flush=True))
+    if report.noise is not None:
+        print(f"plan: {report.noise}", file=sys.stderr)
+    has_native = not isinstance(library.load(), str) and options.moe_backend != "torch"
+    threads = options.threads or useful_threads(model)
+    return report.profile, Backend("cpu" if has_native else "torch", threads)
+
+
+def _budget(values: Mapping[str, Any], profile: "HardwareProfile") -> int:
+    if values["host_memory"] is not None:
+        return int(values["host_memory"])
+    if values["machine"] is not None:
+        return int(_SHARE * profile.host.memory_bytes)
+    from windlass.build.open import default_budget
+
+    return default_budget()
+
+
+def _workload(
+    values: Mapping[str, Any], options: EngineOptions, model: "CheckpointFolder"
+) -> "Workload":
+    from windlass.workload import Workload
+
+    if values["workload"] is None:
+        return Workload.from_lengths(
+            values["prompt_len"] or _PROMPT,
+            values["output_len"] or _OUTPUT,
+            values["num_requests"] or _REQUESTS,
+        )
+    from windlass.batch.prompt_lengths import file_lengths
+    from windlass.engine.tokenizer import load
+
+    folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
+    tokenizer = load(folder, model_folder=model.folder)
+    longest = options.max_model_len or model.spec.max_positions
+    return file_lengths(values["workload"], tokenizer, longest)
+
+
+COMMAND = Command(
+    name="plan",
+    help="Say what a run would hold, read and take, and why, before anything is loaded.",
+    flags=FLAGS,
+    run=run,
+)

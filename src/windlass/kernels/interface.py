@@ -1,0 +1,220 @@
+"""What a kernel backend offers: arithmetic whose result for one row never depends on other rows.
+
+Shape legend (everywhere in kernels/ and decoder/): T rows of a call, D hidden, E output features,
+I intermediate, H query heads, K key/value heads, d head dim, v value dim, N rows of one expert,
+P pages, B tokens of a page, S sequences.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+
+from windlass.models.spec import Activation, Norm, Rope, Routing
+from windlass.tensors import PackedStack, PagedRows, Tensors, Weight
+
+
+class ExpertGroups(NamedTuple):
+    """Places (row * A + slot) of rows with A experts each, sorted by expert, stable. All int64 and
+    contiguous."""
+
+    order: torch.Tensor  # (T * A,)
+    rows: torch.Tensor  # of `order`
+    counts_E: torch.Tensor  # places of each expert
+
+    @classmethod
+    def even(cls, experts: int, rows: int) -> "ExpertGroups":
+        """Of rows that have one expert each, equally many of each expert, in their order."""
+        places = torch.arange(experts * rows)
+        return cls(places, places, torch.full((experts,), rows))
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWork:
+    """The rows of one attention call, sequence by sequence, as plain integers.
+
+    Rows of a sequence are consecutive in the call and consecutive in position. `is_prompt` tells
+    whether they are prompt tokens; a sequence has rows of one kind in a call.
+    """
+
+    first_row: tuple[int, ...]  # of each sequence
+    num_rows: tuple[int, ...]
+    first_position: tuple[int, ...]
+    pages: tuple[tuple[int, ...], ...]  # page ids of each sequence, oldest first
+    is_prompt: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionOptions:
+    """What the softmax of one layer needs. `sinks_H` is fp32 or None."""
+
+    scale: float
+    value_dim: int
+    window: int | None = None
+    sinks_H: torch.Tensor | None = None
+
+
+_Result = TypeVar("_Result")
+
+
+class Capture(Protocol):
+    """Repeats the layers of an earlier pass: one of as many rows, each of another sequence, whose
+    hidden states, places and weights lie where they lay."""
+
+    def begin(self, work: AttentionWork) -> None:
+        """A pass begins, and this is what its rows attend to."""
+        ...
+
+    def run(self, layer: int, body: Callable[[], _Result]) -> _Result | None:
+        """What `body` computes, which only calls kernels and decides nothing by what tensors
+        contain: by running it, or by repeating what it did for an earlier pass, and then its result
+        is that of then with new contents. None, and nothing is computed, where it cannot be
+        repeated because it does more than that."""
+        ...
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Within a body: memory of a result, fp32, that lasts until the next layer."""
+        ...
+
+    def seconds(self) -> dict[str, float]:
+        """What repeating took since this was last asked, by the label at the time of noting."""
+        ...
+
+
+class Kernels(Protocol):
+    """Activations are fp32; weights come in their stored type, possibly as strided views, and
+    quantised ones packed as they are."""
+
+    @property
+    def name(self) -> str:
+        """Of the backend, as `moe_backend` has it."""
+        ...
+
+    def capture(self, label: Callable[[], str]) -> Capture | None:
+        """A new one; None where nothing would be gained by it. `label`: what is being computed."""
+        ...
+
+    def linear(
+        self,
+        x_TD: torch.Tensor,
+        w: Weight,
+        bias_E: torch.Tensor | None = None,
+        *,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x @ w.T + bias -> (T, E), in `out` where it is given. `w` is (E, D), or (g, n, D) with
+        E = g n."""
+        ...
+
+    def linears(self, x_TD: torch.Tensor, w: Tensors, names: Sequence[str]) -> list[torch.Tensor]:
+        """`linear` of the same rows with several of a part's matrices: `{name}.weight`, with
+        `{name}.bias` where the part has it."""
+        ...
+
+    def batched_linear(
+        self, x_THa: torch.Tensor, w_Hba: torch.Tensor | PackedStack
+    ) -> torch.Tensor:
+        """One matrix per head: (T, H, a) x (H, b, a) -> (T, H, b)."""
+        ...
+
+    def expert_ffn(self, x_ND: torch.Tensor, w: Tensors, activation: Activation) -> torch.Tensor:
+        """gate, up, activation, down. `w`: `gate` (I, D), `up` (I, D), `down` (D, I) and, where the
+        experts have biases, `gate_bias`, `up_bias`, `down_bias`."""
+        ...
+
+    def experts(
+        self,
+        x_TD: torch.Tensor,
+        experts: Mapping[int, Tensors],
+        groups: ExpertGroups,
+        activation: Activation,
+        out: torch.Tensor,
+    ) -> None:
+        """`expert_ffn` of some experts, each over its rows of `x_TD`, written to their places (as
+        `groups.order` has them) of `out` (T * A, D). Those without rows cost nothing."""
+        ...
+
+    def normalise(
+        self, norm: Norm, weight_D: torch.Tensor, bias_D: torch.Tensor | None, x: torch.Tensor
+    ) -> torch.Tensor:
+        """Normalises the last dimension of `x`."""
+        ...
+
+    def rotate(
+        self, x_THd: torch.Tensor, cos_Tf: torch.Tensor, sin_Tf: torch.Tensor, rope: Rope
+    ) -> None:
+        """Rotates the first `rope.dim` dimensions of each head in place; the others stay."""
+        ...
+
+    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(T, H, a), (T, H, b), ... side by side -> (T, H, a + b + ...)."""
+        ...
+
+    def gate(self, x: torch.Tensor, gate: torch.Tensor) -> None:
+        """Multiplies a contiguous `x` (T, ...) by the sigmoid of `gate`, of its shape or one number
+        for each row, in place."""
+        ...
+
+    def write_rows(
+        self, store: PagedRows, pages_T: torch.Tensor, offsets_T: torch.Tensor, x_TKd: torch.Tensor
+    ) -> None:
+        """Writes each row's heads at its offset of its page, rounded to the store's type."""
+        ...
+
+    def route(
+        self,
+        routing: Routing,
+        top_k: int,
+        logits_TE: torch.Tensor,
+        bias_E: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The experts of each row: weights (T, A) fp32 and ids (T, A) int64, best first. `bias_E`
+        (fp32) is what `select_bias` speaks of."""
+        ...
+
+    def group(self, ids_TA: torch.Tensor, num_experts: int) -> ExpertGroups:
+        """Who has which expert, of the ids (int64) that rows were routed to."""
+        ...
+
+    def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
+        """Adds `multiplier` times `y_TD` to `hidden_TD`, in place."""
+        ...
+
+    def combine(
+        self,
+        weights_TA: torch.Tensor,
+        outputs_TAD: torch.Tensor,
+        shared_TD: torch.Tensor | None,
+        hidden_TD: torch.Tensor,
+        multiplier: float,
+    ) -> None:
+        """Adds `multiplier` times (the weighted sum of each row's expert outputs, in the row's
+        routing order, plus the shared expert's) to `hidden_TD`, in place."""
+        ...
+
+    def read(self, x: torch.Tensor) -> None:
+        """Reads a contiguous `x` once and does nothing else: what memory gives at most."""
+        ...
+
+    def pointwise(
+        self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        """An elementwise transcendental function (exp, sigmoid, silu, softplus, ...), computed so
+        that an element's bits do not depend on where in the tensor it lies."""
+        ...
+
+    def attention(
+        self,
+        q_THd: torch.Tensor,
+        keys: PagedRows,
+        values: PagedRows,
+        work: AttentionWork,
+        options: AttentionOptions,
+    ) -> torch.Tensor:
+        """Causal softmax attention of every row over its sequence's pages -> (T, H, v).
+
+        Rows may be wider than d and `options.value_dim` (zeros), so that they are aligned.
+        `values` may be a view of the keys (MLA: their first v columns).
+        """
+        ...

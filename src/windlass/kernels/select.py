@@ -1,0 +1,37 @@
+"""Which kernels a run uses. Chosen once, at the start."""
+
+import sys
+from functools import cache
+
+import torch
+
+from windlass.errors import UsageError
+from windlass.kernels.cpu import library
+from windlass.kernels.cpu.native import NativeKernels
+from windlass.kernels.interface import Kernels
+from windlass.kernels.reference import TorchKernels
+
+
+def choose_kernels(backend: str, *, threads: int, bf16_activations: bool) -> Kernels:
+    """`backend`: "cpu" (native, or UsageError), "torch", or "auto": native where it can run, else
+    torch with one line that says so. `bf16_activations`: products round their rows to bf16."""
+    torch.set_num_threads(threads)
+    if backend == "torch":
+        return TorchKernels(bf16_activations=bf16_activations)
+    found = library.load()
+    if not isinstance(found, str):
+        # what little torch still does must not spin beside the library's own threads
+        torch.set_num_threads(1)
+        return NativeKernels(found, threads=threads, bf16_activations=bf16_activations)
+    if backend == "cpu":
+        raise UsageError(f"moe_backend: got 'cpu', but the native library {found}")
+    say_once(
+        f"kernels: the native library {found}; torch's are used (few rows: up to 10 times slower)"
+    )
+    return TorchKernels(bf16_activations=bf16_activations)
+
+
+@cache
+def say_once(text: str) -> None:
+    """Kernels are chosen for a run and for every kept report that might fit it."""
+    print(text, file=sys.stderr)  # noqa: T201

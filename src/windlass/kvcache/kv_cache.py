@@ -1,0 +1,174 @@
+"""Keys, values and recurrent states of live sequences. Knows pages and state slots, not requests.
+
+A page holds `page_tokens` positions of one sequence in all attention layers. Rows are as wide as
+alignment asks (zeros beyond) and of a floating type, or int8: bytes and an fp32 scale for each row,
+which come from that row alone. Recurrent states are fp32. A page is cleared when it is handed out,
+so that nothing of an earlier sequence, not even a NaN under a mask, can reach a later one.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from windlass.device.host_memory import empty, zeros
+from windlass.kvcache.pages import PagePool
+from windlass.tensors import INT8_ZERO, PagedRows
+from windlass.units import round_up
+
+_ALIGN = 16  # elements: a vector of the widest unit
+_SCALE = torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class PagedShape:
+    """Attention layer whose cache grows. `value_in_key`: values are the first `value_dim` columns
+    of the keys (latent attention), nothing else is stored."""
+
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    value_in_key: bool = False
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        widths = [self.key_dim] if self.value_in_key else [self.key_dim, self.value_dim]
+        scale = _SCALE.itemsize if dtype is torch.int8 else 0
+        row_bytes = [round_up(width, _ALIGN) * dtype.itemsize + scale for width in widths]
+        return self.num_heads * sum(row_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class StateShape:
+    """Recurrent layer: a convolution window (channels, kernel - 1) and a matrix per head."""
+
+    conv: tuple[int, int]
+    state: tuple[int, int, int]
+
+    @property
+    def bytes_per_sequence(self) -> int:
+        heads, rows, columns = self.state
+        return 4 * (self.conv[0] * self.conv[1] + heads * rows * columns)
+
+
+CacheShape = PagedShape | StateShape
+
+
+def bytes_per_token(shapes: Sequence[CacheShape], dtype: torch.dtype) -> int:
+    """Bytes of one position over all layers."""
+    return sum(s.bytes_per_token(dtype) for s in shapes if isinstance(s, PagedShape))
+
+
+def state_bytes(shapes: Sequence[CacheShape]) -> int:
+    """Bytes of recurrent state of one sequence over all layers; 0 if no layer has any."""
+    return sum(s.bytes_per_sequence for s in shapes if isinstance(s, StateShape))
+
+
+class KvCache:
+    """Pages and state slots of one device. Owned by the runtime's thread. `dtype` is that of rows:
+    a floating type, or int8."""
+
+    def __init__(
+        self,
+        shapes: Sequence[CacheShape],
+        *,
+        dtype: torch.dtype,
+        num_pages: int,
+        page_tokens: int,
+        state_slots: int,
+    ) -> None:
+        self.page_tokens = page_tokens
+        self.num_pages = num_pages
+        self._keys: dict[int, PagedRows] = {}
+        self._values: dict[int, PagedRows] = {}
+        self._stored: dict[int, tuple[PagedRows, ...]] = {}
+        self._states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for layer, shape in enumerate(shapes):
+            if isinstance(shape, StateShape):
+                conv = torch.zeros(state_slots, *shape.conv)
+                self._states[layer] = (conv, torch.zeros(state_slots, *shape.state))
+                continue
+            rows = (num_pages, shape.num_heads, page_tokens)
+            keys = self._keys[layer] = _zero_rows(rows, shape.key_dim, dtype)
+            if shape.value_in_key:
+                view = keys.rows_PKBd[..., : shape.value_dim]
+                self._values[layer] = PagedRows(view, keys.scales_PKB)
+                self._stored[layer] = (keys,)
+            else:
+                values = self._values[layer] = _zero_rows(rows, shape.value_dim, dtype)
+                self._stored[layer] = (keys, values)
+        self.pool = PagePool(num_pages)
+        self._free_states = list(range(state_slots - 1, -1, -1))
+        self._state_slots = state_slots
+
+    @property
+    def num_free_pages(self) -> int:
+        return self.pool.num_free
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that `num_tokens` positions of one sequence take."""
+        return -(-num_tokens // self.page_tokens)
+
+    def take_pages(self, count: int) -> list[int]:
+        """Hands out cleared pages; there must be enough."""
+        pages = self.pool.take(count)
+        for stores in self._stored.values():
+            for store in stores:
+                _clear(store, pages)
+        return pages
+
+    def give_pages(self, pages: Sequence[int]) -> None:
+        """One holder of each has ended; of a sequence all at once, in its order."""
+        self.pool.give(pages)
+
+    def take_state(self) -> int:
+        """A slot with zero state; -1 if the model has no recurrent layer."""
+        if not self._states:
+            return -1
+        slot = self._free_states.pop()
+        for conv, state in self._states.values():
+            conv[slot] = 0
+            state[slot] = 0
+        return slot
+
+    def give_state(self, slot: int) -> None:
+        if slot >= 0:
+            self._free_states.append(slot)
+
+    @property
+    def has_free_state(self) -> bool:
+        return not self._states or bool(self._free_states)
+
+    def paged(self, layer: int) -> tuple[PagedRows, PagedRows]:
+        """Keys and values of an attention layer."""
+        return self._keys[layer], self._values[layer]
+
+    def stored(self, layer: int) -> tuple[PagedRows, ...]:
+        """The same, without values that are a view of the keys: what rows are written to."""
+        return self._stored[layer]
+
+    def states(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Convolution windows (S, channels, kernel - 1) and states (S, heads, dk, dv)."""
+        return self._states[layer]
+
+    def check(self, held: Mapping[int, int]) -> None:
+        """Nothing is free twice, lost or out of range. `held`: holders of pages that have any."""
+        self.pool.check(held)
+        free = self._free_states
+        assert len(set(free)) == len(free), "a state slot was given back twice"
+        assert all(0 <= slot < self._state_slots for slot in free), "a free slot is out of range"
+
+
+def _zero_rows(rows: tuple[int, int, int], width: int, dtype: torch.dtype) -> PagedRows:
+    shape = (*rows, round_up(width, _ALIGN))
+    if dtype is not torch.int8:
+        return PagedRows(zeros(*shape, dtype=dtype))
+    codes = empty(*shape, dtype=torch.uint8).fill_(INT8_ZERO)
+    return PagedRows(codes, torch.zeros(rows, dtype=_SCALE))
+
+
+def _clear(store: PagedRows, pages: list[int]) -> None:
+    if store.scales_PKB is None:
+        store.rows_PKBd[pages] = 0
+        return
+    store.rows_PKBd[pages] = INT8_ZERO
+    store.scales_PKB[pages] = 0

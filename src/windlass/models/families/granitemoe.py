@@ -1,0 +1,41 @@
+"""Granite 3 MoE."""
+
+from windlass.errors import ModelError
+from windlass.models.config import Config
+from windlass.models.families.common import gqa, layers, model, moe
+from windlass.models.families.tensor_names import at, name_map, stacked_experts
+from windlass.models.names import NameMap
+from windlass.models.spec import Block, Ffn, ModelSpec, TopKSoftmax
+
+
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
+    inner = config.size("intermediate_size")
+    experts = moe(
+        config,
+        TopKSoftmax(),
+        num=config.size("num_local_experts", "num_experts"),
+        top_k=config.size("num_experts_per_tok"),
+        expert=Ffn(intermediate=inner),
+    )
+    bias = config.get("attention_bias", bool, False)
+    scale = config.get("attention_multiplier", float, 1.0)
+    attention = gqa(config, scale=scale, qkv_bias=bias, out_bias=bias)
+    divisor = config.get("logits_scaling", float, 1.0)
+    if divisor <= 0:
+        raise ModelError(f"{config.where}: logits_scaling is {divisor}, allowed a positive number")
+    spec = model(
+        config,
+        [Block(attention=attention, ffn=experts) for _ in layers(config)],
+        embed_multiplier=config.get("embedding_multiplier", float, 1.0),
+        residual_multiplier=config.get("residual_multiplier", float, 1.0),
+        logit_divisor=divisor,
+    )
+    module, hidden = "block_sparse_moe", spec.hidden_size
+    hub = stacked_experts(module, inner, hidden, ("input_linear.weight", "output_linear.weight"))
+    later = stacked_experts(f"{module}.experts", inner, hidden)
+    names = name_map(
+        spec,
+        moe={"router.weight": at(f"{module}.router.layer.weight", f"{module}.router.weight")},
+        expert={part: hub[part] + later[part] for part in hub},
+    )
+    return spec, names

@@ -1,0 +1,31 @@
+"""The text part of Qwen3.5-MoE: Qwen3-Next with other tensor names, inside a multimodal file."""
+
+from dataclasses import replace
+
+from windlass.models.config import Config
+from windlass.models.families.common import model
+from windlass.models.families.qwen3_next import (
+    delta_attentions,
+    delta_moe,
+    delta_names,
+    delta_norm,
+)
+from windlass.models.names import NameMap
+from windlass.models.spec import Block, ModelSpec
+
+
+def read_text(config: Config) -> tuple[ModelSpec, NameMap]:
+    experts = delta_moe(config, renorm=True)
+    blocks = [Block(attention=attention, ffn=experts) for attention in delta_attentions(config)]
+    spec = model(config, blocks, norm=delta_norm(config))
+    return spec, delta_names(spec, fused_first=False)
+
+
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
+    """The language model of an image-and-text checkpoint; its vision tensors are left unread."""
+    spec, names = read_text(config.section("text_config"))
+    tied = config.get("tie_word_embeddings", bool, spec.tied_head)
+    spec = replace(spec, family=config.require("model_type", str), tied_head=tied)
+    first = "model.language_model."
+    others = tuple(prefix for prefix in names.prefixes if prefix != first)
+    return spec, replace(names, prefixes=(first, *others))

@@ -1,0 +1,29 @@
+"""Qwen3-MoE."""
+
+from windlass.models.config import Config
+from windlass.models.families.common import gqa, model, moe, sparse_layers, window
+from windlass.models.families.tensor_names import qwen_names
+from windlass.models.names import NameMap
+from windlass.models.spec import Block, Ffn, ModelSpec, SoftmaxTopK
+
+
+def read(config: Config) -> tuple[ModelSpec, NameMap]:
+    bias = config.get("attention_bias", bool, False)
+    size, slides = window(config), config.get("use_sliding_window", bool, False)
+    attention = gqa(
+        config, qkv_bias=bias, out_bias=bias, qk_norm="head", window=size if slides else None
+    )
+    experts = moe(
+        config,
+        SoftmaxTopK(renorm_floor=0.0 if config.get("norm_topk_prob", bool, False) else None),
+        num=config.size("num_experts", "num_local_experts"),
+        top_k=config.size("num_experts_per_tok"),
+        expert=Ffn(intermediate=config.size("moe_intermediate_size")),
+    )
+    dense = Ffn(intermediate=config.size("intermediate_size"))
+    blocks = [
+        Block(attention=attention, ffn=experts if sparse else dense)
+        for sparse in sparse_layers(config)
+    ]
+    spec = model(config, blocks)
+    return spec, qwen_names(spec)

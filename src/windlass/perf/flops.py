@@ -1,0 +1,138 @@
+"""What a model needs by its description: parameters and operations. Pure arithmetic.
+
+FLOPs count a multiplication and an addition as two; norms, activations and softmax are left out
+(under 1 % of a block).
+"""
+
+from math import prod
+
+from windlass.models.shapes import (
+    Shapes,
+    attention_shapes,
+    block_shapes,
+    ffn_shapes,
+    final_shapes,
+    moe_shapes,
+    table_shape,
+)
+from windlass.models.spec import Attention, Block, GatedDelta, Gqa, Mla, ModelSpec, Moe
+
+
+def num_parameters(spec: ModelSpec) -> int:
+    """All parameters; a tied head counts once."""
+    blocks = sum(
+        _block_elements(spec, layer, num_experts=_num_experts(block))
+        for layer, block in enumerate(spec.blocks)
+    )
+    return blocks + _ends(spec)
+
+
+def num_active_parameters(spec: ModelSpec) -> int:
+    """Parameters that one token uses: of the routed experts only those it is sent to, and of the
+    embedding table one row."""
+    blocks = sum(
+        _block_elements(spec, layer, num_experts=_num_active(block))
+        for layer, block in enumerate(spec.blocks)
+    )
+    table = 0 if spec.tied_head else prod(table_shape(spec)) - spec.hidden_size
+    return blocks + _ends(spec) - table
+
+
+def block_flops_per_token(spec: ModelSpec, layer: int, *, context: int = 0) -> int:
+    """Of one token in one block; `context` positions are attended to."""
+    block = spec.blocks[layer]
+    weights = attention_matrices(spec, layer) + shared_matrices(spec, layer)
+    weights += _num_active(block) * expert_matrices(spec, layer)
+    return 2 * weights + attention_flops(block.attention, context)
+
+
+def attention_matrices(spec: ModelSpec, layer: int) -> int:
+    """Elements of the matrices around attention."""
+    return _matrices(attention_shapes(spec.blocks[layer].attention, spec.hidden_size))
+
+
+def shared_matrices(spec: ModelSpec, layer: int) -> int:
+    """Elements of router and shared expert; 0 in a dense layer."""
+    ffn = spec.blocks[layer].ffn
+    return _matrices(moe_shapes(ffn, spec.hidden_size)) if isinstance(ffn, Moe) else 0
+
+
+def expert_matrices(spec: ModelSpec, layer: int) -> int:
+    """Elements of one expert's matrices, or of a dense layer's network."""
+    ffn = spec.blocks[layer].ffn
+    return _matrices(ffn_shapes(ffn.expert if isinstance(ffn, Moe) else ffn, spec.hidden_size))
+
+
+def attention_row_numbers(spec: ModelSpec, layer: int) -> int:
+    """Numbers that one row reads and writes beside products and scores: norms, rotation, keys and
+    values stored, residual. Counted of the decoder's operations, each as a trip of its own."""
+    attention, hidden = spec.blocks[layer].attention, spec.hidden_size
+    around = 5 * hidden  # norm: read, written; residual: two read, one written
+    match attention:
+        case Gqa():
+            kept = attention.num_kv_heads * attention.head_dim
+            heads = attention.num_heads * attention.head_dim + kept
+            norms = 0 if attention.qk_norm == "none" else 2 * heads
+            return around + norms + (4 * heads if attention.rope else 0) + 3 * kept
+        case Mla():
+            row = attention.kv_lora_rank + attention.rope.dim
+            low = 2 * ((attention.q_lora_rank or 0) + attention.kv_lora_rank)
+            return around + low + attention.num_heads * (2 * row + 4 * attention.rope.dim) + 2 * row
+        case GatedDelta():
+            values = attention.num_v_heads * attention.v_head_dim
+            return around + (2 + attention.conv_kernel) * attention.conv_dim + 4 * values
+
+
+def ffn_row_numbers(spec: ModelSpec, layer: int) -> tuple[int, int]:
+    """The same of a layer's network: before its experts (norm, routing), and after (their sum)."""
+    ffn, hidden = spec.blocks[layer].ffn, spec.hidden_size
+    if not isinstance(ffn, Moe):
+        return 2 * hidden, 3 * hidden
+    return 2 * hidden + 4 * ffn.num_experts + 8 * ffn.top_k, (ffn.top_k + 2) * hidden
+
+
+def head_flops_per_token(spec: ModelSpec) -> int:
+    """Of the output projection, for each token whose logits are computed."""
+    return 2 * prod(table_shape(spec))
+
+
+def _num_experts(block: Block) -> int:
+    return block.ffn.num_experts if isinstance(block.ffn, Moe) else 1
+
+
+def _num_active(block: Block) -> int:
+    return block.ffn.top_k if isinstance(block.ffn, Moe) else 1
+
+
+def _block_elements(spec: ModelSpec, layer: int, *, num_experts: int) -> int:
+    block = spec.blocks[layer]
+    ffn = block.ffn.expert if isinstance(block.ffn, Moe) else block.ffn
+    own = _elements(block_shapes(spec, layer))
+    return own + num_experts * _elements(ffn_shapes(ffn, spec.hidden_size))
+
+
+def _ends(spec: ModelSpec) -> int:
+    tables = 1 if spec.tied_head else 2
+    return tables * prod(table_shape(spec)) + _elements(final_shapes(spec))
+
+
+def _elements(shapes: Shapes) -> int:
+    return sum(prod(shape) for shape in shapes.values())
+
+
+def _matrices(shapes: Shapes) -> int:
+    return sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
+
+
+def attention_flops(attention: Attention, context: int) -> int:
+    """Scores and weighted sums of one row that sees `context` positions."""
+    match attention:
+        case Gqa():
+            seen = context if attention.window is None else min(context, attention.window)
+            return 4 * seen * attention.num_heads * attention.head_dim
+        case Mla():
+            width = 2 * attention.kv_lora_rank + attention.rope.dim
+            return 2 * context * attention.num_heads * width
+        case GatedDelta():
+            # decay, what the key finds, the update along the key, what the query finds
+            return 7 * attention.num_v_heads * attention.k_head_dim * attention.v_head_dim

@@ -1,0 +1,31 @@
+"""What a checkpoint, the process and its kernels weigh: where plans and predictions begin."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from windlass.ids import Part
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The kernels that a pass runs on: their name and threads."""
+
+    name: str
+    threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What the checkpoint and the process weigh, in bytes."""
+
+    process_bytes: int  # measured before anything was allocated
+    slot_bytes: Mapping[Part, int]
+    num_parts: Mapping[Part, int]
+    bytes_per_token: int  # keys and values, all layers
+    kv_cache_dtype: str  # which they are kept in
+    bytes_per_position: int  # tables of rotary positions
+    row_buffer_bytes: int  # where the embedding's rows are read one by one
+    state_bytes: int  # recurrent state of a sequence, all layers
+    backend: Backend
+    # how matrices are stored, as hardware profiles call it; "bfloat16" of parts that are absent
+    weight_kinds: Mapping[Part, str] = field(default_factory=dict)

@@ -1,0 +1,149 @@
+"""Layers that are computed as they were for the last pass: with a few rows and all weights in
+memory, saying what is to be computed takes as long as computing it."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from windlass.ids import Part, WeightKey
+from windlass.kernels.interface import Capture, ExpertGroups, Kernels
+from windlass.models.spec import ModelSpec, Moe
+from windlass.runtime.attention_metadata import AttentionMetadata
+from windlass.runtime.layer_ops import LayerOps
+from windlass.schedule.batch import Batch, is_capturable
+from windlass.tensors import Tensors
+from windlass.trace import Tracer
+from windlass.weights.store import WeightStore
+
+
+class _Done(NamedTuple):
+    """What a layer tells of itself."""
+
+    groups: ExpertGroups | None  # of layers with experts
+
+
+class LayerCapture:
+    """Passes of equally many rows, one of each sequence: hidden states and metadata of the next
+    take the memory of the last one's, so that what was noted of a layer holds again, also when
+    others were computed in between."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        blocks: LayerOps,
+        kernels: Kernels,
+        weights: WeightStore,
+        tracer: Tracer,
+    ) -> None:
+        self._spec = spec
+        self._blocks = blocks
+        self._kernels = kernels
+        self._weights = weights
+        self._tracer = tracer
+        self._pinned: dict[int, list[Tensors]] = {}  # weights of layers that are there for good
+        self._passes: dict[int, _Pass] = {}  # by their number of rows
+        self._pass: _Pass | None = None  # under way, if it can be repeated
+
+    def begin(
+        self, batch: Batch, hidden: torch.Tensor, metadata: Mapping[int, AttentionMetadata]
+    ) -> tuple[torch.Tensor, Mapping[int, AttentionMetadata]]:
+        """A pass begins: where its hidden states and the metadata of its micro-batches are from now
+        on."""
+        self._pass = None
+        if not self._weights.keeps_all or not is_capturable(batch):
+            return hidden, metadata
+        (now,) = metadata.values()
+        self._blocks.fill_tables(now)
+        self._pass = self._passes.get(batch.num_rows)
+        if self._pass is not None:
+            return self._pass.hidden_TD, {0: self._pass.next(now, hidden)}
+        capture = self._kernels.capture(lambda: self._tracer.current)
+        if capture is not None:
+            self._pass = self._passes[batch.num_rows] = _Pass(capture, now, hidden)
+        return hidden, metadata
+
+    def layer(self, layer: int) -> bool:
+        """See `Runtime.replay`."""
+        if self._pass is None:
+            return False
+        parts = self._pinned.get(layer) or self._pin(layer)
+        if parts is None:
+            return False
+        now = self._pass
+        with self._tracer.span("layer", layer=layer, rows=now.num_rows):
+            done = now.capture.run(layer, lambda: self._compute(layer, parts, now))
+        if done is None:
+            return False
+        self._weights.count_hits(Part.BLOCK, 1)
+        if done.groups is None:
+            self._weights.count_hits(Part.FFN, 1)
+        else:
+            self._weights.count_hits(Part.EXPERT, int(done.groups.counts_E.count_nonzero()))
+        return True
+
+    def end(self) -> None:
+        """The pass has ended: what was repeated is charged to the spans it was noted in."""
+        if self._pass is not None:
+            for name, seconds in self._pass.capture.seconds().items():
+                self._tracer.seconds[name] += seconds
+
+    def _pin(self, layer: int) -> list[Tensors] | None:
+        """Block, and network or experts."""
+        ffn = self._spec.blocks[layer].ffn
+        keys = [WeightKey(Part.BLOCK, layer)]
+        if isinstance(ffn, Moe):
+            keys += [WeightKey(Part.EXPERT, layer, expert) for expert in range(ffn.num_experts)]
+        else:
+            keys.append(WeightKey(Part.FFN, layer))
+        found = self._weights.pinned(keys)
+        if found is None:
+            return None
+        self._pinned[layer] = [*found]
+        return self._pinned[layer]
+
+    def _compute(self, layer: int, parts: Sequence[Tensors], now: "_Pass") -> _Done:
+        """What the schedule does, but for all experts at once: those without rows cost nothing."""
+        block, *others = parts
+        hidden = now.hidden_TD
+        self._blocks.attention(layer, block, hidden, now.metadata)
+        ffn = self._spec.blocks[layer].ffn
+        if not isinstance(ffn, Moe):
+            self._blocks.dense(layer, others[0], hidden, self._blocks.ffn_input(block, hidden))
+            return _Done(None)
+        routed = self._blocks.route(layer, block, hidden)
+        shared_TD = self._blocks.shared(layer, block, routed)
+        outputs = now.capture.empty(now.num_rows * ffn.top_k, hidden.shape[1])
+        experts = dict(enumerate(others))
+        self._blocks.experts(layer, experts, routed, outputs, now.num_rows * ffn.top_k)
+        self._blocks.combine(layer, hidden, routed, outputs, shared_TD)
+        return _Done(routed.groups)
+
+
+class _Pass:
+    """What passes that repeat each other have in common."""
+
+    def __init__(
+        self, capture: Capture, metadata: AttentionMetadata, hidden_TD: torch.Tensor
+    ) -> None:
+        self.capture = capture
+        self.hidden_TD = hidden_TD
+        self.metadata = metadata
+        capture.begin(metadata.work)
+
+    @property
+    def num_rows(self) -> int:
+        return self.hidden_TD.shape[0]
+
+    def next(self, metadata: AttentionMetadata, hidden_TD: torch.Tensor) -> AttentionMetadata:
+        """Takes the rows of the next pass over; where they are from now on."""
+        own = self.metadata
+        self.hidden_TD.copy_(hidden_TD)
+        for to, new in zip(own[:4], metadata[:4], strict=True):
+            to.copy_(new)
+        for rope, tables in own.tables.items():
+            for to, new in zip(tables, metadata.tables[rope], strict=True):
+                to.copy_(new)
+        self.capture.begin(metadata.work)
+        self.metadata = own._replace(work=metadata.work, delta=metadata.delta)
+        return self.metadata

@@ -1,0 +1,194 @@
+"""The runtime that computes: glue between pass, decoder math, weight store and key/value store.
+
+Owns nothing that outlives a pass except the stores and the usage forecast it was given. All calls
+come from one thread. The only place where routing is read back to Python.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from windlass.decoder import block as math
+from windlass.decoder.score import RunningLogprobs
+from windlass.device.host_memory import empty
+from windlass.ids import Part, WeightKey
+from windlass.kernels.interface import Kernels
+from windlass.kvcache.kv_cache import KvCache
+from windlass.models.spec import ModelSpec
+from windlass.prefetch.prefetcher import ExpertForecast, Prefetcher
+from windlass.runtime.attention_metadata import AttentionMetadata, attention_metadata
+from windlass.runtime.capture import LayerCapture
+from windlass.runtime.embedding import EmbeddingRows
+from windlass.runtime.layer_ops import LayerOps, RoutedRows
+from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
+from windlass.schedule.runtime import Outcome, Routed
+from windlass.tensors import plain
+from windlass.trace import Tracer
+from windlass.weights.leases import Lease
+from windlass.weights.store import WeightStore
+
+_SCORE_BYTES = 8 << 20  # of logits that only a score is taken of
+
+
+class _Rows(NamedTuple):
+    """Rows of a layer on their way through its experts."""
+
+    routed: RoutedRows
+    counts: dict[int, int]  # rows of each expert that has any
+    outputs: torch.Tensor  # (T * A, D) by place
+    shared_TD: torch.Tensor | None
+
+
+@dataclass(slots=True)
+class _Final:
+    """Rows on their way through the head."""
+
+    h_RD: torch.Tensor
+    logits_RV: torch.Tensor
+    bias_V: torch.Tensor | None
+    scores: RunningLogprobs
+    h_SD: torch.Tensor  # rows whose targets are scored
+    column: int
+
+
+class HostRuntime:
+    """Implements `Runtime` on a device whose kernels are given."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        kernels: Kernels,
+        weights: WeightStore,
+        kv: KvCache,
+        *,
+        embedding: EmbeddingRows,
+        prefetcher: Prefetcher | None,
+        forecast: ExpertForecast,
+        tracer: Tracer,
+    ) -> None:
+        """Without an `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
+        self._spec = spec
+        self._kernels = kernels
+        self._weights = weights
+        self._kv = kv
+        self._embedding = embedding
+        self._prefetcher = prefetcher
+        self._forecast = forecast
+        self._tracer = tracer
+        self._blocks = LayerOps(spec, kernels, kv, tracer)
+        self._capture = LayerCapture(spec, self._blocks, kernels, weights, tracer)
+        self._metadata: Mapping[int, AttentionMetadata] = {}
+        self._outputs: torch.Tensor | None = None
+
+    # --- weights ----------------------------------------------------------------------------------
+
+    def lease(self, key: WeightKey) -> AbstractContextManager[Lease]:
+        return self._weights.lease(key)
+
+    def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[list[Lease]]:
+        group_size = self._weights.group_size
+        if self._prefetcher is None:
+            for first in range(0, len(keys), group_size):
+                arriving = self._weights.arrivals(keys[first : first + group_size])
+                yield arriving.all()
+                arriving.close()
+            return
+        arriving = self._weights.arrivals(keys)
+        for lease in arriving:
+            yield [lease, *arriving.ready(group_size - 1)]
+
+    def prefetch(self, layer: int) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher.enter(layer)
+
+    # --- a pass -----------------------------------------------------------------------------------
+
+    def begin(self, batch: Batch) -> torch.Tensor:
+        with self._tracer.span("embed", rows=batch.num_rows):
+            tokens = [token for segment in batch.segments for token in segment.token_ids]
+            self._metadata = {
+                micro.first_row: attention_metadata(micro, self._kv.page_tokens)
+                for micro in batch.micro_batches
+            }
+            self._forecast.begin(batch.num_rows)
+            hidden = math.embed(self._spec, self._embedding.rows(tokens))
+            hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
+            return hidden
+
+    def replay(self, layer: int) -> bool:
+        return self._capture.layer(layer)
+
+    def attention(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:
+        part = slice(rows.first_row, rows.first_row + rows.num_rows)
+        metadata = self._metadata[rows.first_row]
+        self._blocks.attention(layer, weights.tensors, hidden[part], metadata)
+
+    def enter_experts(self, layer: int, weights: Lease, hidden: torch.Tensor) -> Routed:
+        routed = self._blocks.route(layer, weights.tensors, hidden)
+        counts = {expert: n for expert, n in enumerate(routed.groups.counts_E.tolist()) if n}
+        self._forecast.observe(layer, counts)
+        shared = self._blocks.shared(layer, weights.tensors, routed)
+        outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
+        return Routed(tuple(counts), _Rows(routed, counts, outputs, shared))
+
+    def _expert_outputs(self, *shape: int) -> torch.Tensor:
+        """Memory of one layer's expert outputs, the same for all layers of a pass."""
+        if self._outputs is None or self._outputs.shape != shape:
+            self._outputs = None  # freed before the next is made
+            self._outputs = empty(*shape)
+        return self._outputs
+
+    def experts(self, layer: int, group: Sequence[Lease], routed: Routed) -> None:
+        data: _Rows = routed.data
+        experts = {lease.key.index: lease.tensors for lease in group}
+        rows = sum(data.counts[expert] for expert in experts)
+        self._blocks.experts(layer, experts, data.routed, data.outputs, rows)
+
+    def leave_experts(self, layer: int, hidden: torch.Tensor, routed: Routed) -> None:
+        data: _Rows = routed.data
+        self._blocks.combine(layer, hidden, data.routed, data.outputs, data.shared_TD)
+
+    def enter_dense(self, layer: int, weights: Lease, hidden: torch.Tensor) -> torch.Tensor:
+        return self._blocks.ffn_input(weights.tensors, hidden)
+
+    def dense(self, layer: int, weights: Lease, hidden: torch.Tensor, normed: torch.Tensor) -> None:
+        self._blocks.dense(layer, weights.tensors, hidden, normed)
+
+    def enter_head(self, hidden: torch.Tensor, batch: Batch) -> _Final:
+        rows, scored = batch.logit_rows, batch.scored_rows
+        with self._weights.lease(WeightKey(Part.FINAL)) as lease:
+            h_RD, h_SD = (self._final_norm(lease, hidden, which) for which in (rows, scored))
+            bias_V = plain(lease.tensors, "head_bias").clone() if self._spec.head_bias else None
+        logits_RV = h_RD.new_empty(len(rows), self._spec.vocab_size)
+        return _Final(h_RD, logits_RV, bias_V, RunningLogprobs(batch.targets), h_SD, 0)
+
+    def _final_norm(self, final: Lease, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
+        if len(rows) == hidden.shape[0]:  # all of them: rows come in their order
+            return math.final_norm(self._kernels, self._spec, final.tensors, hidden)
+        picked = hidden[rows]
+        return math.final_norm(self._kernels, self._spec, final.tensors, picked) if rows else picked
+
+    def head(self, weights: Lease, final: _Final) -> None:
+        w_VD = weights.tensors["weight"]
+        part = slice(final.column, final.column + w_VD.shape[0])
+        with self._tracer.span("head", rows=final.h_RD.shape[0], chunk=weights.key.index):
+            bias = None if final.bias_V is None else final.bias_V[part]
+            if final.h_RD.shape[0]:
+                out_RV = final.logits_RV[:, part]
+                math.logits(self._kernels, self._spec, w_VD, bias, final.h_RD, out_RV)
+            # a few rows at a time: logits of all of them would be larger than the pass itself
+            step = max(CHUNK_TOKENS, _SCORE_BYTES // (4 * w_VD.shape[0]))
+            for first in range(0, final.h_SD.shape[0], step):
+                h_SD = final.h_SD[first : first + step]
+                logits_SV = h_SD.new_empty(h_SD.shape[0], w_VD.shape[0])
+                math.logits(self._kernels, self._spec, w_VD, bias, h_SD, logits_SV)
+                final.scores.add(slice(first, first + step), final.column, logits_SV)
+        final.column = part.stop
+
+    def finish(self, final: _Final) -> Outcome:
+        self._outputs = None
+        self._capture.end()
+        return Outcome(final.logits_RV, final.scores.logprobs())

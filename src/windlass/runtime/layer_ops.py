@@ -1,0 +1,166 @@
+"""What a layer computes, module by module, on weights that are given. Knows keys and values and
+where rows are, not where weights come from."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from windlass.decoder import block as math
+from windlass.decoder.attention import value_width
+from windlass.decoder.delta import delta_attention
+from windlass.decoder.moe import dense_ffn, route, shared_expert
+from windlass.decoder.rope import RopeTable
+from windlass.kernels.interface import AttentionOptions, ExpertGroups, Kernels
+from windlass.kvcache.kv_cache import KvCache
+from windlass.models.spec import GatedDelta, Gqa, Mla, ModelSpec, Moe, Rope
+from windlass.runtime.attention_metadata import AttentionMetadata
+from windlass.tensors import Tensors, floats_or_none
+from windlass.trace import Tracer
+
+
+class RoutedRows(NamedTuple):
+    """Rows that know their experts."""
+
+    h_TD: torch.Tensor
+    weights_TA: torch.Tensor
+    groups: ExpertGroups
+
+
+class LayerOps:
+    """Runs modules of layers; each is a span of the trace."""
+
+    def __init__(self, spec: ModelSpec, kernels: Kernels, kv: KvCache, tracer: Tracer) -> None:
+        self._spec = spec
+        self._kernels = kernels
+        self._kv = kv
+        self._tracer = tracer
+        self._ropes = {rope: RopeTable(rope) for rope in ropes(spec)}
+
+    def attention(
+        self, layer: int, w: Tensors, x_TD: torch.Tensor, metadata: AttentionMetadata
+    ) -> None:
+        """Adds a block's attention to the hidden states, in place."""
+        attention = self._spec.blocks[layer].attention
+        with self._tracer.span("attention", layer=layer, rows=x_TD.shape[0]):
+            if isinstance(attention, GatedDelta):
+                self._delta(layer, attention, w, x_TD, metadata)
+            else:
+                self._softmax(layer, attention, w, x_TD, metadata)
+
+    def route(self, layer: int, w: Tensors, hidden: torch.Tensor) -> RoutedRows:
+        """From the hidden states of all rows to their experts."""
+        moe = self._moe(layer)
+        with self._tracer.span("route", layer=layer, rows=hidden.shape[0]):
+            h_TD = math.ffn_input(self._kernels, self._spec, w, hidden)
+            weights_TA, ids_TA = route(self._kernels, moe, w, h_TD)
+            return RoutedRows(h_TD, weights_TA, self._kernels.group(ids_TA, moe.num_experts))
+
+    def shared(self, layer: int, w: Tensors, routed: RoutedRows) -> torch.Tensor | None:
+        """Of the expert that all rows use, where there is one."""
+        shared = self._moe(layer).shared
+        if shared is None:
+            return None
+        with self._tracer.span("shared", layer=layer, rows=routed.h_TD.shape[0]):
+            return shared_expert(self._kernels, shared, w, routed.h_TD)
+
+    def experts(
+        self,
+        layer: int,
+        experts: Mapping[int, Tensors],
+        routed: RoutedRows,
+        outputs: torch.Tensor,
+        rows: int,
+    ) -> None:
+        """Some experts, over the `rows` rows that chose them, to their metadata of `outputs`."""
+        activation = self._moe(layer).expert.activation
+        with self._tracer.span("experts", layer=layer, experts=len(experts), rows=rows):
+            self._kernels.experts(routed.h_TD, experts, routed.groups, activation, outputs)
+
+    def combine(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        routed: RoutedRows,
+        outputs: torch.Tensor,
+        shared_TD: torch.Tensor | None,
+    ) -> None:
+        """Adds what the experts gave to the hidden states, in place."""
+        with self._tracer.span("combine", layer=layer, rows=hidden.shape[0]):
+            outputs_TAD = outputs.view(*routed.weights_TA.shape, -1)
+            multiplier = self._spec.residual_multiplier
+            self._kernels.combine(routed.weights_TA, outputs_TAD, shared_TD, hidden, multiplier)
+
+    def ffn_input(self, w: Tensors, hidden: torch.Tensor) -> torch.Tensor:
+        """What the network of a block without experts reads."""
+        return math.ffn_input(self._kernels, self._spec, w, hidden)
+
+    def dense(self, layer: int, w: Tensors, hidden: torch.Tensor, normed: torch.Tensor) -> None:
+        """Adds the network of a block without experts to the hidden states, in place."""
+        ffn = self._spec.blocks[layer].ffn
+        assert not isinstance(ffn, Moe), "the schedule asked for a dense network of a MoE layer"
+        with self._tracer.span("dense", layer=layer, rows=hidden.shape[0]):
+            y_TD = dense_ffn(self._kernels, ffn, w, normed)
+            math.residual(self._kernels, self._spec, hidden, y_TD)
+
+    def fill_tables(self, metadata: AttentionMetadata) -> None:
+        """Cos and sin of all kinds of rotary positions that the model has."""
+        for rope in self._ropes:
+            self._cos_sin(metadata, rope)
+
+    def _moe(self, layer: int) -> Moe:
+        moe = self._spec.blocks[layer].ffn
+        assert isinstance(moe, Moe), "the schedule asked for experts of a dense layer"
+        return moe
+
+    def _softmax(
+        self,
+        layer: int,
+        attention: Gqa | Mla,
+        w: Tensors,
+        x_TD: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> None:
+        cos = sin = None
+        if attention.rope is not None:
+            cos, sin = self._cos_sin(metadata, attention.rope)
+        got = math.pre_attention(self._kernels, self._spec, attention, w, x_TD, cos, sin)
+        for store, x_TKd in zip(self._kv.stored(layer), (got.key_TKd, got.value_TKv), strict=False):
+            self._kernels.write_rows(store, metadata.pages, metadata.offsets, x_TKd)
+        gqa = attention if isinstance(attention, Gqa) else None
+        options = AttentionOptions(
+            scale=attention.scale,
+            value_dim=value_width(attention),
+            window=gqa.window if gqa else None,
+            sinks_H=floats_or_none(w, "sinks") if gqa and gqa.sinks else None,
+        )
+        keys, values = self._kv.paged(layer)
+        o_THv = self._kernels.attention(got.q_THd, keys, values, metadata.work, options)
+        math.post_attention(self._kernels, self._spec, attention, w, x_TD, o_THv, got.gate_THv)
+
+    def _cos_sin(
+        self, metadata: AttentionMetadata, rope: Rope
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if rope not in metadata.tables:
+            found = self._ropes[rope].cos_sin(metadata.positions, long_T=metadata.long_rope)
+            metadata.tables[rope] = found
+        return metadata.tables[rope]
+
+    def _delta(
+        self,
+        layer: int,
+        attention: GatedDelta,
+        w: Tensors,
+        x_TD: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> None:
+        h_TD = math.attention_input(self._kernels, self._spec, w, x_TD)
+        conv, state = self._kv.states(layer)
+        y_TD = delta_attention(self._kernels, attention, w, h_TD, metadata.delta, conv, state)
+        math.residual(self._kernels, self._spec, x_TD, y_TD)
+
+
+def ropes(spec: ModelSpec) -> set[Rope]:
+    """Kinds of rotary positions in the model; each has a table."""
+    attentions = [block.attention for block in spec.blocks]
+    return {a.rope for a in attentions if isinstance(a, Gqa | Mla) and a.rope is not None}

@@ -1,0 +1,245 @@
+"""The runtime that only counts: the schedule, the weight cache, the policy and the forecast are
+those of the device, on a virtual clock. Knows rows, keys, bytes and seconds; no tensor, no file.
+
+The caller is the one thread of a real engine: it waits for weights, and for what it has the lanes
+compute. Attention of several micro-batches may be under way at once where the lanes that it needs
+differ (a device, its link and the host); everything else is waited for before it goes on.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from windlass.checkpoint.part_reads import Read
+from windlass.ids import Part, WeightKey
+from windlass.prefetch.prefetcher import ExpertForecast, Prefetcher
+from windlass.runtime.clock import Clock, Lanes, LaneWork, Span
+from windlass.schedule.batch import Batch, MicroBatch
+from windlass.schedule.runtime import Outcome, Routed
+from windlass.weights.cache import WeightCache
+from windlass.weights.eviction import EvictionPolicy
+from windlass.weights.io_queue import IoQueue, Priority, Ticket
+from windlass.weights.residency import Entry, num_slots
+from windlass.weights.slots import Slots
+
+Counts = Mapping[int, int]  # rows by expert, of experts that have any
+Router = Callable[[int, int], Counts]  # of a layer and a number of rows
+
+
+class Costs(Protocol):
+    """What operations ask of the lanes, and blocks of their way."""
+
+    def embed(self, batch: Batch) -> LaneWork: ...
+
+    def embedding_rows(self, num_rows: int) -> float:
+        """Seconds of the first lane to read rows of the table one by one."""
+        ...
+
+    def attention(self, layer: int, rows: MicroBatch) -> LaneWork: ...
+
+    def route(self, layer: int, num_rows: int) -> LaneWork: ...
+
+    def experts(self, layer: int, num_rows: Sequence[int]) -> LaneWork:
+        """Experts with so many rows each, in one call."""
+        ...
+
+    def combine(self, layer: int, num_rows: int) -> LaneWork: ...
+
+    def dense(self, layer: int, num_rows: int) -> LaneWork: ...
+
+    def head(self, chunk: int, num_rows: int) -> LaneWork: ...
+
+    def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[str, float]]:
+        """Lanes that a block of a part passes on its way into its slot, and the seconds on each."""
+        ...
+
+
+class SimulatedWeights:
+    """Slots that fill by the clock. `reads`: of each part, as the checkpoint has them."""
+
+    def __init__(
+        self,
+        lanes: Lanes,
+        costs: Costs,
+        *,
+        num_keys: Mapping[Part, int],
+        slots: Mapping[Part, int],
+        reads: Callable[[WeightKey], Sequence[Read]],
+        policy: EvictionPolicy,
+        depth: int,
+    ) -> None:
+        """`depth`: blocks in flight at once."""
+        self._lanes = lanes
+        self._costs = costs
+        self._reads = reads
+        self._queue = IoQueue(
+            self._send, lanes.clock, depth=depth, on_room=lambda: self.cache.pump()
+        )
+        given = num_slots(num_keys, slots)
+        self.cache = WeightCache(
+            num_keys,
+            {part: Slots(count) for part, count in given.items()},
+            self._queue,
+            self._fetch,
+            policy=policy,
+            now=lambda: lanes.clock.now,
+        )
+
+    @contextmanager
+    def lease(self, key: WeightKey) -> Iterator[Entry]:
+        entry = self.cache.take_resident(key)
+        if entry is None:
+            demand = self.cache.begin((key,))
+            entry = self.cache.next(demand)
+            self.cache.abandon(demand)
+            assert entry is not None, f"{key} did not arrive"
+        yield entry
+        self.cache.release((entry,))
+
+    def arrivals(
+        self, keys: Sequence[WeightKey], *, in_groups: bool = False
+    ) -> Iterator[list[Entry]]:
+        """As they arrive; `in_groups`: group by group, each complete before the next is read."""
+        size = self.cache.group_size
+        if in_groups:
+            for first in range(0, len(keys), size):
+                demand = self.cache.begin(keys[first : first + size])
+                group = []
+                while (entry := self.cache.next(demand)) is not None:
+                    group.append(entry)
+                yield group
+                self.cache.release(group)
+            return
+        demand = self.cache.begin(keys)
+        while (entry := self.cache.next(demand)) is not None:
+            group = [entry, *self.cache.ready(demand, size - 1)]
+            yield group
+            self.cache.release(group)
+
+    def _fetch(self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]) -> Ticket:
+        reads = self._reads(entry.key)
+        return self._queue.submit(reads, entry.key, priority=priority, label="", on_done=on_done)
+
+    def _send(self, ticket: Ticket, block: Read) -> None:
+        way = list(self._costs.block(ticket.into, block.num_bytes))
+
+        def go_on() -> None:
+            if not way:
+                self._queue.arrived(ticket, block.num_bytes)
+                return
+            lane, seconds = way.pop(0)
+            self._lanes[lane].put(seconds, go_on, ticket.into.part)
+
+        go_on()
+
+
+class SimulatedRuntime:
+    """Implements `Runtime` on a clock."""
+
+    def __init__(
+        self,
+        lanes: Lanes,
+        costs: Costs,
+        weights: SimulatedWeights,
+        *,
+        prefetcher: Prefetcher | None,
+        forecast: ExpertForecast,
+        router: Router,
+    ) -> None:
+        """Without an `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
+        self._lanes = lanes
+        self._costs = costs
+        self._weights = weights
+        self._prefetcher = prefetcher
+        self._forecast = forecast
+        self._router = router
+        self._num_rows = self._num_logits = 0
+
+    @property
+    def clock(self) -> Clock:
+        return self._lanes.clock
+
+    @property
+    def spans(self) -> list[Span]:
+        return self._lanes.spans
+
+    # --- weights ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def lease(self, key: WeightKey) -> Iterator[Entry]:
+        with self._weights.lease(key) as entry:
+            yield entry
+            self._lanes.finish()  # what still computes reads the slot
+
+    def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[list[Entry]]:
+        return self._weights.arrivals(keys, in_groups=self._prefetcher is None)
+
+    def prefetch(self, layer: int) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher.enter(layer)
+
+    def replay(self, layer: int) -> bool:
+        return False  # the same work and reads, but for calls that cost nothing: see costs.py
+
+    # --- a pass -----------------------------------------------------------------------------------
+
+    def begin(self, batch: Batch) -> None:
+        self._num_rows = batch.num_rows
+        self._num_logits = len(batch.logit_rows) + len(batch.scored_rows)
+        self._forecast.begin(batch.num_rows)
+        if self._weights.cache.fits(Part.EMBED):
+            with self._weights.lease(WeightKey(Part.EMBED)):
+                self._do(self._costs.embed(batch), "embed")
+            return
+        self._read_rows(batch.num_rows)
+        self._do(self._costs.embed(batch), "embed")
+
+    def attention(self, layer: int, weights: Entry, hidden: None, rows: MicroBatch) -> None:
+        work = self._costs.attention(layer, rows)
+        if work.chains:
+            self._lanes.start(work, "attention")
+        else:
+            self._do(work, "attention")
+
+    def enter_experts(self, layer: int, weights: Entry, hidden: None) -> Routed:
+        self._lanes.finish()  # routing sees all rows
+        counts = self._router(layer, self._num_rows)
+        self._forecast.observe(layer, counts)
+        self._do(self._costs.route(layer, self._num_rows), "route")
+        return Routed(tuple(sorted(counts)), counts)
+
+    def experts(self, layer: int, group: Sequence[Entry], routed: Routed) -> None:
+        counts: Counts = routed.data
+        rows = [counts[entry.key.index] for entry in group]
+        self._do(self._costs.experts(layer, rows), "experts")
+
+    def leave_experts(self, layer: int, hidden: None, routed: Routed) -> None:
+        self._do(self._costs.combine(layer, self._num_rows), "combine")
+
+    def enter_dense(self, layer: int, weights: Entry, hidden: None) -> None:
+        self._lanes.finish()
+
+    def dense(self, layer: int, weights: Entry, hidden: None, normed: None) -> None:
+        self._do(self._costs.dense(layer, self._num_rows), "dense")
+
+    def enter_head(self, hidden: None, batch: Batch) -> None:
+        with self._weights.lease(WeightKey(Part.FINAL)):
+            pass
+
+    def head(self, weights: Entry, final: None) -> None:
+        self._do(self._costs.head(weights.key.index, self._num_logits), "head")
+
+    def finish(self, final: None) -> Outcome:
+        return Outcome(None, None)
+
+    def _do(self, work: LaneWork, label: str) -> None:
+        """The caller waits for `work`."""
+        self._lanes.start(work, label)
+        self._lanes.finish()
+
+    def _read_rows(self, num_rows: int) -> None:
+        over: list[bool] = []
+        seconds = self._costs.embedding_rows(num_rows)
+        self._lanes["disk"].put(seconds, lambda: over.append(True), "embedding")
+        while not over:
+            self.clock.wait()

@@ -1,0 +1,233 @@
+"""Weights on demand: leases of resident parts, over bytes in slots. Knows keys and slots; not what
+weights are for, nor which of them matter (the policy and the hints say that)."""
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from windlass.checkpoint.part_reads import PartReads, make_part_reads, slot_bytes
+from windlass.checkpoint.reader import WeightSource
+from windlass.checkpoint.views import copied_bytes, make_views
+from windlass.device.base import Device
+from windlass.ids import Part, WeightKey
+from windlass.models.names import Layout
+from windlass.tensors import StoredTensors
+from windlass.trace import Tracer
+from windlass.weights.arena import Arena
+from windlass.weights.cache import WeightCache
+from windlass.weights.demand import Demand
+from windlass.weights.eviction import EvictionPolicy
+from windlass.weights.hints import Hint
+from windlass.weights.io_queue import BLOCK_BYTES, Priority, Ticket
+from windlass.weights.leases import Arrivals, Lease
+from windlass.weights.residency import Entry, num_slots
+from windlass.weights.row_reader import RowReader
+from windlass.weights.stats import StoreStats
+from windlass.weights.transfer import TransferQueue
+
+
+@dataclass(slots=True)
+class _Content:
+    """What lies in an entry's slot."""
+
+    part_reads: PartReads
+    tensors: StoredTensors | None = None  # made at the first lease
+
+
+class WeightStore:
+    """Leases parts of a checkpoint, read into `slots` equal slots per kind of part.
+
+    What is kept and what is read next is decided by `cache`. One thread calls; completions come
+    from the device's threads. The caller owns `source` and `device` and closes them after the
+    store. A kind of part needs at least one slot, except the embedding: without, its rows are read
+    singly.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        source: WeightSource,
+        device: Device,
+        slots: Mapping[Part, int],
+        *,
+        policy: EvictionPolicy,
+        tracer: Tracer | None = None,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        self._layout = layout
+        self._source = source
+        num_keys = Counter(key.part for key in layout.parts)
+        sizes = slot_bytes(layout, source.tensors)
+        given = num_slots({part: num_keys[part] for part in sizes}, slots)
+        self._arenas = {
+            part: Arena(device.allocate(sizes[part] * count), sizes[part], count)
+            for part, count in given.items()
+        }
+        self._queue = TransferQueue(
+            source,
+            device,
+            block_bytes=block_bytes,
+            on_room=lambda: self.cache.pump(),
+            tracer=tracer,
+        )
+        self._changed = self._queue.changed
+        self.cache = WeightCache(
+            num_keys,
+            self._arenas,
+            self._queue,
+            self._fetch,
+            policy=policy,
+            # copies are outside the slots, and planned for one part
+            one_by_one=bool(copied_bytes(layout, source.tensors)),
+        )
+        self._rows: dict[WeightKey, RowReader] = {}
+        if Part.EMBED not in given:
+            for key in layout.keys(Part.EMBED):
+                (piece,) = layout.parts[key]
+                info = source.tensors[piece.tensor]
+                assert not piece.ops and piece.shape == info.shape, f"{key}: rows of {piece}"
+                self._rows[key] = RowReader(info, self._queue, device)
+        self._dropped: deque[tuple[Demand, list[Lease]]] = deque()
+        self._rows_wait_s = 0.0
+
+    # --- what callers use -------------------------------------------------------------------------
+
+    def fits(self, part: Part) -> bool:
+        """Whether all parts of this kind have slots: then they stay resident once read."""
+        return self.cache.fits(part)
+
+    @property
+    def group_size(self) -> int:
+        """Experts to lease at once."""
+        return self.cache.group_size
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all kinds of parts have slots for all their keys (the embedding aside)."""
+        return self.cache.keeps_all
+
+    def holds(self, key: WeightKey) -> bool:
+        """Whether `key` is resident or under way. A hint: it may change at any moment."""
+        return self.cache.holds(key)
+
+    def pinned(self, keys: Iterable[WeightKey]) -> list[StoredTensors] | None:
+        """Tensors of `keys`, valid as long as the store, if all are in memory for good and views of
+        their slots."""
+        with self._changed:
+            entries = self.cache.pinned(keys)
+            if entries is None:
+                return None
+            tensors = [self._tensors_of(entry) for entry in entries]
+            has_copies = any(entry.content.tensors is None for entry in entries)
+            return None if has_copies else tensors
+
+    def count_hits(self, part: Part, count: int) -> None:
+        """Pinned parts that were used, for the statistics."""
+        self.cache.count_hits(part, count)
+
+    def lease(self, key: WeightKey) -> Lease:
+        """Waits until `key` is resident. Raises CheckpointError if it cannot be read, BudgetError
+        if all slots of its kind are leased."""
+        with self._changed:
+            entry = self.cache.take_resident(key)
+            if entry is not None:
+                return self._lease(entry)
+            self._tidy()
+            demand = self.cache.begin((key,))
+            try:
+                lease = self._next(demand)
+            finally:
+                self._abandon(demand)
+            assert lease is not None, f"{key} did not arrive"
+            return lease
+
+    def arrivals(self, keys: Iterable[WeightKey]) -> Arrivals:
+        """Leases of all `keys` (distinct): resident ones first, then as they arrive. Reading begins
+        at once, for as many as slots and link allow; works with a single slot."""
+        with self._changed:
+            self._tidy()
+            return Arrivals(self, self.cache.begin(keys))
+
+    def prefetch(self, hints: Sequence[Hint]) -> None:
+        """Replaces the hints. They are read in this order when the link has nothing more urgent,
+        into slots that are free or hold something needed later. Speculation under way that is
+        hinted no more is given up."""
+        self.cache.prefetch(hints)
+
+    def read_rows(self, key: WeightKey, rows: Sequence[int]) -> torch.Tensor:
+        """Rows of the (V, D) `weight` of `key`, an embedding without slots -> (len(rows), D)."""
+        begin = time.perf_counter()
+        result = self._rows[key].read(rows)
+        self._rows_wait_s += time.perf_counter() - begin
+        return result
+
+    def stats(self) -> StoreStats:
+        stats = self.cache.stats()
+        return replace(stats, wait_s=stats.wait_s + self._rows_wait_s)
+
+    def check(self) -> None:
+        """Slots, entries, leases, demands, the queue and the policy agree."""
+        with self._changed:
+            self._tidy()
+            self.cache.check()
+
+    def close(self) -> None:
+        """Waits for the blocks in flight and starts no more. Idempotent."""
+        self._queue.close()
+
+    # --- what leases and arrivals use -------------------------------------------------------------
+
+    def _next(self, demand: Demand) -> Lease | None:
+        """The next part of `demand`, waiting for it; None when it is over."""
+        with self._changed:
+            self._tidy()
+            entry = self.cache.next(demand)
+            return None if entry is None else self._lease(entry)
+
+    def _ready(self, demand: Demand, limit: int) -> list[Lease]:
+        """Leases of what `demand` need not wait for, at most `limit`."""
+        with self._changed:
+            return [self._lease(entry) for entry in self.cache.ready(demand, limit)]
+
+    def _release(self, entries: Sequence[Entry]) -> None:
+        self.cache.release(entries)
+
+    def _abandon(self, demand: Demand) -> None:
+        self.cache.abandon(demand)
+
+    def _lease(self, entry: Entry) -> Lease:
+        return Lease(self, entry, self._tensors_of(entry))
+
+    def _tensors_of(self, entry: Entry) -> StoredTensors:
+        content: _Content = entry.content
+        if content.tensors is not None:
+            return content.tensors
+        tensors, has_copies = make_views(content.part_reads, self._memory_of(entry))
+        if not has_copies:  # copies are outside the budget's slots: they end with the lease
+            content.tensors = tensors
+        return tensors
+
+    def _fetch(self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]) -> Ticket:
+        part_reads = make_part_reads(entry.key, self._layout, self._source.tensors)
+        entry.content = _Content(part_reads)
+        return self._queue.submit(
+            part_reads.reads,
+            self._memory_of(entry),
+            priority=priority,
+            label=str(entry.key),
+            on_done=on_done,
+        )
+
+    def _memory_of(self, entry: Entry) -> torch.Tensor:
+        """The slot of `entry`: uint8."""
+        return self._arenas[entry.key.part].bytes_of(entry.slot)
+
+    def _tidy(self) -> None:
+        while self._dropped:
+            demand, leases = self._dropped.popleft()
+            for lease in leases:
+                lease.release()
+            self._abandon(demand)

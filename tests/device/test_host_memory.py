@@ -1,0 +1,146 @@
+"""Memory of machine and container: fake trees of /proc and cgroups, and one real cgroup."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import windlass.build.open as build
+from cgroups import memory_group
+from windlass.device.host_memory import MemoryLimit, available_bytes, empty, memory_limits, zeros
+from windlass.units import GIB, MIB
+
+MACHINE = 64 * GIB  # available
+V1_UNLIMITED = 9223372036854771712
+
+
+def tree(tmp_path: Path, cgroup: str, mounts: list[str], files: dict[str, object]) -> Path:
+    """A /proc whose mount points lie below `tmp_path`; `{}` in `mounts` stands for that."""
+    proc = tmp_path / "proc"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {MACHINE // 1024} kB\n")
+    (proc / "self/cgroup").write_text(cgroup)
+    (proc / "self/mountinfo").write_text("".join(m.format(tmp_path) + "\n" for m in mounts))
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    return proc
+
+
+V2 = "30 23 0:26 / {}/sys rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
+V1 = "35 31 0:32 / {}/sys/memory rw,relatime - cgroup cgroup rw,memory"
+V1_CPU = "32 31 0:29 / {}/sys/cpu rw,relatime - cgroup cgroup rw,cpu"
+
+
+def test_no_limit_is_the_machine(tmp_path):
+    proc = tree(tmp_path, "0::/user\n", [V2], {"sys/user/memory.max": "max"})
+    assert available_bytes(proc) == MACHINE and memory_limits(proc) == []
+    bare = tree(tmp_path / "bare", "", [], {})
+    (bare / "self/cgroup").unlink()  # a kernel without cgroups
+    (bare / "self/mountinfo").unlink()
+    assert available_bytes(bare) == MACHINE
+
+
+def test_version_2_subtracts_usage_and_looks_at_every_ancestor(tmp_path):
+    files = {
+        "sys/a/memory.max": 3 * GIB,
+        "sys/a/memory.high": "max",
+        "sys/a/memory.current": 2 * GIB,
+        "sys/a/memory.stat": f"anon 5\ninactive_file {GIB // 2}\nactive_file 7",
+        "sys/a/b/memory.max": "max",
+        "sys/a/b/memory.current": GIB,
+        "sys/a/b/c/memory.max": 8 * GIB,
+        "sys/a/b/c/memory.high": 4 * GIB,
+        "sys/a/b/c/memory.current": GIB,
+        "sys/memory.current": 9 * GIB,
+    }
+    proc = tree(tmp_path, "0::/a/b/c\n", [V2], files)
+    assert sorted(memory_limits(proc)) == [
+        MemoryLimit(3 * GIB, 3 * GIB // 2), MemoryLimit(4 * GIB, 3 * GIB),
+    ]  # fmt: skip
+    assert available_bytes(proc) == 3 * GIB // 2
+
+
+def test_version_1_takes_the_memory_controller(tmp_path):
+    files = {
+        "sys/memory/memory.limit_in_bytes": V1_UNLIMITED,
+        "sys/memory/memory.usage_in_bytes": 20 * GIB,
+        "sys/memory/job/memory.limit_in_bytes": 2 * GIB,
+        "sys/memory/job/memory.usage_in_bytes": GIB,
+        "sys/memory/job/memory.stat": f"inactive_file 1\ntotal_inactive_file {MIB}",
+        "sys/cpu/other/memory.limit_in_bytes": 1,
+    }
+    proc = tree(tmp_path, "4:cpu:/other\n3:memory:/job\n0::/\n", [V1_CPU, V1], files)
+    assert available_bytes(proc) == GIB + MIB
+
+
+def test_a_container_sees_its_group_at_the_top(tmp_path):
+    files = {"sys/memory/memory.limit_in_bytes": GIB, "sys/memory/memory.usage_in_bytes": MIB}
+    mount = V1.replace(" / ", " /docker/x ", 1)
+    for name, own in (("same", "/docker/x"), ("other", "/elsewhere"), ("above", "/../y")):
+        proc = tree(tmp_path / name, f"3:memory:{own}\n", [mount], files)
+        assert available_bytes(proc) == GIB - MIB, name
+    files = {"sys/in/memory.max": GIB, "sys/in/memory.current": 0}
+    proc = tree(tmp_path / "in", "0::/docker/x/in\n", [V2.replace(" / ", " /docker/x ", 1)], files)
+    assert available_bytes(proc) == GIB
+
+
+def test_a_group_above_its_limit_has_nothing_left(tmp_path):
+    files = {"sys/memory.max": MIB, "sys/memory.current": 2 * MIB}
+    assert available_bytes(tree(tmp_path, "0::/\n", [V2], files)) == 0
+
+
+def test_the_default_budget_is_below_every_limit(monkeypatch):
+    monkeypatch.setattr(build, "resident_bytes", lambda: 900 * MIB)
+    monkeypatch.setattr(build, "available_bytes", lambda: 200 * MIB)
+    monkeypatch.setattr(build, "memory_limits", list)
+    assert build.default_budget() == 1060 * MIB
+    groups = [MemoryLimit(GIB, 0), MemoryLimit(2 * GIB, GIB)]
+    monkeypatch.setattr(build, "memory_limits", lambda: groups)
+    assert GIB - 64 * MIB <= build.default_budget() < GIB
+
+
+@pytest.mark.parametrize("rows", [3, 1 << 12])  # malloc's memory, and pages of its own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_zeros_are_zero_where_other_tensors_were(rows, dtype):
+    for _ in range(3):
+        for make in (empty, zeros):
+            found = make(rows, 2, 1024, dtype=dtype)
+            assert (found.shape, found.dtype) == ((rows, 2, 1024), dtype)
+            assert make is empty or not found.any()
+            found.fill_(1)  # what it leaves behind must not be seen again
+
+
+def test_large_zeros_are_cleared_by_the_system_alone(monkeypatch):
+    def cleared(*_args, **_more):
+        raise AssertionError("cleared twice")
+
+    for name in ("zero_", "fill_", "__setitem__"):
+        monkeypatch.setattr(torch.Tensor, name, cleared)
+    monkeypatch.setattr(torch, "zeros", cleared)
+    assert not zeros(2, 1 << 20).any()
+    with pytest.raises(AssertionError, match="cleared twice"):
+        zeros(2)
+
+
+@pytest.mark.cgroup
+def test_the_demo_runs_within_a_container_without_a_budget(tmp_path):
+    row = {"custom_id": "r", "method": "POST", "url": "/v1/completions",
+           "body": {"prompt": "The cat", "max_tokens": 4}}  # fmt: skip
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    command = [
+        sys.executable, "-m", "windlass.cli", "run-batch", "-i", str(tmp_path / "in.jsonl"),
+        "-o", str(tmp_path / "out.jsonl"), "--model", "demo", "--json",
+    ]  # fmt: skip
+    limit = 640 * MIB
+    with memory_group(limit) as group:
+        if group is None:
+            pytest.skip("no memory cgroup can be made here (needs root and the memory controller)")
+        done = group.run(command, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert group.num_kills == 0 and group.peak_bytes <= limit
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert summary["plan"]["host_memory"] < limit, summary["plan"]

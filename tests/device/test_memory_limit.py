@@ -1,0 +1,76 @@
+"""The whole process inside a memory cgroup of exactly the budget, with a checkpoint four times
+larger: it ends, is not killed, and its peak stays below."""
+
+import json
+import sys
+
+import pytest
+
+from cgroups import memory_group
+from windlass.checkpoint.synthetic import preset, write_random_checkpoint
+from windlass.units import MIB
+
+BUDGET = 400 * MIB
+CONFIG = preset("qwen3-moe-1b", num_layers=17) | {
+    "hidden_size": 512,
+    "num_experts": 64,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 8192,
+}
+PROMPTS, PROMPT_TOKENS, OUTPUT_TOKENS = 12, 40, 3
+
+
+def _job(path):
+    with path.open("w") as file:
+        for i in range(PROMPTS):
+            prompt = [(37 * i + 11 * j) % 250 for j in range(PROMPT_TOKENS)]
+            body = {"prompt": prompt, "max_tokens": OUTPUT_TOKENS, "temperature": 0,
+                    "ignore_eos": True}  # fmt: skip
+            row = {"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body}
+            file.write(json.dumps(row) + "\n")
+
+
+@pytest.mark.cgroup
+def test_a_checkpoint_four_times_the_budget_runs_inside_it(tmp_path):
+    model = tmp_path / "model"
+    assert write_random_checkpoint(CONFIG, model) >= 4 * BUDGET
+    _job(tmp_path / "in.jsonl")
+    command = [
+        sys.executable, "-m", "windlass.cli", "run-batch", "-i", str(tmp_path / "in.jsonl"),
+        "-o", str(tmp_path / "out.jsonl"), "--model", str(model),
+        "--host-memory", f"{BUDGET // MIB}MiB", "--json",
+    ]  # fmt: skip
+    with memory_group(BUDGET) as group:
+        if group is None:
+            pytest.skip("no memory cgroup can be made here (needs root and the memory controller)")
+        done = group.run(command, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert group.num_kills == 0
+        assert group.peak_bytes <= BUDGET
+    summary = json.loads(done.stdout.splitlines()[-1])
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(rows) == PROMPTS
+    usage = [row["response"]["body"]["usage"]["completion_tokens"] for row in rows]
+    assert usage == [OUTPUT_TOKENS] * PROMPTS
+    assert 0 < summary["peak_rss_bytes"] < BUDGET, summary
+
+
+@pytest.mark.cgroup
+def test_too_small_a_budget_is_refused_with_the_smallest_that_works(tmp_path):
+    _job(tmp_path / "in.jsonl")
+    command = [
+        sys.executable, "-m", "windlass.cli", "run-batch", "-i", str(tmp_path / "in.jsonl"),
+        "-o", str(tmp_path / "out.jsonl"), "--model", "demo", "--host-memory", "50MiB",
+    ]  # fmt: skip
+    with memory_group(BUDGET) as group:
+        if group is None:
+            pytest.skip("no memory cgroup can be made here (needs root and the memory controller)")
+        refused = group.run(command, timeout=120)
+        assert refused.returncode == 1
+        smallest = refused.stderr.split("at least ")[1].split()[0]
+        command[-1] = smallest
+        done = group.run(command, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

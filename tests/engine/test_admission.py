@@ -1,0 +1,200 @@
+"""Admission alone: requests of all sizes on few pages, with tokens out of nowhere."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from windlass.engine.admission import Admission
+from windlass.engine.request import Request
+from windlass.engine.sequence import QueuedSequence, Sequence
+from windlass.kvcache.kv_cache import KvCache, PagedShape, StateShape
+from windlass.params import SamplingParams
+from windlass.schedule.batch import CHUNK_TOKENS
+
+PAGE_TOKENS = 8
+
+
+class Machine:
+    """Admission over a small store; a pass gives every row that wants logits a token."""
+
+    def __init__(self, *, pages, seqs, rows, states=0, long_rope_after=None, **more):
+        shapes = [PagedShape(1, 4, 4)] + [StateShape((1, 1), (1, 1, 1))] * bool(states)
+        self.kv = KvCache(
+            shapes, dtype=torch.float32, num_pages=pages, page_tokens=PAGE_TOKENS,
+            state_slots=states,
+        )  # fmt: skip
+        self.admission = Admission(
+            self.kv, max_num_seqs=seqs, max_rows=rows, long_rope_after=long_rope_after, **more
+        )
+        self.rows = rows
+        self.finished = []
+
+    def add(self, num_prompt, max_output, *, name="r", longest=None):
+        """Tokens are their positions."""
+        request = Request(name, tuple(range(num_prompt)), SamplingParams(max_tokens=max_output), "")
+        self.admission.add(
+            QueuedSequence(request, 0, max_output, longest or num_prompt + max_output)
+        )
+        return request
+
+    def step(self):
+        """One pass; checks all that must hold of any pass."""
+        admission = self.admission
+        decoding = [sequence for sequence in admission.running if not sequence.in_prompt]
+        before = {id(sequence): sequence.num_computed for sequence in decoding}
+        rows = admission.compose(lambda queued: Sequence(queued, None, None, frozenset()))
+        admission.check()
+        assert 0 < sum(row.segment.num_rows for row in rows) <= self.rows
+        assert all(row.segment.num_rows for row in rows), "an empty segment"
+        assert len({id(row.sequence) for row in rows}) == len(rows) <= len(admission.running)
+        self.take(rows)
+        for sequence in decoding:
+            was_preempted = sequence.in_prompt
+            assert was_preempted or sequence.num_computed > before[id(sequence)], "stands still"
+        return rows
+
+    def take(self, rows):
+        """The pass has ended."""
+        for sequence, segment in rows:
+            self._check(sequence, segment)
+            sequence.num_computed += segment.num_rows
+            if segment.wants_logits:
+                sequence.output_ids.append(sequence.num_tokens)
+                if sequence.num_tokens == sequence.max_total:
+                    self.admission.remove(sequence)
+                    self.finished.append(sequence)
+        self.admission.check()
+
+    def _check(self, sequence, segment):
+        last = segment.first_position + segment.num_rows
+        assert segment.token_ids == tuple(range(segment.first_position, last))
+        assert segment.first_position == sequence.num_computed
+        assert segment.is_prompt == (last <= sequence.num_prompt)
+        assert segment.is_prompt or segment.first_position >= sequence.num_prompt
+        assert not segment.is_prompt or last == sequence.num_prompt or last % CHUNK_TOKENS == 0
+        assert segment.wants_logits == (last == sequence.num_tokens)
+        assert len(segment.pages) * PAGE_TOKENS >= last
+        assert segment.pages == tuple(sequence.pages)
+
+
+SIZES = st.tuples(st.integers(1, 150), st.integers(1, 90))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(SIZES, min_size=1, max_size=12),
+    arrivals=st.lists(st.integers(0, 30), min_size=12, max_size=12),
+    spare=st.integers(0, 12),
+    seqs=st.integers(1, 6),
+    more_rows=st.integers(0, 70),
+    has_states=st.booleans(),
+)
+def test_everything_ends_whatever_comes(sizes, arrivals, spare, seqs, more_rows, has_states):
+    least = max(-(-(prompt + output) // PAGE_TOKENS) for prompt, output in sizes)
+    machine = Machine(
+        pages=least + spare, seqs=seqs, rows=seqs + CHUNK_TOKENS + more_rows,
+        states=seqs * has_states,
+    )  # fmt: skip
+    todo = sorted(zip(arrivals, sizes, strict=False), key=lambda one: one[0])
+    now = 0
+    while todo or machine.admission.running or machine.admission.waiting:
+        while todo and todo[0][0] <= now:
+            machine.add(*todo.pop(0)[1])
+        now += 1
+        if machine.admission.running or machine.admission.waiting:
+            machine.step()
+        assert now < 20_000, "no end in sight"
+    assert sorted((c.num_prompt, len(c.output_ids)) for c in machine.finished) == sorted(sizes)
+    assert machine.kv.num_free_pages == least + spare
+
+
+def test_after_a_preemption_the_others_go_on():
+    """One sequence has more tokens to compute again than a pass has rows."""
+    machine = Machine(pages=100, seqs=4, rows=4 + CHUNK_TOKENS)
+    for _ in range(3):
+        machine.add(8, 300)
+    machine.step()
+    first = machine.admission.running[0]
+    first.output_ids.extend(range(first.num_tokens, first.num_tokens + 200))
+    rows = machine.step()
+    assert [row.segment.num_rows for row in rows] == [4 + CHUNK_TOKENS - 2, 1, 1]
+
+
+def test_what_gave_way_returns_in_the_order_of_age_before_what_never_ran():
+    machine = Machine(pages=12, seqs=4, rows=4 + CHUNK_TOKENS)
+    for i in range(5):
+        machine.add(PAGE_TOKENS, 8 * PAGE_TOKENS, name=str(i))
+    machine.step()
+    begun = [sequence.request.request_id for sequence in machine.admission.running]
+    assert begun == ["0", "1", "2", "3"]
+    while machine.admission.num_preemptions < 2:
+        machine.step()
+    assert [sequence.request.request_id for sequence in machine.admission.running] == ["0", "1"]
+    assert [one.request.request_id for one in machine.admission.waiting] == ["2", "3", "4"]
+    while machine.admission.running or machine.admission.waiting:
+        machine.step()
+    assert [c.request.request_id for c in machine.finished] == begun + ["4"]
+
+
+def test_nothing_holds_pages_before_there_is_room_for_its_rows():
+    machine = Machine(pages=100, seqs=4, rows=4 + CHUNK_TOKENS)
+    machine.add(40, 5)
+    machine.add(40, 5)
+    machine.step()
+    assert len(machine.admission.running) == 1
+    machine.step()
+    assert len(machine.admission.running) == 2
+
+
+def test_no_page_is_kept_for_what_cannot_grow():
+    machine = Machine(pages=4, seqs=8, rows=8 + CHUNK_TOKENS)
+    for _ in range(4):
+        machine.add(PAGE_TOKENS, 1)  # the last token is never computed: one page each
+    assert len(machine.step()) == 4
+    machine = Machine(pages=4, seqs=8, rows=8 + CHUNK_TOKENS)
+    for _ in range(4):
+        machine.add(PAGE_TOKENS, 2)  # two pages each, before long
+    assert len(machine.step()) == 2
+    machine.step()
+    assert machine.admission.num_preemptions == 0
+
+
+def test_a_dropped_request_leaves_nothing():
+    machine = Machine(pages=30, seqs=2, rows=2 + CHUNK_TOKENS)
+    requests = [machine.add(8, 50, name=str(i)) for i in range(4)]
+    machine.step()
+    machine.admission.drop(requests[0])
+    machine.admission.drop(requests[3])
+    assert [c.request for c in machine.admission.running] == [requests[1]]
+    assert [c.request for c in machine.admission.waiting] == [requests[2]]
+    machine.step()
+    machine.admission.drop(requests[1])
+    machine.admission.drop(requests[2])
+    assert machine.kv.num_free_pages == 30
+    assert machine.admission.compose(pytest.fail) == []
+
+
+def test_longrope_follows_what_a_choice_could_have_in_any_memory():
+    machine = Machine(pages=30, seqs=3, rows=3 + CHUNK_TOKENS, long_rope_after=16)
+    machine.add(8, 8)
+    machine.add(8, 9)
+    machine.add(8, 8, longest=17)  # would go on if there were more pages
+    assert [row.segment.long_rope for row in machine.step()] == [False, True, True]
+    assert [row.segment.long_rope for row in machine.step()] == [False, True, True]
+
+
+def test_separate_passes_come_in_waves():
+    """All prompts that there are places for, pass by pass, then decoding to the last end."""
+    machine = Machine(pages=100, seqs=4, rows=128, mixed_prefill_rows=0)
+    for length in (2, 3, 5, 2, 2, 2):
+        machine.add(100, length)
+    kinds = []
+    while machine.admission.running or machine.admission.waiting:
+        rows = machine.admission.compose(lambda queued: Sequence(queued, None, None, frozenset()))
+        kinds.append({row.segment.is_prompt for row in rows})
+        machine.take(rows)
+    names = ["prompts" if kind == {True} else "decode" for kind in kinds]
+    assert all(len(kind) == 1 for kind in kinds), "a mixed pass"
+    assert names == ["prompts"] * 4 + ["decode"] * 4 + ["prompts"] * 2 + ["decode"]
+    assert len(machine.finished) == 6

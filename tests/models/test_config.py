@@ -1,0 +1,259 @@
+"""Reading config.json: strictness, what is refused, and sizes of published models."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from published import PUBLISHED
+from windlass.build.checkpoint_sizes import cache_shapes
+from windlass.checkpoint.layout import expected_tensors
+from windlass.errors import ModelError
+from windlass.kvcache.kv_cache import bytes_per_token, state_bytes
+from windlass.models.config import Config
+from windlass.models.registry import FAMILIES, read_spec
+from windlass.models.spec import Gqa, LongRopeScaling, Moe
+from windlass.perf import flops as cost
+
+
+def published(model_type: str, **changes: Any) -> dict[str, Any]:
+    config = {"model_type": model_type, **PUBLISHED[model_type][0], **changes}
+    return {key: value for key, value in config.items() if value != "remove"}
+
+
+def refusal(config: dict[str, Any]) -> str:
+    with pytest.raises(ModelError) as caught:
+        read_spec(config)
+    return str(caught.value)
+
+
+# --- the reader -----------------------------------------------------------------------------------
+
+
+def test_null_reads_like_absence() -> None:
+    config = Config({"a": None})
+    assert config.get("a", int, 3) == 3 and config.optional("a", int) is None
+    with pytest.raises(ModelError, match="a is missing, allowed an integer"):
+        config.require("a", int)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [("7", int), (7.0, int), (True, int), (True, float), ("1e4", float), (1, bool), (3, str),
+     ([1], dict), ({}, list)],
+)  # fmt: skip
+def test_types_are_strict(value: Any, kind: type) -> None:
+    with pytest.raises(ModelError, match=r"config\.json: a is .*, allowed"):
+        Config({"a": value}).require("a", kind)
+
+
+def test_a_number_may_be_written_as_an_integer() -> None:
+    value = Config({"a": 10000}).require("a", float)
+    assert value == 1e4 and isinstance(value, float)
+
+
+def test_spellings_must_agree() -> None:
+    assert Config({"a": 4, "b": 4}).first(("a", "b"), int) == 4
+    with pytest.raises(ModelError, match="a = 4, b = 5"):
+        Config({"a": 4, "b": 5}).first(("a", "b"), int)
+    with pytest.raises(ModelError, match="a or b is missing"):
+        Config({}).first(("a", "b"), int)
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_sizes_are_positive(value: int) -> None:
+    with pytest.raises(ModelError, match="allowed a positive integer"):
+        Config({"a": value}).size("a")
+
+
+def test_one_of_tells_true_from_one() -> None:
+    assert Config({}).one_of("a", (1, 2), default=2) == 2
+    with pytest.raises(ModelError, match="a is True, allowed 1, 2"):
+        Config({"a": True}).one_of("a", (1, 2), default=2)
+
+
+def test_elements_and_sections_name_their_place() -> None:
+    config = Config({"a": {"b": [1, "x"]}})
+    with pytest.raises(ModelError, match=r"config\.json: a: b\[1\] is 'x'"):
+        config.section("a").items("b", int)
+
+
+def test_unread_keys() -> None:
+    config = Config({"a": 1, "b": 2, "c": None})
+    config.get("a", int, 0)
+    assert config.unread() == ["b"]
+
+
+# --- the registry ---------------------------------------------------------------------------------
+
+
+def test_unknown_model_type_suggests_the_nearest() -> None:
+    message = refusal({"model_type": "qwen3_moee"})
+    assert "did you mean qwen3_moe?" in message and "mixtral" in message
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma2"])
+def test_dense_models_have_no_experts(model_type: str) -> None:
+    assert "dense model without experts" in refusal({"model_type": model_type})
+
+
+def test_model_type_is_needed() -> None:
+    assert "model_type is missing" in refusal({})
+
+
+def test_text_config_inside_a_multimodal_file() -> None:
+    inner = published("mixtral")
+    spec, names = read_spec({"model_type": "some_vl", "text_config": inner})
+    assert (spec, names) == read_spec(inner)
+
+
+@pytest.mark.parametrize("model_type", [name for name in PUBLISHED if name != "dbrx"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "gelu"},
+        {"rms_norm_eps": "remove"},
+        {"vocab_size": "remove"},
+        {"num_experts_per_tok": 10_000, "experts_per_token": "remove"},
+        {"num_hidden_layers": 0},
+        {"final_logit_softcapping": 30.0},
+        {"attn_logit_softcapping": 50.0},
+        {"index_topk": 2048},
+        {"partial_rotary_factor": 0.3},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_settings_that_are_not_supported(model_type: str, change: dict[str, Any]) -> None:
+    message = refusal(published(model_type, **change))
+    assert "allowed" in message or "missing" in message
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change"),
+    [
+        ("mixtral", {"attention_bias": True}),
+        ("mixtral", {"use_qk_norm": True}),
+        ("mixtral", {"num_key_value_heads": 5}),
+        ("mixtral", {"sliding_window": -1}),
+        ("mixtral", {"n_shared_experts": 1}),
+        ("mixtral", {"routed_scaling_factor": 2.0}),
+        ("mixtral", {"layer_types": ["full_attention"] * 32}),
+        ("qwen2_moe", {"layer_types": ["full_attention"]}),
+        ("qwen2_moe", {"layer_types": ["linear_attention"] * 24}),
+        ("qwen2_moe", {"layer_types": ["sliding_attention"] * 24}),
+        ("olmoe", {"sliding_window": 128}),
+        ("olmoe", {"clip_qkv": -1.0}),
+        ("deepseek_v2", {"norm_topk_prob": True}),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}),
+        ("deepseek_v2", {"moe_layer_freq": 2}),
+        ("deepseek_v3", {"first_k_dense_replace": 61}),
+        ("deepseek_v3", {"n_group": 7}),
+        ("deepseek_v3", {"n_group": 256}),
+        ("deepseek_v3", {"topk_group": 9}),
+        ("deepseek_v3", {"topk_group": 1, "num_experts_per_tok": 33}),
+        ("deepseek_v3", {"topk_method": "greedy"}),
+        ("deepseek_v3", {"scoring_func": "softmax"}),
+        ("gpt_oss", {"experts_per_token": 5}),
+        ("gpt_oss", {"sliding_window": None}),
+        ("granitemoe", {"logits_scaling": 0}),
+        ("granitemoe", {"shared_intermediate_size": 512}),
+        ("phimoe", {"num_experts_per_tok": 3}),
+        ("dbrx", {"tie_word_embeddings": True}),
+        ("dbrx", {"rope_theta": 10000.0}),
+        ("dbrx", {"n_heads": 7}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_settings_that_a_family_refuses(model_type: str, change: dict[str, Any]) -> None:
+    assert "allowed" in refusal(published(model_type, **change))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ffn_act_fn": {"name": "gelu"}}, {"moe_normalize_expert_weights": 3.0}, {"moe_top_k": 17},
+     {"moe_num_experts": "remove"}],
+)  # fmt: skip
+def test_nested_settings_of_dbrx(change: dict[str, Any]) -> None:
+    nested = {**PUBLISHED["dbrx"][0]["ffn_config"], **change}
+    nested = {key: value for key, value in nested.items() if value != "remove"}
+    assert "ffn_config" in refusal(published("dbrx", ffn_config=nested))
+
+
+def test_layer_types_decide_the_windows() -> None:
+    kinds = ["full_attention"] * 23 + ["sliding_attention"]
+    config = published("qwen2_moe", use_sliding_window=True, sliding_window=77, layer_types=kinds)
+    spec, _ = read_spec(config)
+    found = [b.attention.window for b in spec.blocks if isinstance(b.attention, Gqa)]
+    assert found == [None] * 23 + [77]
+
+
+def test_factors_of_long_contexts() -> None:
+    scaling = dict(
+        type="longrope", short_factor=[1.0] * 64, long_factor=[2.0] * 64, short_mscale=1.2,
+        long_mscale=1.3, original_max_position_embeddings=4096,
+    )  # fmt: skip
+    spec, _ = read_spec(published("phimoe", rope_scaling=scaling))
+    attention = spec.blocks[0].attention
+    assert isinstance(attention, Gqa) and attention.rope is not None
+    assert isinstance(attention.rope.scaling, LongRopeScaling)
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED)
+def test_published_parameter_counts(model_type: str) -> None:
+    spec, _ = read_spec(published(model_type))
+    assert cost.num_parameters(spec) == PUBLISHED[model_type][1]
+    small = read_spec(published(model_type, num_hidden_layers=4, n_layers=4, layer_types=None))
+    elements = sum(_elements(shape) for shape in expected_tensors(*small).values())
+    assert elements == cost.num_parameters(small[0])
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+@pytest.mark.parametrize(
+    ("model_type", "billions"),
+    [("mixtral", 12.75), ("qwen3_moe", 3.04), ("gpt_oss", 3.61), ("deepseek_v3", 36.63)],
+)
+def test_active_parameters(model_type: str, billions: float) -> None:
+    spec, _ = read_spec(published(model_type))
+    assert cost.num_active_parameters(spec) / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "num_bytes"), [("mixtral", 128 * 1024), ("deepseek_v3", 2 * 61 * 576)]
+)
+def test_cache_of_a_token(model_type: str, num_bytes: int) -> None:
+    spec, _ = read_spec(published(model_type))
+    assert bytes_per_token(cache_shapes(spec), torch.bfloat16) == num_bytes
+    assert state_bytes(cache_shapes(spec)) == 0
+
+
+def test_operations() -> None:
+    mixtral, _ = read_spec(published("mixtral"))
+    # every weight of a matrix is one multiplication and one addition
+    flops = sum(cost.block_flops_per_token(mixtral, i) for i in range(32))
+    flops += cost.head_flops_per_token(mixtral)
+    assert flops == pytest.approx(2 * cost.num_active_parameters(mixtral), rel=1e-3)
+    seen = cost.block_flops_per_token(mixtral, 0, context=1000)
+    assert seen - cost.block_flops_per_token(mixtral, 0) == 4 * 1000 * 4096
+    windowed, _ = read_spec(published("gpt_oss"))
+    assert cost.block_flops_per_token(windowed, 0, context=500) == cost.block_flops_per_token(
+        windowed, 0, context=128
+    )
+
+
+def test_every_family_has_its_name() -> None:
+    assert set(PUBLISHED) <= set(FAMILIES) and len(FAMILIES) >= 16
+    for model_type in PUBLISHED:
+        spec, _ = read_spec(published(model_type))
+        assert spec.family == model_type
+        assert any(isinstance(block.ffn, Moe) for block in spec.blocks)

@@ -1,0 +1,163 @@
+"""Plans add up, keep to the budget, and the smallest budget named is the smallest that works."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from windlass.build.checkpoint_sizes import cache_shapes
+from windlass.checkpoint.synthetic import PRESETS
+from windlass.errors import BudgetError, UsageError
+from windlass.ids import Part
+from windlass.kvcache.kv_cache import bytes_per_token
+from windlass.models.registry import read_spec
+from windlass.models.spec import ModelSpec
+from windlass.perf.sizes import Backend, Sizes
+from windlass.plan import Plan
+from windlass.planner.budget import PlanConstraints, make_plan
+from windlass.units import GIB, KIB, MIB
+
+SPECS = {name: read_spec(config)[0] for name, config in PRESETS.items()}
+
+
+def _sizes(spec: ModelSpec) -> Sizes:
+    layers, moe = len(spec.blocks), spec.blocks[0].ffn
+    expert = 3 * 2 * spec.hidden_size * moe.expert.intermediate
+    table = 2 * spec.vocab_size * spec.hidden_size
+    return Sizes(
+        process_bytes=240 * MIB,
+        slot_bytes={
+            Part.EXPERT: expert, Part.BLOCK: 16 * MIB, Part.HEAD: 16 * MIB, Part.FINAL: 8 * KIB,
+            Part.EMBED: table,
+        },
+        num_parts={
+            Part.EXPERT: layers * moe.num_experts, Part.BLOCK: layers,
+            Part.HEAD: -(-table // (16 * MIB)), Part.FINAL: 1, Part.EMBED: 1,
+        },
+        bytes_per_token=layers * 4 * KIB,
+        kv_cache_dtype="bfloat16",
+        bytes_per_position=512,
+        row_buffer_bytes=2 * MIB,
+        state_bytes=0,
+        backend=Backend("torch", threads=1),
+    )  # fmt: skip
+
+
+def _total(plan: Plan, sizes: Sizes) -> int:
+    """The sum, counted apart from the planner."""
+    slots = (
+        plan.expert_slots * sizes.slot_bytes[Part.EXPERT]
+        + plan.block_slots * sizes.slot_bytes[Part.BLOCK]
+        + plan.head_slots * sizes.slot_bytes[Part.HEAD]
+        + sizes.slot_bytes[Part.FINAL]
+        + plan.resident_embedding * sizes.slot_bytes[Part.EMBED]
+    )
+    kv = plan.kv_pages * plan.page_tokens * sizes.bytes_per_token
+    return plan.process_bytes + plan.activation_bytes + slots + kv
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(sorted(SPECS)),
+    st.integers(300 * MIB, 200 * GIB),
+    st.one_of(st.none(), st.integers(1, 500)),
+    st.one_of(st.none(), st.integers(1, 20_000)),
+    st.one_of(st.none(), st.integers(65, 9000)),
+    st.one_of(st.none(), st.integers(2, 9000)),
+)  # fmt: skip
+def test_plans_add_up_and_keep_to_the_budget(name, budget, seqs, experts, rows, context):
+    spec, sizes = SPECS[name], _sizes(SPECS[name])
+    wanted = PlanConstraints(
+        max_num_seqs=seqs, expert_slots=experts, max_num_batched_tokens=rows, max_model_len=context
+    )
+    try:
+        plan = make_plan(spec, sizes, budget, wanted)
+    except UsageError:
+        too_few = seqs is not None and rows is not None and rows < seqs + 64
+        assert too_few or (context is not None and context > spec.max_positions)
+        return
+    except BudgetError as error:
+        smallest = int(re.search(r"at least (\d+)MiB", str(error))[1]) * MIB
+        assert smallest > budget
+        plan = make_plan(spec, sizes, smallest, wanted)
+        budget = smallest
+    assert plan.total_bytes == _total(plan, sizes) <= budget
+    assert plan.max_num_batched_tokens >= plan.max_num_seqs + 64
+    assert seqs is None or plan.max_num_seqs == seqs
+    assert rows is None or plan.max_num_batched_tokens == rows
+    most = sizes.num_parts[Part.EXPERT]
+    assert experts is None or plan.expert_slots == min(experts, most)
+    assert plan.max_model_len == min(
+        context or spec.max_positions, plan.kv_pages * plan.page_tokens
+    )
+    assert context is None or plan.max_model_len == context
+
+
+def test_much_less_than_the_smallest_is_refused():
+    spec, sizes = SPECS["olmoe-1b-7b"], _sizes(SPECS["olmoe-1b-7b"])
+    with pytest.raises(BudgetError) as info:
+        make_plan(spec, sizes, 100 * MIB, PlanConstraints())
+    smallest = int(re.search(r"at least (\d+)MiB", str(info.value))[1]) * MIB
+    make_plan(spec, sizes, smallest, PlanConstraints())
+    with pytest.raises(BudgetError):
+        make_plan(spec, sizes, smallest - 16 * MIB, PlanConstraints())
+
+
+def test_a_large_budget_holds_everything_and_a_larger_one_no_less():
+    spec, sizes = SPECS["olmoe-1b-7b"], _sizes(SPECS["olmoe-1b-7b"])
+    plans = [make_plan(spec, sizes, size * GIB, PlanConstraints()) for size in (2, 4, 8, 16, 64)]
+    assert plans[-1].expert_slots == sizes.num_parts[Part.EXPERT]
+    assert plans[-1].resident_embedding and plans[-1].block_slots == len(spec.blocks)
+    for small, large in zip(plans, plans[1:], strict=False):
+        assert small.max_num_seqs <= large.max_num_seqs
+        assert small.expert_slots <= large.expert_slots
+
+
+@pytest.mark.parametrize(("name", "width"), [("qwen3-moe-1b", 64), ("olmoe-1b-7b", 128)])
+def test_int8_rows_are_room_for_nearly_twice_the_tokens(name, width):
+    spec = SPECS[name]
+    assert spec.blocks[0].attention.head_dim == width
+    pages = {}
+    for dtype in (torch.bfloat16, torch.int8):
+        per_token = bytes_per_token(cache_shapes(spec), dtype)
+        sizes = replace(_sizes(spec), bytes_per_token=per_token)
+        plan = make_plan(
+            spec, sizes, 1 * GIB, PlanConstraints(max_num_seqs=64, max_num_batched_tokens=512)
+        )
+        assert plan.kv_pages * plan.page_tokens < 64 * 1024, "the budget must be what limits"
+        pages[dtype] = plan.kv_pages
+    more = pages[torch.int8] / pages[torch.bfloat16]
+    assert more == pytest.approx(2 * width / (width + 4), rel=0.02)
+
+
+def test_recurrent_state_is_counted():
+    spec, sizes = SPECS["olmoe-1b-7b"], _sizes(SPECS["olmoe-1b-7b"])
+    wanted = PlanConstraints(max_num_seqs=16)
+    plain = make_plan(spec, sizes, 4 * GIB, wanted)
+    heavy = make_plan(spec, replace(sizes, state_bytes=64 * MIB), 4 * GIB, wanted)
+    assert heavy.state_slots == 16 and plain.state_slots == 0
+    assert plain.prefix_caching and not heavy.prefix_caching  # no state is kept of a prefix
+    assert heavy.total_bytes <= 4 * GIB
+    assert heavy.total_bytes - _total(heavy, sizes) == 16 * 64 * MIB
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("max_num_seqs", 0), ("max_num_batched_tokens", 64), ("micro_batch_tokens", 63),
+     ("max_model_len", 1), ("expert_slots", 0), ("mixed_prefill_tokens", 63)],
+)  # fmt: skip
+def test_nonsense_is_refused_by_name(field, value):
+    spec = SPECS["olmoe-1b-7b"]
+    with pytest.raises(UsageError, match=f"{field}: got {value}"):
+        make_plan(spec, _sizes(spec), 64 * GIB, PlanConstraints(**{field: value}))
+
+
+def test_what_changes_no_size_is_handed_on():
+    spec = SPECS["olmoe-1b-7b"]
+    for mixed, shares in ((None, True), (0, False), (64, True)):
+        wanted = PlanConstraints(mixed_prefill_tokens=mixed, prefix_caching=shares)
+        plan = make_plan(spec, _sizes(spec), 4 * GIB, wanted)
+        assert (plan.mixed_prefill_tokens, plan.prefix_caching) == (mixed, shares)

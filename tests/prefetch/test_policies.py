@@ -1,0 +1,211 @@
+"""Eviction policies and the usage forecast, replayed over lists of names."""
+
+import random
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from windlass.ids import Part, WeightKey
+from windlass.prefetch.policies import FarthestNextUse, LeastRecentlyUsed
+from windlass.prefetch.usage import UsageForecast
+from windlass.weights.eviction import EvictionPolicy
+from windlass.weights.hints import Hint, HintList
+
+
+def expert(layer: int, index: int) -> WeightKey:
+    return WeightKey(Part.EXPERT, layer, index)
+
+
+def cycle(num_layers: int, num_experts: int) -> list[WeightKey]:
+    return [expert(i, j) for i in range(num_layers) for j in range(num_experts)]
+
+
+def replay(policy: EvictionPolicy, trace: list[WeightKey], num_slots: int) -> int:
+    """Misses of a cache of `num_slots` that sees `trace`."""
+    resident: set[WeightKey] = set()
+    misses = 0
+    for key in trace:
+        if key not in resident:
+            misses += 1
+            if len(resident) == num_slots:
+                victim = policy.victim(Part.EXPERT, None)
+                assert victim in resident
+                policy.discard(victim)
+                resident.remove(victim)
+            resident.add(key)
+        policy.discard(key)
+        policy.note_use(key)
+        policy.add(key)
+    return misses
+
+
+@pytest.mark.parametrize(("layers", "experts", "slots"), [(6, 8, 20), (4, 1, 3), (10, 16, 155)])
+def test_a_cyclic_pass_misses_what_does_not_fit_where_lru_misses_all(layers, experts, slots):
+    once = cycle(layers, experts)
+    cold = replay(FarthestNextUse(layers), once, slots)
+    assert cold == len(once)
+    for passes in (3, 6):
+        misses = replay(FarthestNextUse(layers), once * passes, slots) - cold
+        least = len(once) - slots  # Belady: all but one slot keep their part over a cycle
+        assert (passes - 1) * least <= misses <= (passes - 1) * (least + 1)
+        assert replay(LeastRecentlyUsed(), once * passes, slots) == len(once) * passes
+
+
+def test_improbable_experts_go_first_and_probability_is_asked_again_each_pass():
+    chance = {expert(i, j): 0.9 for i in range(3) for j in range(4)}
+    policy = FarthestNextUse(3, probability=chance.__getitem__)
+    for key in cycle(3, 4):
+        policy.note_use(key)
+        policy.add(key)
+    chance[expert(1, 2)] = 0.01
+    assert policy.victim(Part.EXPERT, None) != expert(1, 2), "not asked yet"
+    policy.note_use(expert(0, 0))
+    policy.note_use(expert(1, 0))
+    policy.note_use(expert(2, 0))  # the turn of layer 1 has passed
+    assert policy.victim(Part.EXPERT, None) == expert(1, 2)
+
+
+def test_a_key_that_comes_back_counts_with_its_new_probability():
+    chance = {expert(1, 0): 0.01, expert(1, 1): 0.5}
+    policy = FarthestNextUse(3, probability=chance.__getitem__)
+    for key in chance:
+        policy.add(key)
+    assert policy.victim(Part.EXPERT, None) == expert(1, 0)
+    policy.discard(expert(1, 0))
+    chance[expert(1, 0)] = 0.9
+    policy.add(expert(1, 0))
+    assert policy.victim(Part.EXPERT, None) == expert(1, 1)
+
+
+def test_what_was_fetched_for_this_layer_is_kept_until_its_turn_is_over():
+    policy = FarthestNextUse(4)
+    policy.note_use(WeightKey(Part.BLOCK, 1))
+    for index in (0, 1):
+        policy.add(expert(1, index))  # fetched in advance, not used yet
+    policy.add(expert(2, 0))
+    assert policy.victim(Part.EXPERT, None) == expert(2, 0)
+    policy.note_use(expert(1, 0))
+    assert policy.victim(Part.EXPERT, None) == expert(1, 0), "used: a whole pass away"
+    policy.note_use(WeightKey(Part.BLOCK, 2))
+    policy.discard(expert(1, 0))
+    assert policy.victim(Part.EXPERT, None) == expert(1, 1), "its turn passed without a use"
+
+
+def test_a_wish_never_takes_the_place_of_something_needed_sooner_or_as_soon():
+    policy = FarthestNextUse(8)
+    for layer in range(4):
+        policy.note_use(expert(layer, 0))
+        policy.add(expert(layer, 0))
+    # Now at layer 3: its expert is 8 layers away, layer 2's 7, layer 0's 5.
+    policy.discard(expert(3, 0))
+    assert policy.victim(Part.EXPERT, Hint(expert(5, 0), 2.0)) == expert(2, 0)
+    assert policy.victim(Part.EXPERT, Hint(expert(5, 0), 2.0, 0.25)) is None
+    assert policy.victim(Part.EXPERT, Hint(expert(2, 1), 7.0)) is None
+    assert policy.victim(Part.EXPERT, None) == expert(2, 0)
+    assert policy.victim(Part.HEAD, None) is None
+
+
+def test_lru_keeps_what_is_in_use_out_of_its_choice():
+    policy = LeastRecentlyUsed()
+    for index in range(3):
+        policy.add(expert(0, index))
+    policy.note_use(expert(0, 0))
+    policy.discard(expert(0, 1))
+    assert expert(0, 1) not in policy and expert(0, 2) in policy
+    assert policy.victim(Part.EXPERT, None) == expert(0, 2)
+
+
+@given(
+    operations=st.lists(
+        st.tuples(st.sampled_from(["use", "add", "discard"]), st.integers(0, 4), st.integers(0, 3)),
+        max_size=80,
+    )
+)
+def test_the_buckets_agree_with_a_plain_scan(operations):
+    """The victim is the farthest of all evictable keys, counted by hand."""
+    policy = FarthestNextUse(5)
+    now = 0
+    turn: dict[WeightKey, int] = {}
+    evictable: set[WeightKey] = set()
+    for name, layer, index in operations:
+        key = expert(layer, index)
+        if name == "use":
+            now += (layer - now) % 5
+            turn[key] = now + 5
+            policy.note_use(key)
+        elif name == "add":
+            evictable.add(key)
+            policy.add(key)
+        else:
+            evictable.discard(key)
+            policy.discard(key)
+        distances = {
+            k: (turn[k] if turn.get(k, -1) >= now else now + (k.layer - now) % 5) - now
+            for k in evictable
+        }
+        victim = policy.victim(Part.EXPERT, None)
+        assert (victim is None) == (not evictable)
+        if victim is not None:
+            assert distances[victim] == max(distances.values())
+        assert all((expert(i, j) in policy) == (expert(i, j) in evictable)
+                   for i in range(5) for j in range(4))  # fmt: skip
+
+
+def test_six_thousand_slots_are_quick():
+    layers, experts = 60, 128
+    rng = random.Random(1)
+    trace = [
+        expert(i, j) for _ in range(3) for i in range(layers) for j in rng.sample(range(128), 40)
+    ]
+    policy = FarthestNextUse(layers, probability=lambda key: 0.1 + key.index / 200)
+    for key in cycle(layers, experts)[:6000]:
+        policy.add(key)
+    begin = time.process_time()
+    for key in trace:
+        victim = policy.victim(Part.EXPERT, None)
+        assert victim is not None
+        policy.discard(victim)
+        policy.note_use(key)
+        policy.add(key)
+    per_key_s = (time.process_time() - begin) / len(trace)
+    assert per_key_s < 100e-6, f"{per_key_s * 1e6:.0f} us"
+
+
+def test_the_forecast_begins_uniform_and_learns():
+    forecast = UsageForecast([0, 8], top_k=2)
+    assert forecast.probability(1, 3, 1) == pytest.approx(0.25)
+    assert forecast.probability(1, 3, 4) == pytest.approx(1 - 0.75**4)
+    for _ in range(100):
+        forecast.observe(1, {0: 10, 1: 6, 2: 4})
+    assert forecast.probability(1, 0, 1) > 0.9
+    assert forecast.probability(1, 7, 1) < 0.05
+    assert forecast.probability(1, 7, 1) > 0
+    total = sum(forecast.probability(1, expert, 1) for expert in range(8))
+    assert total == pytest.approx(2), "every row uses top_k experts"
+
+
+def test_the_forecast_follows_a_change_of_topic_and_stays_finite():
+    forecast = UsageForecast([4], top_k=1)
+    for _ in range(300):
+        forecast.observe(0, {0: 1000})
+    for _ in range(20):
+        forecast.observe(0, {1: 1000})
+    assert forecast.probability(0, 1, 1) > 0.9
+    assert forecast.probability(0, 0, 1) < 0.1
+    assert forecast._weight[0] <= 1e12
+
+
+def test_wishes_come_in_order_and_a_stuck_kind_does_not_hold_up_others():
+    hints = [Hint(expert(1, 0), 1), Hint(WeightKey(Part.BLOCK, 2), 2), Hint(expert(1, 1), 1)]
+    wish_list = HintList(hints)
+    assert wish_list.first(()) == hints[0]
+    assert wish_list.first({Part.EXPERT}) == hints[1]
+    wish_list.pop(Part.EXPERT)
+    assert wish_list.first(()) == hints[1]
+    wish_list.pop(Part.BLOCK)
+    assert wish_list.first(()) == hints[2]
+    assert wish_list.first({Part.EXPERT}) is None
+    wish_list.pop(Part.EXPERT)
+    assert wish_list.first(()) is None

@@ -1,0 +1,317 @@
+"""The schedule on the clock and on the device: the same operations on the same keys in the same
+order, for every family; and the clock itself."""
+
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+import windlass.build.open as build
+from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
+from fakes import FakeDevice
+from planning import SPECS
+from windlass.checkpoint.part_reads import Read, make_part_reads
+from windlass.ids import Part
+from windlass.models.spec import Block, Ffn, Moe, TopKSoftmax
+from windlass.perf.frozen_gpu_costs import DEVICE_LANES, DeviceCosts
+from windlass.perf.frozen_gpu_tiers import GpuRates, LayerShape, Share, layer_seconds
+from windlass.perf.pass_cost import slots_of
+from windlass.prefetch.policies import FarthestNextUse
+from windlass.prefetch.prefetcher import Prefetcher, num_experts, pass_forecast
+from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
+from windlass.runtime.simulated import SimulatedRuntime, SimulatedWeights
+from windlass.schedule import batch as batches
+from windlass.schedule.batch import Segment, make_batch
+from windlass.schedule.passes import PassShape, run_pass
+
+BLOCK_S = 1.0
+
+
+class Recorder:
+    """A `Runtime` that passes every call on, notes it, and says when an operation has ended."""
+
+    def __init__(self, inner, notes, ended):
+        self._inner, self._notes, self._ended = inner, notes, ended
+
+    def _op(self, *note):
+        self._notes.append(note)
+        self._ended()
+
+    def begin(self, batch):
+        hidden = self._inner.begin(batch)
+        self._op("embed", batch.num_rows)
+        return hidden
+
+    def prefetch(self, layer):
+        self._notes.append(("prefetch", layer))
+        self._inner.prefetch(layer)
+
+    @contextmanager
+    def lease(self, key):
+        with self._inner.lease(key) as lease:
+            self._notes.append(("lease", lease.key))
+            yield lease
+        self._notes.append(("release", key))
+
+    def arrivals(self, keys):
+        for group in self._inner.arrivals(keys):
+            self._notes.append(("arrived", *(one.key for one in group)))
+            yield group
+
+    def replay(self, layer):
+        return self._inner.replay(layer)
+
+    def attention(self, layer, weights, hidden, rows):
+        self._inner.attention(layer, weights, hidden, rows)
+        self._op("attention", layer, rows.first_row, rows.num_rows)
+
+    def enter_experts(self, layer, weights, hidden):
+        routed = self._inner.enter_experts(layer, weights, hidden)
+        self._op("route", layer, routed.experts)
+        return routed
+
+    def experts(self, layer, group, routed):
+        self._inner.experts(layer, group, routed)
+        self._op("experts", layer, *(one.key.index for one in group))
+
+    def leave_experts(self, layer, hidden, routed):
+        self._inner.leave_experts(layer, hidden, routed)
+        self._op("combine", layer)
+
+    def enter_dense(self, layer, weights, hidden):
+        return self._inner.enter_dense(layer, weights, hidden)
+
+    def dense(self, layer, weights, hidden, normed):
+        self._inner.dense(layer, weights, hidden, normed)
+        self._op("dense", layer)
+
+    def enter_head(self, hidden, batch):
+        return self._inner.enter_head(hidden, batch)
+
+    def head(self, weights, final):
+        self._inner.head(weights, final)
+        self._op("head", weights.key.index)
+
+    def finish(self, final):
+        return self._inner.finish(final)
+
+
+class EqualCosts:
+    """Every operation takes as long as `blocks` blocks, and a moment more."""
+
+    def __init__(self, blocks):
+        self._work = LaneWork(LaneJob("host", blocks * BLOCK_S * (1 + 1e-7)))
+
+    def embedding_rows(self, num_rows):
+        raise AssertionError("the table is resident here")
+
+    def block(self, key, num_bytes):
+        return (("disk", BLOCK_S),)
+
+    def __getattr__(self, name):
+        return lambda *_: self._work
+
+
+def _clock_runtime(spec, shape, costs, *, slots, reads, num_keys, depth, router, overlap):
+    forecast = pass_forecast(spec)
+    lanes = Lanes(Clock(), ("disk", "host"))
+    weights = SimulatedWeights(
+        lanes, costs, num_keys=num_keys, slots=slots, reads=reads, depth=depth,
+        policy=FarthestNextUse(len(spec.blocks), probability=forecast.probability),
+    )  # fmt: skip
+    prefetcher = Prefetcher(shape, num_experts(spec), weights.cache, forecast)
+    return SimulatedRuntime(
+        lanes, costs, weights, prefetcher=prefetcher if overlap else None,
+        forecast=forecast, router=router,
+    )  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES)
+def checkpoint(request, tmp_path):
+    make_model(request.param, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("blocks", "slots", "schedule", "overlap"),
+    [(0, "2", "module-based", True), (1, "3", "model-based", True), (3, "1", "module-based", True),
+     (0, "64", "module-based", True), (1, "4", "module-based", False)],
+)  # fmt: skip
+def test_the_clock_does_what_the_device_does(
+    checkpoint, monkeypatch, blocks, slots, schedule, overlap
+):
+    """Copies answer in their order: only while the caller waits, and `blocks` of them during each
+    operation. Layers that are repeated have no operations of their own: none is here."""
+    monkeypatch.setattr(batches, "MOST_CAPTURED", 0)
+    options = dict(moe_expert_cache_size=slots, micro_batch_size=64, schedule=schedule)
+    if not overlap:
+        with engine_for(checkpoint, **options) as engine:
+            options["plan"] = replace(engine.plan, overlap=False)
+    device = FakeDevice(manual=True)
+    real, passes, kept = [], [], {}
+
+    def recorded(runtime, shape, batch):
+        store = runtime._weights
+        kept.update(runtime=runtime, shape=shape, store=store)
+        store._changed.wait = lambda: device.complete(0)
+        first = len(real)
+
+        def ended():
+            for _ in range(blocks):
+                if device.pending:
+                    device.complete(0)
+
+        outcome = run_pass(Recorder(runtime, real, ended), shape, batch)
+        passes.append((batch, real[first:]))
+        return outcome
+
+    monkeypatch.setattr(build, "run_pass", recorded)
+    routed = _note_routing(monkeypatch)
+    engine = engine_for(checkpoint, device=device, **options)
+    given = prompts((70, 3, 41, 9), seed=1)
+    run_all(engine, [request(str(i), p, max_tokens=4 + i) for i, p in enumerate(given)])
+    plan, store, spec = engine.plan, kept["store"], kept["runtime"]._spec
+    real_stats = store.stats()
+    device.complete_all()
+    engine.close()
+
+    queue = iter(routed)
+    clock = _clock_runtime(
+        spec, kept["shape"], EqualCosts(blocks), slots=slots_of(plan),
+        reads=lambda key: make_part_reads(key, store._layout, store._source.tensors).reads,
+        num_keys=Counter(key.part for key in store._layout.parts), depth=device.num_lanes + 1,
+        router=lambda layer, rows: next(queue), overlap=overlap,
+    )  # fmt: skip
+    assert len(passes) > 4
+    for batch, expected in passes:
+        notes = []
+        run_pass(Recorder(clock, notes, lambda: None), kept["shape"], batch)
+        assert notes == expected
+    clock_stats = clock._weights.cache.stats()
+    for name in ("bytes_read", "reads", "requests", "hits", "evictions", "prefetch_issued",
+                 "prefetch_used", "prefetch_cancelled"):  # fmt: skip
+        assert getattr(real_stats, name) == getattr(clock_stats, name), name
+    if slots != "64":
+        assert real_stats.evictions > 0
+        assert (real_stats.prefetch_used > 0) == overlap
+
+
+def _note_routing(monkeypatch):
+    """What the forecast of the engine observes: rows per expert, layer by layer."""
+    routed = []
+    forecast = build.pass_forecast
+
+    def noting(spec):
+        made = forecast(spec)
+        observe = made.observe
+
+        def observed(layer, counts):
+            routed.append(dict(counts))
+            observe(layer, counts)
+
+        made.observe = observed
+        return made
+
+    monkeypatch.setattr(build, "pass_forecast", noting)
+    return routed
+
+
+# --- the clock itself -----------------------------------------------------------------------------
+
+
+def test_lanes_serve_in_order_and_chains_run_beside_each_other():
+    clock = Clock()
+    lanes = Lanes(clock, ("link", "host", "device"), keeps_spans=True)
+    work = LaneWork(
+        LaneJob("device", 1.0),
+        ((LaneJob("link", 2.0), LaneJob("host", 3.0)), (LaneJob("link", 1.0),)),
+    )
+    lanes.start(work, "a")
+    lanes.start(LaneWork(LaneJob("device", 4.0)), "b")
+    lanes.finish()
+    spans = {(span.lane, span.label, span.begin, span.end) for span in lanes.spans}
+    assert spans == {
+        ("link", "a", 0.0, 2.0), ("link", "a", 2.0, 3.0), ("host", "a", 2.0, 5.0),
+        ("device", "b", 0.0, 4.0), ("device", "a", 5.0, 6.0),
+    }  # fmt: skip
+    assert clock.now == 6.0
+    assert lanes.busy() == {"link": 3.0, "host": 3.0, "device": 5.0}
+
+
+def test_a_clock_without_events_does_not_wait_for_ever():
+    with pytest.raises(AssertionError, match="will not happen"):
+        Clock().wait()
+
+
+# --- a device beside its host ---------------------------------------------------------------------
+
+SHAPE = LayerShape(
+    attention=80e6, shared=0, expert=350e6, num_experts=8, top_k=2, kv=4096, query=16384,
+    hidden=8192, attention_flops=80e6, shared_flops=0, expert_flops=350e6, score_flops=16384,
+)  # fmt: skip
+
+
+def _device_rates(**changes):
+    rates = GpuRates(
+        down=26e9, up=26e9, disk=6e9, device_memory=600e9, host_memory=1e15, host_attention=25e9,
+        expert=lambda rows: 70e12, dense=lambda rows: 70e12, attention=70e12,
+    )  # fmt: skip
+    return replace(rates, **changes)
+
+
+@pytest.mark.parametrize(
+    ("rates", "share", "binds"),
+    [
+        (_device_rates(), dict(sequences=1000, host_attention=0.5), "down"),
+        (_device_rates(down=1e13), dict(sequences=4000, host_attention=0.0), "device"),
+        (_device_rates(down=1e13, host_attention=5e9), dict(sequences=800, host_attention=1.0),
+         "host"),
+        (_device_rates(), dict(sequences=500, host_attention=0.6, on_disk=0.5), "disk"),
+        (_device_rates(), dict(sequences=1000, host_attention=0.5, resident=0.5), "down"),
+    ],
+)  # fmt: skip
+def test_the_schedule_on_a_device_reaches_its_closed_form(rates, share, binds):
+    """A decode pass of layers that are alike, in the steady state."""
+    layers, context = 6, 640
+    share = Share(context=context, micro=100, **share)
+    moe = Moe(num_experts=8, top_k=2, routing=TopKSoftmax(), expert=Ffn(intermediate=8))
+    block = Block(attention=SPECS["olmoe-1b-7b"].blocks[0].attention, ffn=moe)
+    spec = replace(SPECS["olmoe-1b-7b"], blocks=(block,) * layers)
+    forecast, shape = pass_forecast(spec), PassShape((True,) * layers, 0)
+    costs = DeviceCosts(SHAPE, rates, share)
+    lanes = Lanes(Clock(), DEVICE_LANES)
+    moving = 16 if share.on_disk else 4  # the disk works ahead into slots
+    slots = {
+        Part.EXPERT: moving + round(share.resident * 8 * layers),
+        Part.BLOCK: max(2, round(share.resident * layers)), Part.FINAL: 1, Part.EMBED: 1,
+    }  # fmt: skip
+    sizes = {Part.EXPERT: SHAPE.expert, Part.BLOCK: SHAPE.attention}
+    weights = SimulatedWeights(
+        lanes, costs, num_keys={Part.EXPERT: 8 * layers, Part.BLOCK: layers, Part.FINAL: 1,
+                                Part.EMBED: 1},
+        slots=slots, reads=lambda key: (Read("", 0, int(sizes.get(key.part, 1)), 0),),
+        policy=FarthestNextUse(layers, probability=forecast.probability), depth=8,
+    )  # fmt: skip
+    each = share.sequences * 2 // 8
+    prefetcher = Prefetcher(shape, num_experts(spec), weights.cache, forecast)
+    runtime = SimulatedRuntime(
+        lanes, costs, weights, prefetcher=prefetcher, forecast=forecast,
+        router=lambda layer, rows: dict.fromkeys(range(8), each),
+    )  # fmt: skip
+    segment = Segment(
+        sequence=0, token_ids=(0,), first_position=context - 1, pages=(), state_slot=-1,
+        is_prompt=False, long_rope=False, wants_logits=False,
+    )  # fmt: skip
+    batch = make_batch([segment] * share.sequences, micro_batch_tokens=100)
+    for _ in range(2):
+        run_pass(runtime, shape, batch)
+    begin, busy = lanes.clock.now, lanes.busy()
+    for _ in range(3):
+        run_pass(runtime, shape, batch)
+    seconds = (lanes.clock.now - begin) / 3
+    worked = {lane: (end - busy[lane]) / 3 for lane, end in lanes.busy().items()}
+    expected = layers * layer_seconds(SHAPE, rates, share)
+    assert seconds == pytest.approx(expected, rel=0.12)
+    assert max(worked, key=worked.get) == binds
+    assert seconds >= max(worked.values()) * (1 - 1e-9)

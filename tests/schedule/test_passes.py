@@ -1,0 +1,162 @@
+"""The schedule as ordinary code: what it asks of any runtime, and how rows are cut."""
+
+from contextlib import contextmanager
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from windlass.ids import Part, WeightKey
+from windlass.schedule.batch import CHUNK_TOKENS, Segment, make_batch
+from windlass.schedule.passes import PassShape, run_pass
+from windlass.schedule.runtime import Routed
+
+
+class RecordingRuntime:
+    """A `Runtime` without tensors: notes every call, and gives experts in another order."""
+
+    def __init__(self, experts, repeated=()):
+        self.routed = experts
+        self.repeated = repeated
+        self.calls = []
+        self.held = []
+
+    def begin(self, batch):
+        self.calls.append(("begin", batch.num_rows))
+        return "hidden"
+
+    def prefetch(self, layer):
+        assert not self.held, "hinted while weights are leased"
+        self.calls.append(("prefetch", layer))
+
+    def replay(self, layer):
+        assert not self.held, "a layer is repeated as a whole"
+        return layer in self.repeated
+
+    @contextmanager
+    def lease(self, key):
+        self.held.append(key)
+        yield key
+        self.held.remove(key)
+
+    def arrivals(self, keys):
+        last_first = keys[::-1]
+        for group in (last_first[:1], last_first[1:]):
+            self.held += group
+            yield group
+            for key in group:
+                self.held.remove(key)
+
+    def attention(self, layer, weights, hidden, rows):
+        assert weights == WeightKey(Part.BLOCK, layer) and weights in self.held
+        self.calls.append(("attention", layer, rows.first_row, rows.num_rows))
+
+    def enter_experts(self, layer, weights, hidden):
+        assert weights in self.held
+        self.calls.append(("route", layer))
+        return Routed(self.routed, None)
+
+    def experts(self, layer, group, routed):
+        assert all(key in self.held for key in group)
+        self.calls.append(("experts", layer, *(key.index for key in group)))
+
+    def leave_experts(self, layer, hidden, routed):
+        self.calls.append(("combine", layer))
+
+    def enter_dense(self, layer, weights, hidden):
+        return "normed"
+
+    def dense(self, layer, weights, hidden, normed):
+        assert weights == WeightKey(Part.FFN, layer) and weights in self.held
+        self.calls.append(("dense", layer))
+
+    def enter_head(self, hidden, batch):
+        return "final"
+
+    def head(self, weights, final):
+        self.calls.append(("head", weights.index))
+
+    def finish(self, final):
+        return "logits"
+
+
+def _segment(name, first, count, *, is_prompt=True, wants_logits=True):
+    return Segment(
+        sequence=name,
+        token_ids=tuple(range(count)),
+        first_position=first,
+        pages=(0,),
+        state_slot=-1,
+        is_prompt=is_prompt,
+        long_rope=False,
+        wants_logits=wants_logits,
+    )
+
+
+def test_a_pass_runs_attention_by_micro_batch_and_each_expert_once():
+    batch = make_batch([_segment(0, 0, 100), _segment(1, 0, 60)], micro_batch_tokens=128)
+    runtime = RecordingRuntime(experts=(1, 4, 6))
+    assert run_pass(runtime, PassShape((False, True), 2), batch) == "logits"
+    assert not runtime.held
+    assert runtime.calls == [
+        ("begin", 160),
+        ("prefetch", 0),
+        ("attention", 0, 0, 100),
+        ("attention", 0, 100, 60),
+        ("dense", 0),
+        ("prefetch", 1),
+        ("attention", 1, 0, 100),
+        ("attention", 1, 100, 60),
+        ("route", 1),
+        ("experts", 1, 6),
+        ("experts", 1, 4, 1),
+        ("combine", 1),
+        ("prefetch", 2),
+        ("head", 0),
+        ("head", 1),
+    ]
+
+
+def test_a_pass_without_wanted_logits_does_not_touch_the_head():
+    batch = make_batch([_segment(0, 0, 64, wants_logits=False)], micro_batch_tokens=64)
+    runtime = RecordingRuntime(experts=(0,))
+    run_pass(runtime, PassShape((True,), 3), batch)
+    assert not [call for call in runtime.calls if call[0] == "head"]
+
+
+def test_a_repeated_layer_is_not_computed_again():
+    batch = make_batch([_segment(0, 0, 64)], micro_batch_tokens=64)
+    runtime = RecordingRuntime(experts=(0,), repeated=(0, 2))
+    run_pass(runtime, PassShape((True, False, True), 1), batch)
+    assert [call for call in runtime.calls if call[0] != "prefetch"] == [
+        ("begin", 64), ("attention", 1, 0, 64), ("dense", 1), ("head", 0),
+    ]  # fmt: skip
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 300), st.booleans()), min_size=1),
+    st.integers(CHUNK_TOKENS, 400),
+)
+def test_micro_batches_hold_all_rows_in_order_and_cut_at_chunks(rows, limit):
+    segments = [
+        _segment(i, CHUNK_TOKENS * first if is_prompt else 7 * first, count if is_prompt else 1,
+                 is_prompt=is_prompt)
+        for i, (first, count, is_prompt) in enumerate(rows)
+    ]  # fmt: skip
+    batch = make_batch(segments, micro_batch_tokens=limit)
+    assert batch.num_rows == sum(s.num_rows for s in segments)
+    assert [m.first_row for m in batch.micro_batches] == [
+        sum(m.num_rows for m in batch.micro_batches[:i]) for i in range(len(batch.micro_batches))
+    ]
+    seen = {}
+    for micro in batch.micro_batches:
+        assert 0 < micro.num_rows == sum(s.num_rows for s in micro.segments) <= limit
+        for part in micro.segments:
+            whole = segments[part.sequence]
+            done = seen.get(part.sequence, 0)
+            assert part.first_position == whole.first_position + done
+            assert part.token_ids == whole.token_ids[done : done + part.num_rows]
+            assert done == 0 or part.first_position % CHUNK_TOKENS == 0
+            seen[part.sequence] = done + part.num_rows
+    assert seen == {s.sequence: s.num_rows for s in segments}
+    last = [sum(s.num_rows for s in segments[: i + 1]) - 1 for i in range(len(segments))]
+    assert batch.logit_rows == last

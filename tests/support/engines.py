@@ -1,0 +1,83 @@
+"""Engines over tiny random checkpoints, for tests of everything below the fronts."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from delta_model import DELTA_CASES, make_delta_checkpoint
+from families import CASES, VOCAB, make_checkpoint
+from windlass.build.open import open_engine
+from windlass.device.base import Device
+from windlass.engine.engine import Engine
+from windlass.engine.outputs import RequestOutput
+from windlass.engine.request import Request
+from windlass.options import EngineOptions
+from windlass.params import SamplingParams
+from windlass.units import MIB
+
+FAMILIES = (*CASES, *DELTA_CASES)
+
+
+def make_model(family: str, path: Path, **changes: Any) -> torch.nn.Module:
+    """A random checkpoint with a tokenizer beside it; returns transformers' model."""
+    make = make_delta_checkpoint if family in DELTA_CASES else make_checkpoint
+    model = make(family, path, **changes)
+    write_tokenizer(path)
+    return model
+
+
+def write_tokenizer(path: Path) -> None:
+    """One word per id: `w0 w1 w2 ...`."""
+    words = {f"w{i}": i for i in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(path / "tokenizer.json"))
+
+
+def engine_for(path: Path, *, device: Device | None = None, **options: Any) -> Engine:
+    """An engine with room for everything, unless `options` say otherwise."""
+    options.setdefault("host_memory", 16 * 1024 * MIB)
+    options.setdefault("max_model_len", 256)
+    options.setdefault("max_num_seqs", 8)
+    options.setdefault("max_num_batched_tokens", 512)
+    options.setdefault("generation_config", "vllm")
+    return open_engine(EngineOptions(model=str(path), **options), device=device)
+
+
+def request(name: str, prompt: Iterable[int], *, max_tokens: int = 8, **params: Any) -> Request:
+    """A greedy request that does not end early, unless `params` say otherwise."""
+    settings = {"temperature": 0.0, "ignore_eos": True, **params}
+    return Request(name, tuple(prompt), SamplingParams(max_tokens=max_tokens, **settings), name)
+
+
+def run_all(
+    engine: Engine, requests: Iterable[Request], *, check: bool = True
+) -> dict[str, RequestOutput]:
+    """Adds all requests, steps to the end; results by request id."""
+    for one in requests:
+        engine.add(one)
+    results: dict[str, RequestOutput] = {}
+    while engine.has_work:
+        for output in engine.step().finished:
+            results[output.request_id] = output
+        if check:
+            engine.check()
+    return results
+
+
+def logprob_rows(output: RequestOutput) -> torch.Tensor:
+    """(steps, vocabulary) of the first choice of a request with logprobs=-1."""
+    steps = output.outputs[0].logprobs
+    assert steps is not None
+    rows = [[step[token].logprob for token in range(len(step))] for step in steps]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def prompts(lengths: Iterable[int], *, seed: int = 0) -> list[list[int]]:
+    """Random token ids, none of them special."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in lengths]

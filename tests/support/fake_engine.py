@@ -1,0 +1,265 @@
+"""An engine without a model: text is a function of the prompt, the parameters and the seed alone.
+
+As a script it is `windlass` with this engine: `python tests/fake_engine.py run-batch -i ...`.
+FAKE_OPEN_S: seconds that opening takes; FAKE_STEP_S: seconds per step; FAKE_LOG: a file that gets
+one byte per generated token; FAKE_CAPACITY: sequences; FAKE_FINGERPRINT: what `fingerprint` says
+of the checkpoint.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from types import ModuleType
+from typing import Any
+
+from windlass.engine.engine_stats import EngineStats
+from windlass.engine.outputs import CompletionOutput, Logprob, RequestOutput
+from windlass.engine.request import Delta, Request, StepResult
+from windlass.errors import RequestError
+from windlass.params import SamplingParams
+
+TOKENS_PER_STEP = 3
+BOS = 256
+
+
+class FakeTokenizer:
+    """One token per byte."""
+
+    takes_tools = False
+    tells_time = False
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return bytes(i for i in token_ids if i < 256).decode(errors="replace")
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+        now: int | None = None,
+    ) -> list[int]:
+        if variables and variables.get("raise"):
+            raise RequestError("chat template: asked to", param="messages")
+        text = str(tools) if tools and self.takes_tools else ""
+        text += "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
+        text += f"{variables}" if variables else ""
+        text += f"<{now}>" if self.tells_time else ""
+        return self.encode(text + "<assistant>" * add_generation_prompt, add_special_tokens=False)
+
+
+@dataclass
+class _Sequence:
+    tokens: tuple[int, ...]
+    reason: str
+    done: int = 0
+
+
+@dataclass
+class _Running:
+    request: Request
+    sequences: list[_Sequence] = field(default_factory=list)
+
+
+class FakePlan:
+    """What `run-batch --json` repeats."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"host_memory": 1 << 20}
+
+    def lines(self) -> list[str]:
+        return ["plan: a fake one"]
+
+
+class FakeEngine:
+    """`fail_prompts`: prompts (text) whose results are errors, by how many times that happens;
+    `error_code`: of these errors."""
+
+    def __init__(
+        self,
+        *,
+        capacity: int = 4,
+        max_model_len: int = 256,
+        step_s: float = 0.0,
+        log: str | None = None,
+        fail_prompts: dict[str, int] | None = None,
+        error_code: str | None = None,
+        fingerprint: str = "fake",
+    ) -> None:
+        self.tokenizer = FakeTokenizer()
+        self.plan = FakePlan()
+        self.notes: tuple[str, ...] = ()
+        self.max_model_len = max_model_len
+        self.default_params = SamplingParams(temperature=0.5)
+        self.fingerprint = {"checkpoint": fingerprint, "version": "0"}
+        self.capacity = capacity
+        self.peak_flying = 0
+        self.is_closed = False
+        self.added: list[Request] = []
+        self.aborted: list[str] = []
+        self.error_code = error_code
+        self.fail_prompts = fail_prompts or {}
+        self._step_s = step_s
+        self._log = open(log, "ab", buffering=0) if log else None
+        self._running: dict[str, _Running] = {}
+        self._passes = self._prompt_tokens = self._generated = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running)
+
+    def add(self, request: Request) -> None:
+        if any(not 0 <= i <= BOS for i in request.prompt_token_ids):
+            raise RequestError("prompt: got an id outside the vocabulary", param="prompt")
+        assert request.request_id not in self._running, "request ids are unique"
+        room = self.max_model_len - len(request.prompt_token_ids)
+        if request.params.max_tokens is None:
+            request = replace(request, params=replace(request.params, max_tokens=room))
+        assert 0 < request.params.max_tokens <= room, "the protocol checks the length"
+        self.added.append(request)
+        running = _Running(request)
+        for choice in range(request.params.n):
+            running.sequences.append(_fake_tokens(request, choice))
+        self._running[request.request_id] = running
+        self._prompt_tokens += len(request.prompt_token_ids)
+        self.peak_flying = max(
+            self.peak_flying, sum(len(r.sequences) for r in self._running.values())
+        )
+
+    def abort(self, request_id: str) -> None:
+        self.aborted.append(request_id)
+        self._running.pop(request_id, None)  # it may just have ended, as in the real one
+
+    def step(self) -> StepResult:
+        time.sleep(self._step_s)
+        self._passes += 1
+        places = self.capacity
+        finished, deltas = [], []
+        for request_id, running in list(self._running.items()):
+            if places <= 0:
+                break
+            places -= len(running.sequences)
+            for index, seq in enumerate(running.sequences):
+                new = seq.tokens[seq.done : seq.done + TOKENS_PER_STEP]
+                seq.done += len(new)
+                self._generated += len(new)
+                if self._log:
+                    self._log.write(b"." * len(new))
+                deltas.append(Delta(request_id, index, self.tokenizer.decode(new), new))
+            if all(seq.done == len(seq.tokens) for seq in running.sequences):
+                finished.append(self._finish(running))
+                del self._running[request_id]
+        return StepResult(tuple(finished), tuple(deltas))
+
+    def _finish(self, running: _Running) -> RequestOutput:
+        request = running.request
+        prompt = self.tokenizer.decode(request.prompt_token_ids)
+        if self.fail_prompts.get(prompt, 0) > 0:
+            self.fail_prompts[prompt] -= 1
+            failed = RequestOutput.failed(request.request_id, "a fault on purpose")
+            return replace(failed, error_code=self.error_code)
+        outputs = tuple(
+            CompletionOutput(
+                index=i,
+                text=self.tokenizer.decode(seq.tokens),
+                token_ids=seq.tokens,
+                finish_reason=seq.reason,
+                logprobs=_fake_logprobs(seq.tokens, request.params.logprobs),
+            )
+            for i, seq in enumerate(running.sequences)
+        )
+        return RequestOutput(
+            request_id=request.request_id,
+            prompt=None,
+            prompt_token_ids=request.prompt_token_ids,
+            outputs=outputs,
+        )
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            passes=self._passes,
+            prompt_tokens=self._prompt_tokens - self._prompt_tokens // 4,
+            prefix_cache_queries=self._prompt_tokens,
+            prefix_cache_hits=self._prompt_tokens // 4,  # as if a quarter had been found
+            generated_tokens=self._generated,
+            bytes_read=1000 * self._passes,
+            expert_requests=8 * self._passes,
+            expert_hits=6 * self._passes,
+            wait_s=0.0,
+            pass_s=self._passes * self._step_s,
+            peak_rss_bytes=1 << 20,
+            running=len(self._running),
+            waiting=0,
+        )
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def _fake_tokens(request: Request, choice: int) -> _Sequence:
+    """Lower-case letters; an early end for some seeds."""
+    params = request.params
+    seed = params.seed if params.seed is not None else request.seed_key
+    name = f"{request.prompt_token_ids} {params.temperature} {seed} {choice}"
+    data = blake2b(name.encode()).digest() * (1 + params.max_tokens // 64)
+    early = data[0] % 2 == 0
+    length = max(1, params.max_tokens - (data[1] % 5 if early else 0))
+    tokens = tuple(97 + byte % 26 for byte in data[:length])
+    return _Sequence(tokens, "stop" if length < params.max_tokens else "length")
+
+
+def _fake_logprobs(tokens: Sequence[int], top: int | None) -> tuple[dict[int, Logprob], ...] | None:
+    if top is None:
+        return None
+    # the sampled token comes first and is the third best; the worst is impossible
+    return tuple(
+        {
+            token: Logprob(-3.0, 3, chr(token)),
+            **{
+                i: Logprob(-float(rank) if rank < 5 else float("-inf"), rank, f"t{i}")
+                for rank, i in enumerate(range(1, top + 2), start=1)
+                if rank <= top and rank != 3
+            },
+        }
+        for token in tokens
+    )
+
+
+def open_fake(options: object, **more: object) -> FakeEngine:
+    """What `windlass.build.open.open_engine` is in the script."""
+    time.sleep(float(os.environ.get("FAKE_OPEN_S", "0")))
+    return FakeEngine(
+        capacity=int(os.environ.get("FAKE_CAPACITY", "4")),
+        step_s=float(os.environ.get("FAKE_STEP_S", "0")),
+        log=os.environ.get("FAKE_LOG"),
+        fingerprint=os.environ.get("FAKE_FINGERPRINT", "fake"),
+    )
+
+
+class FakeOptions:
+    """Takes the fields that the real options have."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.fields = fields
+
+
+def install() -> None:
+    """Puts the fake in place of `windlass.build.open`."""
+    build = ModuleType("windlass.build.open")
+    build.open_engine = open_fake  # type: ignore[attr-defined]
+    build.EngineOptions = FakeOptions  # type: ignore[attr-defined]
+    sys.modules["windlass.build.open"] = build
+
+
+if __name__ == "__main__":
+    from windlass.cli import main
+
+    install()
+    sys.exit(main())
