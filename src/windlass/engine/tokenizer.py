@@ -197,7 +197,9 @@ def _convert_slow(path: Path) -> tokenizers.Tokenizer:
             f"({error}): pip install 'windlass[transformers]', or add a tokenizer.json"
         ) from error
     try:
-        slow = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        slow = AutoTokenizer.from_pretrained(
+            str(path), trust_remote_code=False, local_files_only=True
+        )
         backend: tokenizers.Tokenizer = slow.backend_tokenizer
     except (OSError, ValueError, ImportError, AttributeError) as error:
         raise CheckpointError(
