@@ -40,7 +40,7 @@ class Recorder:
 
     def begin(self, batch):
         hidden = self._inner.begin(batch)
-        self._op("embed", batch.num_rows)
+        self._op("embed", batch.num_tokens)
         return hidden
 
     def prefetch(self, layer):
@@ -64,7 +64,7 @@ class Recorder:
 
     def attention(self, layer, weights, hidden, rows):
         self._inner.attention(layer, weights, hidden, rows)
-        self._op("attention", layer, rows.first_row, rows.num_rows)
+        self._op("attention", layer, rows.first_token, rows.num_tokens)
 
     def enter_experts(self, layer, weights, hidden):
         routed = self._inner.enter_experts(layer, weights, hidden)

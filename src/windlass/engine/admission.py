@@ -108,7 +108,7 @@ class Admission:
         room = self._max_rows
         for following, sequence in zip(range(len(decoding))[::-1], decoding, strict=True):
             rows.append(self._generated(sequence, room - following))  # a row for each that follows
-            room -= rows[-1].segment.num_rows
+            room -= rows[-1].segment.num_tokens
         if rows and self._mixed_prefill_rows is not None:
             room = min(room, self._mixed_prefill_rows)
         self._add_prompts(start, room, rows)

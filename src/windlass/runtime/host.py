@@ -107,13 +107,13 @@ class HostRuntime:
     # --- a pass -----------------------------------------------------------------------------------
 
     def begin(self, batch: Batch) -> torch.Tensor:
-        with self._tracer.span("embed", rows=batch.num_rows):
+        with self._tracer.span("embed", rows=batch.num_tokens):
             tokens = [token for segment in batch.segments for token in segment.token_ids]
             self._metadata = {
-                micro.first_row: attention_metadata(micro, self._kv.page_tokens)
+                micro.first_token: attention_metadata(micro, self._kv.page_tokens)
                 for micro in batch.micro_batches
             }
-            self._forecast.begin(batch.num_rows)
+            self._forecast.begin(batch.num_tokens)
             hidden = math.embed(self._spec, self._embedding.rows(tokens))
             hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
@@ -122,8 +122,8 @@ class HostRuntime:
         return self._capture.layer(layer)
 
     def attention(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:
-        part = slice(rows.first_row, rows.first_row + rows.num_rows)
-        metadata = self._metadata[rows.first_row]
+        part = slice(rows.first_token, rows.first_token + rows.num_tokens)
+        metadata = self._metadata[rows.first_token]
         self._blocks.attention(layer, weights.tensors, hidden[part], metadata)
 
     def enter_experts(self, layer: int, weights: Lease, hidden: torch.Tensor) -> Routed:

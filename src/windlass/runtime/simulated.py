@@ -187,14 +187,14 @@ class SimulatedRuntime:
     # --- a pass -----------------------------------------------------------------------------------
 
     def begin(self, batch: Batch) -> None:
-        self._num_rows = batch.num_rows
+        self._num_rows = batch.num_tokens
         self._num_logits = len(batch.logit_rows) + len(batch.scored_rows)
-        self._forecast.begin(batch.num_rows)
+        self._forecast.begin(batch.num_tokens)
         if self._weights.cache.fits(Part.EMBED):
             with self._weights.lease(WeightKey(Part.EMBED)):
                 self._do(self._costs.embed(batch), "embed")
             return
-        self._read_rows(batch.num_rows)
+        self._read_rows(batch.num_tokens)
         self._do(self._costs.embed(batch), "embed")
 
     def attention(self, layer: int, weights: Entry, hidden: None, rows: MicroBatch) -> None:
