@@ -159,7 +159,7 @@ class Admission:
     def _may_want(self, sequence: Sequence) -> float:
         """Pages kept free for a running sequence, so that a newcomer does not drive it out at once:
         those it lacks now, else one as far as it is likely to want it. To keep all that it may grow
-        to saves preemptions and costs more passes than they do (docs/log.md)."""
+        to saves preemptions and costs more passes than they do (docs/experiments/0008-free-pages.md)."""
         held = len(sequence.pages)
         lacking = self._kv.pages_for(sequence.num_tokens) - held
         most = self._kv.pages_for(sequence.max_total - 1) - held

@@ -18,7 +18,8 @@ from windlass.ids import Part, WeightKey
 from windlass.kernels.interface import Kernels
 from windlass.kvcache.kv_cache import KvCache
 from windlass.models.spec import ModelSpec
-from windlass.prefetch.prefetcher import ExpertForecast, Prefetcher
+from windlass.prefetch.prefetcher import Prefetcher
+from windlass.prefetch.usage import UsageForecast
 from windlass.runtime.attention_metadata import AttentionMetadata, attention_metadata
 from windlass.runtime.capture import LayerCapture
 from windlass.runtime.embedding import EmbeddingRows
@@ -27,8 +28,7 @@ from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.tensors import plain
 from windlass.trace import Tracer
-from windlass.weights.leases import Lease
-from windlass.weights.store import WeightStore
+from windlass.weights.store import Lease, WeightStore
 
 _SCORE_BYTES = 8 << 20  # of logits that only a score is taken of
 
@@ -66,7 +66,7 @@ class HostRuntime:
         *,
         embedding: EmbeddingRows,
         prefetcher: Prefetcher | None,
-        forecast: ExpertForecast,
+        forecast: UsageForecast,
         tracer: Tracer,
     ) -> None:
         """Without an `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
@@ -89,7 +89,7 @@ class HostRuntime:
         return self._weights.lease(key)
 
     def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[list[Lease]]:
-        group_size = self._weights.group_size
+        group_size = self._weights.cache.group_size
         if self._prefetcher is None:
             for first in range(0, len(keys), group_size):
                 arriving = self._weights.arrivals(keys[first : first + group_size])
