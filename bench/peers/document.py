@@ -68,4 +68,3 @@ class Document:
 
 def _has_failed(entry: dict[str, Any]) -> bool:
     return bool(entry.get("status", "ok") in ("timeout", "failed"))
-
