@@ -48,7 +48,7 @@ def test_after_a_preemption_the_others_go_on():
     first = machine.admission.running[0]
     first.output_ids.extend(range(first.num_tokens, first.num_tokens + 200))
     rows = machine.step()
-    assert [row.segment.num_rows for row in rows] == [4 + CHUNK_TOKENS - 2, 1, 1]
+    assert [row.segment.num_tokens for row in rows] == [4 + CHUNK_TOKENS - 2, 1, 1]
 
 
 def test_what_gave_way_returns_in_the_order_of_age_before_what_never_ran():

@@ -234,7 +234,7 @@ def test_what_is_left_of_a_prompt_decides_whether_it_fits():
         machine.step()
     machine.add("1", HEADER + [5] * 30, 1)
     machine.add("2", HEADER + [6] * 10, 1)  # 18 left, in a pass with room for 30
-    assert [row.segment.num_rows for row in machine.step()] == [38, 18]
+    assert [row.segment.num_tokens for row in machine.step()] == [38, 18]
 
 
 def _admitted(machine):
@@ -315,7 +315,7 @@ def test_at_the_smallest_budget_all_end_before_long(seed, mixed, shares):
         machine.add(str(i), [7 + i % 2] * length, 8 * PAGE_TOKENS - length)
     num_passes = rows = 0
     while machine.admission.running or machine.admission.waiting:
-        rows += sum(row.segment.num_rows for row in machine.step())
+        rows += sum(row.segment.num_tokens for row in machine.step())
         num_passes += 1
     assert len(machine.finished) == 6
     assert machine.admission.num_preemptions > 0 or mixed == 0

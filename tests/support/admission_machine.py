@@ -42,8 +42,8 @@ class Machine:
         before = {id(sequence): sequence.num_computed for sequence in decoding}
         rows = admission.compose(lambda queued: Sequence(queued, None, None, frozenset()))
         admission.check()
-        assert 0 < sum(row.segment.num_rows for row in rows) <= self.rows
-        assert all(row.segment.num_rows for row in rows), "an empty segment"
+        assert 0 < sum(row.segment.num_tokens for row in rows) <= self.rows
+        assert all(row.segment.num_tokens for row in rows), "an empty segment"
         assert len({id(row.sequence) for row in rows}) == len(rows) <= len(admission.running)
         self.take(rows)
         for sequence in decoding:
@@ -55,7 +55,7 @@ class Machine:
         """The pass has ended."""
         for sequence, segment in rows:
             self._check(sequence, segment)
-            sequence.num_computed += segment.num_rows
+            sequence.num_computed += segment.num_tokens
             if segment.wants_logits:
                 sequence.output_ids.append(sequence.num_tokens)
                 if sequence.num_tokens == sequence.max_total:
@@ -64,7 +64,7 @@ class Machine:
         self.admission.check()
 
     def _check(self, sequence, segment):
-        last = segment.first_position + segment.num_rows
+        last = segment.first_position + segment.num_tokens
         assert segment.token_ids == tuple(range(segment.first_position, last))
         assert segment.first_position == sequence.num_computed
         assert segment.is_prompt == (last <= sequence.num_prompt)

@@ -4,7 +4,7 @@ Quantisers are written from the formats' descriptions, element by element, and s
 what they test. Each takes a matrix (N, K) in fp32 and gives its tensors by the ending of their
 names, and the matrix that they mean.
 
-How the packing was checked against the formats' own programs: see `tests/checkpoint/test_formats.py`.
+How the packing was checked against the formats' own programs: see `test_formats.py`.
 """
 
 import json

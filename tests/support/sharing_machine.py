@@ -85,14 +85,14 @@ class Machine:
         rows = admission.compose(lambda queued: Sequence(queued, None, None, frozenset()))
         admission.check()
         assert rows or not admission.running and not admission.waiting
-        prefill = sum(row.segment.num_rows for row in rows if row.segment.is_prompt)
+        prefill = sum(row.segment.num_tokens for row in rows if row.segment.is_prompt)
         decodes = any(not row.segment.is_prompt for row in rows)
         assert self.mixed is None or not decodes or prefill <= self.mixed
         self.prompt_rows += prefill
         for sequence, segment in rows:
             self._compute(sequence, segment)
         for sequence, segment in rows:
-            sequence.num_computed += segment.num_rows
+            sequence.num_computed += segment.num_tokens
             if segment.wants_logits:
                 self._draw(sequence)
         admission.check()
@@ -102,7 +102,7 @@ class Machine:
         tokens = [*sequence.request.prompt_token_ids, *sequence.output_ids]
         values = chain(tokens, is_long=segment.long_rope)
         assert segment.first_position == sequence.num_computed
-        last = segment.first_position + segment.num_rows
+        last = segment.first_position + segment.num_tokens
         assert not segment.is_prompt or last == sequence.num_prompt or last % CHUNK_TOKENS == 0
         for position in range(segment.first_position, last):
             page = segment.pages[position // PAGE_TOKENS]
