@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import _work as attention_work
 
+from attention import attention_work
 from engines import engine_for, make_model, prompts, request, run_all
 from windlass.errors import UsageError
 from windlass.kernels import rowwise

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_quantize import dequantised
 
+from dequantised import dequantised
 from engines import engine_for, logprob_rows, make_model, prompts, request, run_all
 from windlass.cli import main
 from windlass.decoder.score import RunningLogprobs

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_families import KERNELS, Checkpoint, _feed_forward
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,6 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dense_model import KERNELS, Checkpoint, feed_forward
 from windlass.decoder import block as math
 from windlass.decoder.attention import value_width
 from windlass.decoder.delta import DeltaSegment, delta_attention, state_shapes
@@ -135,7 +135,7 @@ class DeltaModel:
                 math.residual(KERNELS, self.spec, x, y)
             else:
                 self._softmax(layer, w, x, segments)
-            y = _feed_forward(self.checkpoint, layer, w, math.ffn_input(KERNELS, self.spec, w, x))
+            y = feed_forward(self.checkpoint, layer, w, math.ffn_input(KERNELS, self.spec, w, x))
             math.residual(KERNELS, self.spec, x, y)
         h = math.final_norm(KERNELS, self.spec, self.checkpoint.part(Part.FINAL), x)
         chunks = [self.checkpoint.part(*key) for key in self.checkpoint.layout.keys(Part.HEAD)]

@@ -84,7 +84,7 @@ class Feed:
 
     def unblock(self, demand: Demand) -> bool:
         """For a demand that has nothing under way: takes a slot that another demand keeps but does
-        not use. False: something is loading, and waiting for it helps."""
+        not use. False: something is loading, or others' reads come first: waiting helps."""
         key = demand.waiting[0]
         entries = self._resident.of(key.part)
         for entry in entries:
@@ -94,7 +94,8 @@ class Feed:
                 entry.demands.clear()
                 self._resident.set_idle(entry)
                 return self.begin_first(demand)
-        if any(entry.ticket is not None for entry in entries):
+        is_loading = any(entry.ticket is not None for entry in entries)
+        if is_loading or not self._queue.has_room(Priority.DEMAND):
             return False
         raise BudgetError(
             f"{key}: got no slot, all {len(entries)} of {key.part.value} are leased: allow more"
