@@ -4,6 +4,7 @@ no weights. The store that moves bytes and the clock that only counts them share
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from windlass.errors import BudgetError
 from windlass.ids import Part, WeightKey
@@ -18,14 +19,14 @@ from windlass.weights.stats import StoreStats
 
 class WeightCache:
     """Reads go on by themselves as others arrive, so that the link stays busy while the caller
-    computes: first what is demanded, then the hints, in order. `pump` must be called whenever the
-    queue has room. One thread calls; all methods take the queue's lock, which may be held."""
+    computes: first what is demanded, then the hints, in order. One thread calls; all methods take
+    the queue's lock, which may be held."""
 
     def __init__(
         self,
         num_keys: Mapping[Part, int],
         slots: Mapping[Part, Slots],
-        queue: IoQueue,
+        queue: IoQueue[Any],
         fetch: Fetch,
         *,
         policy: EvictionPolicy,
@@ -37,6 +38,7 @@ class WeightCache:
         self._policy = policy
         self._resident = Residency(num_keys, slots, fetch, policy=policy)
         self._queue = queue
+        queue.listen(self)
         self._changed = queue.changed
         self._now = now
         num_experts = num_keys.get(Part.EXPERT, 0)

@@ -22,7 +22,7 @@ class Entry:
     def __init__(self, key: WeightKey, slot: int) -> None:
         self.key = key
         self.slot = slot
-        self.ticket: Ticket | None = None
+        self.ticket: Ticket[Any] | None = None
         self.leases = 0
         self.demands: list[Demand] = []  # that still want it
         self.is_prefetched = False
@@ -38,7 +38,7 @@ class Fetch(Protocol):
 
     def __call__(
         self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]
-    ) -> Ticket: ...
+    ) -> Ticket[Any]: ...
 
 
 def num_slots(num_keys: Mapping[Part, int], wanted: Mapping[Part, int]) -> dict[Part, int]:
@@ -89,7 +89,7 @@ class Residency:
         """Entries of one kind."""
         return [entry for entry in self.entries.values() if entry.key.part == part]
 
-    def loading(self) -> list[tuple[Entry, Ticket]]:
+    def loading(self) -> list[tuple[Entry, Ticket[Any]]]:
         """Entries under way, in the order in which they were begun."""
         return [(e, e.ticket) for e in self.entries.values() if e.ticket is not None]
 
