@@ -18,6 +18,7 @@ from windlass.decoder import block as math
 from windlass.decoder.attention import value_width
 from windlass.decoder.delta import DeltaSegment, delta_attention, state_shapes
 from windlass.decoder.rope import RopeTable
+from windlass.device.host_memory import HostAllocator
 from windlass.ids import Part
 from windlass.kernels.interface import AttentionOptions, AttentionWork
 from windlass.models.spec import GatedDelta, Gqa
@@ -167,7 +168,7 @@ class DeltaModel:
         assert isinstance(attention, Gqa) and attention.rope is not None
         spans = [range(s.first_position, s.first_position + s.num_rows) for s in segments]
         positions = torch.tensor([position for span in spans for position in span])
-        cos, sin = RopeTable(attention.rope).cos_sin(positions)
+        cos, sin = RopeTable(attention.rope, HostAllocator()).cos_sin(positions)
         got = math.pre_attention(KERNELS, self.spec, attention, w, x, cos, sin)
         pages = tuple(tuple(range(s.slot, NUM_PAGES, 3)) for s in segments)
         key, value = self.caches[layer]

@@ -13,6 +13,7 @@ from windlass.checkpoint.layout import build_layout
 from windlass.decoder import block as math
 from windlass.decoder.moe import dense_ffn, route, shared_expert
 from windlass.decoder.rope import RopeTable
+from windlass.device.host_memory import HostAllocator
 from windlass.ids import Part, WeightKey
 from windlass.kernels.interface import Kernels
 from windlass.kernels.reference import TorchKernels
@@ -91,7 +92,7 @@ def _attend(
 ) -> None:
     attention = spec.blocks[layer].attention
     assert isinstance(attention, Gqa | Mla) and attention.rope is not None
-    table, num = RopeTable(attention.rope), len(x)
+    table, num = RopeTable(attention.rope, HostAllocator()), len(x)
     scaling = attention.rope.scaling
     is_long = isinstance(scaling, LongRopeScaling) and num > scaling.original_max
     cos, sin = table.cos_sin(torch.arange(num), long_T=is_long)
