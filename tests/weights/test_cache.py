@@ -5,20 +5,21 @@ call, against what whoever fills the slots has seen."""
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from windlass.checkpoint.part_reads import Read
 from windlass.errors import BudgetError
-from windlass.ids import Part, WeightKey
+from windlass.ids import DISK_TO_HOST, Part, WeightKey
 from windlass.prefetch.policies import FarthestNextUse, LeastRecentlyUsed
 from windlass.weights.cache import WeightCache
 from windlass.weights.demand import Demand
 from windlass.weights.hints import Hint
 from windlass.weights.io_queue import IoQueue, Priority, Ticket, TicketState
+from windlass.weights.io_queue import Link as Bearing
 from windlass.weights.residency import Entry
 from windlass.weights.slots import Slots
 
@@ -43,6 +44,27 @@ def hint(
     cache.hint(now, added, dropped)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Bytes of nothing."""
+
+    num_bytes: int
+
+    def part(self, begin: int, num_bytes: int) -> "Piece":
+        return Piece(num_bytes)
+
+
+class Queue(IoQueue[Piece]):
+    """Its blocks are in flight until the link delivers them."""
+
+    def __init__(self, link: "Link") -> None:
+        self._link = link
+        super().__init__(link, {DISK_TO_HOST: Bearing(DEPTH, BLOCK_BYTES)})
+
+    def _move(self, ticket: Ticket[Piece], block: Piece) -> None:
+        self._link.in_flight.append((ticket, block.num_bytes))
+
+
 class Link:
     """Blocks in flight, and the lock of the queue: a wait goes on to the next arrival, or lets
     another caller act; it ends when the waiters are notified, and fails where nobody ever would
@@ -53,11 +75,7 @@ class Link:
         self.in_flight: list[tuple[Ticket, int]] = []
         self.num_bytes = 0
         self.others: Callable[[], bool] = lambda: False  # what other callers do meanwhile
-        self.queue = IoQueue(
-            lambda ticket, block: self.in_flight.append((ticket, block.num_bytes)),
-            self, depth=DEPTH, block_bytes=BLOCK_BYTES, on_room=lambda: self.on_room(),
-        )  # fmt: skip
-        self.on_room: Callable[[], None] = lambda: None
+        self.queue = Queue(self)
         self._is_notified = False
 
     def __enter__(self) -> None:
@@ -127,10 +145,9 @@ class Filler:
 
         num_bytes = BLOCK_BYTES * (1 + (7 * entry.key.layer + entry.key.index) % 3)
         self.begun[priority] += 1
-        return self.link.queue.submit(
-            [Read("file", 0, num_bytes, 0)], None,
-            priority=priority, label=str(entry.key), on_done=done,
-        )  # fmt: skip
+        return self.link.queue.enqueue(
+            DISK_TO_HOST, [Piece(num_bytes)], priority=priority, on_done=done
+        )
 
     def now(self) -> float:
         return float(self.link.num_bytes)
@@ -166,7 +183,6 @@ class Callers(RuleBasedStateMachine):
             {part: len(keys) for part, keys in KEYS.items()}, self.slots, self.link.queue,
             self.filler, policy=FarthestNextUse(LAYERS) if is_farthest else LeastRecentlyUsed(),
         )  # fmt: skip
-        self.link.on_room = self.cache.pump
         self.filler.on_evict = self._may_go
         self.filler.on_begin = lambda key: self.hinted.discard(key)
         self.held = self.cache.track(ALL_KEYS)
