@@ -155,7 +155,7 @@ def _disk(values: Mapping[str, Any]) -> Curve:
 
 
 def _link(values: Mapping[str, Any]) -> Link:
-    """A copy takes its latency, then its bytes over the rate (reference: t = t0 + bytes / b)."""
+    """A copy takes its latency, then its bytes over the rate."""
     pinned, pageable = (
         Curve(tuple((n, n / (values["latency"] + n / values[name])) for n in _SIZES))
         for name in ("rate", "pageable")
