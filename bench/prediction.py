@@ -85,11 +85,11 @@ def main() -> None:
 def _cells(run: dict[str, Any]) -> list[str]:
     check = run["prediction"]
     total = check["phases"]["total"]
+    error = "-" if total["error"] is None else f"{100 * total['error']:+.0f} %"  # rates assumed
     lengths = " x ".join(map(str, run["lengths"]))
     return [
         run["model"], str(run["budget"] // MIB), lengths, f"{total['predicted_s']:.1f}",
-        f"{total['measured_s']:.1f}", f"{100 * total['error']:+.0f} %",
-        f"{100 * check['share_of_bound']:.0f} %",
+        f"{total['measured_s']:.1f}", error, f"{100 * check['share_of_bound']:.0f} %",
     ]  # fmt: skip
 
 

@@ -13,9 +13,10 @@ from test_formats import AWQ, CASES, FLOAT, FP8, INT, MXFP4, compressed, gptq
 from test_layout import MIXTRAL
 
 from engines import engine_for, prompts, request, run_all
+from layouts import expected_tensors
 from published import PUBLISHED
 from windlass.checkpoint import synthetic as synth
-from windlass.checkpoint.layout import ITEM_BYTES, build_layout, expected_stored, expected_tensors
+from windlass.checkpoint.layout import ITEM_BYTES, build_layout, expected_stored
 from windlass.checkpoint.part_reads import slot_bytes
 from windlass.errors import CheckpointError, ModelError
 from windlass.formats import WeightFormat

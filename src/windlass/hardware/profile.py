@@ -10,6 +10,7 @@ from typing import Any
 from windlass.errors import UsageError
 
 FORMAT_VERSION = 2
+ASSUMED = "assumed"  # the `source` of rates that nobody has measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Processor:
     row_rate: float  # bytes/s of what is done row by row: norms, rotation, routing, sums
     call_s: float  # seconds that a module's call costs beside its work
     expert_s: float  # the same of each expert of a call
-    repeats: bool = True  # few rows of layers that stay in memory do without these two
+    captures: bool = True  # few tokens of resident layers do without these two: runtime/capture.py
 
     def __post_init__(self) -> None:
         _check_positive(
@@ -107,6 +108,11 @@ class HardwareProfile:
         if links != (self.device is not None,) * 2:
             raise UsageError("profile: a device comes with links down and up, a link with a device")
 
+    @property
+    def is_assumed(self) -> bool:
+        """Whether nobody has measured it: see hardware/assumed.py."""
+        return self.source == ASSUMED
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, read back by `from_json`."""
         return {
@@ -147,6 +153,7 @@ _PLAIN: dict[str, type] = {
     "disk_in_flight": int, "disk_path": str,
 }  # fmt: skip
 _OPTIONAL = {"device", "down", "up", "spread"}
+_CAPTURES = {"captures", "repeats"}  # the second is what it was called
 _NESTED = {"disk", "host", *_OPTIONAL}
 _PROCESSOR: dict[str, type] = {
     "name": str, "memory_bytes": int, "memory_rate": float, "decode_attention": float,
@@ -209,13 +216,13 @@ def _numbers(document: object, what: str) -> dict[str, float]:
 
 def _processor(document: object, what: str) -> Processor:
     fields = _Fields(
-        document, what, {*_PROCESSOR, "experts", "dense", "repeats"}, optional={"repeats"}
+        document, what, {*_PROCESSOR, "experts", "dense", *_CAPTURES}, optional=_CAPTURES
     )
     return Processor(
         **{name: fields.value(name, kind) for name, kind in _PROCESSOR.items()},
         experts=_curves(fields.document["experts"], f"{what}: experts"),
         dense=_curves(fields.document["dense"], f"{what}: dense"),
-        repeats=fields.value("repeats", bool) if "repeats" in fields.document else True,
+        captures=all(fields.value(name, bool) for name in _CAPTURES if name in fields.document),
     )
 
 
@@ -233,7 +240,7 @@ def _processor_json(processor: Processor) -> dict[str, Any]:
         **{name: getattr(processor, name) for name in _PROCESSOR},
         "experts": {kind: _points(curve) for kind, curve in processor.experts.items()},
         "dense": {kind: _points(curve) for kind, curve in processor.dense.items()},
-        "repeats": processor.repeats,
+        "captures": processor.captures,
     }
 
 
