@@ -1,8 +1,14 @@
-# The targets are the manual: setup native demo test lint bench mutate, test-native test-gpu bench-gpu.
+# The targets are the manual: setup native demo test lint coverage wheel-test bench mutate, test-native test-gpu
+# bench-gpu.
 # `make demo` or `make test` is the only command needed on a fresh machine with Python 3.11.
 
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
+ifdef TORCH  # `make setup TORCH=2.11.0`: another torch than the pinned one, in an environment of its own
+VENV := .venv-torch-$(TORCH)
+CONSTRAINTS := build/constraints-torch-$(TORCH).txt
+endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_OUT := out/demo
@@ -10,15 +16,18 @@ NATIVE := src/windlass/kernels/cpu/libwindlass_cpu.so
 NATIVE_SOURCES := $(wildcard native/*.py native/CMakeLists.txt native/include/*.h native/src/*)
 PYTHON_FILES := src tests bench scripts demo native setup.py
 
-.PHONY: setup native demo test test-all test-native lint format bench bench-kernels bench-peers bench-ablation \
-  golden mutate test-gpu bench-gpu clean
+.PHONY: setup native demo test test-all test-native coverage lint types format wheel wheel-test bench bench-kernels \
+  bench-peers bench-ablation golden mutate test-gpu bench-gpu clean
 
 setup: $(STAMP) native
 
-$(STAMP): pyproject.toml constraints.txt setup.py
+$(STAMP): pyproject.toml $(CONSTRAINTS) setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
+
+build/constraints-torch-%.txt: constraints.txt
+	mkdir -p build && sed 's/^torch==.*/torch==$*/' $< > $@
 
 native: $(NATIVE)
 
@@ -42,12 +51,27 @@ test-native: $(STAMP)
 test-all: setup
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
+# What `make test` reaches of src/, a figure to look at now and then: it takes longer than the tests alone.
+coverage: setup
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" --cov --cov-report=term:skip-covered
+
+# The source archive, the wheel built from it, and that wheel at work in a clean environment.
+wheel: $(STAMP)
+	rm -rf dist build/lib build/bdist.*
+	$(BIN)/python -m build --outdir dist
+
+wheel-test: wheel
+	$(BIN)/python scripts/smoke_wheel.py dist/*.whl --constraints $(CONSTRAINTS)
+
 lint: setup
 	$(BIN)/ruff format --check $(PYTHON_FILES)
 	$(BIN)/ruff check $(PYTHON_FILES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_sizes.py
+
+types: setup
+	$(BIN)/mypy
 
 format: setup
 	$(BIN)/ruff format $(PYTHON_FILES)
@@ -79,4 +103,4 @@ bench-gpu: setup
 	@$(BIN)/python -c "import sys; sys.exit('bench-gpu: no GPU runtime yet, see CHANGELOG')"
 
 clean:
-	rm -rf $(VENV) $(NATIVE) build out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NATIVE) build dist out .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis

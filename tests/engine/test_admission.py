@@ -45,8 +45,8 @@ class Machine:
         before = {id(sequence): sequence.num_computed for sequence in decoding}
         rows = admission.compose(lambda queued: Sequence(queued, None, None, frozenset()))
         admission.check()
-        assert 0 < sum(row.segment.num_rows for row in rows) <= self.rows
-        assert all(row.segment.num_rows for row in rows), "an empty segment"
+        assert 0 < sum(row.segment.num_tokens for row in rows) <= self.rows
+        assert all(row.segment.num_tokens for row in rows), "an empty segment"
         assert len({id(row.sequence) for row in rows}) == len(rows) <= len(admission.running)
         self.take(rows)
         for sequence in decoding:
@@ -58,7 +58,7 @@ class Machine:
         """The pass has ended."""
         for sequence, segment in rows:
             self._check(sequence, segment)
-            sequence.num_computed += segment.num_rows
+            sequence.num_computed += segment.num_tokens
             if segment.wants_logits:
                 sequence.output_ids.append(sequence.num_tokens)
                 if sequence.num_tokens == sequence.max_total:
@@ -67,7 +67,7 @@ class Machine:
         self.admission.check()
 
     def _check(self, sequence, segment):
-        last = segment.first_position + segment.num_rows
+        last = segment.first_position + segment.num_tokens
         assert segment.token_ids == tuple(range(segment.first_position, last))
         assert segment.first_position == sequence.num_computed
         assert segment.is_prompt == (last <= sequence.num_prompt)
@@ -118,7 +118,7 @@ def test_after_a_preemption_the_others_go_on():
     first = machine.admission.running[0]
     first.output_ids.extend(range(first.num_tokens, first.num_tokens + 200))
     rows = machine.step()
-    assert [row.segment.num_rows for row in rows] == [4 + CHUNK_TOKENS - 2, 1, 1]
+    assert [row.segment.num_tokens for row in rows] == [4 + CHUNK_TOKENS - 2, 1, 1]
 
 
 def test_what_gave_way_returns_in_the_order_of_age_before_what_never_ran():

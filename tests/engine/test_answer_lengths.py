@@ -88,7 +88,7 @@ def _passes(draw, *, pages, learns, seed=0):
     while rows := admission.compose(lambda queued: Sequence(queued, None, None, frozenset())):
         passes += 1
         for choice, segment in rows:
-            choice.num_computed += segment.num_rows
+            choice.num_computed += segment.num_tokens
             if segment.wants_logits:
                 choice.output_ids.append(1)
                 if len(choice.output_ids) == ends[choice.request.request_id]:

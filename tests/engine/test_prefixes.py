@@ -87,14 +87,14 @@ class Machine:
         rows = admission.compose(lambda queued: Sequence(queued, None, None, frozenset()))
         admission.check()
         assert rows or not admission.running and not admission.waiting
-        prefill = sum(row.segment.num_rows for row in rows if row.segment.is_prompt)
+        prefill = sum(row.segment.num_tokens for row in rows if row.segment.is_prompt)
         decodes = any(not row.segment.is_prompt for row in rows)
         assert self.mixed is None or not decodes or prefill <= self.mixed
         self.prompt_rows += prefill
         for sequence, segment in rows:
             self._compute(sequence, segment)
         for sequence, segment in rows:
-            sequence.num_computed += segment.num_rows
+            sequence.num_computed += segment.num_tokens
             if segment.wants_logits:
                 self._draw(sequence)
         admission.check()
@@ -104,7 +104,7 @@ class Machine:
         tokens = [*sequence.request.prompt_token_ids, *sequence.output_ids]
         values = chain(tokens, is_long=segment.long_rope)
         assert segment.first_position == sequence.num_computed
-        last = segment.first_position + segment.num_rows
+        last = segment.first_position + segment.num_tokens
         assert not segment.is_prompt or last == sequence.num_prompt or last % CHUNK_TOKENS == 0
         for position in range(segment.first_position, last):
             page = segment.pages[position // PAGE_TOKENS]
@@ -349,7 +349,7 @@ def test_what_is_left_of_a_prompt_decides_whether_it_fits():
         machine.step()
     machine.add("1", HEADER + [5] * 30, 1)
     machine.add("2", HEADER + [6] * 10, 1)  # 18 left, in a pass with room for 30
-    assert [row.segment.num_rows for row in machine.step()] == [38, 18]
+    assert [row.segment.num_tokens for row in machine.step()] == [38, 18]
 
 
 def _admitted(machine):
@@ -430,7 +430,7 @@ def test_at_the_smallest_budget_all_end_before_long(seed, mixed, shares):
         machine.add(str(i), [7 + i % 2] * length, 8 * PAGE_TOKENS - length)
     num_passes = rows = 0
     while machine.admission.running or machine.admission.waiting:
-        rows += sum(row.segment.num_rows for row in machine.step())
+        rows += sum(row.segment.num_tokens for row in machine.step())
         num_passes += 1
     assert len(machine.finished) == 6
     assert machine.admission.num_preemptions > 0 or mixed == 0

@@ -1,5 +1,6 @@
 """Tokenizer: the same ids and prompts as transformers, without importing it."""
 
+import io
 import json
 import subprocess
 import sys
@@ -267,17 +268,53 @@ def test_neither_torch_nor_transformers_is_imported(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", code, folder], check=False).returncode == 0
 
 
-def test_a_slow_tokenizer_is_converted_by_transformers(tmp_path: Path) -> None:
+def gpt2_files(folder: Path) -> Path:
     """GPT-2's own files, without tokenizer.json."""
-    state = json.loads(byte_level().to_str())
-    (tmp_path / "vocab.json").write_text(json.dumps(state["model"]["vocab"]))
-    merges = [
-        merge if isinstance(merge, str) else " ".join(merge) for merge in state["model"]["merges"]
-    ]
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
-    (tmp_path / "tokenizer_config.json").write_text(
+    model = json.loads(byte_level().to_str())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "GPT2Tokenizer", "unk_token": "<|endoftext|>"})
     )
-    tokenizer = load(tmp_path)
+    return folder
+
+
+def test_a_slow_tokenizer_is_converted_by_transformers(tmp_path: Path) -> None:
+    tokenizer = load(gpt2_files(tmp_path))
     assert tokenizer.encode("The quick fox") == byte_level().encode("The quick fox").ids
     assert tokenizer.decode(tokenizer.encode("你好 fox")) == "你好 fox"
+
+
+def test_a_sentencepiece_model_is_converted_by_transformers(tmp_path: Path) -> None:
+    """Llama's own files, without tokenizer.json."""
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 20), model_writer=model, vocab_size=400,
+        model_type="bpe", byte_fallback=True, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer", **names})
+    )
+    tokenizer = load(tmp_path)
+    for text in ("The quick fox", "你好 fox"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == SentencePieceProcessor(model_proto=model.getvalue()).encode(text)
+        assert tokenizer.decode(ids) == text
+
+
+def test_without_transformers_a_slow_tokenizer_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it fails
+    with pytest.raises(CheckpointError) as caught:
+        load(gpt2_files(tmp_path))
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path}: no tokenizer.json, got vocab.json")
+    assert "pip install 'windlass[transformers]'" in message
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    assert load(tmp_path).encode("The quick fox")  # transformers was needed for nothing else

@@ -32,8 +32,8 @@ def _engine_passes(sizes, limits):
         machine.take(rows)
         for _, segment in rows:
             at = 2 if segment.is_prompt else 0
-            last = segment.first_position + segment.num_rows
-            counts[at] += segment.num_rows
+            last = segment.first_position + segment.num_tokens
+            counts[at] += segment.num_tokens
             counts[at + 1] += sum(range(segment.first_position + 1, last + 1))
             counts[4] += segment.wants_logits
         passes.append(tuple(counts))

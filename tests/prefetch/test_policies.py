@@ -11,7 +11,6 @@ from windlass.ids import Part, WeightKey
 from windlass.prefetch.policies import FarthestNextUse, LeastRecentlyUsed
 from windlass.prefetch.usage import UsageForecast
 from windlass.weights.eviction import EvictionPolicy
-from windlass.weights.hints import Hint, HintList
 
 
 def expert(layer: int, index: int) -> WeightKey:
@@ -93,16 +92,16 @@ def test_what_was_fetched_for_this_layer_is_kept_until_its_turn_is_over():
     assert policy.victim(Part.EXPERT, None) == expert(1, 1), "its turn passed without a use"
 
 
-def test_a_wish_never_takes_the_place_of_something_needed_sooner_or_as_soon():
+def test_a_hint_never_takes_the_place_of_something_needed_sooner_or_as_soon():
     policy = FarthestNextUse(8)
     for layer in range(4):
         policy.note_use(expert(layer, 0))
         policy.add(expert(layer, 0))
     # Now at layer 3: its expert is 8 layers away, layer 2's 7, layer 0's 5.
     policy.discard(expert(3, 0))
-    assert policy.victim(Part.EXPERT, Hint(expert(5, 0), 2.0)) == expert(2, 0)
-    assert policy.victim(Part.EXPERT, Hint(expert(5, 0), 2.0, 0.25)) is None
-    assert policy.victim(Part.EXPERT, Hint(expert(2, 1), 7.0)) is None
+    assert policy.victim(Part.EXPERT, 2.0) == expert(2, 0)
+    assert policy.victim(Part.EXPERT, 2.0 / 0.25) is None
+    assert policy.victim(Part.EXPERT, 7.0) is None
     assert policy.victim(Part.EXPERT, None) == expert(2, 0)
     assert policy.victim(Part.HEAD, None) is None
 
@@ -175,15 +174,17 @@ def test_six_thousand_slots_are_quick():
 
 def test_the_forecast_begins_uniform_and_learns():
     forecast = UsageForecast([0, 8], top_k=2)
-    assert forecast.probability(1, 3, 1) == pytest.approx(0.25)
-    assert forecast.probability(1, 3, 4) == pytest.approx(1 - 0.75**4)
+    assert forecast.probabilities.tolist() == pytest.approx([0.25] * 8)
+    forecast.begin(4)
+    assert forecast.probability(expert(1, 3)) == pytest.approx(1 - 0.75**4)
+    forecast.begin(1)
     for _ in range(100):
         forecast.observe(1, {0: 10, 1: 6, 2: 4})
-    assert forecast.probability(1, 0, 1) > 0.9
-    assert forecast.probability(1, 7, 1) < 0.05
-    assert forecast.probability(1, 7, 1) > 0
-    total = sum(forecast.probability(1, expert, 1) for expert in range(8))
-    assert total == pytest.approx(2), "every row uses top_k experts"
+    assert forecast.probability(expert(1, 0)) > 0.9
+    assert 0 < forecast.probability(expert(1, 7)) < 0.05
+    assert forecast.probabilities.sum() == pytest.approx(2), "every token uses top_k experts"
+    forecast.begin(10_000)
+    assert forecast.probability(expert(1, 0)) == 1 == forecast.probability(WeightKey(Part.BLOCK, 1))
 
 
 def test_the_forecast_follows_a_change_of_topic_and_stays_finite():
@@ -192,20 +193,6 @@ def test_the_forecast_follows_a_change_of_topic_and_stays_finite():
         forecast.observe(0, {0: 1000})
     for _ in range(20):
         forecast.observe(0, {1: 1000})
-    assert forecast.probability(0, 1, 1) > 0.9
-    assert forecast.probability(0, 0, 1) < 0.1
+    assert forecast.probability(expert(0, 1)) > 0.9
+    assert forecast.probability(expert(0, 0)) < 0.1
     assert forecast._weight[0] <= 1e12
-
-
-def test_wishes_come_in_order_and_a_stuck_kind_does_not_hold_up_others():
-    hints = [Hint(expert(1, 0), 1), Hint(WeightKey(Part.BLOCK, 2), 2), Hint(expert(1, 1), 1)]
-    wish_list = HintList(hints)
-    assert wish_list.first(()) == hints[0]
-    assert wish_list.first({Part.EXPERT}) == hints[1]
-    wish_list.pop(Part.EXPERT)
-    assert wish_list.first(()) == hints[1]
-    wish_list.pop(Part.BLOCK)
-    assert wish_list.first(()) == hints[2]
-    assert wish_list.first({Part.EXPERT}) is None
-    wish_list.pop(Part.EXPERT)
-    assert wish_list.first(()) is None

@@ -17,7 +17,7 @@ from windlass.models.spec import Block, Ffn, Moe, TopKSoftmax
 from windlass.perf.frozen_gpu_costs import DEVICE_LANES, DeviceCosts
 from windlass.perf.frozen_gpu_tiers import GpuRates, LayerShape, Share, layer_seconds
 from windlass.prefetch.policies import FarthestNextUse
-from windlass.prefetch.prefetcher import Prefetcher, num_experts, pass_forecast
+from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast
 from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
 from windlass.runtime.simulated import SimulatedRuntime, SimulatedWeights
 from windlass.schedule import batch as batches
@@ -39,7 +39,7 @@ class Recorder:
 
     def begin(self, batch):
         hidden = self._inner.begin(batch)
-        self._op("embed", batch.num_rows)
+        self._op("embed", batch.num_tokens)
         return hidden
 
     def prefetch(self, layer):
@@ -63,7 +63,7 @@ class Recorder:
 
     def attention(self, layer, weights, hidden, rows):
         self._inner.attention(layer, weights, hidden, rows)
-        self._op("attention", layer, rows.first_row, rows.num_rows)
+        self._op("attention", layer, rows.first_token, rows.num_tokens)
 
     def enter_experts(self, layer, weights, hidden):
         routed = self._inner.enter_experts(layer, weights, hidden)
@@ -113,7 +113,7 @@ class EqualCosts:
 
 
 def _clock_runtime(spec, shape, costs, *, slots, reads, num_keys, depth, router, overlap):
-    forecast = pass_forecast(spec)
+    forecast = usage_forecast(spec)
     lanes = Lanes(Clock(), ("disk", "host"))
     weights = SimulatedWeights(
         lanes, costs, num_keys=num_keys, slots=slots, reads=reads, depth=depth,
@@ -199,7 +199,7 @@ def test_the_clock_does_what_the_device_does(
 def _note_routing(monkeypatch):
     """What the forecast of the engine observes: rows per expert, layer by layer."""
     routed = []
-    forecast = build.pass_forecast
+    forecast = build.usage_forecast
 
     def noting(spec):
         made = forecast(spec)
@@ -212,7 +212,7 @@ def _note_routing(monkeypatch):
         made.observe = observed
         return made
 
-    monkeypatch.setattr(build, "pass_forecast", noting)
+    monkeypatch.setattr(build, "usage_forecast", noting)
     return routed
 
 
@@ -277,7 +277,7 @@ def test_the_schedule_on_a_device_reaches_its_closed_form(rates, share, binds):
     moe = Moe(num_experts=8, top_k=2, routing=TopKSoftmax(), expert=Ffn(intermediate=8))
     block = Block(attention=SPECS["olmoe-1b-7b"].blocks[0].attention, ffn=moe)
     spec = replace(SPECS["olmoe-1b-7b"], blocks=(block,) * layers)
-    forecast, shape = pass_forecast(spec), PassShape((True,) * layers, 0)
+    forecast, shape = usage_forecast(spec), PassShape((True,) * layers, 0)
     costs = DeviceCosts(SHAPE, rates, share)
     lanes = Lanes(Clock(), DEVICE_LANES)
     moving = 16 if share.on_disk else 4  # the disk works ahead into slots

@@ -24,8 +24,7 @@ from windlass.models.names import Layout, Piece, Reshape, Take, Transpose
 from windlass.prefetch.policies import FarthestNextUse, LeastRecentlyUsed
 from windlass.trace import Tracer
 from windlass.weights.hints import Hint
-from windlass.weights.leases import Arrivals, Lease
-from windlass.weights.store import WeightStore
+from windlass.weights.store import Arrivals, Lease, WeightStore
 
 
 def make_store(
@@ -38,6 +37,14 @@ def make_store(
         policy=options.pop("policy", FarthestNextUse(num_layers)), block_bytes=4096 * 4, **options,
     )  # fmt: skip
     return store, tensors
+
+
+def hint(
+    store: WeightStore, keys: list[WeightKey], turn: int, probability: float = 1.0, *, now: int = 0
+) -> None:
+    """Hints at `keys`, all at `turn`, in this order behind earlier ones."""
+    added = [Hint(1000 * turn + i, key, turn, probability) for i, key in enumerate(keys)]
+    store.cache.hint(now, added, [])
 
 
 def assert_is_expert(lease: Lease, tensors: dict[str, torch.Tensor]) -> None:
@@ -60,7 +67,7 @@ def test_leases_hold_the_bytes_of_the_file_whatever_the_number_of_slots():
                 assert sorted(seen) == [0, 1, 2, 3]
         stats = store.stats()
         assert stats.requests[Part.EXPERT] == 24
-        assert store.fits(Part.EXPERT) == (slots == 12)
+        assert store.cache.fits(Part.EXPERT) == (slots == 12)
         if slots == 12:
             assert stats.hits[Part.EXPERT] == 12 and stats.evictions == 0
         store.close()
@@ -185,7 +192,7 @@ def test_prefetch_goes_on_by_itself_and_is_used():
     device = FakeDevice()
     store, tensors = make_store(device, slots=8)
     with store.lease(experts(0, [0])[0]):
-        store.prefetch([Hint(key, 1.0) for key in experts(1, range(4))])
+        hint(store, experts(1, range(4)), 1)
         deadline = time.monotonic() + 10
         while store.stats().bytes_read < 5 * 61440 and time.monotonic() < deadline:
             time.sleep(0.001)  # the owner does nothing for the store
@@ -204,11 +211,11 @@ def test_prefetch_never_evicts_what_is_needed_sooner_or_held():
     store, _ = make_store(device, slots=4)
     assert len(list(store.arrivals(experts(0, range(4))))) == 4
     # All slots hold layer 0, just used: three layers away. Layer 1 is sooner, so it may come in.
-    store.prefetch([Hint(key, 1.0) for key in experts(1, [0, 1])])
+    hint(store, experts(1, [0, 1]), 1)
     device.synchronize()
     assert store.stats().evictions == 2
     # Layer 2 would have to push out layer 1; only what is left of layer 0 may go.
-    store.prefetch([Hint(key, 2.0) for key in experts(2, range(4))])
+    hint(store, experts(2, range(4)), 2)
     device.synchronize()
     assert store.stats().evictions == 4
     hits = store.stats().hits[Part.EXPERT] if Part.EXPERT in store.stats().hits else 0
@@ -223,7 +230,7 @@ def test_prefetch_never_evicts_what_is_needed_sooner_or_held():
 def test_a_demand_overtakes_speculation():
     device = FakeDevice(manual=True, num_lanes=1)  # two blocks in flight
     store, tensors = make_store(device, slots=6)
-    store.prefetch([Hint(key, 1.0, 0.5) for key in experts(1, range(4))])
+    hint(store, experts(1, range(4)), 1, 0.5)
     got: list[Lease] = []
     thread = threading.Thread(target=lambda: got.append(store.lease(experts(0, [0])[0])))
     thread.start()
@@ -244,13 +251,15 @@ def test_a_demand_overtakes_speculation():
     store.close()
 
 
-def test_speculation_wished_no_more_is_given_up_and_can_be_demanded_again():
+def test_speculation_whose_turn_has_passed_is_given_up_and_can_be_demanded_again():
     device = FakeDevice(manual=True, num_lanes=1)
     store, tensors = make_store(device, slots=2)
-    store.prefetch([Hint(key, 1.0, 0.5) for key in experts(1, [0, 1])])
+    hint(store, experts(1, [0, 1]), 1, 0.5)
     assert device.pending == ["expert[1][0]"] * 2
-    assert store.holds(experts(1, [0])[0]) and not store.holds(experts(1, [1])[0])
-    store.prefetch([])
+    assert store.cache.holds(experts(1, [0])[0]) and not store.cache.holds(experts(1, [1])[0])
+    store.cache.hint(1, [], [])
+    assert store.stats().prefetch_cancelled == 0, "its turn is now"
+    store.cache.hint(2, [], experts(1, [1]))
     assert store.stats().prefetch_cancelled == 1
     got: list[Lease] = []
     thread = threading.Thread(target=lambda: got.append(store.lease(experts(1, [0])[0])))
@@ -283,7 +292,7 @@ def test_speculation_that_is_demanded_is_finished_before_later_demands():
     device = FakeDevice(manual=True, num_lanes=1)
     store, _ = make_store(device, slots=4)
     first, second = experts(0, [0, 1])
-    store.prefetch([Hint(first, 1.0, 0.5)])
+    hint(store, [first], 1, 0.5)
     demand = store.arrivals([first, second])
     device.complete_all()
     labels = [copy.label for copy in device.submitted]
@@ -330,7 +339,7 @@ def test_a_bug_in_a_callback_reaches_the_waiter():
 
     device = FakeDevice()
     store, _ = make_store(device, policy=Broken(3))
-    store.prefetch([Hint(key, 1.0) for key in experts(0, [0])])
+    hint(store, experts(0, [0]), 1)
     with pytest.raises(ZeroDivisionError, match="policy"):
         for _ in range(1000):
             store.lease(experts(0, [1])[0])
@@ -359,12 +368,12 @@ OPERATIONS = st.lists(
 
 def operate(
     name: str,
-    hints: list[Hint],
+    keys: list[WeightKey],
+    probability: float,
     store: WeightStore,
     leases: list[Lease],
     demands: list[Arrivals],
 ) -> None:
-    keys = [hint.key for hint in hints]
     if name == "lease":
         leases.append(store.lease(keys[0]))
     elif name == "release" and leases:
@@ -379,7 +388,7 @@ def operate(
     elif name == "leave" and demands:
         demands.pop().close()
     elif name == "prefetch":
-        store.prefetch(hints)
+        hint(store, keys, keys[0].layer, probability, now=keys[0].layer - 1)
 
 
 @settings(max_examples=60, deadline=None)
@@ -393,8 +402,8 @@ def test_random_operations_keep_the_invariants_and_the_bytes(operations, slots, 
     try:
         for name, layer, indices, probability in operations:
             try:
-                hints = [Hint(key, layer, probability) for key in experts(layer, sorted(indices))]
-                operate(name, hints, store, leases, demands)
+                keys = experts(layer, sorted(indices))
+                operate(name, keys, probability, store, leases, demands)
             except BudgetError:
                 assert len(leases) + sum(len(demand._leases) for demand in demands) >= slots
             except StopIteration:

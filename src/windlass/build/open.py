@@ -56,7 +56,7 @@ from windlass.perf.sizes import Sizes
 from windlass.perf.accuracy import Accuracy, Prediction
 from windlass.planner.choose import Chosen, choose_plan
 from windlass.planner.validate import validate_plan
-from windlass.prefetch.prefetcher import Prefetcher, num_experts, pass_forecast
+from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast
 from windlass.schedule.batch import Batch
 from windlass.runtime.embedding import EmbeddingRows
 from windlass.runtime.host import HostRuntime
@@ -201,7 +201,7 @@ def _assemble(
     plan, spec = setup.plan, model.spec
     assert not (plan.prefix_caching and plan.host.state_slots), "no state is kept of a prompt's prefix"
     shape = pass_shape(spec, model.layout)
-    forecast = pass_forecast(spec)
+    forecast = usage_forecast(spec)
     policy = FarthestNextUse(len(spec.blocks), probability=forecast.probability)
     weights = WeightStore(
         model.layout, model.source, device, plan.host.slots, policy=policy, tracer=tracer

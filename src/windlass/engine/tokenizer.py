@@ -1,7 +1,7 @@
 """The checkpoint's tokenizer and chat template, read from its files. Knows no model.
 
 `tokenizers` and `jinja2` do all the work: transformers, which would cost the process more than
-100 MB, is imported only for checkpoints without a `tokenizer.json`.
+100 MB, is an extra, imported only for checkpoints without a `tokenizer.json`.
 """
 
 import json
@@ -184,14 +184,22 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
 
 def _convert_slow(path: Path) -> tokenizers.Tokenizer:
     """Lets transformers build the fast form of a checkpoint that only has a slow tokenizer."""
-    if not any((path / name).is_file() for name in _SLOW_FILES):
+    found = [name for name in _SLOW_FILES if (path / name).is_file()]
+    if not found:
         raise CheckpointError(
             f"{path}: no tokenizer: looked for tokenizer.json, {', '.join(_SLOW_FILES)}"
         )
-    from transformers import AutoTokenizer  # costs 100 MB: only where nothing else can read it
-
     try:
-        slow = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        from transformers import AutoTokenizer  # costs 100 MB: only where nothing else can read it
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: no tokenizer.json, got {', '.join(found)}, which only transformers converts "
+            f"({error}): pip install 'windlass[transformers]', or add a tokenizer.json"
+        ) from error
+    try:
+        slow = AutoTokenizer.from_pretrained(
+            str(path), trust_remote_code=False, local_files_only=True
+        )
         backend: tokenizers.Tokenizer = slow.backend_tokenizer
     except (OSError, ValueError, ImportError, AttributeError) as error:
         raise CheckpointError(

@@ -23,7 +23,7 @@ from windlass.perf.pass_cost import (
 from windlass.perf.sizes import Problem, Sizes
 from windlass.plan import Plan
 from windlass.prefetch.policies import FarthestNextUse
-from windlass.prefetch.prefetcher import Prefetcher, num_experts, pass_forecast
+from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast
 from windlass.runtime.clock import Clock, Lanes, Span
 from windlass.runtime.simulated import Counts, SimulatedRuntime, SimulatedWeights
 from windlass.schedule.batch import Batch, Segment, make_batch
@@ -145,7 +145,7 @@ class ClockedModel:
             replace(problem, spec=sample.spec), kv_layers=kv_layers(spec), weights=sample.weights,
             scale=1 / sample.factor, keeps_all=_keeps_all(plan, sizes),
         )  # fmt: skip
-        forecast = pass_forecast(sample.spec)
+        forecast = usage_forecast(sample.spec)
         self.lanes = Lanes(Clock(), ("disk", "host"), keeps_spans=keeps_spans)
         parts = _parts_of(sample, sizes)
         reads = {part: (Read("", 0, size, 0),) for part, size in sizes.slot_bytes.items()}

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 
 from windlass.ids import Part, WeightKey
-from windlass.weights.hints import Hint
 
 _MIN_PROBABILITY = 1e-6  # keeps the expected distance finite
 
@@ -33,7 +32,7 @@ class LeastRecentlyUsed:
     def __contains__(self, key: WeightKey) -> bool:
         return key in self._keys[key.part]
 
-    def victim(self, part: Part, incoming: Hint | None) -> WeightKey | None:
+    def victim(self, part: Part, distance: float | None) -> WeightKey | None:
         return next(iter(self._keys[part]), None)
 
 
@@ -120,11 +119,9 @@ class FarthestNextUse:
     def __contains__(self, key: WeightKey) -> bool:
         return key in self._bucket_of
 
-    def victim(self, part: Part, incoming: Hint | None) -> WeightKey | None:
-        farthest = -1.0
+    def victim(self, part: Part, distance: float | None) -> WeightKey | None:
+        farthest = -1.0 if distance is None else distance
         best: WeightKey | None = None
-        if incoming is not None:
-            farthest = incoming.next_use / max(incoming.probability, _MIN_PROBABILITY)
         for turn, bucket in self._buckets[part].items():
             chance, key = bucket.first()
             if (turn - self._now) / chance > farthest:

@@ -1,45 +1,83 @@
-"""How likely each expert is to be used, from how often it was. Pure Python over numbers."""
+"""How likely each expert is to be used, from how often it was. Numbers alone, by numpy: a forecast
+of a layer is one vector, whatever the number of experts."""
 
 from collections.abc import Mapping, Sequence
 
-# Weight of the uniform prior, in rows: after as many observed rows, both count the same.
-_PRIOR_ROWS = 64.0
-# Rows after which an observation counts half: usage drifts with the topic of the text.
-_HALF_LIFE_ROWS = 4096.0
+import numpy as np
+from numpy.typing import NDArray
+
+from windlass.ids import Part, WeightKey
+
+# Weight of the uniform prior, in tokens: after as many observed tokens, both count the same.
+_PRIOR_TOKENS = 64.0
+# Tokens after which an observation counts half: usage drifts with the topic of the text.
+_HALF_LIFE_TOKENS = 4096.0
 _RESCALE_AT = 1e12
+_CERTAIN = 0.999  # beyond, a use is taken as certain
 
 
 class UsageForecast:
-    """Share of rows that each expert of each layer gets, recent rows counting more.
+    """Share of tokens that each expert of each layer gets, recent tokens counting more, and from it
+    the probability that a pass uses the expert.
 
-    `num_experts`: one number per layer, 0 where a layer has none. `top_k`: experts per row.
+    `num_experts`: one number per layer, 0 where a layer has none. `top_k`: experts per token.
     """
 
     def __init__(self, num_experts: Sequence[int], top_k: int) -> None:
         assert top_k >= 1, f"top_k: got {top_k}, allowed at least 1"
         self._top_k = top_k
-        self._counts = [[0.0] * num for num in num_experts]
-        self._rows = [0.0] * len(num_experts)
+        self._counts = [np.zeros(num) for num in num_experts]
+        self._tokens = [0.0] * len(num_experts)
         # Instead of shrinking all old counts, new ones weigh more and more.
         self._weight = [1.0] * len(num_experts)
+        self._num_tokens = 1
+        self._probabilities = np.zeros(sum(num_experts))
+        ends = np.cumsum(num_experts).tolist()
+        self._of_layer = [
+            self._probabilities[end - num : end] for end, num in zip(ends, num_experts, strict=True)
+        ]
+        self._refresh(range(len(num_experts)))
+
+    @property
+    def probabilities(self) -> NDArray[np.float64]:
+        """That a pass like the current one uses each expert, layer by layer: (sum of `num_experts`)
+        numbers from 0 to 1, in memory that changes with what is observed."""
+        return self._probabilities
+
+    def probability(self, key: WeightKey) -> float:
+        """That such a pass uses `key`: for an expert one of `probabilities`, else 1."""
+        return self._of_layer[key.layer].item(key.index) if key.part is Part.EXPERT else 1.0
+
+    def begin(self, num_tokens: int) -> None:
+        """A pass over `num_tokens` tokens starts; they are taken as independent."""
+        if num_tokens != self._num_tokens:
+            self._num_tokens = num_tokens
+            self._refresh(range(len(self._counts)))
 
     def observe(self, layer: int, counts: Mapping[int, int]) -> None:
-        """Takes in one pass over `layer`: rows per expert; experts without rows may be absent."""
-        rows = sum(counts.values()) / self._top_k
-        self._weight[layer] *= 2.0 ** (rows / _HALF_LIFE_ROWS)
-        weight = self._weight[layer]
+        """Takes in one pass over `layer`: tokens per expert; experts without any may be absent."""
+        tokens = sum(counts.values()) / self._top_k
+        self._weight[layer] *= 2.0 ** (tokens / _HALF_LIFE_TOKENS)
+        weight, own = self._weight[layer], self._counts[layer]
         for expert, count in counts.items():
-            self._counts[layer][expert] += count * weight
-        self._rows[layer] += rows * weight
+            own[expert] += count * weight
+        self._tokens[layer] += tokens * weight
         if weight > _RESCALE_AT:
-            self._counts[layer] = [count / weight for count in self._counts[layer]]
-            self._rows[layer] /= weight
+            own /= weight
+            self._tokens[layer] /= weight
             self._weight[layer] = 1.0
+        self._refresh((layer,))
 
-    def probability(self, layer: int, expert: int, rows: int) -> float:
-        """That at least one of `rows` rows uses the expert, rows taken as independent."""
-        prior = _PRIOR_ROWS * self._weight[layer]
-        uniform = min(1.0, self._top_k / len(self._counts[layer]))
-        used = self._counts[layer][expert] + prior * uniform
-        share = min(1.0, used / (self._rows[layer] + prior))
-        return float(1.0 - (1.0 - share) ** rows)
+    def _refresh(self, layers: Sequence[int]) -> None:
+        for layer in layers:
+            counts, into = self._counts[layer], self._of_layer[layer]
+            if not counts.size:
+                continue
+            prior = _PRIOR_TOKENS * self._weight[layer]
+            uniform = min(1.0, self._top_k / counts.size)
+            np.add(counts, prior * uniform, out=into)
+            into /= self._tokens[layer] + prior
+            np.minimum(into, 1.0, out=into)
+            if self._num_tokens != 1:
+                into[:] = 1.0 - (1.0 - into) ** self._num_tokens
+            into[into > _CERTAIN] = 1.0

@@ -29,13 +29,13 @@ def attention_metadata(micro: MicroBatch, page_tokens: int) -> AttentionMetadata
     first_rows: list[int] = []
     for segment in micro.segments:
         first_rows.append(len(positions))
-        span = range(segment.first_position, segment.first_position + segment.num_rows)
+        span = range(segment.first_position, segment.first_position + segment.num_tokens)
         positions.extend(span)
         pages.extend(segment.pages[position // page_tokens] for position in span)
-        long_rope.extend([segment.long_rope] * segment.num_rows)
+        long_rope.extend([segment.long_rope] * segment.num_tokens)
     work = AttentionWork(
         first_row=tuple(first_rows),
-        num_rows=tuple(s.num_rows for s in micro.segments),
+        num_rows=tuple(s.num_tokens for s in micro.segments),
         first_position=tuple(s.first_position for s in micro.segments),
         pages=tuple(s.pages for s in micro.segments),
         is_prompt=tuple(s.is_prompt for s in micro.segments),
@@ -43,7 +43,7 @@ def attention_metadata(micro: MicroBatch, page_tokens: int) -> AttentionMetadata
     delta = [
         DeltaSegment(
             first_row=row,
-            num_rows=s.num_rows,
+            num_rows=s.num_tokens,
             first_position=s.first_position,
             slot=s.state_slot,
             is_prompt=s.is_prompt,

@@ -51,16 +51,16 @@ class LayerCapture:
         """A pass begins: where its hidden states and the metadata of its micro-batches are from now
         on."""
         self._pass = None
-        if not self._weights.keeps_all or not is_capturable(batch):
+        if not self._weights.cache.keeps_all or not is_capturable(batch):
             return hidden, metadata
         (now,) = metadata.values()
         self._blocks.fill_tables(now)
-        self._pass = self._passes.get(batch.num_rows)
+        self._pass = self._passes.get(batch.num_tokens)
         if self._pass is not None:
             return self._pass.hidden_TD, {0: self._pass.next(now, hidden)}
         capture = self._kernels.capture(lambda: self._tracer.current)
         if capture is not None:
-            self._pass = self._passes[batch.num_rows] = _Pass(capture, now, hidden)
+            self._pass = self._passes[batch.num_tokens] = _Pass(capture, now, hidden)
         return hidden, metadata
 
     def layer(self, layer: int) -> bool:
@@ -75,11 +75,11 @@ class LayerCapture:
             done = now.capture.run(layer, lambda: self._compute(layer, parts, now))
         if done is None:
             return False
-        self._weights.count_hits(Part.BLOCK, 1)
+        self._weights.cache.count_hits(Part.BLOCK, 1)
         if done.groups is None:
-            self._weights.count_hits(Part.FFN, 1)
+            self._weights.cache.count_hits(Part.FFN, 1)
         else:
-            self._weights.count_hits(Part.EXPERT, int(done.groups.counts_E.count_nonzero()))
+            self._weights.cache.count_hits(Part.EXPERT, int(done.groups.counts_E.count_nonzero()))
         return True
 
     def end(self) -> None:

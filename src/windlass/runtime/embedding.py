@@ -19,7 +19,7 @@ class EmbeddingRows:
 
     def rows(self, token_ids: Sequence[int]) -> torch.Tensor:
         """(T, D) in the stored type."""
-        if not self._weights.fits(Part.EMBED):
+        if not self._weights.cache.fits(Part.EMBED):
             return self._weights.read_rows(_EMBED, token_ids)
         with self._weights.lease(_EMBED) as lease:
             return plain(lease.tensors, "weight")[torch.tensor(token_ids)]

@@ -18,7 +18,8 @@ from windlass.ids import Part, WeightKey
 from windlass.kernels.interface import Kernels
 from windlass.kvcache.kv_cache import KvCache
 from windlass.models.spec import ModelSpec
-from windlass.prefetch.prefetcher import ExpertForecast, Prefetcher
+from windlass.prefetch.prefetcher import Prefetcher
+from windlass.prefetch.usage import UsageForecast
 from windlass.runtime.attention_metadata import AttentionMetadata, attention_metadata
 from windlass.runtime.capture import LayerCapture
 from windlass.runtime.embedding import EmbeddingRows
@@ -27,8 +28,7 @@ from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.tensors import plain
 from windlass.trace import Tracer
-from windlass.weights.leases import Lease
-from windlass.weights.store import WeightStore
+from windlass.weights.store import Lease, WeightStore
 
 _SCORE_BYTES = 8 << 20  # of logits that only a score is taken of
 
@@ -66,7 +66,7 @@ class HostRuntime:
         *,
         embedding: EmbeddingRows,
         prefetcher: Prefetcher | None,
-        forecast: ExpertForecast,
+        forecast: UsageForecast,
         tracer: Tracer,
     ) -> None:
         """Without an `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
@@ -89,7 +89,7 @@ class HostRuntime:
         return self._weights.lease(key)
 
     def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[list[Lease]]:
-        group_size = self._weights.group_size
+        group_size = self._weights.cache.group_size
         if self._prefetcher is None:
             for first in range(0, len(keys), group_size):
                 arriving = self._weights.arrivals(keys[first : first + group_size])
@@ -107,13 +107,13 @@ class HostRuntime:
     # --- a pass -----------------------------------------------------------------------------------
 
     def begin(self, batch: Batch) -> torch.Tensor:
-        with self._tracer.span("embed", rows=batch.num_rows):
+        with self._tracer.span("embed", rows=batch.num_tokens):
             tokens = [token for segment in batch.segments for token in segment.token_ids]
             self._metadata = {
-                micro.first_row: attention_metadata(micro, self._kv.page_tokens)
+                micro.first_token: attention_metadata(micro, self._kv.page_tokens)
                 for micro in batch.micro_batches
             }
-            self._forecast.begin(batch.num_rows)
+            self._forecast.begin(batch.num_tokens)
             hidden = math.embed(self._spec, self._embedding.rows(tokens))
             hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
@@ -122,8 +122,8 @@ class HostRuntime:
         return self._capture.layer(layer)
 
     def attention(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:
-        part = slice(rows.first_row, rows.first_row + rows.num_rows)
-        metadata = self._metadata[rows.first_row]
+        part = slice(rows.first_token, rows.first_token + rows.num_tokens)
+        metadata = self._metadata[rows.first_token]
         self._blocks.attention(layer, weights.tensors, hidden[part], metadata)
 
     def enter_experts(self, layer: int, weights: Lease, hidden: torch.Tensor) -> Routed:

@@ -12,7 +12,8 @@ from typing import Protocol
 
 from windlass.checkpoint.part_reads import Read
 from windlass.ids import Part, WeightKey
-from windlass.prefetch.prefetcher import ExpertForecast, Prefetcher
+from windlass.prefetch.prefetcher import Prefetcher
+from windlass.prefetch.usage import UsageForecast
 from windlass.runtime.clock import Clock, Lanes, LaneWork, Span
 from windlass.schedule.batch import Batch, MicroBatch
 from windlass.schedule.runtime import Outcome, Routed
@@ -80,9 +81,8 @@ class SimulatedWeights:
             num_keys,
             {part: Slots(count) for part, count in given.items()},
             self._queue,
-            self._fetch,
+            self,
             policy=policy,
-            now=lambda: lanes.clock.now,
         )
 
     @contextmanager
@@ -116,9 +116,12 @@ class SimulatedWeights:
             yield group
             self.cache.release(group)
 
-    def _fetch(self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]) -> Ticket:
+    def fetch(self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]) -> Ticket:
         reads = self._reads(entry.key)
         return self._queue.submit(reads, entry.key, priority=priority, label="", on_done=on_done)
+
+    def now(self) -> float:
+        return self._lanes.clock.now
 
     def _send(self, ticket: Ticket, block: Read) -> None:
         way = list(self._costs.block(ticket.into, block.num_bytes))
@@ -143,7 +146,7 @@ class SimulatedRuntime:
         weights: SimulatedWeights,
         *,
         prefetcher: Prefetcher | None,
-        forecast: ExpertForecast,
+        forecast: UsageForecast,
         router: Router,
     ) -> None:
         """Without an `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
@@ -184,14 +187,14 @@ class SimulatedRuntime:
     # --- a pass -----------------------------------------------------------------------------------
 
     def begin(self, batch: Batch) -> None:
-        self._num_rows = batch.num_rows
+        self._num_rows = batch.num_tokens
         self._num_logits = len(batch.logit_rows) + len(batch.scored_rows)
-        self._forecast.begin(batch.num_rows)
+        self._forecast.begin(batch.num_tokens)
         if self._weights.cache.fits(Part.EMBED):
             with self._weights.lease(WeightKey(Part.EMBED)):
                 self._do(self._costs.embed(batch), "embed")
             return
-        self._read_rows(batch.num_rows)
+        self._read_rows(batch.num_tokens)
         self._do(self._costs.embed(batch), "embed")
 
     def attention(self, layer: int, weights: Entry, hidden: None, rows: MicroBatch) -> None:

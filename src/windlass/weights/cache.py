@@ -1,54 +1,54 @@
 """What is resident, what callers wait for, and what is read next: all decisions about weights, and
 no weights. The store that moves bytes and the clock that only counts them share it."""
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from windlass.errors import BudgetError
+import numpy as np
+from numpy.typing import NDArray
+
 from windlass.ids import Part, WeightKey
 from windlass.weights.demand import Demand
 from windlass.weights.eviction import EvictionPolicy
-from windlass.weights.hints import Hint, HintList
-from windlass.weights.io_queue import IoQueue, Priority, TicketState
-from windlass.weights.residency import Entry, Fetch, Residency
+from windlass.weights.feed import Feed
+from windlass.weights.hints import Hint
+from windlass.weights.io_queue import IoQueue
+from windlass.weights.residency import Entry, Mover, Residency
 from windlass.weights.slots import Slots
 from windlass.weights.stats import StoreStats
 
 
 class WeightCache:
     """Reads go on by themselves as others arrive, so that the link stays busy while the caller
-    computes: first what is demanded, then the hints, in order. `pump` must be called whenever the
-    queue has room. One thread calls; all methods take the queue's lock, which may be held."""
+    computes: first what is demanded, then the hints, in order (`feed.py`). `pump` must be called
+    whenever the queue has room. One thread calls; all methods take the queue's lock, which may be
+    held."""
 
     def __init__(
         self,
         num_keys: Mapping[Part, int],
         slots: Mapping[Part, Slots],
         queue: IoQueue,
-        fetch: Fetch,
+        mover: Mover,
         *,
         policy: EvictionPolicy,
         one_by_one: bool = False,
-        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`num_keys`: parts of each kind; `slots`: of the kinds that have any. `one_by_one`: no
-        two experts are to be leased at once. `now`: seconds, for the time that callers wait."""
+        two experts are to be leased at once."""
         self._policy = policy
-        self._resident = Residency(num_keys, slots, fetch, policy=policy)
+        self._resident = Residency(num_keys, slots, mover, policy=policy)
+        self._feed = Feed(self._resident, queue)
         self._queue = queue
         self._changed = queue.changed
-        self._now = now
+        self._mover = mover
         num_experts = num_keys.get(Part.EXPERT, 0)
         if not self._resident.fits(Part.EXPERT):
             num_experts = max(1, self._resident.num_slots(Part.EXPERT) // 4)
         self._group_size = 1 if one_by_one else num_experts
-        self._demands: list[Demand] = []
-        self._hints = HintList()
         self._requests: Counter[Part] = Counter()
         self._hits: Counter[Part] = Counter()
         self._wait_s = 0.0
-        self._prefetch_issued = self._prefetch_used = self._prefetch_cancelled = 0
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -78,18 +78,33 @@ class WeightCache:
                 requests=dict(self._requests),
                 hits=dict(self._hits),
                 wait_s=self._wait_s,
-                prefetch_issued=self._prefetch_issued,
-                prefetch_used=self._prefetch_used,
-                prefetch_cancelled=self._prefetch_cancelled,
+                **self._feed.counters(),
                 evictions=self._resident.evictions,
             )
+
+    def track(self, keys: Sequence[WeightKey]) -> NDArray[np.bool_]:
+        """A live bitmap of `keys`: true where one is resident or loading."""
+        with self._changed:
+            return self._resident.track(keys)
+
+    def hint(self, now: int, added: Sequence[Hint], dropped: Sequence[WeightKey]) -> None:
+        """The pass is at layer `now`, counted over all passes. Hints that are new, and keys that
+        are hinted at no more. They are read by rank when the link has nothing more urgent, into
+        slots that are free or hold something needed later. Speculation whose turn has passed is
+        given up."""
+        with self._changed:
+            self._feed.hint(now, added, dropped)
+
+    def pump(self) -> None:
+        """Starts whatever slots and link have room for. Called whenever the link has room."""
+        self._feed.pump()
 
     def check(self) -> None:
         """Slots, entries, leases, demands, the queue and the policy agree."""
         with self._changed:
             self._queue.check()
             self._resident.check()
-            for demand in self._demands:
+            for demand in self._feed.demands:
                 watched = [e for e in self._resident.entries.values() if demand in e.demands]
                 assert len(watched) == demand.under_way + len(demand.ready), "a demand lost a part"
 
@@ -132,9 +147,9 @@ class WeightCache:
                     demand.waiting.append(key)
                 else:
                     self._hits[key.part] += entry.ticket is None
-                    self._watch(entry, demand)
-            self._demands.append(demand)
-            self.pump()
+                    self._feed.watch(entry, demand)
+            self._feed.demands.append(demand)
+            self._feed.pump()
             return demand
 
     def next(self, demand: Demand) -> Entry | None:
@@ -147,12 +162,12 @@ class WeightCache:
                 if demand.is_over:
                     self.abandon(demand)
                     return None
-                self.pump()
-                if demand.ready or (not demand.under_way and self._unblock(demand)):
+                self._feed.pump()
+                if demand.ready or (not demand.under_way and self._feed.unblock(demand)):
                     continue
-                begin = self._now()
+                begin = self._mover.now()
                 self._changed.wait()
-                self._wait_s += self._now() - begin
+                self._wait_s += self._mover.now() - begin
 
     def ready(self, demand: Demand, limit: int) -> list[Entry]:
         """What `demand` need not wait for, at most `limit`, leased."""
@@ -172,16 +187,16 @@ class WeightCache:
                     self._resident.set_idle(entry)
                     is_any_idle = True
             if is_any_idle:
-                self.pump()
+                self._feed.pump()
                 self._changed.notify_all()
 
     def abandon(self, demand: Demand) -> None:
         """Ends `demand`; what it has not taken may be evicted, what has not begun is not read.
         Idempotent."""
         with self._changed:
-            if demand not in self._demands:
+            if demand not in self._feed.demands:
                 return
-            self._demands.remove(demand)
+            self._feed.demands.remove(demand)
             if demand.is_over:
                 return
             demand.waiting.clear()
@@ -193,17 +208,7 @@ class WeightCache:
                     self._resident.set_idle(entry)
                 elif entry.ticket is not None and not entry.demands:
                     self._queue.cancel(entry.ticket)
-            self.pump()
-
-    def _watch(self, entry: Entry, demand: Demand) -> None:
-        """`entry` is kept for `demand` until that takes it."""
-        entry.demands.append(demand)
-        if entry.ticket is None:
-            self._resident.set_busy(entry)
-            demand.ready.append(entry.key)
-        else:
-            self._queue.promote(entry.ticket, Priority.DEMAND)
-            demand.under_way += 1
+            self._feed.pump()
 
     def _take_ready(self, demand: Demand) -> Entry:
         entry = self._resident.entries[demand.ready.popleft()]
@@ -214,92 +219,5 @@ class WeightCache:
         self._resident.set_busy(entry)
         self._policy.note_use(entry.key)
         entry.leases += 1
-        self._prefetch_used += entry.is_prefetched
-        entry.is_prefetched = False
+        self._feed.take(entry)
         return entry
-
-    def _unblock(self, demand: Demand) -> bool:
-        """For a demand that has nothing under way: takes a slot that another demand keeps but does
-        not use. False: something is loading, and waiting for it helps."""
-        key = demand.waiting[0]
-        entries = self._resident.of(key.part)
-        for entry in entries:
-            if entry.ticket is None and not entry.leases:
-                for other in entry.demands:
-                    other.lost(entry.key)
-                entry.demands.clear()
-                self._resident.set_idle(entry)
-                return self._demand(demand)
-        if any(entry.ticket is not None for entry in entries):
-            return False
-        raise BudgetError(
-            f"{key}: got no slot, all {len(entries)} of {key.part.value} are leased: allow more"
-        )
-
-    # --- what is read next ------------------------------------------------------------------------
-
-    def prefetch(self, hints: Sequence[Hint]) -> None:
-        """Replaces the hints. They are read in this order when the link has nothing more urgent,
-        into slots that are free or hold something needed later. Speculation under way that is
-        hinted no more is given up."""
-        with self._changed:
-            wanted = {hint.key: hint for hint in hints if hint.key.part in self._resident}
-            self._hints = HintList(tuple(wanted.values()))
-            for entry, ticket in self._resident.loading():
-                if entry.demands or ticket.priority == Priority.DEMAND:
-                    continue
-                if entry.key in wanted:
-                    self._queue.promote(ticket, _priority_of(wanted[entry.key]))
-                elif self._queue.cancel(ticket):
-                    self._prefetch_cancelled += 1
-            self.pump()
-
-    def pump(self) -> None:
-        """Starts whatever slots and link have room for. Called after every change of either."""
-        for demand in self._demands:
-            while demand.waiting and self._queue.has_room(Priority.DEMAND):
-                if not self._demand(demand):
-                    break
-        blocked: set[Part] = set()
-        while (hint := self._hints.first(blocked)) is not None:
-            part, priority = hint.key.part, _priority_of(hint)
-            if hint.key not in self._resident.entries:
-                if not self._queue.has_room(priority):
-                    return
-                entry = self._resident.start(
-                    hint.key, hint, priority=priority, on_done=self._arrived
-                )
-                if entry is None:
-                    blocked.add(part)
-                    continue
-                entry.is_prefetched = True
-                self._prefetch_issued += 1
-            self._hints.pop(part)
-
-    def _demand(self, demand: Demand) -> bool:
-        """Begins to read the first waiting key of `demand`; False if there is no slot for it."""
-        key = demand.waiting[0]
-        entry = self._resident.entries.get(key) or self._resident.start(
-            key, None, priority=Priority.DEMAND, on_done=self._arrived
-        )
-        if entry is None:
-            return False
-        demand.waiting.popleft()
-        self._watch(entry, demand)
-        return True
-
-    def _arrived(self, entry: Entry) -> None:
-        ticket, entry.ticket = entry.ticket, None
-        if ticket is not None and ticket.state is TicketState.CANCELLED:
-            self._resident.remove(entry)
-            for demand in entry.demands:  # demanded again while its last blocks arrived
-                demand.failed(entry.key)
-            return
-        for demand in entry.demands:
-            demand.arrived(entry.key)
-        if entry.is_idle:
-            self._resident.set_idle(entry)
-
-
-def _priority_of(hint: Hint) -> Priority:
-    return Priority.SOON if hint.probability >= 1 else Priority.SPECULATIVE

@@ -1,4 +1,4 @@
-"""One caller's demands while they last. Knows keys only."""
+"""What one caller waits for. Names only, no torch."""
 
 from collections import deque
 

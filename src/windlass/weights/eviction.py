@@ -4,7 +4,6 @@ implementations live in prefetch/policies.py."""
 from typing import Protocol
 
 from windlass.ids import Part, WeightKey
-from windlass.weights.hints import Hint
 
 
 class EvictionPolicy(Protocol):
@@ -27,8 +26,8 @@ class EvictionPolicy(Protocol):
         """Whether `key` may be evicted."""
         ...
 
-    def victim(self, part: Part, incoming: Hint | None) -> WeightKey | None:
-        """The key of `part` to give up; it stays known until `discard`. For a hint: None where all
-        are needed sooner than it. For a demand (`incoming` is None): None only where nothing of
-        `part` may be evicted."""
+    def victim(self, part: Part, distance: float | None) -> WeightKey | None:
+        """The key of `part` to give up; it stays known until `discard`. `distance`: layers until
+        what comes in its place is used, as expected; None where all are needed sooner than that.
+        For a demand (`distance` is None): None only where nothing of `part` may be evicted."""
         ...

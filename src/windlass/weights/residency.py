@@ -1,14 +1,16 @@
 """Which part is in which slot. Starts reads into slots and evicts; knows nothing of who waits, nor
 of bytes."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from windlass.errors import BudgetError
 from windlass.ids import Part, WeightKey
 from windlass.weights.demand import Demand
 from windlass.weights.eviction import EvictionPolicy
-from windlass.weights.hints import Hint
 from windlass.weights.io_queue import Priority, Ticket
 from windlass.weights.slots import Slots
 
@@ -17,7 +19,7 @@ class Entry:
     """A part that has a slot: loading while `ticket` is there, then resident. `content`: what the
     store that moves bytes keeps of it."""
 
-    __slots__ = ("key", "slot", "ticket", "leases", "demands", "is_prefetched", "content")
+    __slots__ = ("key", "slot", "ticket", "leases", "demands", "prefetched_bytes", "content")
 
     def __init__(self, key: WeightKey, slot: int) -> None:
         self.key = key
@@ -25,7 +27,7 @@ class Entry:
         self.ticket: Ticket | None = None
         self.leases = 0
         self.demands: list[Demand] = []  # that still want it
-        self.is_prefetched = False
+        self.prefetched_bytes = 0  # read because of a hint, and not used yet
         self.content: Any = None
 
     @property
@@ -33,12 +35,16 @@ class Entry:
         return self.ticket is None and not self.leases and not self.demands
 
 
-class Fetch(Protocol):
-    """Begins to read a part into its slot; `on_done` follows under the queue's lock."""
+class Mover(Protocol):
+    """Whoever brings parts into slots: a store moves their bytes, a clock counts their seconds."""
 
-    def __call__(
-        self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]
-    ) -> Ticket: ...
+    def fetch(self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]) -> Ticket:
+        """Begins to read a part into its slot; `on_done` follows under the queue's lock."""
+        ...
+
+    def now(self) -> float:
+        """Seconds, from any beginning."""
+        ...
 
 
 def num_slots(num_keys: Mapping[Part, int], wanted: Mapping[Part, int]) -> dict[Part, int]:
@@ -58,20 +64,29 @@ class Residency:
         self,
         num_keys: Mapping[Part, int],
         slots: Mapping[Part, Slots],
-        fetch: Fetch,
+        mover: Mover,
         *,
         policy: EvictionPolicy,
     ) -> None:
         self.entries: dict[WeightKey, Entry] = {}
         self.evictions = 0
         self._slots = slots
-        self._fetch = fetch
+        self._mover = mover
         self._policy = policy
+        self._places: dict[WeightKey, int] = {}
+        self._held = np.zeros(0, bool)
         self._fitting = {part for part, own in slots.items() if own.num_slots == num_keys[part]}
 
     def __contains__(self, part: Part) -> bool:
         """Whether this kind of part has slots at all."""
         return part in self._slots
+
+    def track(self, keys: Sequence[WeightKey]) -> NDArray[np.bool_]:
+        """A bitmap of `keys`, true where one has a slot, resident or loading. It changes with every
+        read and eviction from now on; the next call ends that."""
+        self._places = {key: place for place, key in enumerate(keys)}
+        self._held = np.array([key in self.entries for key in keys], bool)
+        return self._held
 
     @property
     def parts(self) -> Iterable[Part]:
@@ -96,22 +111,25 @@ class Residency:
     def start(
         self,
         key: WeightKey,
-        hint: Hint | None,
+        distance: float | None,
         *,
         priority: Priority,
         on_done: Callable[[Entry], None],
     ) -> Entry | None:
-        """Begins to read `key` into a free slot or a victim's; None where there is neither."""
-        slot = self._take_slot(key.part, hint)
+        """Begins to read `key` into a free slot or a victim's; None where there is neither.
+        `distance`: layers until it is used, as expected, or None where it is used now."""
+        slot = self._take_slot(key.part, distance)
         if slot is None:
             return None
         entry = self.entries[key] = Entry(key, slot)
-        entry.ticket = self._fetch(entry, priority=priority, on_done=lambda: on_done(entry))
+        self._note(key, is_held=True)
+        entry.ticket = self._mover.fetch(entry, priority=priority, on_done=lambda: on_done(entry))
         return entry
 
     def remove(self, entry: Entry) -> None:
         """Frees the slot of `entry`."""
         del self.entries[entry.key]
+        self._note(entry.key, is_held=False)
         self._slots[entry.key.part].free(entry.slot)
 
     def set_idle(self, entry: Entry) -> None:
@@ -131,15 +149,22 @@ class Residency:
             slots = [entry.slot for entry in self.of(part)]
             assert len(set(slots)) == len(slots), f"two parts in one slot of {part}"
             assert set(slots) == own.held(), f"{part}: slots {slots}, held {own.held()}"
+        for key, place in self._places.items():
+            assert self._held[place] == (key in self.entries), f"{key}: the bitmap disagrees"
         for key, entry in self.entries.items():
             assert entry.leases >= 0, f"{key}: {entry.leases} leases"
             may_go = entry.is_idle and not self.fits(key.part)
             assert (key in self._policy) == may_go, f"{key}: the policy disagrees"
 
-    def _take_slot(self, part: Part, hint: Hint | None) -> int | None:
+    def _note(self, key: WeightKey, *, is_held: bool) -> None:
+        place = self._places.get(key)
+        if place is not None:
+            self._held[place] = is_held
+
+    def _take_slot(self, part: Part, distance: float | None) -> int | None:
         own = self._slots[part]
         slot = own.allocate()
-        if slot is None and (victim := self._policy.victim(part, hint)) is not None:
+        if slot is None and (victim := self._policy.victim(part, distance)) is not None:
             self._policy.discard(victim)
             self.remove(self.entries[victim])
             self.evictions += 1

@@ -15,7 +15,12 @@ class StoreStats:
     requests: Mapping[Part, int]
     hits: Mapping[Part, int]
     wait_s: float  # callers waited for weights
-    prefetch_issued: int
-    prefetch_used: int
-    prefetch_cancelled: int
+    prefetch_issued: int  # parts that hints began to read
+    prefetch_used: int  # of these, parts that were used before they were evicted
+    prefetch_cancelled: int  # given up while they were read
+    prefetch_late: int  # demanded before they had arrived; most of these are used, too
+    prefetch_issued_bytes: int
+    prefetch_used_bytes: int
+    prefetch_cancelled_bytes: int
+    prefetch_late_bytes: int
     evictions: int

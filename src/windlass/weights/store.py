@@ -5,6 +5,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Self
 
 import torch
 
@@ -14,15 +16,13 @@ from windlass.checkpoint.views import copied_bytes, make_views
 from windlass.device.base import Device
 from windlass.ids import Part, WeightKey
 from windlass.models.names import Layout
-from windlass.tensors import StoredTensors
+from windlass.tensors import StoredTensors, Tensors
 from windlass.trace import Tracer
 from windlass.weights.arena import Arena
 from windlass.weights.cache import WeightCache
 from windlass.weights.demand import Demand
 from windlass.weights.eviction import EvictionPolicy
-from windlass.weights.hints import Hint
 from windlass.weights.io_queue import BLOCK_BYTES, Priority, Ticket
-from windlass.weights.leases import Arrivals, Lease
 from windlass.weights.residency import Entry, num_slots
 from windlass.weights.row_reader import RowReader
 from windlass.weights.stats import StoreStats
@@ -78,7 +78,7 @@ class WeightStore:
             num_keys,
             self._arenas,
             self._queue,
-            self._fetch,
+            self,
             policy=policy,
             # copies are outside the slots, and planned for one part
             one_by_one=bool(copied_bytes(layout, source.tensors)),
@@ -95,24 +95,6 @@ class WeightStore:
 
     # --- what callers use -------------------------------------------------------------------------
 
-    def fits(self, part: Part) -> bool:
-        """Whether all parts of this kind have slots: then they stay resident once read."""
-        return self.cache.fits(part)
-
-    @property
-    def group_size(self) -> int:
-        """Experts to lease at once."""
-        return self.cache.group_size
-
-    @property
-    def keeps_all(self) -> bool:
-        """Whether all kinds of parts have slots for all their keys (the embedding aside)."""
-        return self.cache.keeps_all
-
-    def holds(self, key: WeightKey) -> bool:
-        """Whether `key` is resident or under way. A hint: it may change at any moment."""
-        return self.cache.holds(key)
-
     def pinned(self, keys: Iterable[WeightKey]) -> list[StoredTensors] | None:
         """Tensors of `keys`, valid as long as the store, if all are in memory for good and views of
         their slots."""
@@ -124,11 +106,7 @@ class WeightStore:
             has_copies = any(entry.content.tensors is None for entry in entries)
             return None if has_copies else tensors
 
-    def count_hits(self, part: Part, count: int) -> None:
-        """Pinned parts that were used, for the statistics."""
-        self.cache.count_hits(part, count)
-
-    def lease(self, key: WeightKey) -> Lease:
+    def lease(self, key: WeightKey) -> "Lease":
         """Waits until `key` is resident. Raises CheckpointError if it cannot be read, BudgetError
         if all slots of its kind are leased."""
         with self._changed:
@@ -140,22 +118,16 @@ class WeightStore:
             try:
                 lease = self._next(demand)
             finally:
-                self._abandon(demand)
+                self.cache.abandon(demand)
             assert lease is not None, f"{key} did not arrive"
             return lease
 
-    def arrivals(self, keys: Iterable[WeightKey]) -> Arrivals:
+    def arrivals(self, keys: Iterable[WeightKey]) -> "Arrivals":
         """Leases of all `keys` (distinct): resident ones first, then as they arrive. Reading begins
         at once, for as many as slots and link allow; works with a single slot."""
         with self._changed:
             self._tidy()
             return Arrivals(self, self.cache.begin(keys))
-
-    def prefetch(self, hints: Sequence[Hint]) -> None:
-        """Replaces the hints. They are read in this order when the link has nothing more urgent,
-        into slots that are free or hold something needed later. Speculation under way that is
-        hinted no more is given up."""
-        self.cache.prefetch(hints)
 
     def read_rows(self, key: WeightKey, rows: Sequence[int]) -> torch.Tensor:
         """Rows of the (V, D) `weight` of `key`, an embedding without slots -> (len(rows), D)."""
@@ -180,25 +152,19 @@ class WeightStore:
 
     # --- what leases and arrivals use -------------------------------------------------------------
 
-    def _next(self, demand: Demand) -> Lease | None:
+    def _next(self, demand: Demand) -> "Lease | None":
         """The next part of `demand`, waiting for it; None when it is over."""
         with self._changed:
             self._tidy()
             entry = self.cache.next(demand)
             return None if entry is None else self._lease(entry)
 
-    def _ready(self, demand: Demand, limit: int) -> list[Lease]:
+    def _ready(self, demand: Demand, limit: int) -> "list[Lease]":
         """Leases of what `demand` need not wait for, at most `limit`."""
         with self._changed:
             return [self._lease(entry) for entry in self.cache.ready(demand, limit)]
 
-    def _release(self, entries: Sequence[Entry]) -> None:
-        self.cache.release(entries)
-
-    def _abandon(self, demand: Demand) -> None:
-        self.cache.abandon(demand)
-
-    def _lease(self, entry: Entry) -> Lease:
+    def _lease(self, entry: Entry) -> "Lease":
         return Lease(self, entry, self._tensors_of(entry))
 
     def _tensors_of(self, entry: Entry) -> StoredTensors:
@@ -210,7 +176,7 @@ class WeightStore:
             content.tensors = tensors
         return tensors
 
-    def _fetch(self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]) -> Ticket:
+    def fetch(self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]) -> Ticket:
         part_reads = make_part_reads(entry.key, self._layout, self._source.tensors)
         entry.content = _Content(part_reads)
         return self._queue.submit(
@@ -221,6 +187,10 @@ class WeightStore:
             on_done=on_done,
         )
 
+    def now(self) -> float:
+        """Seconds, for the time that callers wait."""
+        return time.perf_counter()
+
     def _memory_of(self, entry: Entry) -> torch.Tensor:
         """The slot of `entry`: uint8."""
         return self._arenas[entry.key.part].bytes_of(entry.slot)
@@ -230,4 +200,96 @@ class WeightStore:
             demand, leases = self._dropped.popleft()
             for lease in leases:
                 lease.release()
-            self._abandon(demand)
+            self.cache.abandon(demand)
+
+
+class Lease:
+    """The right to read one resident part until `release`. A context manager."""
+
+    __slots__ = ("key", "_store", "_entry", "_tensors")
+
+    def __init__(self, store: "WeightStore", entry: Entry, tensors: Tensors) -> None:
+        self.key = entry.key
+        self._store = store
+        self._entry: Entry | None = entry
+        self._tensors = tensors
+
+    @property
+    def tensors(self) -> Tensors:
+        """Canonical tensors by name, in their stored type or packed, over the slot's memory."""
+        assert self._entry is not None, f"{self.key} is read after its lease was released"
+        return self._tensors
+
+    def release(self) -> None:
+        """Lets the part be evicted. Idempotent."""
+        entry = self._end()
+        if entry is not None:
+            self._store.cache.release((entry,))
+
+    def _end(self) -> Entry | None:
+        """What is to be released, once."""
+        entry, self._entry = self._entry, None
+        self._tensors = {}
+        return entry
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class Arrivals:
+    """Iterator of leases in the order in which their parts become resident. The lease given out is
+    released when the next is asked for; `close`, or dropping the iterator, gives up the rest.
+    `ready` takes more at once."""
+
+    def __init__(self, store: "WeightStore", demand: Demand) -> None:
+        self._store = store
+        self._demand = demand
+        self._leases: list[Lease] = []
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> "Lease":
+        self._release()
+        lease = self._store._next(self._demand)
+        if lease is None:
+            raise StopIteration
+        self._leases.append(lease)
+        return lease
+
+    def ready(self, limit: int) -> "list[Lease]":
+        """Up to `limit` further leases, of parts that need no waiting; released with the one that
+        `next` gave."""
+        more = self._store._ready(self._demand, limit)
+        self._leases += more
+        return more
+
+    def all(self) -> "list[Lease]":
+        """Leases of all that are left, waiting for them: each keeps its slot, so there must be
+        enough. Released with the next call of `next` or `close`."""
+        while (lease := self._store._next(self._demand)) is not None:
+            self._leases.append(lease)
+        return list(self._leases)
+
+    def close(self) -> None:
+        """Releases the current leases and demands the rest no more. Idempotent."""
+        self._release()
+        self._store.cache.abandon(self._demand)
+
+    def _release(self) -> None:
+        entries = [entry for lease in self._leases if (entry := lease._end()) is not None]
+        self._leases.clear()
+        if entries:
+            self._store.cache.release(entries)
+
+    def __del__(self) -> None:
+        # The collector may run inside the store itself, so the store cleans up when it next can.
+        self._store._dropped.append((self._demand, self._leases))

@@ -1,0 +1,162 @@
+"""What is read next, as slots and the link allow: first what callers demand, then what is hinted
+at. Knows keys, no bytes; counts what hints brought."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from windlass.errors import BudgetError
+from windlass.ids import Part, WeightKey
+from windlass.weights.demand import Demand
+from windlass.weights.hints import Hint, HintQueue
+from windlass.weights.io_queue import IoQueue, Priority, TicketState
+from windlass.weights.residency import Entry, Residency
+
+
+@dataclass(slots=True)
+class PrefetchCounts:
+    """Parts, and their bytes."""
+
+    parts: int = 0
+    num_bytes: int = 0
+
+    def add(self, num_bytes: int) -> None:
+        self.parts += 1
+        self.num_bytes += num_bytes
+
+
+class Feed:
+    """Keeps the link busy: `pump` starts whatever there is room for, and must be called whenever a
+    slot is free or the queue has room. All calls under the queue's lock."""
+
+    def __init__(self, resident: Residency, queue: IoQueue) -> None:
+        self._resident = resident
+        self._queue = queue
+        self._hints = HintQueue()
+        self._now = 0  # layers since the first pass began
+        self._speculative: dict[WeightKey, Hint] = {}  # loading because of a hint alone
+        self.demands: list[Demand] = []
+        self.issued = PrefetchCounts()
+        self.used = PrefetchCounts()
+        self.late = PrefetchCounts()  # demanded before they had arrived
+        self.cancelled = PrefetchCounts()
+
+    def hint(self, now: int, added: Sequence[Hint], dropped: Sequence[WeightKey]) -> None:
+        """The pass is at layer `now`, counted over all passes. Hints that are new, and keys that
+        are hinted at no more. Speculation whose turn has passed is given up."""
+        self._now = now
+        for key in dropped:
+            self._hints.drop(key)
+        for hint in added:
+            self._hints.add(hint)
+        if self._speculative:
+            for hint in [hint for hint in self._speculative.values() if hint.turn < now]:
+                self._give_up(hint.key)
+        self.pump()
+
+    def pump(self) -> None:
+        """Starts whatever slots and link have room for."""
+        for demand in self.demands:
+            while demand.waiting and self._queue.has_room(Priority.DEMAND):
+                if not self.begin_first(demand):
+                    break
+        blocked: set[Part] = set()
+        while len(self._hints) and (hint := self._hints.first(blocked)) is not None:
+            key, priority = hint.key, _priority_of(hint)
+            if key not in self._resident.entries:
+                if not self._queue.has_room(priority):
+                    return
+                if not self._begin_hinted(hint, priority):
+                    blocked.add(key.part)
+                    continue
+            self._hints.drop(key)
+
+    def begin_first(self, demand: Demand) -> bool:
+        """Begins to read the first waiting key of `demand`; False if there is no slot for it."""
+        key = demand.waiting[0]
+        entry = self._resident.entries.get(key) or self._resident.start(
+            key, None, priority=Priority.DEMAND, on_done=self._arrived
+        )
+        if entry is None:
+            return False
+        demand.waiting.popleft()
+        self.watch(entry, demand)
+        return True
+
+    def unblock(self, demand: Demand) -> bool:
+        """For a demand that has nothing under way: takes a slot that another demand keeps but does
+        not use. False: something is loading, and waiting for it helps."""
+        key = demand.waiting[0]
+        entries = self._resident.of(key.part)
+        for entry in entries:
+            if entry.ticket is None and not entry.leases:
+                for other in entry.demands:
+                    other.lost(entry.key)
+                entry.demands.clear()
+                self._resident.set_idle(entry)
+                return self.begin_first(demand)
+        if any(entry.ticket is not None for entry in entries):
+            return False
+        raise BudgetError(
+            f"{key}: got no slot, all {len(entries)} of {key.part.value} are leased: allow more"
+        )
+
+    def watch(self, entry: Entry, demand: Demand) -> None:
+        """`entry` is kept for `demand` until that takes it; if it is loading, it is urgent now."""
+        entry.demands.append(demand)
+        if entry.ticket is None:
+            self._resident.set_busy(entry)
+            demand.ready.append(entry.key)
+            return
+        if self._speculative.pop(entry.key, None) is not None:
+            self.late.add(entry.ticket.num_bytes)
+        self._queue.promote(entry.ticket, Priority.DEMAND)
+        demand.under_way += 1
+
+    def take(self, entry: Entry) -> None:
+        """`entry` is used."""
+        if entry.prefetched_bytes:
+            self.used.add(entry.prefetched_bytes)
+            entry.prefetched_bytes = 0
+
+    def counters(self) -> dict[str, int]:
+        """What hints brought, as `StoreStats` has it."""
+        kinds = {
+            "issued": self.issued, "used": self.used, "cancelled": self.cancelled, "late": self.late
+        }  # fmt: skip
+        parts = {f"prefetch_{name}": own.parts for name, own in kinds.items()}
+        return parts | {f"prefetch_{name}_bytes": own.num_bytes for name, own in kinds.items()}
+
+    def _begin_hinted(self, hint: Hint, priority: Priority) -> bool:
+        distance = hint.distance(self._now)
+        entry = self._resident.start(hint.key, distance, priority=priority, on_done=self._arrived)
+        if entry is None:
+            return False
+        if entry.ticket is not None:
+            entry.prefetched_bytes = entry.ticket.num_bytes
+            self.issued.add(entry.prefetched_bytes)
+            self._speculative[hint.key] = hint
+        return True
+
+    def _give_up(self, key: WeightKey) -> None:
+        del self._speculative[key]
+        entry = self._resident.entries[key]
+        num_bytes = entry.prefetched_bytes
+        if entry.ticket is not None and self._queue.cancel(entry.ticket):
+            self.cancelled.add(num_bytes)
+
+    def _arrived(self, entry: Entry) -> None:
+        ticket, entry.ticket = entry.ticket, None
+        self._speculative.pop(entry.key, None)
+        if ticket is not None and ticket.state is TicketState.CANCELLED:
+            self._resident.remove(entry)
+            for demand in entry.demands:  # demanded again while its last blocks arrived
+                demand.failed(entry.key)
+            return
+        for demand in entry.demands:
+            demand.arrived(entry.key)
+        if entry.is_idle:
+            self._resident.set_idle(entry)
+
+
+def _priority_of(hint: Hint) -> Priority:
+    return Priority.SOON if hint.probability >= 1 else Priority.SPECULATIVE
