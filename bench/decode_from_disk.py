@@ -1,11 +1,12 @@
 """Decode of one sequence with most experts on disk, this code beside other code of the project.
 
-    python bench/decode_from_disk.py [--src OLD_SRC] [--dir DIR] [--rounds N] [--json FILE] [--quick]
+    python bench/decode_from_disk.py [--src OLD_SRC] [--dir DIR] [--rounds N] [--json FILE] ...
 
-Writes a random checkpoint of many small experts (48 layers of 128, 1.5 GB), and runs `windlass
-run-batch` on one prompt, with room for a third of the weights beside the process. `--src` names the
-`src` folder of other code with its native library built; both then take turns, the order turning
-from round to round, and must give the same answer. Weights are read past the page cache.
+Writes a random checkpoint of many small experts (48 layers of 128, 1.2 GB), and runs `windlass
+run-batch` on one prompt, with room for a third of the experts beside the process and all else.
+`--src` names the `src` folder of other code with its native library built; both then take turns,
+the order turning from round to round, and must give the same answer. Weights are read past the page
+cache.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from offload import Job
 from windlass.checkpoint.synthetic import preset, write_random_checkpoint
 from windlass.units import MIB, format_bytes, parse_bytes
 
-_PROCESS_BYTES = 500 * MIB  # Python, torch, activations and what is dense
+_PROCESS_BYTES = 320 * MIB  # Python, torch and activations
 _NATIVE = Path("windlass/kernels/cpu/libwindlass_cpu.so")
 _KEPT = ("decode_throughput", "decode_time", "prefill_time", "load_time", "passes", "bytes_read",
          "expert_requests", "expert_hits", "weights_wait_time", "peak_rss_bytes")  # fmt: skip
@@ -82,7 +83,7 @@ def _parse() -> argparse.Namespace:
     add("--intermediate", type=int, default=128, metavar="N", help="of an expert (default: 128)")
     add("--prompt-tokens", type=int, default=32, metavar="N", help="default: 32")
     add("--output-tokens", type=int, default=200, metavar="N", help="default: 200")
-    add("--host-memory", metavar="SIZE", help="default: a third of the weights and 500 MiB")
+    add("--host-memory", metavar="SIZE", help="default: room for a third of the experts")
     add("--rounds", type=int, default=3, metavar="N", help="runs of each (default: 3)")
     add("--quick", action="store_true", help="four layers of 32: says only that the script works")
     add("--flag", action="append", default=[], metavar="FLAG", help="for run-batch; repeatable")
@@ -102,7 +103,8 @@ def bench(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config = _config(options)
     size = _prepare(folder, config, Job(1, options.prompt_tokens, options.output_tokens))
     wanted = options.host_memory
-    budget = parse_bytes(wanted) if wanted else (size // 3 + _PROCESS_BYTES) // MIB * MIB
+    experts = 2 * 3 * options.layers * options.experts * options.hidden * options.intermediate
+    budget = parse_bytes(wanted) if wanted else _PROCESS_BYTES + size - experts * 2 // 3
     flags = ["--host-memory", f"{budget // MIB}MiB", *options.flag]
     print(f"{options.layers} layers of {options.experts} experts, {format_bytes(size)},"
           f" in {format_bytes(budget)}", flush=True)  # fmt: skip

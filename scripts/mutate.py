@@ -18,12 +18,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
-
-from test_families import TOLERANCE, Checkpoint, dense_logits, prompts  # noqa: E402
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests/support")]
 
 import families  # noqa: E402
 from delta_model import DELTA_CASES, DeltaModel, make_delta_checkpoint  # noqa: E402
+from dense_model import TOLERANCE, Checkpoint, dense_logits, prompts  # noqa: E402
 from windlass.checkpoint.layout import build_layout  # noqa: E402
 from windlass.decoder.rope import frequencies  # noqa: E402
 from windlass.errors import WindlassError  # noqa: E402

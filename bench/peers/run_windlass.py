@@ -94,7 +94,6 @@ def _run(job: Job) -> Result:
             "bytes_read": after.bytes_read - before.bytes_read,
             "wait_s": after.wait_s - before.wait_s,
             "preemptions": after.num_preemptions - before.num_preemptions,
-            "plan": llm.plan.to_json(),
         }
     return Result(
         load_s=load_s,

@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_admission import PAGE_TOKENS, Machine
-from test_prefixes import Machine as Sharing
 
+from admission_machine import PAGE_TOKENS, Machine
+from sharing_machine import Machine as Sharing
 from windlass.engine.admission import Admission
 from windlass.engine.sequence import Sequence
 from windlass.perf.job_passes import Limits, compose

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from windlass.errors import UsageError
 from windlass.hardware.profile import Curve, Processor
-from windlass.ids import Part, WeightKey
+from windlass.ids import DISK_TO_HOST, Part, Route, WeightKey
 from windlass.models.spec import Attention, GatedDelta, Gqa
 from windlass.perf.flops import (
     attention_flops,
@@ -193,8 +193,8 @@ class OpCost:
         seconds = self.head_s(num_rows) / chunks + self._profile.host.call_s
         return _on_host(seconds * self._scale)
 
-    def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[str, float]]:
-        return (("disk", self.read_s(key, num_bytes)),)
+    def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[Route, float]]:
+        return ((DISK_TO_HOST, self.read_s(key, num_bytes)),)
 
     # --- seconds ----------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@ at. Knows keys, no bytes; counts what hints brought."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from windlass.errors import BudgetError
 from windlass.ids import Part, WeightKey
@@ -28,7 +29,7 @@ class Feed:
     """Keeps the link busy: `pump` starts whatever there is room for, and must be called whenever a
     slot is free or the queue has room. All calls under the queue's lock."""
 
-    def __init__(self, resident: Residency, queue: IoQueue) -> None:
+    def __init__(self, resident: Residency, queue: IoQueue[Any]) -> None:
         self._resident = resident
         self._queue = queue
         self._hints = HintQueue()
@@ -84,7 +85,7 @@ class Feed:
 
     def unblock(self, demand: Demand) -> bool:
         """For a demand that has nothing under way: takes a slot that another demand keeps but does
-        not use. False: something is loading, and waiting for it helps."""
+        not use. False: something is loading, or others' reads come first: waiting helps."""
         key = demand.waiting[0]
         entries = self._resident.of(key.part)
         for entry in entries:
@@ -94,7 +95,8 @@ class Feed:
                 entry.demands.clear()
                 self._resident.set_idle(entry)
                 return self.begin_first(demand)
-        if any(entry.ticket is not None for entry in entries):
+        is_loading = any(entry.ticket is not None for entry in entries)
+        if is_loading or not self._queue.has_room(Priority.DEMAND):
             return False
         raise BudgetError(
             f"{key}: got no slot, all {len(entries)} of {key.part.value} are leased: allow more"
