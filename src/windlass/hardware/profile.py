@@ -57,7 +57,7 @@ class Processor:
     memory_rate: float  # bytes/s read
     experts: Mapping[str, Curve]  # whole expert networks, weights in this memory
     dense: Mapping[str, Curve]  # dense products
-    decode_attention: float  # bytes/s of keys and values, one new row per sequence
+    decode_attention: float  # bytes/s of KV cache, one new token per sequence
     prefill_attention: float  # FLOP/s: 4 * heads * dim per query and position seen
     row_rate: float  # bytes/s of what is done row by row: norms, rotation, routing, sums
     call_s: float  # seconds that a module's call costs beside its work
@@ -75,7 +75,7 @@ class Processor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
+class LinkRates:
     """One direction between host and device: bytes/s over the bytes of one copy."""
 
     rate: Curve  # from or to pinned memory, all copy engines busy
@@ -98,8 +98,8 @@ class HardwareProfile:
     disk_path: str
     host: Processor
     device: Processor | None = None  # a GPU; None: the host computes
-    down: Link | None = None  # host to device
-    up: Link | None = None  # device to host
+    down: LinkRates | None = None  # host to device
+    up: LinkRates | None = None  # device to host
     spread: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -226,10 +226,10 @@ def _processor(document: object, what: str) -> Processor:
     )
 
 
-def _link(document: object, what: str) -> Link:
+def _link(document: object, what: str) -> LinkRates:
     fields = _Fields(document, what, {"rate", "pageable"}, optional={"pageable"})
     pageable = fields.document.get("pageable")
-    return Link(
+    return LinkRates(
         rate=fields.curve("rate"),
         pageable=None if pageable is None else _curve(pageable, f"{what}: pageable"),
     )
@@ -244,7 +244,7 @@ def _processor_json(processor: Processor) -> dict[str, Any]:
     }
 
 
-def _link_json(link: Link) -> dict[str, Any]:
+def _link_json(link: LinkRates) -> dict[str, Any]:
     pageable = None if link.pageable is None else _points(link.pageable)
     return {"rate": _points(link.rate), "pageable": pageable}
 
