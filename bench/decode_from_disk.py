@@ -23,6 +23,7 @@ from machine import ROOT, Others, describe, table, write
 from offload import Job
 
 from windlass.checkpoint.synthetic import preset, write_random_checkpoint
+from windlass.plan import Plan
 from windlass.units import MIB, format_bytes, parse_bytes
 
 _PROCESS_BYTES = 320 * MIB  # Python, torch and activations
@@ -66,7 +67,8 @@ def _run(src: Path, folder: Path, flags: list[str]) -> tuple[dict[str, Any], str
         sys.exit(f"{src}: run-batch failed: exit {done.returncode}\n{done.stderr}{done.stdout}")
     said = json.loads(done.stdout.splitlines()[-1])
     row = {name: said[name] for name in _KEPT if name in said}
-    row |= {"host_memory": said["plan"]["host_memory"], "others_cores": round(others.cores(), 2)}
+    budget = Plan.from_json(said["plan"]).host.budget_bytes  # also of code whose plans were flat
+    row |= {"host_memory": budget, "others_cores": round(others.cores(), 2)}
     body = json.loads(output.read_text(encoding="utf-8"))["response"]["body"]
     return row, json.dumps(body["choices"])
 

@@ -11,7 +11,6 @@ import json
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 
@@ -137,7 +136,7 @@ def _run_planned(job: Job) -> Result:
         "wait_s": stats.wait_s,
         "preemptions": stats.num_preemptions,
         "phases": stats.phases_json(),
-        "plan": asdict(plan),
+        "plan": plan.to_json(),
         "prediction": stats.check.to_json(),
         "rates": "assumed" if profile is None else f"measured {profile.captured}",
         "answers": blake2b(json.dumps(in_order).encode(), digest_size=16).hexdigest(),

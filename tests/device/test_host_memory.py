@@ -144,4 +144,4 @@ def test_the_demo_runs_within_a_container_without_a_budget(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         assert group.num_kills == 0 and group.peak_bytes <= limit
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["plan"]["host_memory"] < limit, summary["plan"]
+    assert summary["plan"]["tiers"]["host"]["budget_bytes"] < limit, summary["plan"]

@@ -190,7 +190,7 @@ def _scores(path, **options):
     ]
     with engine_for(path, **options) as engine:
         results = run_all(engine, wanted)
-        page_bytes = engine.plan.kv_page_bytes
+        page_bytes = engine.plan.host.kv_page_bytes
     found = [
         step[token].logprob
         for output in (results[str(i)] for i in range(len(LENGTHS)))

@@ -16,7 +16,6 @@ from windlass.ids import DISK_TO_HOST, Part
 from windlass.models.spec import Block, Ffn, Moe, TopKSoftmax
 from windlass.perf.frozen_gpu_costs import DEVICE_LANES, DeviceCosts
 from windlass.perf.frozen_gpu_tiers import GpuRates, LayerShape, Share, layer_seconds
-from windlass.perf.pass_cost import slots_of
 from windlass.prefetch.policies import FarthestNextUse
 from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast
 from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
@@ -178,7 +177,7 @@ def test_the_clock_does_what_the_device_does(
 
     queue = iter(routed)
     clock = _clock_runtime(
-        spec, kept["shape"], EqualCosts(blocks), slots=slots_of(plan),
+        spec, kept["shape"], EqualCosts(blocks), slots=plan.host.slots,
         reads=lambda key: make_part_reads(key, store._layout, store._source.tensors).reads,
         num_keys=Counter(key.part for key in store._layout.parts), depth=device.num_lanes + 1,
         router=lambda layer, rows: next(queue), overlap=overlap,
