@@ -20,12 +20,12 @@ import numpy as np
 from machine import describe, table, write
 
 from windlass.checkpoint.part_reads import Read
-from windlass.ids import Part, WeightKey
+from windlass.ids import DISK_TO_HOST, Part, Route, WeightKey
 from windlass.prefetch import prefetcher as prefetching
 from windlass.prefetch.policies import FarthestNextUse
 from windlass.prefetch.usage import UsageForecast
 from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
-from windlass.runtime.simulated import SimulatedWeights
+from windlass.runtime.simulated import SimulatedParts, SimulatedWeights
 from windlass.schedule.passes import PassShape
 
 _TOP_K = 8
@@ -49,8 +49,8 @@ class Setting:
 class _Disk:
     """What reading a part asks of the lanes."""
 
-    def block(self, key: WeightKey, num_bytes: int) -> tuple[tuple[str, float], ...]:
-        return (("disk", _BLOCK_S),)
+    def block(self, key: WeightKey, num_bytes: int) -> tuple[tuple[Route, float], ...]:
+        return ((DISK_TO_HOST, _BLOCK_S),)
 
 
 class _Model:
@@ -65,10 +65,10 @@ class _Model:
         self.lanes = Lanes(Clock(), ("disk", "host"))
         keys = {Part.EXPERT: layers * experts, Part.BLOCK: layers, Part.HEAD: 1}
         costs: Any = _Disk()
+        slots = keys | {Part.EXPERT: max(4 * _TOP_K, int(setting.resident * layers * experts))}
+        parts = SimulatedParts(keys, slots, lambda key: (Read("", 0, 1, 0),))
         self.weights = SimulatedWeights(
-            self.lanes, costs, num_keys=keys,
-            slots=keys | {Part.EXPERT: max(4 * _TOP_K, int(setting.resident * layers * experts))},
-            reads=lambda key: (Read("", 0, 1, 0),), depth=_DEPTH,
+            self.lanes, costs, parts, depth=_DEPTH,
             policy=FarthestNextUse(layers, probability=self.forecast.probability),
         )  # fmt: skip
         self.prefetcher = prefetching.Prefetcher(
