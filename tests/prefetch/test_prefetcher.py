@@ -38,9 +38,9 @@ class Model:
             self.lanes,
             Costs(),  # type: ignore[arg-type]  # nothing else is asked of it
             SimulatedParts(
-                num_keys={Part.EXPERT: layers * experts, Part.BLOCK: layers, Part.HEAD: 1},
-                slots={Part.EXPERT: slots, Part.BLOCK: layers, Part.HEAD: 1},
-                reads=lambda key: (Read("", 0, 100, 0),),
+                {Part.EXPERT: layers * experts, Part.BLOCK: layers, Part.HEAD: 1},
+                {Part.EXPERT: slots, Part.BLOCK: layers, Part.HEAD: 1},
+                lambda key: (Read("", 0, 100, 0),),
             ),
             policy=FarthestNextUse(layers, probability=self.forecast.probability),
             depth=2,

@@ -5,8 +5,8 @@ call, against what whoever fills the slots has seen."""
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
+from typing import NamedTuple
 
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -18,8 +18,7 @@ from windlass.prefetch.policies import FarthestNextUse, LeastRecentlyUsed
 from windlass.weights.cache import WeightCache
 from windlass.weights.demand import Demand
 from windlass.weights.hints import Hint
-from windlass.weights.io_queue import IoQueue, Priority, Ticket, TicketState
-from windlass.weights.io_queue import Link as Bearing
+from windlass.weights.io_queue import IoQueue, Link, Priority, Ticket, TicketState
 from windlass.weights.residency import Entry
 from windlass.weights.slots import Slots
 
@@ -44,28 +43,27 @@ def hint(
     cache.hint(now, added, dropped)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Bytes of nothing."""
+class Bytes(NamedTuple):
+    """Of a part."""
 
     num_bytes: int
 
-    def part(self, begin: int, num_bytes: int) -> "Piece":
-        return Piece(num_bytes)
+    def part(self, begin: int, num_bytes: int) -> "Bytes":
+        return Bytes(num_bytes)
 
 
-class Queue(IoQueue[Piece]):
-    """Its blocks are in flight until the link delivers them."""
+class Queue(IoQueue[Bytes]):
+    """Its blocks are in flight on `wire` until that delivers them."""
 
-    def __init__(self, link: "Link") -> None:
-        self._link = link
-        super().__init__(link, {DISK_TO_HOST: Bearing(DEPTH, BLOCK_BYTES)})
+    def __init__(self, wire: "Wire") -> None:
+        super().__init__(wire, {DISK_TO_HOST: Link(DEPTH, BLOCK_BYTES)})
+        self.wire = wire
 
-    def _move(self, ticket: Ticket[Piece], block: Piece) -> None:
-        self._link.in_flight.append((ticket, block.num_bytes))
+    def _move(self, ticket: Ticket[Bytes], block: Bytes) -> None:
+        self.wire.in_flight.append((ticket, block.num_bytes))
 
 
-class Link:
+class Wire:
     """Blocks in flight, and the lock of the queue: a wait goes on to the next arrival, or lets
     another caller act; it ends when the waiters are notified, and fails where nobody ever would
     notify them."""
@@ -112,7 +110,7 @@ class Link:
 class Filler:
     """Brings parts into slots, and notes what each slot holds; a read may have any length."""
 
-    def __init__(self, link: Link, slots: dict[Part, Slots]) -> None:
+    def __init__(self, link: Wire, slots: dict[Part, Slots]) -> None:
         self.link = link
         self.slots = slots
         self.content: dict[tuple[Part, int], Entry] = {}
@@ -145,9 +143,8 @@ class Filler:
 
         num_bytes = BLOCK_BYTES * (1 + (7 * entry.key.layer + entry.key.index) % 3)
         self.begun[priority] += 1
-        return self.link.queue.enqueue(
-            DISK_TO_HOST, [Piece(num_bytes)], priority=priority, on_done=done
-        )
+        pieces = [Bytes(num_bytes)]
+        return self.link.queue.enqueue(DISK_TO_HOST, pieces, priority=priority, on_done=done)
 
     def now(self) -> float:
         return float(self.link.num_bytes)
@@ -177,7 +174,7 @@ class Callers(RuleBasedStateMachine):
     def open(self, blocks: int, experts: int, heads: int, is_farthest: bool, seed: int) -> None:
         numbers = {Part.BLOCK: blocks, Part.EXPERT: experts, Part.HEAD: heads}
         self.slots = {part: Slots(number) for part, number in numbers.items()}
-        self.link = Link(random.Random(seed))
+        self.link = Wire(random.Random(seed))
         self.filler = Filler(self.link, self.slots)
         self.cache = WeightCache(
             {part: len(keys) for part, keys in KEYS.items()}, self.slots, self.link.queue,
