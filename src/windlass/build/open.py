@@ -62,6 +62,7 @@ from windlass.prefetch.prefetcher import Prefetcher, num_experts, pass_forecast
 from windlass.schedule.batch import Batch
 from windlass.runtime.embedding import EmbeddingRows
 from windlass.runtime.host import HostRuntime
+from windlass.runtime.routing_report import RoutingReport
 from windlass.schedule.passes import run_pass
 from windlass.schedule.runtime import Outcome
 from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec
@@ -245,7 +246,7 @@ def _assemble(
         prefetcher=(
             Prefetcher(shape, num_experts(spec), weights.cache, forecast) if plan.overlap else None
         ),
-        forecast=forecast,
+        routing=RoutingReport(forecast),
         tracer=tracer,
     )
     admission = Admission(
