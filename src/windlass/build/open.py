@@ -60,6 +60,7 @@ from windlass.planner.validate import validate_plan
 from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast
 from windlass.schedule.batch import Batch
 from windlass.runtime.host import HostRuntime, Machine
+from windlass.runtime.routing_report import RoutingReport
 from windlass.schedule.passes import run_pass
 from windlass.schedule.runtime import Outcome
 from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec
@@ -223,7 +224,7 @@ def _assemble(
         prefetcher=(
             Prefetcher(shape, num_experts(spec), weights.cache, forecast) if plan.overlap else None
         ),
-        forecast=forecast,
+        routing=RoutingReport(forecast),
     )
     admission = Admission(
         kv,
