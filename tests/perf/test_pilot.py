@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from machines import machine
 from planning import SPECS, few_layers, round_sizes
 from windlass.cli import main
 from windlass.cli.summary import phase_json, phase_lines
-from windlass.perf.accuracy import compare
+from windlass.perf.accuracy import Accuracy, compare
 from windlass.perf.estimate import LANES, Estimate, Phase
 from windlass.phases import PhaseStats
 from windlass.planner.budget import PlanConstraints, bytes_here, make_plan
@@ -122,7 +123,8 @@ class Run:
     """A pilot of the plan, and passes that take what is said."""
 
     def __init__(self, plan=PLAN):
-        self.said = []
+        self.said: list[str] = []
+        self.times: Any = None
         problem = Problem(spec=SPEC, sizes=SIZES, plan=plan, profile=machine(), workload=WORK)
         self.pilot = Pilot(problem, tell=self.said.append)
         self.pilot.after(_segments(64), PhaseStats(seconds=99.0), list)  # the first says nothing
@@ -279,6 +281,7 @@ def test_a_run_is_compared_in_its_summary(path):
         engine._pilot = Pilot(problem)
         run_all(engine, [request(f"r{i}", p) for i, p in enumerate(prompts((30,) * 12))])
         stats = engine.stats()
+    assert isinstance(stats.check, Accuracy)
     assert stats.check.done == 1 and stats.check.total.measured_s == pytest.approx(stats.pass_s)
     assert stats.check.total.predicted_s > 0
     assert any(line.startswith("predicted: prefill") for line in phase_lines(stats))
