@@ -77,7 +77,7 @@ class _Run:
 # --- runs -----------------------------------------------------------------------------------------
 
 
-def _run(case: _Case, dtype: str) -> _Run:
+def _run(case: _Case, dtype: Any) -> _Run:
     options = EngineOptions(
         model=case.model, kv_cache_dtype=dtype, max_model_len=case.longest,
         host_memory=2 * GIB, generation_config="vllm",

@@ -59,7 +59,9 @@ def _prefill_s(llm: LLM, prompts: list[list[int]]) -> float:
 def _save_logprobs(llm: LLM, prompt: list[int], path: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=_LOGPROBS)
     (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
-    (step,) = output.outputs[0].logprobs
+    steps = output.outputs[0].logprobs
+    assert steps is not None and len(steps) == 1
+    step = steps[0]
     np.save(path, np.array([list(step), [each.logprob for each in step.values()]]))
 
 

@@ -110,7 +110,7 @@ def test_keywords_reach_the_engine_or_are_refused(options: list[EngineOptions]) 
 
 
 def test_results_keep_the_order_of_prompts_of_all_kinds(llm: LLM) -> None:
-    prompts = ["a" * 9, {"prompt": "b"}, {"prompt_token_ids": [99, 100]}, "d"]
+    prompts: list[Any] = ["a" * 9, {"prompt": "b"}, {"prompt_token_ids": [99, 100]}, "d"]
     params = [SamplingParams(max_tokens=n) for n in (12, 1, 9, 3)]
     ended: list[RequestOutput] = []
     results = llm.generate(prompts, params, on_result=ended.append)

@@ -8,6 +8,7 @@ import pytest
 
 from engines import engine_for, make_model
 from windlass.errors import UsageError
+from windlass.plan import Plan
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import ablation
@@ -28,7 +29,7 @@ def test_every_variant_of_a_plan_can_be_replayed(path):
     for one in found:
         if one.changes is None:
             continue
-        own = ablation.Plan.from_json(ablation.changed(plan.to_json(), one.changes))
+        own = Plan.from_json(ablation.changed(plan.to_json(), one.changes))
         different = {name for name, value in asdict(plan).items() if getattr(own, name) != value}
         assert different == set(one.changes), one.name
         engine_for(path, plan=own).close()

@@ -76,7 +76,7 @@ def test_bits_do_not_depend_on_budget_batch_or_arrival(
 def test_packed_bytes_are_all_that_is_read_and_kept(tmp_path: Path) -> None:
     """Slots and reads are those of the stored codes, a quarter of bf16's."""
     case = CASES["int4-group"]
-    settings = dict(moe_intermediate_size=512, hidden_size=256)
+    settings: dict[str, Any] = dict(moe_intermediate_size=512, hidden_size=256)
     make_quantised(case.family, case.quantiser, case.settings, tmp_path, **settings)
     elements = 3 * 512 * 256
     with engine_for(tmp_path) as engine:

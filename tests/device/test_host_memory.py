@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ HOST = HostAllocator()
 V1_UNLIMITED = 9223372036854771712
 
 
-def tree(tmp_path: Path, cgroup: str, mounts: list[str], files: dict[str, object]) -> Path:
+def tree(tmp_path: Path, cgroup: str, mounts: list[str], files: Mapping[str, object]) -> Path:
     """A /proc whose mount points lie below `tmp_path`; `{}` in `mounts` stands for that."""
     proc = tmp_path / "proc"
     (proc / "self").mkdir(parents=True)

@@ -194,7 +194,7 @@ def _scores(path, **options):
     found = [
         step[token].logprob
         for output in (results[str(i)] for i in range(len(LENGTHS)))
-        for token, step in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+        for token, step in zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=True)
         if step is not None
     ]
     return torch.tensor(found, dtype=torch.float64), page_bytes

@@ -198,7 +198,7 @@ def test_which_modules() -> None:
     def naming(module: str) -> str | None:
         scheme, is_certain = scheme_of(settings, module)
         assert is_certain
-        return scheme and scheme.naming
+        return None if scheme is None else scheme.naming
 
     assert naming("model.layers.3.mlp.experts.7.up_proj") == "packed"
     assert naming("model.layers.3.mlp.experts.7.down_proj") == "float"
@@ -494,7 +494,8 @@ def test_dummy_weights(name: str, tmp_path: Path) -> None:
     for file in folder.glob("*.json"):
         (bare / file.name).write_bytes(file.read_bytes())
     results = []
-    for path, options in ((folder, {}), (bare, dict(load_format="dummy", seed=1))):
+    drawn: dict[str, Any] = {"load_format": "dummy", "seed": 1}
+    for path, options in ((folder, {}), (bare, drawn)):
         with engine_for(path, **options) as engine:
             one = request("a", prompts((20,))[0], max_tokens=6, logprobs=5)
             results.append(run_all(engine, [one])["a"].outputs[0])

@@ -4,10 +4,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from admission_machine import PAGE_TOKENS, Machine
+from admission_machine import PAGE_TOKENS, Machine, unsampled
 from sharing_machine import Machine as Sharing
 from windlass.engine.admission import Admission
-from windlass.engine.sequence import Sequence
 from windlass.perf.job_passes import Limits, compose
 from windlass.perf.op_cost import Seen, seen_by
 from windlass.schedule.batch import CHUNK_TOKENS
@@ -28,7 +27,7 @@ def _engine_passes(sizes, limits):
     passes = []
     while machine.admission.waiting or machine.admission.running:
         counts = [0, 0, 0, 0, 0]
-        rows = machine.admission.compose(lambda one: Sequence(one, None, None, frozenset()))
+        rows = machine.admission.compose(unsampled)
         machine.take(rows)
         for _, segment in rows:
             at = 2 if segment.is_prompt else 0

@@ -13,10 +13,18 @@ from windlass.build.checkpoint_sizes import cache_shapes
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
 from windlass.kvcache.kv_cache import bytes_per_token
+from windlass.models.spec import Gqa
 from windlass.perf.sizes import Sizes
 from windlass.plan import Plan
 from windlass.planner.budget import PlanConstraints, make_plan
 from windlass.units import GIB, MIB
+
+
+def smallest_named(error: BudgetError) -> int:
+    """Bytes of the smallest budget that a message names."""
+    found = re.search(r"at least (\d+)MiB", str(error))
+    assert found is not None
+    return int(found[1]) * MIB
 
 
 def _total(plan: Plan, sizes: Sizes) -> int:
@@ -48,7 +56,7 @@ def test_plans_add_up_and_keep_to_the_budget(name, budget, seqs, experts, rows, 
         assert too_few or (context is not None and context > spec.max_positions)
         return
     except BudgetError as error:
-        smallest = int(re.search(r"at least (\d+)MiB", str(error))[1]) * MIB
+        smallest = smallest_named(error)
         assert smallest > budget
         plan = make_plan(spec, sizes, smallest, wanted)
         budget = smallest
@@ -68,7 +76,7 @@ def test_much_less_than_the_smallest_is_refused():
     spec, sizes = SPECS["olmoe-1b-7b"], round_sizes(SPECS["olmoe-1b-7b"])
     with pytest.raises(BudgetError) as info:
         make_plan(spec, sizes, 100 * MIB, PlanConstraints())
-    smallest = int(re.search(r"at least (\d+)MiB", str(info.value))[1]) * MIB
+    smallest = smallest_named(info.value)
     make_plan(spec, sizes, smallest, PlanConstraints())
     with pytest.raises(BudgetError):
         make_plan(spec, sizes, smallest - 16 * MIB, PlanConstraints())
@@ -86,7 +94,8 @@ def test_a_large_budget_holds_everything_and_a_larger_one_no_less():
 @pytest.mark.parametrize(("name", "width"), [("qwen3-moe-1b", 64), ("olmoe-1b-7b", 128)])
 def test_int8_rows_are_room_for_nearly_twice_the_tokens(name, width):
     spec = SPECS[name]
-    assert spec.blocks[0].attention.head_dim == width
+    attention = spec.blocks[0].attention
+    assert isinstance(attention, Gqa) and attention.head_dim == width
     pages = {}
     for dtype in (torch.bfloat16, torch.int8):
         per_token = bytes_per_token(cache_shapes(spec), dtype)

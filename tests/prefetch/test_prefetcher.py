@@ -3,6 +3,7 @@
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -189,7 +190,7 @@ def test_a_layer_costs_a_few_calls_whatever_the_number_of_experts():
     counts = []
     for number in range(4):
         for layer in range(48):
-            enter = num_calls(lambda i=layer: model.prefetcher.enter(i))
+            enter = num_calls(partial(model.prefetcher.enter, layer))
             counts.append(enter if number else 0)
             model.weights.cache.begin([])
             chosen = sorted(set(np.minimum(127, np.array(chance.choices(range(128), k=8)) // 2)))

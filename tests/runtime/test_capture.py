@@ -52,7 +52,10 @@ def answers(path, **options):
             name: [
                 (
                     one.token_ids,
-                    [sorted((t, p.logprob) for t, p in step.items()) for step in one.logprobs],
+                    [
+                        sorted((t, p.logprob) for t, p in step.items())
+                        for step in one.logprobs or ()
+                    ],
                 )
                 for one in output.outputs
             ]
@@ -89,7 +92,7 @@ def test_weights_that_may_be_evicted_are_not_replayed(tmp_path, replayed):
 
 def test_captures_hold_for_later_jobs(tmp_path, replayed):
     """Prompts and other numbers of rows in between change nothing."""
-    num_layers = make_model("mixtral", tmp_path).config.num_hidden_layers
+    num_layers = int(make_model("mixtral", tmp_path).config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
     several = [request(f"{i}", p, max_tokens=4) for i, p in enumerate(prompts([5, 70, 9]))]
     one = [request("one", prompts([40])[0], max_tokens=8)]
     with engine_for(tmp_path, moe_backend="cpu") as engine:

@@ -4,6 +4,7 @@ order, for every family; and the clock itself."""
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -148,7 +149,9 @@ def test_the_clock_does_what_the_device_does(
         with engine_for(checkpoint, **options) as engine:
             options["plan"] = replace(engine.plan, overlap=False)
     device = FakeDevice(manual=True)
-    real, passes, kept = [], [], {}
+    real: list[Any] = []
+    passes: list[Any] = []
+    kept: dict[str, Any] = {}
 
     def recorded(runtime, shape, batch):
         store = runtime._weights
@@ -184,7 +187,7 @@ def test_the_clock_does_what_the_device_does(
     )  # fmt: skip
     assert len(passes) > 4
     for batch, expected in passes:
-        notes = []
+        notes: list[Any] = []
         run_pass(Recorder(clock, notes, lambda: None), kept["shape"], batch)
         assert notes == expected
     clock_stats = clock._weights.cache.stats()
@@ -199,7 +202,7 @@ def test_the_clock_does_what_the_device_does(
 def _note_routing(monkeypatch):
     """What the forecast of the engine observes: rows per expert, layer by layer."""
     routed = []
-    forecast = build.usage_forecast
+    forecast = usage_forecast
 
     def noting(spec):
         made = forecast(spec)
@@ -209,7 +212,7 @@ def _note_routing(monkeypatch):
             routed.append(dict(counts))
             observe(layer, counts)
 
-        made.observe = observed
+        made.observe = observed  # type: ignore[method-assign]
         return made
 
     monkeypatch.setattr(build, "usage_forecast", noting)
@@ -315,5 +318,5 @@ def test_the_schedule_on_a_device_reaches_its_closed_form(rates, share, binds):
     worked = {lane: (end - busy[lane]) / 3 for lane, end in lanes.busy().items()}
     expected = layers * layer_seconds(SHAPE, rates, share)
     assert seconds == pytest.approx(expected, rel=0.12)
-    assert max(worked, key=worked.get) == binds
+    assert max(worked, key=worked.__getitem__) == binds
     assert seconds >= max(worked.values()) * (1 - 1e-9)

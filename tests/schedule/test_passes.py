@@ -1,6 +1,7 @@
 """The schedule as ordinary code: what it asks of any runtime, and how rows are cut."""
 
 from contextlib import contextmanager
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -147,7 +148,7 @@ def test_micro_batches_hold_all_rows_in_order_and_cut_at_chunks(rows, limit):
     assert [m.first_token for m in batch.micro_batches] == [
         sum(m.num_tokens for m in batch.micro_batches[:i]) for i in range(len(batch.micro_batches))
     ]
-    seen = {}
+    seen: dict[int, Any] = {}
     for micro in batch.micro_batches:
         assert 0 < micro.num_tokens == sum(s.num_tokens for s in micro.segments) <= limit
         for part in micro.segments:

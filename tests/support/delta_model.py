@@ -120,6 +120,7 @@ class DeltaModel:
                 shapes = [(num_slots, *conv), (num_slots, *state)]
             else:
                 gqa = block.attention
+                assert isinstance(gqa, Gqa)
                 rows = (NUM_PAGES, gqa.num_kv_heads, PAGE_TOKENS, gqa.head_dim)
                 shapes = [rows, rows]
             self.caches.append((torch.full(shapes[0], 3.0), torch.full(shapes[1], 3.0)))
@@ -163,7 +164,7 @@ class DeltaModel:
 
     def _softmax(
         self, layer: int, w: dict[str, torch.Tensor], x: torch.Tensor, segments: list[DeltaSegment]
-    ) -> torch.Tensor:
+    ) -> None:
         attention = self.spec.blocks[layer].attention
         assert isinstance(attention, Gqa) and attention.rope is not None
         spans = [range(s.first_position, s.first_position + s.num_rows) for s in segments]

@@ -74,6 +74,7 @@ def with_host(plan: Plan, **changes: Any) -> Plan:
 def round_sizes(spec: ModelSpec) -> Sizes:
     """Round numbers: blocks and chunks of the head of 16 MiB, experts of bf16."""
     layers, moe = len(spec.blocks), spec.blocks[0].ffn
+    assert isinstance(moe, Moe)
     expert = 3 * 2 * spec.hidden_size * moe.expert.intermediate
     table = 2 * spec.vocab_size * spec.hidden_size
     return Sizes(
