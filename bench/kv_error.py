@@ -25,6 +25,7 @@ import torch
 from machine import ROOT, describe, set_threads, table, write
 
 from windlass.build.open import open_engine
+from windlass.device.host_memory import HostAllocator
 from windlass.engine.engine import Engine
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.request import WINDOW, Request
@@ -257,7 +258,14 @@ def _attention(
     kv: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     count = len(q_THd) // _PAGE_TOKENS
-    store = KvCache([shape], dtype=dtype, num_pages=count, page_tokens=_PAGE_TOKENS, state_slots=0)
+    store = KvCache(
+        [shape],
+        HostAllocator(),
+        dtype=dtype,
+        num_pages=count,
+        page_tokens=_PAGE_TOKENS,
+        state_slots=0,
+    )
     pages = store.take_pages(count)
     positions = torch.arange(len(q_THd))
     page_of = torch.tensor(pages)[positions // _PAGE_TOKENS]

@@ -27,12 +27,13 @@ from windlass.checkpoint.part_reads import Read
 from windlass.checkpoint.reader import Checkpoint
 from windlass.checkpoint.synthetic import preset, write_random_checkpoint
 from windlass.device.cpu import CpuDevice
+from windlass.ids import DISK_TO_HOST
 from windlass.models.registry import read_spec
 from windlass.models.spec import ModelSpec
 from windlass.perf.flops import block_flops_per_token, head_flops_per_token
 from windlass.units import MIB, format_bytes, format_seconds, parse_bytes, round_up
 from windlass.weights.io_queue import Priority
-from windlass.weights.transfer import TransferQueue
+from windlass.weights.transfer import Carrier, TransferQueue, file_copies
 
 _READ_THREADS = 4  # as planned by planner/budget.py; checked against the plan of each run
 _STAGING_BYTES = 64 * MIB
@@ -112,7 +113,7 @@ def prepare(setting: _Setting, config: dict[str, Any]) -> int:
 def measure_disk(folder: Path) -> float:
     """Seconds of reading the whole checkpoint, many blocks in flight, nothing else running."""
     source, device = Checkpoint(folder), CpuDevice(_READ_THREADS)
-    queue = TransferQueue(source, device)
+    queue = TransferQueue({DISK_TO_HOST: Carrier(device)})
     staging = device.allocate(_STAGING_BYTES)
     files = sorted({info.file for info in source.tensors.values()})
     left = 0
@@ -128,7 +129,8 @@ def measure_disk(folder: Path) -> float:
             for offset in range(0, size, _STAGING_BYTES):
                 read = Read(file, offset, min(_STAGING_BYTES, size - offset), 0)
                 left += 1
-                queue.submit([read], staging, priority=Priority.DEMAND, label=file, on_done=ended)
+                copies = file_copies(source, [read], staging, file)
+                queue.submit(copies, priority=Priority.DEMAND, on_done=ended)
         queue.wait(lambda: left == 0)
     seconds = time.perf_counter() - begin
     queue.close()

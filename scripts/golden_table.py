@@ -4,14 +4,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "engine"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "models"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests/support"))
 
 import transformers
-from test_engine_golden import STEPS, TOLERANCE, compare
 
 from engines import FAMILIES
+from golden import STEPS, TOLERANCE, compare
 
 
 def main() -> int:

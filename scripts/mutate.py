@@ -18,12 +18,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "src"), *(str(ROOT / "tests" / n) for n in ("models", "support"))]
-
-from test_families import TOLERANCE, Checkpoint, dense_logits, prompts  # noqa: E402
+sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests/support")]
 
 import families  # noqa: E402
 from delta_model import DELTA_CASES, DeltaModel, make_delta_checkpoint  # noqa: E402
+from dense_model import TOLERANCE, Checkpoint, dense_logits, prompts  # noqa: E402
 from windlass.checkpoint.layout import build_layout  # noqa: E402
 from windlass.decoder.rope import frequencies  # noqa: E402
 from windlass.errors import WindlassError  # noqa: E402
@@ -150,7 +149,7 @@ def _siblings(old: Any) -> list[Any]:
         (m.Routing, routings),
         (m.Norm, [m.RmsNorm(eps=eps), m.LayerNorm(eps=eps, bias=False)]),
         (m.Activation, [m.SwiGlu(), m.ClampedSwiGlu(alpha=1.7, limit=7.0)]),
-        (m.NoGroups | m.RoutingGroups, [m.NoGroups(), m.RoutingGroups(num=2, kept=1, score="max")]),
+        (m.NoGroups | m.Groups, [m.NoGroups(), m.Groups(num=2, kept=1, score="max")]),
     ]
     for union, members in unions:
         if isinstance(old, union):

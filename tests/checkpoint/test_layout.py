@@ -12,6 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from families import CASES, make_checkpoint
+from published import SMALL_MIXTRAL
 from windlass.checkpoint.layout import build_layout, expected_tensors
 from windlass.errors import CheckpointError
 from windlass.ids import Part, WeightKey
@@ -19,20 +20,6 @@ from windlass.models.names import Layout, NameMap, TensorInfo
 from windlass.models.registry import read_spec
 from windlass.models.spec import ModelSpec
 
-MIXTRAL: dict[str, Any] = dict(
-    model_type="mixtral",
-    vocab_size=50,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    num_local_experts=4,
-    num_experts_per_tok=2,
-    intermediate_size=24,
-    rms_norm_eps=1e-5,
-    rope_theta=1e6,
-)
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
 
 
@@ -44,7 +31,7 @@ def tensors_of(shapes: dict[str, tuple[int, ...]], dtype: str = "BF16") -> dict[
 
 
 def mixtral(**changes: Any) -> tuple[ModelSpec, NameMap, dict[str, TensorInfo]]:
-    spec, names = read_spec({**MIXTRAL, **changes})
+    spec, names = read_spec({**SMALL_MIXTRAL, **changes})
     return spec, names, tensors_of(expected_tensors(spec, names))
 
 

@@ -7,6 +7,7 @@ import torch
 
 from windlass.decoder.attention import attention_output, kv_shape, project, value_width
 from windlass.decoder.rope import RopeTable
+from windlass.device.host_memory import HostAllocator
 from windlass.kernels.reference import TorchKernels
 from windlass.models.shapes import attention_shapes
 from windlass.models.spec import GatedDelta, Gqa, Mla, RmsNorm, Rope
@@ -46,7 +47,7 @@ def test_rows_do_not_depend_on_each_other(name: str) -> None:
     h_TD = torch.randn(67, HIDDEN, generator=generator)
     cos = sin = None
     if attention.rope is not None:
-        cos, sin = RopeTable(attention.rope).cos_sin(torch.arange(5, 72))
+        cos, sin = RopeTable(attention.rope, HostAllocator()).cos_sin(torch.arange(5, 72))
     whole = project(KERNELS, attention, NORM, w, h_TD, cos, sin)
     o_THv = torch.randn(67, attention.num_heads, value_width(attention), generator=generator)
     output = attention_output(KERNELS, attention, w, o_THv.clone(), whole.gate_THv)
@@ -67,7 +68,9 @@ def test_rows_do_not_depend_on_each_other(name: str) -> None:
 def test_widths_of_the_cache(name: str) -> None:
     attention = CASES[name]
     rope = attention.rope
-    cos, sin = (None, None) if rope is None else RopeTable(rope).cos_sin(torch.arange(2))
+    cos, sin = (
+        (None, None) if rope is None else RopeTable(rope, HostAllocator()).cos_sin(torch.arange(2))
+    )
     got = project(KERNELS, attention, NORM, weights(attention), torch.zeros(2, HIDDEN), cos, sin)
     shape = kv_shape(attention)
     assert shape is not None
@@ -87,6 +90,6 @@ def test_no_cache_for_recurrent_attention() -> None:
 
 
 def test_no_rows() -> None:
-    cos, sin = RopeTable(MLA.rope).cos_sin(torch.arange(0))
+    cos, sin = RopeTable(MLA.rope, HostAllocator()).cos_sin(torch.arange(0))
     got = project(KERNELS, MLA, NORM, weights(MLA), torch.zeros(0, HIDDEN), cos, sin)
     assert got.q_THd.shape == (0, 3, 25)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_families import TOLERANCE, Checkpoint
 from transformers import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from delta_model import DELTA_CASES, VOCAB, DeltaModel, make_delta_checkpoint
+from dense_model import TOLERANCE, Checkpoint
 from windlass.decoder.delta import CHUNK, DeltaSegment, delta_attention, state_shapes
 from windlass.kernels.reference import TorchKernels
 from windlass.models.spec import GatedDelta

@@ -1,82 +1,12 @@
 """Admission alone: requests of all sizes on few pages, with tokens out of nowhere."""
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from windlass.engine.admission import Admission
-from windlass.engine.request import Request
-from windlass.engine.sequence import QueuedSequence, Sequence
-from windlass.kvcache.kv_cache import KvCache, PagedShape, StateShape
-from windlass.params import SamplingParams
+from admission_machine import PAGE_TOKENS, Machine
+from windlass.engine.sequence import Sequence
 from windlass.schedule.batch import CHUNK_TOKENS
-
-PAGE_TOKENS = 8
-
-
-class Machine:
-    """Admission over a small store; a pass gives every row that wants logits a token."""
-
-    def __init__(self, *, pages, seqs, rows, states=0, long_rope_after=None, **more):
-        shapes = [PagedShape(1, 4, 4)] + [StateShape((1, 1), (1, 1, 1))] * bool(states)
-        self.kv = KvCache(
-            shapes, dtype=torch.float32, num_pages=pages, page_tokens=PAGE_TOKENS,
-            state_slots=states,
-        )  # fmt: skip
-        self.admission = Admission(
-            self.kv, max_num_seqs=seqs, max_rows=rows, long_rope_after=long_rope_after, **more
-        )
-        self.rows = rows
-        self.finished = []
-
-    def add(self, num_prompt, max_output, *, name="r", longest=None):
-        """Tokens are their positions."""
-        request = Request(name, tuple(range(num_prompt)), SamplingParams(max_tokens=max_output), "")
-        self.admission.add(
-            QueuedSequence(request, 0, max_output, longest or num_prompt + max_output)
-        )
-        return request
-
-    def step(self):
-        """One pass; checks all that must hold of any pass."""
-        admission = self.admission
-        decoding = [sequence for sequence in admission.running if not sequence.in_prompt]
-        before = {id(sequence): sequence.num_computed for sequence in decoding}
-        rows = admission.compose(lambda queued: Sequence(queued, None, None, frozenset()))
-        admission.check()
-        assert 0 < sum(row.segment.num_rows for row in rows) <= self.rows
-        assert all(row.segment.num_rows for row in rows), "an empty segment"
-        assert len({id(row.sequence) for row in rows}) == len(rows) <= len(admission.running)
-        self.take(rows)
-        for sequence in decoding:
-            was_preempted = sequence.in_prompt
-            assert was_preempted or sequence.num_computed > before[id(sequence)], "stands still"
-        return rows
-
-    def take(self, rows):
-        """The pass has ended."""
-        for sequence, segment in rows:
-            self._check(sequence, segment)
-            sequence.num_computed += segment.num_rows
-            if segment.wants_logits:
-                sequence.output_ids.append(sequence.num_tokens)
-                if sequence.num_tokens == sequence.max_total:
-                    self.admission.remove(sequence)
-                    self.finished.append(sequence)
-        self.admission.check()
-
-    def _check(self, sequence, segment):
-        last = segment.first_position + segment.num_rows
-        assert segment.token_ids == tuple(range(segment.first_position, last))
-        assert segment.first_position == sequence.num_computed
-        assert segment.is_prompt == (last <= sequence.num_prompt)
-        assert segment.is_prompt or segment.first_position >= sequence.num_prompt
-        assert not segment.is_prompt or last == sequence.num_prompt or last % CHUNK_TOKENS == 0
-        assert segment.wants_logits == (last == sequence.num_tokens)
-        assert len(segment.pages) * PAGE_TOKENS >= last
-        assert segment.pages == tuple(sequence.pages)
-
 
 SIZES = st.tuples(st.integers(1, 150), st.integers(1, 90))
 
@@ -118,7 +48,7 @@ def test_after_a_preemption_the_others_go_on():
     first = machine.admission.running[0]
     first.output_ids.extend(range(first.num_tokens, first.num_tokens + 200))
     rows = machine.step()
-    assert [row.segment.num_rows for row in rows] == [4 + CHUNK_TOKENS - 2, 1, 1]
+    assert [row.segment.num_tokens for row in rows] == [4 + CHUNK_TOKENS - 2, 1, 1]
 
 
 def test_what_gave_way_returns_in_the_order_of_age_before_what_never_ran():

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_formats import AWQ, FLOAT, FP8, INT, MXFP4, compressed, gptq
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import quantised
 from quantised import Quantiser
+from quantised_cases import AWQ, FLOAT, FP8, INT, MXFP4, compressed, gptq
 from windlass.checkpoint.part_reads import make_part_reads
 from windlass.checkpoint.reader import Checkpoint
 from windlass.checkpoint.stored import RowSet, packed_pieces, whole_rows

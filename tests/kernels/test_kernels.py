@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from windlass.kernels.interface import AttentionOptions, AttentionWork
+from attention import attention_work
+from windlass.kernels.interface import AttentionOptions
 from windlass.kernels.row_counts import RowLadder
 from windlass.models.spec import ClampedSwiGlu, SwiGlu
 from windlass.tensors import PagedRows
@@ -154,7 +155,7 @@ def test_attention_is_right_for_ragged_rows(kernels, sequences, shape, window, h
     key, value, pages = _store([a + b for a, b, _ in sequences], groups, key_dim, value_dim)
     q = torch.randn(sum(rows for _, rows, _ in sequences), heads, key_dim)
     sinks = torch.randn(heads) if has_sinks else None
-    work = _work(sequences, pages)
+    work = attention_work(sequences, pages)
     options = AttentionOptions(scale=0.3, value_dim=value_dim, window=window, sinks_H=sinks)
     out = kernels.attention(q, PagedRows(key), PagedRows(value), work, options)
     for i, (position, rows, _) in enumerate(sequences):
@@ -162,20 +163,6 @@ def test_attention_is_right_for_ragged_rows(kernels, sequences, shape, window, h
         expected = _naive(q[part], key, value, pages[i], position, 0.3, window, sinks)
         expected = expected[..., :value_dim]
         torch.testing.assert_close(out[part], expected, atol=2e-5, rtol=2e-5)
-
-
-def _work(sequences, pages):
-    first, total = [], 0
-    for _, rows, _ in sequences:
-        first.append(total)
-        total += rows
-    return AttentionWork(
-        first_row=tuple(first),
-        num_rows=tuple(rows for _, rows, _ in sequences),
-        first_position=tuple(position for position, _, _ in sequences),
-        pages=tuple(pages),
-        is_prompt=tuple(kind for _, _, kind in sequences),
-    )
 
 
 @settings(max_examples=25, deadline=None)
@@ -190,14 +177,14 @@ def test_attention_bits_do_not_depend_on_chunks_or_company(kernels, lengths, win
     key, value, pages = _store([length for length, _ in lengths], 2, 7, 5)
     store = PagedRows(key), PagedRows(value)
     q = torch.randn(sum(length for length, _ in lengths), 4, 7)
-    work = _work(sequences, pages)
+    work = attention_work(sequences, pages)
     options = AttentionOptions(scale=0.3, value_dim=5, window=window, sinks_H=torch.randn(4))
     together = kernels.attention(q, *store, work, options)
     for i, (length, kind) in enumerate(lengths):
         start, begin = work.first_row[i], 0
         while begin < length:
             rows = min(int(torch.randint(1, 50, ())), length - begin)
-            alone = _work([(begin, rows, kind)], [pages[i]])
+            alone = attention_work([(begin, rows, kind)], [pages[i]])
             part = slice(start + begin, start + begin + rows)
             assert torch.equal(kernels.attention(q[part], *store, alone, options), together[part])
             begin += rows
@@ -207,6 +194,6 @@ def test_attention_stays_finite_with_large_logits(kernels):
     key, value, pages = _store([40], 1, 8, 8)
     q = torch.randn(40, 2, 8) * 1e4
     options = AttentionOptions(scale=1.0, value_dim=8)
-    work = _work([(0, 40, True)], pages)
+    work = attention_work([(0, 40, True)], pages)
     out = kernels.attention(q, PagedRows(key), PagedRows(value), work, options)
     assert torch.isfinite(out).all()

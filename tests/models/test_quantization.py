@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_formats import AWQ, CASES, FLOAT, FP8, INT, MXFP4, compressed, gptq
-from test_layout import MIXTRAL
 
 from engines import engine_for, prompts, request, run_all
-from published import PUBLISHED
+from published import PUBLISHED, SMALL_MIXTRAL
+from quantised_cases import AWQ, CASES, FLOAT, FP8, INT, MXFP4, compressed, gptq
 from windlass.checkpoint import synthetic as synth
 from windlass.checkpoint.layout import ITEM_BYTES, build_layout, expected_stored, expected_tensors
 from windlass.checkpoint.part_reads import slot_bytes
@@ -272,15 +271,15 @@ def test_lists_of_compressed_tensors() -> None:
 
 
 def test_where_it_is_read() -> None:
-    inner = {**MIXTRAL, "quantization_config": AWQ}
+    inner = {**SMALL_MIXTRAL, "quantization_config": AWQ}
     own = read_spec(inner)[1].quantization
     assert own == parse(AWQ)
-    vl = {"model_type": "some_vl", "text_config": {**MIXTRAL}, "quantization_config": AWQ}
+    vl = {"model_type": "some_vl", "text_config": {**SMALL_MIXTRAL}, "quantization_config": AWQ}
     assert read_spec(vl)[1].quantization == own
     assert read_spec({**vl, "text_config": inner})[1].quantization == own
     with pytest.raises(ModelError, match="given twice and differs"):
-        read_spec({**vl, "text_config": {**MIXTRAL, "quantization_config": MXFP4}})
-    old = {**MIXTRAL, "compression_config": {**compressed("pack-quantized", **INT)}}
+        read_spec({**vl, "text_config": {**SMALL_MIXTRAL, "quantization_config": MXFP4}})
+    old = {**SMALL_MIXTRAL, "compression_config": {**compressed("pack-quantized", **INT)}}
     del old["compression_config"]["quant_method"]
     found = read_spec(old)[1].quantization
     assert found is not None and found.method == "compressed-tensors"
@@ -293,7 +292,7 @@ def mixtral(
     settings: dict[str, Any], **changes: Any
 ) -> tuple[ModelSpec, NameMap, dict[str, TensorInfo]]:
     """A checkpoint as it should be, with rows and columns that every format can hold."""
-    config = {**MIXTRAL, "quantization_config": settings, "intermediate_size": 32, **changes}
+    config = {**SMALL_MIXTRAL, "quantization_config": settings, "intermediate_size": 32, **changes}
     spec, names = read_spec({**config, "hidden_size": 64})
     tensors = {}
     for name, expected in expected_stored(spec, names).items():
@@ -401,7 +400,7 @@ def test_tables_and_norms_are_never_packed() -> None:
 
 @pytest.mark.parametrize("settings", [FP8, gptq(), AWQ, compressed("pack-quantized", **INT)])
 def test_nothing_quantised_at_all(settings: dict[str, Any]) -> None:
-    plain = read_spec({**MIXTRAL})
+    plain = read_spec({**SMALL_MIXTRAL})
     spec, names = plain[0], replace(plain[1], quantization=parse(settings))
     tensors = {
         name: TensorInfo(name, "model.safetensors", "BF16", shape, 0, 2 * prod(shape))
@@ -506,7 +505,12 @@ def test_dummy_weights(name: str, tmp_path: Path) -> None:
 
 
 def test_dummy_codes_have_the_spread_of_plain_weights() -> None:
-    config = {**MIXTRAL, "hidden_size": 256, "intermediate_size": 512, "quantization_config": FP8}
+    config = {
+        **SMALL_MIXTRAL,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "quantization_config": FP8,
+    }
     source = synth.random_source(config)
     info = source.tensors[f"{EXPERT}.weight"]
     data = bytearray(info.end - info.begin + 4096)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import TOLERANCE, Checkpoint, dense_logits, prompts
 from torch.nn import functional
 
+from dense_model import TOLERANCE, Checkpoint, dense_logits, prompts
 from families import CASES, make_checkpoint
 from windlass.checkpoint.layout import build_layout
 from windlass.errors import CheckpointError

@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_admission import PAGE_TOKENS, Machine
-from test_prefixes import Machine as Sharing
 
+from admission_machine import PAGE_TOKENS, Machine
+from sharing_machine import Machine as Sharing
 from windlass.engine.admission import Admission
 from windlass.engine.sequence import Sequence
 from windlass.perf.job_passes import Limits, compose
@@ -33,8 +33,8 @@ def _engine_passes(sizes, limits):
         machine.take(rows)
         for _, segment in rows:
             at = 2 if segment.is_prompt else 0
-            last = segment.first_position + segment.num_rows
-            counts[at] += segment.num_rows
+            last = segment.first_position + segment.num_tokens
+            counts[at] += segment.num_tokens
             counts[at + 1] += sum(range(segment.first_position + 1, last + 1))
             counts[4] += segment.wants_logits
         passes.append(tuple(counts))

@@ -5,11 +5,10 @@ import re
 from dataclasses import replace
 
 import pytest
-from test_budget import SPECS, _sizes
 
 from engines import engine_for, make_model, prompts, request, run_all
 from machines import machine
-from planning import few_layers
+from planning import SPECS, few_layers, round_sizes
 from windlass.cli import main
 from windlass.cli.summary import phase_json, phase_lines
 from windlass.perf.accuracy import compare
@@ -27,7 +26,7 @@ from windlass.schedule.batch import CHUNK_TOKENS, Segment
 from windlass.units import GIB
 from windlass.workload import Workload
 
-SPEC, SIZES = SPECS["olmoe-1b-7b"], _sizes(SPECS["olmoe-1b-7b"])
+SPEC, SIZES = SPECS["olmoe-1b-7b"], round_sizes(SPECS["olmoe-1b-7b"])
 PLAN = make_plan(
     SPEC, SIZES, 4 * GIB, PlanConstraints(max_num_seqs=64, max_num_batched_tokens=1024)
 )

@@ -8,42 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from planning import SPECS, round_sizes
 from windlass.build.checkpoint_sizes import cache_shapes
-from windlass.checkpoint.synthetic import PRESETS
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
 from windlass.kvcache.kv_cache import bytes_per_token
-from windlass.models.registry import read_spec
-from windlass.models.spec import ModelSpec
-from windlass.perf.sizes import Backend, Sizes
+from windlass.perf.sizes import Sizes
 from windlass.plan import Plan
 from windlass.planner.budget import PlanConstraints, make_plan
-from windlass.units import GIB, KIB, MIB
-
-SPECS = {name: read_spec(config)[0] for name, config in PRESETS.items()}
-
-
-def _sizes(spec: ModelSpec) -> Sizes:
-    layers, moe = len(spec.blocks), spec.blocks[0].ffn
-    expert = 3 * 2 * spec.hidden_size * moe.expert.intermediate
-    table = 2 * spec.vocab_size * spec.hidden_size
-    return Sizes(
-        process_bytes=240 * MIB,
-        slot_bytes={
-            Part.EXPERT: expert, Part.BLOCK: 16 * MIB, Part.HEAD: 16 * MIB, Part.FINAL: 8 * KIB,
-            Part.EMBED: table,
-        },
-        num_parts={
-            Part.EXPERT: layers * moe.num_experts, Part.BLOCK: layers,
-            Part.HEAD: -(-table // (16 * MIB)), Part.FINAL: 1, Part.EMBED: 1,
-        },
-        bytes_per_token=layers * 4 * KIB,
-        kv_cache_dtype="bfloat16",
-        bytes_per_position=512,
-        row_buffer_bytes=2 * MIB,
-        state_bytes=0,
-        backend=Backend("torch", threads=1),
-    )  # fmt: skip
+from windlass.units import GIB, MIB
 
 
 def _total(plan: Plan, sizes: Sizes) -> int:
@@ -69,7 +42,7 @@ def _total(plan: Plan, sizes: Sizes) -> int:
     st.one_of(st.none(), st.integers(2, 9000)),
 )  # fmt: skip
 def test_plans_add_up_and_keep_to_the_budget(name, budget, seqs, experts, rows, context):
-    spec, sizes = SPECS[name], _sizes(SPECS[name])
+    spec, sizes = SPECS[name], round_sizes(SPECS[name])
     wanted = PlanConstraints(
         max_num_seqs=seqs, expert_slots=experts, max_num_batched_tokens=rows, max_model_len=context
     )
@@ -97,7 +70,7 @@ def test_plans_add_up_and_keep_to_the_budget(name, budget, seqs, experts, rows, 
 
 
 def test_much_less_than_the_smallest_is_refused():
-    spec, sizes = SPECS["olmoe-1b-7b"], _sizes(SPECS["olmoe-1b-7b"])
+    spec, sizes = SPECS["olmoe-1b-7b"], round_sizes(SPECS["olmoe-1b-7b"])
     with pytest.raises(BudgetError) as info:
         make_plan(spec, sizes, 100 * MIB, PlanConstraints())
     smallest = int(re.search(r"at least (\d+)MiB", str(info.value))[1]) * MIB
@@ -107,7 +80,7 @@ def test_much_less_than_the_smallest_is_refused():
 
 
 def test_a_large_budget_holds_everything_and_a_larger_one_no_less():
-    spec, sizes = SPECS["olmoe-1b-7b"], _sizes(SPECS["olmoe-1b-7b"])
+    spec, sizes = SPECS["olmoe-1b-7b"], round_sizes(SPECS["olmoe-1b-7b"])
     plans = [make_plan(spec, sizes, size * GIB, PlanConstraints()) for size in (2, 4, 8, 16, 64)]
     assert plans[-1].expert_slots == sizes.num_parts[Part.EXPERT]
     assert plans[-1].resident_embedding and plans[-1].block_slots == len(spec.blocks)
@@ -123,7 +96,7 @@ def test_int8_rows_are_room_for_nearly_twice_the_tokens(name, width):
     pages = {}
     for dtype in (torch.bfloat16, torch.int8):
         per_token = bytes_per_token(cache_shapes(spec), dtype)
-        sizes = replace(_sizes(spec), bytes_per_token=per_token)
+        sizes = replace(round_sizes(spec), bytes_per_token=per_token)
         plan = make_plan(
             spec, sizes, 1 * GIB, PlanConstraints(max_num_seqs=64, max_num_batched_tokens=512)
         )
@@ -134,7 +107,7 @@ def test_int8_rows_are_room_for_nearly_twice_the_tokens(name, width):
 
 
 def test_recurrent_state_is_counted():
-    spec, sizes = SPECS["olmoe-1b-7b"], _sizes(SPECS["olmoe-1b-7b"])
+    spec, sizes = SPECS["olmoe-1b-7b"], round_sizes(SPECS["olmoe-1b-7b"])
     wanted = PlanConstraints(max_num_seqs=16)
     plain = make_plan(spec, sizes, 4 * GIB, wanted)
     heavy = make_plan(spec, replace(sizes, state_bytes=64 * MIB), 4 * GIB, wanted)
@@ -152,12 +125,12 @@ def test_recurrent_state_is_counted():
 def test_nonsense_is_refused_by_name(field, value):
     spec = SPECS["olmoe-1b-7b"]
     with pytest.raises(UsageError, match=f"{field}: got {value}"):
-        make_plan(spec, _sizes(spec), 64 * GIB, PlanConstraints(**{field: value}))
+        make_plan(spec, round_sizes(spec), 64 * GIB, PlanConstraints(**{field: value}))
 
 
 def test_what_changes_no_size_is_handed_on():
     spec = SPECS["olmoe-1b-7b"]
     for mixed, shares in ((None, True), (0, False), (64, True)):
         wanted = PlanConstraints(mixed_prefill_tokens=mixed, prefix_caching=shares)
-        plan = make_plan(spec, _sizes(spec), 4 * GIB, wanted)
+        plan = make_plan(spec, round_sizes(spec), 4 * GIB, wanted)
         assert (plan.mixed_prefill_tokens, plan.prefix_caching) == (mixed, shares)

@@ -1,5 +1,5 @@
 """Plans for machines with a GPU: within both memories, better for more of anything, and as the
-closed forms (tests/test_frozen_gpu_tiers.py) say."""
+closed forms (tests/perf/test_frozen_gpu_tiers.py) say."""
 
 import functools
 import math
@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_frozen_gpu_tiers import A5000, MIXTRAL
 
+from frozen_gpu import A5000, MIXTRAL
 from planning import SPECS, sizes_of
 from windlass.ids import Part
 from windlass.perf.frozen_gpu_tiers import Share, layer_seconds

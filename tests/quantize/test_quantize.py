@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from delta_model import DELTA_CASES
+from dequantised import dequantised, unpacked
 from engines import FAMILIES, make_model
 from families import make_checkpoint, rewrite_config
 from windlass.checkpoint.safetensors import read_headers
@@ -138,17 +139,6 @@ def test_a_row_does_not_depend_on_others() -> None:
         assert torch.equal(apart.scales_NB, together.scales_NB[first:last])
 
 
-def unpacked(packed: torch.Tensor, bits: int, shape: tuple[int, int]) -> torch.Tensor:
-    """By the format's description: code i of a row is in word i // per_word, from bit
-    (i % per_word) * bits on, plus half of the range."""
-    per_word = 32 // bits
-    codes = torch.empty(shape, dtype=torch.int64)
-    for i in range(shape[1]):
-        word = packed[:, i // per_word].to(torch.int64) & 0xFFFFFFFF
-        codes[:, i] = (word >> (i % per_word * bits)) & (2**bits - 1)
-    return codes - 2 ** (bits - 1)
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_packing(bits: int) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -159,29 +149,6 @@ def test_packing(bits: int) -> None:
 
 
 # --- the checkpoint ---
-
-
-def dequantised(out: Path) -> dict[str, torch.Tensor]:
-    """Every tensor as a program without integers would have it, in fp32."""
-    config = json.loads((out / "config.json").read_text())["quantization_config"]
-    group = config["config_groups"]["group_0"]["weights"]
-    stored: dict[str, torch.Tensor] = {}
-    for path in sorted(out.glob("*.safetensors")):
-        stored |= load_file(path)
-    result = {}
-    for name, tensor in stored.items():
-        if name.endswith(".weight_packed"):
-            module = name.removesuffix("_packed")
-            rows, width = stored[f"{module}_shape"].tolist()
-            values = unpacked(tensor, group["num_bits"], (rows, width)).float()
-            scales = stored[f"{module}_scale"].float()
-            blocks = width // group["group_size"] if group["strategy"] == "group" else 1
-            assert scales.shape == (rows, blocks)
-            grouped = values.view(rows, blocks, -1) * scales[:, :, None]
-            result[module] = grouped.view(rows, width)
-        elif not name.endswith(("weight_scale", "weight_shape")):
-            result[name] = tensor
-    return result
 
 
 @pytest.mark.parametrize(("name", "group"), [("int4", 32), ("int8", None)])

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_quantize import dequantised
 
+from dequantised import dequantised
 from windlass.checkpoint import synthetic as synth
 from windlass.cli import main
 from windlass.quantize.convert import QuantizeOptions, quantize

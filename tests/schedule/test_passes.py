@@ -21,7 +21,7 @@ class RecordingRuntime:
         self.held = []
 
     def begin(self, batch):
-        self.calls.append(("begin", batch.num_rows))
+        self.calls.append(("begin", batch.num_tokens))
         return "hidden"
 
     def prefetch(self, layer):
@@ -48,7 +48,7 @@ class RecordingRuntime:
 
     def attention(self, layer, weights, hidden, rows):
         assert weights == WeightKey(Part.BLOCK, layer) and weights in self.held
-        self.calls.append(("attention", layer, rows.first_row, rows.num_rows))
+        self.calls.append(("attention", layer, rows.first_token, rows.num_tokens))
 
     def enter_experts(self, layer, weights, hidden):
         assert weights in self.held
@@ -143,20 +143,20 @@ def test_micro_batches_hold_all_rows_in_order_and_cut_at_chunks(rows, limit):
         for i, (first, count, is_prompt) in enumerate(rows)
     ]  # fmt: skip
     batch = make_batch(segments, micro_batch_tokens=limit)
-    assert batch.num_rows == sum(s.num_rows for s in segments)
-    assert [m.first_row for m in batch.micro_batches] == [
-        sum(m.num_rows for m in batch.micro_batches[:i]) for i in range(len(batch.micro_batches))
+    assert batch.num_tokens == sum(s.num_tokens for s in segments)
+    assert [m.first_token for m in batch.micro_batches] == [
+        sum(m.num_tokens for m in batch.micro_batches[:i]) for i in range(len(batch.micro_batches))
     ]
     seen = {}
     for micro in batch.micro_batches:
-        assert 0 < micro.num_rows == sum(s.num_rows for s in micro.segments) <= limit
+        assert 0 < micro.num_tokens == sum(s.num_tokens for s in micro.segments) <= limit
         for part in micro.segments:
             whole = segments[part.sequence]
             done = seen.get(part.sequence, 0)
             assert part.first_position == whole.first_position + done
-            assert part.token_ids == whole.token_ids[done : done + part.num_rows]
+            assert part.token_ids == whole.token_ids[done : done + part.num_tokens]
             assert done == 0 or part.first_position % CHUNK_TOKENS == 0
-            seen[part.sequence] = done + part.num_rows
-    assert seen == {s.sequence: s.num_rows for s in segments}
-    last = [sum(s.num_rows for s in segments[: i + 1]) - 1 for i in range(len(segments))]
+            seen[part.sequence] = done + part.num_tokens
+    assert seen == {s.sequence: s.num_tokens for s in segments}
+    last = [sum(s.num_tokens for s in segments[: i + 1]) - 1 for i in range(len(segments))]
     assert batch.logit_rows == last

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_families import KERNELS, Checkpoint, _feed_forward
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,10 +13,12 @@ from transformers import (
     PreTrainedModel,
 )
 
+from dense_model import KERNELS, Checkpoint, feed_forward
 from windlass.decoder import block as math
 from windlass.decoder.attention import value_width
 from windlass.decoder.delta import DeltaSegment, delta_attention, state_shapes
 from windlass.decoder.rope import RopeTable
+from windlass.device.host_memory import HostAllocator
 from windlass.ids import Part
 from windlass.kernels.interface import AttentionOptions, AttentionWork
 from windlass.models.spec import GatedDelta, Gqa
@@ -135,7 +136,7 @@ class DeltaModel:
                 math.residual(KERNELS, self.spec, x, y)
             else:
                 self._softmax(layer, w, x, segments)
-            y = _feed_forward(self.checkpoint, layer, w, math.ffn_input(KERNELS, self.spec, w, x))
+            y = feed_forward(self.checkpoint, layer, w, math.ffn_input(KERNELS, self.spec, w, x))
             math.residual(KERNELS, self.spec, x, y)
         h = math.final_norm(KERNELS, self.spec, self.checkpoint.part(Part.FINAL), x)
         chunks = [self.checkpoint.part(*key) for key in self.checkpoint.layout.keys(Part.HEAD)]
@@ -167,7 +168,7 @@ class DeltaModel:
         assert isinstance(attention, Gqa) and attention.rope is not None
         spans = [range(s.first_position, s.first_position + s.num_rows) for s in segments]
         positions = torch.tensor([position for span in spans for position in span])
-        cos, sin = RopeTable(attention.rope).cos_sin(positions)
+        cos, sin = RopeTable(attention.rope, HostAllocator()).cos_sin(positions)
         got = math.pre_attention(KERNELS, self.spec, attention, w, x, cos, sin)
         pages = tuple(tuple(range(s.slot, NUM_PAGES, 3)) for s in segments)
         key, value = self.caches[layer]

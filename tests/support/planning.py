@@ -56,6 +56,30 @@ def sizes_of(spec: ModelSpec) -> Sizes:
     )  # fmt: skip
 
 
+def round_sizes(spec: ModelSpec) -> Sizes:
+    """Round numbers: blocks and chunks of the head of 16 MiB, experts of bf16."""
+    layers, moe = len(spec.blocks), spec.blocks[0].ffn
+    expert = 3 * 2 * spec.hidden_size * moe.expert.intermediate
+    table = 2 * spec.vocab_size * spec.hidden_size
+    return Sizes(
+        process_bytes=240 * MIB,
+        slot_bytes={
+            Part.EXPERT: expert, Part.BLOCK: 16 * MIB, Part.HEAD: 16 * MIB, Part.FINAL: 8 * KIB,
+            Part.EMBED: table,
+        },
+        num_parts={
+            Part.EXPERT: layers * moe.num_experts, Part.BLOCK: layers,
+            Part.HEAD: -(-table // (16 * MIB)), Part.FINAL: 1, Part.EMBED: 1,
+        },
+        bytes_per_token=layers * 4 * KIB,
+        kv_cache_dtype="bfloat16",
+        bytes_per_position=512,
+        row_buffer_bytes=2 * MIB,
+        state_bytes=0,
+        backend=Backend("torch", threads=1),
+    )  # fmt: skip
+
+
 @contextmanager
 def few_layers() -> Iterator[None]:
     """Fewer layers stand for the model on the clock, which is three times as fast: for tests that

@@ -130,3 +130,19 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         41_873_153_344,
     ),
 }  # fmt: skip
+
+# Mixtral's settings for a checkpoint of a few KiB.
+SMALL_MIXTRAL: dict[str, Any] = dict(
+    model_type="mixtral",
+    vocab_size=50,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    intermediate_size=24,
+    rms_norm_eps=1e-5,
+    rope_theta=1e6,
+)

@@ -32,6 +32,7 @@ from windlass.kvcache.kv_cache import (
     KvCache,
 )
 from windlass.weights.store import WeightStore
+from windlass.weights.transfer import Carrier
 from windlass.checkpoint.folder import (CheckpointFolder, read_model)
 from windlass.build.checkpoint_sizes import wanted_of
 from windlass.build.checkpoint_sizes import useful_threads
@@ -60,8 +61,7 @@ from windlass.perf.pass_cost import slots_of
 from windlass.planner.validate import validate_plan
 from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast
 from windlass.schedule.batch import Batch
-from windlass.runtime.embedding import EmbeddingRows
-from windlass.runtime.host import HostRuntime
+from windlass.runtime.host import HostRuntime, Machine
 from windlass.schedule.passes import run_pass
 from windlass.schedule.runtime import Outcome
 from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec
@@ -90,7 +90,7 @@ def open_engine(
 ) -> Engine:
     """Everything between options and the first step; nothing is read but headers and tokenizer.
 
-    `device`: where weights go; the host if None. The engine closes it; so does a failure here.
+    `device`: where weights and all that passes work on are; the host if None. The engine closes it; so does a failure here.
     `kernels`: what computes; as the options say if None.
     `lengths`, of the tokenizer, the default parameters and the longest sequence that the model
     allows: what to plan for, on the machine that `profile` gives (where it gives none, one like
@@ -226,11 +226,12 @@ def _assemble(
     forecast = usage_forecast(spec)
     policy = FarthestNextUse(len(spec.blocks), probability=forecast.probability)
     weights = WeightStore(
-        model.layout, model.source, device, slots_of(plan), policy=policy, tracer=tracer
+        model.layout, model.source, Carrier(device), slots_of(plan), policy=policy, tracer=tracer
     )
     opened.callback(weights.close)
     kv = KvCache(
         cache_shapes(spec),
+        device,
         dtype=CACHE_DTYPES[plan.kv_cache_dtype],
         num_pages=plan.kv_pages,
         page_tokens=plan.page_tokens,
@@ -238,15 +239,13 @@ def _assemble(
     )
     runtime = HostRuntime(
         spec,
-        kernels,
+        Machine(kernels, device, tracer),
         weights,
         kv,
-        embedding=EmbeddingRows(weights),
         prefetcher=(
             Prefetcher(shape, num_experts(spec), weights.cache, forecast) if plan.overlap else None
         ),
         forecast=forecast,
-        tracer=tracer,
     )
     admission = Admission(
         kv,

@@ -108,7 +108,7 @@ class Admission:
         room = self._max_rows
         for following, sequence in zip(range(len(decoding))[::-1], decoding, strict=True):
             rows.append(self._generated(sequence, room - following))  # a row for each that follows
-            room -= rows[-1].segment.num_rows
+            room -= rows[-1].segment.num_tokens
         if rows and self._mixed_prefill_rows is not None:
             room = min(room, self._mixed_prefill_rows)
         self._add_prompts(start, room, rows)
@@ -159,7 +159,7 @@ class Admission:
     def _may_want(self, sequence: Sequence) -> float:
         """Pages kept free for a running sequence, so that a newcomer does not drive it out at once:
         those it lacks now, else one as far as it is likely to want it. To keep all that it may grow
-        to saves preemptions and costs more passes than they do (docs/experiments/0008-free-pages.md)."""
+        to saves preemptions and costs more passes (docs/experiments/0008-free-pages.md)."""
         held = len(sequence.pages)
         lacking = self._kv.pages_for(sequence.num_tokens) - held
         most = self._kv.pages_for(sequence.max_total - 1) - held

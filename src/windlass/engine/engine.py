@@ -229,7 +229,7 @@ class Engine:
                 self.plan = replanned
                 self._admission.replan(replanned)
         stats = self._weights.stats()
-        self._tracer.counter("rows", rows=batch.num_rows)
+        self._tracer.counter("rows", rows=batch.num_tokens)
         self._tracer.counter("disk", bytes=stats.bytes_read)
         return result
 
@@ -239,11 +239,11 @@ class Engine:
         taken = 0
         scores: Iterator[float] = iter(outcome.logprobs.tolist())
         for choice, segment in rows:
-            choice.num_computed += segment.num_rows
+            choice.num_computed += segment.num_tokens
             for place, _ in enumerate(segment.targets, segment.first_position + 1):
                 choice.prompt_logprobs[place] = next(scores)
             if segment.is_prompt:
-                self._prompt_tokens += segment.num_rows
+                self._prompt_tokens += segment.num_tokens
             if not segment.wants_logits:
                 continue
             entry = self._open[choice.request.request_id]

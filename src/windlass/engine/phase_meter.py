@@ -46,8 +46,8 @@ class PhaseMeter:
     ) -> PhaseStats:
         """A step over `segments` has ended; what it took. Its seconds are divided by rows: all rows
         share the weights that are read, and cost the same products but for attention and head."""
-        prompt = sum(segment.num_rows for segment in segments if segment.is_prompt)
-        rows = sum(segment.num_rows for segment in segments)
+        prompt = sum(segment.num_tokens for segment in segments if segment.is_prompt)
+        rows = sum(segment.num_tokens for segment in segments)
         modules = {name: now.module(name) for name in MODULES}
         bytes_read, disk_s, wait_s, before = self._last
         self._last = (now.bytes_read, now.disk_s, now.wait_s, modules)

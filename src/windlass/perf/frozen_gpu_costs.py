@@ -6,7 +6,7 @@ The schedule itself then says how well copies hide behind computation, which clo
 
 from collections.abc import Sequence
 
-from windlass.ids import Part, WeightKey
+from windlass.ids import DISK_TO_HOST, HOST, Part, Route, WeightKey
 from windlass.perf.frozen_gpu_tiers import GpuRates, LayerShape, Share
 from windlass.perf.op_cost import seen_by
 from windlass.runtime.clock import LaneJob, LaneWork
@@ -77,12 +77,12 @@ class DeviceCosts:
     def head(self, chunk: int, num_rows: int) -> LaneWork:
         return _device(num_rows * self._head_flops / self._rates.dense(max(1, num_rows)))
 
-    def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[str, float]]:
+    def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[Route, float]]:
         """Over the link; parts that are on disk alone come from there first."""
-        down = ("down", num_bytes / self._rates.down)
+        down = (Route(HOST, "device"), num_bytes / self._rates.down)
         if not self._is_on_disk(key):
             return (down,)
-        return (("disk", num_bytes / self._rates.disk), down)
+        return ((DISK_TO_HOST, num_bytes / self._rates.disk), down)
 
     def _is_on_disk(self, key: WeightKey) -> bool:
         """Evenly spread over what does not stay on the device."""

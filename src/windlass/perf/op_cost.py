@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from windlass.errors import UsageError
 from windlass.hardware.profile import Curve, HardwareProfile, Processor
-from windlass.ids import Part, WeightKey
+from windlass.ids import DISK_TO_HOST, Part, Route, WeightKey
 from windlass.models.spec import Attention, GatedDelta, Gqa, ModelSpec
 from windlass.perf.flops import (
     attention_flops,
@@ -61,7 +61,7 @@ def seen_by(rows: MicroBatch) -> Seen:
     decode = prompt = 0
     decode_positions = prompt_positions = 0.0
     for segment in rows.segments:
-        count, first = segment.num_rows, segment.first_position
+        count, first = segment.num_tokens, segment.first_position
         positions = count * first + count * (count + 1) / 2
         if segment.is_prompt:
             prompt += count
@@ -157,17 +157,17 @@ class OpCost:
     # --- Costs ------------------------------------------------------------------------------------
 
     def embed(self, batch: Batch) -> LaneWork:
-        self._seen = {micro.first_row: seen_by(micro) for micro in batch.micro_batches}
+        self._seen = {micro.first_token: seen_by(micro) for micro in batch.micro_batches}
         host, is_repeated = self._profile.host, self._repeats and is_capturable(batch)
         self._call_s, self._expert_s = (0.0, 0.0) if is_repeated else (host.call_s, host.expert_s)
-        return _on_host(self.embed_s(batch.num_rows) * self._scale)
+        return _on_host(self.embed_s(batch.num_tokens) * self._scale)
 
     def embedding_rows(self, num_rows: int) -> float:
         rate = self._profile.disk.at(_DIRECT_BYTES)
         return num_rows * _DIRECT_BYTES / rate * self._scale
 
     def attention(self, layer: int, rows: MicroBatch) -> LaneWork:
-        seconds = self.attention_s(layer, self._seen[rows.first_row])
+        seconds = self.attention_s(layer, self._seen[rows.first_token])
         return _on_host(seconds * self._weights[layer])
 
     def route(self, layer: int, num_rows: int) -> LaneWork:
@@ -194,8 +194,8 @@ class OpCost:
         seconds = self.head_s(num_rows) / chunks + self._profile.host.call_s
         return _on_host(seconds * self._scale)
 
-    def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[str, float]]:
-        return (("disk", self.read_s(key, num_bytes)),)
+    def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[Route, float]]:
+        return ((DISK_TO_HOST, self.read_s(key, num_bytes)),)
 
     # --- seconds ----------------------------------------------------------------------------------
 

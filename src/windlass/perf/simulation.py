@@ -27,7 +27,7 @@ from windlass.plan import Plan
 from windlass.prefetch.policies import FarthestNextUse
 from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast
 from windlass.runtime.clock import Clock, Lanes, Span
-from windlass.runtime.simulated import Counts, SimulatedRuntime, SimulatedWeights
+from windlass.runtime.simulated import Counts, SimulatedParts, SimulatedRuntime, SimulatedWeights
 from windlass.schedule.batch import Batch, Segment, make_batch
 from windlass.schedule.passes import PassShape, run_pass
 
@@ -154,8 +154,9 @@ class ClockedModel:
         reads = {part: (Read("", 0, size, 0),) for part, size in sizes.slot_bytes.items()}
         policy = FarthestNextUse(len(sample.spec.blocks), probability=forecast.probability)
         self._weights = SimulatedWeights(
-            self.lanes, costs, num_keys=parts, slots=_slots_of(plan, sizes, parts),
-            reads=lambda key: reads[key.part], policy=policy, depth=plan.read_threads + 1,
+            self.lanes, costs,
+            SimulatedParts(parts, _slots_of(plan, sizes, parts), lambda key: reads[key.part]),
+            policy=policy, depth=plan.read_threads + 1,
         )  # fmt: skip
         is_moe = tuple(isinstance(block.ffn, Moe) for block in sample.spec.blocks)
         self._shape = PassShape(is_moe, sizes.num_parts.get(Part.HEAD, 0))

@@ -204,7 +204,7 @@ def run_of(segments: Sequence[Segment]) -> PassRun:
     """The rows of a pass and the positions that they see, as `compose` has them."""
     seen = Seen(0, 0.0, 0, 0.0)
     for segment in segments:
-        count = segment.num_rows
+        count = segment.num_tokens
         positions = count * segment.first_position + count * (count + 1) / 2
         own = (0, 0.0, count, positions) if segment.is_prompt else (count, positions, 0, 0.0)
         seen += Seen(*own)

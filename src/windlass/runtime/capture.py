@@ -55,12 +55,12 @@ class LayerCapture:
             return hidden, metadata
         (now,) = metadata.values()
         self._blocks.fill_tables(now)
-        self._pass = self._passes.get(batch.num_rows)
+        self._pass = self._passes.get(batch.num_tokens)
         if self._pass is not None:
             return self._pass.hidden_TD, {0: self._pass.next(now, hidden)}
         capture = self._kernels.capture(lambda: self._tracer.current)
         if capture is not None:
-            self._pass = self._passes[batch.num_rows] = _Pass(capture, now, hidden)
+            self._pass = self._passes[batch.num_tokens] = _Pass(capture, now, hidden)
         return hidden, metadata
 
     def layer(self, layer: int) -> bool:

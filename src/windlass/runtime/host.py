@@ -13,7 +13,7 @@ import torch
 
 from windlass.decoder import block as math
 from windlass.decoder.score import RunningLogprobs
-from windlass.device.host_memory import empty
+from windlass.device.base import Allocator
 from windlass.ids import Part, WeightKey
 from windlass.kernels.interface import Kernels
 from windlass.kvcache.kv_cache import KvCache
@@ -22,7 +22,6 @@ from windlass.prefetch.prefetcher import Prefetcher
 from windlass.prefetch.usage import UsageForecast
 from windlass.runtime.attention_metadata import AttentionMetadata, attention_metadata
 from windlass.runtime.capture import LayerCapture
-from windlass.runtime.embedding import EmbeddingRows
 from windlass.runtime.layer_ops import LayerOps, RoutedRows
 from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
 from windlass.schedule.runtime import Outcome, Routed
@@ -30,6 +29,7 @@ from windlass.tensors import plain
 from windlass.trace import Tracer
 from windlass.weights.store import Lease, WeightStore
 
+_EMBED = WeightKey(Part.EMBED)
 _SCORE_BYTES = 8 << 20  # of logits that only a score is taken of
 
 
@@ -54,31 +54,38 @@ class _Final:
     column: int
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a pass is computed with: kernels of a device, and its memory for what they work on."""
+
+    kernels: Kernels
+    memory: Allocator
+    tracer: Tracer
+
+
 class HostRuntime:
-    """Implements `Runtime` on a device whose kernels are given."""
+    """Implements `Runtime` on a machine that is given."""
 
     def __init__(
         self,
         spec: ModelSpec,
-        kernels: Kernels,
+        machine: Machine,
         weights: WeightStore,
         kv: KvCache,
         *,
-        embedding: EmbeddingRows,
         prefetcher: Prefetcher | None,
         forecast: UsageForecast,
-        tracer: Tracer,
     ) -> None:
-        """Without an `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
+        """Without a `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
         self._spec = spec
-        self._kernels = kernels
+        self._kernels = kernels = machine.kernels
+        self._memory = machine.memory
+        self._tracer = tracer = machine.tracer
         self._weights = weights
         self._kv = kv
-        self._embedding = embedding
         self._prefetcher = prefetcher
         self._forecast = forecast
-        self._tracer = tracer
-        self._blocks = LayerOps(spec, kernels, kv, tracer)
+        self._blocks = LayerOps(spec, kernels, kv, machine.memory, tracer)
         self._capture = LayerCapture(spec, self._blocks, kernels, weights, tracer)
         self._metadata: Mapping[int, AttentionMetadata] = {}
         self._outputs: torch.Tensor | None = None
@@ -107,23 +114,31 @@ class HostRuntime:
     # --- a pass -----------------------------------------------------------------------------------
 
     def begin(self, batch: Batch) -> torch.Tensor:
-        with self._tracer.span("embed", rows=batch.num_rows):
+        with self._tracer.span("embed", rows=batch.num_tokens):
             tokens = [token for segment in batch.segments for token in segment.token_ids]
             self._metadata = {
-                micro.first_row: attention_metadata(micro, self._kv.page_tokens)
+                micro.first_token: attention_metadata(micro, self._kv.page_tokens, self._memory)
                 for micro in batch.micro_batches
             }
-            self._forecast.begin(batch.num_rows)
-            hidden = math.embed(self._spec, self._embedding.rows(tokens))
+            self._forecast.begin(batch.num_tokens)
+            hidden = math.embed(self._spec, self._embedding(tokens))
             hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
+
+    def _embedding(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """(T, D) in the stored type: of the resident table, or just those rows from disk."""
+        if not self._weights.cache.fits(Part.EMBED):
+            return self._weights.read_rows(_EMBED, token_ids)
+        with self._weights.lease(_EMBED) as lease:
+            ids_T = self._memory.tensor(token_ids, dtype=torch.int64)
+            return plain(lease.tensors, "weight")[ids_T]
 
     def replay(self, layer: int) -> bool:
         return self._capture.layer(layer)
 
     def attention(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:
-        part = slice(rows.first_row, rows.first_row + rows.num_rows)
-        metadata = self._metadata[rows.first_row]
+        part = slice(rows.first_token, rows.first_token + rows.num_tokens)
+        metadata = self._metadata[rows.first_token]
         self._blocks.attention(layer, weights.tensors, hidden[part], metadata)
 
     def enter_experts(self, layer: int, weights: Lease, hidden: torch.Tensor) -> Routed:
@@ -138,7 +153,7 @@ class HostRuntime:
         """Memory of one layer's expert outputs, the same for all layers of a pass."""
         if self._outputs is None or self._outputs.shape != shape:
             self._outputs = None  # freed before the next is made
-            self._outputs = empty(*shape)
+            self._outputs = self._memory.empty(*shape)
         return self._outputs
 
     def experts(self, layer: int, group: Sequence[Lease], routed: Routed) -> None:
@@ -163,7 +178,8 @@ class HostRuntime:
             h_RD, h_SD = (self._final_norm(lease, hidden, which) for which in (rows, scored))
             bias_V = plain(lease.tensors, "head_bias").clone() if self._spec.head_bias else None
         logits_RV = h_RD.new_empty(len(rows), self._spec.vocab_size)
-        return _Final(h_RD, logits_RV, bias_V, RunningLogprobs(batch.targets), h_SD, 0)
+        scores = RunningLogprobs(batch.targets, self._memory)
+        return _Final(h_RD, logits_RV, bias_V, scores, h_SD, 0)
 
     def _final_norm(self, final: Lease, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
         if len(rows) == hidden.shape[0]:  # all of them: rows come in their order

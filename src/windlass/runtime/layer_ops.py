@@ -11,6 +11,7 @@ from windlass.decoder.attention import value_width
 from windlass.decoder.delta import delta_attention
 from windlass.decoder.moe import dense_ffn, route, shared_expert
 from windlass.decoder.rope import RopeTable
+from windlass.device.base import Allocator
 from windlass.kernels.interface import AttentionOptions, ExpertGroups, Kernels
 from windlass.kvcache.kv_cache import KvCache
 from windlass.models.spec import GatedDelta, Gqa, Mla, ModelSpec, Moe, Rope
@@ -30,12 +31,15 @@ class RoutedRows(NamedTuple):
 class LayerOps:
     """Runs modules of layers; each is a span of the trace."""
 
-    def __init__(self, spec: ModelSpec, kernels: Kernels, kv: KvCache, tracer: Tracer) -> None:
+    def __init__(
+        self, spec: ModelSpec, kernels: Kernels, kv: KvCache, memory: Allocator, tracer: Tracer
+    ) -> None:
+        """`memory`: of the device whose kernels are given."""
         self._spec = spec
         self._kernels = kernels
         self._kv = kv
         self._tracer = tracer
-        self._ropes = {rope: RopeTable(rope) for rope in ropes(spec)}
+        self._ropes = {rope: RopeTable(rope, memory) for rope in ropes(spec)}
 
     def attention(
         self, layer: int, w: Tensors, x_TD: torch.Tensor, metadata: AttentionMetadata

@@ -1,4 +1,4 @@
-"""The rows of one pass, frozen. Knows tokens, positions and pages, not requests."""
+"""The tokens of one pass, frozen. Knows positions and pages, not requests."""
 
 from dataclasses import dataclass, replace
 
@@ -7,13 +7,13 @@ from windlass.plan import Schedule
 CHUNK_TOKENS = (
     64  # prompt chunks and micro-batches end at multiples of this, or at the prompt's end
 )
-# Rows; with more, kernels take so long that it hardly matters how one calls them.
+# Tokens; with more, kernels take so long that it hardly matters how one calls them.
 MOST_CAPTURED = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """Consecutive rows of one sequence: a chunk of its prompt, or generated tokens."""
+    """Consecutive tokens of one sequence: a chunk of its prompt, or generated ones."""
 
     sequence: int
     token_ids: tuple[int, ...]
@@ -22,95 +22,97 @@ class Segment:
     state_slot: int  # -1 where the model keeps no recurrent state
     is_prompt: bool
     long_rope: bool
-    wants_logits: bool  # of the last row
-    targets: tuple[int, ...] = ()  # tokens whose log-probability after the first rows is wanted
+    wants_logits: bool  # after the last token
+    targets: tuple[
+        int, ...
+    ] = ()  # tokens whose log-probability is wanted, each after one of the first
 
     @property
-    def num_rows(self) -> int:
+    def num_tokens(self) -> int:
         return len(self.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Consecutive rows of a pass that go through attention together."""
+    """Consecutive tokens of a pass that go through attention together."""
 
-    first_row: int
-    num_rows: int
+    first_token: int
+    num_tokens: int
     segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """All rows of one pass, segment by segment. Rows may read keys and values that earlier rows of
-    the pass write: attention takes the micro-batches of a layer in their order."""
+    """All tokens of one pass, segment by segment. They may read keys and values that earlier ones
+    of the pass write: attention takes the micro-batches of a layer in their order."""
 
     segments: tuple[Segment, ...]
-    num_rows: int
+    num_tokens: int
     micro_batches: tuple[MicroBatch, ...]
 
     @property
     def logit_rows(self) -> list[int]:
-        """Rows whose logits are wanted, in segment order."""
+        """Tokens of the pass after which logits are wanted, as indices, in segment order."""
         rows, first = [], 0
         for segment in self.segments:
-            first += segment.num_rows
+            first += segment.num_tokens
             if segment.wants_logits:
                 rows.append(first - 1)
         return rows
 
     @property
     def scored_rows(self) -> list[int]:
-        """Rows after which the log-probability of a token is wanted, in segment order."""
+        """Those after which the log-probability of another token is wanted, in segment order."""
         rows: list[int] = []
         first = 0
         for segment in self.segments:
             rows.extend(range(first, first + len(segment.targets)))
-            first += segment.num_rows
+            first += segment.num_tokens
         return rows
 
     @property
     def targets(self) -> list[int]:
-        """Those tokens, one for each of `scored_rows`."""
+        """Those other tokens, one for each of `scored_rows`."""
         return [token for segment in self.segments for token in segment.targets]
 
 
 def make_batch(segments: list[Segment], *, micro_batch_tokens: int) -> Batch:
-    """Cuts the rows into micro-batches of at most `micro_batch_tokens` (at least CHUNK_TOKENS).
+    """Cuts the tokens into micro-batches of at most `micro_batch_tokens` (at least CHUNK_TOKENS).
 
     A segment is cut only at a position that is a multiple of CHUNK_TOKENS.
     """
     assert micro_batch_tokens >= CHUNK_TOKENS, "a micro-batch holds at least one chunk"
     micro: list[MicroBatch] = []
     open_segments: list[Segment] = []
-    first_row = rows = 0
+    first_token = tokens = 0
 
     def close() -> None:
-        nonlocal first_row, rows, open_segments
+        nonlocal first_token, tokens, open_segments
         if open_segments:
-            micro.append(MicroBatch(first_row, rows, tuple(open_segments)))
-            first_row, rows, open_segments = first_row + rows, 0, []
+            micro.append(MicroBatch(first_token, tokens, tuple(open_segments)))
+            first_token, tokens, open_segments = first_token + tokens, 0, []
 
     for segment in segments:
         rest = segment
-        while rest.num_rows > micro_batch_tokens - rows:
-            fitting = _fitting(rest, micro_batch_tokens - rows)
+        while rest.num_tokens > micro_batch_tokens - tokens:
+            fitting = _fitting(rest, micro_batch_tokens - tokens)
             if fitting:
                 part, rest = _cut(rest, fitting)
                 open_segments.append(part)
-                rows += fitting
+                tokens += fitting
             close()
         open_segments.append(rest)
-        rows += rest.num_rows
+        tokens += rest.num_tokens
     close()
-    return Batch(tuple(segments), sum(s.num_rows for s in segments), tuple(micro))
+    return Batch(tuple(segments), sum(s.num_tokens for s in segments), tuple(micro))
 
 
 def is_capturable(batch: Batch) -> bool:
-    """Whether other passes can be as this one: a few sequences, one row of each."""
+    """Whether other passes can be as this one: a few sequences, one token of each."""
     return (
-        batch.num_rows <= MOST_CAPTURED
+        batch.num_tokens <= MOST_CAPTURED
         and len(batch.micro_batches) == 1
-        and len(batch.segments) == batch.num_rows
+        and len(batch.segments) == batch.num_tokens
     )
 
 
@@ -120,13 +122,13 @@ def passes_of(batch: Batch, schedule: Schedule) -> list[Batch]:
     if schedule == "module-based":
         return [batch]
     return [
-        Batch(micro.segments, micro.num_rows, (replace(micro, first_row=0),))
+        Batch(micro.segments, micro.num_tokens, (replace(micro, first_token=0),))
         for micro in batch.micro_batches
     ]
 
 
 def _cut(segment: Segment, count: int) -> tuple[Segment, Segment]:
-    """The first `count` rows, fewer than all, and the rest."""
+    """The first `count` tokens, fewer than all, and the rest."""
     first = replace(
         segment,
         token_ids=segment.token_ids[:count],
@@ -143,6 +145,6 @@ def _cut(segment: Segment, count: int) -> tuple[Segment, Segment]:
 
 
 def _fitting(segment: Segment, room: int) -> int:
-    """Most rows that fit into `room` and end at a multiple of CHUNK_TOKENS; 0 if none do."""
+    """Most tokens that fit into `room` and end at a multiple of CHUNK_TOKENS; 0 if none do."""
     end = (segment.first_position + room) // CHUNK_TOKENS * CHUNK_TOKENS
     return max(0, end - segment.first_position)

@@ -3,11 +3,11 @@ no weights. The store that moves bytes and the clock that only counts them share
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from windlass.errors import BudgetError
 from windlass.ids import Part, WeightKey
 from windlass.weights.demand import Demand
 from windlass.weights.eviction import EvictionPolicy
@@ -21,15 +21,14 @@ from windlass.weights.stats import StoreStats
 
 class WeightCache:
     """Reads go on by themselves as others arrive, so that the link stays busy while the caller
-    computes: first what is demanded, then the hints, in order (`feed.py`). `pump` must be called
-    whenever the queue has room. One thread calls; all methods take the queue's lock, which may be
-    held."""
+    computes: first what is demanded, then the hints, in order (`feed.py`). One thread calls; all
+    methods take the queue's lock, which may be held."""
 
     def __init__(
         self,
         num_keys: Mapping[Part, int],
         slots: Mapping[Part, Slots],
-        queue: IoQueue,
+        queue: IoQueue[Any],
         mover: Mover,
         *,
         policy: EvictionPolicy,
@@ -41,6 +40,7 @@ class WeightCache:
         self._resident = Residency(num_keys, slots, mover, policy=policy)
         self._feed = Feed(self._resident, queue)
         self._queue = queue
+        queue.listen(self._feed)
         self._changed = queue.changed
         self._mover = mover
         num_experts = num_keys.get(Part.EXPERT, 0)
@@ -72,7 +72,6 @@ class WeightCache:
         return key in self._resident.entries
 
     def stats(self) -> StoreStats:
-        feed = self._feed
         with self._changed:
             return StoreStats(
                 bytes_read=self._queue.bytes_read,
@@ -80,14 +79,7 @@ class WeightCache:
                 requests=dict(self._requests),
                 hits=dict(self._hits),
                 wait_s=self._wait_s,
-                prefetch_issued=feed.issued.parts,
-                prefetch_used=feed.used.parts,
-                prefetch_cancelled=feed.cancelled.parts,
-                prefetch_late=feed.late.parts,
-                prefetch_issued_bytes=feed.issued.num_bytes,
-                prefetch_used_bytes=feed.used.num_bytes,
-                prefetch_cancelled_bytes=feed.cancelled.num_bytes,
-                prefetch_late_bytes=feed.late.num_bytes,
+                **self._feed.counters(),
                 evictions=self._resident.evictions,
             )
 
@@ -103,10 +95,6 @@ class WeightCache:
         given up."""
         with self._changed:
             self._feed.hint(now, added, dropped)
-
-    def pump(self) -> None:
-        """Starts whatever slots and link have room for. Called whenever the link has room."""
-        self._feed.pump()
 
     def check(self) -> None:
         """Slots, entries, leases, demands, the queue and the policy agree."""
@@ -172,7 +160,7 @@ class WeightCache:
                     self.abandon(demand)
                     return None
                 self._feed.pump()
-                if demand.ready or (not demand.under_way and self._unblock(demand)):
+                if demand.ready or (not demand.under_way and self._feed.unblock(demand)):
                     continue
                 begin = self._mover.now()
                 self._changed.wait()
@@ -230,21 +218,3 @@ class WeightCache:
         entry.leases += 1
         self._feed.take(entry)
         return entry
-
-    def _unblock(self, demand: Demand) -> bool:
-        """For a demand that has nothing under way: takes a slot that another demand keeps but does
-        not use. False: something is loading, and waiting for it helps."""
-        key = demand.waiting[0]
-        entries = self._resident.of(key.part)
-        for entry in entries:
-            if entry.ticket is None and not entry.leases:
-                for other in entry.demands:
-                    other.lost(entry.key)
-                entry.demands.clear()
-                self._resident.set_idle(entry)
-                return self._feed.begin_first(demand)
-        if any(entry.ticket is not None for entry in entries):
-            return False
-        raise BudgetError(
-            f"{key}: got no slot, all {len(entries)} of {key.part.value} are leased: allow more"
-        )

@@ -3,7 +3,9 @@ at. Knows keys, no bytes; counts what hints brought."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from windlass.errors import BudgetError
 from windlass.ids import Part, WeightKey
 from windlass.weights.demand import Demand
 from windlass.weights.hints import Hint, HintQueue
@@ -27,7 +29,7 @@ class Feed:
     """Keeps the link busy: `pump` starts whatever there is room for, and must be called whenever a
     slot is free or the queue has room. All calls under the queue's lock."""
 
-    def __init__(self, resident: Residency, queue: IoQueue) -> None:
+    def __init__(self, resident: Residency, queue: IoQueue[Any]) -> None:
         self._resident = resident
         self._queue = queue
         self._hints = HintQueue()
@@ -81,6 +83,25 @@ class Feed:
         self.watch(entry, demand)
         return True
 
+    def unblock(self, demand: Demand) -> bool:
+        """For a demand that has nothing under way: takes a slot that another demand keeps but does
+        not use. False: something is loading, or others' reads come first: waiting helps."""
+        key = demand.waiting[0]
+        entries = self._resident.of(key.part)
+        for entry in entries:
+            if entry.ticket is None and not entry.leases:
+                for other in entry.demands:
+                    other.lost(entry.key)
+                entry.demands.clear()
+                self._resident.set_idle(entry)
+                return self.begin_first(demand)
+        is_loading = any(entry.ticket is not None for entry in entries)
+        if is_loading or not self._queue.has_room(Priority.DEMAND):
+            return False
+        raise BudgetError(
+            f"{key}: got no slot, all {len(entries)} of {key.part.value} are leased: allow more"
+        )
+
     def watch(self, entry: Entry, demand: Demand) -> None:
         """`entry` is kept for `demand` until that takes it; if it is loading, it is urgent now."""
         entry.demands.append(demand)
@@ -98,6 +119,14 @@ class Feed:
         if entry.prefetched_bytes:
             self.used.add(entry.prefetched_bytes)
             entry.prefetched_bytes = 0
+
+    def counters(self) -> dict[str, int]:
+        """What hints brought, as `StoreStats` has it."""
+        kinds = {
+            "issued": self.issued, "used": self.used, "cancelled": self.cancelled, "late": self.late
+        }  # fmt: skip
+        parts = {f"prefetch_{name}": own.parts for name, own in kinds.items()}
+        return parts | {f"prefetch_{name}_bytes": own.num_bytes for name, own in kinds.items()}
 
     def _begin_hinted(self, hint: Hint, priority: Priority) -> bool:
         distance = hint.distance(self._now)

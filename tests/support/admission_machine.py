@@ -1,0 +1,76 @@
+"""Admission without a model: a pass gives every row that wants logits a token."""
+
+import torch
+
+from windlass.device.host_memory import HostAllocator
+from windlass.engine.admission import Admission
+from windlass.engine.request import Request
+from windlass.engine.sequence import QueuedSequence, Sequence
+from windlass.kvcache.kv_cache import KvCache, PagedShape, StateShape
+from windlass.params import SamplingParams
+from windlass.schedule.batch import CHUNK_TOKENS
+
+PAGE_TOKENS = 8
+
+
+class Machine:
+    """Admission over a small store; a pass gives every row that wants logits a token."""
+
+    def __init__(self, *, pages, seqs, rows, states=0, long_rope_after=None, **more):
+        shapes = [PagedShape(1, 4, 4)] + [StateShape((1, 1), (1, 1, 1))] * bool(states)
+        self.kv = KvCache(
+            shapes, HostAllocator(), dtype=torch.float32, num_pages=pages, page_tokens=PAGE_TOKENS,
+            state_slots=states,
+        )  # fmt: skip
+        self.admission = Admission(
+            self.kv, max_num_seqs=seqs, max_rows=rows, long_rope_after=long_rope_after, **more
+        )
+        self.rows = rows
+        self.finished = []
+
+    def add(self, num_prompt, max_output, *, name="r", longest=None):
+        """Tokens are their positions."""
+        request = Request(name, tuple(range(num_prompt)), SamplingParams(max_tokens=max_output), "")
+        self.admission.add(
+            QueuedSequence(request, 0, max_output, longest or num_prompt + max_output)
+        )
+        return request
+
+    def step(self):
+        """One pass; checks all that must hold of any pass."""
+        admission = self.admission
+        decoding = [sequence for sequence in admission.running if not sequence.in_prompt]
+        before = {id(sequence): sequence.num_computed for sequence in decoding}
+        rows = admission.compose(lambda queued: Sequence(queued, None, None, frozenset()))
+        admission.check()
+        assert 0 < sum(row.segment.num_tokens for row in rows) <= self.rows
+        assert all(row.segment.num_tokens for row in rows), "an empty segment"
+        assert len({id(row.sequence) for row in rows}) == len(rows) <= len(admission.running)
+        self.take(rows)
+        for sequence in decoding:
+            was_preempted = sequence.in_prompt
+            assert was_preempted or sequence.num_computed > before[id(sequence)], "stands still"
+        return rows
+
+    def take(self, rows):
+        """The pass has ended."""
+        for sequence, segment in rows:
+            self._check(sequence, segment)
+            sequence.num_computed += segment.num_tokens
+            if segment.wants_logits:
+                sequence.output_ids.append(sequence.num_tokens)
+                if sequence.num_tokens == sequence.max_total:
+                    self.admission.remove(sequence)
+                    self.finished.append(sequence)
+        self.admission.check()
+
+    def _check(self, sequence, segment):
+        last = segment.first_position + segment.num_tokens
+        assert segment.token_ids == tuple(range(segment.first_position, last))
+        assert segment.first_position == sequence.num_computed
+        assert segment.is_prompt == (last <= sequence.num_prompt)
+        assert segment.is_prompt or segment.first_position >= sequence.num_prompt
+        assert not segment.is_prompt or last == sequence.num_prompt or last % CHUNK_TOKENS == 0
+        assert segment.wants_logits == (last == sequence.num_tokens)
+        assert len(segment.pages) * PAGE_TOKENS >= last
+        assert segment.pages == tuple(sequence.pages)

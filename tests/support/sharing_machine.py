@@ -1,0 +1,128 @@
+"""Admission over pages that remember what each position depends on: whoever reads what another
+sequence wrote is found out."""
+
+import torch
+
+from windlass.device.host_memory import HostAllocator
+from windlass.engine.admission import Admission
+from windlass.engine.request import Request
+from windlass.engine.sequence import QueuedSequence, Sequence
+from windlass.kvcache.kv_cache import KvCache, PagedShape
+from windlass.kvcache.pages import block_keys
+from windlass.params import SamplingParams
+from windlass.schedule.batch import CHUNK_TOKENS
+
+PAGE_TOKENS = 32
+
+
+LONG_AFTER = 300
+
+
+END = 0  # the token that ends a sequence
+
+
+def chain(tokens, *, is_long):
+    """What keys and values of each position depend on, as a number."""
+    values, last = [], is_long
+    for token in tokens:
+        last = hash((last, token))
+        values.append(last)
+    return values
+
+
+def drawn(value, index):
+    """The token that follows; one in eight ends the sequence."""
+    return hash((value, index, -7)) % 8
+
+
+def alone(prompt, index, max_output, *, is_long):
+    """What a sequence gives, computed by itself."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_output:
+        tokens.append(drawn(chain(tokens, is_long=is_long)[-1], index))
+        if tokens[-1] == END:
+            break
+    return tokens[len(prompt) :]
+
+
+class Machine:
+    """Admission over a store whose cells hold what a position depends on. Rows of a pass run in
+    their order: one reads what earlier ones wrote."""
+
+    def __init__(self, *, pages, seqs, rows, shares=True, mixed=None, ends=True):
+        self.kv = KvCache([PagedShape(1, 1, 1)], HostAllocator(), dtype=torch.float32,
+                          num_pages=pages, page_tokens=PAGE_TOKENS, state_slots=0)  # fmt: skip
+        self.admission = Admission(
+            self.kv, max_num_seqs=seqs, max_rows=rows, long_rope_after=LONG_AFTER,
+            mixed_prefill_rows=mixed,
+        )  # fmt: skip
+        self.shares = shares
+        self.ends = ends  # whether END ends a sequence
+        self.mixed = mixed
+        self.cells = {}
+        self.finished = {}
+        self.prompt_rows = 0
+        take = self.kv.take_pages
+
+        def take_pages(count):
+            taken = take(count)
+            for page in taken:
+                self.cells[page] = [None] * PAGE_TOKENS
+            return taken
+
+        self.kv.take_pages = take_pages
+
+    def add(self, name, prompt, max_output, *, n=1, longest=0, scored=False):
+        params = SamplingParams(n=n, max_tokens=max_output, prompt_logprobs=0 if scored else None)
+        one = Request(name, tuple(prompt), params, "")
+        keys = block_keys(prompt, CHUNK_TOKENS) if self.shares else ()
+        for index in range(n):
+            longest = max(longest, len(prompt) + max_output)
+            self.admission.add(QueuedSequence(one, index, max_output, longest, keys))
+        return one
+
+    def step(self):
+        admission = self.admission
+        rows = admission.compose(lambda queued: Sequence(queued, None, None, frozenset()))
+        admission.check()
+        assert rows or not admission.running and not admission.waiting
+        prefill = sum(row.segment.num_tokens for row in rows if row.segment.is_prompt)
+        decodes = any(not row.segment.is_prompt for row in rows)
+        assert self.mixed is None or not decodes or prefill <= self.mixed
+        self.prompt_rows += prefill
+        for sequence, segment in rows:
+            self._compute(sequence, segment)
+        for sequence, segment in rows:
+            sequence.num_computed += segment.num_tokens
+            if segment.wants_logits:
+                self._draw(sequence)
+        admission.check()
+        return rows
+
+    def _compute(self, sequence, segment):
+        tokens = [*sequence.request.prompt_token_ids, *sequence.output_ids]
+        values = chain(tokens, is_long=segment.long_rope)
+        assert segment.first_position == sequence.num_computed
+        last = segment.first_position + segment.num_tokens
+        assert not segment.is_prompt or last == sequence.num_prompt or last % CHUNK_TOKENS == 0
+        for position in range(segment.first_position, last):
+            page = segment.pages[position // PAGE_TOKENS]
+            self.cells[page][position % PAGE_TOKENS] = values[position]
+        seen = [cell for page in segment.pages for cell in self.cells[page]]
+        assert seen[:last] == values[:last], "a row reads what another sequence wrote"
+        if sequence.scores_prompt and segment.is_prompt:
+            sequence.prompt_logprobs.update(dict.fromkeys(range(segment.first_position, last), 0.0))
+
+    def _draw(self, sequence):
+        tokens = [*sequence.request.prompt_token_ids, *sequence.output_ids]
+        is_long = sequence.queued.longest > LONG_AFTER
+        sequence.output_ids.append(drawn(chain(tokens, is_long=is_long)[-1], sequence.queued.index))
+        if (
+            sequence.output_ids[-1] == END and self.ends
+        ) or sequence.num_tokens == sequence.max_total:
+            self.admission.remove(sequence)
+            self.finished[sequence.request.request_id, sequence.queued.index] = sequence
+            if sequence.scores_prompt:
+                assert len(sequence.prompt_logprobs) == sequence.num_prompt, (
+                    "a token was not scored"
+                )
