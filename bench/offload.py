@@ -43,12 +43,13 @@ _SEED = 0
 @dataclass(frozen=True, slots=True)
 class Job:
     """Prompts of random token ids, of which the first are the same in all; answers of a fixed
-    length."""
+    length, drawn from a seed where `temperature` is above 0."""
 
     prompts: int
     prompt_tokens: int
     output_tokens: int
     shared_tokens: int = 0
+    temperature: float = 0.0
 
     def write(self, path: Path, vocab_size: int) -> None:
         draw = random.Random(_SEED)
@@ -57,8 +58,10 @@ class Job:
         with path.open("w", encoding="utf-8") as file:
             for i in range(self.prompts):
                 ids = shared + [draw.randrange(vocab_size) for _ in range(own_tokens)]
-                body = {"prompt": ids, "max_tokens": self.output_tokens, "temperature": 0,
-                        "ignore_eos": True}  # fmt: skip
+                body = {"prompt": ids, "max_tokens": self.output_tokens,
+                        "temperature": self.temperature, "ignore_eos": True}  # fmt: skip
+                if self.temperature:
+                    body["seed"] = _SEED + i
                 request = {"custom_id": f"row-{i}", "method": "POST", "url": "/v1/completions"}
                 file.write(json.dumps(request | {"body": body}) + "\n")
 
