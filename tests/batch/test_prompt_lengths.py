@@ -22,7 +22,6 @@ from windlass.ids import Part, WeightKey
 from windlass.models.names import Layout, PackedShape, Piece, TensorInfo
 from windlass.options import EngineOptions
 from windlass.params import SamplingParams
-from windlass.perf.accuracy import Accuracy
 from windlass.protocol.openai import ServedModel
 from windlass.units import GIB
 from windlass.workload import Job, Workload
