@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sequences import PlainStarts
 from windlass.engine.admission import Admission
 from windlass.engine.request import Request
-from windlass.engine.sequence import QueuedSequence, Sequence
+from windlass.engine.sequence import QueuedSequence
 from windlass.kvcache.kv_cache import KvCache, PagedShape, StateShape
 from windlass.params import SamplingParams
 from windlass.schedule.batch import CHUNK_TOKENS
@@ -43,7 +44,7 @@ class Machine:
         admission = self.admission
         decoding = [sequence for sequence in admission.running if not sequence.in_prompt]
         before = {id(sequence): sequence.num_computed for sequence in decoding}
-        rows = admission.compose(lambda queued: Sequence(queued, None, None, frozenset()))
+        rows = admission.compose(PlainStarts())
         admission.check()
         assert 0 < sum(row.segment.num_rows for row in rows) <= self.rows
         assert all(row.segment.num_rows for row in rows), "an empty segment"
@@ -191,7 +192,7 @@ def test_separate_passes_come_in_waves():
         machine.add(100, length)
     kinds = []
     while machine.admission.running or machine.admission.waiting:
-        rows = machine.admission.compose(lambda queued: Sequence(queued, None, None, frozenset()))
+        rows = machine.admission.compose(PlainStarts())
         kinds.append({row.segment.is_prompt for row in rows})
         machine.take(rows)
     names = ["prompts" if kind == {True} else "decode" for kind in kinds]

@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines import engine_for, make_model, prompts, request, run_all
+from sequences import PlainStarts
 from windlass.engine.admission import Admission
 from windlass.engine.request import Request
-from windlass.engine.sequence import QueuedSequence, Sequence
+from windlass.engine.sequence import QueuedSequence
 from windlass.kvcache.kv_cache import KvCache, PagedShape
 from windlass.kvcache.pages import PagePool, block_keys
 from windlass.params import SamplingParams
 from windlass.schedule.batch import CHUNK_TOKENS
+from windlass.schedule.passes import run_pass
 
 PAGE_TOKENS = 32
 LONG_AFTER = 300
@@ -84,7 +86,7 @@ class Machine:
 
     def step(self):
         admission = self.admission
-        rows = admission.compose(lambda queued: Sequence(queued, None, None, frozenset()))
+        rows = admission.compose(PlainStarts())
         admission.check()
         assert rows or not admission.running and not admission.waiting
         prefill = sum(row.segment.num_rows for row in rows if row.segment.is_prompt)
@@ -557,17 +559,17 @@ def test_bits_are_those_without_sharing_on_few_pages(engine_of, without, pages):
     assert _bits(results) == _bits(without[0])
 
 
-def test_a_pass_that_failed_leaves_nothing_to_be_found(engine_of, without):
+def test_a_pass_that_failed_leaves_nothing_to_be_found(engine_of, without, monkeypatch):
     with engine_of() as engine:
-        run_pass, calls = engine._run_pass, []
+        calls = []
 
-        def failing(batch):
+        def failing(runtime, shape, batch):
             calls.append(batch)
             if len(calls) in (1, 3):
                 raise OSError("the disk is gone")
-            return run_pass(batch)
+            return run_pass(runtime, shape, batch)
 
-        engine._run_pass = failing
+        monkeypatch.setattr("windlass.engine.engine.run_pass", failing)
         for one in _wanted():
             engine.add(one)
         results = {}

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from test_admission import PAGE_TOKENS, Machine
 from test_prefixes import Machine as Sharing
 
+from sequences import PlainStarts
 from windlass.engine.admission import Admission
-from windlass.engine.sequence import Sequence
 from windlass.perf.job_passes import Limits, compose
 from windlass.perf.op_cost import Seen
 from windlass.planner.pilot import run_of
@@ -29,7 +29,7 @@ def _engine_passes(sizes, limits):
     passes = []
     while machine.admission.waiting or machine.admission.running:
         counts = [0, 0, 0, 0, 0]
-        rows = machine.admission.compose(lambda one: Sequence(one, None, None, frozenset()))
+        rows = machine.admission.compose(PlainStarts())
         machine.take(rows)
         for _, segment in rows:
             at = 2 if segment.is_prompt else 0

@@ -1,25 +1,25 @@
 """The composition root: from options to a running engine. The only place that sees all layers."""
 
-from collections.abc import Callable, Mapping
+import logging
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from windlass.device.base import Device
 from windlass.device.cpu import CpuDevice
 from windlass.device.host_memory import (
+    LARGE_BYTES,
     available_bytes,
     memory_limits,
-    peak_resident_bytes,
     resident_bytes,
     return_freed_memory,
 )
 from windlass.engine.admission import Admission
-from windlass.engine.engine import Engine, EngineSetup
+from windlass.engine.engine import Engine, EngineParts, EngineSetup
+from windlass.engine.request_rules import RequestRules
 from windlass.engine.tokenizer import Tokenizer
 from windlass.engine.tokenizer import load as load_tokenizer
 from windlass.errors import UsageError
@@ -33,6 +33,7 @@ from windlass.kvcache.kv_cache import (
 )
 from windlass.weights.store import WeightStore
 from windlass.checkpoint.folder import (CheckpointFolder, read_model)
+from windlass.build.expected import Expected
 from windlass.build.checkpoint_sizes import wanted_of
 from windlass.build.checkpoint_sizes import useful_threads
 from windlass.build.checkpoint_sizes import sizes_of
@@ -48,35 +49,37 @@ from windlass.options import (
     resolve_model,
 )
 from windlass.params import SamplingParams
-from windlass.phases import PhaseStats
 from windlass.plan import Plan
 from windlass.perf.sizes import Backend
 from windlass.planner.budget import (PlanConstraints, make_plan)
 from windlass.perf.sizes import Sizes
-from windlass.perf.accuracy import Accuracy, compare
 from windlass.planner.choose import Chosen, choose_plan
-from windlass.planner.pilot import Pilot, Problem, predict
 from windlass.perf.pass_cost import slots_of
 from windlass.planner.validate import validate_plan
 from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast
-from windlass.schedule.batch import Batch
 from windlass.runtime.embedding import EmbeddingRows
 from windlass.runtime.host import HostRuntime
-from windlass.schedule.passes import run_pass
-from windlass.schedule.runtime import Outcome
 from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec
 from windlass.trace import Tracer
-from windlass.units import MIB
+from windlass.units import MIB, format_bytes
 from windlass.version import VERSION
-from windlass.workload import Job, Workload
+from windlass.workload import Job
 
 _DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
 # Left free below the limit of a memory cgroup: page tables and buffers of the kernel count too
 _LIMIT_MARGIN = 32 * MIB
 
 
-# lengths of a job; None if there is nothing to plan for
-Lengths = Callable[[Tokenizer, SamplingParams, int], Job | None]
+_logger = logging.getLogger(__name__)
+
+
+class JobSource(Protocol):
+    """What an engine will run, as soon as its tokens can be counted."""
+
+    def job(self, tokenizer: Tokenizer, params: SamplingParams, longest: int) -> Job | None:
+        """Lengths of all sequences; None if there is nothing to plan for. `params`: of requests
+        that name none. `longest`: tokens of the longest sequence that the model allows."""
+        ...
 
 
 def open_engine(
@@ -84,21 +87,19 @@ def open_engine(
     *,
     device: Device | None = None,
     kernels: Kernels | None = None,
-    lengths: Lengths | None = None,
-    profile: Callable[[], HardwareProfile | None] = lambda: None,
-    tell: Callable[[str], None] = lambda text: None,
+    source: JobSource | None = None,
+    profile: HardwareProfile | None = None,
 ) -> Engine:
     """Everything between options and the first step; nothing is read but headers and tokenizer.
 
     `device`: where weights go; the host if None. The engine closes it; so does a failure here.
     `kernels`: what computes; as the options say if None.
-    `lengths`, of the tokenizer, the default parameters and the longest sequence that the model
-    allows: what to plan for, on the machine that `profile` gives (where it gives none, one like
-    this is assumed). Without, `Engine.compare` predicts for that machine what it is asked for.
-    `tell` hears, once, that the run is not as predicted.
+    `source`: what to plan for. `profile`: the machine it runs on, to be found before kernels are
+    chosen here; one like this is assumed if None.
+
+    Sets how torch and malloc work in this process, and logs what it sets (level INFO).
     """
     return_freed_memory()
-    known_profile = profile()  # before kernels are set up for us
     with ExitStack() as opened:
         if device is not None:
             opened.callback(device.close)
@@ -106,12 +107,18 @@ def open_engine(
         opened.callback(tracer.close)
         model = read_model(options, opened)
         threads = options.threads or useful_threads(model)
+        before = torch.get_num_threads()
         kernels = kernels or choose_kernels(
             options.moe_backend, threads=threads, bf16_activations=options.dtype == "bfloat16"
         )
+        _logger.info(
+            "set for the whole process: torch computes with %d threads (before: %d), malloc gives"
+            " what is freed above %s back to the system",
+            torch.get_num_threads(), before, format_bytes(LARGE_BYTES),
+        )  # fmt: skip
         kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
         backend = Backend(kernels.name, threads)
-        setup = _setup(options, model, backend, lengths, known_profile, tell)
+        setup = _setup(options, model, backend, source, profile)
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
             opened.callback(device.close)
@@ -123,9 +130,8 @@ def _setup(
     options: EngineOptions,
     model: CheckpointFolder,
     backend: Backend,
-    lengths: Lengths | None,
+    source: JobSource | None,
     profile: HardwareProfile | None,
-    tell: Callable[[str], None],
 ) -> EngineSetup:
     """The plan and all that requests need."""
     tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
@@ -135,79 +141,60 @@ def _setup(
         options = replace(options, kv_cache_dtype=_known_cache_dtype(replayed))
     params = _default_params(model.folder, options)
     longest = options.max_model_len or model.spec.max_positions
-    job = lengths(tokenizer, params, longest) if lengths else None
-    wanted = wanted_of(options, model)
+    job = source.job(tokenizer, params, longest) if source else None
     profile = profile or assumed_profile(threads=backend.threads, memory_bytes=available_bytes())
     sizes = sizes_of(model, options, backend)  # after all that the process has grown by
-    if replayed is not None:
-        validate_plan(replayed, model.spec, sizes, wanted, options.host_memory or largest_budget())
-    chosen = _choose(model.spec, sizes, options, wanted, job, profile, replayed)
+    wanted = wanted_of(options, model)
+    chosen = _choose(_Choice(model.spec, sizes, profile, wanted, options, replayed), job)
     plan = chosen.plan
     return EngineSetup(
         plan=plan,
         notes=tuple(chosen.lines()),
         tokenizer=tokenizer,
         default_params=params,
-        vocab_size=model.spec.vocab_size,
-        max_model_len=plan.max_model_len,
-        longest=longest,
-        seed=options.seed,
+        rules=RequestRules(
+            max_model_len=plan.max_model_len,
+            longest=longest,
+            vocab_size=model.spec.vocab_size,
+            eos_token_ids=tokenizer.eos_token_ids,
+            seed=options.seed,
+            prefix_caching=plan.prefix_caching,
+        ),
         fingerprint=_fingerprint(model, tokenizer, options, backend),
-        peak_rss=peak_resident_bytes,
-        pilot=_pilot(model.spec, chosen, tell),
-        compare=partial(_compare, model.spec, chosen.sizes, profile),
+        expectation=Expected(
+            model.spec, chosen.sizes, profile, work=chosen.workload, estimate=chosen.estimate
+        ),
     )
 
 
-def _choose(
-    spec: ModelSpec,
-    sizes: Sizes,
-    options: EngineOptions,
-    wanted: PlanConstraints,
-    job: Job | None,
-    profile: HardwareProfile,
-    replayed: Plan | None,
-) -> Chosen:
+class _Choice(NamedTuple):
+    """What a plan is chosen by."""
+
+    spec: ModelSpec
+    sizes: Sizes
+    profile: HardwareProfile
+    wanted: PlanConstraints
+    options: EngineOptions
+    replayed: Plan | None
+
+
+def _choose(by: _Choice, job: Job | None) -> Chosen:
+    spec, sizes, profile, wanted, options, replayed = by
+    if replayed is not None:
+        validate_plan(replayed, spec, sizes, wanted, options.host_memory or largest_budget())
+        if job is None:
+            return Chosen(plan=replayed, sizes=sizes)
+        return Chosen(plan=replayed, sizes=sizes, workload=job.workload, profile=profile)
     budget = options.host_memory or default_budget()
     if job is None:
-        return Chosen(plan=replayed or make_plan(spec, sizes, budget, wanted), sizes=sizes)
+        return Chosen(plan=make_plan(spec, sizes, budget, wanted), sizes=sizes)
     before = resident_bytes()
-    if replayed is not None:
-        return Chosen(plan=replayed, sizes=sizes, workload=job.workload, profile=profile)
 
     def growth() -> int:
         return_freed_memory()
         return resident_bytes() - before
 
     return choose_plan(spec, sizes, profile, job, budget, wanted, growth=growth)
-
-
-def _pilot(spec: ModelSpec, chosen: Chosen, tell: Callable[[str], None]) -> Pilot | None:
-    """Whoever compares the run with what is expected of it; None where nothing is."""
-    if chosen.profile is None or chosen.workload is None:
-        return None
-    problem = Problem(
-        spec=spec,
-        sizes=chosen.sizes,
-        plan=chosen.plan,
-        profile=chosen.profile,
-        workload=chosen.workload,
-    )
-    return Pilot(problem, chosen.estimate, tell=tell)
-
-
-def _compare(
-    spec: ModelSpec,
-    sizes: Sizes,
-    profile: HardwareProfile,
-    plan: Plan,
-    work: Workload,
-    phases: Mapping[str, PhaseStats],
-    *,
-    is_warm: bool,
-) -> Accuracy:
-    problem = Problem(spec=spec, sizes=sizes, plan=plan, profile=profile, workload=work)
-    return compare(predict(problem), phases, is_warm=is_warm)
 
 
 def _assemble(
@@ -256,17 +243,17 @@ def _assemble(
         mixed_prefill_rows=plan.mixed_prefill_tokens,
     )
 
-    def run(batch: Batch) -> Outcome:
-        return run_pass(runtime, shape, batch)
-
     return Engine(
         setup,
-        run,
-        weights,
-        admission,
-        tracer=tracer,
-        disk_busy_s=lambda: device.busy_s,
-        on_close=opened.pop_all().close,
+        EngineParts(
+            runtime=runtime,
+            shape=shape,
+            weights=weights,
+            admission=admission,
+            device=device,
+            tracer=tracer,
+            resources=opened.pop_all(),
+        ),
     )
 
 
