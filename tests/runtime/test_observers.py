@@ -13,7 +13,7 @@ from recorder import RoutingRecorder, observed_by
 from windlass.kernels.cpu.capture import NativeCapture
 from windlass.models.registry import read_spec
 from windlass.models.spec import Moe, SigmoidTopK, SoftmaxTopK
-from windlass.prefetch.prefetcher import ExpertForecast
+from windlass.prefetch.usage import UsageForecast
 from windlass.schedule import batch as batches
 
 needs_library = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"the native library {LIBRARY}")
@@ -139,7 +139,7 @@ def test_the_forecast_hears_of_captured_layers_where_somebody_observes(tmp_path,
     make_model("mixtral", tmp_path)
     told = []
     monkeypatch.setattr(
-        ExpertForecast, "observe", lambda self, layer, counts: told.append((layer, dict(counts)))
+        UsageForecast, "observe", lambda self, layer, counts: told.append((layer, dict(counts)))
     )
     run(tmp_path, moe_backend="cpu")
     unobserved = len(told)
