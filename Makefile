@@ -17,7 +17,7 @@ NATIVE_SOURCES := $(wildcard native/*.py native/CMakeLists.txt native/include/*.
 PYTHON_FILES := src tests bench scripts demo native setup.py
 
 .PHONY: setup native demo test test-all test-native coverage lint types format wheel wheel-test bench bench-kernels \
-  bench-peers bench-ablation golden mutate test-gpu bench-gpu clean
+  bench-peers bench-ablation bench-prediction bench-prefetcher bench-decode golden mutate test-gpu bench-gpu clean
 
 setup: $(STAMP) native
 
@@ -51,9 +51,10 @@ test-native: $(STAMP)
 test-all: setup
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
-# What `make test` reaches of src/, a figure to look at now and then: it takes longer than the tests alone.
+# What `make test` reaches of src/ in its own processes, a figure to look at now and then. Takes twice
+# as long. The one test that counts seconds would count those of the tracing.
 coverage: setup
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" -k "not are_quick" --cov --cov-report=term:skip-covered
 
 # The source archive, the wheel built from it, and that wheel at work in a clean environment.
 wheel: $(STAMP)
@@ -89,6 +90,18 @@ bench-peers: setup
 
 bench-ablation: setup
 	$(BIN)/python bench/ablation.py --grid --json bench/results/ablation.json
+
+# Predicted beside measured, on models that bench-peers leaves in out/peers.
+bench-prediction: setup
+	$(BIN)/python bench/prediction.py --models $(addprefix out/peers/qwen3-moe-1b/,bf16 int8 int4) \
+	  --budgets 0 0.5 --json bench/results/prediction.json
+
+bench-prefetcher: setup
+	$(BIN)/python bench/prefetcher.py
+
+# OLD=<src folder of other code>: both in turn
+bench-decode: setup
+	$(BIN)/python bench/decode_from_disk.py $(if $(OLD),--src $(OLD))
 
 golden: setup
 	$(BIN)/python scripts/golden_table.py

@@ -28,6 +28,7 @@ from windlass.checkpoint.synthetic import preset, write_random_checkpoint
 from windlass.plan import Plan
 from windlass.units import format_bytes, parse_bytes
 
+_OF_A_PLAN = ("max_num_seqs", "max_num_batched_tokens", "expert_slots", "schedule")
 _BEST_OF_GRID = 3  # measured again, in turn with the planner's choice
 
 
@@ -115,7 +116,8 @@ class Measured:
             "all_seconds": [one["elapsed_time"] + one["load_time"] for one in self.said],
             "slowdown": None if reference_s is None else self.seconds / reference_s,
             "share_of_pass_time": shares, "cgroup_peak_bytes": self.cgroup_peaks,
-            "others_cores": self.others_cores, "plan": self.said[-1]["plan"],
+            "others_cores": self.others_cores,
+            "plan": {key: self.said[-1]["plan"][key] for key in _OF_A_PLAN},
         }  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """Decode of one sequence with most experts on disk, this code beside other code of the project.
 
-    python bench/decode_from_disk.py [--src OLD_SRC] [--dir DIR] [--rounds N] [--json FILE] [--quick]
+    python bench/decode_from_disk.py [--src OLD_SRC] [--dir DIR] [--rounds N] [--json FILE] ...
 
-Writes a random checkpoint of many small experts (48 layers of 128, 1.5 GB), and runs `windlass
-run-batch` on one prompt, with room for a third of the weights beside the process. `--src` names the
-`src` folder of other code with its native library built; both then take turns, the order turning
-from round to round, and must give the same answer. Weights are read past the page cache.
+Writes a random checkpoint of many small experts (48 layers of 128, 1.2 GB), and runs `windlass
+run-batch` on one prompt, with room for a third of the experts beside the process and all else.
+`--src` names the `src` folder of other code with its native library built; both then take turns,
+the order turning from round to round, and must give the same answer. Weights are read past the page
+cache.
 """
 
 import argparse
@@ -22,9 +23,10 @@ from machine import ROOT, Others, describe, table, write
 from offload import Job
 
 from windlass.checkpoint.synthetic import preset, write_random_checkpoint
+from windlass.plan import Plan
 from windlass.units import MIB, format_bytes, parse_bytes
 
-_PROCESS_BYTES = 500 * MIB  # Python, torch, activations and what is dense
+_PROCESS_BYTES = 280 * MIB  # Python, torch and activations
 _NATIVE = Path("windlass/kernels/cpu/libwindlass_cpu.so")
 _KEPT = ("decode_throughput", "decode_time", "prefill_time", "load_time", "passes", "bytes_read",
          "expert_requests", "expert_hits", "weights_wait_time", "peak_rss_bytes")  # fmt: skip
@@ -65,7 +67,8 @@ def _run(src: Path, folder: Path, flags: list[str]) -> tuple[dict[str, Any], str
         sys.exit(f"{src}: run-batch failed: exit {done.returncode}\n{done.stderr}{done.stdout}")
     said = json.loads(done.stdout.splitlines()[-1])
     row = {name: said[name] for name in _KEPT if name in said}
-    row |= {"host_memory": said["plan"]["host_memory"], "others_cores": round(others.cores(), 2)}
+    budget = Plan.from_json(said["plan"]).host.budget_bytes  # also of code whose plans were flat
+    row |= {"host_memory": budget, "others_cores": round(others.cores(), 2)}
     body = json.loads(output.read_text(encoding="utf-8"))["response"]["body"]
     return row, json.dumps(body["choices"])
 
@@ -82,7 +85,7 @@ def _parse() -> argparse.Namespace:
     add("--intermediate", type=int, default=128, metavar="N", help="of an expert (default: 128)")
     add("--prompt-tokens", type=int, default=32, metavar="N", help="default: 32")
     add("--output-tokens", type=int, default=200, metavar="N", help="default: 200")
-    add("--host-memory", metavar="SIZE", help="default: a third of the weights and 500 MiB")
+    add("--host-memory", metavar="SIZE", help="default: room for a third of the experts")
     add("--rounds", type=int, default=3, metavar="N", help="runs of each (default: 3)")
     add("--quick", action="store_true", help="four layers of 32: says only that the script works")
     add("--flag", action="append", default=[], metavar="FLAG", help="for run-batch; repeatable")
@@ -100,9 +103,12 @@ def bench(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         sys.exit(f"{sources[lacking[0]]}: no native library; build it there (`make native`)")
     document: dict[str, Any] = {"bench": "decode_from_disk", **describe()}
     config = _config(options)
-    size = _prepare(folder, config, Job(1, options.prompt_tokens, options.output_tokens))
+    # drawn: the most likely tokens of a random model soon repeat, and so do their experts
+    job = Job(1, options.prompt_tokens, options.output_tokens, temperature=1.0)
+    size = _prepare(folder, config, job)
     wanted = options.host_memory
-    budget = parse_bytes(wanted) if wanted else (size // 3 + _PROCESS_BYTES) // MIB * MIB
+    experts = 2 * 3 * options.layers * options.experts * options.hidden * options.intermediate
+    budget = parse_bytes(wanted) if wanted else _PROCESS_BYTES + size - experts * 2 // 3
     flags = ["--host-memory", f"{budget // MIB}MiB", *options.flag]
     print(f"{options.layers} layers of {options.experts} experts, {format_bytes(size)},"
           f" in {format_bytes(budget)}", flush=True)  # fmt: skip

@@ -27,12 +27,13 @@ from windlass.checkpoint.part_reads import Read
 from windlass.checkpoint.reader import Checkpoint
 from windlass.checkpoint.synthetic import preset, write_random_checkpoint
 from windlass.device.cpu import CpuDevice
+from windlass.ids import DISK_TO_HOST
 from windlass.models.registry import read_spec
 from windlass.models.spec import ModelSpec
 from windlass.perf.flops import block_flops_per_token, head_flops_per_token
 from windlass.units import MIB, format_bytes, format_seconds, parse_bytes, round_up
 from windlass.weights.io_queue import Priority
-from windlass.weights.transfer import TransferQueue
+from windlass.weights.transfer import Carrier, TransferQueue, file_copies
 
 _READ_THREADS = 4  # as planned by planner/budget.py; checked against the plan of each run
 _STAGING_BYTES = 64 * MIB
@@ -42,12 +43,13 @@ _SEED = 0
 @dataclass(frozen=True, slots=True)
 class Job:
     """Prompts of random token ids, of which the first are the same in all; answers of a fixed
-    length."""
+    length, drawn from a seed where `temperature` is above 0."""
 
     prompts: int
     prompt_tokens: int
     output_tokens: int
     shared_tokens: int = 0
+    temperature: float = 0.0
 
     def write(self, path: Path, vocab_size: int) -> None:
         draw = random.Random(_SEED)
@@ -56,8 +58,10 @@ class Job:
         with path.open("w", encoding="utf-8") as file:
             for i in range(self.prompts):
                 ids = shared + [draw.randrange(vocab_size) for _ in range(own_tokens)]
-                body = {"prompt": ids, "max_tokens": self.output_tokens, "temperature": 0,
-                        "ignore_eos": True}  # fmt: skip
+                body = {"prompt": ids, "max_tokens": self.output_tokens,
+                        "temperature": self.temperature, "ignore_eos": True}  # fmt: skip
+                if self.temperature:
+                    body["seed"] = _SEED + i
                 request = {"custom_id": f"row-{i}", "method": "POST", "url": "/v1/completions"}
                 file.write(json.dumps(request | {"body": body}) + "\n")
 
@@ -109,7 +113,7 @@ def prepare(setting: _Setting, config: dict[str, Any]) -> int:
 def measure_disk(folder: Path) -> float:
     """Seconds of reading the whole checkpoint, many blocks in flight, nothing else running."""
     source, device = Checkpoint(folder), CpuDevice(_READ_THREADS)
-    queue = TransferQueue(source, device)
+    queue = TransferQueue({DISK_TO_HOST: Carrier(device)})
     staging = device.allocate(_STAGING_BYTES)
     files = sorted({info.file for info in source.tensors.values()})
     left = 0
@@ -125,7 +129,8 @@ def measure_disk(folder: Path) -> float:
             for offset in range(0, size, _STAGING_BYTES):
                 read = Read(file, offset, min(_STAGING_BYTES, size - offset), 0)
                 left += 1
-                queue.submit([read], staging, priority=Priority.DEMAND, label=file, on_done=ended)
+                copies = file_copies(source, [read], staging, file)
+                queue.submit(copies, priority=Priority.DEMAND, on_done=ended)
         queue.wait(lambda: left == 0)
     seconds = time.perf_counter() - begin
     queue.close()
@@ -163,8 +168,8 @@ def judge(budget: str, ran: Ran, said: dict[str, Any], limits: dict[str, float])
     rows = said["total_input_tokens"] + said["total_output_tokens"]
     return {
         "host_memory": budget,
-        "budget_bytes": plan["host_memory"],
-        "model_over_budget": limits["model_bytes"] / plan["host_memory"],
+        "budget_bytes": plan["tiers"]["host"]["budget_bytes"],
+        "model_over_budget": limits["model_bytes"] / plan["tiers"]["host"]["budget_bytes"],
         "elapsed_s": wall,
         "load_s": said["load_time"],
         "tokens_per_s": rows / wall,
@@ -181,7 +186,7 @@ def judge(budget: str, ran: Ran, said: dict[str, Any], limits: dict[str, float])
         "others_cores": ran.others_cores,
         "expert_hit_share": said["expert_hits"] / said["expert_requests"],
         "peak_rss_bytes": said["peak_rss_bytes"],
-        "peak_rss_share": said["peak_rss_bytes"] / plan["host_memory"],
+        "peak_rss_share": said["peak_rss_bytes"] / plan["tiers"]["host"]["budget_bytes"],
         "cgroup_version": ran.cgroup_version,
         "cgroup_peak_bytes": ran.cgroup_peak_bytes,
         "cgroup_limit_hits": ran.cgroup_limit_hits,

@@ -76,20 +76,30 @@ def main() -> None:
             budget = int(share * _weights(model)) + _PROCESS_BYTES if share else 0
             for one in lengths:
                 document = _run(model, budget, one, options.timeout)
-                results.append({"model": model.name, "budget": budget, "lengths": one, **document})
+                results.append(_row(document, model=model.name, budget=budget, lengths=one))
                 print(_cells(results[-1]), flush=True)
     print(table(_HEAD, [_cells(one) for one in results]))
     write({"bench": "prediction", **description, "runs": results}, options.json)
 
 
+def _row(document: dict[str, Any], **of_run: Any) -> dict[str, Any]:
+    """What a summary of `run-batch` says of the prediction; phases by name and in all."""
+    check = document["prediction"]
+    phases = {
+        name: {key: phase[key] for key in ("predicted_s", "measured_s", "error")}
+        for name, phase in check["phases"].items()
+    }
+    return of_run | {"share_of_bound": check["share_of_bound"], "phases": phases}
+
+
 def _cells(run: dict[str, Any]) -> list[str]:
-    check = run["prediction"]
-    total = check["phases"]["total"]
+    total = run["phases"]["total"]
+    error = "-" if total["error"] is None else f"{100 * total['error']:+.0f} %"  # rates assumed
     lengths = " x ".join(map(str, run["lengths"]))
     return [
         run["model"], str(run["budget"] // MIB), lengths, f"{total['predicted_s']:.1f}",
-        f"{total['measured_s']:.1f}", f"{100 * total['error']:+.0f} %",
-        f"{100 * check['share_of_bound']:.0f} %",
+        f"{total['measured_s']:.1f}", error,
+        f"{100 * run['share_of_bound']:.0f} %",
     ]  # fmt: skip
 
 

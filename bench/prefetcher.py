@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 from machine import describe, table, write
 
+from windlass import ids
 from windlass.checkpoint.part_reads import Read
 from windlass.ids import Part, WeightKey
 from windlass.prefetch import prefetcher as prefetching
 from windlass.prefetch.policies import FarthestNextUse
 from windlass.prefetch.usage import UsageForecast
+from windlass.runtime import simulated
 from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
-from windlass.runtime.simulated import SimulatedWeights
 from windlass.schedule.passes import PassShape
 
 _TOP_K = 8
@@ -49,8 +50,8 @@ class Setting:
 class _Disk:
     """What reading a part asks of the lanes."""
 
-    def block(self, key: WeightKey, num_bytes: int) -> tuple[tuple[str, float], ...]:
-        return (("disk", _BLOCK_S),)
+    def block(self, key: WeightKey, num_bytes: int) -> tuple[tuple[Any, float], ...]:
+        return ((getattr(ids, "DISK_TO_HOST", "disk"), _BLOCK_S),)
 
 
 class _Model:
@@ -65,12 +66,22 @@ class _Model:
         self.lanes = Lanes(Clock(), ("disk", "host"))
         keys = {Part.EXPERT: layers * experts, Part.BLOCK: layers, Part.HEAD: 1}
         costs: Any = _Disk()
-        self.weights = SimulatedWeights(
-            self.lanes, costs, num_keys=keys,
-            slots=keys | {Part.EXPERT: max(4 * _TOP_K, int(setting.resident * layers * experts))},
-            reads=lambda key: (Read("", 0, 1, 0),), depth=_DEPTH,
-            policy=FarthestNextUse(layers, probability=self.forecast.probability),
-        )  # fmt: skip
+        parts = {
+            "num_keys": keys,
+            "slots": keys
+            | {Part.EXPERT: max(4 * _TOP_K, int(setting.resident * layers * experts))},
+            "reads": lambda key: (Read("", 0, 1, 0),),
+        }
+        more: Any = {
+            "policy": FarthestNextUse(layers, probability=self.forecast.probability),
+            "depth": _DEPTH,
+        }
+        record: Any = getattr(simulated, "SimulatedParts", None)  # a record since then
+        make: Any = simulated.SimulatedWeights
+        if record is None:
+            self.weights = make(self.lanes, costs, **parts, **more)
+        else:
+            self.weights = make(self.lanes, costs, record(**parts), **more)
         self.prefetcher = prefetching.Prefetcher(
             PassShape((True,) * layers, 1), dict.fromkeys(range(layers), experts),
             self.weights.cache, self.forecast,

@@ -8,6 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from machine import to_text
+
+_OF_A_PART = ("command", "date", "commit", "is_modified", "rates")  # the machine is the same
 _LISTS = ("checks", "sweeps", "runs", "limited_sweeps", "limited")
 
 
@@ -26,7 +29,7 @@ class Document:
         self.data |= {name: [] for name in _LISTS}
         if path is not None and path.exists():
             self.data = json.loads(path.read_text(encoding="utf-8"))
-        self.data["parts"].append(head)
+        self.data["parts"].append({name: head[name] for name in _OF_A_PART if name in head})
 
     def forget(self, *, engines: Sequence[str], retry: bool) -> None:
         """Drops entries of `engines`, and those without a result, to make them again."""
@@ -59,20 +62,9 @@ class Document:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
         part = self._path.with_suffix(".part")
-        part.write_text(_text(self.data), encoding="utf-8")
+        part.write_text(to_text(self.data), encoding="utf-8")
         os.replace(part, self._path)
 
 
 def _has_failed(entry: dict[str, Any]) -> bool:
     return bool(entry.get("status", "ok") in ("timeout", "failed"))
-
-
-def _text(data: dict[str, Any]) -> str:
-    """JSON for people and diffs: an entry is a line."""
-    fields = []
-    for name, value in data.items():
-        text = json.dumps(value, indent=1).replace("\n", "\n ")
-        if name in _LISTS and value:
-            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
-        fields.append(f" {json.dumps(name)}: {text}")
-    return "{\n" + ",\n".join(fields) + "\n}\n"

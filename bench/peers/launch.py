@@ -1,4 +1,5 @@
-"""Starts runners, each in a process of its own, and takes their results. Knows no engine."""
+"""Starts runners, each in a process of its own, and takes their results. Knows no engine but where
+it runs: the peers in a virtual environment beside Windlass's own, made on first use."""
 
 import json
 import os
@@ -6,18 +7,22 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from limits import run_limited, touch_memory
 from machine import ROOT, Others
 
-from peers import environment
 from peers.job import Job
 
+_HERE = Path(__file__).resolve().parent
+VENV = ROOT / ".venv-peers"
+PYTHON = VENV / "bin" / "python"
+_STAMP = VENV / ".installed"
 _RUNNERS = {
     "windlass": (sys.executable, "peers.run_windlass"),
-    "llama.cpp": (str(environment.PYTHON), "peers.run_llama"),
-    "transformers": (str(environment.PYTHON), "peers.run_transformers"),
+    "llama.cpp": (str(PYTHON), "peers.run_llama"),
+    "transformers": (str(PYTHON), "peers.run_transformers"),
 }
 ENGINES = tuple(_RUNNERS)
 _SET = ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM")
@@ -37,6 +42,26 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def ensure_environment() -> None:
+    """Installs what `requirements.txt` names, unless done; llama.cpp is compiled for this machine,
+    which takes ten minutes on two cores."""
+    wanted = (_HERE / "requirements.txt").read_text(encoding="utf-8")
+    if _STAMP.exists() and _STAMP.read_text(encoding="utf-8") == wanted:
+        return
+    print(f"{VENV}: installing transformers and llama.cpp, some ten minutes", flush=True)
+    if not PYTHON.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+    subprocess.run(
+        [
+            *(str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
+            *("-c", str(ROOT / "constraints.txt"), "-r", str(_HERE / "requirements.txt")),
+        ],
+        env=os.environ | {"CMAKE_ARGS": "-DGGML_NATIVE=ON"},
+        check=True,
+    )
+    _STAMP.write_text(wanted, encoding="utf-8")
 
 
 def memory_budget() -> int:

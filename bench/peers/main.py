@@ -19,7 +19,7 @@ from typing import Any
 
 from machine import ROOT, Others, Rates, describe, head, measure_rates, set_threads, write
 
-from peers import environment, launch, models, report
+from peers import launch, models, report
 from peers.document import Document, StopAfter
 from peers.limited import LEAST_BYTES, Limited, LimitedWish
 from peers.measure import CONTENDERS, Comparison, Contender, Wish, cases
@@ -173,7 +173,7 @@ def main() -> None:
     os.chdir(ROOT)
     threads, begin, others = set_threads(options.threads), time.monotonic(), Others()
     if set(options.engines) != {"windlass"}:
-        environment.ensure()
+        launch.ensure_environment()
     options.dir.mkdir(parents=True, exist_ok=True)
     described, rates = _head(options)
     print(head(described, rates), flush=True)

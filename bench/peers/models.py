@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peers import environment, launch
+from peers import launch
 from windlass.checkpoint.synthetic import preset, write_random_checkpoint
 
 _SEED = 0
@@ -104,7 +104,7 @@ def prepare(model: Model, engine: str, form: str) -> str | None:
         return None
     print(f"{model.name}: writing {path.name}", flush=True)
     if engine == "llama.cpp":
-        command = [str(environment.PYTHON), "-m", "peers.write_gguf"]
+        command = [str(launch.PYTHON), "-m", "peers.write_gguf"]
         command += [str(model.checkpoint), str(path), form]
     else:
         command = [sys.executable, "-m", "windlass.cli", "quantize", "--model"]

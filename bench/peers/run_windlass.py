@@ -11,7 +11,6 @@ import json
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 
@@ -97,7 +96,6 @@ def _run(job: Job) -> Result:
             "bytes_read": after.bytes_read - before.bytes_read,
             "wait_s": after.wait_s - before.wait_s,
             "preemptions": after.num_preemptions - before.num_preemptions,
-            "plan": asdict(llm.plan),
         }
     return Result(
         load_s=load_s,
@@ -140,7 +138,7 @@ def _run_planned(job: Job) -> Result:
         "wait_s": stats.wait_s,
         "preemptions": stats.num_preemptions,
         "phases": stats.phases_json(),
-        "plan": asdict(plan),
+        "plan": plan.to_json(),
         "prediction": stats.check.to_json(),
         "rates": "assumed" if profile is None else f"measured {profile.captured}",
         "answers": blake2b(json.dumps(in_order).encode(), digest_size=16).hexdigest(),

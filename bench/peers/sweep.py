@@ -70,8 +70,7 @@ def best_settings(model: Model, engine: str, form: str, size: Size) -> dict[str,
             steps = max(1, min(_OUTPUT_TOKENS, size.output_tokens) - 1)
             more = (size.output_tokens - 1) / steps
             taken = outcome.result["prefill_s"] + outcome.result["decode_s"] * more
-        tried.append({"settings": settings, "status": outcome.status, "message": outcome.message,
-                      "others_cores": outcome.others_cores, "result": outcome.result,
+        tried.append({"settings": settings, "status": outcome.status,
                       "seconds": None if outcome.result is None else taken})  # fmt: skip
         return taken
 

@@ -25,3 +25,14 @@ class WeightKey(NamedTuple):
     def __str__(self) -> str:
         place = "" if self.layer < 0 else f"[{self.layer}]"
         return f"{self.part.value}{place}" + ("" if self.index < 0 else f"[{self.index}]")
+
+
+class Route(NamedTuple):
+    """The way of bytes from one tier to the next; tiers are called as their devices."""
+
+    source: str
+    destination: str
+
+
+DISK, HOST = "disk", "host"
+DISK_TO_HOST = Route(DISK, HOST)

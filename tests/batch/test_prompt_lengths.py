@@ -133,12 +133,13 @@ def test_prompt_tokens_that_are_predicted_are_those_that_are_computed(tmp_path, 
         options, open_job_engine, progress=LineProgress(io.StringIO()), is_stopping=lambda: False
     )
     stats, whole = summary.stats, sum(len(b["prompt"]) * b["n"] for b in bodies)
-    pilot: Any = opened[0]._pilot
-    assert stats is not None and isinstance(stats.check, Accuracy)
-    predicted = pilot._predicted
+    prediction: Any = opened[0]._prediction
+    predicted = prediction.estimate
+    assert stats is not None
     assert summary.ok == len(bodies) and stats.input_tokens == whole
     assert sum(p.prompt_tokens for p in predicted.phases.values()) == stats.prompt_tokens
     assert (stats.prompt_tokens < whole / 2) if is_on else (stats.prompt_tokens == whole)
+    assert isinstance(stats.check, Accuracy)
     assert stats.check.done == 1
     assert predicted.total_tokens_s == pytest.approx(
         (whole + stats.generated_tokens) / predicted.total_s
@@ -183,7 +184,7 @@ def test_an_engine_that_is_planned_for_its_job_gives_the_same_answers(tmp_path):
     with open_engine(options, lengths=lengths) as engine:
         (note,) = engine.notes
         assert "3 sequences of 16 tokens in and 5 out" in note and "rates assumed" in note
-        assert engine.plan.total_bytes <= engine.plan.host_memory
+        assert engine.plan.host.total_bytes <= engine.plan.host.budget_bytes
         found = {name: out.outputs[0].token_ids for name, out in run_all(engine, given).items()}
     assert found == expected
     assert asked == [256]

@@ -57,13 +57,16 @@ def test_the_grid_has_enough_settings():
 
 def test_medians_of_a_variant():
     one = ablation.Measured(ablation.Variant("x"))
+    plan = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "expert_slots": 8,
+            "schedule": "module-based", "kv_pages": 9}  # fmt: skip
     for seconds, disk in ((1.0, 0.5), (9.0, 4.5), (2.0, 2.0)):
         total = {"seconds": seconds, "disk_s": disk, "host_s": 0.0, "wait_s": 0.0, "other_s": 0.0}
         one.said.append(
             dict(elapsed_time=seconds, load_time=1.0, prefill_time=0, decode_time=0, passes=3,
-                 bytes_read=5, peak_rss_bytes=1, total_token_throughput=1.0, plan={},
+                 bytes_read=5, peak_rss_bytes=1, total_token_throughput=1.0, plan=plan,
                  phases={"total": total})
         )  # fmt: skip
     found = one.to_json(6.0)
     assert (found["seconds"], found["slowdown"], found["runs"]) == (3.0, 0.5, 3)
     assert found["share_of_pass_time"]["disk_s"] == 0.5
+    assert found["plan"]["max_num_seqs"] == 4 and "kv_pages" not in found["plan"]

@@ -51,7 +51,7 @@ def read_tensor(source: Checkpoint, name: str) -> bytes:
     begin = info.begin // 4096 * 4096
     size = -(-(info.end - begin) // 4096) * 4096
     device = CpuDevice(1)
-    memory = device.allocate(size)
+    memory = device.allocate(size).data
     device.close()
     source.read(info.file, begin, memory.numpy().data)
     return memory.numpy().tobytes()[info.begin - begin : info.end - begin]

@@ -9,6 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from windlass.decoder.rope import RopeTable, frequencies
+from windlass.device.host_memory import HostAllocator
 from windlass.errors import ModelError
 from windlass.kernels.rowwise import rotate
 from windlass.models.config import Config
@@ -64,7 +65,7 @@ def test_frequencies_equal_transformers(kind: str, long: bool) -> None:
     torch.testing.assert_close(ours, inv_freq, rtol=1e-6, atol=0)
     assert our_factor == pytest.approx(factor, rel=1e-6)
     positions = torch.tensor([0, 1, 7, 300, 1000])
-    cos, sin = RopeTable(rope).cos_sin(positions, long_T=long)
+    cos, sin = RopeTable(rope, HostAllocator()).cos_sin(positions, long_T=long)
     angles = positions[:, None] * inv_freq
     torch.testing.assert_close(cos, angles.cos() * factor, rtol=0, atol=1e-6)
     torch.testing.assert_close(sin, angles.sin() * factor, rtol=0, atol=1e-6)
@@ -156,20 +157,23 @@ def test_a_row_does_not_depend_on_the_others(kind: str) -> None:
     rope = read(KINDS[kind])
     positions = torch.randint(0, 3000, (257,), generator=torch.Generator().manual_seed(1))
     long = positions % 2 == 0
-    whole = torch.stack(RopeTable(rope).cos_sin(positions, long_T=long))
-    alone = RopeTable(rope)
+    whole = torch.stack(RopeTable(rope, HostAllocator()).cos_sin(positions, long_T=long))
+    alone = RopeTable(rope, HostAllocator())
     for row in range(0, 257, 16):
         at = slice(row, row + 1)
         assert torch.equal(torch.stack(alone.cos_sin(positions[at], long_T=long[at])), whole[:, at])
     assert torch.equal(
-        torch.stack(RopeTable(rope).cos_sin(positions.flip(0), long_T=long.flip(0))).flip(1), whole
+        torch.stack(
+            RopeTable(rope, HostAllocator()).cos_sin(positions.flip(0), long_T=long.flip(0))
+        ).flip(1),
+        whole,
     )
 
 
 def test_only_longrope_looks_at_long() -> None:
     position = torch.tensor([5])
     for kind, differs in (("yarn", False), ("longrope", True)):
-        table = RopeTable(read(KINDS[kind]))
+        table = RopeTable(read(KINDS[kind]), HostAllocator())
         short, long = (table.cos_sin(position, long_T=torch.tensor([x]))[0] for x in (False, True))
         assert torch.equal(short, long) != differs
 
@@ -185,7 +189,7 @@ def test_rotation_keeps_lengths_and_relative_angles() -> None:
     q, k = torch.randn(1, 2, 24).expand(9, 2, 24), torch.randn(1, 2, 24).expand(9, 2, 24)
     for interleaved in (False, True):
         rope = Rope(dim=16, theta=100.0, interleaved=interleaved)
-        cos, sin = RopeTable(rope).cos_sin(torch.arange(9))
+        cos, sin = RopeTable(rope, HostAllocator()).cos_sin(torch.arange(9))
         q_turned, k_turned = (turned(x, cos, sin, rope) for x in (q, k))
         assert torch.equal(q_turned[..., 16:], q[..., 16:])
         assert torch.equal(q_turned[0], q[0])
@@ -198,7 +202,7 @@ def test_interleaved_is_a_permutation() -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 2, 16)
     half, pairs = Rope(dim=16, theta=100.0), Rope(dim=16, theta=100.0, interleaved=True)
-    cos, sin = RopeTable(half).cos_sin(torch.arange(5))
+    cos, sin = RopeTable(half, HostAllocator()).cos_sin(torch.arange(5))
     order = torch.arange(16).view(8, 2).T.flatten()  # evens, then odds
     expected = turned(x[..., order], cos, sin, half)
     assert torch.equal(turned(x, cos, sin, pairs)[..., order], expected)

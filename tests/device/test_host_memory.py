@@ -10,10 +10,11 @@ import torch
 
 import windlass.build.open as build
 from cgroups import memory_group
-from windlass.device.host_memory import MemoryLimit, available_bytes, empty, memory_limits, zeros
+from windlass.device.host_memory import HostAllocator, MemoryLimit, available_bytes, memory_limits
 from windlass.units import GIB, MIB
 
 MACHINE = 64 * GIB  # available
+HOST = HostAllocator()
 V1_UNLIMITED = 9223372036854771712
 
 
@@ -108,10 +109,10 @@ def test_the_default_budget_is_below_every_limit(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 def test_zeros_are_zero_where_other_tensors_were(rows, dtype):
     for _ in range(3):
-        for make in (empty, zeros):
+        for make in (HOST.empty, HOST.zeros):
             found = make(rows, 2, 1024, dtype=dtype)
             assert (found.shape, found.dtype) == ((rows, 2, 1024), dtype)
-            assert make is empty or not found.any()
+            assert make == HOST.empty or not found.any()
             found.fill_(1)  # what it leaves behind must not be seen again
 
 
@@ -122,9 +123,9 @@ def test_large_zeros_are_cleared_by_the_system_alone(monkeypatch):
     for name in ("zero_", "fill_", "__setitem__"):
         monkeypatch.setattr(torch.Tensor, name, cleared)
     monkeypatch.setattr(torch, "zeros", cleared)
-    assert not zeros(2, 1 << 20).any()
+    assert not HOST.zeros(2, 1 << 20).any()
     with pytest.raises(AssertionError, match="cleared twice"):
-        zeros(2)
+        HOST.zeros(2)
 
 
 @pytest.mark.cgroup
@@ -144,4 +145,4 @@ def test_the_demo_runs_within_a_container_without_a_budget(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         assert group.num_kills == 0 and group.peak_bytes <= limit
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["plan"]["host_memory"] < limit, summary["plan"]
+    assert summary["plan"]["tiers"]["host"]["budget_bytes"] < limit, summary["plan"]

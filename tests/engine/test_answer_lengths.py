@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from admission_machine import unsampled
 from engines import engine_for, make_model, prompts, request, run_all
+from windlass.device.host_memory import HostAllocator
 from windlass.engine.admission import Admission
 from windlass.engine.answer_lengths import OutputLengths
 from windlass.engine.request import Request
@@ -58,7 +59,14 @@ def test_only_the_last_answers_count(outputs, after, more):
 def test_a_page_is_kept_as_far_as_it_is_likely_to_be_wanted():
     """A prompt of 20 tokens in a page of 32: the 13th token of its answer is never computed if it
     is the last."""
-    kv = KvCache([], dtype=torch.float32, num_pages=9, page_tokens=PAGE_TOKENS, state_slots=0)
+    kv = KvCache(
+        [],
+        HostAllocator(),
+        dtype=torch.float32,
+        num_pages=9,
+        page_tokens=PAGE_TOKENS,
+        state_slots=0,
+    )
     admission = Admission(kv, max_num_seqs=4, max_rows=68, long_rope_after=None)
     admission.add(
         QueuedSequence(Request("a", (1,) * 20, SamplingParams(max_tokens=40), ""), 0, 40, 60)
@@ -79,7 +87,14 @@ def test_a_page_is_kept_as_far_as_it_is_likely_to_be_wanted():
 def _passes(draw, *, pages, learns, seed=0):
     """Passes and preemptions of a job of 120 requests whose answers have `draw` tokens."""
     chance = random.Random(seed)
-    kv = KvCache([], dtype=torch.float32, num_pages=pages, page_tokens=PAGE_TOKENS, state_slots=0)
+    kv = KvCache(
+        [],
+        HostAllocator(),
+        dtype=torch.float32,
+        num_pages=pages,
+        page_tokens=PAGE_TOKENS,
+        state_slots=0,
+    )
     admission = Admission(kv, max_num_seqs=128, max_rows=640, long_rope_after=None)
     params, ends = SamplingParams(max_tokens=MOST), {}
     for i in range(120):

@@ -121,7 +121,7 @@ def test_copies_of_odd_tensors_are_part_of_the_plan(folder, tmp_path, monkeypatc
     for path in (folder, _odd_copy(folder, tmp_path / "odd")):
         with engine_for(path) as engine:
             results.append(run_all(engine, [one])["a"].outputs)
-            assert engine.plan.process_bytes == 200 * MIB + max(copied)
+            assert engine.plan.host.process_bytes == 200 * MIB + max(copied)
     assert results[0] == results[1]
     assert max(copied) > 10_000
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from engines import engine_for, make_model, prompts, request, run_all
-from windlass.device.base import Copy
+from windlass.device.base import Copy, FileRange
 from windlass.device.cpu import CpuDevice
 from windlass.engine.phase_meter import PhaseMeter, Readings
 from windlass.phases import MODULES, PhaseStats
@@ -86,11 +86,15 @@ def test_reads_at_the_same_time_keep_a_device_busy_once():
     device, gate = CpuDevice(2), _Gate()
     assert device.busy_s == 0
     memory = device.allocate(8192)
-    device.submit(Copy(gate, "f", 0, memory[:4096], "x"), lambda error: None)
+    device.submit(
+        Copy(FileRange(gate, "f", 0, 4096), memory.part(0, 4096), "x"), lambda error: None
+    )
     assert gate.begun.acquire(timeout=60)
     alone = device.busy_s
     assert 0 < alone < device.busy_s  # runs on while something is under way
-    device.submit(Copy(gate, "f", 0, memory[4096:], "y"), lambda error: None)
+    device.submit(
+        Copy(FileRange(gate, "f", 0, 4096), memory.part(4096, 4096), "y"), lambda error: None
+    )
     assert gate.begun.acquire(timeout=60)
     while_reading = device.busy_s
     assert alone < while_reading

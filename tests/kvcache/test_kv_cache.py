@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from attention import attention_work
 from engines import engine_for, make_model, prompts, request, run_all
+from windlass.device.host_memory import HostAllocator
 from windlass.errors import UsageError
 from windlass.kernels import rowwise
 from windlass.kernels.cpu import library
@@ -27,7 +28,9 @@ KERNELS = [TorchKernels()] + (
 
 
 def _store(shape, *, dtype=torch.int8, pages=9):
-    return KvCache([shape], dtype=dtype, num_pages=pages, page_tokens=PAGE, state_slots=0)
+    return KvCache(
+        [shape], HostAllocator(), dtype=dtype, num_pages=pages, page_tokens=PAGE, state_slots=0
+    )
 
 
 def _fill(store, key, value):
@@ -104,7 +107,9 @@ def test_bytes_of_a_token_count_the_scales():
     assert bytes_per_token(shapes, torch.bfloat16) == 2 * (4 * 128 + 576)
     assert bytes_per_token(shapes, torch.int8) == 4 * 128 + 8 * 4 + 576 + 4
     for dtype in (torch.bfloat16, torch.int8):
-        store = KvCache(shapes, dtype=dtype, num_pages=3, page_tokens=PAGE, state_slots=0)
+        store = KvCache(
+            shapes, HostAllocator(), dtype=dtype, num_pages=3, page_tokens=PAGE, state_slots=0
+        )
         held = {}
         for layer in range(2):
             for rows in store.paged(layer):
@@ -185,7 +190,7 @@ def _scores(path, **options):
     ]
     with engine_for(path, **options) as engine:
         results = run_all(engine, wanted)
-        page_bytes = engine.plan.kv_page_bytes
+        page_bytes = engine.plan.host.kv_page_bytes
     found = [
         step[token].logprob
         for output in (results[str(i)] for i in range(len(LENGTHS)))

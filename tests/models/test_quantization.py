@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from engines import engine_for, prompts, request, run_all
+from layouts import expected_tensors
 from published import PUBLISHED, SMALL_MIXTRAL
 from quantised_cases import AWQ, CASES, FLOAT, FP8, INT, MXFP4, compressed, gptq
 from windlass.checkpoint import synthetic as synth
-from windlass.checkpoint.layout import ITEM_BYTES, build_layout, expected_stored, expected_tensors
+from windlass.checkpoint.layout import ITEM_BYTES, build_layout, expected_stored
 from windlass.checkpoint.part_reads import slot_bytes
 from windlass.errors import CheckpointError, ModelError
 from windlass.formats import WeightFormat

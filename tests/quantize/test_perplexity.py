@@ -14,6 +14,7 @@ from dequantised import dequantised
 from engines import engine_for, logprob_rows, make_model, prompts, request, run_all
 from windlass.cli import main
 from windlass.decoder.score import RunningLogprobs
+from windlass.device.host_memory import HostAllocator
 from windlass.engine.outputs import RequestOutput
 from windlass.errors import UsageError
 from windlass.options import EngineOptions
@@ -43,12 +44,12 @@ def test_logprobs_from_ranges_of_the_vocabulary() -> None:
     logits = torch.randn(6, 90, generator=generator) * 30
     targets = [0, 89, 30, 29, 60, 45]
     expected = logits.double().log_softmax(-1).gather(1, torch.tensor(targets)[:, None])[:, 0]
-    running = RunningLogprobs(targets)
+    running = RunningLogprobs(targets, HostAllocator())
     for column in (0, 30, 60):
         for rows in (slice(0, 4), slice(4, 8)):
             running.add(rows, column, logits[rows, column : column + 30].clone())
     torch.testing.assert_close(running.logprobs().double(), expected, rtol=1e-6, atol=1e-5)
-    assert RunningLogprobs([]).logprobs().shape == (0,)
+    assert RunningLogprobs([], HostAllocator()).logprobs().shape == (0,)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "qwen3_next", "phimoe"])

@@ -13,15 +13,14 @@ from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
 from planning import SPECS
 from windlass.checkpoint.part_reads import Read, make_part_reads
-from windlass.ids import Part
+from windlass.ids import DISK_TO_HOST, Part
 from windlass.models.spec import Block, Ffn, Moe, TopKSoftmax
 from windlass.perf.frozen_gpu_costs import DEVICE_LANES, DeviceCosts
 from windlass.perf.frozen_gpu_tiers import GpuRates, LayerShape, Share, layer_seconds
-from windlass.perf.pass_cost import slots_of
 from windlass.prefetch.policies import FarthestNextUse
 from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast
 from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
-from windlass.runtime.simulated import SimulatedRuntime, SimulatedWeights
+from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
 from windlass.schedule import batch as batches
 from windlass.schedule.batch import Segment, make_batch
 from windlass.schedule.passes import PassShape, run_pass
@@ -108,7 +107,7 @@ class EqualCosts:
         raise AssertionError("the table is resident here")
 
     def block(self, key, num_bytes):
-        return (("disk", BLOCK_S),)
+        return ((DISK_TO_HOST, BLOCK_S),)
 
     def __getattr__(self, name):
         return lambda *_: self._work
@@ -118,7 +117,7 @@ def _clock_runtime(spec, shape, costs, *, slots, reads, num_keys, depth, router,
     forecast = usage_forecast(spec)
     lanes = Lanes(Clock(), ("disk", "host"))
     weights = SimulatedWeights(
-        lanes, costs, num_keys=num_keys, slots=slots, reads=reads, depth=depth,
+        lanes, costs, SimulatedParts(num_keys, slots, reads), depth=depth,
         policy=FarthestNextUse(len(spec.blocks), probability=forecast.probability),
     )  # fmt: skip
     prefetcher = Prefetcher(shape, num_experts(spec), weights.cache, forecast)
@@ -181,7 +180,7 @@ def test_the_clock_does_what_the_device_does(
 
     queue = iter(routed)
     clock = _clock_runtime(
-        spec, kept["shape"], EqualCosts(blocks), slots=slots_of(plan),
+        spec, kept["shape"], EqualCosts(blocks), slots=plan.host.slots,
         reads=lambda key: make_part_reads(key, store._layout, store._source.tensors).reads,
         num_keys=Counter(key.part for key in store._layout.parts), depth=device.num_lanes + 1,
         router=lambda layer, rows: next(queue), overlap=overlap,
@@ -290,10 +289,13 @@ def test_the_schedule_on_a_device_reaches_its_closed_form(rates, share, binds):
         Part.BLOCK: max(2, round(share.resident * layers)), Part.FINAL: 1, Part.EMBED: 1,
     }  # fmt: skip
     sizes = {Part.EXPERT: SHAPE.expert, Part.BLOCK: SHAPE.attention}
+    num_keys = {Part.EXPERT: 8 * layers, Part.BLOCK: layers, Part.FINAL: 1, Part.EMBED: 1}
+
+    def reads(key):
+        return (Read("", 0, int(sizes.get(key.part, 1)), 0),)
+
     weights = SimulatedWeights(
-        lanes, costs, num_keys={Part.EXPERT: 8 * layers, Part.BLOCK: layers, Part.FINAL: 1,
-                                Part.EMBED: 1},
-        slots=slots, reads=lambda key: (Read("", 0, int(sizes.get(key.part, 1)), 0),),
+        lanes, costs, SimulatedParts(num_keys, slots, reads),
         policy=FarthestNextUse(layers, probability=forecast.probability), depth=8,
     )  # fmt: skip
     each = share.sequences * 2 // 8

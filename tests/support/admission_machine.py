@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from windlass.device.host_memory import HostAllocator
 from windlass.engine.admission import Admission
 from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
@@ -27,7 +28,7 @@ class Machine:
     def __init__(self, *, pages, seqs, rows, states=0, long_rope_after=None, **more):
         shapes = [PagedShape(1, 4, 4)] + [StateShape((1, 1), (1, 1, 1))] * bool(states)
         self.kv = KvCache(
-            shapes, dtype=torch.float32, num_pages=pages, page_tokens=PAGE_TOKENS,
+            shapes, HostAllocator(), dtype=torch.float32, num_pages=pages, page_tokens=PAGE_TOKENS,
             state_slots=states,
         )  # fmt: skip
         self.admission = Admission(

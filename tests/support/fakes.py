@@ -6,26 +6,34 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from windlass.device.base import ALIGN_BYTES, Copy, Done
+from windlass.device.base import ALIGN_BYTES, Copy, DeviceMemory, Done, FileRange
+from windlass.device.host_memory import HostAllocator
 from windlass.errors import CheckpointError
-from windlass.ids import Part, WeightKey
+from windlass.ids import HOST, Part, WeightKey
 from windlass.models.names import Layout, Piece, TensorInfo
 from windlass.units import round_up
 
 POISON = 0xFF  # NaN in every floating type, so that a use before arrival shows in any result
 
 
-class FakeDevice:
+class FakeDevice(HostAllocator):
     """`Device` whose copies arrive late and out of order. Memory is poisoned when it is allocated
-    and again when a copy into it is submitted.
+    and again when a copy into it is submitted; uninitialised tensors are poison too.
 
     By default a thread completes a random pending copy every `delay_s` or so; with `manual`,
     nothing arrives until the test calls `complete`.
     """
 
     def __init__(
-        self, *, seed: int = 0, num_lanes: int = 4, delay_s: float = 0.0002, manual: bool = False
+        self,
+        *,
+        name: str = HOST,
+        seed: int = 0,
+        num_lanes: int = 4,
+        delay_s: float = 0.0002,
+        manual: bool = False,
     ) -> None:
+        self.name = name
         self._random = random.Random(seed)
         self._num_lanes = num_lanes
         self._delay_s = delay_s
@@ -52,22 +60,36 @@ class FakeDevice:
     def busy_s(self) -> float:
         return 0.0
 
-    def allocate(self, num_bytes: int) -> torch.Tensor:
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        made = super().empty(*shape, dtype=dtype)
+        made.view(-1).view(torch.uint8).fill_(POISON)
+        return made
+
+    def allocate(self, num_bytes: int) -> DeviceMemory:
         size = round_up(num_bytes, ALIGN_BYTES)
         self._allocated_bytes += size
         whole = torch.full((size + ALIGN_BYTES,), POISON, dtype=torch.uint8)
         start = -whole.data_ptr() % ALIGN_BYTES
         # A storage of its own: offsets inside it are offsets from an aligned address.
-        return torch.frombuffer(whole.numpy().data[start : start + num_bytes], dtype=torch.uint8)
+        data = torch.frombuffer(whole.numpy().data[start : start + num_bytes], dtype=torch.uint8)
+        return DeviceMemory(self, data)
 
     def submit(self, copy: Copy, done: Done) -> None:
         with self._changed:
             assert not self._closed, "submitted to a closed device"
-            assert copy.into.data_ptr() % ALIGN_BYTES == 0, "unaligned memory"
-            assert copy.offset % ALIGN_BYTES == 0 and copy.into.numel() % ALIGN_BYTES == 0
+            source, into = copy.source, copy.destination
+            assert into.device is self, f"{copy.label}: into memory of another device"
+            assert into.num_bytes == copy.num_bytes, f"{copy.label}: {into.num_bytes} bytes"
+            assert into.data.data_ptr() % ALIGN_BYTES == 0, "unaligned memory"
+            assert into.num_bytes % ALIGN_BYTES == 0
+            if isinstance(source, FileRange):
+                assert source.offset % ALIGN_BYTES == 0
+            else:
+                assert not _overlap(source, into), f"{copy.label} reads what it writes"
             for other, _ in self._pending:
-                assert not _overlap(other.into, copy.into), f"{other.label} and {copy.label} clash"
-            copy.into.fill_(POISON)
+                clash = _overlap(other.destination, into)
+                assert not clash, f"{other.label} and {copy.label} clash"
+            into.data.fill_(POISON)
             self.submitted.append(copy)
             self._pending.append((copy, done))
             self._under_way += 1
@@ -87,7 +109,7 @@ class FakeDevice:
         failure = error
         if failure is None:
             try:
-                copy.source.read(copy.file, copy.offset, copy.into.numpy().data)
+                _make(copy)
             except CheckpointError as caught:
                 failure = caught
         with self._changed:
@@ -126,8 +148,17 @@ class FakeDevice:
             self.complete()
 
 
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.data_ptr() < b.data_ptr() + b.numel() and b.data_ptr() < a.data_ptr() + a.numel()
+def _make(copy: Copy) -> None:
+    source, into = copy.source, copy.destination.data
+    if isinstance(source, FileRange):
+        source.source.read(source.file, source.offset, into.numpy().data)
+    else:
+        into.copy_(source.data)
+
+
+def _overlap(a: DeviceMemory, b: DeviceMemory) -> bool:
+    first, second = a.data.data_ptr(), b.data.data_ptr()
+    return first < second + b.num_bytes and second < first + a.num_bytes
 
 
 class FakeSource:

@@ -46,4 +46,4 @@ def _run(folder: str, case: dict[str, Any], backend: Any, result: Connection) ->
             engine.add(Request(str(i), prompt, params, str(i)))
         while engine.has_work:
             engine.step()
-        result.send((engine.plan.total_bytes, engine.stats().peak_rss_bytes))
+        result.send((engine.plan.host.total_bytes, engine.stats().peak_rss_bytes))

@@ -4,6 +4,7 @@ sequence wrote is found out."""
 import torch
 
 from admission_machine import unsampled
+from windlass.device.host_memory import HostAllocator
 from windlass.engine.admission import Admission
 from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
@@ -50,8 +51,8 @@ class Machine:
     their order: one reads what earlier ones wrote."""
 
     def __init__(self, *, pages, seqs, rows, shares=True, mixed=None, ends=True):
-        self.kv = KvCache([PagedShape(1, 1, 1)], dtype=torch.float32, num_pages=pages,
-                          page_tokens=PAGE_TOKENS, state_slots=0)  # fmt: skip
+        self.kv = KvCache([PagedShape(1, 1, 1)], HostAllocator(), dtype=torch.float32,
+                          num_pages=pages, page_tokens=PAGE_TOKENS, state_slots=0)  # fmt: skip
         self.admission = Admission(
             self.kv, max_num_seqs=seqs, max_rows=rows, long_rope_after=LONG_AFTER,
             mixed_prefill_rows=mixed,

@@ -1,15 +1,20 @@
 """Slots: every one is free or held, and they do not overlap."""
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from windlass.weights.arena import Arena
+from fakes import FakeDevice
+from windlass.device.base import DeviceMemory
+from windlass.weights.slots import Arena
+
+
+def _memory(num_bytes: int) -> DeviceMemory:
+    return FakeDevice(manual=True).allocate(num_bytes)
 
 
 def make_arena(num_slots: int) -> Arena:
-    return Arena(torch.zeros(num_slots * 4096, dtype=torch.uint8), 4096, num_slots)
+    return Arena(_memory(num_slots * 4096), 4096, num_slots)
 
 
 @given(num_slots=st.integers(1, 6), choices=st.lists(st.integers(0, 11), max_size=60))
@@ -23,7 +28,7 @@ def test_random_allocation_keeps_slots_apart(num_slots: int, choices: list[int])
             if slot is not None:
                 assert slot not in held
                 held[slot] = step % 256
-                arena.bytes_of(slot).fill_(step % 256)
+                arena.memory_of(slot).data.fill_(step % 256)
         elif held:
             slot = sorted(held)[choice % len(held)]
             arena.free(slot)
@@ -32,7 +37,7 @@ def test_random_allocation_keeps_slots_apart(num_slots: int, choices: list[int])
         assert arena.num_free == num_slots - len(held)
         assert arena.held() == held.keys()
         for slot, value in held.items():
-            assert bool((arena.bytes_of(slot) == value).all())
+            assert bool((arena.memory_of(slot).data == value).all())
 
 
 def test_a_slot_that_is_not_held_can_be_neither_freed_nor_read():
@@ -40,7 +45,7 @@ def test_a_slot_that_is_not_held_can_be_neither_freed_nor_read():
     slot = arena.allocate()
     assert slot is not None
     arena.free(slot)
-    for use in (arena.free, arena.bytes_of):
+    for use in (arena.free, arena.memory_of):
         with pytest.raises(AssertionError, match=f"slot {slot} is not held"):
             use(slot)
 
@@ -60,6 +65,6 @@ def test_check_sees_a_lost_and_a_doubled_slot():
 
 def test_sizes_that_direct_reads_cannot_fill_are_refused():
     with pytest.raises(AssertionError, match="slot_bytes: got 100"):
-        Arena(torch.zeros(4096, dtype=torch.uint8), 100, 1)
+        Arena(_memory(4096), 100, 1)
     with pytest.raises(AssertionError, match=r"4096, 4096, 2"):
-        Arena(torch.zeros(4096, dtype=torch.uint8), 4096, 2)
+        Arena(_memory(4096), 4096, 2)

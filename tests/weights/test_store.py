@@ -25,6 +25,7 @@ from windlass.prefetch.policies import FarthestNextUse, LeastRecentlyUsed
 from windlass.trace import Tracer
 from windlass.weights.hints import Hint
 from windlass.weights.store import Arrivals, Lease, WeightStore
+from windlass.weights.transfer import Carrier
 
 
 def make_store(
@@ -33,8 +34,8 @@ def make_store(
     tensors = expert_tensors(num_layers, num_experts, rows=64, columns=160)  # 5 pages each
     source = FakeSource(tensors, gap_bytes=6)
     store = WeightStore(
-        expert_layout(tensors), source, device, {Part.EXPERT: slots},
-        policy=options.pop("policy", FarthestNextUse(num_layers)), block_bytes=4096 * 4, **options,
+        expert_layout(tensors), source, Carrier(device, 4096 * 4), {Part.EXPERT: slots},
+        policy=options.pop("policy", FarthestNextUse(num_layers)), **options,
     )  # fmt: skip
     return store, tensors
 
@@ -451,7 +452,7 @@ def test_real_files_views_and_rows(tmp_path: Path):
     store = WeightStore(
         Layout(parts, ()),
         source,
-        device,
+        Carrier(device),
         {Part.EXPERT: 1, Part.FINAL: 1},
         policy=FarthestNextUse(1),
     )
@@ -484,7 +485,7 @@ def test_odd_offsets_are_copied_once_per_lease(tmp_path: Path):
     source = Checkpoint(tmp_path)
     assert (source.tensors["w"].begin) % 4
     device = CpuDevice(1)
-    store = WeightStore(layout, source, device, {Part.BLOCK: 1}, policy=FarthestNextUse(1))
+    store = WeightStore(layout, source, Carrier(device), {Part.BLOCK: 1}, policy=FarthestNextUse(1))
     for _ in range(2):
         with store.lease(key) as lease:
             assert is_equal(lease.tensors["w"], weight)
@@ -506,7 +507,7 @@ def test_neighbours_are_one_read_and_strangers_are_not():
     layout = Layout({key: tuple(pieces)}, ())
     assert slot_bytes(layout, source.tensors) == {Part.BLOCK: 8192}
     device = FakeDevice()
-    store = WeightStore(layout, source, device, {Part.BLOCK: 1}, policy=FarthestNextUse(1))
+    store = WeightStore(layout, source, Carrier(device), {Part.BLOCK: 1}, policy=FarthestNextUse(1))
     with store.lease(key) as lease:
         for name in "abc":
             assert is_equal(lease.tensors[name], tensors[name])
@@ -552,7 +553,11 @@ def test_a_file_that_shrinks_or_vanishes_during_the_run_is_one_error(tmp_path: P
         save_file(tensors, path)
         source, device = Checkpoint(folder), CpuDevice(2)
         store = WeightStore(
-            expert_layout(tensors), source, device, {Part.EXPERT: 1}, policy=FarthestNextUse(2)
+            expert_layout(tensors),
+            source,
+            Carrier(device),
+            {Part.EXPERT: 1},
+            policy=FarthestNextUse(2),
         )
         store.lease(experts(0, [0])[0]).release()
         if spoil == "shrink":
@@ -584,8 +589,8 @@ def test_the_trace_shows_every_block_on_its_lane(tmp_path: Path):
     tracer = Tracer(tmp_path / "trace.json")
     source, device = Checkpoint(tmp_path), CpuDevice(2, tracer=tracer)
     store = WeightStore(
-        expert_layout(tensors), source, device, {Part.EXPERT: 2},
-        policy=FarthestNextUse(1), tracer=tracer, block_bytes=16384,
+        expert_layout(tensors), source, Carrier(device, 16384), {Part.EXPERT: 2},
+        policy=FarthestNextUse(1), tracer=tracer,
     )  # fmt: skip
     for lease in store.arrivals(experts(0, [0, 1])):
         assert_is_expert(lease, tensors)

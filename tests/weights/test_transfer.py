@@ -10,30 +10,36 @@ from hypothesis import strategies as st
 
 from fakes import FakeDevice, FakeSource
 from windlass.checkpoint.part_reads import Read
+from windlass.device.base import Copy, DeviceMemory
 from windlass.device.cpu import CpuDevice
 from windlass.errors import CheckpointError
+from windlass.ids import DISK_TO_HOST, HOST, Route
 from windlass.weights.io_queue import Priority, Ticket, TicketState
-from windlass.weights.transfer import TransferQueue
+from windlass.weights.transfer import Carrier, TransferQueue, file_copies
 
 PAGE = 4096
 DATA = torch.arange(64 * 1024, dtype=torch.float32)  # 64 pages
 
 
-def make_queue(device, **options) -> TransferQueue:
-    return TransferQueue(FakeSource({"data": DATA}), device, block_bytes=PAGE, **options)
+SOURCE = FakeSource({"data": DATA})
+
+
+def make_queue(device, depth: int | None = None) -> TransferQueue:
+    return TransferQueue({DISK_TO_HOST: Carrier(device, PAGE, depth)})
 
 
 def put(
     queue: TransferQueue, device, label: str, priority: Priority, *, pages: int = 1, first: int = 0
-) -> tuple[Ticket, torch.Tensor, list[str]]:
+) -> tuple[Ticket[Copy], torch.Tensor, list[str]]:
     into = device.allocate(pages * PAGE)
+    read = Read("fake", first * PAGE, pages * PAGE, 0)
     ends: list[str] = []
     with queue.changed:
         ticket = queue.submit(
-            [Read("fake", first * PAGE, pages * PAGE, 0)], into,
-            priority=priority, label=label, on_done=lambda: ends.append(label),
+            file_copies(SOURCE, [read], into, label), priority=priority,
+            on_done=lambda: ends.append(label),
         )  # fmt: skip
-    return ticket, into, ends
+    return ticket, into.data, ends
 
 
 def test_the_most_urgent_block_goes_next_and_equals_in_order():
@@ -168,7 +174,8 @@ def test_whatever_the_order_every_byte_arrives_once(jobs, depth: int, seed: int)
     queue = make_queue(device, depth=depth)
     tickets = []
     for i, (priority, pages, first) in enumerate(jobs):
-        tickets.append((*put(queue, device, str(i), priority, pages=pages, first=first), first))
+        made = put(queue, device, str(i), priority, pages=pages, first=first)
+        tickets.append((*made, first, str(i)))
         if seed % 2 and device.pending:
             device.complete()
     with queue.changed:
@@ -178,8 +185,8 @@ def test_whatever_the_order_every_byte_arrives_once(jobs, depth: int, seed: int)
             queue.cancel(ticket)
         queue.check()
     device.complete_all()
-    for ticket, into, ends, first in tickets:
-        assert ends == [ticket.label]
+    for ticket, into, ends, first, label in tickets:
+        assert ends == [label]
         if ticket.state is TicketState.DONE:
             values = into.view(torch.float32)
             assert torch.equal(values, DATA[first * 1024 : first * 1024 + values.numel()])
@@ -189,6 +196,90 @@ def test_whatever_the_order_every_byte_arrives_once(jobs, depth: int, seed: int)
     assert queue.bytes_in_flight == 0
 
 
+TO_DEVICE = Route(HOST, "device")
+
+
+def send(queue: TransferQueue, source: DeviceMemory, device, label: str, priority: Priority):
+    """A copy of all of `source` into new memory of `device`."""
+    into = device.allocate(source.num_bytes)
+    ends: list[str] = []
+    with queue.changed:
+        ticket = queue.submit(
+            [Copy(source, into, label)], priority=priority, on_done=lambda: ends.append(label)
+        )
+    return ticket, into.data, ends
+
+
+def test_each_route_has_its_own_order_depth_and_device():
+    host, device = FakeDevice(manual=True), FakeDevice(manual=True, name="device")
+    carriers = {DISK_TO_HOST: Carrier(host, PAGE, 2), TO_DEVICE: Carrier(device, 2 * PAGE, 1)}
+    queue = TransferQueue(carriers)
+    ready = host.allocate(4 * PAGE)
+    ready.data.view(torch.float32).copy_(DATA[: 4 * 1024])
+    put(queue, host, "guess", Priority.SPECULATIVE, pages=3)
+    send(queue, ready, device, "guess", Priority.SPECULATIVE)
+    _, there, over = send(queue, ready, device, "now", Priority.DEMAND)
+    assert host.pending == ["guess"] * 2 and device.pending == ["guess"]
+    with queue.changed:
+        rooms = [[queue.has_room(p, route) for p in Priority] for route in carriers]
+    assert rooms == [[True, True, False], [False, False, False]]
+    device.complete_all()
+    assert [copy.label for copy in device.submitted] == ["guess", "now", "now", "guess"]
+    assert [copy.num_bytes for copy in device.submitted] == [2 * PAGE] * 4
+    assert over == ["now"] and torch.equal(there.view(torch.float32), DATA[: 4 * 1024])
+    assert host.pending == ["guess"] * 2, "the other route has not moved"
+    queue.check()
+    host.complete_all()
+    assert queue.bytes_read == 3 * PAGE, "of what came from disk"
+    assert queue.bytes_in_flight == 0
+
+
+def test_a_part_goes_from_its_file_over_the_host_to_a_device():
+    """The end of one ticket begins the next: the callbacks come in that order, under one lock."""
+    host, device = FakeDevice(seed=1), FakeDevice(seed=2, name="device")
+    queue = TransferQueue({DISK_TO_HOST: Carrier(host, PAGE), TO_DEVICE: Carrier(device, PAGE)})
+    staged, there = host.allocate(6 * PAGE), device.allocate(6 * PAGE)
+    order: list[str] = []
+
+    def on_host() -> None:
+        order.append("host")
+        onward = [Copy(staged, there, "onward")]
+        queue.submit(onward, priority=Priority.DEMAND, on_done=lambda: order.append("device"))
+
+    copies = file_copies(SOURCE, [Read("fake", 7 * PAGE, 6 * PAGE, 0)], staged, "part")
+    with queue.changed:
+        queue.submit(copies, priority=Priority.DEMAND, on_done=on_host)
+        queue.wait(lambda: len(order) == 2)
+        queue.check()
+    assert order == ["host", "device"]
+    assert torch.equal(there.data.view(torch.float32), DATA[7 * 1024 : 13 * 1024])
+    queue.close()
+    for one in (host, device):
+        one.close()
+
+
+def test_an_error_on_one_route_ends_the_others():
+    host, device = FakeDevice(manual=True), FakeDevice(manual=True, name="device")
+    queue = TransferQueue({DISK_TO_HOST: Carrier(host, PAGE), TO_DEVICE: Carrier(device, PAGE, 1)})
+    put(queue, host, "a", Priority.DEMAND)
+    _, _, over = send(queue, host.allocate(3 * PAGE), device, "b", Priority.DEMAND)
+    host.complete(error=CheckpointError("shard: truncated"))
+    device.complete()
+    assert not device.pending and not over
+    with queue.changed, pytest.raises(CheckpointError, match="truncated"):
+        queue.wait(lambda: bool(over))
+
+
+def test_a_cpu_copies_within_its_memory():
+    device = CpuDevice(2)
+    source, into = device.allocate(PAGE), device.allocate(PAGE)
+    source.data.fill_(7)
+    errors: list[Exception | None] = []
+    device.submit(Copy(source, into, "within"), errors.append)
+    device.close()
+    assert errors == [None] and int(into.data.sum()) == 7 * PAGE
+
+
 def test_reader_threads_end_with_the_device_and_a_bug_in_a_source_is_reported():
     class Broken(FakeSource):
         def read(self, file: str, offset: int, into: memoryview) -> None:
@@ -196,8 +287,12 @@ def test_reader_threads_end_with_the_device_and_a_bug_in_a_source_is_reported():
 
     before = threading.active_count()
     device = CpuDevice(3)
-    queue = TransferQueue(Broken({"data": DATA}), device)
-    _, _, ends = put(queue, device, "a", Priority.DEMAND)
+    queue = make_queue(device)
+    reads = [Read("fake", 0, PAGE, 0)]
+    copies = file_copies(Broken({"data": DATA}), reads, device.allocate(PAGE), "a")
+    ends: list[str] = []
+    with queue.changed:
+        queue.submit(copies, priority=Priority.DEMAND, on_done=lambda: ends.append("a"))
     with pytest.raises(ZeroDivisionError, match="source"), queue.changed:
         queue.wait(lambda: bool(ends))
     device.synchronize()
@@ -211,14 +306,14 @@ def test_reader_threads_end_with_the_device_and_a_bug_in_a_source_is_reported():
 
 def test_cpu_memory_is_aligned_counted_and_freed():
     device = CpuDevice(1)
-    memory = device.allocate(5000)
+    memory = device.allocate(5000).data
     assert memory.numel() == 5000 and memory.dtype == torch.uint8
     assert memory.data_ptr() % PAGE == 0
     assert device.allocated_bytes == 8192
     memory.fill_(7)
     assert int(memory.sum()) == 35000
     before = shared_kib()
-    big = device.allocate(16 << 20).fill_(1)
+    big = device.allocate(16 << 20).data.fill_(1)
     assert big.numel() and shared_kib() - before < 1024, (
         "counted as shared, not as this process's own"
     )

@@ -12,7 +12,7 @@ import torch
 
 from windlass.decoder.attention import kv_shape, value_width
 from windlass.decoder.delta import state_shapes
-from windlass.decoder.rope import RopeTable
+from windlass.decoder.rope import bytes_per_position
 from windlass.device.host_memory import (
     resident_bytes,
 )
@@ -87,7 +87,7 @@ def sizes_of(model: CheckpointFolder, options: EngineOptions, backend: Backend) 
         bytes_per_token=bytes_per_token(shapes, CACHE_DTYPES[kept_in]),
         kv_cache_dtype=kept_in,
         bytes_per_position=sum(
-            2 * RopeTable(rope).bytes_per_position for rope in ropes(model.spec)
+            2 * bytes_per_position(rope) for rope in ropes(model.spec)
         ),
         row_buffer_bytes=row_buffer_bytes(_embedding(model)),
         state_bytes=state_bytes(shapes),

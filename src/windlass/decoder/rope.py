@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from windlass.device.base import Allocator
 from windlass.models.spec import (
     LinearScaling,
     Llama3Scaling,
@@ -73,21 +74,23 @@ def _yarn(periods_f: torch.Tensor, rope: Rope, scaling: YarnScaling) -> torch.Te
     return 1.0 / (scaling.factor * periods_f) * (1 - keep_f) + 1.0 / periods_f * keep_f
 
 
+def bytes_per_position(rope: Rope) -> int:
+    """Memory of one position in one table; LongRoPE has two tables."""
+    return rope.dim * 4
+
+
 class RopeTable:
-    """Cos and sin of one kind of rotary positions, computed block by block as positions are asked.
+    """Cos and sin of one kind of rotary positions in the memory of one device, computed by the host
+    block by block as positions are asked: their bits are the same on every device.
 
     Holds `bytes_per_position` for each position up to the largest seen.
     """
 
-    def __init__(self, rope: Rope) -> None:
+    def __init__(self, rope: Rope, memory: Allocator) -> None:
         self.rope = rope
+        self._memory = memory
         self._block = max(1, _MAX_BLOCK_ELEMENTS // (rope.dim // 2))
         self._tables: dict[bool, torch.Tensor] = {}  # long? -> (positions, 2, f)
-
-    @property
-    def bytes_per_position(self) -> int:
-        """Memory of one position in one table; LongRoPE has two tables."""
-        return self.rope.dim * 4
 
     def cos_sin(
         self, positions_T: torch.Tensor, *, long_T: torch.Tensor | bool = False
@@ -122,5 +125,6 @@ class RopeTable:
             # fp32 angles as in training; cos and sin of them exact to fp32
             positions = torch.arange(first, first + self._block, dtype=torch.float32)
             angles = (positions[:, None] * inv_freq_f).double()
-            blocks.append(torch.stack((angles.cos(), angles.sin()), dim=1).float() * factor)
+            block = torch.stack((angles.cos(), angles.sin()), dim=1).float() * factor
+            blocks.append(self._memory.tensor(block, dtype=torch.float32))
         return torch.cat(blocks)

@@ -8,16 +8,19 @@ from collections.abc import Sequence
 
 import torch
 
+from windlass.device.base import Allocator
+
 
 class RunningLogprobs:
     """Of token `targets[i]` in row i. Sums are fp64: their order, which depends on how many rows
     come at once, does not reach the fp32 results but where rounding is on the edge."""
 
-    def __init__(self, targets: Sequence[int]) -> None:
-        self._targets = torch.tensor(targets, dtype=torch.long)
-        self._highest = torch.full((len(targets),), -torch.inf)
-        self._total = torch.zeros(len(targets), dtype=torch.float64)  # of exp(logit - highest)
-        self._own = torch.full((len(targets),), -torch.inf)
+    def __init__(self, targets: Sequence[int], memory: Allocator) -> None:
+        count = len(targets)
+        self._targets = memory.tensor(targets, dtype=torch.long)
+        self._highest = memory.empty(count).fill_(-torch.inf)
+        self._total = memory.zeros(count, dtype=torch.float64)  # of exp(logit - highest)
+        self._own = memory.empty(count).fill_(-torch.inf)
 
     def add(self, rows: slice, column: int, logits_RC: torch.Tensor) -> None:
         """The logits of `rows` for the tokens from `column` on; they are overwritten."""

@@ -1,11 +1,13 @@
-"""The seam between memory management and a device: memory, and asynchronous copies into it. Knows
-bytes and files, not weights."""
+"""The seam between memory management and a device: its memory, tensors in it, and asynchronous
+copies into it. Knows bytes and files, not weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
+
+from windlass.ids import DISK, Route
 
 # Direct I/O wants file offsets, lengths and addresses on this boundary: the page size, and at
 # least the logical block size of every disk we know.
@@ -13,7 +15,7 @@ ALIGN_BYTES = 4096
 
 
 class ByteSource(Protocol):
-    """Where copies come from."""
+    """Files that copies come from."""
 
     def read(self, file: str, offset: int, into: memoryview) -> None:
         """Fills `into` from `file` at `offset`; both multiples of ALIGN_BYTES. What lies beyond the
@@ -22,21 +24,94 @@ class ByteSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Copy:
-    """One block to move. `into` is a contiguous uint8 tensor inside memory of `allocate`."""
+class FileRange:
+    """Bytes of a file; `offset` and `num_bytes` are multiples of ALIGN_BYTES."""
 
     source: ByteSource
     file: str
     offset: int
-    into: torch.Tensor
+    num_bytes: int
+
+    @property
+    def tier(self) -> str:
+        return DISK
+
+    def part(self, begin: int, num_bytes: int) -> Self:
+        """`num_bytes` of it from `begin` on."""
+        return type(self)(self.source, self.file, self.offset + begin, num_bytes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DeviceMemory:
+    """Memory of `device`: a contiguous uint8 tensor inside what `allocate` gave."""
+
+    device: "Device"
+    data: torch.Tensor
+
+    @property
+    def tier(self) -> str:
+        return self.device.name
+
+    @property
+    def num_bytes(self) -> int:
+        return self.data.numel()
+
+    def part(self, begin: int, num_bytes: int) -> Self:
+        """`num_bytes` of it from `begin` on."""
+        return type(self)(self.device, self.data[begin : begin + num_bytes])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Copy:
+    """Bytes to move, as many as the source has, between places that do not overlap."""
+
+    source: FileRange | DeviceMemory
+    destination: DeviceMemory
     label: str  # shown in the trace
+
+    @property
+    def num_bytes(self) -> int:
+        return self.source.num_bytes
+
+    @property
+    def route(self) -> Route:
+        return Route(self.source.tier, self.destination.tier)
+
+    def part(self, begin: int, num_bytes: int) -> Self:
+        """The copy of `num_bytes` from `begin` on."""
+        source = self.source.part(begin, num_bytes)
+        return type(self)(source, self.destination.part(begin, num_bytes), self.label)
 
 
 Done = Callable[[Exception | None], None]
 
 
-class Device(Protocol):
+class Allocator(Protocol):
+    """Makes tensors in the memory of one device."""
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """An uninitialised tensor."""
+        ...
+
+    def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A tensor of zeros."""
+        ...
+
+    def tensor(
+        self, values: Sequence[int] | Sequence[bool] | torch.Tensor, *, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """`values`, numbers or a tensor of the host, in this memory. A tensor that already lies
+        there is not copied."""
+        ...
+
+
+class Device(Allocator, Protocol):
     """Memory of one device and the lanes that fill it."""
+
+    @property
+    def name(self) -> str:
+        """Of the tier that its memory is."""
+        ...
 
     @property
     def num_lanes(self) -> int:
@@ -53,14 +128,15 @@ class Device(Protocol):
         """Seconds so far during which at least one copy was being made."""
         ...
 
-    def allocate(self, num_bytes: int) -> torch.Tensor:
-        """A page-aligned uint8 tensor of `num_bytes`; contents undefined. Freed with the tensor."""
+    def allocate(self, num_bytes: int) -> DeviceMemory:
+        """Page-aligned memory; contents undefined. Freed with the last tensor in it."""
         ...
 
     def submit(self, copy: Copy, done: Done) -> None:
-        """Starts `copy` and returns at once. `done(error or None)` is called exactly once, from
-        another thread and never before `submit` has returned to a caller that holds a lock `done`
-        needs; in any order among copies. `into` must not be read before."""
+        """Starts `copy`, whose destination is of this device, and returns at once. `done(error or
+        None)` is called exactly once, from another thread and never before `submit` has returned to
+        a caller that holds a lock `done` needs; in any order among copies. The destination must not
+        be read before, nor the source be changed."""
         ...
 
     def synchronize(self) -> None:

@@ -7,13 +7,17 @@ from queue import SimpleQueue
 
 import torch
 
-from windlass.device.base import ALIGN_BYTES, Copy, Done
+from windlass.device.base import ALIGN_BYTES, Copy, DeviceMemory, Done, FileRange
+from windlass.device.host_memory import HostAllocator
+from windlass.ids import HOST
 from windlass.trace import Tracer
 from windlass.units import round_up
 
 
-class CpuDevice:
-    """`Device` of host memory. `num_threads` reads are in flight at once."""
+class CpuDevice(HostAllocator):
+    """`Device` of host memory. `num_threads` copies are in flight at once."""
+
+    name = HOST
 
     def __init__(self, num_threads: int, *, tracer: Tracer | None = None) -> None:
         assert num_threads >= 1, f"num_threads: got {num_threads}, allowed at least 1"
@@ -46,13 +50,13 @@ class CpuDevice:
             running = time.perf_counter() - self._since if self._reading else 0.0
             return self._busy_s + running
 
-    def allocate(self, num_bytes: int) -> torch.Tensor:
+    def allocate(self, num_bytes: int) -> DeviceMemory:
         """Private anonymous memory, so that it is counted as this process's and freed for good."""
         size = max(round_up(num_bytes, ALIGN_BYTES), ALIGN_BYTES)
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         memory.madvise(mmap.MADV_HUGEPAGE)
         self._allocated_bytes += size
-        return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
+        return DeviceMemory(self, torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes])
 
     def submit(self, copy: Copy, done: Done) -> None:
         with self._changed:
@@ -84,17 +88,26 @@ class CpuDevice:
                 self._since = self._since if self._reading else begin
                 self._reading += 1
             try:
-                copy.source.read(copy.file, copy.offset, copy.into.numpy().data)
+                _make(copy)
             except Exception as caught:  # noqa: BLE001  thread boundary: `done` hands it on
                 error = caught
             with self._changed:
                 end = time.perf_counter()
                 self._reading -= 1
                 self._busy_s += 0.0 if self._reading else end - self._since
-            self._tracer.record(copy.label, lane, begin, end, bytes=copy.into.numel())
+            self._tracer.record(copy.label, lane, begin, end, bytes=copy.num_bytes)
             try:
                 done(error)
             finally:
                 with self._changed:
                     self._under_way -= 1
                     self._changed.notify_all()
+
+
+def _make(copy: Copy) -> None:
+    """Moves the bytes, on the caller's thread."""
+    source, into = copy.source, copy.destination.data
+    if isinstance(source, FileRange):
+        source.source.read(source.file, source.offset, into.numpy().data)
+    else:
+        into.copy_(source.data)

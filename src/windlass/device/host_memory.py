@@ -1,9 +1,10 @@
-"""What the operating system says of this process and machine. Linux; bytes throughout."""
+"""Memory of the host: tensors in it, and what the operating system says of this process and
+machine. Linux; bytes throughout."""
 
 import ctypes
 import math
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -83,15 +84,25 @@ def return_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD_BYTES)
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """An uninitialised tensor. Large ones lie in huge pages of their own: freed, they are given
-    back at once, and made, they cost few page faults (4 KiB pages: 15 % of a large pass)."""
-    return _own_pages(shape, dtype) if _is_large(shape, dtype) else torch.empty(shape, dtype=dtype)
+class HostAllocator:
+    """`Allocator` of host memory. Large tensors lie in huge pages of their own: freed, they are
+    given back at once, and made, they cost few page faults (4 KiB pages: 15 % of a large pass)."""
 
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        if _is_large(shape, dtype):
+            return _own_pages(shape, dtype)
+        return torch.empty(shape, dtype=dtype)
 
-def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """As `empty`, but zero. The system has cleared large ones already: nothing does so again."""
-    return _own_pages(shape, dtype) if _is_large(shape, dtype) else torch.zeros(shape, dtype=dtype)
+    def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The system has cleared large ones already: nothing does so again."""
+        if _is_large(shape, dtype):
+            return _own_pages(shape, dtype)
+        return torch.zeros(shape, dtype=dtype)
+
+    def tensor(
+        self, values: Sequence[int] | Sequence[bool] | torch.Tensor, *, dtype: torch.dtype
+    ) -> torch.Tensor:
+        return torch.as_tensor(values, dtype=dtype)
 
 
 def _is_large(shape: tuple[int, ...], dtype: torch.dtype) -> bool:

@@ -15,7 +15,7 @@ from windlass.checkpoint.reader import Checkpoint, WeightSource
 from windlass.checkpoint.synthetic import preset, random_source
 from windlass.checkpoint.views import make_views
 from windlass.device.base import ALIGN_BYTES
-from windlass.device.host_memory import empty
+from windlass.device.host_memory import HostAllocator
 from windlass.ids import Part
 from windlass.models.names import Layout
 from windlass.models.registry import read_spec
@@ -105,7 +105,8 @@ def cold_parts(
     part_reads = [make_part_reads(key, model.layout, model.source.tensors) for key in keys]
     slot = max(reads.num_bytes for reads in part_reads)
     count = max(fewest, -(-cold_bytes // slot))
-    arena = empty(count * slot + ALIGN_BYTES, dtype=torch.uint8)  # in huge pages, as a run has them
+    # in huge pages, as a run has them
+    arena = HostAllocator().empty(count * slot + ALIGN_BYTES, dtype=torch.uint8)
     start = -arena.data_ptr() % ALIGN_BYTES
     made = []
     for i, reads in zip(range(count), cycle(part_reads), strict=False):

@@ -12,11 +12,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Literal
 
-import torch
-
 from windlass.checkpoint.reader import Checkpoint
 from windlass.checkpoint.safetensors import encode_header
-from windlass.device.base import ALIGN_BYTES, Copy
+from windlass.device.base import ALIGN_BYTES, Copy, FileRange
 from windlass.device.cpu import CpuDevice
 from windlass.doctor.timing import Timing
 from windlass.errors import CheckpointError, UsageError
@@ -227,11 +225,9 @@ class _Lanes:
     def _start(self, lane: int, size: int, places: _Places) -> None:
         file, offset = places.next(size)
         assert offset % ALIGN_BYTES == 0 and size % ALIGN_BYTES == 0
-        into: torch.Tensor = self._memory[lane][:size]
-        self._device.submit(
-            Copy(self._source, file, offset, into, "measure"),
-            lambda error: self._ended.put((lane, error)),
-        )
+        source = FileRange(self._source, file, offset, size)
+        copy = Copy(source, self._memory[lane].part(0, size), "measure")
+        self._device.submit(copy, lambda error: self._ended.put((lane, error)))
 
     def close(self) -> None:
         self._device.close()

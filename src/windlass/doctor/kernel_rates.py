@@ -10,7 +10,7 @@ from math import prod
 
 import torch
 
-from windlass.device.host_memory import empty
+from windlass.device.host_memory import HostAllocator
 from windlass.doctor.bench_model import BenchModel, cold_parts, weight_kind
 from windlass.doctor.timing import Timing, measure
 from windlass.hardware.profile import Curve
@@ -63,7 +63,7 @@ class Findings:
 
 def measure_memory(kernels: Kernels) -> Timing:
     """Seconds to read `_LARGE_BYTES` once by all threads; `memory_rate` makes a rate of it."""
-    large = empty(_LARGE_BYTES // 4).fill_(1.0)
+    large = HostAllocator().empty(_LARGE_BYTES // 4).fill_(1.0)
     return measure(lambda: kernels.read(large), samples=9)
 
 
@@ -107,7 +107,7 @@ def _time_experts(
     group = _GROUP if rows <= _SINGLE_ROWS else 1
     turn = cycle(experts)
     x_TD = torch.randn(rows * group, model.spec.hidden_size)
-    out = empty(rows * group, model.spec.hidden_size)
+    out = HostAllocator().empty(rows * group, model.spec.hidden_size)
     groups = ExpertGroups.even(group, rows)
     activation = model.moe.expert.activation
 

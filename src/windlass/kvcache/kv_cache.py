@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from windlass.device.host_memory import empty, zeros
+from windlass.device.base import Allocator
 from windlass.kvcache.pages import PagePool
 from windlass.tensors import INT8_ZERO, PagedRows
 from windlass.units import round_up
@@ -64,12 +64,13 @@ def state_bytes(shapes: Sequence[CacheShape]) -> int:
 
 
 class KvCache:
-    """Pages and state slots of one device. Owned by the runtime's thread. `dtype` is that of rows:
-    a floating type, or int8."""
+    """Pages and state slots in the memory of one device. Owned by the runtime's thread. `dtype` is
+    that of rows: a floating type, or int8."""
 
     def __init__(
         self,
         shapes: Sequence[CacheShape],
+        memory: Allocator,
         *,
         dtype: torch.dtype,
         num_pages: int,
@@ -84,17 +85,17 @@ class KvCache:
         self._states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for layer, shape in enumerate(shapes):
             if isinstance(shape, StateShape):
-                conv = torch.zeros(state_slots, *shape.conv)
-                self._states[layer] = (conv, torch.zeros(state_slots, *shape.state))
+                conv = memory.zeros(state_slots, *shape.conv)
+                self._states[layer] = (conv, memory.zeros(state_slots, *shape.state))
                 continue
             rows = (num_pages, shape.num_heads, page_tokens)
-            keys = self._keys[layer] = _zero_rows(rows, shape.key_dim, dtype)
+            keys = self._keys[layer] = _zero_rows(memory, rows, shape.key_dim, dtype)
             if shape.value_in_key:
                 view = keys.rows_PKBd[..., : shape.value_dim]
                 self._values[layer] = PagedRows(view, keys.scales_PKB)
                 self._stored[layer] = (keys,)
             else:
-                values = self._values[layer] = _zero_rows(rows, shape.value_dim, dtype)
+                values = self._values[layer] = _zero_rows(memory, rows, shape.value_dim, dtype)
                 self._stored[layer] = (keys, values)
         self.pool = PagePool(num_pages)
         self._free_states = list(range(state_slots - 1, -1, -1))
@@ -158,12 +159,14 @@ class KvCache:
         assert all(0 <= slot < self._state_slots for slot in free), "a free slot is out of range"
 
 
-def _zero_rows(rows: tuple[int, int, int], width: int, dtype: torch.dtype) -> PagedRows:
+def _zero_rows(
+    memory: Allocator, rows: tuple[int, int, int], width: int, dtype: torch.dtype
+) -> PagedRows:
     shape = (*rows, round_up(width, _ALIGN))
     if dtype is not torch.int8:
-        return PagedRows(zeros(*shape, dtype=dtype))
-    codes = empty(*shape, dtype=torch.uint8).fill_(INT8_ZERO)
-    return PagedRows(codes, torch.zeros(rows, dtype=_SCALE))
+        return PagedRows(memory.zeros(*shape, dtype=dtype))
+    codes = memory.empty(*shape, dtype=torch.uint8).fill_(INT8_ZERO)
+    return PagedRows(codes, memory.zeros(*rows, dtype=_SCALE))
 
 
 def _clear(store: PagedRows, pages: list[int]) -> None:

@@ -2,11 +2,12 @@
 with the lanes disk, down, up, host and device, in MoE-Gen's order (one group). Pure arithmetic.
 
 The schedule itself then says how well copies hide behind computation, which closed forms assume.
+Frozen: nothing is added here, and it goes the day the device has costs on the clock.
 """
 
 from collections.abc import Sequence
 
-from windlass.ids import Part, WeightKey
+from windlass.ids import DISK_TO_HOST, HOST, Part, Route, WeightKey
 from windlass.perf.frozen_gpu_tiers import GpuRates, LayerShape, Share
 from windlass.perf.op_cost import seen_by
 from windlass.runtime.clock import LaneJob, LaneWork
@@ -38,7 +39,7 @@ class DeviceCosts:
         """Queries and new keys go up while keys and values of the device's share come down; the
         host's share of the sequences follows its queries and sends its results down."""
         shape, rates, share = self._shape, self._rates, self._share
-        seen, omega = seen_by(rows), share.host_attention
+        seen, omega = seen_by(rows.segments), share.host_attention
         cached = seen.decode_positions * shape.kv
         exchanged = omega * seen.decode_rows * shape.query
         host = (
@@ -77,12 +78,12 @@ class DeviceCosts:
     def head(self, chunk: int, num_rows: int) -> LaneWork:
         return _device(num_rows * self._head_flops / self._rates.dense(max(1, num_rows)))
 
-    def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[str, float]]:
+    def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[Route, float]]:
         """Over the link; parts that are on disk alone come from there first."""
-        down = ("down", num_bytes / self._rates.down)
+        down = (Route(HOST, "device"), num_bytes / self._rates.down)
         if not self._is_on_disk(key):
             return (down,)
-        return (("disk", num_bytes / self._rates.disk), down)
+        return ((DISK_TO_HOST, num_bytes / self._rates.disk), down)
 
     def _is_on_disk(self, key: WeightKey) -> bool:
         """Evenly spread over what does not stay on the device."""

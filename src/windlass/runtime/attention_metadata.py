@@ -1,28 +1,30 @@
-"""Where the rows of a pass are in the cache. Knows no layers."""
+"""Where the tokens of a pass are in the KV cache. Knows no layers."""
 
 from typing import NamedTuple
 
 import torch
 
 from windlass.decoder.delta import DeltaSegment
+from windlass.device.base import Allocator
 from windlass.kernels.interface import AttentionWork
 from windlass.models.spec import Rope
 from windlass.schedule.batch import MicroBatch
 
 
 class AttentionMetadata(NamedTuple):
-    """Where the rows of a micro-batch are: computed once per pass, used by all layers."""
+    """Where the tokens of a micro-batch are: computed once per pass, used by all layers."""
 
-    positions: torch.Tensor
-    pages: torch.Tensor
-    offsets: torch.Tensor
-    long_rope: torch.Tensor
+    positions: torch.Tensor  # of each token in its sequence: (T,) int64
+    pages: torch.Tensor  # that hold them: (T,) int64
+    offsets: torch.Tensor  # within those pages: (T,) int64
+    long_rope: torch.Tensor  # whether of a sequence that may outgrow the original context
     work: AttentionWork
     delta: list[DeltaSegment]
     tables: dict[Rope, tuple[torch.Tensor, torch.Tensor]]  # cos and sin, filled as layers ask
 
 
-def attention_metadata(micro: MicroBatch, page_tokens: int) -> AttentionMetadata:
+def attention_metadata(micro: MicroBatch, page_tokens: int, memory: Allocator) -> AttentionMetadata:
+    """Of the tokens of `micro`, in `memory`; pages hold `page_tokens` tokens."""
     positions: list[int] = []
     pages: list[int] = []
     long_rope: list[bool] = []
@@ -50,7 +52,13 @@ def attention_metadata(micro: MicroBatch, page_tokens: int) -> AttentionMetadata
         )
         for row, s in zip(first_rows, micro.segments, strict=True)
     ]
-    where = torch.tensor(positions)
+    positions_T = memory.tensor(positions, dtype=torch.int64)
     return AttentionMetadata(
-        where, torch.tensor(pages), where % page_tokens, torch.tensor(long_rope), work, delta, {}
+        positions_T,
+        memory.tensor(pages, dtype=torch.int64),
+        positions_T % page_tokens,
+        memory.tensor(long_rope, dtype=torch.bool),
+        work,
+        delta,
+        {},
     )

@@ -4,6 +4,11 @@ import heapq
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from windlass.ids import DISK_TO_HOST, HOST, Route
+
+# Lanes that move bytes, by the route that they serve
+ROUTE_LANES = {DISK_TO_HOST: "disk", Route(HOST, "device"): "down"}
+
 
 class Span(NamedTuple):
     """LaneWork of one lane, in seconds since the clock began."""
@@ -15,8 +20,8 @@ class Span(NamedTuple):
 
 
 class Clock:
-    """Events in the order of their time, equals in the order in which they were asked for. It is
-    also the lock and the wait (`memory.link.Changed`) of what runs on it: all in one thread."""
+    """Events in the order of their time, equals in the order in which they were asked for. Also
+    the lock and the wait (`weights.io_queue.Changed`) of what runs on it: all in one thread."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -94,6 +99,10 @@ class Lanes:
 
     def __getitem__(self, name: str) -> Lane:
         return self._lanes[name]
+
+    def of(self, route: Route) -> Lane:
+        """The lane that serves `route`."""
+        return self._lanes[ROUTE_LANES[route]]
 
     def busy(self) -> dict[str, float]:
         """Seconds that each lane has worked or is committed to."""

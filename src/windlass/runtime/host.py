@@ -1,6 +1,6 @@
 """The runtime that computes: glue between pass, decoder math, weight store and key/value store.
 
-Owns nothing that outlives a pass except the stores and the usage forecast it was given. All calls
+Owns nothing that outlives a pass except the stores it was given. All calls
 come from one thread. The only place where routing is read back to Python.
 """
 
@@ -13,23 +13,23 @@ import torch
 
 from windlass.decoder import block as math
 from windlass.decoder.score import RunningLogprobs
-from windlass.device.host_memory import empty
+from windlass.device.base import Allocator
 from windlass.ids import Part, WeightKey
 from windlass.kernels.interface import Kernels
 from windlass.kvcache.kv_cache import KvCache
 from windlass.models.spec import ModelSpec
 from windlass.prefetch.prefetcher import Prefetcher
-from windlass.prefetch.usage import UsageForecast
 from windlass.runtime.attention_metadata import AttentionMetadata, attention_metadata
 from windlass.runtime.capture import LayerCapture
-from windlass.runtime.embedding import EmbeddingRows
 from windlass.runtime.layer_ops import LayerOps, RoutedRows
+from windlass.runtime.routing_report import RoutingReport
 from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.tensors import plain
 from windlass.trace import Tracer
 from windlass.weights.store import Lease, WeightStore
 
+_EMBED = WeightKey(Part.EMBED)
 _SCORE_BYTES = 8 << 20  # of logits that only a score is taken of
 
 
@@ -54,31 +54,45 @@ class _Final:
     column: int
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a pass is computed with: kernels of a device, and its memory for what they work on."""
+
+    kernels: Kernels
+    memory: Allocator
+    tracer: Tracer
+
+
 class HostRuntime:
-    """Implements `Runtime` on a device whose kernels are given."""
+    """Implements `Runtime` on a machine that is given."""
 
     def __init__(
         self,
         spec: ModelSpec,
-        kernels: Kernels,
+        machine: Machine,
         weights: WeightStore,
         kv: KvCache,
         *,
-        embedding: EmbeddingRows,
         prefetcher: Prefetcher | None,
-        forecast: UsageForecast,
-        tracer: Tracer,
+        routing: RoutingReport,
     ) -> None:
-        """Without an `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
+        """Without a `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
         self._spec = spec
-        self._kernels = kernels
+        self._kernels = kernels = machine.kernels
+        self._memory = machine.memory
+        self._tracer = tracer = machine.tracer
         self._weights = weights
         self._kv = kv
-        self._embedding = embedding
         self._prefetcher = prefetcher
-        self._forecast = forecast
-        self._tracer = tracer
-        self._blocks = LayerOps(spec, kernels, kv, tracer)
+        self._routing = routing
+        self._blocks = LayerOps(
+            spec,
+            kernels,
+            kv,
+            memory=machine.memory,
+            tracer=tracer,
+            wants_scores=routing.wants_scores,
+        )
         self._capture = LayerCapture(spec, self._blocks, kernels, weights, tracer)
         self._metadata: Mapping[int, AttentionMetadata] = {}
         self._outputs: torch.Tensor | None = None
@@ -110,16 +124,27 @@ class HostRuntime:
         with self._tracer.span("embed", rows=batch.num_tokens):
             tokens = [token for segment in batch.segments for token in segment.token_ids]
             self._metadata = {
-                micro.first_token: attention_metadata(micro, self._kv.page_tokens)
+                micro.first_token: attention_metadata(micro, self._kv.page_tokens, self._memory)
                 for micro in batch.micro_batches
             }
-            self._forecast.begin(batch.num_tokens)
-            hidden = math.embed(self._spec, self._embedding.rows(tokens))
+            self._routing.begin(batch)
+            hidden = math.embed(self._spec, self._embedding(tokens))
             hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
 
+    def _embedding(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """(T, D) in the stored type: of the resident table, or just those rows from disk."""
+        if not self._weights.cache.fits(Part.EMBED):
+            return self._weights.read_rows(_EMBED, token_ids)
+        with self._weights.lease(_EMBED) as lease:
+            ids_T = self._memory.tensor(token_ids, dtype=torch.int64)
+            return plain(lease.tensors, "weight")[ids_T]
+
     def replay(self, layer: int) -> bool:
-        return self._capture.layer(layer)
+        done = self._capture.layer(layer)
+        if done is not None and done.routed is not None:
+            self._routing.captured(layer, done.routed)
+        return done is not None
 
     def attention(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:
         part = slice(rows.first_token, rows.first_token + rows.num_tokens)
@@ -128,8 +153,8 @@ class HostRuntime:
 
     def enter_experts(self, layer: int, weights: Lease, hidden: torch.Tensor) -> Routed:
         routed = self._blocks.route(layer, weights.tensors, hidden)
-        counts = {expert: n for expert, n in enumerate(routed.groups.counts_E.tolist()) if n}
-        self._forecast.observe(layer, counts)
+        counts = routed.counts()
+        self._routing.tell(layer, routed, counts)
         shared = self._blocks.shared(layer, weights.tensors, routed)
         outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
         return Routed(tuple(counts), _Rows(routed, counts, outputs, shared))
@@ -138,7 +163,7 @@ class HostRuntime:
         """Memory of one layer's expert outputs, the same for all layers of a pass."""
         if self._outputs is None or self._outputs.shape != shape:
             self._outputs = None  # freed before the next is made
-            self._outputs = empty(*shape)
+            self._outputs = self._memory.empty(*shape)
         return self._outputs
 
     def experts(self, layer: int, group: Sequence[Lease], routed: Routed) -> None:
@@ -163,7 +188,8 @@ class HostRuntime:
             h_RD, h_SD = (self._final_norm(lease, hidden, which) for which in (rows, scored))
             bias_V = plain(lease.tensors, "head_bias").clone() if self._spec.head_bias else None
         logits_RV = h_RD.new_empty(len(rows), self._spec.vocab_size)
-        return _Final(h_RD, logits_RV, bias_V, RunningLogprobs(batch.targets), h_SD, 0)
+        scores = RunningLogprobs(batch.targets, self._memory)
+        return _Final(h_RD, logits_RV, bias_V, scores, h_SD, 0)
 
     def _final_norm(self, final: Lease, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
         if len(rows) == hidden.shape[0]:  # all of them: rows come in their order

@@ -8,10 +8,11 @@ differ (a device, its link and the host); everything else is waited for before i
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 from windlass.checkpoint.part_reads import Read
-from windlass.ids import Part, WeightKey
+from windlass.ids import DISK_TO_HOST, Part, Route, WeightKey
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.prefetch.usage import UsageForecast
 from windlass.runtime.clock import Clock, Lanes, LaneWork, Span
@@ -19,7 +20,7 @@ from windlass.schedule.batch import Batch, MicroBatch
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.weights.cache import WeightCache
 from windlass.weights.eviction import EvictionPolicy
-from windlass.weights.io_queue import IoQueue, Priority, Ticket
+from windlass.weights.io_queue import IoQueue, Link, Priority, Ticket
 from windlass.weights.residency import Entry, num_slots
 from windlass.weights.slots import Slots
 
@@ -50,35 +51,71 @@ class Costs(Protocol):
 
     def head(self, chunk: int, num_rows: int) -> LaneWork: ...
 
-    def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[str, float]]:
-        """Lanes that a block of a part passes on its way into its slot, and the seconds on each."""
+    def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[Route, float]]:
+        """Routes that a block of a part passes on its way into its slot, and the seconds on
+        each."""
         ...
 
 
+class _Bytes(NamedTuple):
+    """Bytes of a part."""
+
+    key: WeightKey
+    num_bytes: int
+
+    def part(self, begin: int, num_bytes: int) -> "_Bytes":
+        return _Bytes(self.key, num_bytes)
+
+
+class _ClockedQueue(IoQueue[_Bytes]):
+    """Blocks take as long on the lanes of their routes as `costs` says."""
+
+    def __init__(self, lanes: Lanes, costs: Costs, depth: int) -> None:
+        super().__init__(lanes.clock, {DISK_TO_HOST: Link(depth)})
+        self._lanes = lanes
+        self._costs = costs
+
+    def _move(self, ticket: Ticket[_Bytes], block: _Bytes) -> None:
+        way = list(self._costs.block(block.key, block.num_bytes))
+
+        def go_on() -> None:
+            if not way:
+                self.arrived(ticket, block.num_bytes)
+                return
+            route, seconds = way.pop(0)
+            self._lanes.of(route).put(seconds, go_on, block.key.part)
+
+        go_on()
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedParts:
+    """Parts of each kind and slots for them. `reads`: of each part, as the checkpoint has them."""
+
+    num_keys: Mapping[Part, int]
+    slots: Mapping[Part, int]
+    reads: Callable[[WeightKey], Sequence[Read]]
+
+
 class SimulatedWeights:
-    """Slots that fill by the clock. `reads`: of each part, as the checkpoint has them."""
+    """Slots that fill by the clock."""
 
     def __init__(
         self,
         lanes: Lanes,
         costs: Costs,
+        parts: SimulatedParts,
         *,
-        num_keys: Mapping[Part, int],
-        slots: Mapping[Part, int],
-        reads: Callable[[WeightKey], Sequence[Read]],
         policy: EvictionPolicy,
         depth: int,
     ) -> None:
         """`depth`: blocks in flight at once."""
-        self._lanes = lanes
-        self._costs = costs
-        self._reads = reads
-        self._queue = IoQueue(
-            self._send, lanes.clock, depth=depth, on_room=lambda: self.cache.pump()
-        )
-        given = num_slots(num_keys, slots)
+        self._reads = parts.reads
+        self._clock = lanes.clock
+        self._queue = _ClockedQueue(lanes, costs, depth)
+        given = num_slots(parts.num_keys, parts.slots)
         self.cache = WeightCache(
-            num_keys,
+            parts.num_keys,
             {part: Slots(count) for part, count in given.items()},
             self._queue,
             self,
@@ -116,24 +153,14 @@ class SimulatedWeights:
             yield group
             self.cache.release(group)
 
-    def fetch(self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]) -> Ticket:
-        reads = self._reads(entry.key)
-        return self._queue.submit(reads, entry.key, priority=priority, label="", on_done=on_done)
+    def fetch(
+        self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]
+    ) -> Ticket[_Bytes]:
+        pieces = [_Bytes(entry.key, read.num_bytes) for read in self._reads(entry.key)]
+        return self._queue.enqueue(DISK_TO_HOST, pieces, priority=priority, on_done=on_done)
 
     def now(self) -> float:
-        return self._lanes.clock.now
-
-    def _send(self, ticket: Ticket, block: Read) -> None:
-        way = list(self._costs.block(ticket.into, block.num_bytes))
-
-        def go_on() -> None:
-            if not way:
-                self._queue.arrived(ticket, block.num_bytes)
-                return
-            lane, seconds = way.pop(0)
-            self._lanes[lane].put(seconds, go_on, ticket.into.part)
-
-        go_on()
+        return self._clock.now
 
 
 class SimulatedRuntime:
@@ -149,7 +176,7 @@ class SimulatedRuntime:
         forecast: UsageForecast,
         router: Router,
     ) -> None:
-        """Without an `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
+        """Without a `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
         self._lanes = lanes
         self._costs = costs
         self._weights = weights
@@ -243,6 +270,6 @@ class SimulatedRuntime:
     def _read_rows(self, num_rows: int) -> None:
         over: list[bool] = []
         seconds = self._costs.embedding_rows(num_rows)
-        self._lanes["disk"].put(seconds, lambda: over.append(True), "embedding")
+        self._lanes.of(DISK_TO_HOST).put(seconds, lambda: over.append(True), "embedding")
         while not over:
             self.clock.wait()

@@ -3,6 +3,7 @@ no weights. The store that moves bytes and the clock that only counts them share
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +21,14 @@ from windlass.weights.stats import StoreStats
 
 class WeightCache:
     """Reads go on by themselves as others arrive, so that the link stays busy while the caller
-    computes: first what is demanded, then the hints, in order (`feed.py`). `pump` must be called
-    whenever the queue has room. One thread calls; all methods take the queue's lock, which may be
-    held."""
+    computes: first what is demanded, then the hints, in order (`feed.py`). One thread calls; all
+    methods take the queue's lock, which may be held."""
 
     def __init__(
         self,
         num_keys: Mapping[Part, int],
         slots: Mapping[Part, Slots],
-        queue: IoQueue,
+        queue: IoQueue[Any],
         mover: Mover,
         *,
         policy: EvictionPolicy,
@@ -40,6 +40,7 @@ class WeightCache:
         self._resident = Residency(num_keys, slots, mover, policy=policy)
         self._feed = Feed(self._resident, queue)
         self._queue = queue
+        queue.listen(self._feed)
         self._changed = queue.changed
         self._mover = mover
         num_experts = num_keys.get(Part.EXPERT, 0)
@@ -94,10 +95,6 @@ class WeightCache:
         given up."""
         with self._changed:
             self._feed.hint(now, added, dropped)
-
-    def pump(self) -> None:
-        """Starts whatever slots and link have room for. Called whenever the link has room."""
-        self._feed.pump()
 
     def check(self) -> None:
         """Slots, entries, leases, demands, the queue and the policy agree."""

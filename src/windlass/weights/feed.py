@@ -3,6 +3,7 @@ at. Knows keys, no bytes; counts what hints brought."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from windlass.errors import BudgetError
 from windlass.ids import Part, WeightKey
@@ -28,7 +29,7 @@ class Feed:
     """Keeps the link busy: `pump` starts whatever there is room for, and must be called whenever a
     slot is free or the queue has room. All calls under the queue's lock."""
 
-    def __init__(self, resident: Residency, queue: IoQueue) -> None:
+    def __init__(self, resident: Residency, queue: IoQueue[Any]) -> None:
         self._resident = resident
         self._queue = queue
         self._hints = HintQueue()

@@ -1,14 +1,17 @@
-"""One priority queue for one link. Cuts reads into blocks, keeps a few in flight and always issues
-the most urgent block next, so that a demand overtakes speculation block by block. Decides only:
-whoever made the queue moves the blocks, or a clock pretends to. Knows bytes, not weights."""
+"""A priority queue for each route. Cuts what is to be moved into blocks, keeps a few in flight and
+always issues the most urgent block next, so that a demand overtakes speculation block by block.
+Decides only: who derives from it moves the blocks, or has a clock pretend to. Knows bytes, not
+weights."""
 
 import heapq
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from enum import Enum, IntEnum
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, Self, TypeVar
 
-from windlass.checkpoint.part_reads import Read
+from windlass.ids import DISK, DISK_TO_HOST, Route
 from windlass.units import MIB
 
 # Direct reads of 1, 4, 16 MiB by 4 threads ran at 1.7, 1.7, 1.8 GB/s (virtual disk, 2 cores busy
@@ -43,106 +46,197 @@ class Changed(AbstractContextManager[Any], Protocol):
     def notify_all(self) -> None: ...
 
 
-class Ticket:
-    """Reads under way into one piece of memory. Changed by its queue only."""
+class Movable(Protocol):
+    """Bytes that are to be moved along a route."""
 
-    __slots__ = ("label", "priority", "state", "num_bytes", "into", "_blocks", "_left", "_on_done")
+    @property
+    def num_bytes(self) -> int: ...
+
+    def part(self, begin: int, num_bytes: int) -> Self:
+        """`num_bytes` of it from `begin` on."""
+        ...
+
+
+B = TypeVar("B", bound=Movable)
+
+
+class Listener(Protocol):
+    """Whoever has more to submit."""
+
+    def pump(self) -> None:
+        """A block has arrived: there may be room on its route."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What a route bears: blocks in flight at once, and the most bytes of one."""
+
+    depth: int
+    block_bytes: int = BLOCK_BYTES
+
+
+class Ticket(Generic[B]):
+    """Blocks under way on one route. Changed by its queue only."""
+
+    __slots__ = ("route", "priority", "state", "num_bytes", "_blocks", "_left", "_on_done")
 
     def __init__(
-        self,
-        label: str,
-        priority: Priority,
-        blocks: list[Read],
-        into: Any,
-        on_done: Callable[[], None],
+        self, route: Route, priority: Priority, blocks: list[B], on_done: Callable[[], None]
     ) -> None:
-        self.label = label
+        self.route = route
         self.priority = priority
         self.state = TicketState.QUEUED
         self.num_bytes = sum(block.num_bytes for block in blocks)
-        self.into = into
         self._blocks = blocks[::-1]  # not yet issued; the next is last
         self._left = len(blocks)  # not yet arrived
         self._on_done = on_done
 
 
-class IoQueue:
-    """Issues blocks through `send`, at most `depth` in flight; `arrived` must follow for each.
+class _Line(Generic[B]):
+    """What waits for one route, and what is on it."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.num_arrived = self.bytes_arrived = 0
+        self.blocks_in_flight = self.bytes_in_flight = 0
+        self._heap: list[tuple[int, int, Ticket[B]]] = []
+        self._pushed = 0
+
+    @property
+    def is_full(self) -> bool:
+        return self.blocks_in_flight >= self.link.depth
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._heap)
+
+    def push(self, ticket: Ticket[B]) -> None:
+        self._pushed += 1
+        heapq.heappush(self._heap, (ticket.priority, self._pushed, ticket))
+
+    def head(self) -> Ticket[B] | None:
+        """The most urgent ticket with blocks to issue; drops entries that have none left. (Of a
+        promoted ticket, the old entry comes up only after the new one, when it has none left.)"""
+        while self._heap:
+            ticket = self._heap[0][2]
+            if ticket._blocks:
+                return ticket
+            heapq.heappop(self._heap)
+        return None
+
+    def has_room(self, priority: Priority) -> bool:
+        head = self.head()
+        if head is not None:
+            return head.priority > priority
+        return priority == Priority.DEMAND or not self.is_full
+
+    def cut(self, whole: B) -> list[B]:
+        size, step = whole.num_bytes, self.link.block_bytes
+        return [whole.part(i, min(step, size - i)) for i in range(0, size, step)]
+
+    def sent(self, num_bytes: int) -> None:
+        self.blocks_in_flight += 1
+        self.bytes_in_flight += num_bytes
+
+    def ended(self, num_bytes: int, *, is_error: bool) -> None:
+        self.blocks_in_flight -= 1
+        self.bytes_in_flight -= num_bytes
+        if not is_error:
+            self.num_arrived += 1
+            self.bytes_arrived += num_bytes
+
+    def clear(self) -> None:
+        self._heap.clear()
+
+    def check(self) -> None:
+        assert 0 <= self.blocks_in_flight <= self.link.depth, self.blocks_in_flight
+        assert (self.blocks_in_flight == 0) == (self.bytes_in_flight == 0), self.bytes_in_flight
+
+
+class IoQueue(ABC, Generic[B]):
+    """Issues blocks of each route, as many in flight as its link bears; `arrived` must follow for
+    each.
 
     `changed` is the one lock of everything that shares this queue; all methods want it held, except
-    `arrived` and `close`. Callbacks run under it, on the thread that says `arrived`: `on_done` of a
-    ticket when its last block is there, `on_room` whenever a block has arrived. `changed` is
-    notified when a ticket ends. The first error of any read ends the queue: `raise_error` raises it
-    from then on, and nothing further is issued.
+    `arrived`. Calls to others run under it, on the thread that says `arrived`: `on_done` of a
+    ticket when its last block is there, the listener whenever a block has arrived. `changed` is
+    notified when a ticket ends. The first error of any block ends the queue: `raise_error` raises
+    it from then on, and nothing further is issued.
     """
 
-    def __init__(
-        self,
-        send: Callable[[Ticket, Read], None],
-        changed: Changed,
-        *,
-        depth: int,
-        block_bytes: int = BLOCK_BYTES,
-        on_room: Callable[[], None] = lambda: None,
-        on_issue: Callable[[int, int], None] = lambda queued, in_flight: None,
-    ) -> None:
-        """`on_issue(tickets queued, bytes in flight)`: for the trace."""
+    def __init__(self, changed: Changed, links: Mapping[Route, Link]) -> None:
         self.changed = changed
-        self.bytes_read = 0
-        self.num_reads = 0
-        self._send = send
-        self._depth = depth
-        self._block_bytes = block_bytes
-        self._on_room = on_room
-        self._on_issue = on_issue
-        self._heap: list[tuple[int, int, Ticket]] = []
-        self._submitted = 0
-        self._blocks_in_flight = 0
-        self._bytes_in_flight = 0
+        self._lines: dict[Route, _Line[B]] = {route: _Line(link) for route, link in links.items()}
+        self._listener: Listener | None = None
         self._error: Exception | None = None
         self._closed = False
 
+    @abstractmethod
+    def _move(self, ticket: Ticket[B], block: B) -> None:
+        """Starts to move `block`. `arrived` follows."""
+
+    def _issued(self) -> None:
+        """What fits has been sent."""
+
+    def listen(self, listener: Listener) -> None:
+        """`listener` is told from now on; there is one."""
+        self._listener = listener
+
+    @property
+    def bytes_read(self) -> int:
+        """Of blocks that have arrived from disk."""
+        return sum(line.bytes_arrived for line in self._from_disk())
+
+    @property
+    def num_reads(self) -> int:
+        """Blocks that have arrived from disk."""
+        return sum(line.num_arrived for line in self._from_disk())
+
     @property
     def bytes_in_flight(self) -> int:
-        return self._bytes_in_flight
+        """On all routes."""
+        return sum(line.bytes_in_flight for line in self._lines.values())
 
-    def has_room(self, priority: Priority) -> bool:
-        """Whether a ticket of `priority` would be served next: nothing as urgent waits, and, for
-        anything but a demand, the link is not full with such blocks."""
-        if self._error is not None or self._closed:
-            return False
-        head = self._head()
-        if head is not None:
-            return head.priority > priority
-        return priority == Priority.DEMAND or self._blocks_in_flight < self._depth
+    @property
+    def num_queued(self) -> int:
+        """Entries that wait, on all routes."""
+        return sum(line.num_queued for line in self._lines.values())
 
-    def submit(
+    def has_room(self, priority: Priority, route: Route = DISK_TO_HOST) -> bool:
+        """Whether a ticket of `priority` would be served next on `route`: nothing as urgent waits,
+        and, for anything but a demand, the link is not full with such blocks."""
+        return not self._is_over and self._lines[route].has_room(priority)
+
+    def enqueue(
         self,
-        reads: Sequence[Read],
-        into: Any,
+        route: Route,
+        pieces: Sequence[B],
         *,
         priority: Priority,
-        label: str,
         on_done: Callable[[], None],
-    ) -> Ticket:
-        """Queues `reads` into `into` and starts what fits."""
-        assert not self._closed, f"{label}: submitted to a closed queue"
-        blocks = [block for read in reads for block in self._cut(read)]
-        ticket = Ticket(label, priority, blocks, into, on_done)
-        self._push(ticket)
-        self._issue()
+    ) -> Ticket[B]:
+        """Queues `pieces` and starts what fits. `on_done`: tickets of one queue belong to different
+        owners (parts, rows of tables), so a single listener could not tell whose has ended."""
+        assert not self._closed, "submitted to a closed queue"
+        line = self._lines[route]
+        blocks = [block for piece in pieces for block in line.cut(piece)]
+        ticket = Ticket(route, priority, blocks, on_done)
+        line.push(ticket)
+        self._issue(line)
         return ticket
 
-    def promote(self, ticket: Ticket, priority: Priority) -> None:
+    def promote(self, ticket: Ticket[B], priority: Priority) -> None:
         """Makes `ticket` more urgent; nothing happens where it already is, or has been issued."""
         if priority >= ticket.priority:
             return
         ticket.priority = priority
         if ticket._blocks:
-            self._push(ticket)
-            self._issue()
+            line = self._lines[ticket.route]
+            line.push(ticket)
+            self._issue(line)
 
-    def cancel(self, ticket: Ticket) -> bool:
+    def cancel(self, ticket: Ticket[B]) -> bool:
         """Drops what has not been issued of `ticket`; `on_done` follows when the rest has arrived,
         perhaps before this returns. False: all is issued, it will be DONE."""
         if not ticket._blocks:
@@ -155,78 +249,60 @@ class IoQueue:
         return True
 
     def raise_error(self) -> None:
-        """Raises the first error of any read, the same to everyone who asks."""
+        """Raises the first error of any block, the same to everyone who asks."""
         if self._error is not None:
             raise self._error
         if self._closed:
             raise RuntimeError("the transfer queue is closed")
 
     def wait(self, is_over: Callable[[], bool]) -> None:
-        """Blocks until `is_over()`; raises the first error of any read instead."""
+        """Blocks until `is_over()`; raises the first error of any block instead."""
         while not is_over():
             self.raise_error()
             self.changed.wait()
 
-    def arrived(self, ticket: Ticket, num_bytes: int, error: Exception | None = None) -> None:
+    def arrived(self, ticket: Ticket[B], num_bytes: int, error: Exception | None = None) -> None:
         """A block that was sent is there, or has failed."""
         with self.changed:
-            self._blocks_in_flight -= 1
-            self._bytes_in_flight -= num_bytes
+            line = self._lines[ticket.route]
+            line.ended(num_bytes, is_error=error is not None)
             try:
                 if error is not None:
                     raise error
-                self.bytes_read += num_bytes
-                self.num_reads += 1
                 ticket._left -= 1
                 if not ticket._left:
                     self._end(ticket)
-                self._issue()
-                self._on_room()
+                self._issue(line)
+                if self._listener is not None:
+                    self._listener.pump()
             except Exception as caught:  # noqa: BLE001  thread boundary: raised at every waiter
                 self._error = self._error or caught
-            if self._error is not None or self._closed:
+            if self._is_over:
                 self.changed.notify_all()
 
     def check(self) -> None:
         """What is counted in flight is what the tickets miss."""
-        assert 0 <= self._blocks_in_flight <= self._depth, self._blocks_in_flight
-        assert (self._blocks_in_flight == 0) == (self._bytes_in_flight == 0), self._bytes_in_flight
-        if self._error is None and not self._closed and self._blocks_in_flight < self._depth:
-            assert self._head() is None, "a block waits although the link has room"
+        for line in self._lines.values():
+            line.check()
+            if not self._is_over and not line.is_full:
+                assert line.head() is None, "a block waits although the link has room"
 
-    def _cut(self, read: Read) -> list[Read]:
-        step = self._block_bytes
-        return [
-            Read(read.file, read.offset + i, min(step, read.num_bytes - i), read.at + i)
-            for i in range(0, read.num_bytes, step)
-        ]
+    @property
+    def _is_over(self) -> bool:
+        return self._error is not None or self._closed
 
-    def _push(self, ticket: Ticket) -> None:
-        self._submitted += 1
-        heapq.heappush(self._heap, (ticket.priority, self._submitted, ticket))
+    def _from_disk(self) -> list[_Line[B]]:
+        return [line for route, line in self._lines.items() if route.source == DISK]
 
-    def _head(self) -> Ticket | None:
-        """The most urgent ticket with blocks to issue; drops entries that have none left. (Of a
-        promoted ticket, the old entry comes up only after the new one, when it has none left.)"""
-        while self._heap:
-            ticket = self._heap[0][2]
-            if ticket._blocks:
-                return ticket
-            heapq.heappop(self._heap)
-        return None
-
-    def _issue(self) -> None:
-        if self._error is not None or self._closed:
-            return
-        while self._blocks_in_flight < self._depth and (ticket := self._head()) is not None:
+    def _issue(self, line: _Line[B]) -> None:
+        while not self._is_over and not line.is_full and (ticket := line.head()) is not None:
             block = ticket._blocks.pop()
             ticket.state = TicketState.STARTED
-            self._blocks_in_flight += 1
-            self._bytes_in_flight += block.num_bytes
-            self._send(ticket, block)
-        self._on_issue(len(self._heap), self._bytes_in_flight)
+            line.sent(block.num_bytes)
+            self._move(ticket, block)
+        self._issued()
 
-    def _end(self, ticket: Ticket) -> None:
+    def _end(self, ticket: Ticket[B]) -> None:
         if ticket.state is not TicketState.CANCELLED:
             ticket.state = TicketState.DONE
         ticket._on_done()

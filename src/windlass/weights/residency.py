@@ -24,7 +24,7 @@ class Entry:
     def __init__(self, key: WeightKey, slot: int) -> None:
         self.key = key
         self.slot = slot
-        self.ticket: Ticket | None = None
+        self.ticket: Ticket[Any] | None = None
         self.leases = 0
         self.demands: list[Demand] = []  # that still want it
         self.prefetched_bytes = 0  # read because of a hint, and not used yet
@@ -38,7 +38,9 @@ class Entry:
 class Mover(Protocol):
     """Whoever brings parts into slots: a store moves their bytes, a clock counts their seconds."""
 
-    def fetch(self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]) -> Ticket:
+    def fetch(
+        self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]
+    ) -> Ticket[Any]:
         """Begins to read a part into its slot; `on_done` follows under the queue's lock."""
         ...
 
@@ -104,7 +106,7 @@ class Residency:
         """Entries of one kind."""
         return [entry for entry in self.entries.values() if entry.key.part == part]
 
-    def loading(self) -> list[tuple[Entry, Ticket]]:
+    def loading(self) -> list[tuple[Entry, Ticket[Any]]]:
         """Entries under way, in the order in which they were begun."""
         return [(e, e.ticket) for e in self.entries.values() if e.ticket is not None]
 

@@ -1,4 +1,6 @@
-"""Equal slots, by number. Knows no memory."""
+"""Equal slots, by number, and in one stretch of memory. Knows bytes, not what lies in them."""
+
+from windlass.device.base import ALIGN_BYTES, DeviceMemory
 
 
 class Slots:
@@ -36,3 +38,19 @@ class Slots:
         assert len(set(self._free)) == len(self._free), "a slot is free twice"
         assert not self._held.intersection(self._free), "a slot is free and held"
         assert self._held.union(self._free) == set(range(self.num_slots)), "a slot is lost"
+
+
+class Arena(Slots):
+    """`num_slots` slots of `slot_bytes` in `memory`."""
+
+    def __init__(self, memory: DeviceMemory, slot_bytes: int, num_slots: int) -> None:
+        assert slot_bytes > 0 and slot_bytes % ALIGN_BYTES == 0, f"slot_bytes: got {slot_bytes}"
+        assert memory.num_bytes >= slot_bytes * num_slots, (memory.num_bytes, slot_bytes, num_slots)
+        super().__init__(num_slots)
+        self.slot_bytes = slot_bytes
+        self._memory = memory
+
+    def memory_of(self, slot: int) -> DeviceMemory:
+        """The memory of a held slot: `slot_bytes`."""
+        assert slot in self._held, f"slot {slot} is not held"
+        return self._memory.part(slot * self.slot_bytes, self.slot_bytes)

@@ -13,20 +13,20 @@ import torch
 from windlass.checkpoint.part_reads import PartReads, make_part_reads, slot_bytes
 from windlass.checkpoint.reader import WeightSource
 from windlass.checkpoint.views import copied_bytes, make_views
-from windlass.device.base import Device
-from windlass.ids import Part, WeightKey
+from windlass.device.base import Copy, DeviceMemory
+from windlass.ids import DISK, Part, Route, WeightKey
 from windlass.models.names import Layout
 from windlass.tensors import StoredTensors, Tensors
 from windlass.trace import Tracer
-from windlass.weights.arena import Arena
 from windlass.weights.cache import WeightCache
 from windlass.weights.demand import Demand
 from windlass.weights.eviction import EvictionPolicy
-from windlass.weights.io_queue import BLOCK_BYTES, Priority, Ticket
+from windlass.weights.io_queue import Priority, Ticket
 from windlass.weights.residency import Entry, num_slots
 from windlass.weights.row_reader import RowReader
+from windlass.weights.slots import Arena
 from windlass.weights.stats import StoreStats
-from windlass.weights.transfer import TransferQueue
+from windlass.weights.transfer import Carrier, TransferQueue, file_copies
 
 
 @dataclass(slots=True)
@@ -50,13 +50,14 @@ class WeightStore:
         self,
         layout: Layout,
         source: WeightSource,
-        device: Device,
+        disk: Carrier,
         slots: Mapping[Part, int],
         *,
         policy: EvictionPolicy,
         tracer: Tracer | None = None,
-        block_bytes: int = BLOCK_BYTES,
     ) -> None:
+        """`disk`: who carries parts from disk into memory of its device."""
+        device = disk.device
         self._layout = layout
         self._source = source
         num_keys = Counter(key.part for key in layout.parts)
@@ -66,13 +67,8 @@ class WeightStore:
             part: Arena(device.allocate(sizes[part] * count), sizes[part], count)
             for part, count in given.items()
         }
-        self._queue = TransferQueue(
-            source,
-            device,
-            block_bytes=block_bytes,
-            on_room=lambda: self.cache.pump(),
-            tracer=tracer,
-        )
+        carriers = {Route(DISK, device.name): disk}
+        self._queue = TransferQueue(carriers, tracer=tracer)
         self._changed = self._queue.changed
         self.cache = WeightCache(
             num_keys,
@@ -89,7 +85,7 @@ class WeightStore:
                 (piece,) = layout.parts[key]
                 info = source.tensors[piece.tensor]
                 assert not piece.ops and piece.shape == info.shape, f"{key}: rows of {piece}"
-                self._rows[key] = RowReader(info, self._queue, device)
+                self._rows[key] = RowReader(info, source, self._queue, device)
         self._dropped: deque[tuple[Demand, list[Lease]]] = deque()
         self._rows_wait_s = 0.0
 
@@ -171,29 +167,27 @@ class WeightStore:
         content: _Content = entry.content
         if content.tensors is not None:
             return content.tensors
-        tensors, has_copies = make_views(content.part_reads, self._memory_of(entry))
+        tensors, has_copies = make_views(content.part_reads, self._memory_of(entry).data)
         if not has_copies:  # copies are outside the budget's slots: they end with the lease
             content.tensors = tensors
         return tensors
 
-    def fetch(self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]) -> Ticket:
+    def fetch(
+        self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]
+    ) -> Ticket[Copy]:
         part_reads = make_part_reads(entry.key, self._layout, self._source.tensors)
         entry.content = _Content(part_reads)
-        return self._queue.submit(
-            part_reads.reads,
-            self._memory_of(entry),
-            priority=priority,
-            label=str(entry.key),
-            on_done=on_done,
-        )
+        into = self._memory_of(entry)
+        copies = file_copies(self._source, part_reads.reads, into, str(entry.key))
+        return self._queue.submit(copies, priority=priority, on_done=on_done)
 
     def now(self) -> float:
         """Seconds, for the time that callers wait."""
         return time.perf_counter()
 
-    def _memory_of(self, entry: Entry) -> torch.Tensor:
-        """The slot of `entry`: uint8."""
-        return self._arenas[entry.key.part].bytes_of(entry.slot)
+    def _memory_of(self, entry: Entry) -> DeviceMemory:
+        """The slot of `entry`."""
+        return self._arenas[entry.key.part].memory_of(entry.slot)
 
     def _tidy(self) -> None:
         while self._dropped:

@@ -1,72 +1,85 @@
-"""The link from a source into memory of a device: a `IoQueue` whose blocks are the device's
-copies. Knows files and bytes, not weights."""
+"""Routes between files and memories of devices: an `IoQueue` whose blocks are the devices' copies.
+Knows files and bytes, not weights."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from windlass.checkpoint.part_reads import Read
-from windlass.device.base import ALIGN_BYTES, ByteSource, Copy, Device
+from windlass.device.base import (
+    ALIGN_BYTES,
+    ByteSource,
+    Copy,
+    Device,
+    DeviceMemory,
+    FileRange,
+)
+from windlass.ids import Route
 from windlass.trace import Tracer
 from windlass.units import MIB
-from windlass.weights.io_queue import BLOCK_BYTES, IoQueue, Priority, Ticket
+from windlass.weights.io_queue import BLOCK_BYTES, IoQueue, Link, Priority, Ticket
 
 
-class TransferQueue(IoQueue):
-    """Moves bytes from `source` into memory of `device`, at most `depth` blocks in flight.
-    Callbacks run on the device's threads. `into` of `submit` is uint8."""
+@dataclass(frozen=True, slots=True)
+class Carrier:
+    """What moves the blocks of a route. `depth`: blocks in flight; by default one waits behind
+    those being moved, so that a lane never idles for our lock."""
 
-    def __init__(
-        self,
-        source: ByteSource,
-        device: Device,
-        *,
-        depth: int | None = None,
-        block_bytes: int = BLOCK_BYTES,
-        on_room: Callable[[], None] = lambda: None,
-        tracer: Tracer | None = None,
-    ) -> None:
-        assert block_bytes > 0 and block_bytes % ALIGN_BYTES == 0, f"block_bytes: {block_bytes}"
-        tracer = tracer or Tracer()
-        self._source = source
-        self._device = device
+    device: Device
+    block_bytes: int = BLOCK_BYTES
+    depth: int | None = None
+
+    @property
+    def link(self) -> Link:
+        size = self.block_bytes
+        assert size > 0 and size % ALIGN_BYTES == 0, f"block_bytes: {size}"
+        return Link(self.depth or self.device.num_lanes + 1, size)
+
+
+class TransferQueue(IoQueue[Copy]):
+    """Makes copies along the routes that have a carrier. Callbacks run on the devices' threads."""
+
+    def __init__(self, carriers: Mapping[Route, Carrier], *, tracer: Tracer | None = None) -> None:
+        self._carriers = dict(carriers)
+        self._tracer = tracer or Tracer()
         self._condition = threading.Condition(threading.RLock())
-        super().__init__(
-            self._copy,
-            self._condition,
-            # One block waits behind those being read: a lane never idles for our lock.
-            depth=depth or device.num_lanes + 1,
-            block_bytes=block_bytes,
-            on_room=on_room,
-            on_issue=lambda queued, in_flight: tracer.counter(
-                "transfers", queued=queued, mib_in_flight=in_flight / MIB
-            ),
-        )
+        super().__init__(self._condition, {r: one.link for r, one in carriers.items()})
 
     def submit(
-        self,
-        reads: Sequence[Read],
-        into: torch.Tensor,
-        *,
-        priority: Priority,
-        label: str,
-        on_done: Callable[[], None],
-    ) -> Ticket:
-        return super().submit(reads, into, priority=priority, label=label, on_done=on_done)
+        self, copies: Sequence[Copy], *, priority: Priority, on_done: Callable[[], None]
+    ) -> Ticket[Copy]:
+        """Queues `copies`, all of one route, and starts what fits."""
+        (route,) = {copy.route for copy in copies}
+        return self.enqueue(route, copies, priority=priority, on_done=on_done)
 
     def close(self) -> None:
-        """Issues nothing more and returns when nothing is in flight. Idempotent."""
+        """Issues nothing more and returns when nothing is in flight. Takes the lock; idempotent."""
         with self._condition:
             self._closed = True
             self._condition.notify_all()
-            self._condition.wait_for(lambda: self._blocks_in_flight == 0)
-            self._heap.clear()
+            self._condition.wait_for(lambda: not self.bytes_in_flight)
+            for line in self._lines.values():
+                line.clear()
 
-    def _copy(self, ticket: Ticket, block: Read) -> None:
-        memory = ticket.into[block.at : block.at + block.num_bytes]
-        self._device.submit(
-            Copy(self._source, block.file, block.offset, memory, ticket.label),
-            partial(self.arrived, ticket, block.num_bytes),
+    def _move(self, ticket: Ticket[Copy], block: Copy) -> None:
+        done = partial(self.arrived, ticket, block.num_bytes)
+        self._carriers[ticket.route].device.submit(block, done)
+
+    def _issued(self) -> None:
+        mib = self.bytes_in_flight / MIB
+        self._tracer.counter("transfers", queued=self.num_queued, mib_in_flight=mib)
+
+
+def file_copies(
+    source: ByteSource, reads: Iterable[Read], into: DeviceMemory, label: str
+) -> list[Copy]:
+    """`reads` from the files of `source` to their places in `into`."""
+    return [
+        Copy(
+            FileRange(source, read.file, read.offset, read.num_bytes),
+            into.part(read.at, read.num_bytes),
+            label,
         )
+        for read in reads
+    ]
