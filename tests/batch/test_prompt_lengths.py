@@ -140,7 +140,8 @@ def test_prompt_tokens_that_are_predicted_are_those_that_are_computed(tmp_path, 
     assert summary.ok == len(bodies) and stats.input_tokens == whole
     assert sum(p.prompt_tokens for p in predicted.phases.values()) == stats.prompt_tokens
     assert (stats.prompt_tokens < whole / 2) if is_on else (stats.prompt_tokens == whole)
-    assert summary.check.accuracy.done == 1
+    check: Any = summary.check
+    assert check.accuracy.done == 1
     assert predicted.total_tokens_s == pytest.approx(
         (whole + stats.generated_tokens) / predicted.total_s
     )

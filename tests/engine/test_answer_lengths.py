@@ -80,7 +80,7 @@ def test_a_page_is_kept_as_far_as_it_is_likely_to_be_wanted():
 
 
 def _passes(draw, *, pages, learns, seed=0):
-    """Passes and preemptions of a job of 200 requests whose answers have `draw` tokens."""
+    """Passes and preemptions of a job of 120 requests whose answers have `draw` tokens."""
     chance = random.Random(seed)
     kv = KvCache(
         [],
@@ -92,7 +92,7 @@ def _passes(draw, *, pages, learns, seed=0):
     )
     admission = Admission(kv, max_num_seqs=128, max_rows=640, long_rope_after=None)
     params, ends = SamplingParams(max_tokens=MOST), {}
-    for i in range(200):
+    for i in range(120):
         one = Request(str(i), (1,) * chance.randint(32, 200), params, "")
         ends[str(i)] = max(1, min(MOST, int(draw(chance))))
         admission.add(QueuedSequence(one, 0, MOST, 1000))
@@ -115,7 +115,7 @@ def test_less_is_kept_free_for_answers_that_are_short(pages):
     """A simulation: fewer passes, for hardly more that is computed again."""
 
     def job(draw):
-        found = [[_passes(draw, pages=pages, learns=learns, seed=s) for s in range(3)]
+        found = [[_passes(draw, pages=pages, learns=learns, seed=s) for s in range(2)]
                  for learns in (False, True)]  # fmt: skip
         return [[sum(column) for column in zip(*each, strict=True)] for each in found]
 
