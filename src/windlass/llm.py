@@ -17,9 +17,9 @@ from windlass.build.open import open_engine
 from windlass.doctor.kept import kept_profile
 from windlass.engine.engine import Engine
 from windlass.engine.engine_stats import EngineStats
-from windlass.engine.feed import Entry, Feed
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.request import Request
+from windlass.engine.request_feed import FeedEntry, RequestFeed
 from windlass.engine.service import Service
 from windlass.errors import RequestError, UsageError
 from windlass.options import EngineOptions
@@ -72,7 +72,7 @@ class LLM:
         self._service = Service(self._engine)
         self._closed = False
         self._ids = itertools.count()
-        self._feed = Feed(self._service, self._engine.capacity)
+        self._feed = RequestFeed(self._service, self._engine.capacity)
         self._last_run: _LastRun | None = None
 
     def __enter__(self) -> "LLM":
@@ -223,7 +223,7 @@ class LLM:
 
     def _entries(
         self, rows: Iterable[tuple[Any, SamplingParams]], encoder: Encoder, on_error: OnError
-    ) -> Iterator[Entry]:
+    ) -> Iterator[FeedEntry]:
         """Rows as requests that the engine will take; bad ones raise or become failures."""
         for place, (row, params) in enumerate(rows):
             request_id = str(next(self._ids))
@@ -232,13 +232,13 @@ class LLM:
                 # the place is the seed's name: the same call gives the same text again
                 request = Request(request_id, tuple(ids), params, seed_key=str(place))
                 self._service.validate(request)
-                entry = Entry(request_id, text, request)
+                entry = FeedEntry(request_id, text, request)
             except RequestError as error:
                 if on_error == "raise":
                     raise _of_prompt(place, error) from error
                 text = row if isinstance(row, str) else None
                 failure = RequestOutput.failed(request_id, str(error), prompt=text)
-                entry = Entry(request_id, text, failure=failure)
+                entry = FeedEntry(request_id, text, failure=failure)
             yield entry
 
     def _check_open(self) -> None:
@@ -267,7 +267,7 @@ class _LastRun:
         return None if check is None else check.to_json()
 
 
-def _work(entries: Iterable[Entry]) -> Workload | None:
+def _work(entries: Iterable[FeedEntry]) -> Workload | None:
     """All sequences of what was run; None where there was nothing to run."""
     lengths = [
         (len(entry.request.prompt_token_ids), expected_output(entry.request.params.max_tokens))

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from engines import engine_for, make_model, prompts, request, run_all
 from machines import machine
 from windlass.build import expected
-from windlass.build.expected import Compared, Expected, OtherWork
+from windlass.build.expected import Compared, EngineExpectation, OtherWork
 from windlass.cli import main
 from windlass.cli.summary import phase_json, phase_lines
 from windlass.llm import LLM
@@ -32,12 +33,15 @@ def test_a_run_is_compared_in_its_summary(path):
         assert engine.compare({}) is None, "nothing was planned for"
         run_all(engine, [request(f"r{i}", p) for i, p in enumerate(prompts((30,) * 12))])
         stats = engine.stats()
-        known = engine._expectation
+        known: Any = engine._expectation
         for profile, is_sure in ((machine(), True), (replace(machine(), source="assumed"), False)):
             work = Workload.from_lengths(30, 8, 12)
-            check = Expected(known._spec, known._sizes, profile, work=work).compare(
+            problem = replace(known._chosen.problem, profile=profile)
+            chosen = replace(known._chosen, problem=problem, workload=work)
+            check = EngineExpectation(chosen).compare(
                 engine.plan, None, stats.phases, is_warm=False
             )
+            assert check is not None
             assert check.accuracy.done == 1
             assert check.accuracy.total.measured_s == pytest.approx(stats.pass_s)
             assert check.accuracy.total.predicted_s > 0

@@ -10,7 +10,7 @@ import torch
 from backends import LIBRARY
 from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
 from recorder import RoutingRecorder, Seen, observed_by
-from windlass.kernels.cpu.capture import NativeCapture
+from windlass.kernels.cpu.native_capture import NativeCapture
 from windlass.models.registry import read_spec
 from windlass.models.spec import Moe, SigmoidTopK, SoftmaxTopK
 from windlass.prefetch.usage import UsageForecast

@@ -212,7 +212,7 @@ class FakeEngine:
 
 def fake_store_stats(passes: int) -> StoreStats:
     """Three of four experts are found; of what is prefetched half is used."""
-    counts = {
+    counts: dict[str, Any] = {
         field.name: 0 for field in fields(StoreStats) if field.name not in ("requests", "hits")
     }
     return StoreStats(

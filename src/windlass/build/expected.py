@@ -65,7 +65,7 @@ class Compared:
         return {**self.accuracy.to_json(), "others_cpu_share": self.others}
 
 
-class Expected:
+class EngineExpectation:
     """Predictions for one engine, by what was chosen for it."""
 
     def __init__(self, chosen: Chosen) -> None:

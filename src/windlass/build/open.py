@@ -34,7 +34,7 @@ from windlass.kvcache.kv_cache import (
 from windlass.weights.store import WeightStore
 from windlass.weights.transfer import Carrier
 from windlass.checkpoint.folder import (CheckpointFolder, read_model)
-from windlass.build.expected import Expected
+from windlass.build.expected import EngineExpectation
 from windlass.build.checkpoint_sizes import wanted_of
 from windlass.build.checkpoint_sizes import useful_threads
 from windlass.build.checkpoint_sizes import sizes_of
@@ -162,7 +162,7 @@ def _setup(
             prefix_caching=plan.prefix_caching,
         ),
         fingerprint=_fingerprint(model, tokenizer, options, backend),
-        expectation=Expected(chosen),
+        expectation=EngineExpectation(chosen),
     )
 
 

@@ -11,7 +11,7 @@ from windlass.engine.request import WINDOW, Request
 from windlass.engine.service import Service, Stream
 
 
-class Entry(NamedTuple):
+class FeedEntry(NamedTuple):
     """One prompt, checked: a request, or why there is none."""
 
     request_id: str
@@ -20,7 +20,7 @@ class Entry(NamedTuple):
     failure: RequestOutput | None = None
 
 
-class Feed:
+class RequestFeed:
     """Runs entries through `service`, whose engine computes `capacity` sequences at once."""
 
     def __init__(self, service: Service, capacity: int) -> None:
@@ -33,7 +33,7 @@ class Feed:
         """Whether no results are being iterated."""
         return not self._streams
 
-    def results(self, entries: Iterator[Entry]) -> Generator[RequestOutput, None, None]:
+    def results(self, entries: Iterator[FeedEntry]) -> Generator[RequestOutput, None, None]:
         """Results as they end. What has not ended when the caller stops is aborted. Raises what
         ends the service, UsageError once it is closed."""
         texts: dict[str, str | None] = {}  # of prompts in the engine
