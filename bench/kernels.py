@@ -31,7 +31,7 @@ from machine import (
 from matrices import FORMATS, Matrix, bf16, num_bytes
 from torch.nn.functional import linear, silu
 
-from windlass.device.host_memory import empty
+from windlass.device.host_memory import HostAllocator
 from windlass.kernels.cpu import library
 from windlass.kernels.cpu.native import NativeKernels
 from windlass.kernels.interface import AttentionOptions, AttentionWork, ExpertGroups
@@ -125,7 +125,7 @@ def _measure_group(
     """Seconds of one expert over `rows` rows, median."""
     group = min(_GROUP if rows <= 256 else 1, len(experts))
     x_TD = torch.randn(rows * group, shape.hidden)
-    out = empty(rows * group, shape.hidden)
+    out = HostAllocator().empty(rows * group, shape.hidden)
     groups = ExpertGroups.even(group, rows)
     parts = [
         dict(enumerate(experts[i : i + group])) for i in range(0, len(experts) - group + 1, group)

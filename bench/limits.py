@@ -14,7 +14,7 @@ from pathlib import Path
 
 from machine import Others
 
-from windlass.device.host_memory import available_bytes, empty
+from windlass.device.host_memory import HostAllocator, available_bytes
 
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
@@ -83,7 +83,7 @@ def touch_memory() -> None:
     free for a while, and the next to use it waits (measured: 1 GB/s instead of 30): without, a run
     pays for how long the machine idled before it."""
     count = int(_TOUCHED_SHARE * available_bytes()) // _TOUCHED_AT_ONCE
-    held = [empty(_TOUCHED_AT_ONCE // 4).zero_() for _ in range(count)]
+    held = [HostAllocator().empty(_TOUCHED_AT_ONCE // 4).zero_() for _ in range(count)]
     held.clear()  # none before the last is touched
 
 

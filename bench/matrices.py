@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from windlass.device.host_memory import empty
+from windlass.device.host_memory import HostAllocator
 from windlass.formats import WeightFormat
 from windlass.tensors import Packed, Tensors
 from windlass.units import MIB, round_up
@@ -26,7 +26,7 @@ class _Arena:
         """A copy of a contiguous tensor."""
         size = part.numel() * part.itemsize
         if size > self._left.numel():
-            self._left = empty(max(size, self._BYTES), dtype=torch.uint8)
+            self._left = HostAllocator().empty(max(size, self._BYTES), dtype=torch.uint8)
         here = self._left[:size]
         self._left = self._left[round_up(size, self._ALIGNMENT) :]
         return here.view(part.dtype).view(part.shape).copy_(part)

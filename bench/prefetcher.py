@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 from machine import describe, table, write
 
+from windlass import ids
 from windlass.checkpoint.part_reads import Read
 from windlass.ids import Part, WeightKey
 from windlass.prefetch import prefetcher as prefetching
 from windlass.prefetch.policies import FarthestNextUse
 from windlass.prefetch.usage import UsageForecast
+from windlass.runtime import simulated
 from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
-from windlass.runtime.simulated import SimulatedWeights
 from windlass.schedule.passes import PassShape
 
 _TOP_K = 8
@@ -46,11 +47,16 @@ class Setting:
     skew: float
 
 
+def _reads(key: WeightKey) -> tuple[Read, ...]:
+    return (Read("", 0, 1, 0),)
+
+
 class _Disk:
     """What reading a part asks of the lanes."""
 
-    def block(self, key: WeightKey, num_bytes: int) -> tuple[tuple[str, float], ...]:
-        return (("disk", _BLOCK_S),)
+    def block(self, key: WeightKey, num_bytes: int) -> tuple[tuple[Any, float], ...]:
+        route: Any = getattr(ids, "DISK_TO_HOST", "disk")  # a name, in older code
+        return ((route, _BLOCK_S),)
 
 
 class _Model:
@@ -59,16 +65,18 @@ class _Model:
     def __init__(self, setting: Setting) -> None:
         layers, experts = setting.layers, setting.experts
         usage: Any = UsageForecast([experts] * layers, _TOP_K)
-        # until November 2026 another object held the tokens of the pass
+        # in older code another object holds the tokens of the pass
         wrapped: Any = getattr(prefetching, "ExpertForecast", None)
         self.forecast = usage if wrapped is None else wrapped(usage)
         self.lanes = Lanes(Clock(), ("disk", "host"))
         keys = {Part.EXPERT: layers * experts, Part.BLOCK: layers, Part.HEAD: 1}
-        costs: Any = _Disk()
-        self.weights = SimulatedWeights(
-            self.lanes, costs, num_keys=keys,
-            slots=keys | {Part.EXPERT: max(4 * _TOP_K, int(setting.resident * layers * experts))},
-            reads=lambda key: (Read("", 0, 1, 0),), depth=_DEPTH,
+        slots = keys | {Part.EXPERT: max(4 * _TOP_K, int(setting.resident * layers * experts))}
+        parts: dict[str, Any] = {"num_keys": keys, "slots": slots, "reads": _reads}
+        together: Any = getattr(simulated, "SimulatedParts", None)  # one by one, in older code
+        make: Any = simulated.SimulatedWeights
+        self.weights = make(
+            self.lanes, _Disk(), *(() if together is None else (together(**parts),)),
+            **(parts if together is None else {}), depth=_DEPTH,
             policy=FarthestNextUse(layers, probability=self.forecast.probability),
         )  # fmt: skip
         self.prefetcher = prefetching.Prefetcher(
