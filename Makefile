@@ -51,9 +51,10 @@ test-native: $(STAMP)
 test-all: setup
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
 
-# What `make test` reaches of src/, a figure to look at now and then: it takes longer than the tests alone.
+# What `make test` reaches of src/ in its own processes, a figure to look at now and then. Takes twice
+# as long. The one test that counts seconds would count those of the tracing.
 coverage: setup
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" -k "not are_quick" --cov --cov-report=term:skip-covered
 
 # The source archive, the wheel built from it, and that wheel at work in a clean environment.
 wheel: $(STAMP)

@@ -32,7 +32,7 @@ from windlass.perf.job_passes import PassRun
 from windlass.perf.op_cost import Seen
 from windlass.perf.pass_cost import held_shares, kv_layers
 from windlass.perf.simulation import ClockedModel
-from windlass.perf.sizes import Backend, Sizes
+from windlass.perf.sizes import Backend, Problem, Sizes
 from windlass.plan import Plan
 from windlass.runtime.clock import Span
 
@@ -141,7 +141,7 @@ def bars(planned: Planned) -> tuple[list[Span], float, str]:
     seqs = planned.decoding
     one = PassRun(1, Seen(seqs, seqs * planned.context, 0, 0), seqs)
     host = replace(planned.profile, device=None, down=None, up=None)
-    model = ClockedModel(planned.spec, planned.sizes, planned.plan, host, keeps_spans=True)
+    model = ClockedModel(Problem(planned.spec, planned.sizes, host), planned.plan, keeps_spans=True)
     for _ in range(_WARM_PASSES):
         model.run(one)
     begin = model.lanes.clock.now
@@ -270,8 +270,9 @@ def read(document: Mapping[str, Any], model: str, machine: str) -> Planned:
         load_machine(machine),
     )
     has_weights = any(resolve_model(model).glob("*.safetensors"))
+    kv_cache_dtype: Any = plan.kv_cache_dtype
     options = EngineOptions(
-        model=model, kv_cache_dtype=plan.kv_cache_dtype,
+        model=model, kv_cache_dtype=kv_cache_dtype,
         load_format="auto" if has_weights else "dummy",
     )  # fmt: skip
     with ExitStack() as opened:

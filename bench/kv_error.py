@@ -77,7 +77,7 @@ class _Run:
 # --- runs -----------------------------------------------------------------------------------------
 
 
-def _run(case: _Case, dtype: str) -> _Run:
+def _run(case: _Case, dtype: Any) -> _Run:
     options = EngineOptions(
         model=case.model, kv_cache_dtype=dtype, max_model_len=case.longest,
         host_memory=2 * GIB, generation_config="vllm",
@@ -91,7 +91,7 @@ def _run(case: _Case, dtype: str) -> _Run:
     with closing(open_engine(options)) as engine:
         found = _finish(engine, case.windows, scored)
         answers = _finish(engine, case.prompts, greedy)
-        page_bytes, page_tokens = engine.plan.kv_page_bytes, engine.plan.page_tokens
+        page_bytes, page_tokens = engine.plan.host.kv_page_bytes, engine.plan.page_tokens
     scores = [score for output in found for score in _scores(output)]
     return _Run(
         torch.tensor(scores, dtype=torch.float64),

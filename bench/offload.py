@@ -168,8 +168,8 @@ def judge(budget: str, ran: Ran, said: dict[str, Any], limits: dict[str, float])
     rows = said["total_input_tokens"] + said["total_output_tokens"]
     return {
         "host_memory": budget,
-        "budget_bytes": plan["host_memory"],
-        "model_over_budget": limits["model_bytes"] / plan["host_memory"],
+        "budget_bytes": plan["tiers"]["host"]["budget_bytes"],
+        "model_over_budget": limits["model_bytes"] / plan["tiers"]["host"]["budget_bytes"],
         "elapsed_s": wall,
         "load_s": said["load_time"],
         "tokens_per_s": rows / wall,
@@ -186,7 +186,7 @@ def judge(budget: str, ran: Ran, said: dict[str, Any], limits: dict[str, float])
         "others_cores": ran.others_cores,
         "expert_hit_share": said["expert_hits"] / said["expert_requests"],
         "peak_rss_bytes": said["peak_rss_bytes"],
-        "peak_rss_share": said["peak_rss_bytes"] / plan["host_memory"],
+        "peak_rss_share": said["peak_rss_bytes"] / plan["tiers"]["host"]["budget_bytes"],
         "cgroup_version": ran.cgroup_version,
         "cgroup_peak_bytes": ran.cgroup_peak_bytes,
         "cgroup_limit_hits": ran.cgroup_limit_hits,

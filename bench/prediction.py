@@ -94,10 +94,11 @@ def _row(document: dict[str, Any], **of_run: Any) -> dict[str, Any]:
 
 def _cells(run: dict[str, Any]) -> list[str]:
     total = run["phases"]["total"]
+    error = "-" if total["error"] is None else f"{100 * total['error']:+.0f} %"  # rates assumed
     lengths = " x ".join(map(str, run["lengths"]))
     return [
         run["model"], str(run["budget"] // MIB), lengths, f"{total['predicted_s']:.1f}",
-        f"{total['measured_s']:.1f}", f"{100 * total['error']:+.0f} %",
+        f"{total['measured_s']:.1f}", error,
         f"{100 * run['share_of_bound']:.0f} %",
     ]  # fmt: skip
 

@@ -47,16 +47,11 @@ class Setting:
     skew: float
 
 
-def _reads(key: WeightKey) -> tuple[Read, ...]:
-    return (Read("", 0, 1, 0),)
-
-
 class _Disk:
     """What reading a part asks of the lanes."""
 
     def block(self, key: WeightKey, num_bytes: int) -> tuple[tuple[Any, float], ...]:
-        route: Any = getattr(ids, "DISK_TO_HOST", "disk")  # a name, in older code
-        return ((route, _BLOCK_S),)
+        return ((getattr(ids, "DISK_TO_HOST", "disk"), _BLOCK_S),)
 
 
 class _Model:
@@ -65,20 +60,28 @@ class _Model:
     def __init__(self, setting: Setting) -> None:
         layers, experts = setting.layers, setting.experts
         usage: Any = UsageForecast([experts] * layers, _TOP_K)
-        # in older code another object holds the tokens of the pass
+        # until November 2026 another object held the tokens of the pass
         wrapped: Any = getattr(prefetching, "ExpertForecast", None)
         self.forecast = usage if wrapped is None else wrapped(usage)
         self.lanes = Lanes(Clock(), ("disk", "host"))
         keys = {Part.EXPERT: layers * experts, Part.BLOCK: layers, Part.HEAD: 1}
-        slots = keys | {Part.EXPERT: max(4 * _TOP_K, int(setting.resident * layers * experts))}
-        parts: dict[str, Any] = {"num_keys": keys, "slots": slots, "reads": _reads}
-        together: Any = getattr(simulated, "SimulatedParts", None)  # one by one, in older code
+        costs: Any = _Disk()
+        parts = {
+            "num_keys": keys,
+            "slots": keys
+            | {Part.EXPERT: max(4 * _TOP_K, int(setting.resident * layers * experts))},
+            "reads": lambda key: (Read("", 0, 1, 0),),
+        }
+        more: Any = {
+            "policy": FarthestNextUse(layers, probability=self.forecast.probability),
+            "depth": _DEPTH,
+        }
+        record: Any = getattr(simulated, "SimulatedParts", None)  # a record since then
         make: Any = simulated.SimulatedWeights
-        self.weights = make(
-            self.lanes, _Disk(), *(() if together is None else (together(**parts),)),
-            **(parts if together is None else {}), depth=_DEPTH,
-            policy=FarthestNextUse(layers, probability=self.forecast.probability),
-        )  # fmt: skip
+        if record is None:
+            self.weights = make(self.lanes, costs, **parts, **more)
+        else:
+            self.weights = make(self.lanes, costs, record(**parts), **more)
         self.prefetcher = prefetching.Prefetcher(
             PassShape((True,) * layers, 1), dict.fromkeys(range(layers), experts),
             self.weights.cache, self.forecast,

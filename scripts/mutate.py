@@ -149,7 +149,7 @@ def _siblings(old: Any) -> list[Any]:
         (m.Routing, routings),
         (m.Norm, [m.RmsNorm(eps=eps), m.LayerNorm(eps=eps, bias=False)]),
         (m.Activation, [m.SwiGlu(), m.ClampedSwiGlu(alpha=1.7, limit=7.0)]),
-        (m.NoGroups | m.Groups, [m.NoGroups(), m.Groups(num=2, kept=1, score="max")]),
+        (m.NoGroups | m.RoutingGroups, [m.NoGroups(), m.RoutingGroups(num=2, kept=1, score="max")]),
     ]
     for union, members in unions:
         if isinstance(old, union):
@@ -213,13 +213,14 @@ def _same_rotations(one: Spec, two: Spec) -> bool:
     def without_ropes(spec: Spec) -> list[Any]:
         kept: list[Any] = [replace(spec, blocks=())]
         for block in spec.blocks:
-            rope = getattr(block.attention, "rope", None)
+            attention: Any = block.attention
+            rope = getattr(attention, "rope", None)
             if rope is None:
                 kept.append(block)
                 continue
             turns = [frequencies(rope, long=long) for long in (False, True)]
             described = [(turn_f.tolist(), factor) for turn_f, factor in turns]
-            attention = replace(block.attention, rope=None)
+            attention = replace(attention, rope=None)
             bound = getattr(rope.scaling, "short", None) and rope.scaling.original_max
             kept.append((replace(block, attention=attention), rope.interleaved, described, bound))
         return kept

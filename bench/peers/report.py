@@ -121,8 +121,8 @@ def case_table(case: Case, cells: Cells) -> str:
         rows.append([
             name, f"{rates['prefill']:.1f}", f"{rates['decode']:.1f}", f"{rates['total']:.1f}",
             f"{100 * rates['spread']:.0f} %, {len(done)}", format_bytes(max(done)),
-            _ratio(ours and cells.ratio(ours, name, "total")),
-            _ratio(ours and cells.ratio(ours, name, "decode")), _note(entries),
+            _ratio(cells.ratio(ours, name, "total") if ours else None),
+            _ratio(cells.ratio(ours, name, "decode") if ours else None), _note(entries),
         ])  # fmt: skip
     heads = (f"{model}, prompt {prompt}, {sequences} sequences", "prefill/s", "decode/s",
              "total tokens/s", "spread, rounds", "peak memory", "Windlass, total",

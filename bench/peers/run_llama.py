@@ -98,7 +98,8 @@ class _Engine:
         places = np.arange(tokens.size, dtype=np.int32)
         positions, sequences = places % length, places // length
         wants = positions == length - 1
-        first, phase = [], Phase(limit_s)
+        first: list[int] = []
+        phase = Phase(limit_s)
         for start, end in _parts(len(prompts), length, self._n_batch):
             part = slice(start, end)
             logits = self.decode(tokens[part], positions[part], sequences[part], wants[part])

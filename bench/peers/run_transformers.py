@@ -36,7 +36,9 @@ class _Engine:
     def prefill(self, ids: torch.Tensor, limit_s: float) -> tuple[torch.Tensor, list[Cache]]:
         """The first tokens, and a cache for each chunk that was computed before the limit."""
         self._model.set_experts_implementation(self._experts)
-        first, caches, phase = [], [], Phase(limit_s)
+        first: list[torch.Tensor] = []
+        caches: list[Cache] = []
+        phase = Phase(limit_s)
         for chunk in ids.split(self._chunk):
             cache = DynamicCache(config=self._model.config)
             logits = self._model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -11,7 +11,6 @@ import json
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 
@@ -60,7 +59,9 @@ def _prefill_s(llm: LLM, prompts: list[list[int]]) -> float:
 def _save_logprobs(llm: LLM, prompt: list[int], path: str) -> None:
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=_LOGPROBS)
     (output,) = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
-    (step,) = output.outputs[0].logprobs
+    steps = output.outputs[0].logprobs
+    assert steps is not None and len(steps) == 1
+    step = steps[0]
     np.save(path, np.array([list(step), [each.logprob for each in step.values()]]))
 
 
@@ -137,7 +138,7 @@ def _run_planned(job: Job) -> Result:
         "wait_s": stats.wait_s,
         "preemptions": stats.num_preemptions,
         "phases": stats.phases_json(),
-        "plan": asdict(plan),
+        "plan": plan.to_json(),
         "prediction": stats.check.to_json(),
         "rates": "assumed" if profile is None else f"measured {profile.captured}",
         "answers": blake2b(json.dumps(in_order).encode(), digest_size=16).hexdigest(),

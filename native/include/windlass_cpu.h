@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define WL_ABI_VERSION 4
+#define WL_ABI_VERSION 5
 #define WL_API __attribute__((visibility("default")))
 
 enum { WL_OK = 0, WL_E_ARGUMENT = 1, WL_E_MEMORY = 2 };
@@ -148,9 +148,9 @@ WL_API int32_t wl_use(const char *name);
 WL_API int32_t wl_set_threads(int32_t threads);
 WL_API int32_t wl_get_threads(void);
 
-/* What products multiply: rows as they are (fp32), or rounded to bf16, with sums in fp32 either way.
- * Where the processor multiplies bf16, weights of other types are rounded to bf16 too. */
-enum wl_precision { WL_EXACT_ROWS = 0, WL_BF16_ROWS = 1 };
+/* What products multiply: activations as they are (fp32), or bf16 activations, with sums in fp32 either
+ * way. Where the processor multiplies bf16, weights of other types are rounded to bf16 too. */
+enum wl_precision { WL_FP32_ACTIVATIONS = 0, WL_BF16_ACTIVATIONS = 1 };
 
 WL_API int32_t wl_products(const wl_product *products, int64_t num, int64_t num_rows, int32_t precision);
 WL_API int32_t wl_experts(const float *x, int64_t ldx, float *out, int64_t ldo, const wl_expert *experts,
@@ -186,9 +186,9 @@ WL_API int32_t wl_copy_rows(const float *x, int64_t row_stride, int64_t head_str
 /* x (T, width) times the sigmoid of gate: (T, width), or (T) if one_of_row; in place. */
 WL_API int32_t wl_gate(float *x, int64_t num_rows, int64_t width, const float *gate, int32_t one_of_row);
 /* The best top_k experts of each row, best first, of equal ones the lower; logits (T, experts), weights and
- * ids (T, top_k). */
+ * ids (T, top_k). scores: null, or (T, experts) for what became of all logits, without the bias. */
 WL_API int32_t wl_route(const float *logits, int64_t num_rows, int64_t num_experts, const wl_routing *routing,
-                        float *weights, int64_t *ids);
+                        float *weights, int64_t *ids, float *scores);
 /* Places 0 .. num in the order of the expert that ids[place] names, stable: order[i] is a place, rows[i]
  * its row, place / per_row; counts[e] places have expert e of num_experts. */
 WL_API int32_t wl_group(const int64_t *ids, int64_t num, int64_t per_row, int64_t num_experts, int64_t *order,

@@ -19,7 +19,7 @@ namespace {
 struct Choice {
   const char *name;
   const wl::Table *table;
-  const wl::Products *rounded;  // of rows rounded to bf16
+  const wl::Products *bf16;  // of bf16 activations
   bool (*runs)();
 };
 
@@ -43,9 +43,9 @@ bool has_amx() {
 }
 
 const Choice CHOICES[] = {
-    {"avx2", &wl::avx2_table, &wl::avx2_table.rounded,
+    {"avx2", &wl::avx2_table, &wl::avx2_table.bf16,
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
-    {"avx512", &wl::avx512_table, &wl::avx512_table.rounded,
+    {"avx512", &wl::avx512_table, &wl::avx512_table.bf16,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -75,7 +75,7 @@ int32_t guarded(F call) {
 }
 
 const wl::Products &products_of(const wl::Table &t, int32_t precision) {
-  return precision == WL_BF16_ROWS ? *in_use->rounded : t.exact;
+  return precision == WL_BF16_ACTIVATIONS ? *in_use->bf16 : t.exact;
 }
 
 template <typename T>
@@ -233,10 +233,10 @@ int32_t wl_group(const int64_t *ids, int64_t num, int64_t per_row, int64_t num_e
 }
 
 int32_t wl_route(const float *logits, int64_t num_rows, int64_t num_experts, const wl_routing *routing, float *weights,
-                 int64_t *ids) {
+                 int64_t *ids, float *scores) {
   const bool is_whole = !routing->num_groups || num_experts % routing->num_groups == 0;
   if (routing->top_k < 1 || routing->top_k > num_experts || !is_whole) return WL_E_ARGUMENT;
-  return guarded([&](const wl::Table &t) { t.route(logits, num_rows, num_experts, *routing, weights, ids); });
+  return guarded([&](const wl::Table &t) { t.route(logits, num_rows, num_experts, *routing, weights, ids, scores); });
 }
 
 int32_t wl_run(const wl_call *calls, int64_t num, double *seconds) {

@@ -216,8 +216,8 @@ inline void Exact::tile(const float *rows, const float *panel, int count, float 
   else tile_in_chains<M, false>(rows, panel, count, c, fresh, ahead, chains);
 }
 
-/// The same with rows rounded to bf16, where no instruction multiplies bf16.
-struct Rounded : Exact {
+/// The same with bf16 activations, where no instruction multiplies bf16.
+struct Bf16 : Exact {
   static void put_lane(float *dst, int64_t base, unsigned word, unsigned i, float x) {
     float lanes[W];
     v_store(lanes, round_bf16(v_set(x)));

@@ -22,7 +22,7 @@ inline void widen(const wl_matrix &m, float *out) {
 constexpr wl::Table make_table() {
   return {
       {products<Exact>, experts<Exact>},
-      {products<Rounded>, experts<Rounded>},
+      {products<Bf16>, experts<Bf16>},
       attend,
       [](const float *x, int64_t ldx, float *y, int64_t ldy, int64_t rows, int64_t width, const void *w, int32_t type,
          float add, float eps) { rms_norm({x, ldx, y, ldy, rows, width, w, type, add, eps}); },
@@ -39,9 +39,8 @@ constexpr wl::Table make_table() {
       [](const float *x, int64_t row, int64_t head, int64_t rows, int64_t heads, int64_t width, float *out, int64_t out_row,
          int64_t out_head) { copy_rows({x, row, head, rows, heads, width, out, out_row, out_head}); },
       [](float *x, int64_t rows, int64_t width, const float *by, bool one_of_row) { gate({x, rows, width, by, one_of_row}); },
-      [](const float *logits, int64_t rows, int64_t experts, const wl_routing &r, float *weights, int64_t *ids) {
-        route({logits, rows, experts, r, weights, ids});
-      },
+      [](const float *logits, int64_t rows, int64_t experts, const wl_routing &r, float *weights, int64_t *ids,
+         float *scores) { route({logits, rows, experts, r, weights, ids, scores}); },
       read_all,
       widen,
   };

@@ -1,4 +1,4 @@
-// Few rows rounded to bf16 times a matrix whose rows are contiguous: stored rows are read W at a time, as they lie, made
+// Few rows of bf16 activations times a matrix whose rows are contiguous: stored rows are read W at a time, as they lie, made
 // pairs and transposed in registers; no panel is written. The same bits as panels give.
 #pragma once
 

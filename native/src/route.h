@@ -13,6 +13,7 @@ struct RouteWork {
   const wl_routing &routing;
   float *weights;
   int64_t *ids;
+  float *scores;  // null, or of all experts
 };
 
 /// Whether a is chosen before b; NaN is before all, so that it shows.
@@ -90,6 +91,7 @@ inline void route_row(const RouteWork &work, int64_t row) {
   std::copy_n(work.logits + row * size, size, scores);
   std::fill(scores + size, scores + whole, 0.0f);
   scores_of(scores, size, r.score);
+  if (work.scores) std::copy_n(scores, size, work.scores + row * size);
   for (int64_t i = 0; i < size; i++) choice[i] = r.bias ? scores[i] + r.bias[i] : scores[i];
   if (r.num_groups) drop_groups(choice, size, r);
   first_of(choice, size, r.top_k, ids);

@@ -266,7 +266,7 @@ float round_bf16(float x) {
 void multiply(const float *x, const Stored &stored, int32_t precision, const float *bias, double *out, double *bounds) {
   const int64_t n = stored.m.n, k = stored.m.k;
   std::vector<float> w = stored.all(), row(x, x + k);
-  const bool is_rounded = precision == WL_BF16_ROWS, is_paired =
+  const bool is_rounded = precision == WL_BF16_ACTIVATIONS, is_paired =
       is_rounded && (!std::strcmp(wl_in_use(), "avx512_bf16") || !std::strcmp(wl_in_use(), "amx"));
   for (float &one : row) one = is_rounded ? round_bf16(one) : one;
   for (float &one : w) one = is_paired ? round_bf16(one) : one;

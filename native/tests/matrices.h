@@ -39,7 +39,7 @@ std::vector<Storage> all_storages(Run &run);
 Storage any_storage(Run &run);
 
 /// Row `x` times each row of `w`, in double; `bounds`: how far a sum in single precision may be off,
-/// in whatever order. With WL_BF16_ROWS both sides are rounded as the instruction set in use does.
+/// in whatever order. With WL_BF16_ACTIVATIONS both sides are rounded as the instruction set in use does.
 void multiply(const float *x, const Stored &w, int32_t precision, const float *bias, double *out, double *bounds);
 
 /// Bits of a usual number of a 16-bit type, its size from about 2^exponent to 8 times that.

@@ -59,7 +59,7 @@ void reference(const Network &net, int kind, int32_t precision, const float *x, 
       const double h = activate(kind, gate[at], up[at]), w = double(down[size_t(i * inner + j)]);
       sum += h * w;
       size += std::fabs(h * w);
-      const double rounding = precision == WL_BF16_ROWS ? 0.0041 : 0;  // of hidden values, and of w
+      const double rounding = precision == WL_BF16_ACTIVATIONS ? 0.0041 : 0;  // of hidden values, and of w
       carried += std::fabs(w) * (slope(kind, gate[at], up[at], gate_bound[at], up_bound[at]) + (1e-6 + 2 * rounding) * std::fabs(h) + 1e-37);
     }
     out[size_t(i)] = sum;
@@ -74,7 +74,7 @@ struct Case {
     ldx = width + run.pick<int64_t>({0, 0, 3}), ldo = width + run.pick<int64_t>({0, 0, 5});
     x = run.normals((num_rows - 1) * ldx + width);
     kind = run.chance(0.5) ? WL_SWIGLU : WL_CLAMPED_SWIGLU;
-    precision = run.chance(0.4) ? WL_BF16_ROWS : WL_EXACT_ROWS;
+    precision = run.chance(0.4) ? WL_BF16_ACTIVATIONS : WL_FP32_ACTIVATIONS;
     const int64_t inner = run.size(most_inner);
     const test::Storage storage = test::any_storage(run);
     int64_t total = 0;
@@ -124,7 +124,7 @@ struct Case {
   }
 
   int64_t rows_of_x, width = 0, ldx = 0, ldo = 0, num_places = 0;
-  int32_t kind = 0, precision = WL_EXACT_ROWS;
+  int32_t kind = 0, precision = WL_FP32_ACTIVATIONS;
   std::vector<float> x;
   std::vector<std::unique_ptr<Network>> networks;
   std::vector<std::vector<int64_t>> rows, places;
@@ -230,7 +230,7 @@ TEST(activations_over_their_whole_range) {
       float x[2] = {run.normal() * run.pick({1.0f, 10.0f, 60.0f, 100.0f}), run.normal() * run.pick({1.0f, 30.0f})}, out[2];
       if (run.chance(0.1)) x[0] = run.pick({0.0f, -0.0f, test::DENORMAL, 87.0f, -87.0f, 88.7f, -88.7f, 1e30f, -1e30f, 104.0f, -104.0f});
       e.num_rows = 1;
-      CHECK(wl_experts(x, 2, out, 2, &e, 1, kind, ALPHA, LIMIT, WL_EXACT_ROWS) == WL_OK, "refused");
+      CHECK(wl_experts(x, 2, out, 2, &e, 1, kind, ALPHA, LIMIT, WL_FP32_ACTIVATIONS) == WL_OK, "refused");
       const double expected = activate(kind, double(x[0]), double(x[1]));
       // the exponent is rounded; exp overflows just below where it would in double: then this is 0
       const double relative = 1e-6 + std::ldexp(std::fabs(double(ALPHA * x[0])), -23);

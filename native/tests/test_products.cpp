@@ -43,7 +43,7 @@ struct Products {
   }
 
   int64_t rows, ldo = 0;
-  int32_t precision = WL_EXACT_ROWS;
+  int32_t precision = WL_FP32_ACTIVATIONS;
   std::vector<std::unique_ptr<Stored>> matrices;
   std::vector<std::vector<float>> inputs, biases;
   std::vector<int64_t> ldx, column;
@@ -192,6 +192,6 @@ TEST(a_column_of_nan_changes_no_other) {
 TEST(nothing_to_do_is_done) {
   const Stored s(run, {.code = WL_F32, .packing = WL_ROWS}, 3, 4);
   const wl_product product{nullptr, 4, &s.m, nullptr, nullptr, 3};
-  CHECK(wl_products(&product, 1, 0, WL_EXACT_ROWS) == WL_OK, "no rows");
-  CHECK(wl_products(nullptr, 0, 5, WL_EXACT_ROWS) == WL_OK, "no products");
+  CHECK(wl_products(&product, 1, 0, WL_FP32_ACTIVATIONS) == WL_OK, "no rows");
+  CHECK(wl_products(nullptr, 0, 5, WL_FP32_ACTIVATIONS) == WL_OK, "no products");
 }

@@ -6,12 +6,35 @@
 
 namespace {
 
-/// Weights by expert of one row, in double.
-std::vector<std::pair<int64_t, double>> expected_of(const wl_routing &r, const float *logits, int64_t experts) {
+/// Of one row's experts, before the bias, in double.
+std::vector<double> scores_of(const wl_routing &r, const float *logits, int64_t experts) {
   std::vector<double> scores(logits, logits + experts);
   double sum = 0;
   for (double x : scores) sum += std::exp(x);
   for (double &x : scores) x = r.score == WL_SOFTMAX ? std::exp(x) / sum : r.score == WL_SIGMOID ? 1 / (1 + std::exp(-x)) : x;
+  return scores;
+}
+
+/// Whoever asks for scores gets them, and the same experts and weights.
+void expect_scores(const wl_routing &r, const std::vector<float> &logits, int64_t rows, int64_t experts,
+                   const std::vector<float> &weights, const std::vector<int64_t> &ids) {
+  std::vector<float> scores(size_t(rows * experts)), again(weights.size());
+  std::vector<int64_t> same(ids.size());
+  CHECK(wl_route(logits.data(), rows, experts, &r, again.data(), same.data(), scores.data()) == WL_OK, "refused");
+  CHECK(same == ids, "other experts");
+  CHECK(test::first_difference(again.data(), weights.data(), int64_t(weights.size())) < 0, "other weights");
+  for (int64_t row = 0; row < rows; row++) {
+    const auto expected = scores_of(r, &logits[size_t(row * experts)], experts);
+    for (int64_t e = 0; e < experts; e++) {
+      const double got = double(scores[size_t(row * experts + e)]), x = expected[size_t(e)];
+      CHECK(test::near(got, x, 3e-6 * std::abs(x)), "score %g, expected %g", got, x);
+    }
+  }
+}
+
+/// Weights by expert of one row, in double.
+std::vector<std::pair<int64_t, double>> expected_of(const wl_routing &r, const float *logits, int64_t experts) {
+  const std::vector<double> scores = scores_of(r, logits, experts);
   std::vector<double> choice = scores;
   for (int64_t e = 0; e < experts; e++) choice[size_t(e)] += r.bias ? double(r.bias[e]) : 0;
   if (r.num_groups) {
@@ -64,7 +87,8 @@ TEST(rows_find_their_experts) {
     std::vector<float> weights(size_t(rows * r.top_k));
     std::vector<int64_t> ids(size_t(rows * r.top_k));
     wl_set_threads(int32_t(run.between(1, 3)));
-    CHECK(wl_route(logits.data(), rows, experts, &r, weights.data(), ids.data()) == WL_OK, "refused");
+    CHECK(wl_route(logits.data(), rows, experts, &r, weights.data(), ids.data(), nullptr) == WL_OK, "refused");
+    expect_scores(r, logits, rows, experts, weights, ids);
     for (int64_t row = 0; row < rows; row++) {
       const auto expected = expected_of(r, &logits[size_t(row * experts)], experts);
       for (int64_t a = 0; a < r.top_k; a++) {
@@ -75,7 +99,7 @@ TEST(rows_find_their_experts) {
     }
     std::vector<float> alone(size_t(r.top_k));
     std::vector<int64_t> own(size_t(r.top_k));
-    wl_route(&logits[size_t((rows - 1) * experts)], 1, experts, &r, alone.data(), own.data());
+    wl_route(&logits[size_t((rows - 1) * experts)], 1, experts, &r, alone.data(), own.data(), nullptr);
     CHECK(test::first_difference(alone.data(), &weights[size_t((rows - 1) * r.top_k)], r.top_k) < 0, "a row alone");
   }
   wl_set_threads(1);
@@ -89,13 +113,13 @@ TEST(numbers_that_are_none_find_experts_too) {
       wl_routing r{};
       r.score = score, r.scale = 1, r.top_k = 8;
       std::vector<int64_t> ids(8, -1);
-      CHECK(wl_route(logits.data(), 1, 19, &r, weights.data(), ids.data()) == WL_OK, "refused");
+      CHECK(wl_route(logits.data(), 1, 19, &r, weights.data(), ids.data(), nullptr) == WL_OK, "refused");
       std::sort(ids.begin(), ids.end());
       CHECK(ids.front() >= 0 && ids.back() < 19 && std::adjacent_find(ids.begin(), ids.end()) == ids.end(), "ids");
     }
   wl_routing r{};
   r.top_k = 20;
-  CHECK(wl_route(nullptr, 0, 19, &r, nullptr, nullptr) == WL_E_ARGUMENT, "more than there are");
+  CHECK(wl_route(nullptr, 0, 19, &r, nullptr, nullptr, nullptr) == WL_E_ARGUMENT, "more than there are");
 }
 
 TEST(calls_of_a_list_do_what_calls_do) {

@@ -1,99 +1,139 @@
 """The Plan: every choice of a run, as one frozen record. Who made it does not matter."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from windlass.errors import UsageError
+from windlass.ids import Part
 from windlass.units import format_bytes
 
 Schedule = Literal["module-based", "model-based"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+HOST = "host"
+PART_WORDS: Mapping[Part, str] = {
+    Part.EXPERT: "experts", Part.BLOCK: "dense blocks", Part.FFN: "dense networks",
+    Part.HEAD: "head", Part.FINAL: "last norm", Part.EMBED: "embedding",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartSlots:
+    """Room for parts of one kind in a memory. What the checkpoint has of them is recorded for
+    whoever replays the plan; None where an old plan file does not say it."""
+
+    part: Part
+    slots: int
+    slot_bytes: int | None
+    num_parts: int | None  # in the checkpoint
+
+    @property
+    def num_bytes(self) -> int:
+        return self.slots * (self.slot_bytes or 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierPlan:
+    """What a plan puts into one memory. Sizes in bytes; the disk is no tier: all weights are there
+    anyway."""
+
+    name: str
+    budget_bytes: int  # what all that follows may take
+    process_bytes: int  # there before anything is allocated: of the host, Python and its libraries
+    activation_bytes: int  # upper bound of what one pass allocates, with the allocator's slack
+    parts: tuple[PartSlots, ...]  # one entry for each kind of part that the checkpoint has
+    kv_pages: int
+    kv_page_bytes: int
+    state_slots: int  # sequences that can hold recurrent state at once; 0 if the model has none
+    total_bytes: int  # what the tier adds up to; at most `budget_bytes`
+
+    @property
+    def slots(self) -> dict[Part, int]:
+        """Slots by kind of part."""
+        return {own.part: own.slots for own in self.parts}
+
+    def of(self, part: Part) -> PartSlots:
+        """The room for one kind; none of a kind that the checkpoint does not have."""
+        nothing = PartSlots(part=part, slots=0, slot_bytes=0, num_parts=0)
+        return next((own for own in self.parts if own.part is part), nothing)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Sizes in bytes, counts in slots, sequences, rows or tokens."""
+    """Counts in sequences or tokens. `tiers`: memories that hold something, the host first."""
 
-    host_memory: int  # budget of the whole process
-    process_bytes: int  # Python, torch and tokenizer, measured before anything was allocated
-    activation_bytes: int  # upper bound of what one pass allocates, with the allocator's slack
-    expert_slots: int
-    block_slots: int
-    ffn_slots: int
-    head_slots: int
-    resident_embedding: bool
-    kv_pages: int
+    tiers: tuple[TierPlan, ...]
     max_model_len: int  # tokens that one sequence may have, prompt and output
     page_tokens: int
-    state_slots: int  # sequences that can hold recurrent state at once; 0 if the model has none
+    kv_cache_dtype: str  # what keys and values are kept in; never "auto"
     max_num_seqs: int
     max_num_batched_tokens: int
     micro_batch_tokens: int
-    mixed_prefill_tokens: int | None = None  # prompt rows beside decoding ones; 0: waves
+    mixed_prefill_tokens: int | None = None  # prompt tokens beside decoding ones; 0: waves
     prefix_caching: bool  # whether prompts that begin alike are computed once
     read_threads: int
-    expert_slot_bytes: int
-    block_slot_bytes: int
-    ffn_slot_bytes: int
-    head_slot_bytes: int
-    kv_page_bytes: int
-    kv_cache_dtype: str  # what keys and values are kept in; never "auto"
-    total_bytes: int  # what the plan adds up to; at most host_memory
-    num_experts: int  # parts of each kind in the checkpoint
-    num_blocks: int
-    num_head_chunks: int
-    schedule: Schedule = "module-based"  # what a pass is: all rows, or one micro-batch
+    schedule: Schedule = "module-based"  # what a pass is: all tokens, or one micro-batch
     overlap: bool = True  # reads go on beside computation; off only to show what it brings
 
     @property
+    def host(self) -> TierPlan:
+        """The tier of the process's own memory."""
+        return next(tier for tier in self.tiers if tier.name == HOST)
+
+    @property
     def pass_rows(self) -> int:
-        """Most rows that go through the model together."""
+        """Most tokens that go through the model together."""
         if self.schedule == "module-based":
             return self.max_num_batched_tokens
         return min(self.max_num_batched_tokens, self.micro_batch_tokens)
 
     def to_json(self) -> dict[str, Any]:
-        """All values by name; `from_json` reads them back."""
-        return asdict(self)
+        """All values by name, tiers and parts by theirs; `from_json` reads them back."""
+        document = asdict(self)
+        for tier in document["tiers"]:
+            tier["parts"] = {own.pop("part").value: own for own in tier["parts"]}
+        document["tiers"] = {tier.pop("name"): tier for tier in document["tiers"]}
+        return document
 
     @classmethod
     def from_json(cls, document: object, *, what: str = "plan") -> "Plan":
-        """Strict: every value there, of its type, and no other. UsageError names `what`."""
-        if not isinstance(document, Mapping):
-            raise UsageError(f"{what}: got a {type(document).__name__}, allowed an object")
-        known = {field.name: field.type for field in fields(cls)}
-        if unknown := sorted(set(map(str, document)) - set(known)):
-            near = get_close_matches(unknown[0], known, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise UsageError(f"{what}: unknown key: {unknown[0]}{hint}")
-        if missing := [name for name in known if name not in document]:
-            raise UsageError(f"{what}: {missing[0]} is missing")
-        for name, kind in known.items():
-            _check_value(document[name], kind, f"{what}: {name}")
-        return cls(**document)
+        """Strict: every value there, of its type, and no other. Reads the flat form too that files
+        had before plans had tiers. UsageError names `what`."""
+        if isinstance(document, Mapping) and "tiers" not in document:
+            document = _with_tiers(document, what)
+        own = _values(cls, document, what, nested=("tiers",))
+        tiers = own["tiers"] = tuple(
+            _read_tier(name, tier, f"{what}: tiers.{name}")
+            for name, tier in _object(own["tiers"], f"{what}: tiers").items()
+        )
+        if HOST not in [tier.name for tier in tiers]:
+            raise UsageError(f"{what}: tiers.{HOST} is missing")
+        return cls(**own)
 
     def lines(self) -> list[str]:
         """The plan for people: what the budget holds, and what a pass may take."""
-        kv_bytes = self.kv_pages * self.kv_page_bytes
-        embedding = "in memory" if self.resident_embedding else "rows read from disk"
         prefixes = "computed once" if self.prefix_caching else "not looked for"
-        if self.state_slots:  # a state is that of a sequence's last token, none is kept of a prefix
+        if self.host.state_slots:  # a state is that of a sequence's last token, none of a prefix
             prefixes += " (the model has recurrent layers)"
         return [
-            f"plan: {format_bytes(self.total_bytes)} of {format_bytes(self.host_memory)}: process"
-            f" {format_bytes(self.process_bytes)}, activations"
-            f" {format_bytes(self.activation_bytes)}, keys and values {format_bytes(kv_bytes)}"
-            f" ({self.kv_pages * self.page_tokens} tokens in {self.kv_cache_dtype})",
-            f"plan: experts in memory {self.expert_slots} of {self.num_experts}"
-            f" ({format_bytes(self.expert_slots * self.expert_slot_bytes)}), dense blocks"
-            f" {self.block_slots} of {self.num_blocks}, head {self.head_slots} of"
-            f" {self.num_head_chunks}, embedding {embedding}",
-            f"plan: up to {self.max_num_seqs} sequences and {self.max_num_batched_tokens} rows"
+            *(line for tier in self.tiers for line in self._tier_lines(tier)),
+            f"plan: up to {self.max_num_seqs} sequences and {self.max_num_batched_tokens} tokens"
             f" per pass; a sequence may have {self.max_model_len} tokens; shared prompt prefixes"
             f" {prefixes}",
             *self._baseline_lines(),
+        ]
+
+    def _tier_lines(self, tier: TierPlan) -> list[str]:
+        name = "" if tier.name == HOST else f"{tier.name}: "
+        return [
+            f"plan: {name}{format_bytes(tier.total_bytes)} of {format_bytes(tier.budget_bytes)}:"
+            f" process {format_bytes(tier.process_bytes)}, activations"
+            f" {format_bytes(tier.activation_bytes)}, KV cache"
+            f" {format_bytes(tier.kv_pages * tier.kv_page_bytes)}"
+            f" ({tier.kv_pages * self.page_tokens} tokens in {self.kv_cache_dtype})",
+            f"plan: {name}"
+            + ", ".join(_held(own) for own in tier.parts if own.part is not Part.FINAL),
         ]
 
     def _baseline_lines(self) -> list[str]:
@@ -101,12 +141,65 @@ class Plan:
         lines = []
         if self.schedule == "model-based":
             lines.append(
-                f"plan: model-based: every {self.micro_batch_tokens} rows pass through the model by"
-                " themselves"
+                f"plan: model-based: every {self.micro_batch_tokens} tokens pass through the model"
+                " by themselves"
             )
         if not self.overlap:
             lines.append("plan: no overlap: weights are read while nothing computes")
         return lines
+
+
+def _held(own: PartSlots) -> str:
+    words = PART_WORDS[own.part]
+    if own.part is Part.EMBED:
+        return f"{words} {'resident' if own.slots else 'rows read from disk'}"
+    of = "" if own.num_parts is None else f" of {own.num_parts}"
+    if own.part is not Part.EXPERT:
+        return f"{words} {own.slots}{of}"
+    return f"{words} resident {own.slots}{of} ({format_bytes(own.num_bytes)})"
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def _read_tier(name: str, document: object, what: str) -> TierPlan:
+    own = _values(TierPlan, document, what, given=("name",), nested=("parts",))
+    parts = _object(own["parts"], f"{what}.parts")
+    if unknown := sorted(set(parts) - set(PART_WORDS)):
+        raise UsageError(f"{what}.parts: unknown key: {unknown[0]}, allowed {', '.join(Part)}")
+    own["parts"] = tuple(
+        PartSlots(
+            part=Part(part), **_values(PartSlots, one, f"{what}.parts.{part}", given=("part",))
+        )
+        for part, one in ((part, parts[part]) for part in PART_WORDS if part in parts)
+    )
+    return TierPlan(name=name, **own)
+
+
+def _object(document: object, what: str) -> Mapping[str, Any]:
+    if not isinstance(document, Mapping):
+        raise UsageError(f"{what}: got a {type(document).__name__}, allowed an object")
+    return document
+
+
+def _values(
+    record: type, document: object, what: str, *, given: Sequence[str] = (),
+    nested: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Values of the fields of `record` but those `given`: all of them, no other, each of its type;
+    those `nested` are not looked into."""
+    document = _object(document, what)
+    known = {one.name: one.type for one in fields(record) if one.name not in given}
+    if unknown := sorted(set(map(str, document)) - set(known)):
+        near = get_close_matches(unknown[0], known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UsageError(f"{what}: unknown key: {unknown[0]}{hint}")
+    if missing := [name for name in known if name not in document]:
+        raise UsageError(f"{what}: {missing[0]} is missing")
+    for name, kind in known.items():
+        if name not in nested:
+            _check_value(document[name], kind, f"{what}: {name}")
+    return dict(document)
 
 
 def _check_value(value: object, kind: Any, what: str) -> None:
@@ -119,3 +212,40 @@ def _check_value(value: object, kind: Any, what: str) -> None:
         raise UsageError(f"{what}: got {value!r}, allowed a value of type {name}")
     if isinstance(value, int) and value < 0:
         raise UsageError(f"{what}: got {value}, allowed 0 or more")
+
+
+# Names that the flat form has for what the host's tier and its parts hold: of a part its slots,
+# their bytes and the checkpoint's number of parts. Of the last norm it says nothing.
+_FLAT_PARTS = {
+    Part.EXPERT: ("expert_slots", "expert_slot_bytes", "num_experts"),
+    Part.BLOCK: ("block_slots", "block_slot_bytes", "num_blocks"),
+    Part.FFN: ("ffn_slots", "ffn_slot_bytes", None),
+    Part.HEAD: ("head_slots", "head_slot_bytes", "num_head_chunks"),
+}
+_FLAT_TIER = (
+    "process_bytes", "activation_bytes", "kv_pages", "kv_page_bytes", "state_slots", "total_bytes",
+)  # fmt: skip
+
+
+def _with_tiers(document: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """A document of the flat form in today's."""
+    flat = [name for names in _FLAT_PARTS.values() for name in names if name]
+    flat += [*_FLAT_TIER, "host_memory", "resident_embedding"]
+    if missing := [name for name in flat if name not in document]:
+        raise UsageError(f"{what}: {missing[0]} is missing")
+    parts = {
+        part.value: {
+            "slots": document[slots], "slot_bytes": document[slot_bytes],
+            "num_parts": document[num_parts] if num_parts else None,
+        }
+        for part, (slots, slot_bytes, num_parts) in _FLAT_PARTS.items()
+        if document[slot_bytes] != 0  # the checkpoint has such parts
+    }  # fmt: skip
+    embedding = document["resident_embedding"]
+    _check_value(embedding, bool, f"{what}: resident_embedding")
+    for part, slots in ((Part.EMBED, int(embedding)), (Part.FINAL, 1)):
+        parts[part.value] = {"slots": slots, "slot_bytes": None, "num_parts": 1}
+    host = {name: document[name] for name in _FLAT_TIER}
+    host |= {"budget_bytes": document["host_memory"], "parts": parts}
+    others = {name: value for name, value in document.items() if name not in flat}
+    return {**others, "tiers": {HOST: host}}

@@ -10,16 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+import planning
 from engines import make_model, write_tokenizer
 from fake_engine import BOS, FakeEngine, FakeTokenizer
-from machines import machine
 from windlass.engine.outputs import NOT_FINITE, RequestOutput
 from windlass.engine.request import Request
 from windlass.errors import RequestError, UsageError
 from windlass.llm import LLM
 from windlass.options import EngineOptions
 from windlass.params import SamplingParams
-from windlass.planner.pilot import scaled
 from windlass.schedule.batch import Batch
 from windlass.schedule.runtime import Outcome
 
@@ -111,7 +110,7 @@ def test_keywords_reach_the_engine_or_are_refused(options: list[EngineOptions]) 
 
 
 def test_results_keep_the_order_of_prompts_of_all_kinds(llm: LLM) -> None:
-    prompts = ["a" * 9, {"prompt": "b"}, {"prompt_token_ids": [99, 100]}, "d"]
+    prompts: list[Any] = ["a" * 9, {"prompt": "b"}, {"prompt_token_ids": [99, 100]}, "d"]
     params = [SamplingParams(max_tokens=n) for n in (12, 1, 9, 3)]
     ended: list[RequestOutput] = []
     results = llm.generate(prompts, params, on_result=ended.append)
@@ -381,7 +380,7 @@ def test_what_is_expected_rests_on_the_kept_report(
     sizes: dict[str, Any] = {"host_memory": "4GiB", "max_model_len": 64, "threads": 1}
     predicted = []
     for speed in (1.0, 0.1):
-        profile = scaled(machine(), disk=speed, host=speed)
+        profile = planning.machine(disk=speed, compute=speed)
         monkeypatch.setattr("windlass.llm.kept_profile", lambda options, kept=profile: kept)
         with LLM(str(tmp_path), **sizes) as llm:
             llm.generate("w5 w6 w7", SHORT)

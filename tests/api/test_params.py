@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,9 @@ def test_defaults_are_vllms() -> None:
 
 def test_lists_and_keys_are_normalised_and_survive_replace() -> None:
     params = SamplingParams(
-        stop="END", stop_token_ids=[7, 8], logit_bias={"5": 200, 6: -1}, top_k=-1
+        stop="END",
+        stop_token_ids=[7, 8],
+        logit_bias={"5": 200, 6: -1},  # type: ignore[dict-item]  # keys of JSON, top_k=-1
     )
     for same in (params, dataclasses.replace(params, n=2)):
         assert same.stop == ("END",)
@@ -45,7 +48,7 @@ def test_lists_and_keys_are_normalised_and_survive_replace() -> None:
         ("allowed_token_ids", [-5]), ("output_kind", "delta"), ("detokenize", None),
     ],
 )  # fmt: skip
-def test_a_wrong_value_is_named_with_what_is_allowed(field: str, value: object) -> None:
+def test_a_wrong_value_is_named_with_what_is_allowed(field: str, value: Any) -> None:
     with pytest.raises(UsageError, match=rf"^{field}: got .*allowed") as caught:
         SamplingParams(**{field: value})
     assert len(str(caught.value)) < 1000
@@ -62,11 +65,11 @@ def test_a_wrong_value_is_named_with_what_is_allowed(field: str, value: object) 
         {"prompt_logprob_token_ids": [1]},
     ],
 )  # fmt: skip
-def test_what_we_lack_is_refused_unless_at_its_default(given: dict[str, object]) -> None:
+def test_what_we_lack_is_refused_unless_at_its_default(given: dict[str, Any]) -> None:
     (name,) = given
     with pytest.raises(UsageError, match=f"^{name}: .*not supported"):
         SamplingParams(**given)
-    default = {field.name: field.default for field in dataclasses.fields(SamplingParams)}[name]
+    default: Any = {field.name: field.default for field in dataclasses.fields(SamplingParams)}[name]
     assert getattr(SamplingParams(**{name: default}), name) == default
 
 

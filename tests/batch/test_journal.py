@@ -7,12 +7,12 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from windlass.batch import journal as journal_module
 from windlass.batch.jobfile import JobFile
 from windlass.batch.journal import Journal, JournalState
 from windlass.batch.ledger import Ledger
@@ -115,7 +115,7 @@ def test_syncs_are_bounded_and_happen_at_the_end(
     calls: list[int] = []
     now = [100.0]
     monkeypatch.setattr(os, "fsync", calls.append)
-    monkeypatch.setattr(journal_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     with Journal(tmp_path / "j") as journal:
         for _ in range(10):
             journal.append(DIGESTS[0], JournalState.OK, LINE)

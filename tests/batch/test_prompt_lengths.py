@@ -3,6 +3,7 @@ that is planned for its job."""
 
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from windlass.batch.progress import LineProgress
 from windlass.batch.prompt_lengths import job_lengths
 from windlass.build.open import open_engine
 from windlass.checkpoint.weight_kinds import weight_kinds
+from windlass.engine.engine import Engine
 from windlass.formats import WeightFormat
 from windlass.ids import Part, WeightKey
 from windlass.models.names import Layout, PackedShape, Piece, TensorInfo
@@ -108,7 +110,7 @@ def test_prompt_tokens_that_are_predicted_are_those_that_are_computed(tmp_path, 
     folder = tmp_path / "model"
     make_model("qwen3_moe", folder)
     groups = prompts((130, 70, 200))
-    bodies = [
+    bodies: list[dict[str, Any]] = [
         {"prompt": groups[i % 3] + own, "max_tokens": 2, "ignore_eos": True, "n": 1 + i % 2}
         for i, own in enumerate(prompts([9 + 3 * i for i in range(17)], seed=1))
     ]
@@ -120,7 +122,7 @@ def test_prompt_tokens_that_are_predicted_are_those_that_are_computed(tmp_path, 
         model=str(folder), generation_config="vllm", enable_prefix_caching=is_on,
         host_memory=16 * GIB,
     )  # fmt: skip
-    opened = []
+    opened: list[Engine] = []
 
     def open_job_engine(context, lengths):
         opened.append(open_engine(engine_options, lengths=lengths))
@@ -130,7 +132,9 @@ def test_prompt_tokens_that_are_predicted_are_those_that_are_computed(tmp_path, 
         options, open_job_engine, progress=LineProgress(io.StringIO()), is_stopping=lambda: False
     )
     stats, whole = summary.stats, sum(len(b["prompt"]) * b["n"] for b in bodies)
-    predicted = opened[0]._pilot._predicted
+    prediction: Any = opened[0]._prediction
+    predicted = prediction.estimate
+    assert stats is not None
     assert summary.ok == len(bodies) and stats.input_tokens == whole
     assert sum(p.prompt_tokens for p in predicted.phases.values()) == stats.prompt_tokens
     assert (stats.prompt_tokens < whole / 2) if is_on else (stats.prompt_tokens == whole)
@@ -178,7 +182,7 @@ def test_an_engine_that_is_planned_for_its_job_gives_the_same_answers(tmp_path):
     with open_engine(options, lengths=lengths) as engine:
         (note,) = engine.notes
         assert "3 sequences of 16 tokens in and 5 out" in note and "rates assumed" in note
-        assert engine.plan.total_bytes <= engine.plan.host_memory
+        assert engine.plan.host.total_bytes <= engine.plan.host.budget_bytes
         found = {name: out.outputs[0].token_ids for name, out in run_all(engine, given).items()}
     assert found == expected
     assert asked == [256]

@@ -486,7 +486,7 @@ def test_memory_does_not_grow_with_the_bodies(
 # --- progress ---
 
 
-def snapshot(done: int, **stats: int) -> Snapshot:
+def snapshot(done: int, **stats: Any) -> Snapshot:
     plain = FakeEngine().stats()
     return Snapshot(
         rows=10, rows_done=done, rows_before=2, rows_failed=1, stats=replace(plain, **stats)

@@ -12,6 +12,7 @@ from golden import TOLERANCE, reference
 from quantised import make_quantised
 from quantised_cases import CASES, Case
 from windlass.errors import UsageError
+from windlass.ids import Part
 
 LENGTHS = (70, 9)
 STEPS = 32
@@ -58,7 +59,7 @@ def test_bits_do_not_depend_on_budget_batch_or_arrival(
     for one in requests:
         with engine_for(tmp_path, moe_backend=backend) as engine:
             alone.update(run_all(engine, [one]))
-            slots = engine.plan.expert_slot_bytes
+            slots = engine.plan.host.of(Part.EXPERT).slot_bytes
     options = dict(
         moe_expert_cache_size=f"{2 * slots // 1024}KiB", micro_batch_size=64, moe_backend=backend
     )
@@ -75,12 +76,12 @@ def test_bits_do_not_depend_on_budget_batch_or_arrival(
 def test_packed_bytes_are_all_that_is_read_and_kept(tmp_path: Path) -> None:
     """Slots and reads are those of the stored codes, a quarter of bf16's."""
     case = CASES["int4-group"]
-    settings = dict(moe_intermediate_size=512, hidden_size=256)
+    settings: dict[str, Any] = dict(moe_intermediate_size=512, hidden_size=256)
     make_quantised(case.family, case.quantiser, case.settings, tmp_path, **settings)
     elements = 3 * 512 * 256
     with engine_for(tmp_path) as engine:
         run_all(engine, [request("a", prompts((9,))[0])])
-        slot = engine.plan.expert_slot_bytes
+        slot = engine.plan.host.of(Part.EXPERT).slot_bytes
         stats = engine.stats()
     stored = elements // 2 + 2 * elements // 8  # bf16 scales
     assert stored <= slot <= stored + 6 * 4096

@@ -12,8 +12,9 @@ import pytest
 from safetensors import safe_open
 
 from families import CASES, make_checkpoint
+from layouts import expected_tensors
 from published import SMALL_MIXTRAL
-from windlass.checkpoint.layout import build_layout, expected_tensors
+from windlass.checkpoint.layout import build_layout
 from windlass.errors import CheckpointError
 from windlass.ids import Part, WeightKey
 from windlass.models.names import Layout, NameMap, TensorInfo

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from windlass.checkpoint.reader import Checkpoint
 from windlass.checkpoint.safetensors import read_headers
 from windlass.device.cpu import CpuDevice
 from windlass.errors import CheckpointError
+
+Mode = Literal["auto", "dio", "buffered"]
 
 TENSORS = {
     "a": torch.arange(3000, dtype=torch.float32).view(30, 100),
@@ -56,7 +59,7 @@ def read_tensor(source: Checkpoint, name: str) -> bytes:
 
 @pytest.mark.parametrize("mode", ["auto", "dio", "buffered"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_every_byte_is_what_safetensors_reads(tmp_path: Path, mode: str, sharded: bool):
+def test_every_byte_is_what_safetensors_reads(tmp_path: Path, mode: Mode, sharded: bool):
     names = list(TENSORS)
     if sharded:
         names = list(write_shards(tmp_path))
@@ -176,7 +179,7 @@ def test_an_index_without_sense(tmp_path: Path, weight_map: object):
 
 
 @pytest.mark.parametrize("mode", ["dio", "buffered"])
-def test_short_reads_are_continued(tmp_path: Path, monkeypatch, mode: str):
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch, mode: Mode):
     save_file(TENSORS, tmp_path / "model.safetensors")
     real = os.preadv
     sizes = iter([5000, 4096, 4097, 8192] * 100)

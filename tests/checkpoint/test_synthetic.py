@@ -9,8 +9,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from layouts import expected_tensors
 from windlass.checkpoint import synthetic as synth
-from windlass.checkpoint.layout import build_layout, expected_tensors
+from windlass.checkpoint.layout import build_layout
 from windlass.checkpoint.reader import Checkpoint
 from windlass.errors import UsageError
 from windlass.models.registry import read_spec

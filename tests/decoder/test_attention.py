@@ -45,17 +45,17 @@ def test_rows_do_not_depend_on_each_other(name: str) -> None:
     attention, w = CASES[name], weights(CASES[name])
     generator = torch.Generator().manual_seed(1)
     h_TD = torch.randn(67, HIDDEN, generator=generator)
-    cos = sin = None
+    cos_sin = None
     if attention.rope is not None:
-        cos, sin = RopeTable(attention.rope, HostAllocator()).cos_sin(torch.arange(5, 72))
-    whole = project(KERNELS, attention, NORM, w, h_TD, cos, sin)
+        cos_sin = RopeTable(attention.rope, HostAllocator()).cos_sin(torch.arange(5, 72))
+    whole = project(KERNELS, attention, NORM, w, h_TD, cos_sin)
     o_THv = torch.randn(67, attention.num_heads, value_width(attention), generator=generator)
     output = attention_output(KERNELS, attention, w, o_THv.clone(), whole.gate_THv)
     assert output.shape == (67, HIDDEN)
     for first, last in ((0, 1), (5, 6), (3, 20), (66, 67), (1, 67)):
         part = slice(first, last)
-        tables = (None, None) if cos is None or sin is None else (cos[part], sin[part])
-        got = project(KERNELS, attention, NORM, w, h_TD[part].clone(), *tables)
+        tables = None if cos_sin is None else (cos_sin[0][part], cos_sin[1][part])
+        got = project(KERNELS, attention, NORM, w, h_TD[part].clone(), tables)
         for field in ("q_THd", "key_TKd", "value_TKv", "gate_THv"):
             one, all_rows = getattr(got, field), getattr(whole, field)
             assert (one is None) == (all_rows is None)
@@ -68,10 +68,10 @@ def test_rows_do_not_depend_on_each_other(name: str) -> None:
 def test_widths_of_the_cache(name: str) -> None:
     attention = CASES[name]
     rope = attention.rope
-    cos, sin = (
-        (None, None) if rope is None else RopeTable(rope, HostAllocator()).cos_sin(torch.arange(2))
-    )
-    got = project(KERNELS, attention, NORM, weights(attention), torch.zeros(2, HIDDEN), cos, sin)
+    cos_sin = None
+    if rope is not None:
+        cos_sin = RopeTable(rope, HostAllocator()).cos_sin(torch.arange(2))
+    got = project(KERNELS, attention, NORM, weights(attention), torch.zeros(2, HIDDEN), cos_sin)
     shape = kv_shape(attention)
     assert shape is not None
     heads, key, value = shape
@@ -90,6 +90,6 @@ def test_no_cache_for_recurrent_attention() -> None:
 
 
 def test_no_rows() -> None:
-    cos, sin = RopeTable(MLA.rope, HostAllocator()).cos_sin(torch.arange(0))
-    got = project(KERNELS, MLA, NORM, weights(MLA), torch.zeros(0, HIDDEN), cos, sin)
+    cos_sin = RopeTable(MLA.rope, HostAllocator()).cos_sin(torch.arange(0))
+    got = project(KERNELS, MLA, NORM, weights(MLA), torch.zeros(0, HIDDEN), cos_sin)
     assert got.q_THd.shape == (0, 3, 25)

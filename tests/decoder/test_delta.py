@@ -80,10 +80,11 @@ class Layer:
             self.expected = net(self.rows[None])[0]
         self.kernels = TorchKernels()
         # rubbish: a fresh sequence must not see what its slot held
-        self.states = [torch.full((5, *shape), 7.0) for shape in state_shapes(self.spec)]
+        conv, state = state_shapes(self.spec)
+        self.states = torch.full((5, *conv), 7.0), torch.full((5, *state), 7.0)
 
     def run(self, rows: torch.Tensor, segments: list[DeltaSegment]) -> torch.Tensor:
-        return delta_attention(self.kernels, self.spec, self.weights, rows, segments, *self.states)
+        return delta_attention(self.kernels, self.spec, self.weights, rows, segments, self.states)
 
     def run_alone(self, cuts: list[int], *, prompt: int, slot: int = 2) -> torch.Tensor:
         """One sequence, cut into calls; positions below `prompt` are prompt."""
@@ -160,8 +161,8 @@ def test_other_sequences_and_slots_change_no_bit(layer: Layer) -> None:
 def test_misaligned_slots_change_no_bit(layer: Layer) -> None:
     cuts = [0, CHUNK, CHUNK + 1, CHUNK + 2]
     expected = layer.run_alone(cuts, prompt=CHUNK)
-    size = layer.states[1].numel()
-    layer.states[1] = torch.zeros(size + 1)[1:].view(layer.states[1].shape)
+    conv, state = layer.states
+    layer.states = conv, torch.zeros(state.numel() + 1)[1:].view(state.shape)
     assert layer.states[1][2].data_ptr() % 64
     assert torch.equal(layer.run_alone(cuts, prompt=CHUNK), expected)
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ HOST = HostAllocator()
 V1_UNLIMITED = 9223372036854771712
 
 
-def tree(tmp_path: Path, cgroup: str, mounts: list[str], files: dict[str, object]) -> Path:
+def tree(tmp_path: Path, cgroup: str, mounts: list[str], files: Mapping[str, object]) -> Path:
     """A /proc whose mount points lie below `tmp_path`; `{}` in `mounts` stands for that."""
     proc = tmp_path / "proc"
     (proc / "self").mkdir(parents=True)
@@ -144,4 +145,4 @@ def test_the_demo_runs_within_a_container_without_a_budget(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         assert group.num_kills == 0 and group.peak_bytes <= limit
     summary = json.loads(done.stdout.splitlines()[-1])
-    assert summary["plan"]["host_memory"] < limit, summary["plan"]
+    assert summary["plan"]["tiers"]["host"]["budget_bytes"] < limit, summary["plan"]

@@ -2,6 +2,7 @@
 
 import gc
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,7 +39,8 @@ def test_results_of_some_megabytes_leave_no_holes_in_the_heap():
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(SIZES)), max_size=40))
 def test_no_two_tensors_share_memory_and_the_peak_stays(steps):
-    memory, held, peak = Recycler(), {}, 0
+    memory, peak = Recycler(), 0
+    held: dict[int, tuple[torch.Tensor, int]] = {}
     for i, (place, numel) in enumerate(steps):
         held.pop(place, None)
         held[place] = memory.empty(numel).fill_(i), i

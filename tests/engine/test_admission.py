@@ -1,11 +1,9 @@
 """Admission alone: requests of all sizes on few pages, with tokens out of nowhere."""
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from admission_machine import PAGE_TOKENS, Machine
-from windlass.engine.sequence import Sequence
+from admission_machine import PAGE_TOKENS, Machine, unsampled
 from windlass.schedule.batch import CHUNK_TOKENS
 
 SIZES = st.tuples(st.integers(1, 150), st.integers(1, 90))
@@ -102,7 +100,7 @@ def test_a_dropped_request_leaves_nothing():
     machine.admission.drop(requests[1])
     machine.admission.drop(requests[2])
     assert machine.kv.num_free_pages == 30
-    assert machine.admission.compose(pytest.fail) == []
+    assert machine.admission.compose(unsampled) == []
 
 
 def test_longrope_follows_what_a_choice_could_have_in_any_memory():
@@ -121,7 +119,7 @@ def test_separate_passes_come_in_waves():
         machine.add(100, length)
     kinds = []
     while machine.admission.running or machine.admission.waiting:
-        rows = machine.admission.compose(lambda queued: Sequence(queued, None, None, frozenset()))
+        rows = machine.admission.compose(unsampled)
         kinds.append({row.segment.is_prompt for row in rows})
         machine.take(rows)
     names = ["prompts" if kind == {True} else "decode" for kind in kinds]

@@ -1,18 +1,20 @@
 """Lengths of answers learned while running, and what admission makes of them."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from admission_machine import unsampled
 from engines import engine_for, make_model, prompts, request, run_all
 from windlass.device.host_memory import HostAllocator
 from windlass.engine.admission import Admission
 from windlass.engine.answer_lengths import OutputLengths
 from windlass.engine.request import Request
-from windlass.engine.sequence import QueuedSequence, Sequence
+from windlass.engine.sequence import QueuedSequence
 from windlass.kvcache.kv_cache import KvCache
 from windlass.params import SamplingParams
 
@@ -69,7 +71,7 @@ def test_a_page_is_kept_as_far_as_it_is_likely_to_be_wanted():
     admission.add(
         QueuedSequence(Request("a", (1,) * 20, SamplingParams(max_tokens=40), ""), 0, 40, 60)
     )
-    (row,) = admission.compose(lambda queued: Sequence(queued, None, None, frozenset()))
+    (row,) = admission.compose(unsampled)
     assert admission._may_want(row.sequence) == 1
     for num_output in (13,) * 6 + (14,) * 3:
         admission.lengths.observe(num_output, 40)
@@ -100,7 +102,7 @@ def _passes(draw, *, pages, learns, seed=0):
         ends[str(i)] = max(1, min(MOST, int(draw(chance))))
         admission.add(QueuedSequence(one, 0, MOST, 1000))
     passes = 0
-    while rows := admission.compose(lambda queued: Sequence(queued, None, None, frozenset())):
+    while rows := admission.compose(unsampled):
         passes += 1
         for choice, segment in rows:
             choice.num_computed += segment.num_tokens
@@ -139,7 +141,7 @@ def test_an_engine_learns_from_what_ended_by_itself(tmp_path):
         assert engine.expected_output_tokens(40) == 40
         (first,) = run_all(engine, [request("1", texts[1], max_tokens=20)])["1"].outputs
         stop = [first.token_ids[3]]
-        given = {"stop_token_ids": stop, "max_tokens": 20}
+        given: dict[str, Any] = {"stop_token_ids": stop, "max_tokens": 20}
         (again,) = run_all(engine, [request("2", texts[1], **given)])["2"].outputs
         share = len(again.token_ids) / 20
         assert again.finish_reason == "stop" and share <= 0.2

@@ -109,7 +109,8 @@ def test_copies_of_odd_tensors_are_part_of_the_plan(folder, tmp_path, monkeypatc
     def watched(part_reads, memory):
         views = make_views(part_reads, memory)
         if views.has_copies:
-            storages = {t.untyped_storage().data_ptr(): t for t in views.tensors.values()}
+            tensors = [t for t in views.tensors.values() if isinstance(t, torch.Tensor)]
+            storages = {t.untyped_storage().data_ptr(): t for t in tensors}
             copied.append(sum(t.untyped_storage().nbytes() for t in storages.values()))
         return views
 
@@ -120,7 +121,7 @@ def test_copies_of_odd_tensors_are_part_of_the_plan(folder, tmp_path, monkeypatc
     for path in (folder, _odd_copy(folder, tmp_path / "odd")):
         with engine_for(path) as engine:
             results.append(run_all(engine, [one])["a"].outputs)
-            assert engine.plan.process_bytes == 200 * MIB + max(copied)
+            assert engine.plan.host.process_bytes == 200 * MIB + max(copied)
     assert results[0] == results[1]
     assert max(copied) > 10_000
 
@@ -198,7 +199,7 @@ def test_logprobs_are_the_same_from_the_log(folder):
     assert output.logprobs is not None and len(output.logprobs) == 6
     for token, step in zip(output.token_ids, output.logprobs, strict=True):
         assert next(iter(step)) == token and len(step) in (4, 5)
-        ranks = sorted(entry.rank for entry in step.values())
+        ranks = sorted(entry.rank for entry in step.values() if entry.rank is not None)
         assert ranks[:4] == [1, 2, 3, 4]
         assert step[token].decoded_token == f"w{token}"
     drawn = sum(s[t].logprob for t, s in zip(output.token_ids, output.logprobs, strict=True))

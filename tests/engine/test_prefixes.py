@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from engines import engine_for, make_model, prompts, request, run_all
 from sharing_machine import LONG_AFTER, PAGE_TOKENS, Machine, alone
+from windlass.engine.outputs import RequestOutput
+from windlass.engine.sequence import Sequence
 from windlass.kvcache.pages import PagePool, block_keys
 from windlass.schedule.batch import CHUNK_TOKENS
 
@@ -111,8 +113,14 @@ def test_a_prefix_is_computed_once_also_while_it_is_computed(rows):
 
 def test_each_block_of_a_newcomer_is_looked_up_once():
     machine = Machine(pages=200, seqs=10, rows=4000)
-    find, names = machine.kv.pool.find, []
-    machine.kv.pool.find = lambda name: names.append(name) or find(name)
+    find = machine.kv.pool.find
+    names: list[object] = []
+
+    def watched(name):
+        names.append(name)
+        return find(name)
+
+    machine.kv.pool.find = watched  # type: ignore[method-assign]
     for i in range(3):
         machine.add(str(i), HEADER + _own(i), 1)
     machine.step()
@@ -135,22 +143,28 @@ def test_a_later_wave_finds_what_nobody_holds_until_its_pages_are_needed():
     assert machine.prompt_rows == before + 230
 
 
+def _found(pool, name):
+    block = pool.find(name)
+    assert block is not None
+    return block
+
+
 def test_what_was_used_longest_ago_is_forgotten_first_and_tails_before_heads():
     pool = PagePool(8)
     for name in "abc":
         pages = pool.take(2)
         pool.name(name, pages)
-        pool.find(name).is_full = True
+        _found(pool, name).is_full = True
         pool.give(pages)
-    pool.hold(pool.find("a"))
-    pool.give(list(pool.find("a").pages))  # now b is the oldest
+    pool.hold(_found(pool, "a"))
+    pool.give(list(_found(pool, "a").pages))  # now b is the oldest
     pool.take(4)
     assert [pool.find(name) is not None for name in "abc"] == [True, False, True]
     pool = PagePool(4)
     pages = pool.take(4)
     for name, part in (("head", pages[:2]), ("tail", pages[2:])):
         pool.name(name, part)
-        pool.find(name).is_full = True
+        _found(pool, name).is_full = True
     pool.give(pages)
     pool.take(1)
     assert pool.find("head") is not None and pool.find("tail") is None
@@ -390,7 +404,7 @@ def test_keys_and_values_of_a_prompt_do_not_depend_on_its_chunks(engine_of):
         with engine_of(max_num_batched_tokens=rows, micro_batch_size=micro) as engine:
             for each in [*before, one]:
                 engine.add(each)
-            chosen = []
+            chosen: list[Sequence] = []
             while not chosen or chosen[0].in_prompt:
                 engine.step()
                 chosen = [c for c in engine._admission.running if c.request is one]
@@ -455,7 +469,7 @@ def test_a_pass_that_failed_leaves_nothing_to_be_found(engine_of, without):
         engine._run_pass = failing
         for one in _wanted():
             engine.add(one)
-        results = {}
+        results: dict[str, RequestOutput] = {}
         while engine.has_work:
             try:
                 results |= {one.request_id: one for one in engine.step().finished}

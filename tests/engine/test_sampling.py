@@ -89,7 +89,12 @@ def test_only_tokens_the_slow_twin_keeps_are_drawn(
     data: int, temperature: float, top_p: float, top_k: int, min_p: float, steps: int
 ) -> None:
     row = logits(700, seed=data, steps=steps)
-    given_params = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    given_params: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+    }
     nucleus = kept_by_full_sort(row, SamplingParams(**given_params))
     one = sampler(700, seed=data, **given_params)
     drawn = {one.sample(row).token_id for _ in range(40)}
@@ -206,7 +211,7 @@ def test_bias_and_allowed_ids() -> None:
     assert sampler(4, temperature=0, logit_bias={0: -100}).sample(row).token_id == 1
     assert sampler(4, temperature=0, allowed_token_ids=[2, 3]).sample(row).token_id == 2
     # a bias does not bring back what is not allowed
-    both = {"allowed_token_ids": [2, 3], "logit_bias": {0: 100, 3: 5}}
+    both: dict[str, Any] = {"allowed_token_ids": [2, 3], "logit_bias": {0: 100, 3: 5}}
     assert sampler(4, temperature=0, **both).sample(row).token_id == 3
     drawn = {sampler(4, seed=s, allowed_token_ids=[1, 3]).sample(row).token_id for s in range(60)}
     assert drawn == {1, 3}

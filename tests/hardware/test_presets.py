@@ -31,6 +31,7 @@ def test_every_number_of_a_preset_says_where_it_comes_from(name):
 def test_curves_follow_the_roofline():
     profile = load_machine("l4")
     device = profile.device
+    assert device is not None and profile.down is not None
     # 2 FLOP for each weight and row; a weight of bf16 has 2 bytes: 1 FLOP per byte and row
     assert device.experts["bfloat16"].at(1) == pytest.approx(device.memory_rate)
     assert device.experts["bfloat16"].at(16) == pytest.approx(16 * device.memory_rate)

@@ -90,7 +90,7 @@ class Stored(NamedTuple):
         memory = torch.full((part_reads.num_bytes,), 255, dtype=torch.uint8)
         for read in part_reads.reads:
             into = memory[read.at : read.at + read.num_bytes]
-            source.read(read.file, read.offset, memoryview(into.numpy()))
+            source.read(read.file, read.offset, memoryview(into.numpy().data))
         source.close()
         views = make_views(part_reads, memory)
         assert not views.has_copies
@@ -99,7 +99,7 @@ class Stored(NamedTuple):
         return found
 
     def whole(self) -> Packed:
-        found = self.read(RowSet(*self.meant.shape, 0, self.meant.shape[0]))
+        found = self.read(RowSet(self.meant.shape[0], self.meant.shape[1], 0, self.meant.shape[0]))
         assert isinstance(found, Packed)
         return found
 

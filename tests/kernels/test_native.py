@@ -168,20 +168,20 @@ def test_extreme_values_stay_in_their_row(native, value, seed):
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_rows_rounded_to_bf16(name):
+def test_bf16_activations(name):
     w, x = torch.randn(70, 130).bfloat16(), torch.randn(33, 130)
     tensors = network(130, 70, torch.bfloat16, 0, has_bias=True)
-    torch_rounded = TorchKernels(bf16_activations=True)
-    with kernels_of(name, bf16_activations=True) as rounded:
-        whole = rounded.linear(x, w)
-        close(whole, torch_rounded.linear(x, w), size=130**0.5)
+    torch_bf16 = TorchKernels(bf16_activations=True)
+    with kernels_of(name, bf16_activations=True) as native:
+        whole = native.linear(x, w)
+        close(whole, torch_bf16.linear(x, w), size=130**0.5)
         assert not torch.equal(whole, TORCH.linear(x, w))
-        assert torch.equal(rounded.linear(x[3:5], w), whole[3:5])
-        got = rounded.expert_ffn(x, tensors, SwiGlu())
-        expected = torch_rounded.expert_ffn(x, tensors, SwiGlu())
+        assert torch.equal(native.linear(x[3:5], w), whole[3:5])
+        got = native.expert_ffn(x, tensors, SwiGlu())
+        expected = torch_bf16.expert_ffn(x, tensors, SwiGlu())
         # hidden values next to a tie may be rounded the other way
         torch.testing.assert_close(got, expected, atol=2e-2, rtol=1e-2)
-        assert torch.equal(rounded.expert_ffn(x[7:9], tensors, SwiGlu()), got[7:9])
+        assert torch.equal(native.expert_ffn(x[7:9], tensors, SwiGlu()), got[7:9])
 
 
 # --- attention ------------------------------------------------------------------------------------

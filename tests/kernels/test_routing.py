@@ -126,7 +126,7 @@ def test_against_plain_arithmetic(kernels: TorchKernels, name: str, seed: int, t
     routing = ROUTINGS[name]
     top_k = 2 if isinstance(routing, SparseMixer) else top_k
     w, h_TD = weights(routing, seed), rows(3, seed + 1)
-    got, ids = route(kernels, moe(routing, top_k), w, h_TD)
+    got, ids, _ = route(kernels, moe(routing, top_k), w, h_TD)
     assert got.dtype == torch.float32 and ids.dtype == torch.int64
     assert got.shape == ids.shape == (3, top_k)
     for row in range(3):
@@ -140,10 +140,40 @@ def test_against_plain_arithmetic(kernels: TorchKernels, name: str, seed: int, t
 def test_rows_do_not_depend_on_each_other(kernels: TorchKernels, name: str) -> None:
     routing = ROUTINGS[name]
     w, h_TD = weights(routing), rows(67)
-    got, ids = route(kernels, moe(routing), w, h_TD)
+    got, ids, _ = route(kernels, moe(routing), w, h_TD)
     for first, last in ((0, 1), (5, 6), (3, 20), (66, 67), (1, 67)):
-        part, part_ids = route(kernels, moe(routing), w, h_TD[first:last].clone())
+        part, part_ids, _ = route(kernels, moe(routing), w, h_TD[first:last].clone())
         assert torch.equal(part, got[first:last]) and torch.equal(part_ids, ids[first:last])
+
+
+@pytest.mark.parametrize("name", ROUTINGS)
+@pytest.mark.parametrize("num_rows", [1, 67])
+def test_scores_are_handed_out_and_change_nothing(
+    kernels: TorchKernels, name: str, num_rows: int
+) -> None:
+    routing = ROUTINGS[name]
+    w, h_TD = weights(routing), rows(num_rows)
+    bare = route(kernels, moe(routing), w, h_TD)
+    got = route(kernels, moe(routing), w, h_TD, wants_scores=True)
+    assert bare.scores_TE is None
+    assert torch.equal(got.weights_TA, bare.weights_TA) and torch.equal(got.ids_TA, bare.ids_TA)
+    assert got.scores_TE is not None and got.scores_TE.dtype == torch.float32
+    logits_TE = h_TD.double() @ w["router.weight"].double().T
+    if isinstance(routing, TopKSoftmax):
+        logits_TE += w["router.bias"].double()
+    expected = {
+        SoftmaxTopK: lambda: logits_TE.softmax(-1),
+        SigmoidTopK: lambda: logits_TE.sigmoid(),
+        TopKSoftmax: lambda: logits_TE,
+        SparseMixer: lambda: logits_TE,
+    }[type(routing)]()
+    torch.testing.assert_close(got.scores_TE, expected.float(), rtol=1e-5, atol=1e-6)
+    torch_scores = route(KERNELS, moe(routing), w, h_TD, wants_scores=True).scores_TE
+    torch.testing.assert_close(got.scores_TE, torch_scores, rtol=1e-5, atol=1e-6)
+    for row in (0, num_rows - 1):
+        alone = route(kernels, moe(routing), w, h_TD[row : row + 1].clone(), wants_scores=True)
+        assert alone.scores_TE is not None
+        assert torch.equal(alone.scores_TE[0], got.scores_TE[row])
 
 
 @pytest.mark.parametrize("width", [7, 64, 100, 2880])
@@ -182,7 +212,7 @@ def test_bias_decides_the_choice_but_not_the_weight() -> None:
     w, h_TD = weights(routing), rows(4)
     w["router.select_bias"] = torch.zeros(12)
     w["router.select_bias"][7] = 10.0
-    got, ids = route(KERNELS, moe(routing), w, h_TD)
+    got, ids, _ = route(KERNELS, moe(routing), w, h_TD)
     assert (ids[:, 0] == 7).all()
     plain = route(KERNELS, moe(replace(routing, select_bias=False), 12), w, h_TD)
     scores = torch.zeros(4, 12).scatter(1, plain[1], plain[0])

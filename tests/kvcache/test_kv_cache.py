@@ -190,11 +190,11 @@ def _scores(path, **options):
     ]
     with engine_for(path, **options) as engine:
         results = run_all(engine, wanted)
-        page_bytes = engine.plan.kv_page_bytes
+        page_bytes = engine.plan.host.kv_page_bytes
     found = [
         step[token].logprob
         for output in (results[str(i)] for i in range(len(LENGTHS)))
-        for token, step in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+        for token, step in zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=True)
         if step is not None
     ]
     return torch.tensor(found, dtype=torch.float64), page_bytes

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from engines import engine_for, prompts, request, run_all
+from layouts import expected_tensors
 from published import PUBLISHED, SMALL_MIXTRAL
 from quantised_cases import AWQ, CASES, FLOAT, FP8, INT, MXFP4, compressed, gptq
 from windlass.checkpoint import synthetic as synth
-from windlass.checkpoint.layout import ITEM_BYTES, build_layout, expected_stored, expected_tensors
+from windlass.checkpoint.layout import ITEM_BYTES, build_layout, expected_stored
 from windlass.checkpoint.part_reads import slot_bytes
 from windlass.errors import CheckpointError, ModelError
 from windlass.formats import WeightFormat
@@ -197,7 +198,7 @@ def test_which_modules() -> None:
     def naming(module: str) -> str | None:
         scheme, is_certain = scheme_of(settings, module)
         assert is_certain
-        return scheme and scheme.naming
+        return None if scheme is None else scheme.naming
 
     assert naming("model.layers.3.mlp.experts.7.up_proj") == "packed"
     assert naming("model.layers.3.mlp.experts.7.down_proj") == "float"
@@ -493,7 +494,8 @@ def test_dummy_weights(name: str, tmp_path: Path) -> None:
     for file in folder.glob("*.json"):
         (bare / file.name).write_bytes(file.read_bytes())
     results = []
-    for path, options in ((folder, {}), (bare, dict(load_format="dummy", seed=1))):
+    drawn: dict[str, Any] = {"load_format": "dummy", "seed": 1}
+    for path, options in ((folder, {}), (bare, drawn)):
         with engine_for(path, **options) as engine:
             one = request("a", prompts((20,))[0], max_tokens=6, logprobs=5)
             results.append(run_all(engine, [one])["a"].outputs[0])

@@ -23,7 +23,9 @@ from windlass.models.spec import (
     RoutingGroups,
     SparseMixer,
 )
-from windlass.tensors import Tensors
+from windlass.tensors import Packed, PackedStack, PagedRows, Tensors
+
+Stored = torch.Tensor | Packed | PackedStack
 
 # Settings that no logits can show, or that only hold bounds.
 _SILENT = {"family", "max_positions", "vocab_size", "num_experts"}
@@ -55,15 +57,19 @@ class PlainKernels(TorchKernels):
     def linear(
         self,
         x_TD: torch.Tensor,
-        w: torch.Tensor,
-        bias_E: torch.Tensor | None = None,
+        w: Stored,
+        bias_E: Stored | None = None,
         *,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        assert isinstance(w, torch.Tensor) and not isinstance(bias_E, Packed | PackedStack)
         result = functional.linear(x_TD, w.reshape(-1, x_TD.shape[1]), bias_E)
         return result if out is None else out.copy_(result)
 
-    def batched_linear(self, x_THa: torch.Tensor, w_Hba: torch.Tensor) -> torch.Tensor:
+    def batched_linear(
+        self, x_THa: torch.Tensor, w_Hba: torch.Tensor | PackedStack
+    ) -> torch.Tensor:
+        assert isinstance(w_Hba, torch.Tensor)
         return torch.einsum("tha,hba->thb", x_THa, w_Hba)
 
     def expert_ffn(self, x_ND: torch.Tensor, w: Tensors, activation: Activation) -> torch.Tensor:
@@ -84,8 +90,8 @@ class PlainKernels(TorchKernels):
     def attention(
         self,
         q_THd: torch.Tensor,
-        key_PKBd: torch.Tensor,
-        value_PKBv: torch.Tensor,
+        keys: PagedRows,
+        values: PagedRows,
         work: AttentionWork,
         options: AttentionOptions,
     ) -> torch.Tensor:

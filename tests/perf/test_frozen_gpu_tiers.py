@@ -1,5 +1,5 @@
-"""Closed forms of layers on a device beside its host: the table of reference/throughput.md 4.11,
-and their limits."""
+"""Closed forms of layers on a device beside its host: a table that was computed apart
+from them, and their limits."""
 
 import math
 from dataclasses import replace
@@ -24,7 +24,7 @@ A5000_MEMORY = 0.9 * 24 * GIB - 8 * GIB
 
 
 def _reduced(shape, layers, tables, device, host, *, mixed):
-    """The reduced planner of 4.11: sequences and the resident share by memory alone."""
+    """A reduced planner: sequences and the resident share by memory alone."""
     fixed = tables + 4 * shape.expert + 2 * shape.attention + GIB
     weights = layers * shape.all_weights + tables
     whole = layers * shape.all_weights

@@ -4,13 +4,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from admission_machine import PAGE_TOKENS, Machine
+from admission_machine import PAGE_TOKENS, Machine, unsampled
 from sharing_machine import Machine as Sharing
 from windlass.engine.admission import Admission
-from windlass.engine.sequence import Sequence
 from windlass.perf.job_passes import Limits, compose
-from windlass.perf.op_cost import Seen
-from windlass.planner.pilot import run_of
+from windlass.perf.op_cost import Seen, seen_by
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.workload import Workload
 
@@ -29,7 +27,7 @@ def _engine_passes(sizes, limits):
     passes = []
     while machine.admission.waiting or machine.admission.running:
         counts = [0, 0, 0, 0, 0]
-        rows = machine.admission.compose(lambda one: Sequence(one, None, None, frozenset()))
+        rows = machine.admission.compose(unsampled)
         machine.take(rows)
         for _, segment in rows:
             at = 2 if segment.is_prompt else 0
@@ -77,8 +75,8 @@ def test_rows_of_prompts_that_begin_alike_are_those_of_the_engine(sizes, header,
         machine.add(str(i), [*range(header), *[-1 - i] * own], output, longest=1000)
     seen, num_passes = Seen(0, 0.0, 0, 0.0), 0
     while machine.admission.waiting or machine.admission.running:
-        run = run_of([segment for _, segment in machine.step()])
-        seen, num_passes = seen + run.seen, num_passes + 1
+        seen += seen_by([segment for _, segment in machine.step()])
+        num_passes += 1
     found = header // CHUNK_TOKENS * CHUNK_TOKENS
     lengths = [(header + p, o, found if i else 0) for i, (p, o) in enumerate(sizes)]
     limits = Limits(seqs + CHUNK_TOKENS + more, seqs, 1000, PAGE_TOKENS, mixed)

@@ -84,7 +84,7 @@ with open_engine(options) as engine:
         engine.add(Request(str(i), prompt, params, str(i)))
     while engine.has_work:
         engine.step()
-    print(json.dumps([engine.plan.total_bytes, engine.stats().peak_rss_bytes]))
+    print(json.dumps([engine.plan.host.total_bytes, engine.stats().peak_rss_bytes]))
 """
 
 

@@ -13,23 +13,26 @@ from windlass.build.checkpoint_sizes import cache_shapes
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
 from windlass.kvcache.kv_cache import bytes_per_token
+from windlass.models.spec import Gqa
 from windlass.perf.sizes import Sizes
 from windlass.plan import Plan
 from windlass.planner.budget import PlanConstraints, make_plan
 from windlass.units import GIB, MIB
 
 
+def smallest_named(error: BudgetError) -> int:
+    """Bytes of the smallest budget that a message names."""
+    found = re.search(r"at least (\d+)MiB", str(error))
+    assert found is not None
+    return int(found[1]) * MIB
+
+
 def _total(plan: Plan, sizes: Sizes) -> int:
     """The sum, counted apart from the planner."""
-    slots = (
-        plan.expert_slots * sizes.slot_bytes[Part.EXPERT]
-        + plan.block_slots * sizes.slot_bytes[Part.BLOCK]
-        + plan.head_slots * sizes.slot_bytes[Part.HEAD]
-        + sizes.slot_bytes[Part.FINAL]
-        + plan.resident_embedding * sizes.slot_bytes[Part.EMBED]
-    )
-    kv = plan.kv_pages * plan.page_tokens * sizes.bytes_per_token
-    return plan.process_bytes + plan.activation_bytes + slots + kv
+    host = plan.host
+    slots = sum(count * sizes.slot_bytes[part] for part, count in host.slots.items())
+    kv = host.kv_pages * plan.page_tokens * sizes.bytes_per_token
+    return host.process_bytes + host.activation_bytes + slots + kv
 
 
 @settings(max_examples=200, deadline=None)
@@ -53,18 +56,18 @@ def test_plans_add_up_and_keep_to_the_budget(name, budget, seqs, experts, rows, 
         assert too_few or (context is not None and context > spec.max_positions)
         return
     except BudgetError as error:
-        smallest = int(re.search(r"at least (\d+)MiB", str(error))[1]) * MIB
+        smallest = smallest_named(error)
         assert smallest > budget
         plan = make_plan(spec, sizes, smallest, wanted)
         budget = smallest
-    assert plan.total_bytes == _total(plan, sizes) <= budget
+    assert plan.host.total_bytes == _total(plan, sizes) <= budget
     assert plan.max_num_batched_tokens >= plan.max_num_seqs + 64
     assert seqs is None or plan.max_num_seqs == seqs
     assert rows is None or plan.max_num_batched_tokens == rows
     most = sizes.num_parts[Part.EXPERT]
-    assert experts is None or plan.expert_slots == min(experts, most)
+    assert experts is None or plan.host.slots[Part.EXPERT] == min(experts, most)
     assert plan.max_model_len == min(
-        context or spec.max_positions, plan.kv_pages * plan.page_tokens
+        context or spec.max_positions, plan.host.kv_pages * plan.page_tokens
     )
     assert context is None or plan.max_model_len == context
 
@@ -73,7 +76,7 @@ def test_much_less_than_the_smallest_is_refused():
     spec, sizes = SPECS["olmoe-1b-7b"], round_sizes(SPECS["olmoe-1b-7b"])
     with pytest.raises(BudgetError) as info:
         make_plan(spec, sizes, 100 * MIB, PlanConstraints())
-    smallest = int(re.search(r"at least (\d+)MiB", str(info.value))[1]) * MIB
+    smallest = smallest_named(info.value)
     make_plan(spec, sizes, smallest, PlanConstraints())
     with pytest.raises(BudgetError):
         make_plan(spec, sizes, smallest - 16 * MIB, PlanConstraints())
@@ -82,17 +85,17 @@ def test_much_less_than_the_smallest_is_refused():
 def test_a_large_budget_holds_everything_and_a_larger_one_no_less():
     spec, sizes = SPECS["olmoe-1b-7b"], round_sizes(SPECS["olmoe-1b-7b"])
     plans = [make_plan(spec, sizes, size * GIB, PlanConstraints()) for size in (2, 4, 8, 16, 64)]
-    assert plans[-1].expert_slots == sizes.num_parts[Part.EXPERT]
-    assert plans[-1].resident_embedding and plans[-1].block_slots == len(spec.blocks)
+    assert plans[-1].host.slots == sizes.num_parts
     for small, large in zip(plans, plans[1:], strict=False):
         assert small.max_num_seqs <= large.max_num_seqs
-        assert small.expert_slots <= large.expert_slots
+        assert small.host.slots[Part.EXPERT] <= large.host.slots[Part.EXPERT]
 
 
 @pytest.mark.parametrize(("name", "width"), [("qwen3-moe-1b", 64), ("olmoe-1b-7b", 128)])
 def test_int8_rows_are_room_for_nearly_twice_the_tokens(name, width):
     spec = SPECS[name]
-    assert spec.blocks[0].attention.head_dim == width
+    attention = spec.blocks[0].attention
+    assert isinstance(attention, Gqa) and attention.head_dim == width
     pages = {}
     for dtype in (torch.bfloat16, torch.int8):
         per_token = bytes_per_token(cache_shapes(spec), dtype)
@@ -100,8 +103,8 @@ def test_int8_rows_are_room_for_nearly_twice_the_tokens(name, width):
         plan = make_plan(
             spec, sizes, 1 * GIB, PlanConstraints(max_num_seqs=64, max_num_batched_tokens=512)
         )
-        assert plan.kv_pages * plan.page_tokens < 64 * 1024, "the budget must be what limits"
-        pages[dtype] = plan.kv_pages
+        assert plan.host.kv_pages * plan.page_tokens < 64 * 1024, "the budget must be what limits"
+        pages[dtype] = plan.host.kv_pages
     more = pages[torch.int8] / pages[torch.bfloat16]
     assert more == pytest.approx(2 * width / (width + 4), rel=0.02)
 
@@ -111,10 +114,10 @@ def test_recurrent_state_is_counted():
     wanted = PlanConstraints(max_num_seqs=16)
     plain = make_plan(spec, sizes, 4 * GIB, wanted)
     heavy = make_plan(spec, replace(sizes, state_bytes=64 * MIB), 4 * GIB, wanted)
-    assert heavy.state_slots == 16 and plain.state_slots == 0
+    assert heavy.host.state_slots == 16 and plain.host.state_slots == 0
     assert plain.prefix_caching and not heavy.prefix_caching  # no state is kept of a prefix
-    assert heavy.total_bytes <= 4 * GIB
-    assert heavy.total_bytes - _total(heavy, sizes) == 16 * 64 * MIB
+    assert heavy.host.total_bytes <= 4 * GIB
+    assert heavy.host.total_bytes - _total(heavy, sizes) == 16 * 64 * MIB
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from windlass.cli.engine_flags import refuse_known
 from windlass.cli.plan_command import COMMAND
 from windlass.errors import BudgetError, UsageError
 from windlass.options import EngineOptions
-from windlass.perf.sizes import Backend
+from windlass.perf.sizes import Backend, Problem
 from windlass.planner.budget import PlanConstraints
 from windlass.planner.explain import Explanation, explain, weight_bytes
 from windlass.units import GIB, MIB
@@ -57,7 +57,7 @@ WORK = Workload.from_lengths(128, 32, 64)
 @pytest.fixture(scope="module")
 def found(olmoe) -> Explanation:
     spec, sizes = olmoe
-    return explain(spec, sizes, machine(), WORK, 4 * GIB, PlanConstraints())
+    return explain(Problem(spec, sizes, machine()), WORK, 4 * GIB, PlanConstraints())
 
 
 # --- explanations ---------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def found(olmoe) -> Explanation:
 def test_tiers_add_up(found, olmoe):
     _, sizes = olmoe
     host, disk = found.tiers
-    assert host.used == found.best.plan.total_bytes <= host.budget == 4 * GIB
+    assert host.used == found.best.plan.host.total_bytes <= host.budget == 4 * GIB
     assert disk.used == sum(weight_bytes(sizes).values()) > 12 * GIB
     kept = sum(size for name, size in host.holds.items() if " of " in name)
     assert kept == disk.holds["weights also in memory"] > 0
@@ -74,7 +74,7 @@ def test_tiers_add_up(found, olmoe):
 
 def test_more_memory_brings_what_a_search_with_it_brings(found, olmoe):
     spec, sizes = olmoe
-    richer = explain(spec, sizes, machine(), WORK, 5 * GIB, PlanConstraints())
+    richer = explain(Problem(spec, sizes, machine()), WORK, 5 * GIB, PlanConstraints())
     assert found.more_host_s == richer.best.estimate.total_s < found.best.estimate.total_s
     text = "\n".join(found.lines())
     saved = found.best.estimate.total_s - found.more_host_s
@@ -82,7 +82,7 @@ def test_more_memory_brings_what_a_search_with_it_brings(found, olmoe):
     assert f"one more GiB of host memory would save {saved:.2f} s ({share:.0f} %)" in text or (
         f"({share:.0f} %)" in text
     )
-    rich = explain(spec, sizes, machine(), WORK, 64 * GIB, PlanConstraints())
+    rich = explain(Problem(spec, sizes, machine()), WORK, 64 * GIB, PlanConstraints())
     assert "one more GiB of host memory would bring nothing" in rich.lines()
     assert rich.tiers[1].holds["weights read"] == 0
 
@@ -101,7 +101,9 @@ def test_a_slow_disk_binds_and_a_slow_host_does(olmoe):
     plain = machine()
     for rate, bottleneck in ((1e7, "disk"), (1e13, "host")):
         disk = replace(plain.disk, points=((1 << 20, rate), (4 << 20, 2 * rate)))
-        one = explain(spec, sizes, replace(plain, disk=disk), WORK, 4 * GIB, PlanConstraints())
+        one = explain(
+            Problem(spec, sizes, replace(plain, disk=disk)), WORK, 4 * GIB, PlanConstraints()
+        )
         assert any(line.startswith(f"bottleneck: {bottleneck};") for line in one.lines())
 
 
@@ -125,7 +127,7 @@ def test_json_has_the_numbers_and_a_plan_to_replay(found):
 def test_nothing_that_fits_is_refused(olmoe):
     spec, sizes = olmoe
     with pytest.raises(BudgetError, match="at least"):
-        explain(spec, sizes, machine(), WORK, 500 * MIB, PlanConstraints())
+        explain(Problem(spec, sizes, machine()), WORK, 500 * MIB, PlanConstraints())
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -149,8 +151,8 @@ def test_the_host_memory_of_a_machine_is_the_default_and_a_flag_wins(config, cap
     for words, budget in (((), int(0.8 * 16 * GIB)), (("--host-memory", "5GiB"), 5 * GIB)):
         text = plan(capsys, "-m", str(config), "--machine", "laptop", "--json", *words)
         document = json.loads(text)
-        assert document["plan"]["host_memory"] == budget
-        assert document["plan"]["total_bytes"] <= budget
+        assert document["plan"]["tiers"]["host"]["budget_bytes"] == budget
+        assert document["plan"]["tiers"]["host"]["total_bytes"] <= budget
 
 
 def test_a_device_is_planned_for_beside_the_host(config, capsys):

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from frozen_gpu import A5000, MIXTRAL
 from planning import SPECS, sizes_of
 from windlass.ids import Part
-from windlass.perf.frozen_gpu_tiers import Share, layer_seconds
-from windlass.planner.frozen_gpu_plan import GpuModel, Memory, model_of, plan_device
+from windlass.perf.frozen_gpu_tiers import GpuRates, Share, layer_seconds
+from windlass.planner.frozen_gpu_plan import DevicePlan, GpuModel, Memory, model_of, plan_device
 from windlass.units import GIB
 from windlass.workload import Workload
 
@@ -24,6 +24,13 @@ MODEL = GpuModel(
 RATES = replace(A5000, up=26e9, disk=6e9, host_memory=200e9, call_s=2e-5)
 JOB = Workload.from_lengths(512, 256, 8000)
 MEMORY = Memory(device=0.9 * 24 * GIB, host=0.9 * 160 * GIB)
+
+
+def planned(rates: GpuRates, memory: Memory) -> DevicePlan:
+    """The plan of a job that fits."""
+    found = plan_device(MODEL, rates, memory, JOB)
+    assert found is not None
+    return found
 
 
 @functools.cache
@@ -52,9 +59,9 @@ def test_no_plan_breaks_a_memory(device, host, count, prompt, output, has_disk):
 def test_a_disk_lets_a_model_run_that_memory_cannot_hold():
     small = replace(MEMORY, host=48 * GIB)
     assert plan_device(MODEL, RATES, replace(small, has_disk=False), JOB) is None
-    found = plan_device(MODEL, RATES, small, JOB)
+    found = planned(RATES, small)
     assert found.on_disk > 0.3 and found.bottleneck in ("disk", "down")
-    faster = plan_device(MODEL, replace(RATES, disk=12e9), small, JOB)
+    faster = planned(replace(RATES, disk=12e9), small)
     assert faster.total_s < found.total_s
 
 
@@ -63,14 +70,14 @@ def test_a_device_without_room_for_buffers_is_refused():
 
 
 def test_a_weak_host_computes_no_attention_and_a_strong_one_does():
-    weak = plan_device(MODEL, replace(RATES, host_attention=1e9), MEMORY, JOB)
-    strong = plan_device(MODEL, replace(RATES, host_attention=100e9), MEMORY, JOB)
+    weak = planned(replace(RATES, host_attention=1e9), MEMORY)
+    strong = planned(replace(RATES, host_attention=100e9), MEMORY)
     assert weak.host_share < 0.2 < 0.5 < strong.host_share
     assert strong.total_s < weak.total_s
 
 
 def test_keys_and_values_live_on_a_device_that_holds_the_weights():
-    found = plan_device(MODEL, RATES, replace(MEMORY, device=900 * GIB), JOB)
+    found = planned(RATES, replace(MEMORY, device=900 * GIB))
     assert found.resident == 1 and found.kv_on_device == 1 and found.host_share == 0
 
 

@@ -11,8 +11,8 @@ from planning import SPECS, few_layers, machine, sizes_of
 from windlass.errors import BudgetError
 from windlass.ids import Part
 from windlass.models.spec import Moe
-from windlass.perf.estimate import estimate
-from windlass.perf.steady import steady_seconds
+from windlass.perf.estimate import estimate, steady_seconds
+from windlass.perf.sizes import Problem
 from windlass.planner.budget import PlanConstraints, make_plan
 from windlass.planner.choose import choose_plan, single_request
 from windlass.planner.search import search
@@ -63,29 +63,29 @@ def test_no_plan_breaks_its_budget_or_what_is_fixed(problem, seqs, experts):
         make_plan(spec, sizes, budget, wanted)
     except BudgetError:
         with pytest.raises(BudgetError):
-            search(spec, sizes, profile, work, budget, wanted)
+            search(Problem(spec, sizes, profile), work, budget, wanted)
         return
     with few_layers():
-        found = search(spec, sizes, profile, work, budget, wanted)
+        found = search(Problem(spec, sizes, profile), work, budget, wanted)
     assert found
     for plan in (one.plan for one in found):
-        slots = {
-            Part.EXPERT: plan.expert_slots, Part.BLOCK: plan.block_slots,
-            Part.FFN: plan.ffn_slots, Part.HEAD: plan.head_slots, Part.FINAL: 1,
-            Part.EMBED: int(plan.resident_embedding),
-        }  # fmt: skip
-        weights = sum(sizes.slot_bytes.get(p, 0) * n for p, n in slots.items())
-        kept = plan.kv_pages * max(1, plan.page_tokens * sizes.bytes_per_token)
-        kept += plan.state_slots * sizes.state_bytes
-        total = plan.process_bytes + plan.activation_bytes + weights + kept
-        assert plan.total_bytes == total <= budget
+        host = plan.host
+        weights = sum(sizes.slot_bytes[p] * n for p, n in host.slots.items())
+        kept = host.kv_pages * max(1, plan.page_tokens * sizes.bytes_per_token)
+        kept += host.state_slots * sizes.state_bytes
+        total = host.process_bytes + host.activation_bytes + weights + kept
+        assert host.total_bytes == total <= budget
         assert seqs is None or plan.max_num_seqs == seqs
-        assert experts is None or plan.expert_slots == min(experts, sizes.num_parts[Part.EXPERT])
+        assert experts is None or host.slots[Part.EXPERT] == min(
+            experts, sizes.num_parts[Part.EXPERT]
+        )
         assert plan.max_num_batched_tokens >= plan.max_num_seqs + 64
     times = [one.estimate.total_s for one in found]
     even = [max(one, 1.005 * min(times)) for one in times]  # of those as fast, the smallest first
     assert even == sorted(even)
-    pages = [one.plan.kv_pages for one, time in zip(found, even, strict=True) if time == even[0]]
+    pages = [
+        one.plan.host.kv_pages for one, time in zip(found, even, strict=True) if time == even[0]
+    ]
     assert pages == sorted(pages)
 
 
@@ -107,9 +107,10 @@ JOBS = {
 def test_near_the_best_of_a_grid_and_never_behind_plain_rules(job, gigabytes, disk):
     """The planner's choice within 10 % of the best of a grid's settings that fit. Those whose
     busiest lane alone works longer than the choice takes are not run on the clock."""
-    sizes, profile, work = sizes_of(SMALL), machine(disk=disk), JOBS[job]
+    sizes, work = sizes_of(SMALL), JOBS[job]
+    problem = Problem(SMALL, sizes, machine(disk=disk))
     budget = gigabytes * GIB
-    best = search(SMALL, sizes, profile, work, budget, PlanConstraints())[0]
+    best = search(problem, work, budget, PlanConstraints())[0]
     assert best.plan.max_model_len >= work.longest
     plans = {make_plan(SMALL, sizes, budget, PlanConstraints())}
     for seqs in (1, 8, 24, 48, 64, 150):
@@ -126,7 +127,7 @@ def test_near_the_best_of_a_grid_and_never_behind_plain_rules(job, gigabytes, di
     assert len(fitting) >= 15
 
     def seconds(plan, *, on_clock):
-        return estimate(SMALL, sizes, plan, profile, work, on_clock=on_clock).total_s
+        return estimate(problem, plan, work, on_clock=on_clock).total_s
 
     chosen = best.estimate.total_s
     rivals = [plan for plan in fitting if seconds(plan, on_clock=False) < chosen]
@@ -136,17 +137,15 @@ def test_near_the_best_of_a_grid_and_never_behind_plain_rules(job, gigabytes, di
 @few_layers()
 def test_a_job_that_shares_its_prompts_is_planned_for_what_it_computes():
     """No worse than the plan for the same job without sharing, and another where that is off."""
-    sizes, profile = sizes_of(SMALL), machine(disk=2)
+    problem = Problem(SMALL, sizes_of(SMALL), machine(disk=2))
     whole = Workload.from_lengths(640, 16, 100)
     work = replace(whole, shared_tokens=(0,) + (576,) * 99)
-    best, *_ = search(SMALL, sizes, profile, work, 2 * GIB, PlanConstraints())
-    other, *_ = search(SMALL, sizes, profile, whole, 2 * GIB, PlanConstraints())
-    near = estimate(SMALL, sizes, other.plan, profile, work).total_s
+    best, *_ = search(problem, work, 2 * GIB, PlanConstraints())
+    other, *_ = search(problem, whole, 2 * GIB, PlanConstraints())
+    near = estimate(problem, other.plan, work).total_s
     assert best.estimate.total_s <= 1.02 * near and near < 0.7 * other.estimate.total_s
     off = PlanConstraints(prefix_caching=False)
-    assert search(SMALL, sizes, profile, work, 2 * GIB, off) == search(
-        SMALL, sizes, profile, whole, 2 * GIB, off
-    )
+    assert search(problem, work, 2 * GIB, off) == search(problem, whole, 2 * GIB, off)
 
 
 def test_the_closed_form_has_the_prompt_rows_that_are_computed():
@@ -157,9 +156,9 @@ def test_the_closed_form_has_the_prompt_rows_that_are_computed():
 
 @few_layers()
 def test_more_memory_never_slows():
-    sizes, profile, work = sizes_of(OLMOE), machine(disk=2), JOBS["ragged"]
+    problem, work = Problem(OLMOE, sizes_of(OLMOE), machine(disk=2)), JOBS["ragged"]
     times = [
-        search(OLMOE, sizes, profile, work, size * GIB // 2, PlanConstraints())[0].estimate.total_s
+        search(problem, work, size * GIB // 2, PlanConstraints())[0].estimate.total_s
         for size in (3, 4, 6, 9, 16, 40)
     ]
     for less, more in zip(times, times[1:], strict=False):
@@ -167,43 +166,37 @@ def test_more_memory_never_slows():
 
 
 def test_a_sequence_longer_than_fits_is_planned_as_long_as_fits():
-    sizes, profile = sizes_of(OLMOE), machine()
+    problem = Problem(OLMOE, sizes_of(OLMOE), machine())
     work = Workload((100, 100_000), (50, 100_000))
-    plan = search(OLMOE, sizes, profile, work, 2 * GIB, PlanConstraints())[0].plan
+    plan = search(problem, work, 2 * GIB, PlanConstraints())[0].plan
     assert plan.max_model_len > 2000
 
 
 def test_a_larger_context_than_the_job_needs_can_be_asked_for():
-    sizes, profile, work = sizes_of(SMALL), machine(), Workload.from_lengths(20, 4, 4)
-    args = (SMALL, sizes, profile, work, 2 * GIB, PlanConstraints())
+    problem, work = Problem(SMALL, sizes_of(SMALL), machine()), Workload.from_lengths(20, 4, 4)
+    args = (problem, work, 2 * GIB, PlanConstraints())
     assert search(*args)[0].plan.max_model_len < 2000
     assert all(one.plan.max_model_len >= 4000 for one in search(*args, context=4000))
 
 
 def test_what_a_job_leaves_open_gets_room():
-    sizes, profile = sizes_of(SMALL), machine()
+    problem = Problem(SMALL, sizes_of(SMALL), machine())
 
     def length(max_tokens):
         job = single_request(20, max_tokens)
-        return choose_plan(
-            SMALL, sizes, profile, job, 4 * GIB, PlanConstraints()
-        ).plan.max_model_len
+        return choose_plan(problem, job, 4 * GIB, PlanConstraints()).plan.max_model_len
 
     assert length(8) < 2000 <= length(None)
 
 
 @few_layers()
 def test_a_process_that_grows_meanwhile_is_counted():
-    sizes, profile = sizes_of(SMALL), machine()
+    problem = Problem(SMALL, sizes_of(SMALL), machine())
     job = Job(JOBS["even"], True)
-    chosen = choose_plan(
-        SMALL, sizes, profile, job, 2 * GIB, PlanConstraints(), growth=lambda: 100 * MIB
-    )
-    assert chosen.plan.process_bytes == sizes.process_bytes + 100 * MIB
-    assert chosen.plan.total_bytes <= 2 * GIB
+    chosen = choose_plan(problem, job, 2 * GIB, PlanConstraints(), growth=lambda: 100 * MIB)
+    assert chosen.plan.host.process_bytes == problem.sizes.process_bytes + 100 * MIB
+    assert chosen.plan.host.total_bytes <= 2 * GIB
     (line,) = chosen.lines()
     assert "64 sequences of 128 tokens in and 16 out" in line and "assumed" in line
     with pytest.raises(BudgetError):
-        choose_plan(
-            SMALL, sizes, profile, job, 500 * MIB, PlanConstraints(), growth=lambda: 300 * MIB
-        )
+        choose_plan(problem, job, 500 * MIB, PlanConstraints(), growth=lambda: 300 * MIB)

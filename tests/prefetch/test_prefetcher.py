@@ -3,17 +3,18 @@
 import random
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
 
 from windlass.checkpoint.part_reads import Read
-from windlass.ids import Part, WeightKey
+from windlass.ids import DISK_TO_HOST, Part, Route, WeightKey
 from windlass.prefetch.policies import FarthestNextUse
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.prefetch.usage import UsageForecast
 from windlass.runtime.clock import Clock, Lanes
-from windlass.runtime.simulated import SimulatedWeights
+from windlass.runtime.simulated import SimulatedParts, SimulatedWeights
 from windlass.schedule.passes import PassShape
 from windlass.weights.hints import Hint, HintQueue
 
@@ -23,8 +24,8 @@ LINK_S = 1.0  # of a part
 class Costs:
     """One lane, as long for every part."""
 
-    def block(self, key: WeightKey, num_bytes: int) -> list[tuple[str, float]]:
-        return [("disk", LINK_S)]
+    def block(self, key: WeightKey, num_bytes: int) -> list[tuple[Route, float]]:
+        return [(DISK_TO_HOST, LINK_S)]
 
 
 class Model:
@@ -37,9 +38,11 @@ class Model:
         self.weights = SimulatedWeights(
             self.lanes,
             Costs(),  # type: ignore[arg-type]  # nothing else is asked of it
-            num_keys={Part.EXPERT: layers * experts, Part.BLOCK: layers, Part.HEAD: 1},
-            slots={Part.EXPERT: slots, Part.BLOCK: layers, Part.HEAD: 1},
-            reads=lambda key: (Read("", 0, 100, 0),),
+            SimulatedParts(
+                {Part.EXPERT: layers * experts, Part.BLOCK: layers, Part.HEAD: 1},
+                {Part.EXPERT: slots, Part.BLOCK: layers, Part.HEAD: 1},
+                lambda key: (Read("", 0, 100, 0),),
+            ),
             policy=FarthestNextUse(layers, probability=self.forecast.probability),
             depth=2,
         )
@@ -187,7 +190,7 @@ def test_a_layer_costs_a_few_calls_whatever_the_number_of_experts():
     counts = []
     for number in range(4):
         for layer in range(48):
-            enter = num_calls(lambda i=layer: model.prefetcher.enter(i))
+            enter = num_calls(partial(model.prefetcher.enter, layer))
             counts.append(enter if number else 0)
             model.weights.cache.begin([])
             chosen = sorted(set(np.minimum(127, np.array(chance.choices(range(128), k=8)) // 2)))

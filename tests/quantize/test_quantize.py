@@ -1,6 +1,7 @@
 """Quantised checkpoints: scales, packing, which tensors, where they lie, and refusals."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -432,7 +433,7 @@ def test_a_folder_that_lost_a_file_or_is_in_use_is_refused(source: Path, tmp_pat
         with pytest.raises(JobError, match="another process"):
             quantize(source, out)
     finally:
-        folder_module.os.close(fd)
+        os.close(fd)
     report = out / "quantize-report.jsonl"
     report.write_text(report.read_text().replace("layers.1", "layers.7"))
     with pytest.raises(JobError, match="does not belong to this model"):

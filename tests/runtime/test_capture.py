@@ -1,5 +1,5 @@
-"""Layers that are repeated: the same bits as computed anew, of every family, and nothing is
-repeated that would have to be decided again."""
+"""Layers that are captured and replayed: the same bits as computed anew, of every family, and
+nothing is replayed that would have to be decided again."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import torch
 
 from backends import LIBRARY, NATIVE, kernels_of
 from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
-from windlass.kernels.cpu.capture_calls import NativeCapture
+from windlass.kernels.cpu.capture import NativeCapture
 from windlass.kernels.interface import AttentionWork
 from windlass.models.spec import RmsNorm
 from windlass.schedule import batch as batches
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"the native li
 
 
 @pytest.fixture
-def repeated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Layers that were repeated, and not computed anew."""
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Layers that were replayed, and not computed anew."""
     layers: list[int] = []
     run = NativeCapture.run
 
@@ -52,7 +52,10 @@ def answers(path, **options):
             name: [
                 (
                     one.token_ids,
-                    [sorted((t, p.logprob) for t, p in step.items()) for step in one.logprobs],
+                    [
+                        sorted((t, p.logprob) for t, p in step.items())
+                        for step in one.logprobs or ()
+                    ],
                 )
                 for one in output.outputs
             ]
@@ -61,35 +64,35 @@ def answers(path, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_gives_the_same_bits(family, tmp_path, monkeypatch, repeated):
+def test_every_family_gives_the_same_bits(family, tmp_path, monkeypatch, replayed):
     make_model(family, tmp_path)
     got = answers(tmp_path)
-    assert bool(repeated) == (family not in NEVER)
-    repeated.clear()
+    assert bool(replayed) == (family not in NEVER)
+    replayed.clear()
     monkeypatch.setattr(batches, "MOST_CAPTURED", 0)
-    assert got == answers(tmp_path) and not repeated
+    assert got == answers(tmp_path) and not replayed
 
 
 @pytest.mark.parametrize(
     "options", [{"kv_cache_dtype": "int8"}, {"dtype": "bfloat16"}, {"schedule": "model-based"}]
 )
-def test_so_do_options(options, tmp_path, monkeypatch, repeated):
+def test_so_do_options(options, tmp_path, monkeypatch, replayed):
     make_model("qwen3_moe", tmp_path)
     got = answers(tmp_path, **options)
-    assert repeated
+    assert replayed
     monkeypatch.setattr(batches, "MOST_CAPTURED", 0)
     assert got == answers(tmp_path, **options)
 
 
-def test_weights_that_may_be_evicted_are_not_repeated(tmp_path, repeated):
+def test_weights_that_may_be_evicted_are_not_replayed(tmp_path, replayed):
     make_model("mixtral", tmp_path)
     answers(tmp_path, moe_expert_cache_size="2")
-    assert not repeated
+    assert not replayed
 
 
-def test_what_was_noted_holds_for_later_jobs(tmp_path, repeated):
+def test_captures_hold_for_later_jobs(tmp_path, replayed):
     """Prompts and other numbers of rows in between change nothing."""
-    num_layers = make_model("mixtral", tmp_path).config.num_hidden_layers
+    num_layers = int(make_model("mixtral", tmp_path).config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
     several = [request(f"{i}", p, max_tokens=4) for i, p in enumerate(prompts([5, 70, 9]))]
     one = [request("one", prompts([40])[0], max_tokens=8)]
     with engine_for(tmp_path, moe_backend="cpu") as engine:
@@ -97,13 +100,13 @@ def test_what_was_noted_holds_for_later_jobs(tmp_path, repeated):
         run_all(engine, one)
         for job in (one, several):
             before = engine.stats().passes
-            repeated.clear()
+            replayed.clear()
             run_all(engine, job)
             decoded = engine.stats().passes - before - 1
-            assert len(repeated) == decoded * num_layers
+            assert len(replayed) == decoded * num_layers
 
 
-def test_hits_and_times_are_counted_as_without(tmp_path, monkeypatch, repeated):
+def test_hits_and_times_are_counted_as_without(tmp_path, monkeypatch, replayed):
     make_model("mixtral", tmp_path)
     counts = []
     for most in (16, 0):
@@ -115,7 +118,7 @@ def test_hits_and_times_are_counted_as_without(tmp_path, monkeypatch, repeated):
         modules = stats.phases["decode"].modules
         assert all(modules[name] > 0 for name in ("attention", "experts", "dense", "head"))
         assert sum(modules.values()) <= stats.phases["decode"].seconds
-    assert counts[0] == counts[1] and repeated
+    assert counts[0] == counts[1] and replayed
 
 
 # --- the capture ---------------------------------------------------------------------------------
@@ -134,7 +137,7 @@ def normalised(kernels, capture, x, weight, extra=lambda y: y):
     return capture.run(0, lambda: extra(kernels.normalise(RmsNorm(eps=1e-6), weight, None, x)))
 
 
-def test_a_repeated_layer_reads_what_is_there_now(kernels):
+def test_a_replayed_layer_reads_what_is_there_now(kernels):
     x, weight = torch.randn(1, 48), torch.randn(48)
     capture = kernels.capture(lambda: "norm")
     assert torch.equal(
@@ -151,7 +154,7 @@ def test_a_repeated_layer_reads_what_is_there_now(kernels):
     assert capture.seconds()["norm"] > 0 and capture.seconds()["norm"] == 0
 
 
-def test_noting_imports_nothing():
+def test_a_capture_imports_nothing():
     """The first use of some of torch's modes takes a second, and memory that no plan knows."""
     program = """
 import sys, torch
@@ -184,7 +187,7 @@ print(len(set(sys.modules) - before))
         lambda y: y if y[0, 0].item() > 0 else y[:1],
     ],
 )
-def test_what_torch_computes_is_not_repeated(kernels, extra):
+def test_what_torch_computes_is_not_replayed(kernels, extra):
     x, weight = torch.randn(2, 48), torch.randn(48)
     capture = kernels.capture(lambda: "")
     results = [normalised(kernels, capture, x, weight, extra) for _ in range(5)]

@@ -129,7 +129,7 @@ def test_threads_and_memory_are_no_excuse(model, backend):
         results = run_all(engine, _requests())
         # the two pools never work at the same time
         assert torch.get_num_threads() == (2 if backend == "torch" else 1)
-        assert backend == "torch" or found.wl_get_threads() == 2
+        assert backend == "torch" or not isinstance(found, str) and found.wl_get_threads() == 2
     torch.set_num_threads(1)
     assert all(_bits(results[name]) == _bits(output) for name, output in alone.items())
 

@@ -4,6 +4,7 @@ order, for every family; and the clock itself."""
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,6 @@ from windlass.ids import DISK_TO_HOST, Part
 from windlass.models.spec import Block, Ffn, Moe, TopKSoftmax
 from windlass.perf.frozen_gpu_costs import DEVICE_LANES, DeviceCosts
 from windlass.perf.frozen_gpu_tiers import GpuRates, LayerShape, Share, layer_seconds
-from windlass.perf.pass_cost import slots_of
 from windlass.prefetch.policies import FarthestNextUse
 from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast
 from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
@@ -149,7 +149,9 @@ def test_the_clock_does_what_the_device_does(
         with engine_for(checkpoint, **options) as engine:
             options["plan"] = replace(engine.plan, overlap=False)
     device = FakeDevice(manual=True)
-    real, passes, kept = [], [], {}
+    real: list[Any] = []
+    passes: list[Any] = []
+    kept: dict[str, Any] = {}
 
     def recorded(runtime, shape, batch):
         store = runtime._weights
@@ -178,14 +180,14 @@ def test_the_clock_does_what_the_device_does(
 
     queue = iter(routed)
     clock = _clock_runtime(
-        spec, kept["shape"], EqualCosts(blocks), slots=slots_of(plan),
+        spec, kept["shape"], EqualCosts(blocks), slots=plan.host.slots,
         reads=lambda key: make_part_reads(key, store._layout, store._source.tensors).reads,
         num_keys=Counter(key.part for key in store._layout.parts), depth=device.num_lanes + 1,
         router=lambda layer, rows: next(queue), overlap=overlap,
     )  # fmt: skip
     assert len(passes) > 4
     for batch, expected in passes:
-        notes = []
+        notes: list[Any] = []
         run_pass(Recorder(clock, notes, lambda: None), kept["shape"], batch)
         assert notes == expected
     clock_stats = clock._weights.cache.stats()
@@ -200,7 +202,7 @@ def test_the_clock_does_what_the_device_does(
 def _note_routing(monkeypatch):
     """What the forecast of the engine observes: rows per expert, layer by layer."""
     routed = []
-    forecast = build.usage_forecast
+    forecast = usage_forecast
 
     def noting(spec):
         made = forecast(spec)
@@ -210,7 +212,7 @@ def _note_routing(monkeypatch):
             routed.append(dict(counts))
             observe(layer, counts)
 
-        made.observe = observed
+        made.observe = observed  # type: ignore[method-assign]
         return made
 
     monkeypatch.setattr(build, "usage_forecast", noting)
@@ -316,5 +318,5 @@ def test_the_schedule_on_a_device_reaches_its_closed_form(rates, share, binds):
     worked = {lane: (end - busy[lane]) / 3 for lane, end in lanes.busy().items()}
     expected = layers * layer_seconds(SHAPE, rates, share)
     assert seconds == pytest.approx(expected, rel=0.12)
-    assert max(worked, key=worked.get) == binds
+    assert max(worked, key=worked.__getitem__) == binds
     assert seconds >= max(worked.values()) * (1 - 1e-9)

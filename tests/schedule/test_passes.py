@@ -1,6 +1,7 @@
 """The schedule as ordinary code: what it asks of any runtime, and how rows are cut."""
 
 from contextlib import contextmanager
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,9 +15,9 @@ from windlass.schedule.runtime import Routed
 class RecordingRuntime:
     """A `Runtime` without tensors: notes every call, and gives experts in another order."""
 
-    def __init__(self, experts, repeated=()):
+    def __init__(self, experts, replayed=()):
         self.routed = experts
-        self.repeated = repeated
+        self.replayed = replayed
         self.calls = []
         self.held = []
 
@@ -29,8 +30,8 @@ class RecordingRuntime:
         self.calls.append(("prefetch", layer))
 
     def replay(self, layer):
-        assert not self.held, "a layer is repeated as a whole"
-        return layer in self.repeated
+        assert not self.held, "a layer is replayed as a whole"
+        return layer in self.replayed
 
     @contextmanager
     def lease(self, key):
@@ -123,9 +124,9 @@ def test_a_pass_without_wanted_logits_does_not_touch_the_head():
     assert not [call for call in runtime.calls if call[0] == "head"]
 
 
-def test_a_repeated_layer_is_not_computed_again():
+def test_a_replayed_layer_is_not_computed_again():
     batch = make_batch([_segment(0, 0, 64)], micro_batch_tokens=64)
-    runtime = RecordingRuntime(experts=(0,), repeated=(0, 2))
+    runtime = RecordingRuntime(experts=(0,), replayed=(0, 2))
     run_pass(runtime, PassShape((True, False, True), 1), batch)
     assert [call for call in runtime.calls if call[0] != "prefetch"] == [
         ("begin", 64), ("attention", 1, 0, 64), ("dense", 1), ("head", 0),
@@ -147,7 +148,7 @@ def test_micro_batches_hold_all_rows_in_order_and_cut_at_chunks(rows, limit):
     assert [m.first_token for m in batch.micro_batches] == [
         sum(m.num_tokens for m in batch.micro_batches[:i]) for i in range(len(batch.micro_batches))
     ]
-    seen = {}
+    seen: dict[int, Any] = {}
     for micro in batch.micro_batches:
         assert 0 < micro.num_tokens == sum(s.num_tokens for s in micro.segments) <= limit
         for part in micro.segments:

@@ -1,5 +1,7 @@
 """Admission without a model: a pass gives every row that wants logits a token."""
 
+from typing import Any
+
 import torch
 
 from windlass.device.host_memory import HostAllocator
@@ -11,6 +13,13 @@ from windlass.params import SamplingParams
 from windlass.schedule.batch import CHUNK_TOKENS
 
 PAGE_TOKENS = 8
+
+_NOBODY: Any = None
+
+
+def unsampled(queued: QueuedSequence) -> Sequence:
+    """A sequence whose tokens come from the test: nobody draws or spells them."""
+    return Sequence(queued, _NOBODY, None, frozenset())
 
 
 class Machine:
@@ -26,7 +35,7 @@ class Machine:
             self.kv, max_num_seqs=seqs, max_rows=rows, long_rope_after=long_rope_after, **more
         )
         self.rows = rows
-        self.finished = []
+        self.finished: list[Sequence] = []
 
     def add(self, num_prompt, max_output, *, name="r", longest=None):
         """Tokens are their positions."""
@@ -41,7 +50,7 @@ class Machine:
         admission = self.admission
         decoding = [sequence for sequence in admission.running if not sequence.in_prompt]
         before = {id(sequence): sequence.num_computed for sequence in decoding}
-        rows = admission.compose(lambda queued: Sequence(queued, None, None, frozenset()))
+        rows = admission.compose(unsampled)
         admission.check()
         assert 0 < sum(row.segment.num_tokens for row in rows) <= self.rows
         assert all(row.segment.num_tokens for row in rows), "an empty segment"

@@ -1,8 +1,9 @@
 """The kernel backends of this machine: torch's, and the native library's with each instruction set.
 A test names the fixture `kernels` and runs with all of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from windlass.kernels.reference import TorchKernels
 LIBRARY = library.load()
 SETS = [] if isinstance(LIBRARY, str) else library.instruction_sets(LIBRARY)
 _MISSING = () if SETS else (pytest.mark.skip(reason=f"the native library {LIBRARY}"),)
-NATIVE = SETS or [pytest.param("native", marks=_MISSING)]
+NATIVE: Sequence[Any] = SETS or [pytest.param("native", marks=_MISSING)]
 CPU = pytest.param("cpu", marks=_MISSING)  # the backend by its name, for tests of whole engines
 
 

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
@@ -18,7 +19,7 @@ class MemoryGroup:
         self._path = path
         self._is_v1 = is_v1
 
-    def run(self, command: list[str], **more: object) -> "subprocess.CompletedProcess[str]":
+    def run(self, command: list[str], **more: Any) -> "subprocess.CompletedProcess[str]":
         procs = str(self._path / "cgroup.procs")
 
         def enter() -> None:

@@ -15,7 +15,7 @@ from transformers import (
 
 from dense_model import KERNELS, Checkpoint, feed_forward
 from windlass.decoder import block as math
-from windlass.decoder.attention import value_width
+from windlass.decoder.attention import attention_output, project, value_width
 from windlass.decoder.delta import DeltaSegment, delta_attention, state_shapes
 from windlass.decoder.rope import RopeTable
 from windlass.device.host_memory import HostAllocator
@@ -120,6 +120,7 @@ class DeltaModel:
                 shapes = [(num_slots, *conv), (num_slots, *state)]
             else:
                 gqa = block.attention
+                assert isinstance(gqa, Gqa)
                 rows = (NUM_PAGES, gqa.num_kv_heads, PAGE_TOKENS, gqa.head_dim)
                 shapes = [rows, rows]
             self.caches.append((torch.full(shapes[0], 3.0), torch.full(shapes[1], 3.0)))
@@ -132,7 +133,7 @@ class DeltaModel:
             if isinstance(block.attention, GatedDelta):
                 h = math.attention_input(KERNELS, self.spec, w, x)
                 caches = self.caches[layer]
-                y = delta_attention(KERNELS, block.attention, w, h, segments, *caches)
+                y = delta_attention(KERNELS, block.attention, w, h, segments, caches)
                 math.residual(KERNELS, self.spec, x, y)
             else:
                 self._softmax(layer, w, x, segments)
@@ -163,13 +164,14 @@ class DeltaModel:
 
     def _softmax(
         self, layer: int, w: dict[str, torch.Tensor], x: torch.Tensor, segments: list[DeltaSegment]
-    ) -> torch.Tensor:
+    ) -> None:
         attention = self.spec.blocks[layer].attention
         assert isinstance(attention, Gqa) and attention.rope is not None
         spans = [range(s.first_position, s.first_position + s.num_rows) for s in segments]
         positions = torch.tensor([position for span in spans for position in span])
-        cos, sin = RopeTable(attention.rope, HostAllocator()).cos_sin(positions)
-        got = math.pre_attention(KERNELS, self.spec, attention, w, x, cos, sin)
+        cos_sin = RopeTable(attention.rope, HostAllocator()).cos_sin(positions)
+        h = math.attention_input(KERNELS, self.spec, w, x)
+        got = project(KERNELS, attention, self.spec.norm, w, h, cos_sin)
         pages = tuple(tuple(range(s.slot, NUM_PAGES, 3)) for s in segments)
         key, value = self.caches[layer]
         for segment, span, owned in zip(segments, spans, pages, strict=True):
@@ -188,4 +190,5 @@ class DeltaModel:
             scale=attention.scale, value_dim=value_width(attention), window=attention.window
         )
         o = KERNELS.attention(got.q_THd, PagedRows(key), PagedRows(value), work, options)
-        math.post_attention(KERNELS, self.spec, attention, w, x, o, got.gate_THv)
+        y = attention_output(KERNELS, attention, w, o, got.gate_THv)
+        math.residual(KERNELS, self.spec, x, y)

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from families import VOCAB
 from windlass.checkpoint.layout import build_layout
 from windlass.decoder import block as math
+from windlass.decoder.attention import attention_output, project
 from windlass.decoder.moe import dense_ffn, route, shared_expert
 from windlass.decoder.rope import RopeTable
 from windlass.device.host_memory import HostAllocator
@@ -95,12 +96,13 @@ def _attend(
     table, num = RopeTable(attention.rope, HostAllocator()), len(x)
     scaling = attention.rope.scaling
     is_long = isinstance(scaling, LongRopeScaling) and num > scaling.original_max
-    cos, sin = table.cos_sin(torch.arange(num), long_T=is_long)
-    got = math.pre_attention(kernels, spec, attention, w, x, cos, sin)
+    cos_sin = table.cos_sin(torch.arange(num), long_T=is_long)
+    h = math.attention_input(kernels, spec, w, x)
+    got = project(kernels, attention, spec.norm, w, h, cos_sin)
     window = attention.window if isinstance(attention, Gqa) else None
     sinks = w["sinks"] if isinstance(attention, Gqa) and attention.sinks else None
     o = _naive(got.q_THd, got.key_TKd, got.value_TKv, attention.scale, window, sinks)
-    math.post_attention(kernels, spec, attention, w, x, o, got.gate_THv)
+    math.residual(kernels, spec, x, attention_output(kernels, attention, w, o, got.gate_THv))
 
 
 def _naive(
@@ -132,7 +134,7 @@ def feed_forward(
     ffn = checkpoint.spec.blocks[layer].ffn
     if not isinstance(ffn, Moe):
         return dense_ffn(kernels, ffn, checkpoint.part(Part.FFN, layer), h)
-    weights, ids = route(kernels, ffn, w, h)
+    weights, ids, _ = route(kernels, ffn, w, h)
     outputs = torch.empty(len(h), ffn.top_k, h.shape[1])
     for expert in ids.unique().tolist():
         rows, slots = (ids == expert).nonzero(as_tuple=True)

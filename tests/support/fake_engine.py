@@ -122,7 +122,8 @@ class FakeEngine:
         room = self.max_model_len - len(request.prompt_token_ids)
         if request.params.max_tokens is None:
             request = replace(request, params=replace(request.params, max_tokens=room))
-        assert 0 < request.params.max_tokens <= room, "the protocol checks the length"
+        most = request.params.max_tokens
+        assert most is not None and 0 < most <= room, "the protocol checks the length"
         self.added.append(request)
         running = _Running(request)
         for choice in range(request.params.n):
@@ -206,6 +207,7 @@ class FakeEngine:
 def _fake_tokens(request: Request, choice: int) -> _Sequence:
     """Lower-case letters; an early end for some seeds."""
     params = request.params
+    assert params.max_tokens is not None
     seed = params.seed if params.seed is not None else request.seed_key
     name = f"{request.prompt_token_ids} {params.temperature} {seed} {choice}"
     data = blake2b(name.encode()).digest() * (1 + params.max_tokens // 64)

@@ -1,6 +1,6 @@
 """Hardware profiles for tests: round numbers, no measurement."""
 
-from windlass.hardware.profile import Curve, HardwareProfile, Link, Processor
+from windlass.hardware.profile import Curve, HardwareProfile, LinkRates, Processor
 
 KINDS = ("bfloat16", "float16", "float32", "fp8", "mxfp4", "int8", "int4", "gptq", "awq")
 
@@ -27,7 +27,7 @@ def processor(name: str = "cpu", *, flops: float = 1e11, memory_bytes: int = 16 
 
 def machine(*, with_device: bool = False) -> HardwareProfile:
     """A CPU of 100 GFLOP/s, 40 GB/s of memory, a disk of 1 GB/s; perhaps a GPU of 10 TFLOP/s."""
-    link = Link(rate=curve((1 << 16, 5e9), (1 << 24, 2e10)), pageable=curve((1 << 24, 5e9)))
+    link = LinkRates(rate=curve((1 << 16, 5e9), (1 << 24, 2e10)), pageable=curve((1 << 24, 5e9)))
     device = processor("gpu", flops=1e13, memory_bytes=24 << 30) if with_device else None
     return HardwareProfile(
         name="test",

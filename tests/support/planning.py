@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from windlass.models.shapes import block_shapes, ffn_shapes
 from windlass.models.spec import ModelSpec, Moe
 from windlass.perf import simulation as timing
 from windlass.perf.sizes import Backend, Sizes
+from windlass.plan import Plan
 from windlass.units import GIB, KIB, MIB, round_up
 
 SPECS = {name: read_spec(config)[0] for name, config in PRESETS.items()}
@@ -56,9 +58,23 @@ def sizes_of(spec: ModelSpec) -> Sizes:
     )  # fmt: skip
 
 
+def with_host(plan: Plan, **changes: Any) -> Plan:
+    """The plan with other values of its host tier; those of a kind of part as `expert=4` (slots)
+    or as a record of changes."""
+    host = plan.host
+    parts = {
+        own.part: replace(own, **(change if isinstance(change, dict) else {"slots": change}))
+        for own in host.parts
+        if (change := changes.pop(own.part.value, None)) is not None
+    }
+    kept = tuple(parts.get(own.part, own) for own in host.parts)
+    return replace(plan, tiers=(replace(host, **{"parts": kept, **changes}),))
+
+
 def round_sizes(spec: ModelSpec) -> Sizes:
     """Round numbers: blocks and chunks of the head of 16 MiB, experts of bf16."""
     layers, moe = len(spec.blocks), spec.blocks[0].ffn
+    assert isinstance(moe, Moe)
     expert = 3 * 2 * spec.hidden_size * moe.expert.intermediate
     table = 2 * spec.vocab_size * spec.hidden_size
     return Sizes(

@@ -64,10 +64,10 @@ AWQ = dict(quant_method="awq", bits=4, group_size=8, zero_point=True, version="g
            modules_to_not_convert=["gate"])  # fmt: skip
 
 
-FLOAT = dict(num_bits=8, type="float")
+FLOAT: dict[str, Any] = dict(num_bits=8, type="float")
 
 
-INT = dict(strategy="group", group_size=8)
+INT: dict[str, Any] = dict(strategy="group", group_size=8)
 
 
 CASES = {

@@ -3,6 +3,7 @@ sequence wrote is found out."""
 
 import torch
 
+from admission_machine import unsampled
 from windlass.device.host_memory import HostAllocator
 from windlass.engine.admission import Admission
 from windlass.engine.request import Request
@@ -59,8 +60,8 @@ class Machine:
         self.shares = shares
         self.ends = ends  # whether END ends a sequence
         self.mixed = mixed
-        self.cells = {}
-        self.finished = {}
+        self.cells: dict[int, list[int | None]] = {}
+        self.finished: dict[tuple[str, int], Sequence] = {}
         self.prompt_rows = 0
         take = self.kv.take_pages
 
@@ -70,7 +71,7 @@ class Machine:
                 self.cells[page] = [None] * PAGE_TOKENS
             return taken
 
-        self.kv.take_pages = take_pages
+        self.kv.take_pages = take_pages  # type: ignore[method-assign]
 
     def add(self, name, prompt, max_output, *, n=1, longest=0, scored=False):
         params = SamplingParams(n=n, max_tokens=max_output, prompt_logprobs=0 if scored else None)
@@ -83,7 +84,7 @@ class Machine:
 
     def step(self):
         admission = self.admission
-        rows = admission.compose(lambda queued: Sequence(queued, None, None, frozenset()))
+        rows = admission.compose(unsampled)
         admission.check()
         assert rows or not admission.running and not admission.waiting
         prefill = sum(row.segment.num_tokens for row in rows if row.segment.is_prompt)

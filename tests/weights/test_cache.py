@@ -6,19 +6,19 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import NamedTuple
 
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from windlass.checkpoint.part_reads import Read
 from windlass.errors import BudgetError
-from windlass.ids import Part, WeightKey
+from windlass.ids import DISK_TO_HOST, Part, WeightKey
 from windlass.prefetch.policies import FarthestNextUse, LeastRecentlyUsed
 from windlass.weights.cache import WeightCache
 from windlass.weights.demand import Demand
 from windlass.weights.hints import Hint
-from windlass.weights.io_queue import IoQueue, Priority, Ticket, TicketState
+from windlass.weights.io_queue import IoQueue, Link, Priority, Ticket, TicketState
 from windlass.weights.residency import Entry
 from windlass.weights.slots import Slots
 
@@ -43,7 +43,27 @@ def hint(
     cache.hint(now, added, dropped)
 
 
-class Link:
+class Bytes(NamedTuple):
+    """Of a part."""
+
+    num_bytes: int
+
+    def part(self, begin: int, num_bytes: int) -> "Bytes":
+        return Bytes(num_bytes)
+
+
+class Queue(IoQueue[Bytes]):
+    """Its blocks are in flight on `wire` until that delivers them."""
+
+    def __init__(self, wire: "Wire") -> None:
+        super().__init__(wire, {DISK_TO_HOST: Link(DEPTH, BLOCK_BYTES)})
+        self.wire = wire
+
+    def _move(self, ticket: Ticket[Bytes], block: Bytes) -> None:
+        self.wire.in_flight.append((ticket, block.num_bytes))
+
+
+class Wire:
     """Blocks in flight, and the lock of the queue: a wait goes on to the next arrival, or lets
     another caller act; it ends when the waiters are notified, and fails where nobody ever would
     notify them."""
@@ -53,11 +73,7 @@ class Link:
         self.in_flight: list[tuple[Ticket, int]] = []
         self.num_bytes = 0
         self.others: Callable[[], bool] = lambda: False  # what other callers do meanwhile
-        self.queue = IoQueue(
-            lambda ticket, block: self.in_flight.append((ticket, block.num_bytes)),
-            self, depth=DEPTH, block_bytes=BLOCK_BYTES, on_room=lambda: self.on_room(),
-        )  # fmt: skip
-        self.on_room: Callable[[], None] = lambda: None
+        self.queue = Queue(self)
         self._is_notified = False
 
     def __enter__(self) -> None:
@@ -94,7 +110,7 @@ class Link:
 class Filler:
     """Brings parts into slots, and notes what each slot holds; a read may have any length."""
 
-    def __init__(self, link: Link, slots: dict[Part, Slots]) -> None:
+    def __init__(self, link: Wire, slots: dict[Part, Slots]) -> None:
         self.link = link
         self.slots = slots
         self.content: dict[tuple[Part, int], Entry] = {}
@@ -127,10 +143,8 @@ class Filler:
 
         num_bytes = BLOCK_BYTES * (1 + (7 * entry.key.layer + entry.key.index) % 3)
         self.begun[priority] += 1
-        return self.link.queue.submit(
-            [Read("file", 0, num_bytes, 0)], None,
-            priority=priority, label=str(entry.key), on_done=done,
-        )  # fmt: skip
+        pieces = [Bytes(num_bytes)]
+        return self.link.queue.enqueue(DISK_TO_HOST, pieces, priority=priority, on_done=done)
 
     def now(self) -> float:
         return float(self.link.num_bytes)
@@ -160,13 +174,12 @@ class Callers(RuleBasedStateMachine):
     def open(self, blocks: int, experts: int, heads: int, is_farthest: bool, seed: int) -> None:
         numbers = {Part.BLOCK: blocks, Part.EXPERT: experts, Part.HEAD: heads}
         self.slots = {part: Slots(number) for part, number in numbers.items()}
-        self.link = Link(random.Random(seed))
+        self.link = Wire(random.Random(seed))
         self.filler = Filler(self.link, self.slots)
         self.cache = WeightCache(
             {part: len(keys) for part, keys in KEYS.items()}, self.slots, self.link.queue,
             self.filler, policy=FarthestNextUse(LAYERS) if is_farthest else LeastRecentlyUsed(),
         )  # fmt: skip
-        self.link.on_room = self.cache.pump
         self.filler.on_evict = self._may_go
         self.filler.on_begin = lambda key: self.hinted.discard(key)
         self.held = self.cache.track(ALL_KEYS)

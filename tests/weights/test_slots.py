@@ -53,6 +53,7 @@ def test_a_slot_that_is_not_held_can_be_neither_freed_nor_read():
 def test_check_sees_a_lost_and_a_doubled_slot():
     arena = make_arena(3)
     slot = arena.allocate()
+    assert slot is not None
     arena._held.clear()
     with pytest.raises(AssertionError, match="lost"):
         arena.check()

@@ -51,17 +51,16 @@ from windlass.options import (
 from windlass.params import SamplingParams
 from windlass.phases import PhaseStats
 from windlass.plan import Plan
-from windlass.perf.sizes import Backend
+from windlass.perf.sizes import Backend, Problem
 from windlass.planner.budget import (PlanConstraints, make_plan)
 from windlass.perf.sizes import Sizes
-from windlass.perf.accuracy import Accuracy, compare
+from windlass.perf.accuracy import Accuracy, Prediction
 from windlass.planner.choose import Chosen, choose_plan
-from windlass.planner.pilot import Pilot, Problem, predict
-from windlass.perf.pass_cost import slots_of
 from windlass.planner.validate import validate_plan
 from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast
 from windlass.schedule.batch import Batch
 from windlass.runtime.host import HostRuntime, Machine
+from windlass.runtime.routing_report import RoutingReport
 from windlass.schedule.passes import run_pass
 from windlass.schedule.runtime import Outcome
 from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec
@@ -86,7 +85,6 @@ def open_engine(
     kernels: Kernels | None = None,
     lengths: Lengths | None = None,
     profile: Callable[[], HardwareProfile | None] = lambda: None,
-    tell: Callable[[str], None] = lambda text: None,
 ) -> Engine:
     """Everything between options and the first step; nothing is read but headers and tokenizer.
 
@@ -95,7 +93,6 @@ def open_engine(
     `lengths`, of the tokenizer, the default parameters and the longest sequence that the model
     allows: what to plan for, on the machine that `profile` gives (where it gives none, one like
     this is assumed). Without, `Engine.compare` predicts for that machine what it is asked for.
-    `tell` hears, once, that the run is not as predicted.
     """
     return_freed_memory()
     known_profile = profile()  # before kernels are set up for us
@@ -111,7 +108,7 @@ def open_engine(
         )
         kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
         backend = Backend(kernels.name, threads)
-        setup = _setup(options, model, backend, lengths, known_profile, tell)
+        setup = _setup(options, model, backend, lengths, known_profile)
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
             opened.callback(device.close)
@@ -125,7 +122,6 @@ def _setup(
     backend: Backend,
     lengths: Lengths | None,
     profile: HardwareProfile | None,
-    tell: Callable[[str], None],
 ) -> EngineSetup:
     """The plan and all that requests need."""
     tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
@@ -141,7 +137,8 @@ def _setup(
     sizes = sizes_of(model, options, backend)  # after all that the process has grown by
     if replayed is not None:
         validate_plan(replayed, model.spec, sizes, wanted, options.host_memory or largest_budget())
-    chosen = _choose(model.spec, sizes, options, wanted, job, profile, replayed)
+    problem = Problem(model.spec, sizes, profile)
+    chosen = _choose(problem, options, wanted, job, replayed)
     plan = chosen.plan
     return EngineSetup(
         plan=plan,
@@ -154,60 +151,42 @@ def _setup(
         seed=options.seed,
         fingerprint=_fingerprint(model, tokenizer, options, backend),
         peak_rss=peak_resident_bytes,
-        pilot=_pilot(model.spec, chosen, tell),
-        compare=partial(_compare, model.spec, chosen.sizes, profile),
+        prediction=chosen.prediction,
+        compare=partial(_compare, chosen.problem),
     )
 
 
 def _choose(
-    spec: ModelSpec,
-    sizes: Sizes,
+    problem: Problem,
     options: EngineOptions,
     wanted: PlanConstraints,
     job: Job | None,
-    profile: HardwareProfile,
     replayed: Plan | None,
 ) -> Chosen:
     budget = options.host_memory or default_budget()
     if job is None:
-        return Chosen(plan=replayed or make_plan(spec, sizes, budget, wanted), sizes=sizes)
+        plan = replayed or make_plan(problem.spec, problem.sizes, budget, wanted)
+        return Chosen(problem=problem, plan=plan)
     before = resident_bytes()
     if replayed is not None:
-        return Chosen(plan=replayed, sizes=sizes, workload=job.workload, profile=profile)
+        return Chosen(problem=problem, plan=replayed, workload=job.workload)
 
     def growth() -> int:
         return_freed_memory()
         return resident_bytes() - before
 
-    return choose_plan(spec, sizes, profile, job, budget, wanted, growth=growth)
-
-
-def _pilot(spec: ModelSpec, chosen: Chosen, tell: Callable[[str], None]) -> Pilot | None:
-    """Whoever compares the run with what is expected of it; None where nothing is."""
-    if chosen.profile is None or chosen.workload is None:
-        return None
-    problem = Problem(
-        spec=spec,
-        sizes=chosen.sizes,
-        plan=chosen.plan,
-        profile=chosen.profile,
-        workload=chosen.workload,
-    )
-    return Pilot(problem, chosen.estimate, tell=tell)
+    return choose_plan(problem, job, budget, wanted, growth=growth)
 
 
 def _compare(
-    spec: ModelSpec,
-    sizes: Sizes,
-    profile: HardwareProfile,
+    problem: Problem,
     plan: Plan,
     work: Workload,
     phases: Mapping[str, PhaseStats],
     *,
     is_warm: bool,
 ) -> Accuracy:
-    problem = Problem(spec=spec, sizes=sizes, plan=plan, profile=profile, workload=work)
-    return compare(predict(problem), phases, is_warm=is_warm)
+    return Prediction.of(problem, plan, work).check(phases, is_warm=is_warm)
 
 
 def _assemble(
@@ -221,21 +200,21 @@ def _assemble(
     """The engine, which takes over what `opened` holds. Nothing made here may hold the engine: one
     that is dropped must end by itself."""
     plan, spec = setup.plan, model.spec
-    assert not (plan.prefix_caching and plan.state_slots), "no state is kept of a prompt's prefix"
+    assert not (plan.prefix_caching and plan.host.state_slots), "no state is kept of a prompt's prefix"
     shape = pass_shape(spec, model.layout)
     forecast = usage_forecast(spec)
     policy = FarthestNextUse(len(spec.blocks), probability=forecast.probability)
     weights = WeightStore(
-        model.layout, model.source, Carrier(device), slots_of(plan), policy=policy, tracer=tracer
+        model.layout, model.source, Carrier(device), plan.host.slots, policy=policy, tracer=tracer
     )
     opened.callback(weights.close)
     kv = KvCache(
         cache_shapes(spec),
         device,
         dtype=CACHE_DTYPES[plan.kv_cache_dtype],
-        num_pages=plan.kv_pages,
+        num_pages=plan.host.kv_pages,
         page_tokens=plan.page_tokens,
-        state_slots=plan.state_slots,
+        state_slots=plan.host.state_slots,
     )
     runtime = HostRuntime(
         spec,
@@ -245,7 +224,7 @@ def _assemble(
         prefetcher=(
             Prefetcher(shape, num_experts(spec), weights.cache, forecast) if plan.overlap else None
         ),
-        forecast=forecast,
+        routing=RoutingReport(forecast),
     )
     admission = Admission(
         kv,

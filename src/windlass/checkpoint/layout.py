@@ -101,13 +101,9 @@ class Expected(NamedTuple):
     width: int = 0  # of the matrix
 
 
-def expected_tensors(spec: ModelSpec, names: NameMap) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint of this model as the hub has them, from the spec alone."""
-    return {name: expected.shape for name, expected in expected_stored(spec, names).items()}
-
-
 def expected_stored(spec: ModelSpec, names: NameMap) -> dict[str, Expected]:
-    """The same, with how each tensor is stored. Routers and the head are plain."""
+    """The tensors of a checkpoint of this model as the hub has them, by name, from the spec alone.
+    Routers and the head are plain."""
     tensors: dict[str, Expected] = {}
     for wanted in all_wanted(spec, names):
         source = wanted.sources[0]

@@ -50,6 +50,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     _check(values)
     from windlass.build.checkpoint_sizes import sizes_of, wanted_of
     from windlass.checkpoint.folder import read_model
+    from windlass.perf.sizes import Problem
     from windlass.planner.explain import explain
 
     options = _options(values)
@@ -61,7 +62,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         budget = _budget(values, profile)
         wanted = wanted_of(options, model)
         found = explain(
-            model.spec, sizes, profile, workload, budget, wanted,
+            Problem(model.spec, sizes, profile), workload, budget, wanted,
             device_memory=values["device_memory"],
         )  # fmt: skip
         if values["json"]:

@@ -102,7 +102,6 @@ def _run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
                 replace(engine, max_model_len=max_model_len),
                 lengths=lengths,
                 profile=partial(kept_profile, engine),
-                tell=progress.say,
             )
             signals.defer()
             plan.update(opened.plan.to_json())

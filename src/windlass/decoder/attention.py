@@ -20,6 +20,8 @@ from windlass.tensors import Packed, PackedStack, Tensors, plain
 _HEADS = ("q_proj", "k_proj", "v_proj")
 _GATED = (*_HEADS, "gate_proj")
 
+CosSin = tuple[torch.Tensor, torch.Tensor]  # of each row, (T, r)
+
 
 @dataclass(frozen=True, slots=True)
 class Projected:
@@ -55,18 +57,17 @@ def project(
     norm: Norm,
     w: Tensors,
     h_TD: torch.Tensor,
-    cos_Tr: torch.Tensor | None,
-    sin_Tr: torch.Tensor | None,
+    cos_sin: CosSin | None,
 ) -> Projected:
     """Queries, keys, values (and gate) of normalised rows, rotated to their positions.
 
-    `norm` is the model's: norms of queries and keys are of the same kind. `cos_Tr` and `sin_Tr` are
-    None for attention without positions.
+    `norm` is the model's: norms of queries and keys are of the same kind. `cos_sin` is None for
+    attention without positions.
     """
     if isinstance(attention, Mla):
-        assert cos_Tr is not None and sin_Tr is not None, "latent attention has positions"
-        return _project_latent(k, attention, w, h_TD, cos_Tr, sin_Tr)
-    return _project_heads(k, attention, norm, w, h_TD, cos_Tr, sin_Tr)
+        assert cos_sin is not None, "latent attention has positions"
+        return _project_latent(k, attention, w, h_TD, cos_sin)
+    return _project_heads(k, attention, norm, w, h_TD, cos_sin)
 
 
 def attention_output(
@@ -95,8 +96,7 @@ def _project_heads(
     norm: Norm,
     w: Tensors,
     h_TD: torch.Tensor,
-    cos_Tr: torch.Tensor | None,
-    sin_Tr: torch.Tensor | None,
+    cos_sin: CosSin | None,
 ) -> Projected:
     names = _GATED if attention.output_gate else _HEADS
     q, key, value, *gates = k.linears(h_TD, w, names)
@@ -113,19 +113,14 @@ def _project_heads(
         q_THd = k.normalise(norm, plain(w, "q_norm.weight"), None, q_THd)
         key_TKd = k.normalise(norm, plain(w, "k_norm.weight"), None, key_TKd)
     if attention.rope is not None:
-        assert cos_Tr is not None and sin_Tr is not None, "rotary attention needs cos and sin"
-        k.rotate(q_THd, cos_Tr, sin_Tr, attention.rope)
-        k.rotate(key_TKd, cos_Tr, sin_Tr, attention.rope)
+        assert cos_sin is not None, "rotary attention needs cos and sin"
+        k.rotate(q_THd, *cos_sin, attention.rope)
+        k.rotate(key_TKd, *cos_sin, attention.rope)
     return Projected(q_THd, key_TKd, value_TKd, gates[0].view(q_heads) if gates else None)
 
 
 def _project_latent(
-    k: Kernels,
-    attention: Mla,
-    w: Tensors,
-    h_TD: torch.Tensor,
-    cos_Tr: torch.Tensor,
-    sin_Tr: torch.Tensor,
+    k: Kernels, attention: Mla, w: Tensors, h_TD: torch.Tensor, cos_sin: CosSin
 ) -> Projected:
     # Absorbed form: instead of expanding each cached latent to keys, the query is taken into the
     # space of latents, so that all heads read one cached row.
@@ -142,12 +137,12 @@ def _project_latent(
         dim=-1,
     )
     q_THc = k.batched_linear(q_nope, _heads(w, "k_up.weight").transpose(1, 2))
-    k.rotate(q_rot, cos_Tr, sin_Tr, attention.rope)
+    k.rotate(q_rot, *cos_sin, attention.rope)
     latent, key_rot = torch.split(
         linear(k, w, "kv_a_proj", h_TD), [attention.kv_lora_rank, attention.rope.dim], dim=-1
     )
     latent = k.normalise(latent_norm, plain(w, "kv_a_norm.weight"), None, latent)
-    k.rotate(key_rot[:, None], cos_Tr, sin_Tr, attention.rope)
+    k.rotate(key_rot[:, None], *cos_sin, attention.rope)
     key = k.join((latent[:, None], key_rot[:, None]))
     value = key[..., : attention.kv_lora_rank]
     return Projected(k.join((q_THc, q_rot)), key, value, None)

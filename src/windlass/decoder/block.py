@@ -1,16 +1,16 @@
 """The small pieces of a block and of the model's ends, for a runtime to put together.
 
-A block is: `pre_attention`, the attention kernel over the cache, `post_attention`, `ffn_input`, a
-feed-forward network (`decoder/moe.py`), `residual`. Rows are fp32 and independent of each other.
+A block is: `attention_input`, attention (`decoder/attention.py` around the kernel over the cache,
+or `decoder/delta.py`), `residual`, `ffn_input`, a feed-forward network (`decoder/moe.py`),
+`residual`. Rows are fp32 and independent of each other.
 
-Shapes: T rows, D hidden, H query heads, v value dim, r rotary pairs, V tokens of a head's chunk.
+Shapes: T rows, D hidden, V tokens of a head's chunk.
 """
 
 import torch
 
-from windlass.decoder.attention import Projected, attention_output, project
 from windlass.kernels.interface import Kernels
-from windlass.models.spec import Gqa, Mla, ModelSpec
+from windlass.models.spec import ModelSpec
 from windlass.tensors import Tensors, Weight, plain, plain_or_none
 
 
@@ -22,33 +22,6 @@ def embed(spec: ModelSpec, rows_TD: torch.Tensor) -> torch.Tensor:
 def attention_input(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
     """What any kind of attention of a block reads: normalised hidden states."""
     return _norm(k, spec, w, "input_norm", x_TD)
-
-
-def pre_attention(
-    k: Kernels,
-    spec: ModelSpec,
-    attention: Gqa | Mla,
-    w: Tensors,
-    x_TD: torch.Tensor,
-    cos_Tr: torch.Tensor | None,
-    sin_Tr: torch.Tensor | None,
-) -> Projected:
-    """Everything of softmax attention up to the kernel."""
-    h_TD = attention_input(k, spec, w, x_TD)
-    return project(k, attention, spec.norm, w, h_TD, cos_Tr, sin_Tr)
-
-
-def post_attention(
-    k: Kernels,
-    spec: ModelSpec,
-    attention: Gqa | Mla,
-    w: Tensors,
-    x_TD: torch.Tensor,
-    o_THv: torch.Tensor,
-    gate_THv: torch.Tensor | None,
-) -> None:
-    """Everything after the kernel: adds this block's attention to the hidden states, in place."""
-    residual(k, spec, x_TD, attention_output(k, attention, w, o_THv, gate_THv))
 
 
 def ffn_input(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:

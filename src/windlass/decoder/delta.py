@@ -72,14 +72,14 @@ def delta_attention(
     w: Tensors,
     h_TD: torch.Tensor,
     segments: Sequence[DeltaSegment],
-    conv_state: torch.Tensor,
-    ssm_state: torch.Tensor,
+    states: tuple[torch.Tensor, torch.Tensor],
 ) -> torch.Tensor:
     """Token mixing of one layer -> (T, D); advances the states of the segments' slots in place.
 
-    `conv_state` (slots, C, kernel - 1) and `ssm_state` (slots, H, d, v) are fp32; a segment at
-    position 0 overwrites what its slot held. The segments cover all rows.
+    `states`: of the convolution (slots, C, kernel - 1) and recurrent (slots, H, d, v), fp32; a
+    segment at position 0 overwrites what its slot held. The segments cover all rows.
     """
+    conv_state, ssm_state = states
     for segment in segments:
         assert not (segment.is_prompt and segment.first_position % CHUNK), (
             "prompt cut inside a chunk"

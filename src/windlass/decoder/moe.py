@@ -9,17 +9,18 @@ Shapes: T rows, D hidden, E experts, A experts per row.
 import torch
 
 from windlass.decoder.attention import linear
-from windlass.kernels.interface import Kernels
+from windlass.kernels.interface import Kernels, Routes
 from windlass.models.spec import Ffn, Moe, Shared
 from windlass.tensors import Tensors, floats_or_none
 
 
 def route(
-    k: Kernels, moe: Moe, w: Tensors, h_TD: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts of each row: weights (T, A) fp32 and ids (T, A) int64."""
+    k: Kernels, moe: Moe, w: Tensors, h_TD: torch.Tensor, *, wants_scores: bool = False
+) -> Routes:
+    """The experts of each row, and the router's scores of all experts where they are wanted."""
     bias_E = floats_or_none(w, "router.select_bias")
-    return k.route(moe.routing, moe.top_k, linear(k, w, "router", h_TD), bias_E)
+    logits_TE = linear(k, w, "router", h_TD)
+    return k.route(moe.routing, moe.top_k, logits_TE, bias_E, wants_scores=wants_scores)
 
 
 def shared_expert(k: Kernels, shared: Shared, w: Tensors, h_TD: torch.Tensor) -> torch.Tensor:

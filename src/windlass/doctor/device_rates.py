@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from windlass.doctor.timing import Timing, measure
-from windlass.hardware.profile import Curve, Link, Processor
+from windlass.hardware.profile import Curve, LinkRates, Processor
 from windlass.units import KIB, MIB
 
 _TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -54,8 +54,8 @@ class DeviceRates:
     """All that a profile says of a device."""
 
     processor: Processor
-    down: Link
-    up: Link
+    down: LinkRates
+    up: LinkRates
     spread: dict[str, float]
 
 
@@ -88,7 +88,7 @@ class _Bench:
 
     # --- links ------------------------------------------------------------------------------------
 
-    def links(self) -> tuple[Link, Link]:
+    def links(self) -> tuple[LinkRates, LinkRates]:
         both: list[tuple[float, float]] = []
         pageable: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
         for size in self._shapes.copies:
@@ -100,8 +100,8 @@ class _Bench:
                 points.append((size, size / self._time(name, [copier]).median_s))
         rate = Curve(tuple(both))
         return (
-            Link(rate=rate, pageable=Curve(tuple(pageable[True]))),
-            Link(rate=rate, pageable=Curve(tuple(pageable[False]))),
+            LinkRates(rate=rate, pageable=Curve(tuple(pageable[True]))),
+            LinkRates(rate=rate, pageable=Curve(tuple(pageable[False]))),
         )
 
     # --- the device -------------------------------------------------------------------------------

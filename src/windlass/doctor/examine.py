@@ -201,7 +201,7 @@ class _Examination:
             row_rate=overhead.row_rate,
             call_s=overhead.call.median_s,
             expert_s=overhead.expert_s,
-            repeats=self._kernels.capture(str) is not None,
+            captures=self._kernels.capture(str) is not None,
         )
 
     def _profile(

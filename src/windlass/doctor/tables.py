@@ -128,7 +128,7 @@ def _processor_lines(processor: Processor, spread: Mapping[str, float], prefix: 
     lines = [f"{processor.name}, {format_bytes(processor.memory_bytes)} of memory"]
     singles = (
         ("memory read, GB/s", processor.memory_rate / 1e9, f"{prefix}memory"),
-        ("decode attention, GB/s of keys and values", processor.decode_attention / 1e9,
+        ("decode attention, GB/s of KV cache", processor.decode_attention / 1e9,
          f"{prefix}decode attention"),
         ("prefill attention, GFLOP/s", processor.prefill_attention / 1e9,
          f"{prefix}prefill attention"),

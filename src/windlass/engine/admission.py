@@ -62,6 +62,7 @@ class Admission:
         self.waiting: deque[QueuedSequence | Sequence] = deque()  # a Sequence: to be computed again
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
+        self._num_begun = 0
 
     def add(self, queued: QueuedSequence) -> None:
         self.waiting.append(queued)
@@ -175,6 +176,8 @@ class Admission:
         self.prompt_pages.take(sequence, known)
         self._last_keys = sequence.queued.block_keys
         sequence.state_slot = self._kv.take_state()
+        if sequence.number < 0:  # it has not run before
+            sequence.number, self._num_begun = self._num_begun, self._num_begun + 1
         self.running.append(sequence)
 
     def _grow(self, sequence: Sequence) -> bool:
@@ -228,7 +231,7 @@ class Admission:
     ) -> ScheduledSequence:
         is_scored = is_prompt and sequence.scores_prompt
         segment = Segment(
-            sequence=id(sequence),
+            sequence=sequence.number,
             token_ids=sequence.tokens(first, last),
             first_position=first,
             pages=tuple(sequence.pages),

@@ -19,7 +19,7 @@ from windlass.engine.phase_meter import PhaseMeter, Readings
 from windlass.engine.request import Delta, Request, StepResult
 from windlass.engine.sampling import Sampler, choice_seed
 from windlass.engine.sequence import QueuedSequence, Sequence
-from windlass.engine.steering import Check, Compare, Pilot
+from windlass.engine.steering import Check, Compare, Predicted
 from windlass.engine.tokenizer import Tokenizer
 from windlass.errors import RequestError
 from windlass.ids import Part
@@ -62,7 +62,7 @@ class EngineSetup:
     seed: int
     fingerprint: Mapping[str, object]  # what would change results
     peak_rss: Callable[[], int]
-    pilot: Pilot | None = None  # None where nothing was predicted
+    prediction: Predicted | None = None  # of the job that the engine was opened for
     compare: Compare | None = None  # what can be predicted of any job, when it is asked for
 
 
@@ -101,7 +101,7 @@ class Engine:
         self._pass_s = 0.0
         self._disk_busy_s = disk_busy_s
         self._meter = PhaseMeter()
-        self._pilot = setup.pilot
+        self._prediction = setup.prediction
 
     # --- requests ---------------------------------------------------------------------------------
 
@@ -216,18 +216,13 @@ class Engine:
                 result = self._take(rows, outcome)
         seconds = time.perf_counter() - begin
         self._pass_s += seconds
-        took = self._meter.add(
+        self._meter.add(
             batch.segments,
             self._readings(),
             passes=len(passes),
             output_tokens=len(result.deltas),
             seconds=seconds,
         )
-        if self._pilot is not None:
-            replanned = self._pilot.after(batch.segments, took, self._left)
-            if replanned is not None:
-                self.plan = replanned
-                self._admission.replan(replanned)
         stats = self._weights.stats()
         self._tracer.counter("rows", rows=batch.num_tokens)
         self._tracer.counter("disk", bytes=stats.bytes_read)
@@ -289,21 +284,6 @@ class Engine:
             error_code=entry.failure.code if entry.failure else None,
         )
 
-    def _left(self) -> list[tuple[int, int, int]]:
-        """Of all choices: prompt tokens that are left, tokens to generate as far as those that have
-        ended let expect, and how much of a prompt that has not begun is there already."""
-        lengths: list[tuple[int, int, int]] = []
-        pages = self._admission.prompt_pages
-        for one in (*self._admission.running, *self._admission.waiting):
-            output = round(self.expected_output_tokens(one.queued.max_output))
-            prompt, generated, ready = one.queued.num_tokens, 0, 0
-            if isinstance(one, Sequence):
-                prompt, generated = max(0, prompt - one.num_computed), len(one.output_ids)
-            else:
-                ready = pages.num_ready(pages.find(one))
-            lengths.append((prompt, max(1, output - generated), ready))
-        return lengths
-
     # --- state ------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
@@ -323,7 +303,7 @@ class Engine:
             waiting=len(self._admission.waiting),
             num_preemptions=self._admission.num_preemptions,
             phases=dict(self._meter.phases),
-            check=None if self._pilot is None else self._pilot.check(self._meter.phases),
+            check=self._prediction.check(self._meter.phases) if self._prediction else None,
             prefix_cache_queries=prompts.num_asked if self.plan.prefix_caching else 0,
             prefix_cache_hits=prompts.num_found,
         )

@@ -86,6 +86,7 @@ class Sequence:
     sampler: Sampler
     text: TextStream | None  # None: the request does not want text
     eos_token_ids: frozenset[int]
+    number: int = -1  # in the order in which an engine's sequences begin, never given twice
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0  # of these, prompt tokens that another sequence computed

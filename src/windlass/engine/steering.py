@@ -1,16 +1,11 @@
-"""What an engine asks of whoever watches its passes. Knows no planner."""
+"""What an engine asks of whoever has predicted its run. Knows no planner."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from windlass.phases import PhaseStats
 from windlass.plan import Plan
-from windlass.schedule.batch import Segment
 from windlass.workload import Workload
-
-# Of each sequence that has not ended: prompt tokens, tokens to generate, and how many of the prompt
-# tokens need not be computed.
-Left = Callable[[], Sequence[tuple[int, int, int]]]
 
 
 class Check(Protocol):
@@ -21,12 +16,8 @@ class Check(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
-class Pilot(Protocol):
-    """Watches passes, and may change what a plan says of the next ones."""
-
-    def after(self, segments: Sequence[Segment], took: PhaseStats, left: Left) -> Plan | None:
-        """A step has ended; another plan to go on with, in the same memory, or None."""
-        ...
+class Predicted(Protocol):
+    """What is expected of the job that an engine was opened for."""
 
     def check(self, phases: Mapping[str, PhaseStats]) -> Check: ...
 

@@ -1,9 +1,9 @@
 """The profile of a machine that nobody has measured: low numbers for its kind, so that a plan made
 from them does not promise too much. What a plan rests on is the ratio of disk to arithmetic."""
 
-from windlass.hardware.profile import Curve, HardwareProfile, Processor
+from windlass.hardware.profile import ASSUMED, Curve, HardwareProfile, Processor
 
-# Per thread, of a desktop or a small virtual machine with AVX2; docs/log.md has measured ones.
+# Per thread, of a desktop or a small virtual machine with AVX2; measured ones: docs/benchmarks.md
 _FLOPS = 40e9
 _MEMORY_RATE = 8e9
 _ROWS = (1, 4, 16, 64, 256)
@@ -39,7 +39,7 @@ def assumed_profile(*, threads: int, memory_bytes: int) -> HardwareProfile:
         captured="",
         software="",
         threads=threads,
-        source="assumed",
+        source=ASSUMED,
         disk=Curve(((4096.0, 20e6), (65536.0, 150e6), (_MIB, 400e6), (4 * _MIB, 500e6))),
         disk_in_flight=4,
         disk_path="",

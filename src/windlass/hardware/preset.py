@@ -13,7 +13,7 @@ from typing import Any
 
 from windlass.errors import UsageError
 from windlass.hardware.assumed import ROW_SHARE
-from windlass.hardware.profile import Curve, HardwareProfile, Link, Processor
+from windlass.hardware.profile import Curve, HardwareProfile, LinkRates, Processor
 
 FOLDER = Path(__file__).parent / "presets"
 # Stored, scales included: groups of 128 (fp8: 128 x 128, mxfp4: 32)
@@ -154,10 +154,10 @@ def _disk(values: Mapping[str, Any]) -> Curve:
     return Curve(tuple((n, depth * n / (latency + depth * n / rate)) for n in _SIZES[:5]))
 
 
-def _link(values: Mapping[str, Any]) -> Link:
-    """A copy takes its latency, then its bytes over the rate (reference: t = t0 + bytes / b)."""
+def _link(values: Mapping[str, Any]) -> LinkRates:
+    """A copy takes its latency, then its bytes over the rate."""
     pinned, pageable = (
         Curve(tuple((n, n / (values["latency"] + n / values[name])) for n in _SIZES))
         for name in ("rate", "pageable")
     )
-    return Link(rate=pinned, pageable=pageable)
+    return LinkRates(rate=pinned, pageable=pageable)

@@ -10,6 +10,7 @@ from typing import Any
 from windlass.errors import UsageError
 
 FORMAT_VERSION = 2
+ASSUMED = "assumed"  # the `source` of rates that nobody has measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +57,12 @@ class Processor:
     memory_rate: float  # bytes/s read
     experts: Mapping[str, Curve]  # whole expert networks, weights in this memory
     dense: Mapping[str, Curve]  # dense products
-    decode_attention: float  # bytes/s of keys and values, one new row per sequence
+    decode_attention: float  # bytes/s of KV cache, one new token per sequence
     prefill_attention: float  # FLOP/s: 4 * heads * dim per query and position seen
     row_rate: float  # bytes/s of what is done row by row: norms, rotation, routing, sums
     call_s: float  # seconds that a module's call costs beside its work
     expert_s: float  # the same of each expert of a call
-    repeats: bool = True  # few rows of layers that stay in memory do without these two
+    captures: bool = True  # few tokens of resident layers do without these two: runtime/capture.py
 
     def __post_init__(self) -> None:
         _check_positive(
@@ -74,7 +75,7 @@ class Processor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
+class LinkRates:
     """One direction between host and device: bytes/s over the bytes of one copy."""
 
     rate: Curve  # from or to pinned memory, all copy engines busy
@@ -97,8 +98,8 @@ class HardwareProfile:
     disk_path: str
     host: Processor
     device: Processor | None = None  # a GPU; None: the host computes
-    down: Link | None = None  # host to device
-    up: Link | None = None  # device to host
+    down: LinkRates | None = None  # host to device
+    up: LinkRates | None = None  # device to host
     spread: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -106,6 +107,11 @@ class HardwareProfile:
         links = self.down is not None, self.up is not None
         if links != (self.device is not None,) * 2:
             raise UsageError("profile: a device comes with links down and up, a link with a device")
+
+    @property
+    def is_assumed(self) -> bool:
+        """Whether nobody has measured it: see hardware/assumed.py."""
+        return self.source == ASSUMED
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, read back by `from_json`."""
@@ -147,6 +153,7 @@ _PLAIN: dict[str, type] = {
     "disk_in_flight": int, "disk_path": str,
 }  # fmt: skip
 _OPTIONAL = {"device", "down", "up", "spread"}
+_CAPTURES = {"captures", "repeats"}  # the second is what it was called
 _NESTED = {"disk", "host", *_OPTIONAL}
 _PROCESSOR: dict[str, type] = {
     "name": str, "memory_bytes": int, "memory_rate": float, "decode_attention": float,
@@ -209,20 +216,20 @@ def _numbers(document: object, what: str) -> dict[str, float]:
 
 def _processor(document: object, what: str) -> Processor:
     fields = _Fields(
-        document, what, {*_PROCESSOR, "experts", "dense", "repeats"}, optional={"repeats"}
+        document, what, {*_PROCESSOR, "experts", "dense", *_CAPTURES}, optional=_CAPTURES
     )
     return Processor(
         **{name: fields.value(name, kind) for name, kind in _PROCESSOR.items()},
         experts=_curves(fields.document["experts"], f"{what}: experts"),
         dense=_curves(fields.document["dense"], f"{what}: dense"),
-        repeats=fields.value("repeats", bool) if "repeats" in fields.document else True,
+        captures=all(fields.value(name, bool) for name in _CAPTURES if name in fields.document),
     )
 
 
-def _link(document: object, what: str) -> Link:
+def _link(document: object, what: str) -> LinkRates:
     fields = _Fields(document, what, {"rate", "pageable"}, optional={"pageable"})
     pageable = fields.document.get("pageable")
-    return Link(
+    return LinkRates(
         rate=fields.curve("rate"),
         pageable=None if pageable is None else _curve(pageable, f"{what}: pageable"),
     )
@@ -233,11 +240,11 @@ def _processor_json(processor: Processor) -> dict[str, Any]:
         **{name: getattr(processor, name) for name in _PROCESSOR},
         "experts": {kind: _points(curve) for kind, curve in processor.experts.items()},
         "dense": {kind: _points(curve) for kind, curve in processor.dense.items()},
-        "repeats": processor.repeats,
+        "captures": processor.captures,
     }
 
 
-def _link_json(link: Link) -> dict[str, Any]:
+def _link_json(link: LinkRates) -> dict[str, Any]:
     pageable = None if link.pageable is None else _points(link.pageable)
     return {"rate": _points(link.rate), "pageable": pageable}
 

@@ -55,12 +55,20 @@ class AttentionOptions:
     sinks_H: torch.Tensor | None = None
 
 
+class Routes(NamedTuple):
+    """The experts of each row, best first."""
+
+    weights_TA: torch.Tensor  # fp32
+    ids_TA: torch.Tensor  # int64
+    scores_TE: torch.Tensor | None  # fp32, of all experts; None where they are not wanted
+
+
 _Result = TypeVar("_Result")
 
 
 class Capture(Protocol):
-    """Repeats the layers of an earlier pass: one of as many rows, each of another sequence, whose
-    hidden states, places and weights lie where they lay."""
+    """Captures the layers of a pass and replays them for later ones: of as many rows, each of
+    another sequence, whose hidden states, attention metadata and weights lie where they lay."""
 
     def begin(self, work: AttentionWork) -> None:
         """A pass begins, and this is what its rows attend to."""
@@ -68,9 +76,9 @@ class Capture(Protocol):
 
     def run(self, layer: int, body: Callable[[], _Result]) -> _Result | None:
         """What `body` computes, which only calls kernels and decides nothing by what tensors
-        contain: by running it, or by repeating what it did for an earlier pass, and then its result
+        contain: by running it, or by replaying what it did for an earlier pass, and then its result
         is that of then with new contents. None, and nothing is computed, where it cannot be
-        repeated because it does more than that."""
+        captured because it does more than that."""
         ...
 
     def empty(self, *shape: int) -> torch.Tensor:
@@ -78,7 +86,7 @@ class Capture(Protocol):
         ...
 
     def seconds(self) -> dict[str, float]:
-        """What repeating took since this was last asked, by the label at the time of noting."""
+        """What replays took since this was last asked, by the label at the time of the capture."""
         ...
 
 
@@ -168,9 +176,13 @@ class Kernels(Protocol):
         top_k: int,
         logits_TE: torch.Tensor,
         bias_E: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The experts of each row: weights (T, A) fp32 and ids (T, A) int64, best first. `bias_E`
-        (fp32) is what `select_bias` speaks of."""
+        *,
+        wants_scores: bool = False,
+    ) -> Routes:
+        """The experts of each row. `bias_E` (fp32) is what `select_bias` speaks of. The scores are
+        what experts are chosen by, before that bias and before groups are dropped: probabilities
+        of `SoftmaxTopK`, sigmoids of `SigmoidTopK`, the logits themselves of `TopKSoftmax` and
+        `SparseMixer`. They may be a view of the logits."""
         ...
 
     def group(self, ids_TA: torch.Tensor, num_experts: int) -> ExpertGroups:

@@ -7,19 +7,25 @@ transcendental functions through `pointwise`. Shape legend: kernels/interface.py
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from windlass.kernels import routing as routes
 from windlass.kernels import rowwise
-from windlass.kernels.dequantise import dequantise
-from windlass.kernels.interface import AttentionOptions, AttentionWork, Capture, ExpertGroups
-from windlass.kernels.limits import TILE_BYTES, UNPACK_BYTES
-from windlass.kernels.row_counts import RowLadder, pad_rows, padded_width
+from windlass.kernels.interface import (
+    AttentionOptions,
+    AttentionWork,
+    Capture,
+    ExpertGroups,
+    Routes,
+)
+from windlass.kernels.limits import TILE_BYTES
+from windlass.kernels.row_counts import RowLadder, pad_rows
 from windlass.kernels.torch_attention import paged_attention
+from windlass.kernels.widened import WidenedWeights, widened_heads
 from windlass.models.spec import Activation, ClampedSwiGlu, Norm, Rope, Routing
-from windlass.tensors import Packed, PackedStack, PagedRows, Tensors, Weight, plain_or_none
+from windlass.tensors import PackedStack, PagedRows, Tensors, Weight, plain_or_none
 from windlass.units import round_up
 
 _FEW_ROWS = (12, 128)
@@ -40,14 +46,15 @@ def _batched_matmul(x_HTa: torch.Tensor, w_Hba: torch.Tensor) -> torch.Tensor:
 
 
 class TorchKernels:
-    """Implements `Kernels` on a CPU. Owns one scratch tile; used by one thread at a time."""
+    """Implements `Kernels` on a CPU. Owns one tile of widened weights; used by one thread at a
+    time."""
 
     def __init__(self, *, bf16_activations: bool = False) -> None:
-        """`bf16_activations`: products round their rows to bf16 before they multiply."""
-        self._bf16_rows = bf16_activations
+        """`bf16_activations`: products round what they multiply to bf16."""
+        self._bf16_activations = bf16_activations
         self._rows = RowLadder(_matmul)
         self._batched_rows = RowLadder(_batched_matmul)
-        self._scratch = torch.empty(TILE_BYTES // 4)
+        self._widened = WidenedWeights()
 
     @property
     def name(self) -> str:
@@ -68,7 +75,7 @@ class TorchKernels:
         num_rows, width = x_TD.shape
         out_TE = x_TD.new_empty(num_rows, math.prod(w.shape[:-1])) if out is None else out
         column = 0
-        for w_ED in self._wide_tiles(w, width):
+        for w_ED in self._widened.tiles(w, width):
             features = w_ED.shape[0]
             for first, last, count in self._rows.blocks(num_rows, tuple(w_ED.shape)):
                 y = _matmul(pad_rows(x_TD[first:last], count), w_ED)
@@ -92,7 +99,7 @@ class TorchKernels:
         step = max(1, TILE_BYTES // (4 * width * features))
         for head in range(0, heads, step):
             group = slice(head, min(head + step, heads))
-            w = pad_rows(_wide_heads(w_Hba, group), features)
+            w = pad_rows(widened_heads(w_Hba, group), features)
             for first, last, count in self._batched_rows.blocks(num_rows, tuple(w.shape)):
                 y = _batched_matmul(pad_rows(x_HTa[group, first:last], count), w)
                 out_HTb[group, first:last] = y[:, : last - first]
@@ -147,8 +154,11 @@ class TorchKernels:
         top_k: int,
         logits_TE: torch.Tensor,
         bias_E: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return routes.route(self.pointwise, routing, top_k, logits_TE, bias_E)
+        *,
+        wants_scores: bool = False,
+    ) -> Routes:
+        found = routes.route(self.pointwise, routing, top_k, logits_TE, bias_E)
+        return found if wants_scores else found._replace(scores_TE=None)
 
     def group(self, ids_TA: torch.Tensor, num_experts: int) -> ExpertGroups:
         flat = ids_TA.flatten()
@@ -199,7 +209,7 @@ class TorchKernels:
         return paged_attention(self.pointwise, q_THd, keys, values, work, options)
 
     def _narrow(self, x: torch.Tensor) -> torch.Tensor:
-        return x.bfloat16().float() if self._bf16_rows else x
+        return x.bfloat16().float() if self._bf16_activations else x
 
     def _activate(
         self, gate: torch.Tensor, up: torch.Tensor, activation: Activation
@@ -209,63 +219,6 @@ class TorchKernels:
             up = up.clamp(-activation.limit, activation.limit)
             return (up + 1) * gate * self.pointwise(torch.sigmoid, activation.alpha * gate)
         return self.pointwise(torch.nn.functional.silu, gate).mul_(up)
-
-    def _wide_tiles(self, w: Weight, width: int) -> Iterator[torch.Tensor]:
-        """fp32 copies (n, padded width) of the weights in the scratch, tile by tile; each valid
-        until the next."""
-        if isinstance(w, PackedStack):
-            for matrix in w.matrices:
-                yield from self._wide_tiles(matrix, width)
-        elif isinstance(w, Packed):
-            rows = max(1, TILE_BYTES // (4 * width))
-            for first in range(0, w.shape[0], rows):
-                yield self._unpack(w, first, min(first + rows, w.shape[0]))
-        else:
-            for tile in _tiles(w, width):
-                view = self._wide(tile.shape[:-1], width)
-                view[..., :width] = tile
-                yield view.view(-1, view.shape[-1])
-
-    def _unpack(self, w: Packed, first: int, last: int) -> torch.Tensor:
-        width = w.shape[1]
-        view = self._wide((last - first,), width)
-        # in steps: what dequantising makes on the way is several times as large as its result
-        step = max(1, UNPACK_BYTES // (4 * width))
-        for row in range(first, last, step):
-            end = min(row + step, last)
-            view[row - first : end - first, :width] = dequantise(w, row, end)
-        return view
-
-    def _wide(self, outer: tuple[int, ...], width: int) -> torch.Tensor:
-        """The scratch as (*outer, padded width), zeros beyond `width`."""
-        wide = padded_width(width)
-        size = math.prod(outer) * wide
-        if size > self._scratch.numel():  # one output row wider than the tile
-            self._scratch = torch.empty(size)
-        view = self._scratch[:size].view(*outer, wide)
-        if wide != width:
-            view[..., width:] = 0
-        return view
-
-
-def _wide_heads(w_Hba: Weight, heads: slice) -> torch.Tensor:
-    """fp32 matrices of some heads."""
-    if isinstance(w_Hba, torch.Tensor):
-        return w_Hba[heads].float()
-    assert isinstance(w_Hba, PackedStack), "heads of one packed matrix"
-    matrices = w_Hba.matrices[heads]
-    wide = torch.empty(len(matrices), *matrices[0].shape)
-    for view, matrix in zip(wide, matrices, strict=True):
-        view.copy_(dequantise(matrix, 0, matrix.shape[0]))
-    return wide
-
-
-def _tiles(w: torch.Tensor, width: int) -> tuple[torch.Tensor, ...]:
-    """`w` (E, D) or (g, n, D) cut along its first dimension into tiles of at most TILE_BYTES."""
-    if 4 * w.numel() <= TILE_BYTES:
-        return (w,)
-    per_index = 4 * w.numel() // w.shape[0]
-    return torch.split(w, max(1, TILE_BYTES // per_index))
 
 
 def _fill_up(flat: torch.Tensor, step: int) -> torch.Tensor:

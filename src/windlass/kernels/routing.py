@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from windlass.kernels.interface import Routes
 from windlass.models.spec import (
     NoGroups,
     Routing,
@@ -26,25 +27,26 @@ def route(
     top_k: int,
     logits_TE: torch.Tensor,
     bias_E: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `Kernels.route`."""
+) -> Routes:
+    """See `Kernels.route`; the scores are there, wanted or not."""
     match routing:
         case SoftmaxTopK():
             scores_TE = logits_TE.softmax(-1)
             ids = _choose(scores_TE, top_k, routing.groups, bias_E)
-            return _kept_softmax(scores_TE.gather(1, ids), routing) * routing.scale, ids
+            kept_TA = _kept_softmax(scores_TE.gather(1, ids), routing)
+            return Routes(kept_TA * routing.scale, ids, scores_TE)
         case TopKSoftmax():
             best_TA, ids = logits_TE.topk(top_k, dim=-1)
-            return best_TA.softmax(-1), ids
+            return Routes(best_TA.softmax(-1), ids, logits_TE)
         case SigmoidTopK():
             scores_TE = pointwise(torch.sigmoid, logits_TE)
             ids = _choose(scores_TE, top_k, routing.groups, bias_E)
             kept_TA = scores_TE.gather(1, ids)
             if routing.renorm_eps is not None:
                 kept_TA = kept_TA / (kept_TA.sum(-1, keepdim=True) + routing.renorm_eps)
-            return kept_TA * routing.scale, ids
+            return Routes(kept_TA * routing.scale, ids, scores_TE)
         case SparseMixer():
-            return _sparse_mixer(logits_TE, routing.jitter_eps)
+            return Routes(*_sparse_mixer(logits_TE, routing.jitter_eps), logits_TE)
 
 
 def _choose(

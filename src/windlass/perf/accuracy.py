@@ -1,30 +1,30 @@
 """A finished run beside what was predicted of it. Pure arithmetic over records; seconds."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from windlass.perf.estimate import LANES, Estimate, Phase
+from windlass.perf.estimate import LANES, Estimate, Phase, predict
+from windlass.perf.sizes import Problem
 from windlass.phases import PhaseStats
+from windlass.plan import Plan
 from windlass.units import format_seconds
+from windlass.workload import Workload
 
 _EQUAL = 0.02  # shares of a job that are close enough to all of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseCheck:
-    """Passes of one kind. `bound`: the least seconds of each resource, as in `Phase`."""
+    """Passes of one kind. `bound`: the least seconds of each resource, as in `Phase`; `error`: 0.1
+    where 10 % more was predicted than it took, None where nothing ran or rates are assumed."""
 
     predicted_s: float
     measured_s: float
     predicted_busy: Mapping[str, float]
     measured_busy: Mapping[str, float]
     bound: Mapping[str, float]
-
-    @property
-    def error(self) -> float | None:
-        """0.1: predicted 10 % more than it took; None where nothing ran."""
-        return self.predicted_s / self.measured_s - 1 if self.measured_s else None
+    error: float | None
 
     @property
     def shares_of_bound(self) -> dict[str, float]:
@@ -34,17 +34,18 @@ class PhaseCheck:
         return {lane: self.bound[lane] / self.measured_s for lane in LANES if self.bound[lane]}
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "error": self.error, "shares_of_bound": self.shares_of_bound}
+        return {**asdict(self), "shares_of_bound": self.shares_of_bound}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
     """All phases that were predicted or ran, and "total". What was predicted of a job that ended
-    otherwise, by length or by interruption, counts with the share `done` of its tokens."""
+    otherwise, by length or by interruption, counts with the share `done` of its tokens. Where
+    `rates_assumed`, nobody has measured the machine: how far a prediction is off says nothing."""
 
     phases: Mapping[str, PhaseCheck]
     done: float
-    replanned: str | None = None  # what was said when rates or plan were changed
+    rates_assumed: bool
 
     @property
     def total(self) -> PhaseCheck:
@@ -62,7 +63,7 @@ class Accuracy:
         return {
             "done": self.done,
             "share_of_bound": self.share_of_bound,
-            "replanned": self.replanned,
+            "rates_assumed": self.rates_assumed,
             "phases": {name: phase.to_json() for name, phase in self.phases.items()},
         }
 
@@ -75,6 +76,8 @@ class Accuracy:
             f"predicted{part}: "
             + ", ".join(_words(name, phase) for name, phase in self.phases.items())
         ]
+        if self.rates_assumed:
+            return [f"{lines[0]} (rates are assumed, not measured: windlass doctor)"]
         shares = self.total.shares_of_bound
         bottleneck = max(shares, key=lambda lane: shares[lane], default="")
         others = ", ".join(f"{lane} {100 * share:.0f} %" for lane, share in shares.items())
@@ -82,14 +85,33 @@ class Accuracy:
             f"of the bound: {100 * self.share_of_bound:.0f} % reached; least time of each resource"
             f" over the time taken: {others}; bottleneck: {bottleneck}"
         )
-        return lines if self.replanned is None else [*lines, self.replanned]
+        return lines
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What is expected of a job, by rates that were measured or assumed."""
+
+    estimate: Estimate
+    rates_assumed: bool
+
+    @classmethod
+    def of(
+        cls, problem: Problem, plan: Plan, work: Workload, known: Estimate | None = None
+    ) -> "Prediction":
+        """Of the job `work` under `plan`; `known`: its estimate, where it was made already."""
+        return cls(known or predict(problem, plan, work), problem.profile.is_assumed)
+
+    def check(self, measured: Mapping[str, PhaseStats], *, is_warm: bool = False) -> Accuracy:
+        """What the run took beside it."""
+        return compare(self.estimate, measured, rates_assumed=self.rates_assumed, is_warm=is_warm)
 
 
 def compare(
     predicted: Estimate,
     measured: Mapping[str, PhaseStats],
     *,
-    replanned: str | None = None,
+    rates_assumed: bool = False,
     is_warm: bool = False,
 ) -> Accuracy:
     """Phase by phase. What the first pass takes longer counts as prefill, where it is measured; not
@@ -112,17 +134,21 @@ def compare(
     }
     total = sum(measured.values(), PhaseStats())
     found["total"] = _phase([load, *phases.values()], total, done)
-    return Accuracy(phases=found, done=done, replanned=replanned)
+    if rates_assumed:
+        found = {name: replace(phase, error=None) for name, phase in found.items()}
+    return Accuracy(phases=found, done=done, rates_assumed=rates_assumed)
 
 
 def _phase(predicted: list[Phase | None], took: PhaseStats, done: float) -> PhaseCheck:
     known = [phase for phase in predicted if phase is not None]
+    predicted_s = done * sum(phase.seconds for phase in known)
     return PhaseCheck(
-        predicted_s=done * sum(phase.seconds for phase in known),
+        predicted_s=predicted_s,
         measured_s=took.seconds,
         predicted_busy={lane: done * sum(p.busy[lane] for p in known) for lane in LANES},
         measured_busy={lane: took.busy.get(lane, 0.0) for lane in LANES},
         bound={lane: done * sum(p.bound[lane] for p in known) for lane in LANES},
+        error=predicted_s / took.seconds - 1 if took.seconds else None,
     )
 
 

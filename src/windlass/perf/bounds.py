@@ -3,10 +3,10 @@ rate, FLOPs over the best rate. Pure arithmetic; seconds."""
 
 from collections.abc import Mapping
 
-from windlass.hardware.profile import HardwareProfile
 from windlass.ids import Part
-from windlass.models.spec import GatedDelta, ModelSpec, Moe
+from windlass.models.spec import GatedDelta, Moe
 from windlass.perf.flops import (
+    active_experts,
     attention_flops,
     attention_matrices,
     expert_matrices,
@@ -21,8 +21,7 @@ from windlass.perf.pass_cost import (
     layer_kinds,
     missing_bytes,
 )
-from windlass.perf.roofline import active_experts
-from windlass.perf.sizes import Sizes
+from windlass.perf.sizes import Problem
 from windlass.plan import Plan
 
 
@@ -30,13 +29,14 @@ class Bounds:
     """Bounds of passes under a plan: weights that stay in memory are not read again, all others
     that the pass needs are."""
 
-    def __init__(self, spec: ModelSpec, sizes: Sizes, plan: Plan, profile: HardwareProfile) -> None:
+    def __init__(self, problem: Problem, plan: Plan) -> None:
+        spec, sizes, profile = problem.spec, problem.sizes, problem.profile
         self._spec = spec
         self._sizes = sizes
         self._profile = profile
         self._rates = OpRates(profile.host, sizes.weight_kinds)
         self._kv_bytes = sizes.bytes_per_token / max(1, kv_layers(spec))
-        self._pass_cost = PassCost(spec, sizes, profile)
+        self._pass_cost = PassCost(problem)
         self._held = held_shares(plan, sizes)
         self._kinds = layer_kinds(spec)
 

@@ -1,19 +1,18 @@
 """How long a job takes under a plan: load, prefill, mixed passes, decode and tail. Pure arithmetic
 over descriptions: passes are composed as the engine would, and timed by the schedule on a clock."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from windlass.errors import UsageError
-from windlass.hardware.profile import HardwareProfile
-from windlass.models.spec import ModelSpec
 from windlass.perf.bounds import Bounds
 from windlass.perf.job_passes import Limits, PassRun, compose
 from windlass.perf.op_cost import Seen
 from windlass.perf.simulation import PassTimes
-from windlass.perf.sizes import Sizes
+from windlass.perf.sizes import Problem
 from windlass.plan import Plan
+from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.workload import Workload
 
 LANES = ("disk", "down", "up", "host", "device")
@@ -71,27 +70,40 @@ class Estimate:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> "Estimate":
-        """Reads `to_json` back. UsageError where it is not one."""
-        try:
-            phases = {name: Phase(**phase) for name, phase in document["phases"].items()}
-            return cls(**{**document, "phases": phases})
-        except (TypeError, KeyError, AttributeError) as error:
-            raise UsageError(f"estimate: not as written by to_json: {error}") from error
+
+def steady_seconds(
+    work: Workload, alive: int, rows: float, seconds: Callable[[float, float], float]
+) -> float:
+    """Seconds of the job as a steady state, in closed form: good enough to rank plans by. `alive`
+    sequences run at once, with at most `rows` tokens per pass: the first sequences' prompts, then
+    passes until all tokens are generated, some of which carry the prompts of those who come later.
+    `seconds(decode tokens, prompt tokens)`: of one pass."""
+    output = work.mean_output_tokens
+    prompt = work.mean_prompt_tokens - work.mean_shared_tokens  # that is computed
+    count = work.num_sequences
+    filling = max(1.0, alive * prompt / rows)
+    passes = max(max(work.output_tokens) - 1, count * (output - 1) / alive, 0)
+    later = max(0.0, work.computed_prompt_tokens - alive * prompt)
+    most = max(rows - alive, CHUNK_TOKENS)  # prompt rows beside the rows that decode
+    mixed = later / most
+    begin = filling * seconds(0, max(1.0, alive * prompt / filling))
+    middle = mixed * seconds(alive, min(most, later)) if later else 0.0
+    decode = count * (output - 1) / max(passes, 1)
+    rest = max(0.0, passes - mixed) * seconds(max(1.0, decode), 0) if passes else 0.0
+    return begin + middle + rest
+
+
+def predict(problem: Problem, plan: Plan, workload: Workload) -> Estimate:
+    """The same as `estimate`, but sequences longer than the plan allows count as cut."""
+    work = workload.sharing(plan.prefix_caching).shortened(plan.max_model_len)
+    return estimate(problem, plan, work)
 
 
 def estimate(
-    spec: ModelSpec,
-    sizes: Sizes,
-    plan: Plan,
-    profile: HardwareProfile,
-    workload: Workload,
-    *,
-    on_clock: bool = True,
+    problem: Problem, plan: Plan, workload: Workload, *, on_clock: bool = True
 ) -> Estimate:
-    """The job `workload` under `plan` on the machine `profile`. Without `on_clock` no pass is run
-    on the clock; each is as long as its busiest lane works: for comparing many plans.
+    """The job `workload` under `plan`. Without `on_clock` no pass is run on the clock; each is as
+    long as its busiest lane works: for comparing many plans.
 
     Raises UsageError where a sequence is longer than the plan allows, or the profile knows no rate
     for the model's weights.
@@ -104,8 +116,8 @@ def estimate(
     limits = Limits.of(plan)
     parts = _parts(workload, plan.max_num_seqs)
     composed = [[_as_run(one, plan) for one in compose(part, limits)] for part in parts]
-    times = PassTimes(spec, sizes, plan, profile, composed[-1], on_clock=on_clock)
-    bounds = Bounds(spec, sizes, plan, profile)
+    times = PassTimes(problem, plan, composed[-1], on_clock=on_clock)
+    bounds = Bounds(problem, plan)
     counted = [_count(runs, times, bounds) for runs in composed]
     sums = counted[-1]
     if len(parts) > 1:

@@ -27,17 +27,6 @@ def num_parameters(spec: ModelSpec) -> int:
     return blocks + _ends(spec)
 
 
-def num_active_parameters(spec: ModelSpec) -> int:
-    """Parameters that one token uses: of the routed experts only those it is sent to, and of the
-    embedding table one row."""
-    blocks = sum(
-        _block_elements(spec, layer, num_experts=_num_active(block))
-        for layer, block in enumerate(spec.blocks)
-    )
-    table = 0 if spec.tied_head else prod(table_shape(spec)) - spec.hidden_size
-    return blocks + _ends(spec) - table
-
-
 def block_flops_per_token(spec: ModelSpec, layer: int, *, context: int = 0) -> int:
     """Of one token in one block; `context` positions are attended to."""
     block = spec.blocks[layer]
@@ -89,6 +78,11 @@ def ffn_row_numbers(spec: ModelSpec, layer: int) -> tuple[int, int]:
     if not isinstance(ffn, Moe):
         return 2 * hidden, 3 * hidden
     return 2 * hidden + 4 * ffn.num_experts + 8 * ffn.top_k, (ffn.top_k + 2) * hidden
+
+
+def active_experts(num_experts: int, top_k: int, rows: float) -> float:
+    """Experts of a layer that at least one of `rows` rows uses, rows and choices being even."""
+    return float(num_experts * (1 - (1 - min(1.0, top_k / num_experts)) ** rows))
 
 
 def head_flops_per_token(spec: ModelSpec) -> int:

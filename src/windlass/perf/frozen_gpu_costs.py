@@ -2,6 +2,7 @@
 with the lanes disk, down, up, host and device, in MoE-Gen's order (one group). Pure arithmetic.
 
 The schedule itself then says how well copies hide behind computation, which closed forms assume.
+Frozen: nothing is added here, and it goes the day the device has costs on the clock.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class DeviceCosts:
         """Queries and new keys go up while keys and values of the device's share come down; the
         host's share of the sequences follows its queries and sends its results down."""
         shape, rates, share = self._shape, self._rates, self._share
-        seen, omega = seen_by(rows), share.host_attention
+        seen, omega = seen_by(rows.segments), share.host_attention
         cached = seen.decode_positions * shape.kv
         exchanged = omega * seen.decode_rows * shape.query
         host = (

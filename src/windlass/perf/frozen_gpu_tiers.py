@@ -1,11 +1,14 @@
-"""Time of a layer on a machine whose device computes beside its host: weights and keys and values
-cross a link, some attention stays on the host. Closed forms of reference/throughput.md, 4.2 to 4.8,
-which join MoE-Gen, MoE-Lightning and MoE-Lens. Pure arithmetic; bytes, FLOP, seconds, per layer.
+"""Time of a layer on a machine whose device computes beside its host: weights and KV cache cross a
+link, some attention stays on the host. Closed forms that join MoE-Gen (arXiv 2503.09716) and
+MoE-Lightning (arXiv 2411.11217). Pure arithmetic; bytes, FLOP, seconds, per layer. Frozen: nothing
+is added here, and it goes the day the device has costs on the clock.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
+
+from windlass.perf.flops import active_experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +80,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuWork:
-    """Seconds of each resource in one layer (4.3)."""
+    """Seconds of each resource in one layer."""
 
     down: float
     up: float
@@ -89,7 +92,7 @@ class GpuWork:
     reread: float  # of the experts from device memory, for each further group
 
     def total(self, groups: int) -> float:
-        """Seconds of the layer (4.4), every lane working beside the others as far as data allow."""
+        """Seconds of the layer, every lane working beside the others as far as data allow."""
         links = max(self.down, self.up, self.disk, self.host_memory)
         if groups == 1:
             return max(links, max(self.host_attention, self.attention) + self.experts)
@@ -97,14 +100,9 @@ class GpuWork:
         return max(links, self.host_attention, device)
 
 
-def active_share(shape: LayerShape, rows: float) -> float:
-    """Experts that `rows` rows use, routing being even (4.2)."""
-    return float(shape.num_experts * (1 - (1 - shape.top_k / shape.num_experts) ** rows))
-
-
 def work(shape: LayerShape, rates: GpuRates, share: Share) -> GpuWork:
-    """What a pass asks of each resource in one layer (4.3)."""
-    active = active_share(shape, share.rows)
+    """What a pass asks of each resource in one layer."""
+    active = active_experts(shape.num_experts, shape.top_k, share.rows)
     needed = shape.attention + shape.shared + active * shape.expert
     cached = share.sequences * share.context * shape.kv
     exchanged = share.host_attention * share.sequences * shape.query
@@ -141,7 +139,7 @@ def work(shape: LayerShape, rates: GpuRates, share: Share) -> GpuWork:
 
 
 def layer_seconds(shape: LayerShape, rates: GpuRates, share: Share) -> float:
-    """Seconds of one layer. The link idles during attention when all slots are full (4.4)."""
+    """Seconds of one layer. The link idles during attention when all slots are full."""
     found = work(shape, rates, share)
     ahead = share.expert_slots * shape.expert / rates.down if rates.down < inf else inf
     stage = max(found.host_attention, found.attention)
@@ -149,7 +147,7 @@ def layer_seconds(shape: LayerShape, rates: GpuRates, share: Share) -> float:
 
 
 def balanced_host_share(shape: LayerShape, rates: GpuRates, share: Share) -> float:
-    """The share of attention for the host at which link and host are level (4.8b): a starting
+    """The share of attention for the host at which link and host are level: a starting
     point, to be compared with others by `layer_seconds`."""
     cached = share.sequences * share.context * shape.kv
     if not cached:

@@ -30,8 +30,8 @@ Bools = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a plan allows: rows and sequences per pass, pages of keys and values; prompt rows beside
-    rows that decode, at most, where they are bounded."""
+    """What a plan allows: tokens and sequences per pass, pages of the KV cache; prompt tokens
+    beside those that decode, at most, where they are bounded."""
 
     max_rows: int
     max_seqs: int
@@ -44,7 +44,7 @@ class Limits:
         return cls(
             plan.max_num_batched_tokens,
             plan.max_num_seqs,
-            plan.kv_pages,
+            plan.host.kv_pages,
             plan.page_tokens,
             plan.mixed_prefill_tokens,
         )

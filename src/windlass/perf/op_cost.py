@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from windlass.errors import UsageError
-from windlass.hardware.profile import Curve, HardwareProfile, Processor
+from windlass.hardware.profile import Curve, Processor
 from windlass.ids import DISK_TO_HOST, Part, Route, WeightKey
-from windlass.models.spec import Attention, GatedDelta, Gqa, ModelSpec
+from windlass.models.spec import Attention, GatedDelta, Gqa
 from windlass.perf.flops import (
     attention_flops,
     attention_matrices,
@@ -20,9 +20,9 @@ from windlass.perf.flops import (
     ffn_row_numbers,
     shared_matrices,
 )
-from windlass.perf.sizes import Sizes
+from windlass.perf.sizes import Problem
 from windlass.runtime.clock import LaneJob, LaneWork
-from windlass.schedule.batch import Batch, MicroBatch, is_capturable
+from windlass.schedule.batch import Batch, MicroBatch, Segment, is_capturable
 
 _F32 = 4
 _DIRECT_BYTES = 8192  # that a direct read of one row of the embedding moves
@@ -56,11 +56,11 @@ class Seen:
         return self.decode_rows + self.prompt_rows
 
 
-def seen_by(rows: MicroBatch) -> Seen:
-    """What the rows of a micro-batch see."""
+def seen_by(segments: Sequence[Segment]) -> Seen:
+    """What the rows of `segments` see."""
     decode = prompt = 0
     decode_positions = prompt_positions = 0.0
-    for segment in rows.segments:
+    for segment in segments:
         count, first = segment.num_tokens, segment.first_position
         positions = count * first + count * (count + 1) / 2
         if segment.is_prompt:
@@ -127,39 +127,38 @@ def _curve(processor: Processor, what: str, kind: str) -> Curve:
 
 class OpCost:
     """`Costs` of a machine whose host computes. `scale`: of what happens once per pass, and
-    `weights`: of each layer, where `spec` stands for a model with more layers of the same kinds."""
+    `weights`: of each layer, where the spec stands for one with more layers of the same kinds."""
 
     def __init__(
         self,
-        spec: ModelSpec,
-        sizes: Sizes,
-        profile: HardwareProfile,
+        problem: Problem,
         *,
         kv_layers: int,
         weights: Sequence[float] | None = None,
         scale: float = 1.0,
         keeps_all: bool = False,
     ) -> None:
-        """`kv_layers`: layers of the whole model that keep keys and values. `keeps_all`: all
-        weights stay in memory, so that layers of a few rows are repeated (`runtime/capture.py`)."""
+        """`kv_layers`: layers of the whole model that have a KV cache. `keeps_all`: all weights are
+        resident, so that layers of a few tokens are captured (`runtime/capture.py`)."""
+        spec, sizes, host = problem.spec, problem.sizes, problem.profile.host
         self._spec = spec
         self._sizes = sizes
-        self._profile = profile
-        self._rates = OpRates(profile.host, sizes.weight_kinds)
+        self._profile = problem.profile
+        self._rates = OpRates(host, sizes.weight_kinds)
         self._kv_bytes = sizes.bytes_per_token / max(1, kv_layers)  # of a position in a layer
         self._weights = weights or [1.0] * len(spec.blocks)
         self._scale = scale
-        self._repeats = keeps_all and profile.host.repeats
-        self._call_s, self._expert_s = profile.host.call_s, profile.host.expert_s
+        self._captures = keeps_all and host.captures
+        self._call_s, self._expert_s = host.call_s, host.expert_s
         self._seen: dict[int, Seen] = {}  # by first row of a micro-batch, of the current pass
         self._block_reads: dict[tuple[Part, int], float] = {}
 
     # --- Costs ------------------------------------------------------------------------------------
 
     def embed(self, batch: Batch) -> LaneWork:
-        self._seen = {micro.first_token: seen_by(micro) for micro in batch.micro_batches}
-        host, is_repeated = self._profile.host, self._repeats and is_capturable(batch)
-        self._call_s, self._expert_s = (0.0, 0.0) if is_repeated else (host.call_s, host.expert_s)
+        self._seen = {micro.first_token: seen_by(micro.segments) for micro in batch.micro_batches}
+        host, is_captured = self._profile.host, self._captures and is_capturable(batch)
+        self._call_s, self._expert_s = (0.0, 0.0) if is_captured else (host.call_s, host.expert_s)
         return _on_host(self.embed_s(batch.num_tokens) * self._scale)
 
     def embedding_rows(self, num_rows: int) -> float:

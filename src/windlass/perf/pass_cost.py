@@ -4,18 +4,18 @@ that stay in memory not read again. Pure arithmetic; seconds."""
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from windlass.hardware.profile import HardwareProfile
 from windlass.ids import Part
 from windlass.models.spec import Block, GatedDelta, ModelSpec, Moe
+from windlass.perf.flops import active_experts
 from windlass.perf.job_passes import PassRun
 from windlass.perf.op_cost import OpCost
-from windlass.perf.roofline import active_experts
-from windlass.perf.sizes import Sizes
+from windlass.perf.sizes import Problem, Sizes
 from windlass.plan import Plan
 from windlass.weights.io_queue import BLOCK_BYTES
 
 # Taken by reading at the disk's full rate, of what computes beside it: issuing, completions, memory
-# traffic. Fitted to passes that measured 1.09 to 1.25 times their lanes (docs/log.md, 2026-11-28)
+# traffic. Fitted to passes that measured 1.09 to 1.25 times their lanes
+# (docs/experiments/0017-pass-cost.md)
 _READING_CORES = 0.5
 
 
@@ -31,23 +31,13 @@ class Timed:
 class PassCost:
     """Passes of one model on one machine, whatever the plan."""
 
-    def __init__(self, spec: ModelSpec, sizes: Sizes, profile: HardwareProfile) -> None:
-        self.costs = OpCost(spec, sizes, profile, kv_layers=kv_layers(spec))
-        self._spec = spec
-        self._sizes = sizes
-        self._profile = profile
-        self._kinds = layer_kinds(spec)
+    def __init__(self, problem: Problem) -> None:
+        self.costs = OpCost(problem, kv_layers=kv_layers(problem.spec))
+        self._spec = problem.spec
+        self._sizes = problem.sizes
+        self._profile = problem.profile
+        self._kinds = layer_kinds(problem.spec)
         self._by_rows: dict[int, tuple[float, dict[Part, float]]] = {}
-
-    def active(self, rows: int) -> float:
-        """Share of all experts that so many rows use, routing being even."""
-        active = total = 0.0
-        for layer, count in self._kinds:
-            ffn = self._spec.blocks[layer].ffn
-            if isinstance(ffn, Moe):
-                active += count * active_experts(ffn.num_experts, ffn.top_k, rows)
-                total += count * ffn.num_experts
-        return active / max(total, 1.0)
 
     def of(self, one: PassRun, held: Mapping[Part, float]) -> Timed:
         """A pass like `one` that finds the share `held` of each kind of part."""
@@ -117,21 +107,9 @@ def kv_layers(spec: ModelSpec) -> int:
     return sum(not isinstance(block.attention, GatedDelta) for block in spec.blocks)
 
 
-def slots_of(plan: Plan) -> dict[Part, int]:
-    """Slots by kind of part."""
-    return {
-        Part.EXPERT: plan.expert_slots,
-        Part.BLOCK: plan.block_slots,
-        Part.FFN: plan.ffn_slots,
-        Part.HEAD: plan.head_slots,
-        Part.FINAL: 1,
-        Part.EMBED: int(plan.resident_embedding),
-    }
-
-
 def held_shares(plan: Plan, sizes: Sizes) -> dict[Part, float]:
     """Share of each kind of part that the plan has slots for."""
-    slots = slots_of(plan)
+    slots = plan.host.slots
     return {
         part: min(1.0, slots.get(part, 0) / keys) for part, keys in sizes.num_parts.items() if keys
     }

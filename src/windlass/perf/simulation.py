@@ -9,7 +9,6 @@ from math import log2
 import numpy as np
 
 from windlass.checkpoint.part_reads import Read
-from windlass.hardware.profile import HardwareProfile
 from windlass.ids import Part
 from windlass.models.spec import Block, ModelSpec, Moe
 from windlass.perf.job_passes import PassRun
@@ -20,9 +19,8 @@ from windlass.perf.pass_cost import (
     contention,
     held_shares,
     kv_layers,
-    slots_of,
 )
-from windlass.perf.sizes import Sizes
+from windlass.perf.sizes import Problem, Sizes
 from windlass.plan import Plan
 from windlass.prefetch.policies import FarthestNextUse
 from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast
@@ -118,7 +116,7 @@ def _slots_of(plan: Plan, sizes: Sizes, parts: Mapping[Part, int]) -> dict[Part,
     """The plan's slots for the sample: the share that stays, and those on their way."""
     slots: dict[Part, int] = {}
     for part, count in parts.items():
-        whole, given = sizes.num_parts[part], slots_of(plan).get(part, 0)
+        whole, given = sizes.num_parts[part], plan.host.slots.get(part, 0)
         moving = min(given, _PIPELINE_SLOTS if part is Part.EXPERT else 2)
         kept = (given - moving) * count / whole
         slots[part] = count if given >= whole else min(count, moving + int(kept))
@@ -133,19 +131,18 @@ class ClockedModel:
 
     def __init__(
         self,
-        spec: ModelSpec,
-        sizes: Sizes,
+        problem: Problem,
         plan: Plan,
-        profile: HardwareProfile,
         *,
         keeps_spans: bool = False,
         usage: Sequence[Sequence[float]] | None = None,
     ) -> None:
+        spec, sizes = problem.spec, problem.sizes
         self._sample = sample = sample_layers(spec, most_experts=_MOST_EXPERTS)
         self._plan = plan
-        self._threads = profile.threads
+        self._threads = problem.profile.threads
         costs = OpCost(
-            sample.spec, sizes, profile, kv_layers=kv_layers(spec), weights=sample.weights,
+            replace(problem, spec=sample.spec), kv_layers=kv_layers(spec), weights=sample.weights,
             scale=1 / sample.factor, keeps_all=_keeps_all(plan, sizes),
         )  # fmt: skip
         forecast = usage_forecast(sample.spec)
@@ -234,17 +231,15 @@ class PassTimes:
 
     def __init__(
         self,
-        spec: ModelSpec,
-        sizes: Sizes,
+        problem: Problem,
         plan: Plan,
-        profile: HardwareProfile,
         runs: Sequence[PassRun],
         *,
         on_clock: bool = True,
     ) -> None:
-        self._pass_cost = PassCost(spec, sizes, profile)
-        self._held = held_shares(plan, sizes)
-        model = ClockedModel(spec, sizes, plan, profile) if on_clock else None
+        self._pass_cost = PassCost(problem)
+        self._held = held_shares(plan, problem.sizes)
+        model = ClockedModel(problem, plan) if on_clock else None
         cold = self._pass_cost.of(runs[0], {}) if model is None else model.run(runs[0])
         self._points = [self._point(one, model) for one in _choose(runs)][::-1]
         warm = self.of(runs[0])

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from windlass.hardware.profile import HardwareProfile
 from windlass.ids import Part
+from windlass.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class Sizes:
     process_bytes: int  # measured before anything was allocated
     slot_bytes: Mapping[Part, int]
     num_parts: Mapping[Part, int]
-    bytes_per_token: int  # keys and values, all layers
+    bytes_per_token: int  # of the KV cache, all layers
     kv_cache_dtype: str  # which they are kept in
     bytes_per_position: int  # tables of rotary positions
     row_buffer_bytes: int  # where the embedding's rows are read one by one
@@ -29,3 +31,12 @@ class Sizes:
     backend: Backend
     # how matrices are stored, as hardware profiles call it; "bfloat16" of parts that are absent
     weight_kinds: Mapping[Part, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A model, what it weighs, and the machine that it is to run on."""
+
+    spec: ModelSpec
+    sizes: Sizes
+    profile: HardwareProfile

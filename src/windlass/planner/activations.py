@@ -1,4 +1,4 @@
-"""Upper bounds of what a pass allocates beside weights and key/value pages. Pure arithmetic.
+"""Upper bounds of what a pass allocates beside weights and the KV cache. Pure arithmetic.
 
 Mirrors runtime/host.py and the kernels; a test compares with measured peaks.
 """
@@ -46,7 +46,7 @@ def activation_bytes(
     scratch = _TORCH_BYTES
     if is_native:
         scratch = _native_scratch_bytes(spec, backend.threads, rows)
-        scratch += _noted_bytes(spec, min(seqs, MOST_CAPTURED), page_tokens)
+        scratch += _captured_bytes(spec, min(seqs, MOST_CAPTURED), page_tokens)
     return round(_SLACK * _F32 * (kept + max(phases))) + scratch + _PROCESS_BYTES
 
 
@@ -120,8 +120,8 @@ def _native_network(ffn: Ffn | Moe, width: int) -> int:
     return width + _routing(ffn) + shared
 
 
-def _noted_bytes(spec: ModelSpec, rows: int, page_tokens: int) -> int:
-    """What repeated layers keep for good (runtime/capture.py): the results of a layer, and hidden
+def _captured_bytes(spec: ModelSpec, rows: int, page_tokens: int) -> int:
+    """What captured layers keep for good (runtime/capture.py): the results of a layer, and hidden
     states of passes of 1 to `rows` rows."""
     width = spec.hidden_size
     results = max(

@@ -1,37 +1,37 @@
 """Divides a memory budget: from sizes and hints to a Plan, or to the smallest budget that works.
 
 Plain rules for one machine without measurements. What is fixed by the user is kept or refused.
-The size of a pass comes first, then the slots of the reading pipeline, keys and values (more
-sequences per pass), and with what is left weights that stay in memory: every byte of them saves the
-same reads per pass, so dense parts, head, experts, embedding in this order.
+The size of a pass comes first, then the slots of the reading pipeline, the KV cache (more sequences
+per pass), and with what is left weights that stay in memory: every byte of them saves the same
+reads per pass, so dense parts, head, experts, embedding in this order.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
 from windlass.models.spec import ModelSpec
 from windlass.perf.sizes import Sizes
-from windlass.plan import Plan, Schedule
+from windlass.plan import HOST, PART_WORDS, PartSlots, Plan, Schedule, TierPlan
 from windlass.planner.activations import activation_bytes
+from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.units import MIB, format_bytes, round_up
 
 PAGE_TOKENS = 32
-_CHUNK = 64  # prompt chunks; a pass holds all sequences and one chunk
 _READ_THREADS = 4
 _SEQS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
-_ROWS = (8192, 4096, 2048, 1024, 512, 256, 128)
-_MICRO_ROWS = 1024
-# Where the model does not fit, a pass reads most of it whatever it computes: rows per pass count
-# for more than resident experts, so activations and keys and values come first.
+_ROWS = (8192, 4096, 2048, 1024, 512, 256, 128)  # a pass has room for all sequences and a chunk
+_MICRO_ROWS = 1024  # of a call of attention
+# Where the model does not fit, a pass reads most of it whatever it computes: tokens per pass
+# count for more than resident experts, so activations and the KV cache come first.
 _ACTIVATION_SHARE = 0.35  # of what is left after the process itself
 _KV_SHARE = 0.6  # of what is left after activations and the slots of the pipeline
 _KV_SHARE_RESIDENT = 0.15  # the same, where all weights fit beside it
 _PIPELINE_SLOTS = 8  # experts: one at work, the others arriving, several reads in flight
 _USUAL_TOKENS = 1024  # of a sequence, where its length is not limited by the user
 SMALLEST_CONTEXT = 512
-_LONGEST_TABLE = 16384  # positions; beyond, keys and values dwarf the tables
+_LONGEST_TABLE = 16384  # positions; beyond, the KV cache dwarfs the tables
 NOISE_BYTES = 4 * MIB  # the process itself weighs a little more or less in the next run
 MIN_SLOTS = {
     Part.EXPERT: 2, Part.BLOCK: 2, Part.FFN: 1, Part.HEAD: 1, Part.FINAL: 1, Part.EMBED: 0,
@@ -52,6 +52,20 @@ class PlanConstraints:
     mixed_prefill_tokens: int | None = None
     prefix_caching: bool = True
 
+    @classmethod
+    def of(cls, plan: Plan) -> "PlanConstraints":
+        """What fixes every choice of `plan` that can be fixed."""
+        host = plan.host
+        return cls(
+            expert_slots=host.of(Part.EXPERT).slots,
+            kv_pages=host.kv_pages,
+            **{
+                one.name: getattr(plan, one.name)
+                for one in fields(cls)
+                if one.name not in ("expert_slots", "kv_pages")
+            },
+        )
+
 
 def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: PlanConstraints) -> Plan:
     """The plan for a budget. BudgetError names the smallest budget that works."""
@@ -70,13 +84,10 @@ def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: PlanConst
 
 
 def bytes_here(plan: Plan, spec: ModelSpec, sizes: Sizes) -> int:
-    """What `plan` adds up to in this process, on these kernels."""
-    wanted = PlanConstraints(
-        micro_batch_tokens=plan.micro_batch_tokens,
-        max_model_len=plan.max_model_len,
-        schedule=plan.schedule,
-    )
-    return _Draft(spec, sizes, wanted).total(plan)
+    """What `plan`, which another process may have made, adds up to in this one."""
+    host, seqs, rows = plan.host, plan.max_num_seqs, plan.max_num_batched_tokens
+    draft = _Draft(spec, sizes, PlanConstraints.of(plan))
+    return draft.total(host.slots, seqs, rows, host.kv_pages)
 
 
 class _Draft:
@@ -86,68 +97,53 @@ class _Draft:
         self._spec = spec
         self._sizes = sizes
         self._wanted = wanted
-        self._page_bytes = max(1, PAGE_TOKENS * sizes.bytes_per_token)
+        self._page_bytes = page_bytes(sizes)
+        context = wanted.max_model_len or min(SMALLEST_CONTEXT, spec.max_positions)
+        self._context_pages = -(-context // PAGE_TOKENS)
 
     def smallest(self) -> int:
         """The least total that works with what the user fixed."""
         seqs = self._wanted.max_num_seqs or 1
-        rows = self._wanted.max_num_batched_tokens or round_up(seqs + _CHUNK, _CHUNK)
-        context = self._wanted.max_model_len or min(SMALLEST_CONTEXT, self._spec.max_positions)
-        return (
-            self._sizes.process_bytes
-            + self._activations(seqs, rows)
-            + self._slots_bytes(self._least_slots())
-            + (self._wanted.kv_pages or self._pages(context)) * self._page_bytes
-            + self._tables()
-            + seqs * self._sizes.state_bytes
-        )
+        rows = self._wanted.max_num_batched_tokens or _fewest_rows(seqs)
+        pages = self._wanted.kv_pages or self._context_pages
+        return self.total(self._least_slots(), seqs, rows, pages)
 
     def fill(self, host_memory: int) -> Plan:
         """Grows the smallest plan into the budget."""
         free = host_memory - self._sizes.process_bytes - self._tables()
         slots = self._least_slots()
-        least = self._slots_bytes(slots)
-        context = self._wanted.max_model_len or min(SMALLEST_CONTEXT, self._spec.max_positions)
-        least_pages = self._wanted.kv_pages or self._pages(context)
-        least += least_pages * self._page_bytes
+        least_pages = self._wanted.kv_pages or self._context_pages
+        least = self._slots_bytes(slots) + least_pages * self._page_bytes
         seqs, rows = self._pass_size(free, least)
-        left = free - self._activations(seqs, rows) - seqs * self._sizes.state_bytes
-        room = left - self._slots_bytes(slots) - least_pages * self._page_bytes
-        self._grow(slots, Part.EXPERT, room, most=_PIPELINE_SLOTS)
+        left = free - self._pass_bytes(seqs, rows)
+        self._grow(slots, Part.EXPERT, left - least, most=_PIPELINE_SLOTS)
         pages = self._grow_pages(left - self._slots_bytes(slots), seqs)
         left -= pages * self._page_bytes
         for part in (Part.BLOCK, Part.FFN, Part.HEAD, Part.EXPERT, Part.EMBED):
             self._grow(slots, part, left - self._slots_bytes(slots))
         return self._plan(host_memory, slots, (seqs, rows, pages))
 
-    def total(self, plan: Plan) -> int:
-        """Bytes of a plan that another process may have made."""
-        slots = {
-            Part.EXPERT: plan.expert_slots, Part.BLOCK: plan.block_slots, Part.FFN: plan.ffn_slots,
-            Part.HEAD: plan.head_slots, Part.FINAL: 1, Part.EMBED: int(plan.resident_embedding),
-        }  # fmt: skip
+    def total(self, slots: Mapping[Part, int], seqs: int, rows: int, pages: int) -> int:
+        """Bytes of all that a plan with these choices holds."""
         return (
-            self._sizes.process_bytes + self._tables()
-            + self._activations(plan.max_num_seqs, plan.max_num_batched_tokens)
-            + self._slots_bytes({part: slots[part] for part in self._sizes.slot_bytes})
-            + plan.kv_pages * self._page_bytes + plan.state_slots * self._sizes.state_bytes
+            self._sizes.process_bytes + self._tables() + self._pass_bytes(seqs, rows)
+            + self._slots_bytes(slots) + pages * self._page_bytes
         )  # fmt: skip
 
     def _pass_size(self, free: int, least: int) -> tuple[int, int]:
-        """Sequences and rows per pass: the largest whose activations keep to their share. What the
-        smallest pass takes is not counted against the share. Sequences come before rows."""
+        """Sequences and tokens per pass: the largest whose activations keep to their share. What
+        the smallest pass takes is not counted against it. Sequences come before tokens."""
         fixed_seqs, fixed_rows = self._wanted.max_num_seqs, self._wanted.max_num_batched_tokens
-        floor = self._pass_bytes(fixed_seqs or 1, fixed_rows or round_up(1 + _CHUNK, _CHUNK))
+        floor = self._pass_bytes(fixed_seqs or 1, fixed_rows or _fewest_rows(1))
         limit = floor + int(_ACTIVATION_SHARE * max(0, free - least - floor))
         seqs = fixed_seqs or next(
             s
             for s in _SEQS
-            if s == _SEQS[-1]
-            or self._pass_bytes(s, fixed_rows or round_up(s + _CHUNK, _CHUNK)) <= limit
+            if s == _SEQS[-1] or self._pass_bytes(s, fixed_rows or _fewest_rows(s)) <= limit
         )
         if fixed_rows:
-            return min(seqs, fixed_rows - _CHUNK), fixed_rows
-        fewest = round_up(seqs + _CHUNK, _CHUNK)
+            return min(seqs, fixed_rows - CHUNK_TOKENS), fixed_rows
+        fewest = _fewest_rows(seqs)
         fitting = (r for r in _ROWS if r > fewest and self._pass_bytes(seqs, r) <= limit)
         return seqs, next(fitting, fewest)
 
@@ -159,13 +155,10 @@ class _Draft:
         if self._wanted.kv_pages is not None:
             return self._wanted.kv_pages
         usual = min(self._wanted.max_model_len or _USUAL_TOKENS, self._spec.max_positions)
-        least = self._pages(
-            self._wanted.max_model_len or min(SMALLEST_CONTEXT, self._spec.max_positions)
-        )
-        most = self._pages(usual) * seqs
+        most = -(-usual // PAGE_TOKENS) * seqs
         beside = left - self._slots_bytes(self._sizes.num_parts)  # all weights resident
         share = beside if beside > _KV_SHARE_RESIDENT * left else _KV_SHARE * left
-        return max(least, min(most, int(share) // self._page_bytes))
+        return max(self._context_pages, min(most, int(share) // self._page_bytes))
 
     def _grow(
         self, slots: dict[Part, int], part: Part, left: int, *, most: int | None = None
@@ -205,54 +198,55 @@ class _Draft:
         positions = min(context, _LONGEST_TABLE)
         return positions * self._sizes.bytes_per_position + self._sizes.row_buffer_bytes
 
-    def _pages(self, tokens: int) -> int:
-        return -(-tokens // PAGE_TOKENS)
-
     def _plan(
         self, host_memory: int, slots: Mapping[Part, int], size: tuple[int, int, int]
     ) -> Plan:
         seqs, rows, pages = size
-        activations = self._activations(seqs, rows)
-        states = seqs if self._sizes.state_bytes else 0
-        total = (
-            self._sizes.process_bytes + self._tables() + activations + self._slots_bytes(slots)
-            + pages * self._page_bytes + states * self._sizes.state_bytes
-        )  # fmt: skip
-        slot_bytes = self._sizes.slot_bytes
-        return Plan(
-            host_memory=host_memory,
-            process_bytes=self._sizes.process_bytes,
-            activation_bytes=activations + self._tables(),
-            expert_slots=slots.get(Part.EXPERT, 0),
-            block_slots=slots.get(Part.BLOCK, 0),
-            ffn_slots=slots.get(Part.FFN, 0),
-            head_slots=slots.get(Part.HEAD, 0),
-            resident_embedding=bool(slots.get(Part.EMBED, 0)),
+        wanted, sizes = self._wanted, self._sizes
+        host = TierPlan(
+            name=HOST,
+            budget_bytes=host_memory,
+            process_bytes=sizes.process_bytes,
+            activation_bytes=self._activations(seqs, rows) + self._tables(),
+            parts=tuple(
+                PartSlots(
+                    part=part, slots=slots[part], slot_bytes=sizes.slot_bytes[part],
+                    num_parts=sizes.num_parts[part],
+                )
+                for part in PART_WORDS
+                if part in slots
+            ),
             kv_pages=pages,
+            kv_page_bytes=self._page_bytes,
+            state_slots=seqs if sizes.state_bytes else 0,
+            total_bytes=self.total(slots, seqs, rows, pages),
+        )  # fmt: skip
+        return Plan(
+            tiers=(host,),
             max_model_len=min(
-                self._wanted.max_model_len or self._spec.max_positions, pages * PAGE_TOKENS
+                wanted.max_model_len or self._spec.max_positions, pages * PAGE_TOKENS
             ),
             page_tokens=PAGE_TOKENS,
-            state_slots=states,
+            kv_cache_dtype=sizes.kv_cache_dtype,
             max_num_seqs=seqs,
             max_num_batched_tokens=rows,
-            micro_batch_tokens=self._wanted.micro_batch_tokens or _MICRO_ROWS,
-            mixed_prefill_tokens=self._wanted.mixed_prefill_tokens,
+            micro_batch_tokens=wanted.micro_batch_tokens or _MICRO_ROWS,
+            mixed_prefill_tokens=wanted.mixed_prefill_tokens,
             # a recurrent state is that of a sequence's last token: none is kept of a prefix
-            prefix_caching=self._wanted.prefix_caching and not self._sizes.state_bytes,
+            prefix_caching=wanted.prefix_caching and not sizes.state_bytes,
             read_threads=_READ_THREADS,
-            expert_slot_bytes=slot_bytes.get(Part.EXPERT, 0),
-            block_slot_bytes=slot_bytes.get(Part.BLOCK, 0),
-            ffn_slot_bytes=slot_bytes.get(Part.FFN, 0),
-            head_slot_bytes=slot_bytes.get(Part.HEAD, 0),
-            kv_page_bytes=self._page_bytes,
-            kv_cache_dtype=self._sizes.kv_cache_dtype,
-            total_bytes=total,
-            num_experts=self._sizes.num_parts.get(Part.EXPERT, 0),
-            num_blocks=self._sizes.num_parts.get(Part.BLOCK, 0),
-            num_head_chunks=self._sizes.num_parts.get(Part.HEAD, 0),
-            schedule=self._wanted.schedule or "module-based",
+            schedule=wanted.schedule or "module-based",
         )
+
+
+def page_bytes(sizes: Sizes) -> int:
+    """Of one page of the KV cache, in all layers."""
+    return max(1, PAGE_TOKENS * sizes.bytes_per_token)
+
+
+def _fewest_rows(seqs: int) -> int:
+    """Tokens of the smallest pass that all sequences and one chunk of a prompt fit into."""
+    return round_up(seqs + CHUNK_TOKENS, CHUNK_TOKENS)
 
 
 def _check(wanted: PlanConstraints, spec: ModelSpec) -> None:
@@ -262,18 +256,18 @@ def _check(wanted: PlanConstraints, spec: ModelSpec) -> None:
             " the model's own limit"
         )
     for name, least in (
-        ("expert_slots", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", _CHUNK + 1),
-        ("micro_batch_tokens", _CHUNK), ("max_model_len", 2), ("kv_pages", 1),
+        ("expert_slots", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", CHUNK_TOKENS + 1),
+        ("micro_batch_tokens", CHUNK_TOKENS), ("max_model_len", 2), ("kv_pages", 1),
     ):  # fmt: skip
         value = getattr(wanted, name)
         if value is not None and value < least:
             raise UsageError(f"{name}: got {value}, allowed {least} or more")
     mixed = wanted.mixed_prefill_tokens
-    if mixed is not None and mixed < _CHUNK and mixed != 0:
-        raise UsageError(f"mixed_prefill_tokens: got {mixed}, allowed 0, or {_CHUNK} or more")
+    if mixed is not None and mixed < CHUNK_TOKENS and mixed != 0:
+        raise UsageError(f"mixed_prefill_tokens: got {mixed}, allowed 0, or {CHUNK_TOKENS} or more")
     seqs, rows = wanted.max_num_seqs, wanted.max_num_batched_tokens
-    if seqs is not None and rows is not None and rows < seqs + _CHUNK:
+    if seqs is not None and rows is not None and rows < seqs + CHUNK_TOKENS:
         raise UsageError(
-            f"max_num_batched_tokens: got {rows}, allowed at least max_num_seqs + {_CHUNK}"
-            f" = {seqs + _CHUNK}"
+            f"max_num_batched_tokens: got {rows}, allowed at least max_num_seqs + {CHUNK_TOKENS}"
+            f" = {seqs + CHUNK_TOKENS}"
         )

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from windlass.errors import BudgetError
-from windlass.hardware.profile import HardwareProfile
-from windlass.models.spec import ModelSpec
+from windlass.perf.accuracy import Prediction
 from windlass.perf.estimate import Estimate
-from windlass.perf.sizes import Sizes
+from windlass.perf.sizes import Problem
 from windlass.plan import Plan
 from windlass.planner.budget import PlanConstraints, make_plan
 from windlass.planner.search import Candidate, search
@@ -25,24 +24,31 @@ def single_request(prompt_tokens: int, max_tokens: int | None) -> Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
-    """A plan, and what it was chosen for: all None where it was made by plain rules."""
+    """A plan for a problem, as its process weighs in the end; the job that it was chosen for and
+    its estimate, both None where it was made by plain rules."""
 
+    problem: Problem
     plan: Plan
-    sizes: Sizes
-    estimate: Estimate | None = None
     workload: Workload | None = None
-    profile: HardwareProfile | None = None
+    estimate: Estimate | None = None
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """What is expected of the job; None without one."""
+        if self.workload is None:
+            return None
+        return Prediction.of(self.problem, self.plan, self.workload, self.estimate)
 
     def lines(self) -> list[str]:
         """For people: what is expected, and what that rests on."""
-        if self.estimate is None or self.workload is None or self.profile is None:
+        if self.estimate is None or self.workload is None:
             return []
-        found, work = self.estimate, self.workload
+        found, work, profile = self.estimate, self.workload, self.problem.profile
         sequences = "1 sequence" if work.num_sequences == 1 else f"{work.num_sequences} sequences"
         rates = (
             "assumed (windlass doctor measures them)"
-            if self.profile.source == "assumed"
-            else f"{self.profile.source} {self.profile.captured}"
+            if profile.is_assumed
+            else f"{profile.source} {profile.captured}"
         )
         return [
             f"plan: for {sequences} of {work.mean_prompt_tokens:.0f} tokens in"
@@ -52,9 +58,7 @@ class Chosen:
 
 
 def choose_plan(
-    spec: ModelSpec,
-    sizes: Sizes,
-    profile: HardwareProfile,
+    problem: Problem,
     job: Job,
     host_memory: int,
     wanted: PlanConstraints,
@@ -62,27 +66,25 @@ def choose_plan(
     growth: Callable[[], int] = lambda: 0,
 ) -> Chosen:
     """The best plan that the search finds. `growth`: bytes that the process has grown by since
-    `sizes` was made, which the search itself adds to.
+    its sizes were measured, which the search itself adds to.
 
     Raises BudgetError where nothing fits."""
     context = None
     if not job.is_bounded:
-        plain = make_plan(spec, sizes, host_memory, wanted)
+        plain = make_plan(problem.spec, problem.sizes, host_memory, wanted)
         context = min(plain.max_model_len, _USUAL_CONTEXT)
-    found = search(spec, sizes, profile, job.workload, host_memory, wanted, context=context)
-    sizes = replace(sizes, process_bytes=sizes.process_bytes + max(0, growth()))
+    found = search(problem, job.workload, host_memory, wanted, context=context)
+    weighs = problem.sizes.process_bytes + max(0, growth())
+    problem = replace(problem, sizes=replace(problem.sizes, process_bytes=weighs))
     for best in found:
-        plan = _again(spec, sizes, host_memory, wanted, best)
+        plan = _again(problem, host_memory, wanted, best)
         if plan is not None:
-            return Chosen(
-                plan=plan, sizes=sizes, estimate=best.estimate, workload=job.workload,
-                profile=profile,
-            )  # fmt: skip
-    return Chosen(plan=make_plan(spec, sizes, host_memory, wanted), sizes=sizes)
+            return Chosen(problem=problem, plan=plan, workload=job.workload, estimate=best.estimate)
+    return Chosen(problem=problem, plan=make_plan(problem.spec, problem.sizes, host_memory, wanted))
 
 
 def _again(
-    spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: PlanConstraints, best: Candidate
+    problem: Problem, host_memory: int, wanted: PlanConstraints, best: Candidate
 ) -> Plan | None:
     """The same choices beside a process that has grown; None if they fit no more."""
     plan = best.plan
@@ -91,9 +93,9 @@ def _again(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         micro_batch_tokens=plan.micro_batch_tokens,
-        kv_pages=plan.kv_pages,
+        kv_pages=plan.host.kv_pages,
     )
     try:
-        return make_plan(spec, sizes, host_memory, values)
+        return make_plan(problem.spec, problem.sizes, host_memory, values)
     except BudgetError:
         return None

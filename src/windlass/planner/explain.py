@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from windlass.hardware.profile import HardwareProfile
 from windlass.ids import Part
-from windlass.models.spec import ModelSpec
 from windlass.perf.estimate import Estimate
 from windlass.perf.flops import num_parameters
-from windlass.perf.pass_cost import slots_of
-from windlass.perf.sizes import Sizes
-from windlass.plan import Plan
+from windlass.perf.sizes import Problem, Sizes
+from windlass.plan import PART_WORDS, Plan
 from windlass.planner.budget import PlanConstraints
 from windlass.planner.frozen_gpu_plan import DeviceReport, report_device
 from windlass.planner.search import Candidate, search
@@ -21,10 +18,6 @@ from windlass.units import GIB, format_bytes, format_seconds
 from windlass.workload import Workload
 
 NUM_ALTERNATIVES = 3
-_WORDS = {
-    Part.EXPERT: "experts", Part.BLOCK: "dense blocks", Part.FFN: "dense networks",
-    Part.HEAD: "head", Part.FINAL: "last norm", Part.EMBED: "embedding",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +96,7 @@ class Explanation:
             f" {format_seconds(found.load_s)}, prefill {format_seconds(found.prefill_s)}"
             f" ({found.prefill_tokens_s:.3g} tokens/s), decode {format_seconds(found.decode_s)}"
             f" ({found.decode_tokens_s:.3g} tokens/s)",
-            *_binding_lines(found),
+            *_bottleneck_lines(found),
             self._more_line(),
             *self._alternative_lines(),
             *([] if self.device is None else ["", *self.device.lines()]),
@@ -133,9 +126,7 @@ class Explanation:
 
 
 def explain(
-    spec: ModelSpec,
-    sizes: Sizes,
-    profile: HardwareProfile,
+    problem: Problem,
     workload: Workload,
     host_memory: int,
     wanted: PlanConstraints,
@@ -144,10 +135,11 @@ def explain(
 ) -> Explanation:
     """The best plan for the job on the host, and what is to be known of it; what a device would
     bring, within `device_memory` bytes. BudgetError where nothing fits."""
-    found = search(spec, sizes, profile, workload, host_memory, wanted)
+    spec, sizes, profile = problem.spec, problem.sizes, problem.profile
+    found = search(problem, workload, host_memory, wanted)
     best, *others = found
     workload = workload.sharing(best.plan.prefix_caching)
-    richer = search(spec, sizes, profile, workload, host_memory + GIB, wanted)[0]
+    richer = search(problem, workload, host_memory + GIB, wanted)[0]
     return Explanation(
         model=f"{spec.family}, {num_parameters(spec) / 1e9:.3g} B parameters,"
         f" {format_bytes(sum(weight_bytes(sizes).values()))} of weights",
@@ -160,7 +152,7 @@ def explain(
         more_host_s=richer.estimate.total_s,
         device=None
         if profile.device is None
-        else report_device(spec, sizes, profile, workload, host_memory, device_memory),
+        else report_device(problem, workload, host_memory, device_memory),
         notes=_notes(best.plan, workload),
     )
 
@@ -172,29 +164,25 @@ def weight_bytes(sizes: Sizes) -> dict[Part, int]:
 
 def host_tier(plan: Plan, sizes: Sizes) -> Tier:
     """What the budget holds; adds up to the plan's total."""
+    own = plan.host
     holds = {
-        "process": plan.process_bytes,
-        "activations": plan.activation_bytes,
-        "keys and values": plan.kv_pages * plan.kv_page_bytes,
+        "process": own.process_bytes,
+        "activations": own.activation_bytes,
+        "KV cache": own.kv_pages * own.kv_page_bytes,
     }
-    slots = slots_of(plan)
-    for part, count in sizes.num_parts.items():
-        kept = min(slots.get(part, 0), count)
-        if kept:
-            holds[f"{_WORDS[part]} {kept} of {count}"] = kept * sizes.slot_bytes[part]
-    if plan.state_slots:
-        holds["recurrent states"] = plan.state_slots * sizes.state_bytes
-    return Tier("host", plan.host_memory, holds)
+    for part in own.parts:
+        if part.slots:
+            name = f"{PART_WORDS[part.part]} {part.slots} of {part.num_parts}"
+            holds[name] = part.num_bytes
+    if own.state_slots:
+        holds["recurrent states"] = own.state_slots * sizes.state_bytes
+    return Tier(own.name, own.budget_bytes, holds)
 
 
 def disk_tier(plan: Plan, sizes: Sizes) -> Tier:
     """The checkpoint: what memory holds beside it, and what each pass over all experts reads."""
-    slots, whole = slots_of(plan), weight_bytes(sizes)
-    kept = sum(
-        min(slots.get(part, 0), count) * sizes.slot_bytes[part]
-        for part, count in sizes.num_parts.items()
-    )
-    total = sum(whole.values())
+    kept = sum(part.num_bytes for part in plan.host.parts)
+    total = sum(weight_bytes(sizes).values())
     return Tier("disk", None, {"weights also in memory": kept, "weights read": total - kept})
 
 
@@ -204,15 +192,15 @@ def _tier_line(tier: Tier) -> str:
     return f"{tier.name}: {format_bytes(tier.used)}{of}: {parts}"
 
 
-def _binding_lines(found: Estimate) -> list[str]:
-    """What binds the job, and each phase of some length."""
+def _bottleneck_lines(found: Estimate) -> list[str]:
+    """The bottleneck of the job, and of each phase of some length."""
     busy = ", ".join(
         f"{name} {100 * seconds / found.total_s:.0f} %"
         for name, seconds in found.busy.items()
         if seconds
     )
     lines = [
-        f"bottleneck: {found.bottleneck}; busy: {busy}; the bound of the bottleneck is"
+        f"bottleneck: {found.bottleneck}; busy: {busy}; its bound is"
         f" {100 * found.share_of_bound:.0f} % of the time"
     ]
     for name, phase in found.phases.items():
@@ -231,11 +219,11 @@ def _shared(work: Workload) -> str:
 
 
 def _choices(plan: Plan) -> str:
+    experts = plan.host.of(Part.EXPERT)
     return (
-        f"{plan.max_num_seqs} sequences, {plan.max_num_batched_tokens} rows, attention by"
-        f" {plan.micro_batch_tokens}, keys and values of"
-        f" {plan.kv_pages * plan.page_tokens} tokens, experts in memory {plan.expert_slots} of"
-        f" {plan.num_experts}"
+        f"{plan.max_num_seqs} sequences, {plan.max_num_batched_tokens} tokens, attention by"
+        f" {plan.micro_batch_tokens}, KV cache of {plan.host.kv_pages * plan.page_tokens} tokens,"
+        f" experts resident {experts.slots} of {experts.num_parts}"
     )
 
 

@@ -1,7 +1,9 @@
-"""What a machine with a GPU would reach: disk -> host -> device, in the closed forms of tiers.py.
-This version does not run on one; the plan says what to expect of the hardware and how to use it.
+"""What a machine with a GPU would reach: disk -> host -> device, in the closed forms of
+perf/frozen_gpu_tiers.py. This version does not run on one; the plan says what to expect of the
+hardware and how to use it. Frozen: nothing is added here, and it goes the day the device has costs
+on the clock.
 
-Enumerated: weights on disk alone, keys and values on host or device, the host's share of attention,
+Enumerated: weights on disk alone, KV cache on host or device, the host's share of attention,
 groups in flight, sequences per call of attention, expert slots, prompts mixed into passes that
 decode or computed before. What is left of the device holds weights. Objective: time of the job.
 """
@@ -13,6 +15,7 @@ from typing import Any
 from windlass.hardware.profile import HardwareProfile
 from windlass.ids import Part
 from windlass.models.spec import Gqa, Mla, ModelSpec, Moe
+from windlass.perf.estimate import steady_seconds
 from windlass.perf.flops import (
     attention_flops,
     attention_matrices,
@@ -29,8 +32,7 @@ from windlass.perf.frozen_gpu_tiers import (
     work,
 )
 from windlass.perf.pass_cost import kv_layers
-from windlass.perf.sizes import Sizes
-from windlass.perf.steady import steady_seconds
+from windlass.perf.sizes import Problem, Sizes
 from windlass.units import GIB, MIB, format_bytes
 from windlass.workload import Workload
 
@@ -305,8 +307,8 @@ class DeviceReport:
         place = "device" if found.kv_on_device else "host"
         mixed = "mixed into" if found.is_mixed else "computed before"
         return [
-            f"{head}: {found.sequences} sequences and {found.rows:.0f} rows per pass, prompts"
-            f" {mixed} passes that decode; keys and values on the {place},"
+            f"{head}: {found.sequences} sequences and {found.rows:.0f} tokens per pass, prompts"
+            f" {mixed} passes that decode; KV cache on the {place},"
             f" {100 * found.host_share:.0f} % of decode attention on the host in"
             f" {found.groups} group{'s' if found.groups > 1 else ''}, calls of"
             f" {found.micro_batch} sequences",
@@ -322,16 +324,15 @@ class DeviceReport:
 
 
 def report_device(
-    spec: ModelSpec,
-    sizes: Sizes,
-    profile: HardwareProfile,
+    problem: Problem,
     job: Workload,
     host_memory: int,
     device_memory: int | None,
 ) -> DeviceReport:
-    """What the device of `profile` would bring to the job."""
+    """What the machine's device would bring to the job."""
+    sizes, profile = problem.sizes, problem.profile
     assert profile.device is not None, "asked of a machine without a device"
-    kind, model = sizes.weight_kinds.get(Part.EXPERT, "bfloat16"), model_of(spec, sizes)
+    kind, model = sizes.weight_kinds.get(Part.EXPERT, "bfloat16"), model_of(problem.spec, sizes)
     device = device_memory or int(_DEVICE_SHARE * profile.device.memory_bytes)
     memory = Memory(device=device, host=host_memory - sizes.process_bytes)
 

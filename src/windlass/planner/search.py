@@ -1,8 +1,8 @@
 """Looks for the plan that ends a job soonest. Proposes values; planner/budget.py says what fits.
 
-Sequences per pass, rows per pass (how much prompt is mixed into passes that decode), rows per call
-of attention, and pages of keys and values are enumerated; all memory that they leave holds weights.
-A closed form ranks the whole grid, the passes of a coarse workload rank the best of it, the clock
+Sequences and tokens per pass (how much prompt is mixed into passes that decode), tokens per call of
+attention, and pages of the KV cache are enumerated; all memory that they leave holds weights. A
+closed form ranks the whole grid, the passes of a coarse workload rank the best of it, the clock
 decides between the last few.
 """
 
@@ -11,16 +11,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from windlass.errors import BudgetError, UsageError
-from windlass.hardware.profile import HardwareProfile
 from windlass.models.spec import ModelSpec
-from windlass.perf.estimate import Estimate, estimate
+from windlass.perf.estimate import Estimate, estimate, steady_seconds
 from windlass.perf.job_passes import PassRun
 from windlass.perf.op_cost import Seen
 from windlass.perf.pass_cost import PassCost, held_shares, layer_kinds
-from windlass.perf.sizes import Sizes
-from windlass.perf.steady import steady_seconds
+from windlass.perf.sizes import Problem, Sizes
 from windlass.plan import Plan
-from windlass.planner.budget import PAGE_TOKENS, SMALLEST_CONTEXT, PlanConstraints, make_plan
+from windlass.planner.budget import (
+    PAGE_TOKENS,
+    SMALLEST_CONTEXT,
+    PlanConstraints,
+    make_plan,
+)
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.units import round_up
 from windlass.workload import Workload
@@ -29,7 +32,7 @@ _SEQS = (
     1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048
 )  # fmt: skip
 _ROWS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-_MICRO_ROWS = (1024, 256)
+_FEW_MICRO_ROWS = 256  # of a call of attention, instead of as many as a plain plan has
 # Of the pages that all sequences of a pass would take at their full length: they are not all there
 # at once, and who finds none waits or is computed again.
 _PAGE_SHARES = (1.0, 0.8, 0.6, 0.4)
@@ -49,9 +52,7 @@ class Candidate:
 
 
 def search(
-    spec: ModelSpec,
-    sizes: Sizes,
-    profile: HardwareProfile,
+    problem: Problem,
     workload: Workload,
     host_memory: int,
     wanted: PlanConstraints,
@@ -64,27 +65,27 @@ def search(
     `context`: tokens that one sequence must be able to have, also where the workload has none as
     long. Raises BudgetError where nothing fits, as `make_plan` does.
     """
-    machine = _Machine(spec, sizes, host_memory, context or 0)
+    machine = _Machine(problem.spec, problem.sizes, host_memory, context or 0)
     work = machine.fitting(workload, wanted)
-    pass_cost = PassCost(spec, sizes, profile)
+    pass_cost, sizes = PassCost(problem), problem.sizes
     grid = machine.grid(work, wanted)
     ranked = sorted(grid, key=lambda plan: _closed_form(pass_cost, sizes, plan, work))
     some = _spread(ranked, _COMPOSED, each=3)
 
     def coarse(plan: Plan) -> float:
         part = _coarse(work, plan.max_num_seqs)
-        found = estimate(spec, sizes, plan, profile, part, on_clock=False)
+        found = estimate(problem, plan, part, on_clock=False)
         more = work.computed_tokens / part.computed_tokens
         return found.load_s + (found.total_s - found.load_s) * more
 
     best = _spread(sorted(some, key=coarse), _CLOCKED, each=2)
     best += machine.other_micro_batches(best[0], wanted)
-    found = [Candidate(plan, estimate(spec, sizes, plan, profile, work)) for plan in best]
+    found = [Candidate(plan, estimate(problem, plan, work)) for plan in best]
     least = min(one.estimate.total_s for one in found)
 
     def rank(one: Candidate) -> tuple[float, int]:
         """Of plans as fast, the one that holds fewer pages, which must be touched before use."""
-        return max(one.estimate.total_s, _AS_FAST * least), one.plan.kv_pages
+        return max(one.estimate.total_s, _AS_FAST * least), one.plan.host.kv_pages
 
     return sorted(found, key=rank)
 
@@ -131,16 +132,16 @@ class _Machine:
 
     def other_micro_batches(self, plan: Plan, wanted: PlanConstraints) -> list[Plan]:
         """The same plan with fewer rows per call of attention, and more weights."""
-        if wanted.micro_batch_tokens is not None:
+        if wanted.micro_batch_tokens is not None or plan.micro_batch_tokens <= _FEW_MICRO_ROWS:
             return []
         values = replace(
             wanted,
             max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
-            kv_pages=plan.kv_pages,
+            kv_pages=plan.host.kv_pages,
+            micro_batch_tokens=_FEW_MICRO_ROWS,
         )
-        others = [rows for rows in _MICRO_ROWS if rows < plan.micro_batch_tokens]
-        return [p for m in others for p in self._plan(replace(values, micro_batch_tokens=m))]
+        return self._plan(values)
 
     def _page_counts(self, seqs: int, work: Workload, wanted: PlanConstraints) -> Sequence[int]:
         if wanted.kv_pages is not None:
@@ -182,7 +183,7 @@ def _spread(plans: Sequence[Plan], most: int, *, each: int) -> list[Plan]:
 def _closed_form(pass_cost: PassCost, sizes: Sizes, plan: Plan, work: Workload) -> float:
     """Seconds of the job as a steady state."""
     prompt, output = work.mean_prompt_tokens, work.mean_output_tokens
-    hold = plan.kv_pages * plan.page_tokens / (prompt + output / 2 + plan.page_tokens / 2)
+    hold = plan.host.kv_pages * plan.page_tokens / (prompt + output / 2 + plan.page_tokens / 2)
     alive = max(1, min(plan.max_num_seqs, work.num_sequences, int(hold)))
     held = held_shares(plan, sizes)
     middle = (prompt + work.mean_shared_tokens) / 2  # positions that a prompt row sees

@@ -7,7 +7,14 @@ from windlass.ids import Part
 from windlass.models.spec import ModelSpec
 from windlass.perf.sizes import Sizes
 from windlass.plan import Plan
-from windlass.planner.budget import MIN_SLOTS, NOISE_BYTES, PAGE_TOKENS, PlanConstraints, bytes_here
+from windlass.planner.budget import (
+    MIN_SLOTS,
+    NOISE_BYTES,
+    PAGE_TOKENS,
+    PlanConstraints,
+    bytes_here,
+    page_bytes,
+)
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.units import format_bytes
 
@@ -21,7 +28,7 @@ def validate_plan(
     _check_ranges(plan, spec, sizes)
     _check_wanted(plan, wanted, sizes)
     needed = bytes_here(plan, spec, sizes)
-    room = min(budget, plan.host_memory)
+    room = min(budget, plan.host.budget_bytes)
     if needed > room + NOISE_BYTES:  # the process itself is never twice the same
         raise BudgetError(
             f"plan: needs {format_bytes(needed)} here, of which the process itself takes"
@@ -30,20 +37,23 @@ def validate_plan(
 
 
 def _check_checkpoint(plan: Plan, sizes: Sizes) -> None:
-    parts, slots = sizes.num_parts, sizes.slot_bytes
-    for name, here in (
-        ("num_experts", parts.get(Part.EXPERT, 0)),
-        ("num_blocks", parts.get(Part.BLOCK, 0)),
-        ("num_head_chunks", parts.get(Part.HEAD, 0)),
-        ("expert_slot_bytes", slots.get(Part.EXPERT, 0)),
-        ("block_slot_bytes", slots.get(Part.BLOCK, 0)),
-        ("ffn_slot_bytes", slots.get(Part.FFN, 0)),
-        ("head_slot_bytes", slots.get(Part.HEAD, 0)),
-        ("kv_cache_dtype", sizes.kv_cache_dtype),
-        ("page_tokens", PAGE_TOKENS),
-        ("kv_page_bytes", max(1, PAGE_TOKENS * sizes.bytes_per_token)),
-    ):
-        found = getattr(plan, name)
+    host = plan.host
+    values = [
+        ("kv_cache_dtype", plan.kv_cache_dtype, sizes.kv_cache_dtype),
+        ("page_tokens", plan.page_tokens, PAGE_TOKENS),
+        ("kv_page_bytes", host.kv_page_bytes, page_bytes(sizes)),
+        ("kinds of parts", sorted(host.slots), sorted(sizes.num_parts)),
+    ]
+    for own in host.parts:
+        slot_bytes, num_parts = sizes.slot_bytes.get(own.part), sizes.num_parts.get(own.part)
+        values += [
+            (f"{own.part} {name}", found, here)
+            for name, found, here in (
+                ("num_parts", own.num_parts, num_parts), ("slot_bytes", own.slot_bytes, slot_bytes)
+            )
+            if found is not None
+        ]  # fmt: skip
+    for name, found, here in values:
         if found != here:
             raise UsageError(
                 f"plan: {name}: got {found}, allowed {here}: it was made for another checkpoint or"
@@ -52,30 +62,37 @@ def _check_checkpoint(plan: Plan, sizes: Sizes) -> None:
 
 
 def _check_ranges(plan: Plan, spec: ModelSpec, sizes: Sizes) -> None:
-    seqs, parts = plan.max_num_seqs, sizes.num_parts
-    for name, least, most in (
-        ("expert_slots", min(1, parts.get(Part.EXPERT, 0)), parts.get(Part.EXPERT, 0)),
+    seqs, host, parts = plan.max_num_seqs, plan.host, sizes.num_parts
+    states = seqs if sizes.state_bytes else 0
+    longest = min(spec.max_positions, host.kv_pages * plan.page_tokens)
+    ranges: list[tuple[str, int, int, int | None]] = [
         *(
-            (f"{part.value}_slots", min(MIN_SLOTS[part], parts.get(part, 0)), parts.get(part, 0))
-            for part in (Part.BLOCK, Part.FFN, Part.HEAD)
+            (f"{part} slots", slots, min(_least_slots(part), parts[part]), parts[part])
+            for part, slots in host.slots.items()
         ),
-        ("read_threads", 1, None),
-        ("max_num_seqs", 1, None),
-        ("max_num_batched_tokens", seqs + CHUNK_TOKENS, None),
-        ("micro_batch_tokens", CHUNK_TOKENS, None),
-        ("state_slots", seqs if sizes.state_bytes else 0, seqs if sizes.state_bytes else 0),
-        ("max_model_len", 2, min(spec.max_positions, plan.kv_pages * plan.page_tokens)),
-    ):
-        value = getattr(plan, name)
+        ("read_threads", plan.read_threads, 1, None),
+        ("max_num_seqs", seqs, 1, None),
+        ("max_num_batched_tokens", plan.max_num_batched_tokens, seqs + CHUNK_TOKENS, None),
+        ("micro_batch_tokens", plan.micro_batch_tokens, CHUNK_TOKENS, None),
+        ("state_slots", host.state_slots, states, states),
+        ("max_model_len", plan.max_model_len, 2, longest),
+    ]
+    for name, value, least, most in ranges:
         if value < least or (most is not None and value > most):
             upper = "or more" if most is None else f"to {most}"
             raise UsageError(f"plan: {name}: got {value}, allowed {least} {upper}")
 
 
+def _least_slots(part: Part) -> int:
+    """As few as a user may ask for."""
+    return 1 if part is Part.EXPERT else MIN_SLOTS[part]
+
+
 def _check_wanted(plan: Plan, wanted: PlanConstraints, sizes: Sizes) -> None:
     """A flag beside a plan may only say the same."""
+    replayed = PlanConstraints.of(plan)
     for field in fields(PlanConstraints):
-        asked, planned = getattr(wanted, field.name), getattr(plan, field.name)
+        asked, planned = getattr(wanted, field.name), getattr(replayed, field.name)
         if field.name == "expert_slots" and asked is not None:
             asked = min(asked, sizes.num_parts.get(Part.EXPERT, 0))
         if asked not in (field.default, planned):

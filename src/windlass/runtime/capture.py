@@ -1,5 +1,5 @@
-"""Layers that are computed as they were for the last pass: with a few rows and all weights in
-memory, saying what is to be computed takes as long as computing it."""
+"""Layers that are captured once and replayed: with a few tokens and all weights in memory, saying
+what is to be computed takes as long as computing it."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -7,26 +7,26 @@ from typing import NamedTuple
 import torch
 
 from windlass.ids import Part, WeightKey
-from windlass.kernels.interface import Capture, ExpertGroups, Kernels
+from windlass.kernels.interface import Capture, Kernels
 from windlass.models.spec import ModelSpec, Moe
 from windlass.runtime.attention_metadata import AttentionMetadata
-from windlass.runtime.layer_ops import LayerOps
+from windlass.runtime.layer_ops import LayerOps, RoutedRows
 from windlass.schedule.batch import Batch, is_capturable
 from windlass.tensors import Tensors
 from windlass.trace import Tracer
 from windlass.weights.store import WeightStore
 
 
-class _Done(NamedTuple):
+class ComputedLayer(NamedTuple):
     """What a layer tells of itself."""
 
-    groups: ExpertGroups | None  # of layers with experts
+    routed: RoutedRows | None  # of layers with experts; valid until the next layer
 
 
 class LayerCapture:
-    """Passes of equally many rows, one of each sequence: hidden states and metadata of the next
-    take the memory of the last one's, so that what was noted of a layer holds again, also when
-    others were computed in between."""
+    """Passes of equally many tokens, one of each sequence: hidden states and attention metadata of
+    the next take the memory of the last one's, so that a captured layer can be replayed, also when
+    other passes were computed in between."""
 
     def __init__(
         self,
@@ -42,14 +42,14 @@ class LayerCapture:
         self._weights = weights
         self._tracer = tracer
         self._pinned: dict[int, list[Tensors]] = {}  # weights of layers that are there for good
-        self._passes: dict[int, _Pass] = {}  # by their number of rows
-        self._pass: _Pass | None = None  # under way, if it can be repeated
+        self._passes: dict[int, _Pass] = {}  # by their number of tokens
+        self._pass: _Pass | None = None  # under way, if it can be captured
 
     def begin(
         self, batch: Batch, hidden: torch.Tensor, metadata: Mapping[int, AttentionMetadata]
     ) -> tuple[torch.Tensor, Mapping[int, AttentionMetadata]]:
-        """A pass begins: where its hidden states and the metadata of its micro-batches are from now
-        on."""
+        """A pass begins: where its hidden states and the attention metadata of its micro-batches
+        are from now on."""
         self._pass = None
         if not self._weights.cache.keeps_all or not is_capturable(batch):
             return hidden, metadata
@@ -63,27 +63,28 @@ class LayerCapture:
             self._pass = self._passes[batch.num_tokens] = _Pass(capture, now, hidden)
         return hidden, metadata
 
-    def layer(self, layer: int) -> bool:
-        """See `Runtime.replay`."""
+    def layer(self, layer: int) -> ComputedLayer | None:
+        """See `Runtime.replay`; None where nothing was computed."""
         if self._pass is None:
-            return False
+            return None
         parts = self._pinned.get(layer) or self._pin(layer)
         if parts is None:
-            return False
+            return None
         now = self._pass
-        with self._tracer.span("layer", layer=layer, rows=now.num_rows):
+        with self._tracer.span("layer", layer=layer, rows=now.num_tokens):
             done = now.capture.run(layer, lambda: self._compute(layer, parts, now))
         if done is None:
-            return False
+            return None
         self._weights.cache.count_hits(Part.BLOCK, 1)
-        if done.groups is None:
+        if done.routed is None:
             self._weights.cache.count_hits(Part.FFN, 1)
         else:
-            self._weights.cache.count_hits(Part.EXPERT, int(done.groups.counts_E.count_nonzero()))
-        return True
+            used = done.routed.groups.counts_E.count_nonzero()
+            self._weights.cache.count_hits(Part.EXPERT, int(used))
+        return done
 
     def end(self) -> None:
-        """The pass has ended: what was repeated is charged to the spans it was noted in."""
+        """The pass has ended: what replays took is charged to the spans of their capture."""
         if self._pass is not None:
             for name, seconds in self._pass.capture.seconds().items():
                 self._tracer.seconds[name] += seconds
@@ -102,7 +103,7 @@ class LayerCapture:
         self._pinned[layer] = [*found]
         return self._pinned[layer]
 
-    def _compute(self, layer: int, parts: Sequence[Tensors], now: "_Pass") -> _Done:
+    def _compute(self, layer: int, parts: Sequence[Tensors], now: "_Pass") -> ComputedLayer:
         """What the schedule does, but for all experts at once: those without rows cost nothing."""
         block, *others = parts
         hidden = now.hidden_TD
@@ -110,18 +111,18 @@ class LayerCapture:
         ffn = self._spec.blocks[layer].ffn
         if not isinstance(ffn, Moe):
             self._blocks.dense(layer, others[0], hidden, self._blocks.ffn_input(block, hidden))
-            return _Done(None)
+            return ComputedLayer(None)
         routed = self._blocks.route(layer, block, hidden)
         shared_TD = self._blocks.shared(layer, block, routed)
-        outputs = now.capture.empty(now.num_rows * ffn.top_k, hidden.shape[1])
+        outputs = now.capture.empty(now.num_tokens * ffn.top_k, hidden.shape[1])
         experts = dict(enumerate(others))
-        self._blocks.experts(layer, experts, routed, outputs, now.num_rows * ffn.top_k)
+        self._blocks.experts(layer, experts, routed, outputs, now.num_tokens * ffn.top_k)
         self._blocks.combine(layer, hidden, routed, outputs, shared_TD)
-        return _Done(routed.groups)
+        return ComputedLayer(routed)
 
 
 class _Pass:
-    """What passes that repeat each other have in common."""
+    """What passes that replay the same captures have in common."""
 
     def __init__(
         self, capture: Capture, metadata: AttentionMetadata, hidden_TD: torch.Tensor
@@ -132,11 +133,11 @@ class _Pass:
         capture.begin(metadata.work)
 
     @property
-    def num_rows(self) -> int:
+    def num_tokens(self) -> int:
         return self.hidden_TD.shape[0]
 
     def next(self, metadata: AttentionMetadata, hidden_TD: torch.Tensor) -> AttentionMetadata:
-        """Takes the rows of the next pass over; where they are from now on."""
+        """Takes the tokens of the next pass over; where they are from now on."""
         own = self.metadata
         self.hidden_TD.copy_(hidden_TD)
         for to, new in zip(own[:4], metadata[:4], strict=True):

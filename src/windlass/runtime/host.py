@@ -1,6 +1,6 @@
 """The runtime that computes: glue between pass, decoder math, weight store and key/value store.
 
-Owns nothing that outlives a pass except the stores and the usage forecast it was given. All calls
+Owns nothing that outlives a pass except the stores it was given. All calls
 come from one thread. The only place where routing is read back to Python.
 """
 
@@ -19,10 +19,10 @@ from windlass.kernels.interface import Kernels
 from windlass.kvcache.kv_cache import KvCache
 from windlass.models.spec import ModelSpec
 from windlass.prefetch.prefetcher import Prefetcher
-from windlass.prefetch.usage import UsageForecast
 from windlass.runtime.attention_metadata import AttentionMetadata, attention_metadata
 from windlass.runtime.capture import LayerCapture
 from windlass.runtime.layer_ops import LayerOps, RoutedRows
+from windlass.runtime.routing_report import RoutingReport
 from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.tensors import plain
@@ -74,7 +74,7 @@ class HostRuntime:
         kv: KvCache,
         *,
         prefetcher: Prefetcher | None,
-        forecast: UsageForecast,
+        routing: RoutingReport,
     ) -> None:
         """Without a `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
         self._spec = spec
@@ -84,8 +84,15 @@ class HostRuntime:
         self._weights = weights
         self._kv = kv
         self._prefetcher = prefetcher
-        self._forecast = forecast
-        self._blocks = LayerOps(spec, kernels, kv, machine.memory, tracer)
+        self._routing = routing
+        self._blocks = LayerOps(
+            spec,
+            kernels,
+            kv,
+            memory=machine.memory,
+            tracer=tracer,
+            wants_scores=routing.wants_scores,
+        )
         self._capture = LayerCapture(spec, self._blocks, kernels, weights, tracer)
         self._metadata: Mapping[int, AttentionMetadata] = {}
         self._outputs: torch.Tensor | None = None
@@ -120,7 +127,7 @@ class HostRuntime:
                 micro.first_token: attention_metadata(micro, self._kv.page_tokens, self._memory)
                 for micro in batch.micro_batches
             }
-            self._forecast.begin(batch.num_tokens)
+            self._routing.begin(batch)
             hidden = math.embed(self._spec, self._embedding(tokens))
             hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
@@ -134,7 +141,10 @@ class HostRuntime:
             return plain(lease.tensors, "weight")[ids_T]
 
     def replay(self, layer: int) -> bool:
-        return self._capture.layer(layer)
+        done = self._capture.layer(layer)
+        if done is not None and done.routed is not None:
+            self._routing.captured(layer, done.routed)
+        return done is not None
 
     def attention(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:
         part = slice(rows.first_token, rows.first_token + rows.num_tokens)
@@ -143,8 +153,8 @@ class HostRuntime:
 
     def enter_experts(self, layer: int, weights: Lease, hidden: torch.Tensor) -> Routed:
         routed = self._blocks.route(layer, weights.tensors, hidden)
-        counts = {expert: n for expert, n in enumerate(routed.groups.counts_E.tolist()) if n}
-        self._forecast.observe(layer, counts)
+        counts = routed.counts()
+        self._routing.tell(layer, routed, counts)
         shared = self._blocks.shared(layer, weights.tensors, routed)
         outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
         return Routed(tuple(counts), _Rows(routed, counts, outputs, shared))

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 
 from windlass.decoder import block as math
-from windlass.decoder.attention import value_width
+from windlass.decoder.attention import CosSin, attention_output, project, value_width
 from windlass.decoder.delta import delta_attention
 from windlass.decoder.moe import dense_ffn, route, shared_expert
 from windlass.decoder.rope import RopeTable
 from windlass.device.base import Allocator
-from windlass.kernels.interface import AttentionOptions, ExpertGroups, Kernels
+from windlass.kernels.interface import AttentionOptions, ExpertGroups, Kernels, Routes
 from windlass.kvcache.kv_cache import KvCache
 from windlass.models.spec import GatedDelta, Gqa, Mla, ModelSpec, Moe, Rope
 from windlass.runtime.attention_metadata import AttentionMetadata
@@ -24,21 +24,34 @@ class RoutedRows(NamedTuple):
     """Rows that know their experts."""
 
     h_TD: torch.Tensor
-    weights_TA: torch.Tensor
+    routes: Routes
     groups: ExpertGroups
+
+    def counts(self) -> dict[int, int]:
+        """Rows of each expert that has any, ascending."""
+        return {expert: n for expert, n in enumerate(self.groups.counts_E.tolist()) if n}
 
 
 class LayerOps:
     """Runs modules of layers; each is a span of the trace."""
 
     def __init__(
-        self, spec: ModelSpec, kernels: Kernels, kv: KvCache, memory: Allocator, tracer: Tracer
+        self,
+        spec: ModelSpec,
+        kernels: Kernels,
+        kv: KvCache,
+        *,
+        memory: Allocator,
+        tracer: Tracer,
+        wants_scores: bool,
     ) -> None:
-        """`memory`: of the device whose kernels are given."""
+        """`memory`: of the device whose kernels are given. `wants_scores`: routing hands out the
+        router's scores of all experts."""
         self._spec = spec
         self._kernels = kernels
         self._kv = kv
         self._tracer = tracer
+        self._wants_scores = wants_scores
         self._ropes = {rope: RopeTable(rope, memory) for rope in ropes(spec)}
 
     def attention(
@@ -57,8 +70,8 @@ class LayerOps:
         moe = self._moe(layer)
         with self._tracer.span("route", layer=layer, rows=hidden.shape[0]):
             h_TD = math.ffn_input(self._kernels, self._spec, w, hidden)
-            weights_TA, ids_TA = route(self._kernels, moe, w, h_TD)
-            return RoutedRows(h_TD, weights_TA, self._kernels.group(ids_TA, moe.num_experts))
+            routes = route(self._kernels, moe, w, h_TD, wants_scores=self._wants_scores)
+            return RoutedRows(h_TD, routes, self._kernels.group(routes.ids_TA, moe.num_experts))
 
     def shared(self, layer: int, w: Tensors, routed: RoutedRows) -> torch.Tensor | None:
         """Of the expert that all rows use, where there is one."""
@@ -76,7 +89,7 @@ class LayerOps:
         outputs: torch.Tensor,
         rows: int,
     ) -> None:
-        """Some experts, over the `rows` rows that chose them, to their metadata of `outputs`."""
+        """Some experts, over the `rows` rows that chose them, to their places of `outputs`."""
         activation = self._moe(layer).expert.activation
         with self._tracer.span("experts", layer=layer, experts=len(experts), rows=rows):
             self._kernels.experts(routed.h_TD, experts, routed.groups, activation, outputs)
@@ -91,9 +104,10 @@ class LayerOps:
     ) -> None:
         """Adds what the experts gave to the hidden states, in place."""
         with self._tracer.span("combine", layer=layer, rows=hidden.shape[0]):
-            outputs_TAD = outputs.view(*routed.weights_TA.shape, -1)
+            weights_TA = routed.routes.weights_TA
+            outputs_TAD = outputs.view(*weights_TA.shape, -1)
             multiplier = self._spec.residual_multiplier
-            self._kernels.combine(routed.weights_TA, outputs_TAD, shared_TD, hidden, multiplier)
+            self._kernels.combine(weights_TA, outputs_TAD, shared_TD, hidden, multiplier)
 
     def ffn_input(self, w: Tensors, hidden: torch.Tensor) -> torch.Tensor:
         """What the network of a block without experts reads."""
@@ -125,10 +139,9 @@ class LayerOps:
         x_TD: torch.Tensor,
         metadata: AttentionMetadata,
     ) -> None:
-        cos = sin = None
-        if attention.rope is not None:
-            cos, sin = self._cos_sin(metadata, attention.rope)
-        got = math.pre_attention(self._kernels, self._spec, attention, w, x_TD, cos, sin)
+        h_TD = math.attention_input(self._kernels, self._spec, w, x_TD)
+        cos_sin = None if attention.rope is None else self._cos_sin(metadata, attention.rope)
+        got = project(self._kernels, attention, self._spec.norm, w, h_TD, cos_sin)
         for store, x_TKd in zip(self._kv.stored(layer), (got.key_TKd, got.value_TKv), strict=False):
             self._kernels.write_rows(store, metadata.pages, metadata.offsets, x_TKd)
         gqa = attention if isinstance(attention, Gqa) else None
@@ -140,11 +153,10 @@ class LayerOps:
         )
         keys, values = self._kv.paged(layer)
         o_THv = self._kernels.attention(got.q_THd, keys, values, metadata.work, options)
-        math.post_attention(self._kernels, self._spec, attention, w, x_TD, o_THv, got.gate_THv)
+        y_TD = attention_output(self._kernels, attention, w, o_THv, got.gate_THv)
+        math.residual(self._kernels, self._spec, x_TD, y_TD)
 
-    def _cos_sin(
-        self, metadata: AttentionMetadata, rope: Rope
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _cos_sin(self, metadata: AttentionMetadata, rope: Rope) -> CosSin:
         if rope not in metadata.tables:
             found = self._ropes[rope].cos_sin(metadata.positions, long_T=metadata.long_rope)
             metadata.tables[rope] = found
@@ -159,8 +171,8 @@ class LayerOps:
         metadata: AttentionMetadata,
     ) -> None:
         h_TD = math.attention_input(self._kernels, self._spec, w, x_TD)
-        conv, state = self._kv.states(layer)
-        y_TD = delta_attention(self._kernels, attention, w, h_TD, metadata.delta, conv, state)
+        states = self._kv.states(layer)
+        y_TD = delta_attention(self._kernels, attention, w, h_TD, metadata.delta, states)
         math.residual(self._kernels, self._spec, x_TD, y_TD)
 
 

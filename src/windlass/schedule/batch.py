@@ -15,7 +15,7 @@ MOST_CAPTURED = 16
 class Segment:
     """Consecutive tokens of one sequence: a chunk of its prompt, or generated ones."""
 
-    sequence: int
+    sequence: int  # its number: the same in all passes, no other sequence has it
     token_ids: tuple[int, ...]
     first_position: int
     pages: tuple[int, ...]  # of the whole sequence, oldest first
@@ -49,6 +49,16 @@ class Batch:
     segments: tuple[Segment, ...]
     num_tokens: int
     micro_batches: tuple[MicroBatch, ...]
+
+    @property
+    def sequences(self) -> list[int]:
+        """The sequence of each token."""
+        return [s.sequence for s in self.segments for _ in s.token_ids]
+
+    @property
+    def positions(self) -> list[int]:
+        """Where each token is in its sequence."""
+        return [s.first_position + i for s in self.segments for i in range(s.num_tokens)]
 
     @property
     def logit_rows(self) -> list[int]:

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 FILE = Path(__file__).parent / "libwindlass_cpu.so"
 
 CODES = {"f32": 0, "bf16": 1, "f16": 2, "e4m3": 3, "e2m1": 4, "int8": 5, "int4": 6}
@@ -94,7 +94,7 @@ SIGNATURES: dict[str, list[Any]] = {
     "wl_write_rows": [_ptr, _i64, _i64, _i64, _i64, _i64, c.POINTER(Cache), _ptr, _ptr, _i64],
     "wl_copy_rows": [_ptr, _i64, _i64, _i64, _i64, _i64, _ptr, _i64, _i64],
     "wl_gate": [_ptr, _i64, _i64, _ptr, _i32],
-    "wl_route": [_ptr, _i64, _i64, c.POINTER(Routing), _ptr, _ptr],
+    "wl_route": [_ptr, _i64, _i64, c.POINTER(Routing), _ptr, _ptr, _ptr],
     "wl_group": [_ptr, _i64, _i64, _i64, _ptr, _ptr, _ptr],
     "wl_run": [_ptr, _i64, _ptr],
     "wl_read": [_ptr, _i64, c.POINTER(_f32)],

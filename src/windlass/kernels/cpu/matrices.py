@@ -7,8 +7,9 @@ from windlass.kernels.cpu import library as lib
 from windlass.kernels.dequantise import dequantise
 from windlass.tensors import Packed, PackedStack, Weight
 
-_CODES = {torch.float32: lib.CODES["f32"], torch.bfloat16: lib.CODES["bf16"],
-          torch.float16: lib.CODES["f16"]}  # fmt: skip
+# Numbers as the library calls them; uint8 are codes of int8.
+TYPES = {torch.float32: lib.CODES["f32"], torch.bfloat16: lib.CODES["bf16"],
+         torch.float16: lib.CODES["f16"], torch.uint8: lib.CODES["int8"]}  # fmt: skip
 _SCALES = {torch.float32: lib.SCALES["f32"], torch.bfloat16: lib.SCALES["bf16"],
            torch.float16: lib.SCALES["f16"], torch.uint8: lib.SCALES["e8m0"]}  # fmt: skip
 _WHOLE = 1 << 40  # a block that no matrix exceeds
@@ -41,11 +42,16 @@ def floats(x: torch.Tensor) -> torch.Tensor:
     return x.float().contiguous()
 
 
+def elements_together(x: torch.Tensor) -> torch.Tensor:
+    """Rows whose elements lie side by side."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def _dense(w_ED: torch.Tensor) -> lib.Matrix:
     item = w_ED.itemsize
     (n, k), (stride_n, stride_k) = w_ED.shape, w_ED.stride()
     return lib.Matrix(
-        code=_CODES[w_ED.dtype], n=n, k=k, codes=w_ED.data_ptr(),
+        code=TYPES[w_ED.dtype], n=n, k=k, codes=w_ED.data_ptr(),
         stride_n=stride_n * item, stride_k=item if k == 1 else stride_k * item,
         block_n=1, block_k=_WHOLE,
     )  # fmt: skip
