@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from windlass.build.checkpoint_sizes import sizes_of
 from windlass.checkpoint.folder import read_model
@@ -270,9 +270,8 @@ def read(document: Mapping[str, Any], model: str, machine: str) -> Planned:
         load_machine(machine),
     )
     has_weights = any(resolve_model(model).glob("*.safetensors"))
-    kv_cache_dtype: Any = plan.kv_cache_dtype
     options = EngineOptions(
-        model=model, kv_cache_dtype=kv_cache_dtype,
+        model=model, kv_cache_dtype=cast(Any, plan.kv_cache_dtype),
         load_format="auto" if has_weights else "dummy",
     )  # fmt: skip
     with ExitStack() as opened:

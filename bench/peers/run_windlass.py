@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -121,15 +122,14 @@ def _run_planned(job: Job) -> Result:
     )
     params, prompts = _params(job.output_tokens), job.prompts()
     work = Workload.from_lengths(job.prompt_tokens, job.output_tokens, job.sequences)
-    with open_engine(
-        options, lengths=lambda *_: PlannedJob(work, True), profile=lambda: profile
-    ) as engine:
+    with open_engine(options, source=_Planned(work), profile=profile) as engine:
         plan, load_s, begin = engine.plan, time.perf_counter() - begin, time.perf_counter()
         for place, prompt in enumerate(prompts):
             engine.add(Request(str(place), tuple(prompt), params, seed_key=str(place)))
         answers = _finish(engine)
         total_s, stats = time.perf_counter() - begin, engine.stats()
-    assert stats.check is not None, "a job that was planned for is compared with its prediction"
+        check = engine.compare(stats.phases)
+    assert check is not None, "a job that was planned for is compared with its prediction"
     in_order = [answers[str(place)] for place in range(len(prompts))]
     more = {
         "version": VERSION,
@@ -139,7 +139,7 @@ def _run_planned(job: Job) -> Result:
         "preemptions": stats.num_preemptions,
         "phases": stats.phases_json(),
         "plan": plan.to_json(),
-        "prediction": stats.check.to_json(),
+        "prediction": check.to_json(),
         "rates": "assumed" if profile is None else f"measured {profile.captured}",
         "answers": blake2b(json.dumps(in_order).encode(), digest_size=16).hexdigest(),
     }
@@ -151,6 +151,15 @@ def _run_planned(job: Job) -> Result:
         more=more,
         **memory_bytes(),
     )
+
+
+class _Planned(NamedTuple):
+    """A job whose lengths are known."""
+
+    work: Workload
+
+    def job(self, *_: object) -> PlannedJob:
+        return PlannedJob(self.work, True)
 
 
 def _profile(path: str | None) -> HardwareProfile | None:

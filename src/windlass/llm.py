@@ -1,14 +1,14 @@
 """The Python API: `LLM` in vLLM's shape, over one engine that this object owns."""
 
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from difflib import get_close_matches
-from functools import cache, partial
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
@@ -18,12 +18,15 @@ from windlass.doctor.kept import kept_profile
 from windlass.engine.engine import Engine
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.outputs import RequestOutput
-from windlass.engine.request import WINDOW, Request
+from windlass.engine.request import Request
+from windlass.engine.request_feed import FeedEntry, RequestFeed
+from windlass.engine.service import Service
 from windlass.errors import RequestError, UsageError
 from windlass.options import EngineOptions
 from windlass.params import SamplingParams
 from windlass.phases import since
 from windlass.plan import Plan
+from windlass.protocol.prompts import ChatEncoder, Encoder, PromptEncoder
 from windlass.units import parse_bytes
 from windlass.workload import Workload, expected_output
 
@@ -31,7 +34,6 @@ Prompt = str | Mapping[str, Any]  # text, {"prompt": text} or {"prompt_token_ids
 Conversation = Sequence[Mapping[str, Any]]
 ParamsOf = SamplingParams | Sequence[SamplingParams] | None
 OnError = Literal["raise", "return"]
-Encode = Callable[[Any], tuple[str | None, list[int]]]  # a row -> its text, if any, and its ids
 
 
 # vLLM's keywords for what Windlass does not do, with the only value that is no request for it.
@@ -42,20 +44,16 @@ _REFUSED = {
 }
 
 
-class _Entry(NamedTuple):
-    """One prompt, checked: a request, or why there is none."""
-
-    request_id: str
-    text: str | None
-    request: Request | None = None
-    failure: RequestOutput | None = None
-
-
 class LLM:
-    """A model ready to answer. Use as a context manager, or call `close`; not for several threads.
+    """A model ready to answer. Use as a context manager, or call `close`. Several threads may call
+    it; prompts of all are computed together.
 
     Keywords are `windlass.options.EngineOptions`' fields, such as `host_memory="4GiB"`. Raises
     UsageError for unknown ones and for values that Windlass does not apply.
+
+    What an engine needs, this sets for the whole process, and logs it as "windlass" (level INFO):
+    with the native kernels torch computes with one thread, with torch's own with as many as
+    `threads` says; malloc gives large blocks that are freed back to the system at once.
     """
 
     def __init__(
@@ -70,21 +68,18 @@ class LLM:
         options = EngineOptions(
             model=model, tokenizer=tokenizer, dtype=dtype, seed=seed, **_checked(engine_args)
         )
-        self._engine = open_engine(options, profile=partial(kept_profile, options))
+        self._engine = open_engine(options, profile=kept_profile(options))
+        self._service = Service(self._engine)
         self._closed = False
         self._ids = itertools.count()
-        self._texts: dict[str, str | None] = {}  # prompts in the engine
-        self._results: dict[str, RequestOutput] = {}  # finished, not yet asked for
-        self._comparison: Callable[[], dict[str, Any] | None] | None = None  # of the last run
+        self._feed = RequestFeed(self._service, self._engine.capacity)
+        self._last_run: _LastRun | None = None
 
     def __enter__(self) -> "LLM":
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self.close()
 
@@ -92,7 +87,7 @@ class LLM:
         """Frees the engine's memory. Calling it again does nothing."""
         if not self._closed:
             self._closed = True
-            self._engine.close()
+            self._service.close()
 
     @property
     def plan(self) -> Plan:
@@ -104,19 +99,21 @@ class LLM:
         return self._engine.default_params
 
     def get_metrics(self) -> EngineStats:
-        """The engine's counters since it was opened."""
-        return self._engine.stats()
+        """The engine's counters since it was opened: passes, tokens, what was read, found in memory
+        and prefetched (`weights`)."""
+        return self._service.stats()
 
     @property
     def prediction(self) -> dict[str, Any] | None:
         """What the last `generate` or `chat` took, phase by phase, beside what was to be expected
         of such prompts and limits, and how near it came to the bound: the `prediction` of
-        `windlass run-batch --json`. By the rates that `windlass doctor` kept, else assumed ones.
+        `windlass run-batch --json`. By the rates that `windlass doctor` kept, else assumed ones,
+        of which no accuracy is told.
 
         Estimated when it is first asked for. None before a run has ended, after one that raised,
         and where other prompts were under way when it began. `generate_iter` leaves it as it is.
         """
-        return self._comparison() if self._comparison else None
+        return self._last_run.prediction if self._last_run else None
 
     def generate(
         self,
@@ -139,7 +136,10 @@ class LLM:
         if lora_request is not None:
             raise UsageError(f"lora_request: got {lora_request!r}, allowed None: not supported yet")
         rows = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
-        return self._run(rows, self._encode, sampling_params, use_tqdm, on_error, on_result)
+        pairs = _pairs(rows, sampling_params or self.get_default_sampling_params())
+        return self._run(
+            pairs, PromptEncoder(self._engine.tokenizer), use_tqdm, on_error, on_result
+        )
 
     def chat(
         self,
@@ -152,26 +152,21 @@ class LLM:
         **options: Any,
     ) -> list[RequestOutput]:
         """`generate` for one conversation or a list of them, through the chat template. `options`:
-        `use_tqdm`, `on_error`, `on_result`, and `chat_template_kwargs`, the template's variables.
-        """
+        `use_tqdm`, `on_error`, `on_result`; `chat_template_kwargs` are the template's variables."""
         _refuse_unknown(options, ("use_tqdm", "on_error", "on_result", "chat_template_kwargs"))
-        tokenizer = self._engine.tokenizer
-
-        def encode(conversation: Any) -> tuple[str | None, list[int]]:
-            text = tokenizer.render_chat(
-                conversation,
-                tools,
-                add_generation_prompt=add_generation_prompt,
-                chat_template=chat_template,
-                variables=options.get("chat_template_kwargs"),
-            )
-            return text, tokenizer.encode(text, add_special_tokens=False)
-
         is_one = bool(messages) and isinstance(messages[0], Mapping)
+        encoder = ChatEncoder(
+            self._engine.tokenizer,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=chat_template,
+            variables=options.get("chat_template_kwargs"),
+        )
+        rows = [messages] if is_one else list(messages)
+        pairs = _pairs(rows, sampling_params or self.get_default_sampling_params())
         return self._run(
-            [messages] if is_one else list(messages),
-            encode,
-            sampling_params,
+            pairs,
+            encoder,
             options.get("use_tqdm", True),
             options.get("on_error", "raise"),
             options.get("on_result"),
@@ -189,16 +184,14 @@ class LLM:
         self._check_open()
         if isinstance(prompts, (str, Mapping)):
             prompts = [prompts]
-        if sampling_params is None:
-            sampling_params = self.get_default_sampling_params()
-        pairs = _pairs(prompts, sampling_params)
-        return self._iterate(self._prepare_all(pairs, self._encode, "return"))
+        pairs = _pairs(prompts, sampling_params or self.get_default_sampling_params())
+        encoder = PromptEncoder(self._engine.tokenizer)
+        return self._feed.results(self._entries(pairs, encoder, "return"))
 
     def _run(
         self,
-        rows: Sequence[Any],
-        encode: Encode,
-        sampling_params: ParamsOf,
+        pairs: Iterator[tuple[Any, SamplingParams]],
+        encoder: Encoder,
         use_tqdm: bool,
         on_error: OnError,
         on_result: Callable[[RequestOutput], None] | None,
@@ -206,134 +199,83 @@ class LLM:
         self._check_open()
         if on_error not in ("raise", "return"):
             raise UsageError(f"on_error: got {on_error!r}, allowed raise, return")
-        pairs = _pairs(rows, sampling_params or self.get_default_sampling_params())
-        self._comparison = None
-        entries = list(self._prepare_all(pairs, encode, on_error))  # all are checked here
-        begin, is_alone = self._engine.stats(), not self._engine.has_work
+        self._last_run = None
+        entries = list(self._entries(pairs, encoder, on_error))  # all are checked here
+        begin, is_alone = self._service.stats(), self._feed.is_idle
         places = {entry.request_id: place for place, entry in enumerate(entries)}
         results: dict[int, RequestOutput] = {}
         with (
-            _progress(len(rows), enabled=use_tqdm) as advance,
-            closing(self._iterate(iter(entries))) as ended,
+            _progress(len(entries), enabled=use_tqdm) as bar,
+            closing(self._feed.results(iter(entries))) as ended,
         ):
             for result in ended:
                 place = places[result.request_id]
                 if result.error is not None and on_error == "raise":
                     raise RequestError(f"prompts[{place}]: {result.error}")
                 results[place] = result
-                advance()
+                bar.advance(bar.task_ids[0])
                 if on_result is not None:
                     on_result(result)
-        if is_alone:
-            self._comparison = _comparison(self._engine, entries, begin)
+        work = _work(entries)
+        if is_alone and work is not None:
+            self._last_run = _LastRun(self._engine, work, begin, self._service.stats())
         return [results[place] for place in range(len(entries))]
 
-    def _prepare_all(
-        self, rows: Iterable[tuple[Any, SamplingParams]], encode: Encode, on_error: OnError
-    ) -> Iterator[_Entry]:
+    def _entries(
+        self, rows: Iterable[tuple[Any, SamplingParams]], encoder: Encoder, on_error: OnError
+    ) -> Iterator[FeedEntry]:
         """Rows as requests that the engine will take; bad ones raise or become failures."""
         for place, (row, params) in enumerate(rows):
             request_id = str(next(self._ids))
             try:
-                text, ids = encode(row)
+                text, ids = encoder.encode(row)
                 # the place is the seed's name: the same call gives the same text again
                 request = Request(request_id, tuple(ids), params, seed_key=str(place))
-                self._engine.validate(request)
-                entry = _Entry(request_id, text, request)
+                self._service.validate(request)
+                entry = FeedEntry(request_id, text, request)
             except RequestError as error:
                 if on_error == "raise":
-                    message = f"prompts[{place}]: {error}"
-                    raise RequestError(message, param=error.param, code=error.code) from error
+                    raise _of_prompt(place, error) from error
                 text = row if isinstance(row, str) else None
                 failure = RequestOutput.failed(request_id, str(error), prompt=text)
-                entry = _Entry(request_id, text, failure=failure)
+                entry = FeedEntry(request_id, text, failure=failure)
             yield entry
-
-    def _iterate(self, entries: Iterator[_Entry]) -> Generator[RequestOutput, None, None]:
-        """Results as they end. Takes no more entries than keep the engine busy; what has not ended
-        when the caller stops is aborted."""
-        waiting: set[str] = set()
-        try:
-            while True:
-                self._check_open()
-                room = max(1, WINDOW * self._engine.capacity) - len(waiting)
-                for entry in itertools.islice(entries, max(0, room)):
-                    self._start(entry)
-                    waiting.add(entry.request_id)
-                if not waiting:
-                    return
-                yield from self._collect(waiting)
-        finally:
-            self._abort(waiting)
-
-    def _start(self, entry: _Entry) -> None:
-        if entry.failure is not None:
-            self._results[entry.request_id] = entry.failure
-        if entry.request is not None:
-            self._engine.add(entry.request)
-            self._texts[entry.request_id] = entry.text
 
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("LLM: got a call after close(), allowed before")
 
-    def _encode(self, prompt: Any) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, str):
-            return prompt, self._engine.tokenizer.encode(prompt)
-        if isinstance(prompt, Mapping) and set(prompt) == {"prompt"}:
-            return self._encode(prompt["prompt"])
-        if isinstance(prompt, Mapping) and set(prompt) == {"prompt_token_ids"}:
-            ids = prompt["prompt_token_ids"]
-            if isinstance(ids, Sequence) and all(type(i) is int and i >= 0 for i in ids):
-                return None, list(ids)
-        raise RequestError(
-            f"prompt: got {prompt!r:.80}, allowed a string, {{'prompt': string}} or "
-            "{'prompt_token_ids': [ids]}",
-            param="prompt",
-        )
 
-    def _collect(self, waiting: set[str]) -> Iterator[RequestOutput]:
-        """The results that are there, of those `waiting`, which they leave; one step if none is."""
-        if waiting.isdisjoint(self._results):
-            assert self._engine.has_work, f"no work, yet {len(waiting)} requests wait"
-            for output in self._engine.step().finished:
-                if output.request_id in self._texts:  # else aborted in this very step
-                    text = self._texts.pop(output.request_id)
-                    self._results[output.request_id] = replace(output, prompt=text)
-        for request_id in [key for key in self._results if key in waiting]:
-            waiting.discard(request_id)
-            yield self._results.pop(request_id)
-
-    def _abort(self, waiting: set[str]) -> None:
-        for request_id in waiting:
-            self._results.pop(request_id, None)
-            if self._texts.pop(request_id, _NOWHERE) is not _NOWHERE and not self._closed:
-                self._engine.abort(request_id)
+def _of_prompt(place: int, error: RequestError) -> RequestError:
+    return RequestError(f"prompts[{place}]: {error}", param=error.param, code=error.code)
 
 
-_NOWHERE = object()
+class _LastRun:
+    """A run that has ended, for whoever asks how it went."""
+
+    def __init__(
+        self, engine: Engine, work: Workload, begin: EngineStats, end: EngineStats
+    ) -> None:
+        self._engine = engine
+        self._work = work
+        self._phases = since(begin.phases, end.phases)
+        self._is_warm = begin.passes > 0
+
+    @cached_property
+    def prediction(self) -> dict[str, Any] | None:
+        check = self._engine.compare(self._phases, self._work, is_warm=self._is_warm)
+        return None if check is None else check.to_json()
 
 
-def _comparison(
-    engine: Engine, entries: Iterable[_Entry], begin: EngineStats
-) -> Callable[[], dict[str, Any] | None] | None:
-    """Of a run that ends now, estimated when it is called; None where there was nothing to run."""
+def _work(entries: Iterable[FeedEntry]) -> Workload | None:
+    """All sequences of what was run; None where there was nothing to run."""
     lengths = [
         (len(entry.request.prompt_token_ids), expected_output(entry.request.params.max_tokens))
         for entry in entries
         if entry.request is not None
         for _ in range(entry.request.params.n)
     ]
-    if not lengths:
-        return None
-    work, phases = Workload(*zip(*lengths, strict=True)), since(begin.phases, engine.stats().phases)
-
-    @cache
-    def found() -> dict[str, Any] | None:
-        check = engine.compare(work, phases, is_warm=begin.passes > 0)
-        return None if check is None else check.to_json()
-
-    return found
+    return Workload(*zip(*lengths, strict=True)) if lengths else None
 
 
 def _pairs(
@@ -356,15 +298,13 @@ def _pairs(
 
 
 @contextmanager
-def _progress(total: int, *, enabled: bool) -> Iterator[Callable[[], None]]:
-    """A bar on stderr, if that is a terminal; the body calls what it is given once per result."""
+def _progress(total: int, *, enabled: bool) -> Iterator[Progress]:
+    """A bar with one task on stderr, if that is a terminal."""
     console = Console(stderr=True)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, console=console, disable=not (enabled and console.is_terminal)
-    ) as progress:
-        task = progress.add_task("prompts", total=total)
-        yield lambda: progress.advance(task)
+    with Progress(*columns, console=console, disable=not (enabled and console.is_terminal)) as bar:
+        bar.add_task("prompts", total=total)
+        yield bar
 
 
 def _checked(engine_args: Mapping[str, Any]) -> dict[str, Any]:

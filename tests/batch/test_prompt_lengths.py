@@ -124,21 +124,24 @@ def test_prompt_tokens_that_are_predicted_are_those_that_are_computed(tmp_path, 
     )  # fmt: skip
     opened: list[Engine] = []
 
-    def open_job_engine(context, lengths):
-        opened.append(open_engine(engine_options, lengths=lengths))
-        return opened[0]
+    class Opens:
+        def open(self, context, left):
+            opened.append(open_engine(engine_options, source=left))
+            return opened[0]
 
-    summary = run_job(
-        options, open_job_engine, progress=LineProgress(io.StringIO()), is_stopping=lambda: False
-    )
+        def is_stopping(self):
+            return False
+
+    summary = run_job(options, Opens(), progress=LineProgress(io.StringIO()), stopping=Opens())
     stats, whole = summary.stats, sum(len(b["prompt"]) * b["n"] for b in bodies)
-    prediction: Any = opened[0]._prediction
-    predicted = prediction.estimate
+    expected: Any = opened[0]._expectation
+    predicted = expected._chosen.prediction.estimate
     assert stats is not None
     assert summary.ok == len(bodies) and stats.input_tokens == whole
     assert sum(p.prompt_tokens for p in predicted.phases.values()) == stats.prompt_tokens
     assert (stats.prompt_tokens < whole / 2) if is_on else (stats.prompt_tokens == whole)
-    assert stats.check.done == 1
+    check: Any = summary.check
+    assert check.accuracy.done == 1
     assert predicted.total_tokens_s == pytest.approx(
         (whole + stats.generated_tokens) / predicted.total_s
     )
@@ -175,11 +178,12 @@ def test_an_engine_that_is_planned_for_its_job_gives_the_same_answers(tmp_path):
     options = EngineOptions(model=str(tmp_path), generation_config="vllm", seed=0)
     asked = []
 
-    def lengths(tokenizer, params, longest):
-        asked.append(longest)
-        return Job(Workload((30, 7, 12), (5, 5, 5)), True)
+    class Three:
+        def job(self, tokenizer, params, longest):
+            asked.append(longest)
+            return Job(Workload((30, 7, 12), (5, 5, 5)), True)
 
-    with open_engine(options, lengths=lengths) as engine:
+    with open_engine(options, source=Three()) as engine:
         (note,) = engine.notes
         assert "3 sequences of 16 tokens in and 5 out" in note and "rates assumed" in note
         assert engine.plan.host.total_bytes <= engine.plan.host.budget_bytes

@@ -4,15 +4,14 @@ import io
 import json
 import time
 import tracemalloc
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fake_engine import FakeEngine
-from windlass.batch.job import JobOptions, Summary, run_job
+from fake_engine import FakeEngine, fake_store_stats
+from windlass.batch.job import JobOptions, LeftRows, Summary, run_job
 from windlass.batch.progress import LineProgress, Meter, Snapshot, TerminalProgress, open_progress
 from windlass.batch.runner import result_line
 from windlass.engine.outputs import (
@@ -41,8 +40,10 @@ class Log:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def update(self, take: Callable[[], Snapshot]) -> None:
-        self.snapshots.append(take())
+    is_due = True
+
+    def update(self, snapshot: Snapshot) -> None:
+        self.snapshots.append(snapshot)
 
     def __enter__(self) -> "Log":
         return self
@@ -78,6 +79,28 @@ def options(folder: Path, *lines: Any, **changes: Any) -> JobOptions:
     return replace(plain, **changes)
 
 
+class StopAfter:
+    """Asks to stop once so many rows are done."""
+
+    def __init__(self, num_rows: int | None, log: Log) -> None:
+        self._num_rows = num_rows
+        self._log = log
+
+    def is_stopping(self) -> bool:
+        done = self._log.snapshots[-1].rows_done if self._log.snapshots else 0
+        return self._num_rows is not None and done >= self._num_rows
+
+
+class Source:
+    """Gives the engine that it has."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self._engine = engine
+
+    def open(self, max_model_len: int | None, left: LeftRows) -> FakeEngine:
+        return self._engine
+
+
 def run(
     job: JobOptions,
     engine: FakeEngine | None = None,
@@ -87,13 +110,8 @@ def run(
 ) -> Summary:
     """Runs the job; stops once `stop_after` rows are done."""
     log = log or Log()
-    engine = engine or FakeEngine()
-
-    def is_stopping() -> bool:
-        done = log.snapshots[-1].rows_done if log.snapshots else 0
-        return stop_after is not None and done >= stop_after
-
-    return run_job(job, lambda *_: engine, progress=log, is_stopping=is_stopping)
+    source = Source(engine or FakeEngine())
+    return run_job(job, source, progress=log, stopping=StopAfter(stop_after, log))
 
 
 def results(path: Path) -> list[dict[str, Any]]:
@@ -163,7 +181,8 @@ def test_every_bad_row_gets_its_error_and_the_others_go_on(tmp_path: Path) -> No
             assert got["response"]["status_code"] == status
             assert got["response"]["body"]["error"]["code"] == code
             assert got["response"]["body"]["error"]["type"] == "invalid_request_error"
-    assert len(engine.aborted) == 1  # the good half of the row whose other prompt is bad
+    # nor was the good half of the row whose other prompt is bad
+    assert [each.seed_key for each in engine.added] == ["a", "b"] and not engine.aborted
     rerun = run(replace(job, overwrite=False))
     assert rerun.rows_before == 2 + len(BAD_LINES)  # what is refused stays refused
 
@@ -276,14 +295,15 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
 def test_a_resume_keeps_the_context_length_of_the_job(tmp_path: Path) -> None:
     asked: list[int | None] = []
 
-    def open_engine(max_model_len: int | None, lengths: object) -> FakeEngine:
-        asked.append(max_model_len)
-        return FakeEngine(max_model_len=max_model_len or 180)
+    class Opens:
+        def open(self, max_model_len: int | None, left: LeftRows) -> FakeEngine:
+            asked.append(max_model_len)
+            return FakeEngine(max_model_len=max_model_len or 180)
 
-    job = options(tmp_path, request("a"))
-    run_job(job, open_engine, progress=Log(), is_stopping=lambda: False)
+    job, log = options(tmp_path, request("a")), Log()
+    run_job(job, Opens(), progress=log, stopping=StopAfter(None, log))
     more = options(tmp_path, request("a"), request("b"))
-    assert run_job(more, open_engine, progress=Log(), is_stopping=lambda: False).is_complete
+    assert run_job(more, Opens(), progress=log, stopping=StopAfter(None, log)).is_complete
     assert asked == [None, 180]
 
 
@@ -323,12 +343,20 @@ def test_impossible_files(tmp_path: Path, changes: dict[str, Path]) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_a_model_that_does_not_load_leaves_nothing_behind(tmp_path: Path) -> None:
-    def fail(_: int | None, lengths: object) -> FakeEngine:
-        raise UsageError("no such model")
+def fail(job: JobOptions, error: Exception) -> None:
+    """Runs a job whose engine does not open."""
 
+    class Fails:
+        def open(self, max_model_len: int | None, left: LeftRows) -> FakeEngine:
+            raise error
+
+    log = Log()
+    run_job(job, Fails(), progress=log, stopping=StopAfter(None, log))
+
+
+def test_a_model_that_does_not_load_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such model"):
-        run_job(options(tmp_path, request("a")), fail, progress=Log(), is_stopping=lambda: False)
+        fail(options(tmp_path, request("a")), UsageError("no such model"))
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -338,12 +366,9 @@ def test_overwriting_ends_the_old_job_only_once_the_model_is_loaded(tmp_path: Pa
     done = run(job, stop_after=5).ok
     before = (tmp_path / "out.journal").read_bytes()
 
-    def fail(_: int | None, lengths: object) -> FakeEngine:
-        raise BudgetError("too little memory")
-
     other = replace(job, identity={"seed": 3}, overwrite=True)
     with pytest.raises(BudgetError):
-        run_job(other, fail, progress=Log(), is_stopping=lambda: False)
+        fail(other, BudgetError("too little memory"))
     assert (tmp_path / "out.journal").read_bytes() == before
     assert run(job, stop_after=0).rows_before == done > 0
     summary = run(other)
@@ -440,6 +465,10 @@ class InstantEngine(FakeEngine):
 
     waiting: tuple[Request, ...] = ()
 
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting)
+
     def add(self, request: Request) -> None:
         self.waiting += (request,)
 
@@ -474,7 +503,7 @@ def test_memory_does_not_grow_with_the_bodies(
     tracemalloc.start()
     with progress:
         summary = run_job(
-            options(tmp_path), lambda *_: engine, progress=progress, is_stopping=lambda: False
+            options(tmp_path), Source(engine), progress=progress, stopping=StopAfter(None, Log())
         )
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -503,7 +532,7 @@ def test_meter_says_rates_shares_and_what_is_left() -> None:
     assert "ETA unknown" in meter.text() and "hits -" in meter.text()
     now[0] = 1010.0
     meter.add(
-        snapshot(6, generated_tokens=50, bytes_read=20 << 20, expert_requests=8, expert_hits=6)
+        snapshot(6, generated_tokens=50, weights=replace(fake_store_stats(1), bytes_read=20 << 20))
     )
     assert meter.text() == (
         "rows 6/10 (1 with errors), 5.0 tokens/s, disk 2.00 MiB/s, hits 75 %, ETA 10 s"
@@ -545,7 +574,7 @@ def test_the_scan_of_a_large_input_is_shown(
 def test_plain_lines_come_while_the_job_is_busy() -> None:
     stream = io.StringIO()
     with LineProgress(stream, every_s=0.02) as progress:
-        progress.update(lambda: snapshot(6))
+        progress.update(snapshot(6))
         deadline = time.monotonic() + 10
         while stream.getvalue().count("\n") < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -565,6 +594,6 @@ def test_a_terminal_gets_one_live_line() -> None:
     assert isinstance(progress, TerminalProgress)
     with progress:
         progress.say("hello [x]")
-        progress.update(lambda: snapshot(6))
+        progress.update(snapshot(6))
     assert "hello [x]" in stream.getvalue()
     assert "rows 6/10" in stream.getvalue()

@@ -59,7 +59,7 @@ def test_bits_do_not_depend_on_budget_batch_or_arrival(
     for one in requests:
         with engine_for(tmp_path, moe_backend=backend) as engine:
             alone.update(run_all(engine, [one]))
-            slots = engine.plan.host.of(Part.EXPERT).slot_bytes
+            slots = engine.plan.host.of(Part.EXPERT).slot_bytes or 0
     options = dict(
         moe_expert_cache_size=f"{2 * slots // 1024}KiB", micro_batch_size=64, moe_backend=backend
     )
@@ -81,7 +81,7 @@ def test_packed_bytes_are_all_that_is_read_and_kept(tmp_path: Path) -> None:
     elements = 3 * 512 * 256
     with engine_for(tmp_path) as engine:
         run_all(engine, [request("a", prompts((9,))[0])])
-        slot = engine.plan.host.of(Part.EXPERT).slot_bytes
+        slot = engine.plan.host.of(Part.EXPERT).slot_bytes or 0
         stats = engine.stats()
     stored = elements // 2 + 2 * elements // 8  # bf16 scales
     assert stored <= slot <= stored + 6 * 4096

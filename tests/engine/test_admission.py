@@ -3,7 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from admission_machine import PAGE_TOKENS, Machine, unsampled
+from admission_machine import PAGE_TOKENS, Machine
+from sequences import PlainStarts
 from windlass.schedule.batch import CHUNK_TOKENS
 
 SIZES = st.tuples(st.integers(1, 150), st.integers(1, 90))
@@ -100,7 +101,7 @@ def test_a_dropped_request_leaves_nothing():
     machine.admission.drop(requests[1])
     machine.admission.drop(requests[2])
     assert machine.kv.num_free_pages == 30
-    assert machine.admission.compose(unsampled) == []
+    assert machine.admission.compose(PlainStarts()) == []
 
 
 def test_longrope_follows_what_a_choice_could_have_in_any_memory():
@@ -119,7 +120,7 @@ def test_separate_passes_come_in_waves():
         machine.add(100, length)
     kinds = []
     while machine.admission.running or machine.admission.waiting:
-        rows = machine.admission.compose(unsampled)
+        rows = machine.admission.compose(PlainStarts())
         kinds.append({row.segment.is_prompt for row in rows})
         machine.take(rows)
     names = ["prompts" if kind == {True} else "decode" for kind in kinds]

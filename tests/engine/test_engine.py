@@ -146,7 +146,7 @@ def test_waiting_choices_are_light_and_share_the_prompt(folder):
         many = request("a", prompts([240])[0], max_tokens=1, n=500, repetition_penalty=1.2)
         assert _grown(lambda: engine.add(many)) < 500 * 200
         engine.step()
-        begun = engine._open["a"].choices
+        begun = engine._open["a"].sequences
         # 512 rows per pass: of all but the first only those after the shared prefix
         assert [choice.queued.index for choice in begun] == [0, 1, 2, 3, 4, 5]
         first = begun[0].tokens(0, 240)

@@ -14,6 +14,7 @@ from windlass.engine.outputs import RequestOutput
 from windlass.engine.sequence import Sequence
 from windlass.kvcache.pages import PagePool, block_keys
 from windlass.schedule.batch import CHUNK_TOKENS
+from windlass.schedule.passes import run_pass
 
 
 @st.composite
@@ -456,17 +457,17 @@ def test_bits_are_those_without_sharing_on_few_pages(engine_of, without, pages):
     assert _bits(results) == _bits(without[0])
 
 
-def test_a_pass_that_failed_leaves_nothing_to_be_found(engine_of, without):
+def test_a_pass_that_failed_leaves_nothing_to_be_found(engine_of, without, monkeypatch):
     with engine_of() as engine:
-        run_pass, calls = engine._run_pass, []
+        calls = []
 
-        def failing(batch):
+        def failing(runtime, shape, batch):
             calls.append(batch)
             if len(calls) in (1, 3):
                 raise OSError("the disk is gone")
-            return run_pass(batch)
+            return run_pass(runtime, shape, batch)
 
-        engine._run_pass = failing
+        monkeypatch.setattr("windlass.engine.engine.run_pass", failing)
         for one in _wanted():
             engine.add(one)
         results: dict[str, RequestOutput] = {}

@@ -217,6 +217,13 @@ def test_bias_and_allowed_ids() -> None:
     assert drawn == {1, 3}
 
 
+class Texts:
+    """Token 7 is a part of a character."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"\xe4" if token_id == 7 else b"x"
+
+
 def test_logprobs_are_of_the_raw_row_and_ranked() -> None:
     row = logits(1000, seed=2)
     expected = torch.log_softmax(row.double(), 0)
@@ -232,7 +239,7 @@ def test_logprobs_are_of_the_raw_row_and_ranked() -> None:
     assert [rank for _, _, rank in sampled.top] == [1, 2, 3]
     for token_id, logprob, _ in sampled.top:
         assert logprob == pytest.approx(float(expected[token_id]), abs=1e-5)
-    step = sampled.as_logprobs(lambda token_id: b"\xe4" if token_id == 7 else b"x")
+    step = sampled.as_logprobs(Texts())
     assert list(step) == [7, *best]
     assert step[7].decoded_token == "\ufffd" and step[7].rank == sampled.rank
     assert step[7].token_bytes == b"\xe4" and step[best[0]].decoded_token == "x"
@@ -243,7 +250,7 @@ def test_logprobs_of_equal_tokens_none_and_all() -> None:
     sampled = sampler(4, temperature=0, logprobs=-1).sample(row)
     assert [token_id for token_id, _, _ in sampled.top] == [1, 2, 0, 3]
     assert sum(math.exp(logprob) for _, logprob, _ in sampled.top) == pytest.approx(1.0)
-    assert list(sampled.as_logprobs(lambda _: b"x")) == [
+    assert list(sampled.as_logprobs(Texts())) == [
         1,
         2,
         0,

@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from engines import engine_for, make_model, prompts, request, run_all
+from engines import make_model
 from machines import machine
 from planning import SPECS, few_layers, round_sizes
 from windlass.cli import main
-from windlass.cli.summary import phase_json, phase_lines
 from windlass.perf.accuracy import Prediction, compare
 from windlass.perf.estimate import LANES, Estimate, Phase
 from windlass.perf.sizes import Problem
@@ -120,23 +119,6 @@ def path(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     make_model("qwen3_moe", folder)
     return folder
-
-
-def test_a_run_is_compared_in_its_summary(path):
-    work = Workload.from_lengths(30, 8, 12)
-    with engine_for(path) as engine:
-        problem = Problem(SPEC, SIZES, replace(machine(), source="measured"))
-        engine._prediction = Prediction.of(problem, replace(PLAN, max_num_seqs=8), work)
-        run_all(engine, [request(f"r{i}", p) for i, p in enumerate(prompts((30,) * 12))])
-        stats = engine.stats()
-    assert stats.check.done == 1 and stats.check.total.measured_s == pytest.approx(stats.pass_s)
-    assert stats.check.total.predicted_s > 0
-    assert any(line.startswith("predicted: prefill") for line in phase_lines(stats))
-    document = json.loads(json.dumps(phase_json(stats)))
-    assert set(document["prediction"]["phases"]) >= {"prefill", "decode", "total"}
-    with engine_for(path) as engine:
-        run_all(engine, [request("r", [5, 6])])
-        assert engine.stats().check is None and phase_json(engine.stats())["prediction"] is None
 
 
 def test_generate_says_its_plan_first_and_how_it_went_at_the_end(path, capsys, monkeypatch):

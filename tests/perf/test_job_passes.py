@@ -4,7 +4,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from admission_machine import PAGE_TOKENS, Machine, unsampled
+from admission_machine import PAGE_TOKENS, Machine
+from sequences import PlainStarts
 from sharing_machine import Machine as Sharing
 from windlass.engine.admission import Admission
 from windlass.perf.job_passes import Limits, compose
@@ -27,7 +28,7 @@ def _engine_passes(sizes, limits):
     passes = []
     while machine.admission.waiting or machine.admission.running:
         counts = [0, 0, 0, 0, 0]
-        rows = machine.admission.compose(unsampled)
+        rows = machine.admission.compose(PlainStarts())
         machine.take(rows)
         for _, segment in rows:
             at = 2 if segment.is_prompt else 0

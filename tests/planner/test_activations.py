@@ -3,13 +3,11 @@ whose scratch is large beside small weights. A few prompts are long, so that a p
 rows; the rest are short, so that all sequences soon decode at once, which is the other peak."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
 from backends import CPU
+from measured_job import planned_and_peak
 from windlass.checkpoint.synthetic import preset
 
 CASES = {
@@ -60,33 +58,6 @@ CASES = {
     ),
 }  # fmt: skip
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from windlass.build.open import open_engine
-from windlass.engine.request import Request
-from windlass.options import EngineOptions
-from windlass.params import SamplingParams
-
-folder, case = sys.argv[1], json.loads(sys.argv[2])
-prompts = case["prompts"]
-new = [case["new"] + case.get("longer", 0) * i for i in range(len(prompts))]
-options = EngineOptions(
-    model=folder, load_format="dummy", host_memory=8 << 30, max_num_seqs=len(prompts),
-    max_num_batched_tokens=case["rows"], max_model_len=max(prompts) + max(new),
-    moe_expert_cache_size=case.get("moe_expert_cache_size", "1"), generation_config="vllm",
-    moe_backend=sys.argv[3], kv_cache_dtype=case.get("kv_cache_dtype", "auto"),
-)
-with open_engine(options) as engine:
-    for i, length in enumerate(prompts):
-        prompt = tuple((7 * i + 13 * j) % 250 for j in range(length))
-        params = SamplingParams(max_tokens=new[i], temperature=0.7, ignore_eos=True)
-        engine.add(Request(str(i), prompt, params, str(i)))
-    while engine.has_work:
-        engine.step()
-    print(json.dumps([engine.plan.host.total_bytes, engine.stats().peak_rss_bytes]))
-"""
-
 
 @pytest.mark.parametrize("backend", ["torch", CPU])
 @pytest.mark.parametrize("name", CASES)
@@ -94,12 +65,7 @@ def test_the_peak_stays_below_the_sum_of_the_plan(name, backend, tmp_path):
     config, case = CASES[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     _write_tokenizer(tmp_path, config)
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), json.dumps(case), backend]
-    # threads that wait give their core to the tests beside this one
-    quiet = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=quiet)
-    assert done.returncode == 0, done.stderr[-2000:]
-    planned, peak = json.loads(done.stdout.splitlines()[-1])
+    planned, peak = planned_and_peak(str(tmp_path), case, backend)
     mib = [round(x / 2**20) for x in (peak, planned)]
     assert peak <= planned, f"{name}: peak {mib[0]} MiB, planned {mib[1]} MiB"
     assert peak > 0.6 * planned, f"{name}: planned {mib[1]} MiB for a peak of {mib[0]} MiB"

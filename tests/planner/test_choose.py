@@ -11,7 +11,7 @@ import torch
 from backends import LIBRARY, SETS
 from windlass.errors import UsageError
 from windlass.kernels.cpu import library
-from windlass.kernels.select import choose_kernels, say_once
+from windlass.kernels.select import _warn_once, choose_kernels
 
 needs_native = pytest.mark.skipif(not SETS, reason=f"the native library {LIBRARY}")
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -24,29 +24,30 @@ def choose(backend: str) -> str:
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(library, "FILE", tmp_path / "libwindlass_cpu.so")
-    say_once.cache_clear()
+    _warn_once.cache_clear()
 
 
 @needs_native
-def test_native_kernels_where_they_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_native_kernels_where_they_run(caplog: pytest.LogCaptureFixture) -> None:
     assert [choose(name) for name in ("auto", "cpu", "torch")] == ["cpu", "cpu", "torch"]
-    assert capsys.readouterr() == ("", "")
+    assert not caplog.records
     assert library.load() is library.load()
 
 
 @pytest.mark.usefixtures("no_library")
 def test_without_the_library_one_line_says_what_it_costs(
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert choose("auto") == "torch"
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err == (
-        "kernels: the native library is not built (no compiler at installation?); torch's are used"
-        " (few rows: up to 10 times slower)\n"
-    )
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        (
+            "WARNING",
+            "kernels: the native library is not built (no compiler at installation?); torch's are"
+            " used (few rows: up to 10 times slower)",
+        )
+    ]
     assert (choose("torch"), choose("auto")) == ("torch", "torch")
-    assert capsys.readouterr().err == ""
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.usefixtures("no_library")

@@ -101,9 +101,8 @@ def test_a_slow_disk_binds_and_a_slow_host_does(olmoe):
     plain = machine()
     for rate, bottleneck in ((1e7, "disk"), (1e13, "host")):
         disk = replace(plain.disk, points=((1 << 20, rate), (4 << 20, 2 * rate)))
-        one = explain(
-            Problem(spec, sizes, replace(plain, disk=disk)), WORK, 4 * GIB, PlanConstraints()
-        )
+        problem = Problem(spec, sizes, replace(plain, disk=disk))
+        one = explain(problem, WORK, 4 * GIB, PlanConstraints(max_num_seqs=64))
         assert any(line.startswith(f"bottleneck: {bottleneck};") for line in one.lines())
 
 
@@ -133,6 +132,10 @@ def test_nothing_that_fits_is_refused(olmoe):
 # --- pictures -------------------------------------------------------------------------------------
 
 
+# What is fixed need not be searched for: these tests are about other things.
+FEW = ("--max-num-seqs", "16", "--max-num-batched-tokens", "512")
+
+
 def plan(capsys, *arguments: str) -> str:
     assert main(["plan", *arguments]) == 0
     return capsys.readouterr().out
@@ -142,21 +145,22 @@ def test_a_configuration_alone_is_planned_for_every_preset(config, capsys):
     from windlass.hardware.preset import preset_names
 
     for name in preset_names():
-        text = plan(capsys, "-m", str(config), "--machine", name, "--num-requests", "32")
+        words = ("--machine", name, "--num-requests", "32", *FEW)
+        text = plan(capsys, "-m", str(config), *words)
         assert "predicted:" in text and "32 sequences, 512 tokens in and 128 out" in text
         assert ("does not run on it yet" in text) == (name != "laptop")
 
 
 def test_the_host_memory_of_a_machine_is_the_default_and_a_flag_wins(config, capsys):
     for words, budget in (((), int(0.8 * 16 * GIB)), (("--host-memory", "5GiB"), 5 * GIB)):
-        text = plan(capsys, "-m", str(config), "--machine", "laptop", "--json", *words)
+        text = plan(capsys, "-m", str(config), "--machine", "laptop", "--json", *words, *FEW)
         document = json.loads(text)
         assert document["plan"]["tiers"]["host"]["budget_bytes"] == budget
         assert document["plan"]["tiers"]["host"]["total_bytes"] <= budget
 
 
 def test_a_device_is_planned_for_beside_the_host(config, capsys):
-    words = ("-m", str(config), "--machine", "t4", "--num-requests", "512", "--json")
+    words = ("-m", str(config), "--machine", "t4", "--num-requests", "512", *FEW, "--json")
     small, whole = (
         json.loads(plan(capsys, *words, *more))["device"]
         for more in (("--device-memory", "6GiB"), ())

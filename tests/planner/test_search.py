@@ -54,7 +54,7 @@ def problems(draw):
     return spec, sizes, profile, Workload(*zip(*lengths, strict=True)), budget
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)  # of a quarter of a second each
 @given(problems(), st.sampled_from((None, 1, 7, 64)), st.sampled_from((None, 3, 50)))
 def test_no_plan_breaks_its_budget_or_what_is_fixed(problem, seqs, experts):
     spec, sizes, profile, work, budget = problem
@@ -92,7 +92,7 @@ def test_no_plan_breaks_its_budget_or_what_is_fixed(problem, seqs, experts):
 JOBS = {
     "even": Workload.from_lengths(128, 16, 64),
     "ragged": Workload(
-        tuple(30 + 61 * i % 500 for i in range(150)), tuple(1 + 37 * i % 90 for i in range(150))
+        tuple(30 + 61 * i % 500 for i in range(90)), tuple(1 + 37 * i % 90 for i in range(90))
     ),
     "one": Workload.from_lengths(100, 60, 1),
     "prompts": Workload.from_lengths(900, 1, 40),
@@ -104,6 +104,7 @@ JOBS = {
     [("even", 1, 6), ("even", 2, 0.3), ("ragged", 1, 0.3), ("ragged", 2, 6), ("ragged", 4, 0.3),
      ("one", 1, 6), ("one", 3, 0.3), ("prompts", 2, 1), ("even", 20, 1), ("ragged", 20, 1)],
 )  # fmt: skip
+@few_layers()
 def test_near_the_best_of_a_grid_and_never_behind_plain_rules(job, gigabytes, disk):
     """The planner's choice within 10 % of the best of a grid's settings that fit. Those whose
     busiest lane alone works longer than the choice takes are not run on the clock."""
@@ -159,7 +160,7 @@ def test_more_memory_never_slows():
     problem, work = Problem(OLMOE, sizes_of(OLMOE), machine(disk=2)), JOBS["ragged"]
     times = [
         search(problem, work, size * GIB // 2, PlanConstraints())[0].estimate.total_s
-        for size in (3, 4, 6, 9, 16, 40)
+        for size in (3, 4, 8, 40)
     ]
     for less, more in zip(times, times[1:], strict=False):
         assert more <= 1.02 * less, times

@@ -9,7 +9,7 @@ import torch
 
 from backends import LIBRARY, NATIVE, kernels_of
 from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
-from windlass.kernels.cpu.capture import NativeCapture
+from windlass.kernels.cpu.native_capture import NativeCapture
 from windlass.kernels.interface import AttentionWork
 from windlass.models.spec import RmsNorm
 from windlass.schedule import batch as batches

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from sequences import PlainStarts
 from windlass.device.host_memory import HostAllocator
 from windlass.engine.admission import Admission
 from windlass.engine.request import Request
@@ -15,11 +16,6 @@ from windlass.schedule.batch import CHUNK_TOKENS
 PAGE_TOKENS = 8
 
 _NOBODY: Any = None
-
-
-def unsampled(queued: QueuedSequence) -> Sequence:
-    """A sequence whose tokens come from the test: nobody draws or spells them."""
-    return Sequence(queued, _NOBODY, None, frozenset())
 
 
 class Machine:
@@ -50,7 +46,7 @@ class Machine:
         admission = self.admission
         decoding = [sequence for sequence in admission.running if not sequence.in_prompt]
         before = {id(sequence): sequence.num_computed for sequence in decoding}
-        rows = admission.compose(unsampled)
+        rows = admission.compose(PlainStarts())
         admission.check()
         assert 0 < sum(row.segment.num_tokens for row in rows) <= self.rows
         assert all(row.segment.num_tokens for row in rows), "an empty segment"

@@ -10,16 +10,19 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
 from types import ModuleType
 from typing import Any
 
+from windlass.cli import generate, main, run_batch
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from windlass.engine.request import Delta, Request, StepResult
 from windlass.errors import RequestError
+from windlass.ids import Part
 from windlass.params import SamplingParams
+from windlass.weights.stats import StoreStats
 
 TOKENS_PER_STEP = 3
 BOS = 256
@@ -115,9 +118,12 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self._running)
 
-    def add(self, request: Request) -> None:
+    def validate(self, request: Request) -> None:
         if any(not 0 <= i <= BOS for i in request.prompt_token_ids):
             raise RequestError("prompt: got an id outside the vocabulary", param="prompt")
+
+    def add(self, request: Request) -> None:
+        self.validate(request)
         assert request.request_id not in self._running, "request ids are unique"
         room = self.max_model_len - len(request.prompt_token_ids)
         if request.params.max_tokens is None:
@@ -190,18 +196,37 @@ class FakeEngine:
             prefix_cache_queries=self._prompt_tokens,
             prefix_cache_hits=self._prompt_tokens // 4,  # as if a quarter had been found
             generated_tokens=self._generated,
-            bytes_read=1000 * self._passes,
-            expert_requests=8 * self._passes,
-            expert_hits=6 * self._passes,
-            wait_s=0.0,
+            weights=fake_store_stats(self._passes),
             pass_s=self._passes * self._step_s,
             peak_rss_bytes=1 << 20,
             running=len(self._running),
             waiting=0,
         )
 
+    def compare(self, phases: object, work: object = None, *, is_warm: bool = False) -> None:
+        return None
+
     def close(self) -> None:
         self.is_closed = True
+
+
+def fake_store_stats(passes: int) -> StoreStats:
+    """Three of four experts are found; of what is prefetched half is used."""
+    counts: dict[str, Any] = {
+        field.name: 0 for field in fields(StoreStats) if field.name not in ("requests", "hits")
+    }
+    return StoreStats(
+        **{
+            **counts,
+            "bytes_read": 1000 * passes,
+            "requests": {Part.EXPERT: 8 * passes},
+            "hits": {Part.EXPERT: 6 * passes},
+            "prefetch_issued": 2 * passes,
+            "prefetch_issued_bytes": 200 * passes,
+            "prefetch_used": passes,
+            "prefetch_used_bytes": 100 * passes,
+        }
+    )
 
 
 def _fake_tokens(request: Request, choice: int) -> _Sequence:
@@ -253,7 +278,9 @@ class FakeOptions:
 
 
 def install() -> None:
-    """Puts the fake in place of `windlass.build.open`."""
+    """Puts the fake in place of `windlass.build.open`, and of what measures for it."""
+    for command in (generate, run_batch):
+        command.kept_profile = lambda options: None  # type: ignore[attr-defined]
     build = ModuleType("windlass.build.open")
     build.open_engine = open_fake  # type: ignore[attr-defined]
     build.EngineOptions = FakeOptions  # type: ignore[attr-defined]
@@ -261,7 +288,5 @@ def install() -> None:
 
 
 if __name__ == "__main__":
-    from windlass.cli import main
-
     install()
     sys.exit(main())

@@ -3,7 +3,7 @@ sequence wrote is found out."""
 
 import torch
 
-from admission_machine import unsampled
+from sequences import PlainStarts
 from windlass.device.host_memory import HostAllocator
 from windlass.engine.admission import Admission
 from windlass.engine.request import Request
@@ -84,7 +84,7 @@ class Machine:
 
     def step(self):
         admission = self.admission
-        rows = admission.compose(unsampled)
+        rows = admission.compose(PlainStarts())
         admission.check()
         assert rows or not admission.running and not admission.waiting
         prefill = sum(row.segment.num_tokens for row in rows if row.segment.is_prompt)

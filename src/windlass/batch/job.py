@@ -4,12 +4,11 @@ only place that knows the order of these steps."""
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from windlass.batch.jobfile import JobFile
 from windlass.batch.journal import Journal, JournalState, write_error
@@ -21,17 +20,50 @@ from windlass.batch.manifest import (
     sync_folder,
     temporary_file,
 )
-from windlass.batch.progress import JobProgress, Snapshot
+from windlass.batch.progress import JobProgress
 from windlass.batch.prompt_lengths import job_lengths
-from windlass.batch.runner import BatchRunner, JobEngine, RunSettings
+from windlass.batch.runner import BatchRunner, RunSettings, Stopping
 from windlass.engine.engine_stats import EngineStats
+from windlass.engine.expectation import Check
+from windlass.engine.request import WINDOW
+from windlass.engine.service import Service, SteppedEngine
 from windlass.errors import JobError, UsageError
 from windlass.params import SamplingParams
+from windlass.phases import PhaseStats
 from windlass.protocol.openai import ChatTokenizer, ServedModel
 from windlass.workload import Job
 
-# lengths of the job, of a tokenizer, default parameters and the longest sequence there may be
-Lengths = Callable[[ChatTokenizer, SamplingParams, int], Job | None]
+
+class PlanLike(Protocol):
+    """A plan as a job sees it."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class JobEngine(SteppedEngine, Protocol):
+    """The engine as a job sees it."""
+
+    @property
+    def plan(self) -> PlanLike: ...
+    @property
+    def tokenizer(self) -> ChatTokenizer: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def default_params(self) -> SamplingParams: ...
+    @property
+    def fingerprint(self) -> Mapping[str, object]: ...
+    @property
+    def capacity(self) -> int: ...
+    def compare(self, phases: Mapping[str, PhaseStats]) -> Check | None: ...
+
+
+class EngineSource(Protocol):
+    """Whoever opens the engine of a job."""
+
+    def open(self, max_model_len: int | None, left: "LeftRows") -> JobEngine:
+        """`max_model_len`: the job's, None for what fits. `left`: what the engine will run."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +101,8 @@ class JobOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """How a run ended. Rows count the whole job, `stats` and times this run alone (None and 0 if
-    no model was loaded)."""
+    """How a run ended. Rows count the whole job; `stats`, times and `check`, the run beside what
+    was predicted of it, this run alone (None and 0 if no model was loaded)."""
 
     rows: int
     ok: int
@@ -80,6 +112,7 @@ class Summary:
     load_s: float
     run_s: float
     stats: EngineStats | None
+    check: Check | None = None
 
     @property
     def num_done(self) -> int:
@@ -90,18 +123,29 @@ class Summary:
         return self.num_done == self.rows
 
 
+@dataclass(frozen=True, slots=True)
+class LeftRows:
+    """The rows of a job that have no result."""
+
+    file: JobFile
+    ledger: Ledger
+    options: JobOptions
+
+    def job(self, tokenizer: ChatTokenizer, params: SamplingParams, longest: int) -> Job | None:
+        """Lengths of all their sequences; None where none is left. `params`: of rows that name
+        none. `longest`: tokens of the longest sequence that the model allows."""
+        names, now = self.options.served_names, self.options.created
+        model = ServedModel(names, tokenizer, longest, params, now=now)
+        return job_lengths(self.file, self.ledger.open_rows, model)
+
+
 def run_job(
-    options: JobOptions,
-    open_engine: Callable[[int | None, Lengths], JobEngine],
-    *,
-    progress: JobProgress,
-    is_stopping: Callable[[], bool],
+    options: JobOptions, source: EngineSource, *, progress: JobProgress, stopping: Stopping
 ) -> Summary:
     """Runs what is left of the job; complete if not stopped. Raises UsageError for wrong files or
-    settings, JobError where the job cannot go on; finished rows are then safe in the journal.
-    `open_engine` gets the context length, and how long the sequences of the job are."""
+    settings, JobError where the job cannot go on; finished rows are then safe in the journal."""
     _check_paths(options)
-    job = JobFile(options.input_file, strict=options.strict, tell=progress.note)
+    job = JobFile(options.input_file, strict=options.strict, notes=progress)
     progress.note("getting ready")
     with ExitStack() as stack:
         journal = stack.enter_context(Journal(options.journal_file))
@@ -113,38 +157,28 @@ def run_job(
         )
         _greet(options, ledger, journal, progress)
         load_s = run_s = 0.0
-        stats = None
+        engine = stats = None
         if ledger.num_done < len(ledger):
             begin = time.monotonic()
             context = _context_length(options, stored)
-            lengths = partial(_lengths, job, ledger, options)
-            engine = stack.enter_context(closing(open_engine(context, lengths)))
+            engine = source.open(context, LeftRows(job, ledger, options))
+            service = stack.enter_context(Service(engine))
             load_s = time.monotonic() - begin
             manifest = _settle_manifest(options, engine, stored, journal)
             _write_plan(options, engine)
             progress.note("no pass has ended yet")
             begin = time.monotonic()
-            _run_rows(job, ledger, engine, options, manifest, progress, is_stopping)
+            runner = _runner(options, engine, service, ledger, manifest)
+            runner.run(job.rows(ledger.open_rows), stopping=stopping, progress=progress)
             run_s = time.monotonic() - begin
-            stats = engine.stats()
+            stats = service.stats()
             journal.sync()
-        summary = _summary(ledger, load_s, run_s, stats)
+        summary = replace(_summary(ledger, load_s, run_s), stats=stats)
         if summary.is_complete:
             _write_output(options, ledger)
+        if engine is not None and stats is not None:
+            summary = replace(summary, check=engine.compare(stats.phases))
     return summary
-
-
-def _lengths(
-    job: JobFile,
-    ledger: Ledger,
-    options: JobOptions,
-    tokenizer: ChatTokenizer,
-    params: SamplingParams,
-    longest: int,
-) -> Job | None:
-    """Of the rows that are left."""
-    model = ServedModel(options.served_names, tokenizer, longest, params, now=options.created)
-    return job_lengths(job, ledger.open_rows, model)
 
 
 def _check_paths(options: JobOptions) -> None:
@@ -250,15 +284,9 @@ def _greet(options: JobOptions, ledger: Ledger, journal: Journal, progress: JobP
         )
 
 
-def _run_rows(
-    job: JobFile,
-    ledger: Ledger,
-    engine: JobEngine,
-    options: JobOptions,
-    manifest: Manifest,
-    progress: JobProgress,
-    is_stopping: Callable[[], bool],
-) -> None:
+def _runner(
+    options: JobOptions, engine: JobEngine, service: Service, ledger: Ledger, manifest: Manifest
+) -> BatchRunner:
     model = ServedModel(
         options.served_names,
         engine.tokenizer,
@@ -266,25 +294,11 @@ def _run_rows(
         engine.default_params,
         now=manifest.created,  # a resume on another day must render the same prompts
     )
-    runner = BatchRunner(engine, model, ledger, RunSettings(manifest.created, options.max_retries))
-
-    def snapshot() -> Snapshot:
-        return Snapshot(
-            rows=len(ledger),
-            rows_done=ledger.num_done,
-            rows_before=ledger.num_before,
-            rows_failed=ledger.count(JournalState.REFUSED) + ledger.count(JournalState.FAILED),
-            stats=engine.stats(),
-        )
-
-    runner.run(
-        job.rows(ledger.open_rows),
-        is_stopping=is_stopping,
-        tick=lambda: progress.update(snapshot),
-    )
+    settings = RunSettings(manifest.created, options.max_retries, WINDOW * engine.capacity)
+    return BatchRunner(service, model, ledger, settings)
 
 
-def _summary(ledger: Ledger, load_s: float, run_s: float, stats: EngineStats | None) -> Summary:
+def _summary(ledger: Ledger, load_s: float, run_s: float) -> Summary:
     return Summary(
         rows=len(ledger),
         ok=ledger.count(JournalState.OK),
@@ -293,7 +307,7 @@ def _summary(ledger: Ledger, load_s: float, run_s: float, stats: EngineStats | N
         rows_before=ledger.num_before,
         load_s=load_s,
         run_s=run_s,
-        stats=stats,
+        stats=None,
     )
 
 

@@ -6,10 +6,10 @@ import json
 import os
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -46,24 +46,23 @@ class JobRow:
     malformed: Malformed | None = None
 
 
+class Notes(Protocol):
+    """Whoever tells a person what goes on."""
+
+    def note(self, text: str) -> None: ...
+
+
 class JobFile:
     """A scanned input file. Raises UsageError if it cannot be read or holds a `custom_id` twice,
-    or, if `strict`, any malformed line. `tell` hears now and then how far the scan is."""
+    or, if `strict`, any malformed line. `notes` hears now and then how far the scan is."""
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        strict: bool = False,
-        tell: Callable[[str], None] = lambda text: None,
-    ) -> None:
+    def __init__(self, path: Path, *, strict: bool = False, notes: Notes | None = None) -> None:
         self.path = path
-        self._tell = tell
         self._offsets = array("Q")
         self._lines = array("Q")
         self._digests = bytearray()
         self.num_malformed = 0
-        self._scan(strict=strict)
+        self._scan(notes, strict=strict)
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -86,7 +85,7 @@ class JobFile:
                     )
                 yield replace(row, index=index)
 
-    def _scan(self, *, strict: bool) -> None:
+    def _scan(self, notes: Notes | None, *, strict: bool) -> None:
         ids = bytearray()  # 8 bytes per row: candidates for duplicates
         malformed: list[str] = []
         with _open(self.path) as file:
@@ -94,10 +93,10 @@ class JobFile:
             offset = 0
             told_at = time.monotonic()
             for number, text in enumerate(file, start=1):
-                if time.monotonic() - told_at >= _TELL_EVERY_S:
+                if notes is not None and time.monotonic() - told_at >= _TELL_EVERY_S:
                     told_at = time.monotonic()
                     done = f"{format_bytes(offset)} of {format_bytes(size)}"
-                    self._tell(f"scanning {self.path}: {number - 1} lines, {done}")
+                    notes.note(f"scanning {self.path}: {number - 1} lines, {done}")
                 row = _parse(text, number)
                 if row is not None:
                     self._offsets.append(offset)

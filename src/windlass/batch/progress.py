@@ -32,13 +32,18 @@ class Snapshot:
 class JobProgress(Protocol):
     """What the job tells, on the job's own thread."""
 
+    @property
+    def is_due(self) -> bool:
+        """Whether a snapshot would be shown; else it need not be taken."""
+        ...
+
     def say(self, text: str) -> None: ...
 
     def note(self, text: str) -> None:
         """What goes on before rows run; shown where rates would be."""
         ...
 
-    def update(self, take: Callable[[], Snapshot]) -> None: ...
+    def update(self, snapshot: Snapshot) -> None: ...
 
     def __enter__(self) -> "JobProgress": ...
 
@@ -132,12 +137,12 @@ class LineProgress:
         with self._lock:
             self._meter.note = text
 
-    def update(self, take: Callable[[], Snapshot]) -> None:
-        now = time.monotonic()
-        if now - self._updated_at < min(_VIEW_EVERY_S, self._every_s):
-            return
-        self._updated_at = now
-        snapshot = take()
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() - self._updated_at >= min(_VIEW_EVERY_S, self._every_s)
+
+    def update(self, snapshot: Snapshot) -> None:
+        self._updated_at = time.monotonic()
         with self._lock:
             self._meter.add(snapshot)
 
@@ -182,12 +187,12 @@ class TerminalProgress:
         self._meter.note = text
         self._bar.update(self._task, description=text)
 
-    def update(self, take: Callable[[], Snapshot]) -> None:
-        now = time.monotonic()
-        if now - self._updated_at < _VIEW_EVERY_S:
-            return
-        self._updated_at = now
-        snapshot = take()
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() - self._updated_at >= _VIEW_EVERY_S
+
+    def update(self, snapshot: Snapshot) -> None:
+        self._updated_at = time.monotonic()
         self._meter.add(snapshot)
         self._bar.update(
             self._task,

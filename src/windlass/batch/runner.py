@@ -3,57 +3,36 @@ ends, retries what failed. Knows no files: rows come from an iterator, results g
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from windlass.batch.jobfile import JobRow
 from windlass.batch.journal import JournalState
 from windlass.batch.ledger import Ledger
-from windlass.engine.engine_stats import EngineStats
+from windlass.batch.progress import JobProgress, Snapshot
 from windlass.engine.outputs import NOT_FINITE, RequestOutput
-from windlass.engine.request import WINDOW, Request, StepResult
+from windlass.engine.request import Request
+from windlass.engine.service import Service
 from windlass.errors import RequestError
-from windlass.params import SamplingParams
-from windlass.protocol.openai import ApiRequest, ChatTokenizer, ServedModel, parse_body
+from windlass.protocol.openai import ApiRequest, ServedModel, parse_body
 from windlass.protocol.responses import error_response, response_body
 
+_LOOK_EVERY_S = 0.25  # at whoever may stop the job, and for progress, however long a pass takes
 _LINE_BREAKS = {"\u2028": "\\u2028", "\u2029": "\\u2029", "\x85": "\\u0085"}
 
 
-class PlanLike(Protocol):
-    """A plan as a job sees it."""
+class Stopping(Protocol):
+    """Whoever may ask a job to stop."""
 
-    def to_json(self) -> dict[str, Any]: ...
-
-
-class JobEngine(Protocol):
-    """The engine as a job sees it."""
-
-    @property
-    def plan(self) -> PlanLike: ...
-
-    @property
-    def tokenizer(self) -> ChatTokenizer: ...
-    @property
-    def max_model_len(self) -> int: ...
-    @property
-    def default_params(self) -> SamplingParams: ...
-    @property
-    def fingerprint(self) -> Mapping[str, object]: ...
-    @property
-    def capacity(self) -> int: ...
-    def add(self, request: Request) -> None: ...
-    def abort(self, request_id: str) -> None: ...
-    def step(self) -> StepResult: ...
-    def stats(self) -> EngineStats: ...
-    def close(self) -> None: ...
+    def is_stopping(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
     created: int  # seconds since 1970, of every response
     max_retries: int
+    window: int  # sequences in flight
 
 
 @dataclass(slots=True, eq=False)
@@ -80,45 +59,66 @@ class _Flight:
 
 
 class BatchRunner:
-    """Runs `rows` to their ends, or until `is_stopping` says so between two passes."""
+    """Runs `rows` to their ends, or until `stopping` says so: the pass under way is finished then,
+    and the service is closed."""
 
     def __init__(
-        self, engine: JobEngine, model: ServedModel, ledger: Ledger, settings: RunSettings
+        self, service: Service, model: ServedModel, ledger: Ledger, settings: RunSettings
     ) -> None:
-        self._engine = engine
+        self._service = service
+        self._stream = service.open()
         self._model = model
         self._ledger = ledger
         self._settings = settings
         self._flying: dict[str, tuple[_Flight, int]] = {}  # request id -> flight, prompt index
+        self._launched: list[Request] = []  # of these, those that the service does not have yet
         self._num_sequences = 0
 
-    def run(
-        self, rows: Iterator[JobRow], *, is_stopping: Callable[[], bool], tick: Callable[[], None]
-    ) -> None:
+    def run(self, rows: Iterator[JobRow], *, stopping: Stopping, progress: JobProgress) -> None:
         """Raises JobError if a result cannot be stored; what the engine raises passes through."""
         more = True
-        while not is_stopping():
-            more = more and self._admit(rows, is_stopping, tick)
+        while not stopping.is_stopping():
+            more = more and self._admit(rows, stopping, progress)
             if not self._flying:
                 return
-            for output in self._engine.step().finished:
-                self._take(output)
-            self._ledger.sync_if_due()
-            tick()
+            # whole windows at a time: a pass does not begin with the first row alone
+            self._stream.submit(self._launched)
+            self._launched.clear()
+            self._take_all(_LOOK_EVERY_S)
+            self._tick(progress)
+        self._service.close()
+        self._take_all(0)
 
-    def _admit(
-        self, rows: Iterator[JobRow], is_stopping: Callable[[], bool], tick: Callable[[], None]
-    ) -> bool:
+    def _admit(self, rows: Iterator[JobRow], stopping: Stopping, progress: JobProgress) -> bool:
         """Fills the window. False when there are no more rows."""
-        window = WINDOW * self._engine.capacity
-        while self._num_sequences < window and not is_stopping():
+        while self._num_sequences < self._settings.window and not stopping.is_stopping():
             row = next(rows, None)
             if row is None:
                 return False
             self._start(row)
-            self._ledger.sync_if_due()
-            tick()
+            self._tick(progress)
         return True
+
+    def _tick(self, progress: JobProgress) -> None:
+        self._ledger.sync_if_due()
+        if not progress.is_due:
+            return
+        ledger = self._ledger
+        progress.update(
+            Snapshot(
+                rows=len(ledger),
+                rows_done=ledger.num_done,
+                rows_before=ledger.num_before,
+                rows_failed=ledger.count(JournalState.REFUSED) + ledger.count(JournalState.FAILED),
+                stats=self._service.stats(),
+            )
+        )
+
+    def _take_all(self, timeout_s: float) -> None:
+        """Stores what has ended, waiting for it at most so long."""
+        for output in self._stream.take(timeout_s).finished:
+            if output.request_id in self._flying:  # else of a row that was given up meanwhile
+                self._take(output)
 
     def _start(self, row: JobRow) -> None:
         if row.malformed is not None:
@@ -139,22 +139,16 @@ class BatchRunner:
             )
 
     def _launch(self, flight: _Flight) -> None:
-        """Hands a row to the engine, whole or (RequestError) not at all."""
+        """Takes a row into the window, whole or (RequestError) not at all."""
         requests = flight.requests()
-        for number, request in enumerate(requests):
-            try:
-                self._engine.add(request)
-            except RequestError:
-                for added in requests[:number]:
-                    self._engine.abort(added.request_id)
-                raise
+        for request in requests:
+            self._service.validate(request)
+        self._launched += requests
         for number, request in enumerate(requests):
             self._flying[request.request_id] = (flight, number)
             self._num_sequences += request.params.n
 
     def _take(self, output: RequestOutput) -> None:
-        if output.request_id not in self._flying:
-            return  # of a row that was aborted in this very pass
         flight, number = self._land(output.request_id)
         flight.outputs[number] = output
         if output.error is not None and output.error_code is not None:
@@ -187,7 +181,7 @@ class BatchRunner:
         """Takes back what the row still has in the engine."""
         for request in flight.requests():
             if request.request_id in self._flying:
-                self._engine.abort(request.request_id)
+                self._service.abort(request.request_id)
                 self._land(request.request_id)
 
     def _retry(self, flight: _Flight, reason: str) -> None:

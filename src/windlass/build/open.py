@@ -1,25 +1,25 @@
 """The composition root: from options to a running engine. The only place that sees all layers."""
 
-from collections.abc import Callable, Mapping
+import logging
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from windlass.device.base import Device
 from windlass.device.cpu import CpuDevice
 from windlass.device.host_memory import (
+    LARGE_BYTES,
     available_bytes,
     memory_limits,
-    peak_resident_bytes,
     resident_bytes,
     return_freed_memory,
 )
 from windlass.engine.admission import Admission
-from windlass.engine.engine import Engine, EngineSetup
+from windlass.engine.engine import Engine, EngineParts, EngineSetup
+from windlass.engine.request_rules import RequestRules
 from windlass.engine.tokenizer import Tokenizer
 from windlass.engine.tokenizer import load as load_tokenizer
 from windlass.errors import UsageError
@@ -34,6 +34,7 @@ from windlass.kvcache.kv_cache import (
 from windlass.weights.store import WeightStore
 from windlass.weights.transfer import Carrier
 from windlass.checkpoint.folder import (CheckpointFolder, read_model)
+from windlass.build.expected import EngineExpectation
 from windlass.build.checkpoint_sizes import wanted_of
 from windlass.build.checkpoint_sizes import useful_threads
 from windlass.build.checkpoint_sizes import sizes_of
@@ -49,33 +50,36 @@ from windlass.options import (
     resolve_model,
 )
 from windlass.params import SamplingParams
-from windlass.phases import PhaseStats
 from windlass.plan import Plan
 from windlass.perf.sizes import Backend, Problem
 from windlass.planner.budget import (PlanConstraints, make_plan)
 from windlass.perf.sizes import Sizes
-from windlass.perf.accuracy import Accuracy, Prediction
 from windlass.planner.choose import Chosen, choose_plan
 from windlass.planner.validate import validate_plan
 from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast
-from windlass.schedule.batch import Batch
 from windlass.runtime.host import HostRuntime, Machine
 from windlass.runtime.routing_report import RoutingReport
-from windlass.schedule.passes import run_pass
-from windlass.schedule.runtime import Outcome
 from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec
 from windlass.trace import Tracer
-from windlass.units import MIB
+from windlass.units import MIB, format_bytes
 from windlass.version import VERSION
-from windlass.workload import Job, Workload
+from windlass.workload import Job
 
 _DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
 # Left free below the limit of a memory cgroup: page tables and buffers of the kernel count too
 _LIMIT_MARGIN = 32 * MIB
 
 
-# lengths of a job; None if there is nothing to plan for
-Lengths = Callable[[Tokenizer, SamplingParams, int], Job | None]
+_logger = logging.getLogger(__name__)
+
+
+class JobSource(Protocol):
+    """What an engine will run, as soon as its tokens can be counted."""
+
+    def job(self, tokenizer: Tokenizer, params: SamplingParams, longest: int) -> Job | None:
+        """Lengths of all sequences; None if there is nothing to plan for. `params`: of requests
+        that name none. `longest`: tokens of the longest sequence that the model allows."""
+        ...
 
 
 def open_engine(
@@ -83,19 +87,19 @@ def open_engine(
     *,
     device: Device | None = None,
     kernels: Kernels | None = None,
-    lengths: Lengths | None = None,
-    profile: Callable[[], HardwareProfile | None] = lambda: None,
+    source: JobSource | None = None,
+    profile: HardwareProfile | None = None,
 ) -> Engine:
     """Everything between options and the first step; nothing is read but headers and tokenizer.
 
     `device`: where weights and all that passes work on are; the host if None. The engine closes it; so does a failure here.
     `kernels`: what computes; as the options say if None.
-    `lengths`, of the tokenizer, the default parameters and the longest sequence that the model
-    allows: what to plan for, on the machine that `profile` gives (where it gives none, one like
-    this is assumed). Without, `Engine.compare` predicts for that machine what it is asked for.
+    `source`: what to plan for. `profile`: the machine it runs on, to be found before kernels are
+    chosen here; one like this is assumed if None.
+
+    Sets how torch and malloc work in this process, and logs what it sets (level INFO).
     """
     return_freed_memory()
-    known_profile = profile()  # before kernels are set up for us
     with ExitStack() as opened:
         if device is not None:
             opened.callback(device.close)
@@ -103,12 +107,18 @@ def open_engine(
         opened.callback(tracer.close)
         model = read_model(options, opened)
         threads = options.threads or useful_threads(model)
+        before = torch.get_num_threads()
         kernels = kernels or choose_kernels(
             options.moe_backend, threads=threads, bf16_activations=options.dtype == "bfloat16"
         )
+        _logger.info(
+            "set for the whole process: torch computes with %d threads (before: %d), malloc gives"
+            " what is freed above %s back to the system",
+            torch.get_num_threads(), before, format_bytes(LARGE_BYTES),
+        )  # fmt: skip
         kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
         backend = Backend(kernels.name, threads)
-        setup = _setup(options, model, backend, lengths, known_profile)
+        setup = _setup(options, model, backend, source, profile)
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
             opened.callback(device.close)
@@ -120,7 +130,7 @@ def _setup(
     options: EngineOptions,
     model: CheckpointFolder,
     backend: Backend,
-    lengths: Lengths | None,
+    source: JobSource | None,
     profile: HardwareProfile | None,
 ) -> EngineSetup:
     """The plan and all that requests need."""
@@ -131,62 +141,57 @@ def _setup(
         options = replace(options, kv_cache_dtype=_known_cache_dtype(replayed))
     params = _default_params(model.folder, options)
     longest = options.max_model_len or model.spec.max_positions
-    job = lengths(tokenizer, params, longest) if lengths else None
-    wanted = wanted_of(options, model)
+    job = source.job(tokenizer, params, longest) if source else None
     profile = profile or assumed_profile(threads=backend.threads, memory_bytes=available_bytes())
     sizes = sizes_of(model, options, backend)  # after all that the process has grown by
-    if replayed is not None:
-        validate_plan(replayed, model.spec, sizes, wanted, options.host_memory or largest_budget())
+    wanted = wanted_of(options, model)
     problem = Problem(model.spec, sizes, profile)
-    chosen = _choose(problem, options, wanted, job, replayed)
+    chosen = _choose(_Choice(problem, wanted, options, replayed), job)
     plan = chosen.plan
     return EngineSetup(
         plan=plan,
         notes=tuple(chosen.lines()),
         tokenizer=tokenizer,
         default_params=params,
-        vocab_size=model.spec.vocab_size,
-        max_model_len=plan.max_model_len,
-        longest=longest,
-        seed=options.seed,
+        rules=RequestRules(
+            max_model_len=plan.max_model_len,
+            longest=longest,
+            vocab_size=model.spec.vocab_size,
+            eos_token_ids=tokenizer.eos_token_ids,
+            seed=options.seed,
+            prefix_caching=plan.prefix_caching,
+        ),
         fingerprint=_fingerprint(model, tokenizer, options, backend),
-        peak_rss=peak_resident_bytes,
-        prediction=chosen.prediction,
-        compare=partial(_compare, chosen.problem),
+        expectation=EngineExpectation(chosen),
     )
 
 
-def _choose(
-    problem: Problem,
-    options: EngineOptions,
-    wanted: PlanConstraints,
-    job: Job | None,
-    replayed: Plan | None,
-) -> Chosen:
+class _Choice(NamedTuple):
+    """What a plan is chosen by."""
+
+    problem: Problem
+    wanted: PlanConstraints
+    options: EngineOptions
+    replayed: Plan | None
+
+
+def _choose(by: _Choice, job: Job | None) -> Chosen:
+    problem, wanted, options, replayed = by
+    if replayed is not None:
+        most = options.host_memory or largest_budget()
+        validate_plan(replayed, problem.spec, problem.sizes, wanted, most)
+        return Chosen(problem=problem, plan=replayed, workload=job.workload if job else None)
     budget = options.host_memory or default_budget()
     if job is None:
-        plan = replayed or make_plan(problem.spec, problem.sizes, budget, wanted)
+        plan = make_plan(problem.spec, problem.sizes, budget, wanted)
         return Chosen(problem=problem, plan=plan)
     before = resident_bytes()
-    if replayed is not None:
-        return Chosen(problem=problem, plan=replayed, workload=job.workload)
 
     def growth() -> int:
         return_freed_memory()
         return resident_bytes() - before
 
     return choose_plan(problem, job, budget, wanted, growth=growth)
-
-
-def _compare(
-    problem: Problem,
-    plan: Plan,
-    work: Workload,
-    phases: Mapping[str, PhaseStats],
-    *,
-    is_warm: bool,
-) -> Accuracy:
-    return Prediction.of(problem, plan, work).check(phases, is_warm=is_warm)
 
 
 def _assemble(
@@ -234,17 +239,17 @@ def _assemble(
         mixed_prefill_rows=plan.mixed_prefill_tokens,
     )
 
-    def run(batch: Batch) -> Outcome:
-        return run_pass(runtime, shape, batch)
-
     return Engine(
         setup,
-        run,
-        weights,
-        admission,
-        tracer=tracer,
-        disk_busy_s=lambda: device.busy_s,
-        on_close=opened.pop_all().close,
+        EngineParts(
+            runtime=runtime,
+            shape=shape,
+            weights=weights,
+            admission=admission,
+            device=device,
+            tracer=tracer,
+            resources=opened.pop_all(),
+        ),
     )
 
 

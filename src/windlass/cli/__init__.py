@@ -1,9 +1,11 @@
 """The command line. Finds the command, reads its values, turns errors into exit codes: 0 done,
 1 failed, 2 wrong usage, 3 done but some rows failed, 130 interrupted."""
 
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from windlass import __version__
 from windlass.cli import doctor, generate, quantize, run_batch, synth
@@ -31,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _dispatch(arguments)
+        with _log_lines():
+            return _dispatch(arguments)
     except UsageError as error:
         print(f"windlass: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -44,6 +47,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         # whoever read our output left (`| head`); the interpreter must not flush into the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+
+
+class _Lines(logging.Handler):
+    """What the library warns of, as lines like those of the commands."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
+
+
+@contextmanager
+def _log_lines() -> Iterator[None]:
+    logger, handler = logging.getLogger("windlass"), _Lines()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -4,15 +4,21 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from windlass import __version__
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer, number
-from windlass.cli.summary import phase_json, phase_lines, plan_lines
+from windlass.cli.signals import leave_at_once
+from windlass.cli.summary import (
+    phase_json,
+    phase_lines,
+    plan_lines,
+    prefetch_lines,
+    weights_json,
+    weights_words,
+)
 from windlass.doctor.kept import kept_profile
 from windlass.errors import RequestError, UsageError
 from windlass.units import format_bytes
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
     from windlass.engine.engine import Engine
     from windlass.engine.outputs import RequestOutput
     from windlass.engine.request import Request
+    from windlass.engine.service import Service
     from windlass.engine.tokenizer import Tokenizer
     from windlass.workload import Job
 
@@ -54,37 +61,32 @@ FLAGS = (
 
 
 def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
-    prompt = _prompt(values)
     from windlass.build.open import open_engine
+    from windlass.engine.service import Service
 
-    def lengths(tokenizer: "Tokenizer", params: object, longest: int) -> "Job":
-        from windlass.planner.choose import single_request
-
-        return single_request(len(_encode(tokenizer, prompt, values)), values["max_tokens"])
-
+    job = _OneJob(_prompt(values), values)
     options = engine_options(values)
-    profile = partial(kept_profile, options)
-    with closing(open_engine(options, lengths=lengths, profile=profile)) as engine:
+    engine = open_engine(options, source=job, profile=kept_profile(options))
+    with Service(engine) as service:
         print(*plan_lines(engine), sep="\n", file=sys.stderr)
-        request = _request(engine, prompt, values)
+        request = _request(engine, job)
         begin = time.monotonic()
-        engine.add(request)
-        output = _stream(engine)
+        try:
+            output = _stream(service, request)
+        except KeyboardInterrupt:
+            leave_at_once()  # a pass under way may take minutes
         seconds = max(time.monotonic() - begin, 1e-9)
-        stats = engine.stats()
+        stats = service.stats()
+    check = engine.compare(stats.phases)
     if output.error is not None:
         raise RequestError(output.error)
     choice = output.outputs[0]
-    hits = (
-        f"{100 * stats.expert_hits / stats.expert_requests:.1f} %"
-        if stats.expert_requests
-        else "none needed"
-    )
     print(
         f"{len(output.prompt_token_ids)} tokens in, {len(choice.token_ids)} out, "
         f"{len(choice.token_ids) / seconds:.2f} per s; {format_bytes(stats.bytes_read)} read, "
-        f"experts found in memory: {hits}, {format_bytes(stats.peak_rss_bytes)} at the peak",
-        *phase_lines(stats),
+        f"{weights_words(stats)}, {format_bytes(stats.peak_rss_bytes)} at the peak",
+        *prefetch_lines(stats),
+        *phase_lines(stats, check),
         sep="\n",
         file=sys.stderr,
     )
@@ -99,11 +101,9 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
             "completion_tokens": len(choice.token_ids),
             "elapsed_time": seconds,
             "output_throughput": len(choice.token_ids) / seconds,
-            "bytes_read": stats.bytes_read,
-            "expert_requests": stats.expert_requests,
-            "expert_hits": stats.expert_hits,
+            **weights_json(stats),
             "peak_rss_bytes": stats.peak_rss_bytes,
-            **phase_json(stats),
+            **phase_json(stats, check),
             "plan": engine.plan.to_json(),
         }
         print(json.dumps(document))
@@ -124,9 +124,31 @@ def _prompt(values: Mapping[str, Any]) -> str:
         raise UsageError(f"standard input: not UTF-8: {error}") from error
 
 
-def _request(engine: "Engine", prompt: str, values: Mapping[str, Any]) -> "Request":
+class _OneJob:
+    """The one prompt, for the planner and for the engine."""
+
+    def __init__(self, prompt: str, values: Mapping[str, Any]) -> None:
+        self.values = values
+        self._prompt = prompt
+
+    def encode(self, tokenizer: "Tokenizer") -> list[int]:
+        if not self.values["chat"]:
+            return tokenizer.encode(self._prompt)
+        messages = [{"role": "user", "content": self._prompt}]
+        if self.values["system"] is not None:
+            messages.insert(0, {"role": "system", "content": self.values["system"]})
+        return tokenizer.apply_chat_template(messages)
+
+    def job(self, tokenizer: "Tokenizer", params: object, longest: int) -> "Job":
+        from windlass.planner.choose import single_request
+
+        return single_request(len(self.encode(tokenizer)), self.values["max_tokens"])
+
+
+def _request(engine: "Engine", job: _OneJob) -> "Request":
     from windlass.engine.request import Request
 
+    values = job.values
     given = {name: values[name] for name in _PARAMS if values[name] is not None}
     params = replace(
         engine.default_params,
@@ -135,30 +157,20 @@ def _request(engine: "Engine", prompt: str, values: Mapping[str, Any]) -> "Reque
         stop=values["stop"] or (),
         ignore_eos=values["ignore_eos"],
     )
-    ids = _encode(engine.tokenizer, prompt, values)
-    return Request("0", tuple(ids), params, seed_key="generate")
+    return Request("0", tuple(job.encode(engine.tokenizer)), params, seed_key="generate")
 
 
-def _encode(tokenizer: "Tokenizer", prompt: str, values: Mapping[str, Any]) -> list[int]:
-    if not values["chat"]:
-        return tokenizer.encode(prompt)
-    messages = [{"role": "user", "content": prompt}]
-    if values["system"] is not None:
-        messages.insert(0, {"role": "system", "content": values["system"]})
-    return tokenizer.apply_chat_template(messages)
-
-
-def _stream(engine: "Engine") -> "RequestOutput":
+def _stream(service: "Service", request: "Request") -> "RequestOutput":
     """Writes text as it comes; the answer ends with a newline."""
+    stream = service.submit(request)
     while True:
-        step = engine.step()
-        for delta in step.deltas:
-            sys.stdout.write(delta.text)
-        sys.stdout.flush()
-        if step.finished:
+        came = stream.take()
+        sys.stdout.write("".join(delta.text for delta in came.deltas))
+        if came.finished:
             sys.stdout.write("\n")
-            sys.stdout.flush()
-            return step.finished[0]
+        sys.stdout.flush()
+        if came.finished:
+            return came.finished[0]
 
 
 COMMAND = Command(

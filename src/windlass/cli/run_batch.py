@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +14,22 @@ from windlass import __version__
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer
 from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
-from windlass.cli.summary import phase_json, phase_lines, plan_lines
+from windlass.cli.summary import (
+    phase_json,
+    phase_lines,
+    plan_lines,
+    prefetch_lines,
+    weights_json,
+    weights_words,
+)
 from windlass.doctor.kept import kept_profile
 from windlass.errors import UsageError, WindlassError
 from windlass.options import EngineOptions, checkpoint_stamp, resolve_model
 from windlass.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from windlass.batch.job import JobOptions, Lengths, Summary
-    from windlass.batch.runner import JobEngine
+    from windlass.batch.job import JobEngine, JobOptions, LeftRows, Summary
+    from windlass.batch.progress import JobProgress
 
 EXIT_ROWS_FAILED = 3
 _LAST_SECOND = 253402300799  # of the year 9999, where calendars end
@@ -83,6 +89,30 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         return EXIT_INTERRUPTED
 
 
+class _Source:
+    """Opens the engine of a job, and says so; from then on signals let the job end."""
+
+    def __init__(
+        self, options: EngineOptions, signals: StopSignals, progress: "JobProgress"
+    ) -> None:
+        self._options = options
+        self._signals = signals
+        self._progress = progress
+        self.plan: dict[str, Any] = {}  # stays empty where the job was already done
+
+    def open(self, max_model_len: int | None, left: "LeftRows") -> "JobEngine":
+        from windlass.build.open import open_engine
+
+        self._progress.say(f"loading {self._options.model}")
+        options = replace(self._options, max_model_len=max_model_len)
+        opened = open_engine(options, source=left, profile=kept_profile(self._options))
+        self._signals.defer()
+        self.plan = opened.plan.to_json()
+        for line in plan_lines(opened):
+            self._progress.say(line)
+        return opened
+
+
 def _run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     from windlass.batch.job import run_job
     from windlass.batch.progress import open_progress
@@ -92,32 +122,14 @@ def _run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     with StopSignals(farewell) as signals:
         engine = engine_options(values)
         options = _job_options(values, engine)
-        plan: dict[str, Any] = {}  # stays empty where the job was already done
-
-        def open_job_engine(max_model_len: int | None, lengths: "Lengths") -> "JobEngine":
-            from windlass.build.open import open_engine
-
-            progress.say(f"loading {values['model']}")
-            opened = open_engine(
-                replace(engine, max_model_len=max_model_len),
-                lengths=lengths,
-                profile=partial(kept_profile, engine),
-            )
-            signals.defer()
-            plan.update(opened.plan.to_json())
-            for line in plan_lines(opened):
-                progress.say(line)
-            return opened
-
         with open_progress() as progress:
-            summary = run_job(
-                options, open_job_engine, progress=progress, is_stopping=signals.is_stopping
-            )
+            source = _Source(engine, signals, progress)
+            summary = run_job(options, source, progress=progress, stopping=signals)
     for line in _summary_lines(summary, options):
         print(line)
     if values["json"]:
         document = _summary_json(summary, options, values)
-        _print_json({**document, "plan": plan} if plan else document)
+        _print_json({**document, "plan": source.plan} if source.plan else document)
     if not summary.is_complete:
         command = _resume_command(arguments, has_begun=summary.num_done > 0)
         print(f"interrupted; finished rows are safe. Go on with:\n  {command}", file=sys.stderr)
@@ -183,19 +195,15 @@ def _summary_lines(summary: "Summary", options: "JobOptions") -> list[str]:
     stats = summary.stats
     if stats is not None:
         seconds = max(summary.run_s, 1e-9)
-        hits = (
-            f"{100 * stats.expert_hits / stats.expert_requests:.1f} %"
-            if stats.expert_requests
-            else "none needed"
-        )
         lines += [
             f"time: {format_seconds(summary.run_s)}, loading {format_seconds(summary.load_s)}",
             f"tokens: {stats.input_tokens} in, {stats.generated_tokens} out; "
             f"{stats.generated_tokens / seconds:.2f} out per s, "
             f"{(stats.input_tokens + stats.generated_tokens) / seconds:.2f} per s in all",
-            *phase_lines(stats),
+            *phase_lines(stats, summary.check),
             f"disk: {format_bytes(stats.bytes_read)} read, "
-            f"{format_bytes(stats.bytes_read / seconds)}/s; experts found in memory: {hits}",
+            f"{format_bytes(stats.bytes_read / seconds)}/s; {weights_words(stats)}",
+            *prefetch_lines(stats),
             f"memory: {format_bytes(stats.peak_rss_bytes)} at the peak",
             f"plan: {options.plan_file}",
         ]
@@ -243,13 +251,11 @@ def _summary_json(
             "prefix_cache_queries": stats.prefix_cache_queries,
             "prefix_cache_hits": stats.prefix_cache_hits,
             "passes": stats.passes,
-            "bytes_read": stats.bytes_read,
-            "expert_requests": stats.expert_requests,
-            "expert_hits": stats.expert_hits,
+            **weights_json(stats),
             "weights_wait_time": stats.wait_s,
             "pass_time": stats.pass_s,
             "peak_rss_bytes": stats.peak_rss_bytes,
-            **phase_json(stats),
+            **phase_json(stats, summary.check),
         }
     return document
 

@@ -1,11 +1,13 @@
 """What a run says of its plan when it begins, and of its speed when it ends: lines for people,
 fields for programs."""
 
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from windlass.engine.engine_stats import EngineStats
+from windlass.engine.expectation import Check
 from windlass.phases import MODULES
-from windlass.units import format_seconds
+from windlass.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from windlass.engine.engine import Engine
@@ -16,8 +18,51 @@ def plan_lines(engine: "Engine") -> list[str]:
     return [*engine.plan.lines(), *engine.notes]
 
 
-def phase_lines(stats: EngineStats) -> list[str]:
-    """Prefill and decode, and what worked meanwhile; nothing where no pass has run."""
+def weights_words(stats: EngineStats) -> str:
+    """Where experts were found."""
+    shares = stats.expert_shares
+    if not shares:
+        return "experts found in memory: none needed"
+    host, disk = 100 * shares["host"], 100 * shares["disk"]
+    return f"experts found in memory: {host:.1f} %, on disk: {disk:.1f} %"
+
+
+def prefetch_lines(stats: EngineStats) -> list[str]:
+    """What became of reads ahead; nothing where there were none."""
+    store = stats.weights
+    if not store.prefetch_issued:
+        return []
+    parts = ", ".join(
+        f"{what} {format_bytes(number)}"
+        for what, number in (
+            ("used", store.prefetch_used_bytes),
+            ("late", store.prefetch_late_bytes),
+            ("cancelled", store.prefetch_cancelled_bytes),
+        )
+    )
+    return [f"prefetched: {format_bytes(store.prefetch_issued_bytes)}; {parts}"]
+
+
+def weights_json(stats: EngineStats) -> dict[str, Any]:
+    """Counters of weights, for programs."""
+    prefetch = {
+        field.name: getattr(stats.weights, field.name)
+        for field in fields(stats.weights)
+        if field.name.startswith("prefetch_")
+    }
+    return {
+        "bytes_read": stats.bytes_read,
+        "expert_requests": stats.expert_requests,
+        "expert_hits": stats.expert_hits,
+        "expert_shares": stats.expert_shares,
+        "evictions": stats.weights.evictions,
+        **prefetch,
+    }
+
+
+def phase_lines(stats: EngineStats, check: Check | None) -> list[str]:
+    """Prefill and decode, what worked meanwhile, and what was expected; nothing where no pass has
+    run."""
     total = stats.total
     if not total.seconds:
         return []
@@ -32,11 +77,11 @@ def phase_lines(stats: EngineStats) -> list[str]:
         f" decode: {_rate(stats.decode_tokens, stats.decode_s)}",
         f"of the passes' time: disk busy {disk}; computing {host} ({modules}),"
         f" waiting for weights {wait}, the rest {other}",
-        *(stats.check.lines() if stats.check else ()),
+        *(check.lines() if check else ()),
     ]
 
 
-def phase_json(stats: EngineStats) -> dict[str, Any]:
+def phase_json(stats: EngineStats, check: Check | None) -> dict[str, Any]:
     """The same for programs."""
     return {
         "prefill_time": stats.prefill_s,
@@ -44,7 +89,7 @@ def phase_json(stats: EngineStats) -> dict[str, Any]:
         "prefill_throughput": _per_second(stats.prompt_tokens, stats.prefill_s),
         "decode_throughput": _per_second(stats.decode_tokens, stats.decode_s),
         "phases": stats.phases_json(),
-        "prediction": stats.check.to_json() if stats.check else None,
+        "prediction": check.to_json() if check else None,
     }
 
 

@@ -11,18 +11,15 @@ gave way returns first and in the order of age: the oldest comes to its end what
 so all do.
 """
 
-from collections import Counter, deque
-from collections.abc import Callable
-from itertools import islice
-from typing import NamedTuple
+from collections import Counter
+from typing import NamedTuple, Protocol
 
 from windlass.engine.answer_lengths import OutputLengths
 from windlass.engine.prompt_pages import Known, PromptPages
-from windlass.engine.request import WINDOW, Request
+from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
+from windlass.engine.waiting_queue import WaitingQueue
 from windlass.kvcache.kv_cache import KvCache
-from windlass.kvcache.pages import num_alike
-from windlass.plan import Plan
 from windlass.schedule.batch import CHUNK_TOKENS, Segment
 
 
@@ -31,6 +28,12 @@ class ScheduledSequence(NamedTuple):
 
     sequence: Sequence
     segment: Segment
+
+
+class Starts(Protocol):
+    """Makes sequences of what leaves the queue."""
+
+    def start(self, queued: QueuedSequence) -> Sequence: ...
 
 
 class Admission:
@@ -54,18 +57,16 @@ class Admission:
         self._max_num_seqs = max_num_seqs
         self._max_rows = max_rows
         self._mixed_prefill_rows = mixed_prefill_rows
-        self._last_keys: tuple[bytes, ...] = ()  # of the prompt that was admitted last
-        self._num_passed_over = 0  # times in a row that the first in the queue was
         self.lengths = OutputLengths()
         self._is_filling = False  # a wave takes in prompts
         self.prompt_pages = PromptPages(kv, long_rope_after=long_rope_after)
-        self.waiting: deque[QueuedSequence | Sequence] = deque()  # a Sequence: to be computed again
+        self.waiting = WaitingQueue(max_num_seqs)
         self.running: list[Sequence] = []  # oldest first
         self.num_preemptions = 0
         self._num_begun = 0
 
     def add(self, queued: QueuedSequence) -> None:
-        self.waiting.append(queued)
+        self.waiting.add(queued)
 
     def remove(self, sequence: Sequence) -> None:
         """A running sequence has ended; its pages are free at once."""
@@ -76,15 +77,7 @@ class Admission:
         """Forgets all sequences of `request`, running or waiting."""
         for sequence in [sequence for sequence in self.running if sequence.request is request]:
             self.remove(sequence)
-        self.waiting = deque(one for one in self.waiting if one.request is not request)
-
-    def replan(self, plan: Plan) -> None:
-        """From the next pass on. Who runs goes on, also where they are more than `plan` allows."""
-        most = max(plan.max_num_seqs, len(self.running))
-        assert plan.max_num_batched_tokens >= most + CHUNK_TOKENS, "a pass must hold all sequences"
-        self._max_num_seqs = plan.max_num_seqs
-        self._max_rows = plan.max_num_batched_tokens
-        self._mixed_prefill_rows = plan.mixed_prefill_tokens
+        self.waiting.drop(request)
 
     def restart(self) -> None:
         """After a pass that failed: no row of it counts, so nothing may be read that it was to
@@ -93,14 +86,14 @@ class Admission:
             self._preempt(self.running[-1])
         self._kv.pool.forget_all()
 
-    def compose(self, start: Callable[[QueuedSequence], Sequence]) -> list[ScheduledSequence]:
-        """The rows of the next pass; empty only when there is nothing to do. `start` makes the
-        sequence of what is taken from the queue."""
+    def compose(self, starts: Starts) -> list[ScheduledSequence]:
+        """The rows of the next pass; empty only when there is nothing to do. `starts` makes the
+        sequences of what is taken from the queue."""
         rows: list[ScheduledSequence] = []
         if self._mixed_prefill_rows == 0:
             self._is_filling |= not self.running
             if self._is_filling:
-                self._add_prompts(start, self._max_rows, rows)
+                self._add_prompts(starts, self._max_rows, rows)
                 self._is_filling = bool(rows)
             if rows:
                 return rows
@@ -112,42 +105,24 @@ class Admission:
             room -= rows[-1].segment.num_tokens
         if rows and self._mixed_prefill_rows is not None:
             room = min(room, self._mixed_prefill_rows)
-        self._add_prompts(start, room, rows)
+        self._add_prompts(starts, room, rows)
         return rows
 
-    def _add_prompts(
-        self, start: Callable[[QueuedSequence], Sequence], room: int, rows: list[ScheduledSequence]
-    ) -> None:
+    def _add_prompts(self, starts: Starts, room: int, rows: list[ScheduledSequence]) -> None:
         """Prompt rows of those that run, then of newcomers."""
         for sequence in self.running:
             if sequence.in_prompt:
                 room -= self._add_prompt(sequence, room, rows)
         while room > 0 and self.waiting and len(self.running) < self._max_num_seqs:
-            place = self._next()
+            place = self.waiting.next()
             newcomer = self.waiting[place]
             known = self.prompt_pages.find(newcomer.queued)
             if not self._can_admit(newcomer, known, room):
                 break
-            del self.waiting[place]
-            sequence = start(newcomer) if isinstance(newcomer, QueuedSequence) else newcomer
+            self.waiting.take(place)
+            sequence = starts.start(newcomer) if isinstance(newcomer, QueuedSequence) else newcomer
             self._admit(sequence, known)
-            self._num_passed_over = self._num_passed_over + 1 if place else 0
             room -= self._add_prompt(sequence, room, rows)
-
-    def _next(self) -> int:
-        """Place in the queue of what is admitted next: the first, or the first of those that begin
-        most like the last that was admitted, so that fewer prefixes are held at once. What gave way
-        is not passed over, nothing is more often than there are places for sequences."""
-        keys = self._last_keys
-        is_due = self._num_passed_over >= self._max_num_seqs
-        if not keys or is_due or isinstance(self.waiting[0], Sequence):
-            return 0
-        found = most = 0
-        for place, one in enumerate(islice(self.waiting, WINDOW * self._max_num_seqs)):
-            alike = num_alike(keys, one.queued.block_keys)
-            if alike > most:
-                found, most = place, alike
-        return found
 
     def _can_admit(self, newcomer: QueuedSequence | Sequence, known: Known, room: int) -> bool:
         left = newcomer.queued.num_tokens - self.prompt_pages.num_ready(known)
@@ -174,7 +149,6 @@ class Admission:
 
     def _admit(self, sequence: Sequence, known: Known) -> None:
         self.prompt_pages.take(sequence, known)
-        self._last_keys = sequence.queued.block_keys
         sequence.state_slot = self._kv.take_state()
         if sequence.number < 0:  # it has not run before
             sequence.number, self._num_begun = self._num_begun, self._num_begun + 1
@@ -197,7 +171,7 @@ class Admission:
         self.running.remove(sequence)
         self._release(sequence)
         sequence.num_computed = 0
-        self.waiting.appendleft(sequence)
+        self.waiting.put_back(sequence)
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:

@@ -7,7 +7,6 @@ answer takes all that it may.
 
 from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from math import ceil
 
 _WINDOW = 512
 
@@ -27,19 +26,6 @@ class OutputLengths:
         if len(self._recent) > _WINDOW:
             oldest = self._recent.popleft()
             del self._sorted[bisect_left(self._sorted, oldest)]
-
-    def mean(self, max_output: int) -> float:
-        """Tokens of an answer that may have `max_output`."""
-        known = self._sorted
-        return max_output * sum(known) / len(known) if known else float(max_output)
-
-    def quantile(self, share: float, max_output: int) -> float:
-        """Tokens that at least `share` of the answers (0 to 1) do not exceed."""
-        known = self._sorted
-        if not known:
-            return float(max_output)
-        place = max(0, ceil(share * len(known)) - 1)
-        return max_output * known[place]
 
     def chance(self, more_than: int, *, after: int, max_output: int) -> float:
         """Probability that an answer with `after` tokens comes to have more than `more_than`: by

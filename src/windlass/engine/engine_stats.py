@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from windlass.engine.steering import Check
+from windlass.ids import Part
 from windlass.phases import PhaseStats
+from windlass.weights.stats import StoreStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,10 +16,7 @@ class EngineStats:
     passes: int
     prompt_tokens: int  # that were computed
     generated_tokens: int
-    bytes_read: int  # from disk
-    expert_requests: int  # experts a pass needed
-    expert_hits: int  # of these, already in memory when asked for
-    wait_s: float  # compute waited for weights
+    weights: StoreStats  # what was read, found and prefetched
     pass_s: float  # spent in passes
     peak_rss_bytes: int  # of the process
     running: int
@@ -28,7 +26,35 @@ class EngineStats:
     prefix_cache_hits: int = 0  # of these, tokens that they had computed
 
     phases: Mapping[str, PhaseStats] = field(default_factory=dict)  # those that occurred
-    check: Check | None = None  # beside what was predicted, where anything was
+
+    @property
+    def bytes_read(self) -> int:
+        """From disk."""
+        return self.weights.bytes_read
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that computation waited for weights."""
+        return self.weights.wait_s
+
+    @property
+    def expert_requests(self) -> int:
+        """Experts that passes needed."""
+        return self.weights.requests.get(Part.EXPERT, 0)
+
+    @property
+    def expert_hits(self) -> int:
+        """Of these, experts that were in memory when they were asked for."""
+        return self.weights.hits.get(Part.EXPERT, 0)
+
+    @property
+    def expert_shares(self) -> dict[str, float]:
+        """Where the experts were that passes needed, as shares of them by tier; empty where none
+        was needed."""
+        if not self.expert_requests:
+            return {}
+        host = self.expert_hits / self.expert_requests
+        return {"host": host, "disk": 1 - host}
 
     @property
     def prefill_s(self) -> float:

@@ -9,10 +9,10 @@ Suffix legend: V vocabulary, K tokens that may still be drawn.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,12 @@ Ids = NDArray[np.int64]
 _DRAW_BLOCK = 512  # weights per partial sum of a draw: a row of 152k needs 300 sums, then 512
 
 
+class TokenTexts(Protocol):
+    """What a token is in UTF-8: a part of a character perhaps."""
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """One drawn token. `logprob`, `rank` and `top` are empty where no logprobs were asked for;
@@ -38,12 +44,12 @@ class Sampled:
     rank: int | None = None
     top: tuple[tuple[int, float, int], ...] = ()
 
-    def as_logprobs(self, token_bytes: Callable[[int], bytes]) -> dict[int, Logprob]:
+    def as_logprobs(self, tokenizer: TokenTexts) -> dict[int, Logprob]:
         """vLLM's dict of this step: the drawn token first, then the most likely ones."""
         assert self.logprob is not None, "the request did not ask for logprobs"
         step: dict[int, Logprob] = {}
         for token_id, logprob, rank in ((self.token_id, self.logprob, self.rank), *self.top):
-            data = token_bytes(token_id)
+            data = tokenizer.token_bytes(token_id)
             text = data.decode("utf-8", "replace")
             step.setdefault(token_id, Logprob(logprob, rank, text, data))
         return step

@@ -173,7 +173,7 @@ class Sequence:
             return None
         found = self.prompt_logprobs
         return tuple(
-            Sampled(token, found[place]).as_logprobs(tokenizer.token_bytes) if place else None
+            Sampled(token, found[place]).as_logprobs(tokenizer) if place else None
             for place, token in enumerate(self.request.prompt_token_ids)
         )
 
@@ -181,7 +181,7 @@ class Sequence:
         """The sequence as it stands."""
         has_logprobs = self.request.params.logprobs is not None
         steps: list[LogprobsOfStep] = [
-            step.as_logprobs(tokenizer.token_bytes) for step in self.logprobs.steps()
+            step.as_logprobs(tokenizer) for step in self.logprobs.steps()
         ]
         return CompletionOutput(
             index=self.queued.index,

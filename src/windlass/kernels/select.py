@@ -1,6 +1,6 @@
 """Which kernels a run uses. Chosen once, at the start."""
 
-import sys
+import logging
 from functools import cache
 
 import torch
@@ -11,10 +11,12 @@ from windlass.kernels.cpu.native import NativeKernels
 from windlass.kernels.interface import Kernels
 from windlass.kernels.reference import TorchKernels
 
+_logger = logging.getLogger(__name__)
+
 
 def choose_kernels(backend: str, *, threads: int, bf16_activations: bool) -> Kernels:
     """`backend`: "cpu" (native, or UsageError), "torch", or "auto": native where it can run, else
-    torch with one line that says so. `bf16_activations`: products round their rows to bf16."""
+    torch with one warning that says so. `bf16_activations`: products round their rows to bf16."""
     torch.set_num_threads(threads)
     if backend == "torch":
         return TorchKernels(bf16_activations=bf16_activations)
@@ -25,13 +27,13 @@ def choose_kernels(backend: str, *, threads: int, bf16_activations: bool) -> Ker
         return NativeKernels(found, threads=threads, bf16_activations=bf16_activations)
     if backend == "cpu":
         raise UsageError(f"moe_backend: got 'cpu', but the native library {found}")
-    say_once(
-        f"kernels: the native library {found}; torch's are used (few rows: up to 10 times slower)"
-    )
+    _warn_once(found)
     return TorchKernels(bf16_activations=bf16_activations)
 
 
 @cache
-def say_once(text: str) -> None:
+def _warn_once(found: str) -> None:
     """Kernels are chosen for a run and for every kept report that might fit it."""
-    print(text, file=sys.stderr)  # noqa: T201
+    _logger.warning(
+        "kernels: the native library %s; torch's are used (few rows: up to 10 times slower)", found
+    )

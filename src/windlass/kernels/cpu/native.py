@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from windlass.kernels.cpu import attention, products
-from windlass.kernels.cpu.capture import NativeCapture
+from windlass.kernels.cpu import native_attention as attention
+from windlass.kernels.cpu import products
 from windlass.kernels.cpu.matrices import TYPES, elements_together
+from windlass.kernels.cpu.native_capture import NativeCapture
 from windlass.kernels.cpu.prepared import routing_of
 from windlass.kernels.cpu.session import Session
 from windlass.kernels.interface import AttentionOptions, AttentionWork, ExpertGroups, Routes

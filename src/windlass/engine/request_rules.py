@@ -1,0 +1,69 @@
+"""What an engine asks of a request, and what it makes of one that passes. Immutable: any thread may
+ask while passes run."""
+
+from dataclasses import dataclass
+
+from windlass.engine.request import Request
+from windlass.engine.sampling import Sampler, choice_seed
+from windlass.engine.sequence import QueuedSequence
+from windlass.errors import RequestError
+from windlass.kvcache.pages import block_keys
+from windlass.schedule.batch import CHUNK_TOKENS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestRules:
+    """Limits in tokens. `longest`: those of a sequence where memory has no end, by what the user or
+    the model allows. `seed`: of requests without one."""
+
+    max_model_len: int
+    longest: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    seed: int
+    prefix_caching: bool
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError if the request cannot run here."""
+        params, num_prompt = request.params, len(request.prompt_token_ids)
+        if not num_prompt:
+            raise RequestError("prompt has no tokens, allowed at least 1", param="prompt")
+        room = self.max_model_len - num_prompt
+        if room < 1 or (params.max_tokens is not None and params.max_tokens > room):
+            wanted = "" if params.max_tokens is None else f" and max_tokens {params.max_tokens}"
+            raise RequestError(
+                f"prompt has {num_prompt} tokens{wanted}, limit {self.max_model_len} in all",
+                param="prompt" if room < 1 else "max_tokens",
+                code="context_length_exceeded",
+            )
+        ids = request.prompt_token_ids
+        if min(ids) < 0 or max(ids) >= self.vocab_size:
+            raise RequestError(
+                f"prompt token ids: allowed 0 to {self.vocab_size - 1}", param="prompt"
+            )
+        self.sampler(request, 0)  # checks the ids that the parameters name
+
+    def queued(self, request: Request) -> list[QueuedSequence]:
+        """The `n` sequences of a request that was checked."""
+        params, num_prompt = request.params, len(request.prompt_token_ids)
+        max_output, longest = self.max_model_len - num_prompt, self.longest
+        if params.max_tokens is not None:
+            max_output, longest = params.max_tokens, num_prompt + params.max_tokens
+        keys: tuple[bytes, ...] = ()
+        if self.prefix_caching:
+            keys = block_keys(request.prompt_token_ids, CHUNK_TOKENS)
+        return [
+            QueuedSequence(request, index, max_output, longest, keys) for index in range(params.n)
+        ]
+
+    def sampler(self, request: Request, index: int) -> Sampler:
+        """Draws the tokens of sequence `index`; RequestError for ids outside the vocabulary."""
+        return Sampler(
+            request.params,
+            prompt_token_ids=request.prompt_token_ids,
+            seed=choice_seed(
+                request.params, run_seed=self.seed, seed_key=request.seed_key, choice=index
+            ),
+            vocab_size=self.vocab_size,
+            eos_token_ids=self.eos_token_ids,
+        )

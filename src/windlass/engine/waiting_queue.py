@@ -1,0 +1,61 @@
+"""What waits to be admitted, and who is next. Knows no memory."""
+
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+
+from windlass.engine.request import WINDOW, Request
+from windlass.engine.sequence import QueuedSequence, Sequence
+from windlass.kvcache.pages import num_alike
+
+
+class WaitingQueue:
+    """Newcomers in the order they came, behind sequences that were preempted: those return first
+    and in the order of age. `most`: sequences that may run at once."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._waiting: deque[QueuedSequence | Sequence] = deque()
+        self._last_keys: tuple[bytes, ...] = ()  # of the prompt that was taken last
+        self._num_passed_over = 0  # times in a row that the first in the queue was
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __iter__(self) -> Iterator[QueuedSequence | Sequence]:
+        return iter(self._waiting)
+
+    def add(self, queued: QueuedSequence) -> None:
+        self._waiting.append(queued)
+
+    def put_back(self, sequence: Sequence) -> None:
+        """A sequence that was preempted; of several the youngest comes first."""
+        self._waiting.appendleft(sequence)
+
+    def drop(self, request: Request) -> None:
+        """Forgets all sequences of `request`."""
+        self._waiting = deque(one for one in self._waiting if one.request is not request)
+
+    def next(self) -> int:
+        """Place in the queue of what is admitted next: the first, or the first of those that begin
+        most like the last that was admitted, so that fewer prefixes are held at once. What was
+        preempted is not passed over, nothing is more often than there are places for sequences."""
+        keys = self._last_keys
+        is_due = self._num_passed_over >= self._most
+        if not keys or is_due or isinstance(self._waiting[0], Sequence):
+            return 0
+        found = most = 0
+        for place, one in enumerate(islice(self._waiting, WINDOW * self._most)):
+            alike = num_alike(keys, one.queued.block_keys)
+            if alike > most:
+                found, most = place, alike
+        return found
+
+    def __getitem__(self, place: int) -> QueuedSequence | Sequence:
+        return self._waiting[place]
+
+    def take(self, place: int) -> None:
+        """What waits at `place` is admitted."""
+        self._last_keys = self._waiting[place].queued.block_keys
+        self._num_passed_over = self._num_passed_over + 1 if place else 0
+        del self._waiting[place]

@@ -1,0 +1,49 @@
+"""A job in a process of its own whose peak of memory is measured. It is forked from one that has
+imported everything and computed nothing, so that each job need not import torch again."""
+
+import multiprocessing
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+from windlass.build.open import open_engine
+from windlass.engine.request import Request
+from windlass.options import EngineOptions
+from windlass.params import SamplingParams
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["windlass.build.open"])
+
+
+def planned_and_peak(folder: str, case: Mapping[str, Any], backend: str) -> tuple[int, int]:
+    """Bytes: what the plan adds up to, and the most that the process ever had."""
+    ours, theirs = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_run, args=(folder, dict(case), backend, theirs))
+    process.start()
+    theirs.close()
+    try:
+        planned, peak = ours.recv()
+    finally:
+        process.join(300)
+        ours.close()
+    assert process.exitcode == 0
+    return planned, peak
+
+
+def _run(folder: str, case: dict[str, Any], backend: Any, result: Connection) -> None:
+    prompts = case["prompts"]
+    new = [case["new"] + case.get("longer", 0) * i for i in range(len(prompts))]
+    options = EngineOptions(
+        model=folder, load_format="dummy", host_memory=8 << 30, max_num_seqs=len(prompts),
+        max_num_batched_tokens=case["rows"], max_model_len=max(prompts) + max(new),
+        moe_expert_cache_size=case.get("moe_expert_cache_size", "1"), generation_config="vllm",
+        moe_backend=backend, kv_cache_dtype=case.get("kv_cache_dtype", "auto"),
+    )  # fmt: skip
+    with open_engine(options) as engine:
+        for i, length in enumerate(prompts):
+            prompt = tuple((7 * i + 13 * j) % 250 for j in range(length))
+            params = SamplingParams(max_tokens=new[i], temperature=0.7, ignore_eos=True)
+            engine.add(Request(str(i), prompt, params, str(i)))
+        while engine.has_work:
+            engine.step()
+        result.send((engine.plan.host.total_bytes, engine.stats().peak_rss_bytes))
