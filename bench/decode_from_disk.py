@@ -27,6 +27,7 @@ from windlass.plan import Plan
 from windlass.units import MIB, format_bytes, parse_bytes
 
 _PROCESS_BYTES = 280 * MIB  # Python, torch and activations
+_LEAST_BYTES = 384 * MIB
 _NATIVE = Path("windlass/kernels/cpu/libwindlass_cpu.so")
 _KEPT = ("decode_throughput", "decode_time", "prefill_time", "load_time", "passes", "bytes_read",
          "expert_requests", "expert_hits", "weights_wait_time", "peak_rss_bytes")  # fmt: skip
@@ -108,7 +109,8 @@ def bench(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     size = _prepare(folder, config, job)
     wanted = options.host_memory
     experts = 2 * 3 * options.layers * options.experts * options.hidden * options.intermediate
-    budget = parse_bytes(wanted) if wanted else _PROCESS_BYTES + size - experts * 2 // 3
+    budget = max(_LEAST_BYTES, _PROCESS_BYTES + size - experts * 2 // 3)
+    budget = parse_bytes(wanted) if wanted else budget
     flags = ["--host-memory", f"{budget // MIB}MiB", *options.flag]
     print(f"{options.layers} layers of {options.experts} experts, {format_bytes(size)},"
           f" in {format_bytes(budget)}", flush=True)  # fmt: skip
