@@ -168,7 +168,7 @@ def test_the_clock_does_what_the_device_does(
         passes.append((batch, real[first:]))
         return outcome
 
-    monkeypatch.setattr(build, "run_pass", recorded)
+    monkeypatch.setattr("windlass.engine.engine.run_pass", recorded)
     routed = _note_routing(monkeypatch)
     engine = engine_for(checkpoint, device=device, **options)
     given = prompts((70, 3, 41, 9), seed=1)
