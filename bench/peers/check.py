@@ -29,7 +29,7 @@ def ask(model: Model, engine: str, form: str, threads: int) -> dict[str, Any]:
     settings = {"dtype": form} if engine == "transformers" else {}
     size = sweep.Size(**_SIZE, threads=threads)
     job = sweep.make_job(
-        model, engine, form, settings=settings, size=size, limits_s=(_TIMEOUT_S, _TIMEOUT_S)
+        model, engine, form, settings=settings, size=size, most=sweep.Most(_TIMEOUT_S, _TIMEOUT_S)
     )
     if job is None:
         return sweep.no_room(model, engine, form, settings).to_json()

@@ -152,7 +152,7 @@ class Comparison:
                 return case | launch.Outcome(status="failed", message="no settings ran").to_json()
             job = sweep.make_job(
                 model, engine, contender.form, settings=settings, size=size,
-                limits_s=(hint.phase_s, hint.phase_s), output_tokens=hint.output_tokens,
+                most=sweep.Most(hint.phase_s, hint.phase_s, hint.output_tokens),
             )  # fmt: skip
             if job is None:
                 return case | sweep.no_room(model, engine, contender.form, settings).to_json()

@@ -11,8 +11,6 @@ from peers.launch import Outcome
 from peers.models import Model, at_once
 
 _TIMEOUT_S = 400.0
-_PREFILL_LIMIT_S, _DECODE_LIMIT_S = 15.0, 10.0
-_OUTPUT_TOKENS = 16
 _FASTER = 0.98  # a difference below this is no reason to change
 _START: dict[str, dict[str, Any]] = {
     "llama.cpp": {
@@ -67,7 +65,7 @@ def best_settings(model: Model, engine: str, form: str, size: Size) -> dict[str,
         outcome = try_settings(model, engine, form, settings=settings, size=size)
         taken = float("inf")
         if outcome.result is not None:
-            steps = max(1, min(_OUTPUT_TOKENS, size.output_tokens) - 1)
+            steps = max(1, min(SHORT.output_tokens, size.output_tokens) - 1)
             more = (size.output_tokens - 1) / steps
             taken = outcome.result["prefill_s"] + outcome.result["decode_s"] * more
         tried.append({"settings": settings, "status": outcome.status,
@@ -103,6 +101,18 @@ def try_settings(
     return launch.run(engine, job, _TIMEOUT_S)
 
 
+@dataclass(frozen=True, slots=True)
+class Most:
+    """What a job may take: seconds of each phase, tokens of an answer."""
+
+    prefill_s: float
+    decode_s: float
+    output_tokens: int = 16
+
+
+SHORT = Most(15.0, 10.0)  # enough to compare settings
+
+
 def make_job(
     model: Model,
     engine: str,
@@ -110,11 +120,11 @@ def make_job(
     *,
     settings: dict[str, Any],
     size: Size,
-    limits_s: tuple[float, float] = (_PREFILL_LIMIT_S, _DECODE_LIMIT_S),
-    output_tokens: int = _OUTPUT_TOKENS,
+    most: Most | None = None,
 ) -> Job | None:
     """The job of an engine at a size; None where memory holds not even one sequence."""
-    output_tokens = min(output_tokens, size.output_tokens)
+    most = most or SHORT
+    output_tokens = min(most.output_tokens, size.output_tokens)
     together = size.sequences
     if engine != "windlass":
         together = at_once(
@@ -127,7 +137,7 @@ def make_job(
         model=str(model.file(engine, form)), vocab_size=model.config["vocab_size"],
         threads=size.threads, sequences=size.sequences, at_once=together,
         prompt_tokens=size.prompt_tokens, output_tokens=output_tokens,
-        prefill_limit_s=limits_s[0], decode_limit_s=limits_s[1], settings=settings,
+        prefill_limit_s=most.prefill_s, decode_limit_s=most.decode_s, settings=settings,
     )  # fmt: skip
 
 

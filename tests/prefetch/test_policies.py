@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lru import LeastRecentlyUsed
 from windlass.ids import Part, WeightKey
-from windlass.prefetch.policies import FarthestNextUse, LeastRecentlyUsed
+from windlass.prefetch.policies import FarthestNextUse
 from windlass.prefetch.usage import UsageForecast
 from windlass.weights.eviction import EvictionPolicy
 

@@ -12,9 +12,10 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from lru import LeastRecentlyUsed
 from windlass.errors import BudgetError
 from windlass.ids import DISK_TO_HOST, Part, WeightKey
-from windlass.prefetch.policies import FarthestNextUse, LeastRecentlyUsed
+from windlass.prefetch.policies import FarthestNextUse
 from windlass.weights.cache import WeightCache
 from windlass.weights.demand import Demand
 from windlass.weights.hints import Hint

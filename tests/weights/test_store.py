@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from fakes import FakeDevice, FakeSource, expert_layout, expert_tensors, experts
+from lru import LeastRecentlyUsed
 from windlass.checkpoint.part_reads import ByteRange, merge_ranges, slot_bytes
 from windlass.checkpoint.reader import Checkpoint
 from windlass.device.cpu import CpuDevice
 from windlass.errors import BudgetError, CheckpointError
 from windlass.ids import Part, WeightKey
 from windlass.models.names import Layout, Piece, Reshape, Take, Transpose
-from windlass.prefetch.policies import FarthestNextUse, LeastRecentlyUsed
+from windlass.prefetch.policies import FarthestNextUse
 from windlass.trace import Tracer
 from windlass.weights.hints import Hint
 from windlass.weights.store import Arrivals, Lease, WeightStore

@@ -1,6 +1,5 @@
 """Which resident weights to give up. Pure Python over names, so that a list of keys replays it."""
 
-from collections import OrderedDict
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush
 
@@ -9,31 +8,6 @@ from windlass.ids import Part, WeightKey
 _MIN_PROBABILITY = 1e-6  # keeps the expected distance finite
 
 _Rank = tuple[float, int]  # probability, minus the count of keys added so far
-
-
-class LeastRecentlyUsed:
-    """Gives up what was used longest ago. The yardstick; in a cyclic pass it is always wrong."""
-
-    def __init__(self) -> None:
-        self._keys: dict[Part, OrderedDict[WeightKey, None]] = {
-            part: OrderedDict() for part in Part
-        }
-
-    def note_use(self, key: WeightKey) -> None:
-        if key in self._keys[key.part]:
-            self._keys[key.part].move_to_end(key)
-
-    def add(self, key: WeightKey) -> None:
-        self._keys[key.part][key] = None
-
-    def discard(self, key: WeightKey) -> None:
-        self._keys[key.part].pop(key, None)
-
-    def __contains__(self, key: WeightKey) -> bool:
-        return key in self._keys[key.part]
-
-    def victim(self, part: Part, distance: float | None) -> WeightKey | None:
-        return next(iter(self._keys[part]), None)
 
 
 class _Bucket:
