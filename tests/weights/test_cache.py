@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
-from hypothesis import Phase, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -261,6 +261,12 @@ class Callers(RuleBasedStateMachine):
             visit.left.remove(entry.key)
             self._given(entry)
 
+    @precondition(lambda self: self.filler.content)
+    @rule(which=st.integers(0, 20))
+    def take_what_has_a_slot(self, which: int) -> None:
+        found = list(self.filler.content.values())
+        self.take_resident(found[which % len(found)].key)
+
     @rule(key=st.sampled_from(ALL_KEYS))
     def take_resident(self, key: WeightKey) -> None:
         is_resident = self.filler.is_resident(key)
@@ -380,7 +386,5 @@ class Callers(RuleBasedStateMachine):
         assert all(entry.is_idle for entry in self.filler.content.values())
 
 
-Callers.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=40, deadline=None, phases=(Phase.generate,)
-)
+Callers.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestCallers = Callers.TestCase
