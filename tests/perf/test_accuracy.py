@@ -5,10 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from engines import make_model
 from machines import machine
 from planning import SPECS, few_layers, round_sizes
-from windlass.cli import main
 from windlass.perf.accuracy import Prediction, compare
 from windlass.perf.estimate import LANES, Estimate, Phase
 from windlass.perf.sizes import Problem
@@ -109,31 +107,3 @@ def test_what_is_expected_rests_on_the_profile():
         assert sum(one.output_tokens for one in found.estimate.phases.values()) == 2 * 8
     cut = Prediction.of(Problem(SPEC, SIZES, profile), replace(plan, max_model_len=100), work)
     assert cut.estimate.total_s < found.estimate.total_s
-
-
-# --- in an engine ---
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    make_model("qwen3_moe", folder)
-    return folder
-
-
-def test_generate_says_its_plan_first_and_how_it_went_at_the_end(path, capsys, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(path / "no reports"))
-    given = ["-m", str(path), "-n", "6", "--ignore-eos", "-t", "1", "--host-memory", "4GiB"]
-    assert main(["generate", *given, "--json", "w5 w6 w7"]) == 0
-    shown = capsys.readouterr()
-    lines = shown.err.splitlines()
-    plan = [line for line in lines if line.startswith("plan: ")]
-    assert lines[: len(plan)] == plan and len(plan) == 4
-    assert plan[-1].startswith("plan: for 1 sequence of 3 tokens in and 6 out: about ")
-    assert "rates assumed" in plan[-1]
-    begins = [line.split(":")[0] for line in lines[len(plan) :]]
-    assert begins[-1] == "predicted"
-    text, document = shown.out.splitlines()
-    found = json.loads(document)
-    assert found["text"] == text and found["prediction"]["done"] == 1
-    assert set(found["prediction"]["phases"]) == {"prefill", "decode", "total"}
