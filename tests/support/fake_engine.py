@@ -261,7 +261,10 @@ def _fake_logprobs(tokens: Sequence[int], top: int | None) -> tuple[dict[int, Lo
 
 def open_fake(options: object, **more: object) -> FakeEngine:
     """What `windlass.build.open.open_engine` is in the script."""
-    time.sleep(float(os.environ.get("FAKE_OPEN_S", "0")))
+    ready = time.monotonic() + float(os.environ.get("FAKE_OPEN_S", "0"))
+    while time.monotonic() < ready:
+        # a signal that comes just before one long sleep would not end it: loading has no such wait
+        time.sleep(0.02)
     return FakeEngine(
         capacity=int(os.environ.get("FAKE_CAPACITY", "4")),
         step_s=float(os.environ.get("FAKE_STEP_S", "0")),
