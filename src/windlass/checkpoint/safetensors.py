@@ -28,8 +28,9 @@ _DTYPE_BITS = {
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """All tensors of the checkpoint in `folder` by name; `TensorInfo.file` is relative to it.
 
-    One `model.safetensors`, or the shards that `model.safetensors.index.json` names (of which only
-    the tensors in the index count). Raises CheckpointError at the first thing that is wrong.
+    One `model.safetensors`, or the shards that `model.safetensors.index.json` names. What is in a
+    shard, its own header says; of a tensor in two of them the index decides. Raises CheckpointError
+    at the first thing that is wrong.
     """
     if (folder / SINGLE_FILE).exists():
         return _read_file(folder, SINGLE_FILE)
@@ -41,7 +42,6 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
             " (only safetensors checkpoints are read)"
         )
     weight_map = _read_index(folder)
-    shards: dict[str, dict[str, TensorInfo]] = {}
     absent = sorted(f for f in set(weight_map.values()) if not (folder / f).exists())
     if absent:
         name = next(name for name, file in weight_map.items() if file == absent[0])
@@ -50,14 +50,15 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
             + (f"; {len(absent)} files are absent" if len(absent) > 1 else "")
         )
     found: dict[str, TensorInfo] = {}
-    for name, file in weight_map.items():
-        if file not in shards:
-            shards[file] = _read_file(folder, file)
-        if name not in shards[file]:
-            raise CheckpointError(
-                f"{folder / file}: tensor {name}: expected by {INDEX_FILE}, not found in the file"
-            )
-        found[name] = shards[file][name]
+    for file in sorted(set(weight_map.values())):
+        for name, info in _read_file(folder, file).items():
+            if name in found and weight_map.get(name) not in (found[name].file, file):
+                raise CheckpointError(
+                    f"{folder / file}: tensor {name}: expected once, found in {found[name].file} too"
+                    f" ({INDEX_FILE} does not say which counts)"
+                )
+            if name not in found or weight_map[name] == file:
+                found[name] = info
     return found
 
 
