@@ -276,7 +276,7 @@ def test_layers_that_config_cuts_off_are_named() -> None:
     config_says, _ = read_spec({**SMALL_MIXTRAL, "num_hidden_layers": 3})
     layout = build_layout(config_says, names, tensors)
     assert layout.notes == (
-        "weights: layers 3 to 4 are stored and left unread: config.json says 3 layers",
+        "weights: 2 stored layers are left unread, config.json describes 3",
     )
     joins = tensors_of({f"model.layers.{i}.eh_proj.weight": (16, 32) for i in (3, 4)})
     assert build_layout(config_says, names, tensors | joins).notes == ()

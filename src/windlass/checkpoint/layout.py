@@ -328,10 +328,9 @@ def _check_unused(spec: ModelSpec, prefix: str, tensors: list[TensorInfo]) -> tu
             f"config.json describes ({len(spec.blocks)} layers); allowed are its own tensors, "
             "those of layers beyond the last, of multi-token prediction and of vision towers"
         )
-    cut = sorted(layer for layer, predicts in later.items() if not predicts)
+    cut = sum(not predicts for predicts in later.values())
     if not cut:
         return ()
     return (
-        f"weights: layers {cut[0]} to {cut[-1]} are stored and left unread: config.json says"
-        f" {len(spec.blocks)} layers",
+        f"weights: {cut} stored layers are left unread, config.json describes {len(spec.blocks)}",
     )
