@@ -1,4 +1,4 @@
-"""A folder as people have it: what its config.json and its files leave unsaid, and where it lies."""
+"""A folder as people have it: what its config.json and files leave unsaid, and where it lies."""
 
 import json
 import logging

@@ -219,7 +219,11 @@ def test_tensors_that_the_spec_should_have_used(name: str) -> None:
 )
 def test_a_flag_that_denies_a_stored_tensor(flag: str, name: str) -> None:
     config = dict(
-        SMALL_MIXTRAL, model_type="glm4_moe", n_routed_experts=4, moe_intermediate_size=24, head_dim=4
+        SMALL_MIXTRAL,
+        model_type="glm4_moe",
+        n_routed_experts=4,
+        moe_intermediate_size=24,
+        head_dim=4,
     )
     spec, names = read_spec({**config, flag: False})
     tensors = tensors_of(expected_tensors(spec, names))
@@ -275,9 +279,7 @@ def test_layers_that_config_cuts_off_are_named() -> None:
     spec, names, tensors = mixtral(num_hidden_layers=5)
     config_says, _ = read_spec({**SMALL_MIXTRAL, "num_hidden_layers": 3})
     layout = build_layout(config_says, names, tensors)
-    assert layout.notes == (
-        "weights: 2 stored layers are left unread, config.json describes 3",
-    )
+    assert layout.notes == ("weights: 2 stored layers are left unread, config.json describes 3",)
     joins = tensors_of({f"model.layers.{i}.eh_proj.weight": (16, 32) for i in (3, 4)})
     assert build_layout(config_says, names, tensors | joins).notes == ()
 

@@ -123,16 +123,15 @@ def expected_stored(spec: ModelSpec, names: NameMap) -> dict[str, Expected]:
     Routers and the head are plain."""
     tensors: dict[str, Expected] = {}
     for wanted in all_wanted(spec, names):
-        source = wanted.sources[0]
-        for name, expected in _expect(wanted, source, names):
+        for name, expected in expected_of(wanted, wanted.sources[0], names, names.prefixes[0]):
             assert tensors.setdefault(name, expected) == expected, f"{name} has two shapes"
     return tensors
 
 
-def _expect(
-    wanted: WantedTensor, source: TensorSource, names: NameMap
+def expected_of(
+    wanted: WantedTensor, source: TensorSource, names: NameMap, prefix: str
 ) -> Iterator[tuple[str, Expected]]:
-    prefix = names.prefixes[0]
+    """The tensors of one canonical tensor that lies in `source`."""
     name = name_of(source, prefix, wanted.key)
     scheme = scheme_of(wanted, names, prefix, name)
     if scheme is None or not is_linear(wanted):

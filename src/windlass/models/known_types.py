@@ -1,5 +1,5 @@
-"""Values of `model_type` that exist: those of transformers 5 and of some published checkpoints whose
-code comes with them. Knows names only; which of them run, `registry.py` says."""
+"""Values of `model_type` that exist: those of transformers 5, and of published checkpoints that
+bring code of their own. Knows names only; which of them run, `registry.py` says."""
 
 # with experts
 MOE = frozenset(

@@ -106,9 +106,7 @@ def read_description(config: Mapping[str, Any]) -> ModelDescription:
 
 def _quantised(outer: Config, settings: Config) -> Config:
     """The part of config.json that says how weights are stored: either, or both in one voice."""
-    inner, whole = (
-        [part.raw.get(key) for key in _QUANTIZATION] for part in (settings, outer)
-    )
+    inner, whole = ([part.raw.get(key) for key in _QUANTIZATION] for part in (settings, outer))
     if any(inner) and any(whole) and inner != whole:
         raise ModelError(
             "config.json: quantization_config is given twice and differs, allowed one, or both"
