@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from transformers import AutoConfig
 
+from delta_model import DELTA_CASES
 from families import CASES, make_checkpoint
 from layouts import expected_tensors
 from published import SMALL_MIXTRAL
@@ -83,6 +85,12 @@ def test_every_setting_that_transformers_saves_is_known(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     if config["model_type"] == "dbrx":  # it has them in ffn_config
         assert config.pop("intermediate_size") and config.pop("num_experts_per_tok")
+    assert read_description(config).unknown == ()
+
+
+@pytest.mark.parametrize("family", DELTA_CASES)
+def test_every_setting_of_delta_families_is_known(family: str) -> None:
+    config = AutoConfig.for_model(family, **DELTA_CASES[family]).to_dict()
     assert read_description(config).unknown == ()
 
 
@@ -288,10 +296,10 @@ def test_layers_that_config_cuts_off_are_named() -> None:
 def test_a_stored_head_is_read_whatever_config_says(name: str) -> None:
     spec, names, tensors = mixtral(tie_word_embeddings=True)
     tensors |= tensors_of({name: (50, 16)})
-    layout = build_layout(spec, names, tensors)
+    assert spec.tied_head and name in error(spec, names, tensors)
+    layout = build_layout(with_stored_head(spec, names, tensors), names, tensors)
     assert layout.unused == ()
     assert {p.tensor for key in layout.keys(Part.HEAD) for p in layout.parts[key]} == {name}
-    assert not with_stored_head(spec, names, tensors).tied_head
 
 
 def test_tied_model_needs_no_head() -> None:

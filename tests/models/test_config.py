@@ -316,6 +316,15 @@ def test_nested_settings_of_dbrx(change: dict[str, Any]) -> None:
     assert "ffn_config" in refusal(published("dbrx", ffn_config=nested))
 
 
+def test_an_empty_rope_scaling_says_nothing() -> None:
+    rope = {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}
+    alone, beside = (
+        read_description(published("mixtral", rope_theta=None, rope_parameters=rope, **more))
+        for more in ({}, {"rope_scaling": {}})
+    )
+    assert alone == beside and alone.unknown == ()
+
+
 def test_layer_types_decide_the_windows() -> None:
     kinds = ["full_attention"] * 23 + ["sliding_attention"]
     config = published("qwen2_moe", use_sliding_window=True, sliding_window=77, layer_types=kinds)

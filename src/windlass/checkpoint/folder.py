@@ -49,13 +49,13 @@ def read_model(options: EngineOptions, opened: ExitStack) -> CheckpointFolder:
     else:
         source = Checkpoint(folder, mode=options.load_mode)
     opened.callback(source.close)
+    spec = with_stored_head(spec, names, source.tensors)
     layout = build_layout(spec, names, source.tensors)
     notes = (*description.notes, *layout.notes)
     for note in notes:
         if options.strict:
-            raise ModelError(f"{note}; allowed is nothing of the kind where strict is set")
+            raise ModelError(f"{note}; under strict nothing of the kind is allowed")
         _logger.warning(note)
-    spec = with_stored_head(spec, names, source.tensors)
     return CheckpointFolder(folder, config, spec, layout, source, notes)
 
 

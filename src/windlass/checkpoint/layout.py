@@ -77,7 +77,6 @@ def build_layout(
     type that Windlass does not run, and for one that the spec does not use but probably should.
     """
     prefix = trunk_prefix(names, tensors)
-    spec = with_stored_head(spec, names, tensors)
     parts: dict[WeightKey, list[Piece]] = {}
     claimed: set[str] = set()
     for wanted in all_wanted(spec, names):
@@ -101,8 +100,8 @@ def build_layout(
 def with_stored_head(
     spec: ModelSpec, names: NameMap, tensors: Mapping[str, TensorInfo]
 ) -> ModelSpec:
-    """The model with the head that its files have: one that is stored counts, whatever config.json
-    says of the embedding table."""
+    """The model with the head that its files have, for `build_layout`: one that is stored counts,
+    whatever config.json says of the embedding table."""
     prefix = trunk_prefix(names, tensors)
     heads = [source.name.format(model=prefix) for source in names.head["weight"]]
     stored = any(name in tensors for head in heads for name in (head, *packed_names(head)))

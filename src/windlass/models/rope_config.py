@@ -79,9 +79,9 @@ def mla_scale(config: Config, qk_dim: int) -> float:
 
 
 def _parameters(config: Config, layer_type: str | None) -> Config:
-    # transformers lets `rope_scaling` win where both are present
+    # transformers lets `rope_scaling` win where it says anything
     spellings = ("rope_scaling", "rope_parameters")
-    found = next((name for name in spellings if config.has(name)), None)
+    found = next((name for name in spellings if config.get(name, dict, {})), None)
     if found is None:
         return Config({}, where=config.where)
     params = config.section(found)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from windlass.checkpoint.layout import build_layout
+from windlass.checkpoint.layout import build_layout, with_stored_head
 from windlass.checkpoint.reader import Checkpoint
 from windlass.checkpoint.safetensors import INDEX_FILE
 from windlass.errors import UsageError
@@ -82,6 +82,7 @@ def quantize(
     spec, names = description.spec, description.names
     begin = time.monotonic()
     with closing(Checkpoint(folder)) as source:
+        spec = with_stored_head(spec, names, source.tensors)
         layout = build_layout(spec, names, source.tensors)
         for note in (*description.notes, *layout.notes):
             say(note)
