@@ -34,6 +34,7 @@ class EngineOptions:
     `quantization` asserts how the checkpoint's weights are stored; the checkpoint itself says it.
     `moe_expert_cache_size`: "auto", a size with a unit, or a number of experts per layer.
     `kv_cache_dtype`: what keys and values are kept in, "auto" for the checkpoint's type.
+    `strict`: settings of config.json that nothing reads are an error, not a line of the log.
     `plan`: one to replay, or its file; what else is said must agree with it.
     """
 
@@ -58,6 +59,7 @@ class EngineOptions:
     moe_backend: Literal["auto", "torch", "cpu"] = "auto"
     trace: Path | None = None
     generation_config: Literal["auto", "vllm"] = "auto"
+    strict: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -83,6 +85,15 @@ def resolve_model(name: str) -> Path:
     if not folder.is_dir():
         raise UsageError(f"model: got {name!r}, allowed a checkpoint folder or {DEMO!r}")
     return folder
+
+
+def model_name(folder: Path) -> str:
+    """What a model is called: its folder's own name, the same however the path was spelt; of a
+    folder in the hub's cache (models--org--name/snapshots/revision) the repository's, org/name."""
+    folder = folder.resolve()
+    repository = folder.parents[1].name if folder.parent.name == "snapshots" else ""
+    kind, *parts = repository.split("--")
+    return "/".join(parts) if kind == "models" and parts else folder.name
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:

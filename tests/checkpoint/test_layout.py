@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from transformers import AutoConfig
 
+from delta_model import DELTA_CASES
 from families import CASES, make_checkpoint
 from layouts import expected_tensors
 from published import SMALL_MIXTRAL
-from windlass.checkpoint.layout import build_layout
+from windlass.checkpoint.layout import build_layout, with_stored_head
 from windlass.errors import CheckpointError
 from windlass.ids import Part, WeightKey
 from windlass.models.names import Layout, NameMap, TensorInfo
-from windlass.models.registry import read_spec
+from windlass.models.registry import read_description, read_spec
 from windlass.models.spec import ModelSpec
 
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
@@ -77,6 +79,19 @@ def coverage(layout: Layout, keys: Iterable[WeightKey]) -> dict[str, int]:
         for (_, end), (begin, _) in zip(ordered, ordered[1:], strict=False):
             assert end <= begin, f"{name}: ranges overlap"
     return {name: sum(stop - start for start, stop in spans) for name, spans in ranges.items()}
+
+
+def test_every_setting_that_transformers_saves_is_known(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    if config["model_type"] == "dbrx":  # it has them in ffn_config
+        assert config.pop("intermediate_size") and config.pop("num_experts_per_tok")
+    assert read_description(config).unknown == ()
+
+
+@pytest.mark.parametrize("family", DELTA_CASES)
+def test_every_setting_of_delta_families_is_known(family: str) -> None:
+    config = AutoConfig.for_model(family, **DELTA_CASES[family]).to_dict()
+    assert read_description(config).unknown == ()
 
 
 def test_parts_of_a_model() -> None:
@@ -204,27 +219,87 @@ def test_tensors_that_the_spec_should_have_used(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("attention_bias", "model.layers.0.self_attn.q_proj.bias"),
+        ("use_qk_norm", "model.layers.0.self_attn.q_norm.weight"),
+    ],
+)
+def test_a_flag_that_denies_a_stored_tensor(flag: str, name: str) -> None:
+    config = dict(
+        SMALL_MIXTRAL,
+        model_type="glm4_moe",
+        n_routed_experts=4,
+        moe_intermediate_size=24,
+        head_dim=4,
+    )
+    spec, names = read_spec({**config, flag: False})
+    tensors = tensors_of(expected_tensors(spec, names))
+    assert build_layout(spec, names, tensors).unused == ()
+    tensors |= tensors_of({name: (16,)})
+    assert name in error(spec, names, tensors)
+
+
+@pytest.mark.parametrize(
     "name",
     [
-        "model.layers.2.self_attn.q_proj.weight",
         "model.layers.17.shared_head.head.weight",
         "mtp.layers.0.mlp.gate.weight",
         "model.mtp_block.0.self_attn.q_proj.weight",
         "model.layers.0.self_attn.rotary_emb.inv_freq",
         "model.visual.blocks.0.attn.qkv.weight",
         "vision_tower.encoder.weight",
+        "mm_projector.proj.0.weight",
+        "model.vision_embedder.linear.weight",
+        "model.embed_audio.embedding_projection.weight",
+        "image_newline",
     ],
 )
 def test_tensors_that_nobody_needs(name: str) -> None:
     spec, names, tensors = mixtral()
     tensors[name] = TensorInfo(name, "b.safetensors", "I64", (4,), 0, 32)
-    assert build_layout(spec, names, tensors).unused == (name,)
+    layout = build_layout(spec, names, tensors)
+    assert layout.unused == (name,) and layout.notes == ()
 
 
-def test_head_of_a_tied_model_is_not_read() -> None:
+def nested_mixtral(*more: str) -> tuple[ModelSpec, NameMap, dict[str, TensorInfo]]:
+    """A text model under `language_model.`, and tensors beside it."""
+    spec, names, tensors = mixtral()
+    shapes = {f"language_model.{name}": info.shape for name, info in tensors.items()}
+    return spec, names, tensors_of({**shapes, **dict.fromkeys(more, (4,))})
+
+
+def test_whatever_lies_beside_a_nested_text_model() -> None:
+    beside = ("mlp1.0.weight", "qformer.layers.0.weight", "view_seperator")
+    assert build_layout(*nested_mixtral(*beside)).unused == tuple(sorted(beside))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["language_model.model.layers.0.self_attn.q_proj.bias", "model.layers.0.mlp.gate.weight",
+     "lm_head.bias", "model.norm.bias"],
+)  # fmt: skip
+def test_what_belongs_to_a_text_model_is_not_beside_it(name: str) -> None:
+    assert name in error(*nested_mixtral(name))
+
+
+def test_layers_that_config_cuts_off_are_named() -> None:
+    spec, names, tensors = mixtral(num_hidden_layers=5)
+    config_says, _ = read_spec({**SMALL_MIXTRAL, "num_hidden_layers": 3})
+    layout = build_layout(config_says, names, tensors)
+    assert layout.notes == ("weights: 2 stored layers are left unread, config.json describes 3",)
+    joins = tensors_of({f"model.layers.{i}.eh_proj.weight": (16, 32) for i in (3, 4)})
+    assert build_layout(config_says, names, tensors | joins).notes == ()
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "language_model.lm_head.weight"])
+def test_a_stored_head_is_read_whatever_config_says(name: str) -> None:
     spec, names, tensors = mixtral(tie_word_embeddings=True)
-    tensors |= tensors_of({"lm_head.weight": (50, 16)})
-    assert build_layout(spec, names, tensors).unused == ("lm_head.weight",)
+    tensors |= tensors_of({name: (50, 16)})
+    assert spec.tied_head and name in error(spec, names, tensors)
+    layout = build_layout(with_stored_head(spec, names, tensors), names, tensors)
+    assert layout.unused == ()
+    assert {p.tensor for key in layout.keys(Part.HEAD) for p in layout.parts[key]} == {name}
 
 
 def test_tied_model_needs_no_head() -> None:

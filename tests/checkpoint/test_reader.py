@@ -161,11 +161,34 @@ def test_no_checkpoint_at_all(tmp_path: Path):
         read_headers(tmp_path / "absent")
 
 
-def test_an_index_that_names_what_is_not_there(tmp_path: Path):
+@pytest.mark.parametrize(
+    "changes",
+    [{"z": "x-1.safetensors"}, {"c": None}, {"b": "x-1.safetensors"}, {}],
+    ids=["one too many", "one too few", "another file", "as it is"],
+)
+def test_the_files_themselves_say_what_they_hold(tmp_path: Path, changes: dict[str, str | None]):
     weight_map = write_shards(tmp_path)
-    write_index(tmp_path, {**weight_map, "z": "x-1.safetensors"})
-    with pytest.raises(CheckpointError, match=r"x-1\.safetensors: tensor z: .*, not found"):
+    expected = read_headers(tmp_path)
+    assert {name: info.file for name, info in expected.items()} == weight_map
+    changed = {**weight_map, **changes}
+    write_index(tmp_path, {name: file for name, file in changed.items() if file is not None})
+    assert read_headers(tmp_path) == expected
+
+
+def test_of_a_tensor_in_two_files_the_index_decides(tmp_path: Path):
+    weight_map = write_shards(tmp_path)
+    save_file({"a": TENSORS["a"], "b": TENSORS["b"]}, tmp_path / "x-1.safetensors")
+    for file in ("x-1.safetensors", "x-2.safetensors"):
+        write_index(tmp_path, {**weight_map, "b": file})
+        assert read_headers(tmp_path)["b"].file == file
+    del weight_map["b"]
+    write_index(tmp_path, weight_map)
+    with pytest.raises(CheckpointError, match=r"x-2.*tensor b: .*found in x-1\.safetensors too"):
         read_headers(tmp_path)
+
+
+def test_an_index_that_names_files_that_are_not_there(tmp_path: Path):
+    weight_map = write_shards(tmp_path)
     write_index(tmp_path, {**weight_map, "z": "x-3.safetensors", "y": "x-4.safetensors"})
     with pytest.raises(CheckpointError, match=r"x-3\.safetensors: .*tensor z.*2 files are absent"):
         read_headers(tmp_path)

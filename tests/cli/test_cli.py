@@ -373,14 +373,14 @@ ENGINE = {
     "--moe-expert-cache-size", "--moe-expert-cache", "--kv-cache-dtype",
     "--max-num-seqs", "-np", "--parallel",
     "--max-num-batched-tokens", "-b", "--batch-size", "--micro-batch-size", "-ub", "--ubatch-size",
-    "--threads", "-t", "--moe-backend", "--trace", "--config", "--schedule", "--plan",
+    "--threads", "-t", "--moe-backend", "--trace", "--config", "--schedule", "--plan", "--strict",
     "--enable-prefix-caching",
     "--no-enable-prefix-caching",
 }  # fmt: skip
 OPTIONS = {
     "run-batch": ENGINE | {
         "--input-file", "-i", "--output-file", "-o", "--error-file", "--overwrite", "--resume",
-        "--strict", "--max-retries", "--no-retry-failed", "--json", "--served-model-name", "-a",
+        "--max-retries", "--no-retry-failed", "--json", "--served-model-name", "-a",
         "--alias",
     },
     "generate": ENGINE | {

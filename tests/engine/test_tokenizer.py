@@ -187,8 +187,8 @@ def test_end_of_sequence_ids_of_all_files(tmp_path: Path) -> None:
     folder = checkpoint(
         tmp_path,
         tokenizer_config__json=config(eos_token="<|im_end|>"),
-        generation_config__json={"eos_token_id": [2, 7]},
-        config__json={"eos_token_id": 9, "text_config": {"eos_token_id": 11}},
+        generation_config__json={"eos_token_id": [2, 7, None]},
+        config__json={"eos_token_id": [9, None], "text_config": {"eos_token_id": 11}},
     )
     tokenizer = load(folder)
     assert tokenizer.eos_token_ids == (2, 7, 9, 11)

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from layouts import expected_tensors
-from published import PUBLISHED
+from published import PUBLISHED, SMALL_QWEN3_5
 from windlass.build.checkpoint_sizes import cache_shapes
 from windlass.errors import ModelError
 from windlass.kvcache.kv_cache import bytes_per_token, state_bytes
 from windlass.models.config import Config
-from windlass.models.registry import FAMILIES, read_spec
+from windlass.models.known_types import DENSE, MOE
+from windlass.models.registry import FAMILIES, read_description, read_spec
 from windlass.models.spec import Gqa, LongRopeScaling, Moe
 from windlass.perf import flops as cost
 
@@ -84,17 +85,57 @@ def test_unread_keys() -> None:
     assert config.unread() == ["b"]
 
 
+def test_unread_keys_of_sections() -> None:
+    config = Config({"a": {"b": 1, "c": {"d": 2}}, "e": 3, "f": 4})
+    config.section("a").get("b", int, 0)
+    config.section("a").section("c")
+    config.ignore("e")
+    assert [(part.where, part.unread()) for part in config.with_sections()] == [
+        ("config.json", ["f"]), ("config.json: a", []), ("config.json: a: c", ["d"]),
+    ]  # fmt: skip
+
+
 # --- the registry ---------------------------------------------------------------------------------
 
 
-def test_unknown_model_type_suggests_the_nearest() -> None:
-    message = refusal({"model_type": "qwen3_moee"})
-    assert "did you mean qwen3_moe?" in message and "mixtral" in message
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("qwen3_moee", "qwen3_moe"), ("Mixtral", "mixtral"), ("qwen3moe", "qwen3_moe"),
+     ("deepseekv3", "deepseek_v3"), ("gpt-oss", "gpt_oss")],
+)  # fmt: skip
+def test_a_misspelt_model_type_suggests_the_one_that_was_meant(typed: str, meant: str) -> None:
+    message = refusal({"model_type": typed})
+    assert f"did you mean {meant}?" in message and "mixtral" in message
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mistral", "gemma2"])
+# Nobody can be told to take one of ours for them; deepseek_v9 and qwen9_moe do not exist yet.
+OTHERS = ["deepseek_v4", "deepseek_v9", "qwen9_moe", "qwen3_omni_moe", "glm4v_moe", "jamba",
+          "longcat_flash", "minimax_m3_vl", "granitemoehybrid", "switch_transformers"]  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+def test_another_model_type_is_no_slip_of_the_pen(model_type: str) -> None:
+    message = refusal({"model_type": model_type})
+    assert "did you mean" not in message and repr(model_type) in message
+    assert ("not supported yet" in message) == ("9" not in model_type)
+
+
+def test_the_type_inside_a_multimodal_file_is_told_too() -> None:
+    config = {"model_type": "llava", "text_config": {"model_type": "jamba"}}
+    assert "'llava' with the text model 'jamba', which is not supported yet" in refusal(config)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    ["llama", "qwen3", "mistral", "gemma2", "qwen2_vl", "qwen3_vl", "gemma3", "llava", "mistral3",
+     "mllama", "internvl", "glm4v", "bert"],
+)  # fmt: skip
 def test_dense_models_have_no_experts(model_type: str) -> None:
     assert "dense model without experts" in refusal({"model_type": model_type})
+
+
+def test_no_model_type_is_both_dense_and_not() -> None:
+    assert not DENSE & MOE and not DENSE & set(FAMILIES)
 
 
 def test_model_type_is_needed() -> None:
@@ -105,6 +146,100 @@ def test_text_config_inside_a_multimodal_file() -> None:
     inner = published("mixtral")
     spec, names = read_spec({"model_type": "some_vl", "text_config": inner})
     assert (spec, names) == read_spec(inner)
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "tied"),
+    [(True, None, True), (None, True, True), (False, True, True), (True, False, True),
+     (False, False, False), (None, None, False)],
+)  # fmt: skip
+@pytest.mark.parametrize("model_type", ["some_vl", "qwen3_5_moe"])
+def test_either_flag_ties_the_head_of_a_nested_model(
+    model_type: str, outer: bool | None, inner: bool | None, tied: bool
+) -> None:
+    text = published("qwen3_moe") if model_type == "some_vl" else SMALL_QWEN3_5
+    config = {"model_type": model_type, "text_config": {**text, "tie_word_embeddings": inner}}
+    spec, _ = read_spec({**config, "tie_word_embeddings": outer})
+    assert spec.tied_head == tied
+
+
+# --- what nobody reads ----------------------------------------------------------------------------
+
+# What other programs and other kinds of model keep in a config.json
+HARMLESS: dict[str, Any] = {
+    "_name_or_path": "x", "_attn_implementation": "eager", "architectures": ["A"],
+    "attention_dropout": 0.1, "attn_pdrop": 0.1, "audio_config": {"a": 1}, "audio_token_id": 1,
+    "auto_map": {"AutoConfig": "x.y"}, "aux_loss_alpha": 0.001, "bos_token_id": 1,
+    "chunk_size_feed_forward": 0, "decoder_start_token_id": 2, "do_sample": False, "dtype": "x",
+    "eos_token_id": [1, None], "ep_size": 8, "id2label": {"0": "A"}, "ignore_index": -100,
+    "image_token_index": 5, "initializer_range": 0.02, "is_decoder": False,
+    "is_encoder_decoder": False, "max_length": 20, "mm_hidden_size": 7, "mtp_num_hidden_layers": 1,
+    "num_nextn_predict_layers": 1, "output_router_logits": True, "pretraining_tp": 2,
+    "projector_hidden_act": "gelu", "pruned_heads": {}, "repetition_penalty": 1.1,
+    "router_aux_loss_coef": 0.001, "seq_aux": True, "tf_legacy_loss": False, "top_k": 50,
+    "torch_dtype": "bfloat16", "transformers_version": "5.0", "use_cache": True,
+    "use_unified_vision_chunk": True, "video_placeholder": "<v>", "vision_config": {"depth": 27},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED)
+def test_what_is_known_to_change_nothing_is_not_told(model_type: str) -> None:
+    found = read_description({**HARMLESS, **published(model_type)})
+    assert found.unknown == () and found.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (published("mixtral", ngate_scale=2.0), "ngate_scale = 2.0"),
+        (published("mixtral", norm_after="attention"), 'norm_after = "attention"'),
+        (published("mixtral", rope_scaling={"rope_type": "default", "factor": 4.0}),
+         "rope_scaling: factor = 4.0"),
+        (published("mixtral", rope_scaling={"type": "linear", "factor": 4.0},
+                   rope_parameters={"rope_type": "linear", "factor": 2.0}),
+         'rope_parameters = {"rope_type": "linear", "factor": 2.0}'),
+        ({"model_type": "some_vl", "text_config": published("qwen3_moe", zero_experts=3)},
+         "text_config: zero_experts = 3"),
+        ({"model_type": "some_vl", "text_config": published("qwen3_moe"), "zero_experts": 3},
+         "zero_experts = 3"),
+        ({"model_type": "qwen3_5_moe", "text_config": dict(SMALL_QWEN3_5, zero_experts=3)},
+         "text_config: zero_experts = 3"),
+        (published("dbrx", attn_config={"kv_n_heads": 8, "rope_theta": 500000, "sinks": 4}),
+         "attn_config: sinks = 4"),
+        (published("dbrx", ffn_config={**PUBLISHED["dbrx"][0]["ffn_config"], "moe_bias": True}),
+         "ffn_config: moe_bias = true"),
+        (published("mixtral", table=list(range(1000))),
+         "table = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 1..."),
+    ],
+    ids=lambda value: value.partition(" = ")[0] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_setting_that_nobody_knows_is_told(config: dict[str, Any], told: str) -> None:
+    found = read_description(config)
+    assert found.unknown == (told,)
+    assert found.notes == (f"config.json: not known, not read: {told}",)
+
+
+def test_unknown_settings_are_told_in_one_line() -> None:
+    found = read_description(published("mixtral", a=1, b=None, c=[]))
+    assert found.notes == ("config.json: not known, not read: a = 1, c = []",)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"model_type": "qwen3_5_moe", "text_config": {"final_logit_softcapping": 30.0}},
+     {"model_type": "qwen3_5_moe", "text_config": {"mlp_only_layers": [0]}},
+     {"model_type": "qwen3_5_moe", "text_config": {"attn_output_gate": False}},
+     {"model_type": "qwen3_5_moe", "text_config": {}, "final_logit_softcapping": 30.0}],
+)  # fmt: skip
+def test_settings_are_refused_wherever_they_stand(config: dict[str, Any]) -> None:
+    assert "allowed" in refusal({**config, "text_config": SMALL_QWEN3_5 | config["text_config"]})
+
+
+def test_qk_norm_of_qwen3_may_be_said() -> None:
+    # as Qwen3-Coder says it
+    said = read_spec(published("qwen3_moe", use_qk_norm=True, shared_expert_intermediate_size=0))
+    assert said == read_spec(published("qwen3_moe"))
+    assert "use_qk_norm" in refusal(published("qwen3_moe", use_qk_norm=False))
 
 
 @pytest.mark.parametrize("model_type", [name for name in PUBLISHED if name != "dbrx"])
@@ -179,6 +314,15 @@ def test_nested_settings_of_dbrx(change: dict[str, Any]) -> None:
     nested = {**PUBLISHED["dbrx"][0]["ffn_config"], **change}
     nested = {key: value for key, value in nested.items() if value != "remove"}
     assert "ffn_config" in refusal(published("dbrx", ffn_config=nested))
+
+
+def test_an_empty_rope_scaling_says_nothing() -> None:
+    rope = {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}
+    alone, beside = (
+        read_description(published("mixtral", rope_theta=None, rope_parameters=rope, **more))
+        for more in ({}, {"rope_scaling": {}})
+    )
+    assert alone == beside and alone.unknown == ()
 
 
 def test_layer_types_decide_the_windows() -> None:

@@ -1,10 +1,12 @@
 """Every family's logits against transformers, from config.json and safetensors files on disk."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 
 from dense_model import TOLERANCE, Checkpoint, dense_logits, prompts
 from families import CASES, make_checkpoint, rewrite_config
@@ -47,3 +49,17 @@ def test_spelling_of_transformers_4(family: str, tmp_path: Path) -> None:
     again = Checkpoint(tmp_path)
     assert again.spec == spec
     check_logits(again, model)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_stored_head_is_used_where_config_says_that_it_is_tied(
+    nested: bool, tmp_path: Path
+) -> None:
+    make_checkpoint("mixtral", tmp_path)
+    config = rewrite_config(tmp_path, tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    if nested:
+        outer = {"model_type": "some_vl", "text_config": config}
+        (tmp_path / "config.json").write_text(json.dumps(outer))
+    check_logits(Checkpoint(tmp_path), model)

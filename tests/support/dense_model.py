@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from families import VOCAB
-from windlass.checkpoint.layout import build_layout
+from windlass.checkpoint.layout import build_layout, with_stored_head
 from windlass.decoder import block as math
 from windlass.decoder.attention import attention_output, project
 from windlass.decoder.moe import dense_ffn, route, shared_expert
@@ -45,7 +45,8 @@ class Checkpoint:
                     tensor = self.tensors[name] = opened.get_tensor(name)
                     dtype = opened.get_slice(name).get_dtype()
                     self.infos[name] = TensorInfo(name, file.name, dtype, tuple(tensor.shape), 0, 0)
-        self.spec, self.names = read_spec(self.config)
+        spec, self.names = read_spec(self.config)
+        self.spec = with_stored_head(spec, self.names, self.infos)
         self.layout = build_layout(self.spec, self.names, self.infos, head_chunk_bytes=1024)
 
     def part(self, part: Part, layer: int = -1, index: int = -1) -> dict[str, torch.Tensor]:

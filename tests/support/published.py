@@ -131,6 +131,28 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     ),
 }  # fmt: skip
 
+# The text model of a Qwen3.5-MoE of a few KiB.
+SMALL_QWEN3_5: dict[str, Any] = dict(
+    model_type="qwen3_5_moe_text",
+    vocab_size=50,
+    hidden_size=16,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    shared_expert_intermediate_size=24,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=4,
+    linear_value_head_dim=4,
+    linear_conv_kernel_dim=4,
+    rms_norm_eps=1e-6,
+)
+
 # Mixtral's settings for a checkpoint of a few KiB.
 SMALL_MIXTRAL: dict[str, Any] = dict(
     model_type="mixtral",

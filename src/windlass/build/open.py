@@ -307,4 +307,5 @@ def _fingerprint(
         "max_model_len": options.max_model_len,
         "dtype": "bfloat16" if options.dtype == "bfloat16" else "float32",
         "version": VERSION,
+        **({"unread": list(model.notes)} if model.notes else {}),
     }

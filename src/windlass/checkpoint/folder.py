@@ -1,16 +1,17 @@
 """A checkpoint folder, understood but not loaded: its description and its layout."""
 
+import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from windlass.checkpoint.layout import build_layout
+from windlass.checkpoint.layout import build_layout, with_stored_head
 from windlass.checkpoint.reader import Checkpoint, WeightSource
 from windlass.checkpoint.synthetic import random_source
-from windlass.errors import UsageError
+from windlass.errors import ModelError, UsageError
 from windlass.models.names import Layout, NameMap
-from windlass.models.registry import read_spec
+from windlass.models.registry import read_description
 from windlass.models.spec import ModelSpec
 from windlass.options import (
     EngineOptions,
@@ -28,12 +29,19 @@ class CheckpointFolder:
     spec: ModelSpec
     layout: Layout
     source: WeightSource
+    notes: tuple[str, ...] = ()  # settings and weights that nothing read and that may matter
+
+
+_logger = logging.getLogger(__name__)
 
 
 def read_model(options: EngineOptions, opened: ExitStack) -> CheckpointFolder:
+    """The checkpoint that `options` name; `opened` closes its files. What might have been meant
+    and is not read is logged (level WARNING), or raises ModelError where `options.strict`."""
     folder = resolve_model(options.model)
     config = read_config(folder)
-    spec, names = read_spec(config)
+    description = read_description(config)
+    spec, names = description.spec, description.names
     _check_quantization(options.quantization, names)
     source: WeightSource
     if options.load_format == "dummy":
@@ -41,7 +49,14 @@ def read_model(options: EngineOptions, opened: ExitStack) -> CheckpointFolder:
     else:
         source = Checkpoint(folder, mode=options.load_mode)
     opened.callback(source.close)
-    return CheckpointFolder(folder, config, spec, build_layout(spec, names, source.tensors), source)
+    spec = with_stored_head(spec, names, source.tensors)
+    layout = build_layout(spec, names, source.tensors)
+    notes = (*description.notes, *layout.notes)
+    for note in notes:
+        if options.strict:
+            raise ModelError(f"{note}; under strict nothing of the kind is allowed")
+        _logger.warning(note)
+    return CheckpointFolder(folder, config, spec, layout, source, notes)
 
 
 def _check_quantization(asserted: str | None, names: NameMap) -> None:

@@ -20,6 +20,7 @@ from windlass.checkpoint.stored import (
     RowSet,
     StoredTensor,
     is_companion,
+    packed_names,
     packed_pieces,
     row_set,
     stored_tensors,
@@ -54,8 +55,12 @@ _UNUSED = (
     r"(^|\.)mtp[._]",  # multi-token prediction
     r"\.rotary_emb\.inv_freq$",  # computed, written by old versions of transformers
     r"\.[qkv]_(scale|zero_point)$",  # of quantised queries, keys and values
-    r"^(model\.)?(visual|vision_tower|vision_model|audio_tower|multi_modal_projector)\.",
+    r"^(model\.)?((embed_)?(vision|visual|audio|image)|(mm_|multi_modal_)?projector|resampler)[._]",
 )
+# Modules of a text model, wherever it lies
+_TEXT = re.compile(r"^(model\.)?(layers|blocks|embed_tokens|wte|norm|norm_f|lm_head)\.")
+# A layer that predicts further tokens has what joins them to the trunk
+_PREDICTS_MORE = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head)\.")
 
 
 def build_layout(
@@ -82,14 +87,25 @@ def build_layout(
     unused = sorted(set(tensors) - claimed)
     is_quantised = names.quantization is not None
     strays = [n for n in unused if not (is_quantised and is_companion(n, claimed))]
-    _check_unused(spec, names, prefix, [tensors[name] for name in strays])
-    layout = Layout({key: tuple(pieces) for key, pieces in parts.items()}, tuple(unused))
+    notes = _check_unused(spec, prefix, [tensors[name] for name in strays])
+    layout = Layout({key: tuple(pieces) for key, pieces in parts.items()}, tuple(unused), notes)
     if names.quantization is not None and not layout.is_quantised:
         raise CheckpointError(
             f"config.json says that weights are quantised with {names.quantization.method},"
             " found no quantised tensor"
         )
     return layout
+
+
+def with_stored_head(
+    spec: ModelSpec, names: NameMap, tensors: Mapping[str, TensorInfo]
+) -> ModelSpec:
+    """The model with the head that its files have, for `build_layout`: one that is stored counts,
+    whatever config.json says of the embedding table."""
+    prefix = trunk_prefix(names, tensors)
+    heads = [source.name.format(model=prefix) for source in names.head["weight"]]
+    stored = any(name in tensors for head in heads for name in (head, *packed_names(head)))
+    return replace(spec, tied_head=False) if spec.tied_head and stored else spec
 
 
 class Expected(NamedTuple):
@@ -106,16 +122,15 @@ def expected_stored(spec: ModelSpec, names: NameMap) -> dict[str, Expected]:
     Routers and the head are plain."""
     tensors: dict[str, Expected] = {}
     for wanted in all_wanted(spec, names):
-        source = wanted.sources[0]
-        for name, expected in _expect(wanted, source, names):
+        for name, expected in expected_of(wanted, wanted.sources[0], names, names.prefixes[0]):
             assert tensors.setdefault(name, expected) == expected, f"{name} has two shapes"
     return tensors
 
 
-def _expect(
-    wanted: WantedTensor, source: TensorSource, names: NameMap
+def expected_of(
+    wanted: WantedTensor, source: TensorSource, names: NameMap, prefix: str
 ) -> Iterator[tuple[str, Expected]]:
-    prefix = names.prefixes[0]
+    """The tensors of one canonical tensor that lies in `source`."""
     name = name_of(source, prefix, wanted.key)
     scheme = scheme_of(wanted, names, prefix, name)
     if scheme is None or not is_linear(wanted):
@@ -290,19 +305,30 @@ def _row_chunks(piece: Piece, info: TensorInfo, chunk_bytes: int) -> list[Piece]
     ]
 
 
-def _check_unused(spec: ModelSpec, names: NameMap, prefix: str, tensors: list[TensorInfo]) -> None:
-    heads = {source.name.format(model=prefix) for source in names.head["weight"]}
+def _check_unused(spec: ModelSpec, prefix: str, tensors: list[TensorInfo]) -> tuple[str, ...]:
+    """What is left unread and might have been meant, in words. Raises CheckpointError for a tensor
+    that belongs to the text model and has no place in it."""
     later_layer = re.compile(re.escape(prefix) + r"(?:layers|blocks)\.(\d+)\.")
+    trunk, is_nested, _ = prefix.partition("language_model.")
+    root = trunk + is_nested
+    later: dict[int, bool] = {}  # layer -> whether it is known to predict further tokens
     for info in tensors:
         if any(re.search(pattern, info.name) for pattern in _UNUSED):
             continue
-        if spec.tied_head and info.name in heads:
-            continue  # a copy of the embedding table
+        if is_nested and not info.name.startswith(root) and not _TEXT.match(info.name):
+            continue  # beside the text model
         match = later_layer.match(info.name)
-        if match and int(match[1]) >= len(spec.blocks):
-            continue  # multi-token prediction behind the last layer
+        if match and (layer := int(match[1])) >= len(spec.blocks):
+            later[layer] = later.get(layer, False) or bool(_PREDICTS_MORE.search(info.name))
+            continue
         raise CheckpointError(
             f"{info.file}: tensor {info.name} is not part of the {spec.family} model that "
             f"config.json describes ({len(spec.blocks)} layers); allowed are its own tensors, "
             "those of layers beyond the last, of multi-token prediction and of vision towers"
         )
+    cut = sum(not predicts for predicts in later.values())
+    if not cut:
+        return ()
+    return (
+        f"weights: {cut} stored layers are left unread, config.json describes {len(spec.blocks)}",
+    )

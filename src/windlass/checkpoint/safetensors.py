@@ -17,7 +17,8 @@ INDEX_FILE = "model.safetensors.index.json"
 # The format's own limit; a larger number means that the file is something else.
 _MAX_HEADER_BYTES = 100_000_000
 
-_DTYPE_BITS = {
+# Of all types that the format has
+DTYPE_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64,
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
@@ -28,8 +29,9 @@ _DTYPE_BITS = {
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
     """All tensors of the checkpoint in `folder` by name; `TensorInfo.file` is relative to it.
 
-    One `model.safetensors`, or the shards that `model.safetensors.index.json` names (of which only
-    the tensors in the index count). Raises CheckpointError at the first thing that is wrong.
+    One `model.safetensors`, or the shards that `model.safetensors.index.json` names. What is in a
+    shard, its own header says; of a tensor in two of them the index decides. Raises CheckpointError
+    at the first thing that is wrong.
     """
     if (folder / SINGLE_FILE).exists():
         return _read_file(folder, SINGLE_FILE)
@@ -41,7 +43,6 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
             " (only safetensors checkpoints are read)"
         )
     weight_map = _read_index(folder)
-    shards: dict[str, dict[str, TensorInfo]] = {}
     absent = sorted(f for f in set(weight_map.values()) if not (folder / f).exists())
     if absent:
         name = next(name for name, file in weight_map.items() if file == absent[0])
@@ -50,14 +51,15 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
             + (f"; {len(absent)} files are absent" if len(absent) > 1 else "")
         )
     found: dict[str, TensorInfo] = {}
-    for name, file in weight_map.items():
-        if file not in shards:
-            shards[file] = _read_file(folder, file)
-        if name not in shards[file]:
-            raise CheckpointError(
-                f"{folder / file}: tensor {name}: expected by {INDEX_FILE}, not found in the file"
-            )
-        found[name] = shards[file][name]
+    for file in sorted(set(weight_map.values())):
+        for name, info in _read_file(folder, file).items():
+            if name in found and weight_map.get(name) not in (found[name].file, file):
+                raise CheckpointError(
+                    f"{folder / file}: tensor {name}: expected once, found in"
+                    f" {found[name].file} too ({INDEX_FILE} does not say which counts)"
+                )
+            if name not in found or weight_map[name] == file:
+                found[name] = info
     return found
 
 
@@ -158,18 +160,18 @@ def _entry(path: Path, file: str, name: str, entry: object, data_start: int) -> 
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, found {entry!r}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(
-            f"{where}: expected a dtype of {', '.join(_DTYPE_BITS)}, found {dtype!r}"
+            f"{where}: expected a dtype of {', '.join(DTYPE_BITS)}, found {dtype!r}"
         )
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
         raise CheckpointError(f"{where}: expected a shape, found {shape!r}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise CheckpointError(f"{where}: expected data_offsets [begin, end], found {offsets!r}")
     begin, end = offsets
-    if (end - begin) * 8 != prod(shape) * _DTYPE_BITS[dtype]:
+    if (end - begin) * 8 != prod(shape) * DTYPE_BITS[dtype]:
         raise CheckpointError(
-            f"{where}: expected {prod(shape) * _DTYPE_BITS[dtype] // 8} bytes for {dtype} {shape},"
+            f"{where}: expected {prod(shape) * DTYPE_BITS[dtype] // 8} bytes for {dtype} {shape},"
             f" found data_offsets {offsets} ({end - begin} bytes)"
         )
     return TensorInfo(name, file, dtype, tuple(shape), data_start + begin, data_start + end)

@@ -45,6 +45,9 @@ ENGINE_FLAGS = (
          help="how weights are read: auto, dio (direct, past the page cache) or buffered"),
     Flag(name="generation-config", read=choice("auto", "vllm"), default="auto", metavar="SOURCE",
          group=_MODEL, help="sampling defaults: auto (the checkpoint's) or vllm (vLLM's own)"),
+    Flag(name="strict", read=None, default=False, group=_MODEL,
+         help="refuse what is only said otherwise: settings of config.json that nothing reads; in "
+         "run-batch also malformed lines of the file, which otherwise get error rows"),
     Flag(name="max-model-len", aliases=("-c", "--ctx-size"), read=count, metavar="N", group=_MODEL,
          help="longest prompt and answer in tokens, such as 8k; 0: the model's own, "
          "-1: what fits into memory (default)"),

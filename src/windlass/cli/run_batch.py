@@ -24,7 +24,7 @@ from windlass.cli.summary import (
 )
 from windlass.doctor.kept import kept_profile
 from windlass.errors import UsageError, WindlassError
-from windlass.options import EngineOptions, checkpoint_stamp, resolve_model
+from windlass.options import EngineOptions, checkpoint_stamp, model_name, resolve_model
 from windlass.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -56,8 +56,6 @@ FLAGS = (
          help="forget earlier results and start anew"),
     Flag(name="resume", read=None, default=False, group=_JOB,
          help="go on where an earlier run ended; this is what happens anyway"),
-    Flag(name="strict", read=None, default=False, group=_JOB,
-         help="refuse a file with malformed lines instead of giving them error rows"),
     Flag(name="max-retries", read=integer(0), default=2, metavar="N", group=_JOB,
          help="how often a row that failed is tried again (default 2)"),
     Flag(name="no-retry-failed", read=None, default=False, group=_JOB,
@@ -143,8 +141,7 @@ def _job_options(values: Mapping[str, Any], engine: EngineOptions) -> "JobOption
     folder = resolve_model(engine.model)
     tokenizer = resolve_model(engine.tokenizer) if engine.tokenizer else None
     given: str | None = values["served_model_name"]
-    # the folder's own name: the same however its path was spelt
-    names = [given] if given else [folder.resolve().name, values["model"]]
+    names = [given] if given else [model_name(folder), values["model"]]
     identity = {key: values[key] for key in _IDENTITY}
     identity |= {
         "checkpoint": checkpoint_stamp(folder),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from windlass.checkpoint.layout import build_layout
+from windlass.checkpoint.layout import build_layout, with_stored_head
 from windlass.checkpoint.part_reads import make_part_reads
 from windlass.checkpoint.reader import Checkpoint, WeightSource
 from windlass.checkpoint.synthetic import preset, random_source
@@ -79,6 +79,7 @@ def checkpoint_model(folder: Path) -> BenchModel:
     spec, names = read_spec(read_config(folder))
     source = Checkpoint(folder)
     try:
+        spec = with_stored_head(spec, names, source.tensors)
         return BenchModel(spec, build_layout(spec, names, source.tensors), source)
     except BaseException:
         source.close()

@@ -165,7 +165,8 @@ def _eos_token_ids(folder: Path) -> set[int]:
     text_config = config.get("text_config") or {}
     for source in (_read_json(folder / "generation_config.json"), config, text_config):
         value = source.get("eos_token_id")
-        ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        values = value if isinstance(value, list) else [value]
+        ids.update(one for one in values if one is not None)
     return ids
 
 

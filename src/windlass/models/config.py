@@ -1,6 +1,6 @@
 """Strict reading of a config.json dictionary. Knows keys and types, no model family."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from windlass.errors import ModelError
@@ -22,6 +22,7 @@ class Config:
         self.raw = raw
         self.where = where
         self._read: set[str] = set()
+        self._sections: dict[str, Config] = {}
 
     def has(self, key: str) -> bool:
         """Whether the key is there and not null."""
@@ -80,12 +81,25 @@ class Config:
         return tuple(self._typed(f"{key}[{i}]", value, kind) for i, value in enumerate(values))
 
     def section(self, key: str) -> "Config":
-        """A nested object, itself read strictly."""
-        return Config(self.require(key, dict), where=f"{self.where}: {key}")
+        """A nested object, itself read strictly; the same one every time."""
+        if key not in self._sections:
+            raw: Mapping[str, Any] = self.require(key, dict)
+            self._sections[key] = Config(raw, where=f"{self.where}: {key}")
+        return self._sections[key]
+
+    def ignore(self, *keys: str) -> None:
+        """Says that `keys` mean nothing here, as if they had been asked for."""
+        self._read.update(keys)
 
     def unread(self) -> list[str]:
         """Keys that are there, not null, and were never asked for."""
         return [k for k, value in self.raw.items() if value is not None and k not in self._read]
+
+    def with_sections(self) -> Iterator["Config"]:
+        """This and every nested object that was read as a section."""
+        yield self
+        for section in self._sections.values():
+            yield from section.with_sections()
 
     def _typed(self, key: str, value: Any, kind: type[T]) -> T:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -128,6 +128,7 @@ class Layout:
     unused: tuple[
         str, ...
     ]  # names on disk that no part reads (multi-token prediction, vision, ...)
+    notes: tuple[str, ...] = ()  # what of them might have been meant, in words
 
     @property
     def is_quantised(self) -> bool:

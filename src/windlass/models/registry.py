@@ -1,8 +1,9 @@
 """Which model types Windlass runs: config.json -> ModelSpec and NameMap."""
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from windlass.errors import ModelError
@@ -25,9 +26,11 @@ from windlass.models.families import (
     qwen3_moe,
     qwen3_next,
 )
+from windlass.models.known_types import DENSE, MOE
 from windlass.models.names import NameMap
 from windlass.models.quantization import read_quantization
 from windlass.models.spec import ModelSpec
+from windlass.models.unread import unknown_settings
 
 Family = Callable[[Config], tuple[ModelSpec, NameMap]]
 
@@ -51,47 +54,25 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_next": qwen3_next.read,
 }
 
-_DENSE = frozenset(
-    "bloom cohere cohere2 ernie4_5 exaone exaone4 falcon gemma gemma2 gemma3 gemma3_text glm glm4 "
-    "gpt2 gpt_neo gpt_neox gptj granite llama mistral mpt olmo olmo2 olmo3 opt phi phi3 qwen2 "
-    "qwen3 seed_oss smollm3 stablelm starcoder2".split()
-)
+_QUANTIZATION = ("quantization_config", "compression_config")
+# A type that is nearer than this to one of ours is a slip of the pen
+_NEAR = 0.88
 
-# Settings that change the mathematics of some architecture, and the values with which they do not.
-# One that a family has not looked at must have such a value.
-_HARMLESS: Mapping[str, tuple[Any, ...]] = {
-    "alibi": (False,),
-    "attention_bias": (False,),
-    "attention_chunk_size": (),
-    "attention_multiplier": (1.0,),
-    "attn_logit_softcapping": (0.0,),
-    "clip_qkv": (),
-    "compression_ratio": (1.0,),
-    "embedding_multiplier": (1.0,),
-    "final_logit_softcapping": (0.0,),
-    "index_topk": (),
-    "layer_types": (),
-    "lm_head_bias": (False,),
-    "logit_scale": (1.0,),
-    "logits_scaling": (1.0,),
-    "mlp_bias": (False,),
-    "n_group": (0, 1),
-    "n_shared_experts": (0,),
-    "num_shared_experts": (0,),
-    "partial_rotary_factor": (1.0,),
-    "qk_layernorm": (False,),
-    "qkv_bias": (False,),
-    "residual_multiplier": (1.0,),
-    "rotary_dim": (),
-    "routed_scaling_factor": (1.0,),
-    "scoring_func": (),
-    "shared_expert_intermediate_size": (0,),
-    "shared_intermediate_size": (0,),
-    "sliding_window": (0,),
-    "use_bias": (False,),
-    "use_qk_norm": (False,),
-    "use_sliding_window": (False,),
-}
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What a config.json says. `unknown`: its settings that nothing read and that are not known to
+    change nothing, as "key = value"."""
+
+    spec: ModelSpec
+    names: NameMap
+    unknown: tuple[str, ...]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The same as a line for people; empty where there is nothing to say."""
+        listed = ", ".join(self.unknown)
+        return (f"config.json: not known, not read: {listed}",) if listed else ()
 
 
 def read_spec(config: Mapping[str, Any]) -> tuple[ModelSpec, NameMap]:
@@ -99,6 +80,12 @@ def read_spec(config: Mapping[str, Any]) -> tuple[ModelSpec, NameMap]:
 
     Raises ModelError for model types and settings that Windlass does not run.
     """
+    found = read_description(config)
+    return found.spec, found.names
+
+
+def read_description(config: Mapping[str, Any]) -> ModelDescription:
+    """`read_spec`, and what it left unread."""
     outer = Config(config)
     model_type = outer.require("model_type", str)
     family, settings = FAMILIES.get(model_type), outer
@@ -106,23 +93,20 @@ def read_spec(config: Mapping[str, Any]) -> tuple[ModelSpec, NameMap]:
         settings = outer.section("text_config")
         family = FAMILIES.get(settings.get("model_type", str, ""))
     if family is None:
-        raise _unknown(model_type)
+        raise _unsupported(model_type, settings.get("model_type", str, model_type))
     spec, names = family(settings)
+    if outer.get("tie_word_embeddings", bool, False):
+        spec = replace(spec, tied_head=True)  # the flag may stand outside, inside, or in both
+    for part in (outer, settings):
+        part.ignore(*_QUANTIZATION)  # whose reader is strict by itself
+    unknown = unknown_settings(outer, spec.family)
     names = replace(names, quantization=read_quantization(_quantised(outer, settings)))
-    for key in settings.unread():
-        value, harmless = settings.raw[key], _HARMLESS.get(key)
-        if harmless is not None and value not in harmless:
-            allowed = " or ".join(repr(one) for one in (*harmless, None)).replace("None", "null")
-            raise ModelError(
-                f"{settings.where}: {key} is {value!r}, allowed {allowed} for {spec.family}"
-            )
-    return spec, names
+    return ModelDescription(spec, names, unknown)
 
 
 def _quantised(outer: Config, settings: Config) -> Config:
     """The part of config.json that says how weights are stored: either, or both in one voice."""
-    keys = ("quantization_config", "compression_config")
-    inner, whole = ([part.raw.get(key) for key in keys] for part in (settings, outer))
+    inner, whole = ([part.raw.get(key) for key in _QUANTIZATION] for part in (settings, outer))
     if any(inner) and any(whole) and inner != whole:
         raise ModelError(
             "config.json: quantization_config is given twice and differs, allowed one, or both"
@@ -131,14 +115,25 @@ def _quantised(outer: Config, settings: Config) -> Config:
     return settings if any(inner) else outer
 
 
-def _unknown(model_type: str) -> ModelError:
-    if model_type in _DENSE:
+def _unsupported(model_type: str, inner: str) -> ModelError:
+    """`inner`: the type of the text model, where it has one of its own."""
+    what = f"config.json: model_type is {model_type!r}"
+    if inner != model_type:
+        what += f" with the text model {inner!r}"
+    if inner in MOE or model_type in MOE:
+        what += ", which is not supported yet"
+    elif inner in DENSE or model_type in DENSE:
         return ModelError(
-            f"config.json: model_type is {model_type!r}, a dense model without experts; "
-            "allowed are Mixture-of-Experts models"
+            f"{what}, a dense model without experts; allowed are Mixture-of-Experts models"
         )
-    near = difflib.get_close_matches(model_type, FAMILIES, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return ModelError(
-        f"config.json: model_type is {model_type!r}{hint}, allowed {', '.join(FAMILIES)}"
-    )
+    else:
+        what += _nearest(inner)
+    return ModelError(f"{what}, allowed {', '.join(FAMILIES)}")
+
+
+def _nearest(model_type: str) -> str:
+    """` (did you mean x?)` for a misspelt type, or nothing. Another number is another model."""
+    own = model_type.lower().replace("-", "_")
+    alike = [name for name in FAMILIES if re.findall(r"\d+", name) == re.findall(r"\d+", own)]
+    near = difflib.get_close_matches(own, alike, n=1, cutoff=_NEAR)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -79,11 +79,12 @@ def mla_scale(config: Config, qk_dim: int) -> float:
 
 
 def _parameters(config: Config, layer_type: str | None) -> Config:
-    # transformers lets `rope_scaling` win where both are present
-    found = [name for name in ("rope_scaling", "rope_parameters") if config.has(name)]
-    if not found:
+    # transformers lets `rope_scaling` win where it says anything
+    spellings = ("rope_scaling", "rope_parameters")
+    found = next((name for name in spellings if config.get(name, dict, {})), None)
+    if found is None:
         return Config({}, where=config.where)
-    params = config.section(found[0])
+    params = config.section(found)
     nested = [key for key, value in params.raw.items() if isinstance(value, dict)]
     if nested:
         if layer_type not in nested:
@@ -179,6 +180,8 @@ def _original_max(params: Config, config: Config) -> int:
         (config, "max_position_embeddings"),
     )
     value = source.require(name, int)
+    if params.raw.get(name) == value:
+        params.ignore(name)
     if value < 2:
         raise ModelError(f"{source.where}: {name} is {value}, allowed at least 2")
     return value

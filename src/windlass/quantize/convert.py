@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from windlass.checkpoint.layout import build_layout
+from windlass.checkpoint.layout import build_layout, with_stored_head
 from windlass.checkpoint.reader import Checkpoint
 from windlass.checkpoint.safetensors import INDEX_FILE
 from windlass.errors import UsageError
-from windlass.models.registry import read_spec
+from windlass.models.registry import read_description
 from windlass.options import checkpoint_stamp, read_config, resolve_model
 from windlass.quantize.output_folder import STATE_FILE, Folder, Record, prepare
 from windlass.quantize.scheme import IntegerScheme, quantization_config
@@ -78,10 +78,14 @@ def quantize(
         raise UsageError(f"out: got the model's own folder {options.out}, allowed another")
     config = read_config(folder)
     _refuse_quantized(config)
-    spec, names = read_spec(config)
+    description = read_description(config)
+    spec, names = description.spec, description.names
     begin = time.monotonic()
     with closing(Checkpoint(folder)) as source:
+        spec = with_stored_head(spec, names, source.tensors)
         layout = build_layout(spec, names, source.tensors)
+        for note in (*description.notes, *layout.notes):
+            say(note)
         targets = choose_targets(
             (spec, names, layout),
             source.tensors,

@@ -80,6 +80,8 @@ def mla(config: Config, *, interleaved: bool) -> Mla:
     """Latent attention with DeepSeek's key names."""
     nope, rot = config.size("qk_nope_head_dim"), config.size("qk_rope_head_dim")
     rank = config.optional("q_lora_rank", int)
+    config.one_of("qk_head_dim", (nope + rot,), default=nope + rot)
+    config.ignore("head_dim", "num_key_value_heads")  # of the attention that this one replaces
     return Mla(
         num_heads=config.size("num_attention_heads"),
         q_lora_rank=rank,

@@ -28,6 +28,7 @@ def read(config: Config) -> tuple[ModelSpec, NameMap]:
 def _attention(config: Config, hidden: int) -> Gqa:
     nested = config.section("attn_config")
     heads, kv_heads = config.size("n_heads", "num_attention_heads"), nested.size("kv_n_heads")
+    config.ignore("num_key_value_heads")  # transformers' copy
     check_heads(config, heads, kv_heads)
     if hidden % heads:
         raise ModelError(
@@ -55,9 +56,11 @@ def _attention(config: Config, hidden: int) -> Gqa:
 
 
 def _experts(nested: Config) -> Moe:
+    nested.ignore("hidden_size")  # transformers' copy
     activation = nested.get("ffn_act_fn", dict, {"name": "silu"})
     if activation != {"name": "silu"}:
         raise ModelError(f"{nested.where}: ffn_act_fn is {activation}, allowed {{'name': 'silu'}}")
+    nested.ignore("moe_normalize_expert_weights")  # read here, where null is not absence
     order = nested.raw.get("moe_normalize_expert_weights", 1)
     if order not in (None, 1, 2):
         raise ModelError(

@@ -8,6 +8,7 @@ from windlass.models.spec import Block, ClampedSwiGlu, Ffn, ModelSpec, TopKSoftm
 
 
 def read(config: Config) -> tuple[ModelSpec, NameMap]:
+    config.ignore("initial_context_length")  # rope_scaling has it too
     activation = ClampedSwiGlu(
         alpha=config.get("swiglu_alpha", float, 1.702),
         limit=config.get("swiglu_limit", float, 7.0),

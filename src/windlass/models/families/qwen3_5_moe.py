@@ -24,8 +24,7 @@ def read_text(config: Config) -> tuple[ModelSpec, NameMap]:
 def read(config: Config) -> tuple[ModelSpec, NameMap]:
     """The language model of an image-and-text checkpoint; its vision tensors are left unread."""
     spec, names = read_text(config.section("text_config"))
-    tied = config.get("tie_word_embeddings", bool, spec.tied_head)
-    spec = replace(spec, family=config.require("model_type", str), tied_head=tied)
+    spec = replace(spec, family=config.require("model_type", str))
     first = "model.language_model."
     others = tuple(prefix for prefix in names.prefixes if prefix != first)
     return spec, replace(names, prefixes=(first, *others))

@@ -8,6 +8,8 @@ from windlass.models.spec import Block, Ffn, ModelSpec, SoftmaxTopK
 
 
 def read(config: Config) -> tuple[ModelSpec, NameMap]:
+    config.one_of("use_qk_norm", (True,), default=True)
+    config.ignore("max_window_layers")  # all layers slide or none
     bias = config.get("attention_bias", bool, False)
     size, slides = window(config), config.get("use_sliding_window", bool, False)
     attention = gqa(

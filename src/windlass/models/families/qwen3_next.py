@@ -28,6 +28,7 @@ _KINDS = ("linear_attention", "full_attention")
 def read(config: Config) -> tuple[ModelSpec, NameMap]:
     experts = delta_moe(config, renorm=config.get("norm_topk_prob", bool, True))
     sparse = sparse_layers(config)
+    config.ignore("intermediate_size")  # of dense layers, which there may be none of
     dense = experts if all(sparse) else Ffn(intermediate=config.size("intermediate_size"))
     blocks = [
         Block(attention=attention, ffn=experts if with_experts else dense)
@@ -75,6 +76,7 @@ def delta_attentions(config: Config) -> list[Attention]:
 
 def _gated_attention(config: Config) -> Gqa:
     config.one_of("attention_bias", (False,), default=False)
+    config.one_of("attn_output_gate", (True,), default=True)
     dim = rotary_dim(config, head_dim(config), default=0.25)
     return gqa(config, read_rope(config, dim=dim), qk_norm="head", output_gate=True)
 
