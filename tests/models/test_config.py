@@ -318,10 +318,8 @@ def test_nested_settings_of_dbrx(change: dict[str, Any]) -> None:
 
 def test_an_empty_rope_scaling_says_nothing() -> None:
     rope = {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}
-    alone, beside = (
-        read_description(published("mixtral", rope_theta=None, rope_parameters=rope, **more))
-        for more in ({}, {"rope_scaling": {}})
-    )
+    config = published("mixtral", rope_theta=None, rope_parameters=rope)
+    alone, beside = read_description(config), read_description({**config, "rope_scaling": {}})
     assert alone == beside and alone.unknown == ()
 
 
