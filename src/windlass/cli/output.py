@@ -20,7 +20,7 @@ def checked_output() -> Iterator[None]:
     for fd in range(3):
         _occupy(fd)
     before = sys.stdout
-    sys.stdout = _Checked(before)  # type: ignore[assignment]  # it has all that is asked for
+    sys.stdout = _Checked(before)
     try:
         yield
         sys.stdout.flush()
