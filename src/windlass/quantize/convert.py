@@ -92,8 +92,8 @@ def quantize(
             experts_only=options.experts_only,
         )
         places = place(targets, options.scheme, shard_bytes=options.shard_bytes)
-        if options.threads is None and (note := quota_note()) is not None:
-            say(note)
+        if options.threads is None and (line := quota_note()) is not None:
+            say(line)
         misfit = misfits(targets, options.scheme)
         if misfit is not None:
             say(f"some experts stay as they are, which vLLM does not load: {misfit}")
