@@ -22,6 +22,7 @@ from windlass.engine.request import Request
 from windlass.engine.request_feed import FeedEntry, RequestFeed
 from windlass.engine.service import Service
 from windlass.errors import RequestError, UsageError
+from windlass.hub.locate import locate
 from windlass.options import EngineOptions
 from windlass.params import SamplingParams
 from windlass.phases import since
@@ -45,8 +46,8 @@ _REFUSED = {
 
 
 class LLM:
-    """A model ready to answer. Use as a context manager, or call `close`. Several threads may call
-    it; prompts of all are computed together.
+    """A model ready to answer, of a folder or of a name on the hub. Use as a context manager, or
+    call `close`. Several threads may call it; prompts of all are computed together.
 
     Keywords are `windlass.options.EngineOptions`' fields, such as `host_memory="4GiB"`. Raises
     UsageError for unknown ones and for values that Windlass does not apply.
@@ -68,7 +69,7 @@ class LLM:
         options = EngineOptions(
             model=model, tokenizer=tokenizer, dtype=dtype, seed=seed, **_checked(engine_args)
         )
-        self._engine = open_engine(options, profile=kept_profile(options))
+        self._engine = _open(options)
         self._service = Service(self._engine)
         self._closed = False
         self._ids = itertools.count()
@@ -244,6 +245,11 @@ class LLM:
     def _check_open(self) -> None:
         if self._closed:
             raise UsageError("LLM: got a call after close(), allowed before")
+
+
+def _open(named: EngineOptions) -> Engine:
+    options = locate(named).with_weights()
+    return open_engine(options, profile=kept_profile(options))
 
 
 def _of_prompt(place: int, error: RequestError) -> RequestError:

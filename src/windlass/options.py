@@ -35,11 +35,15 @@ class EngineOptions:
     `moe_expert_cache_size`: "auto", a size with a unit, or a number of experts per layer.
     `kv_cache_dtype`: what keys and values are kept in, "auto" for the checkpoint's type.
     `strict`: settings of config.json that nothing reads are an error, not a line of the log.
-    `plan`: one to replay, or its file; what else is said must agree with it.
+    `plan`: one to replay, or its file; what else is said must agree with it. `model` and
+    `tokenizer`: folders, or names on the hub until `hub/locate.py` has found them, each with its
+    revision.
     """
 
     model: str = DEMO
     tokenizer: str | None = None
+    revision: str | None = None
+    tokenizer_revision: str | None = None
     dtype: str = "auto"
     quantization: str | None = None
     host_memory: int | None = None
@@ -83,7 +87,10 @@ def resolve_model(name: str) -> Path:
     """The folder of a model: the shipped one for `demo`, else the path itself."""
     folder = _DEMO_FOLDER if name == DEMO else Path(name).expanduser()
     if not folder.is_dir():
-        raise UsageError(f"model: got {name!r}, allowed a checkpoint folder or {DEMO!r}")
+        raise UsageError(
+            f"model: got {name!r}, allowed a checkpoint folder, {DEMO!r} or a name on the hub as"
+            " org/name[@revision]"
+        )
     return folder
 
 

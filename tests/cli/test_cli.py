@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -314,6 +315,41 @@ def test_generate_streams_and_ends_with_json(folder: Path) -> None:
     assert (hot.returncode, "temperature" in hot.stderr) == (2, True)
 
 
+@pytest.mark.parametrize("name", ["generate", "run-batch"])
+def test_output_that_cannot_be_written_is_one_line(folder: Path, name: str) -> None:
+    """Of a job, nobody needs to read the summary; on a full disk it was asked for and is lost."""
+    words = batch("--json") if name == "run-batch" else command("generate", "-m", "model", "Hello")
+    for target, code, said in (
+        (">/dev/full", 1, "windlass: standard output: cannot be written: No space left on device"),
+        (">&-", 3 if name == "run-batch" else 1, "windlass: standard output is closed"),
+        ("| true", 3 if name == "run-batch" else 1, ""),
+    ):
+        line = f"{shlex.join(words)} {target}; exit ${{PIPESTATUS[0]}}"
+        result = run(["bash", "-c", line], folder)
+        assert result.returncode == code, result.stderr
+        assert "Traceback" not in result.stderr and "Exception" not in result.stderr
+        own = [text for text in result.stderr.splitlines() if text.startswith("windlass:")]
+        assert own == ([said] if said and code == 1 else [])
+        if name == "run-batch":
+            assert len((folder / "out.jsonl").read_bytes().splitlines()) == NUM_ROWS
+            assert (folder / "out.jsonl.journal").read_bytes().count(b"\n") == NUM_ROWS
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("slow", ["FAKE_OPEN_S", "FAKE_STEP_S"])
+def test_a_signal_ends_generate_with_the_same_code(folder: Path, number: int, slow: str) -> None:
+    process = start(command("generate", "-m", "model", "Hello"), folder, **{slow: "30"},
+                    FAKE_LOG="begun", FAKE_OPENING="opening")  # fmt: skip
+    deadline = time.monotonic() + 30
+    while not (folder / ("opening" if slow == "FAKE_OPEN_S" else "begun")).exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
 def test_synth_writes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = {
         "model_type": "olmoe", "architectures": ["OlmoeForCausalLM"], "vocab_size": 300,
@@ -353,7 +389,8 @@ def test_help_and_import_load_nothing_heavy() -> None:
         "              ['quantize', '--help'], ['synth', '--help'], ['--version'],\n"
         "              ['run-batch', '--nope']):\n"
         "    windlass.cli.main(words)\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'tokenizers', 'jinja2', 'rich'}\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'tokenizers', 'jinja2', 'rich',\n"
+        "         'huggingface_hub'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     result = run([sys.executable, "-c", code], SRC)
@@ -366,8 +403,9 @@ def test_help_and_import_load_nothing_heavy() -> None:
 
 # --- options ---
 
-ENGINE = {
-    "--model", "-m", "--tokenizer", "--dtype", "--quantization", "-q", "--load-format",
+MODEL = {"--model", "-m", "-hf", "--hf-repo", "--revision"}
+ENGINE = MODEL | {
+    "--tokenizer", "--tokenizer-revision", "--dtype", "--quantization", "-q", "--load-format",
     "--load-mode", "-lm",
     "--generation-config", "--max-model-len", "-c", "--ctx-size", "--seed", "-s", "--host-memory",
     "--moe-expert-cache-size", "--moe-expert-cache", "--kv-cache-dtype",
@@ -387,8 +425,8 @@ OPTIONS = {
         "--chat", "--system", "--max-tokens", "-n", "--temperature", "--temp", "--top-p", "--top-k",
         "--min-p", "--repetition-penalty", "--stop", "--ignore-eos", "--json",
     },
-    "quantize": {
-        "--model", "-m", "--out", "-o", "--format", "--group", "--experts-only", "--threads", "-t",
+    "quantize": MODEL | {
+        "--out", "-o", "--format", "--group", "--experts-only", "--threads", "-t",
         "--text", "--window", "--host-memory", "--verbose", "--json", "--config",
     },
     "synth": {
@@ -399,8 +437,8 @@ OPTIONS = {
         "--workload", "-i", "--prompt-len", "--output-len", "--num-requests", "--machine",
         "--device-memory", "--json",
     },
-    "doctor": {
-        "--model", "-m", "--fresh", "--json", "--threads", "-t", "--moe-backend", "--dtype",
+    "doctor": MODEL | {
+        "--fresh", "--json", "--threads", "-t", "--moe-backend", "--dtype",
         "--load-mode", "-lm", "--config",
     },
 }  # fmt: skip

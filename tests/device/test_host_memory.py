@@ -2,39 +2,17 @@
 
 import json
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 import torch
 
 import windlass.build.open as build
-from cgroups import memory_group
+from cgroups import MACHINE, V1, V1_CPU, V2, memory_group, tree
 from windlass.device.host_memory import HostAllocator, MemoryLimit, available_bytes, memory_limits
 from windlass.units import GIB, MIB
 
-MACHINE = 64 * GIB  # available
 HOST = HostAllocator()
 V1_UNLIMITED = 9223372036854771712
-
-
-def tree(tmp_path: Path, cgroup: str, mounts: list[str], files: Mapping[str, object]) -> Path:
-    """A /proc whose mount points lie below `tmp_path`; `{}` in `mounts` stands for that."""
-    proc = tmp_path / "proc"
-    (proc / "self").mkdir(parents=True)
-    (proc / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {MACHINE // 1024} kB\n")
-    (proc / "self/cgroup").write_text(cgroup)
-    (proc / "self/mountinfo").write_text("".join(m.format(tmp_path) + "\n" for m in mounts))
-    for name, text in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{text}\n")
-    return proc
-
-
-V2 = "30 23 0:26 / {}/sys rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
-V1 = "35 31 0:32 / {}/sys/memory rw,relatime - cgroup cgroup rw,memory"
-V1_CPU = "32 31 0:29 / {}/sys/cpu rw,relatime - cgroup cgroup rw,cpu"
 
 
 def test_no_limit_is_the_machine(tmp_path):

@@ -1,12 +1,15 @@
-"""Real memory limits: a cgroup of exactly the given size, where this machine lets us make one."""
+"""Limits of cgroups: a real one of exactly the given memory, where this machine lets us make one,
+and trees of files that tell of others."""
 
 import os
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from windlass.units import GIB
 
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
@@ -62,3 +65,25 @@ def memory_group(limit_bytes: int) -> Iterator[MemoryGroup | None]:
         yield MemoryGroup(path, is_v1=is_v1)
     finally:
         path.rmdir()
+
+
+MACHINE = 64 * GIB  # available
+
+
+def tree(tmp_path: Path, cgroup: str, mounts: list[str], files: Mapping[str, object]) -> Path:
+    """A /proc whose mount points lie below `tmp_path`; `{}` in `mounts` stands for that."""
+    proc = tmp_path / "proc"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {MACHINE // 1024} kB\n")
+    (proc / "self/cgroup").write_text(cgroup)
+    (proc / "self/mountinfo").write_text("".join(m.format(tmp_path) + "\n" for m in mounts))
+    for name, text in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    return proc
+
+
+V2 = "30 23 0:26 / {}/sys rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate"
+V1 = "35 31 0:32 / {}/sys/memory rw,relatime - cgroup cgroup rw,memory"
+V1_CPU = "32 31 0:29 / {}/sys/cpu rw,relatime - cgroup cgroup rw,cpu"

@@ -3,7 +3,7 @@
 As a script it is `windlass` with this engine: `python tests/fake_engine.py run-batch -i ...`.
 FAKE_OPEN_S: seconds that opening takes; FAKE_STEP_S: seconds per step; FAKE_LOG: a file that gets
 one byte per generated token; FAKE_CAPACITY: sequences; FAKE_FINGERPRINT: what `fingerprint` says
-of the checkpoint.
+of the checkpoint; FAKE_OPENING: a file that appears as opening begins.
 """
 
 import os
@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -261,6 +262,8 @@ def _fake_logprobs(tokens: Sequence[int], top: int | None) -> tuple[dict[int, Lo
 
 def open_fake(options: object, **more: object) -> FakeEngine:
     """What `windlass.build.open.open_engine` is in the script."""
+    if "FAKE_OPENING" in os.environ:
+        Path(os.environ["FAKE_OPENING"]).touch()
     ready = time.monotonic() + float(os.environ.get("FAKE_OPEN_S", "0"))
     while time.monotonic() < ready:
         # a signal that comes just before one long sleep would not end it: loading has no such wait

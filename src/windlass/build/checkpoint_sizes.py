@@ -1,6 +1,7 @@
 """What a checkpoint and the process weigh, and what the user fixed: from which a plan is made."""
 
 
+import logging
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from windlass.decoder.rope import bytes_per_position
 from windlass.device.host_memory import (
     resident_bytes,
 )
+from windlass.device.processors import default_threads, quota_note
 from windlass.errors import UsageError
 from windlass.ids import Part
 from windlass.checkpoint.reader import Checkpoint, WeightSource
@@ -48,7 +50,7 @@ from windlass.checkpoint.synthetic import random_source
 from windlass.units import parse_bytes
 
 from windlass.checkpoint.folder import CheckpointFolder
-_MACHINE_THREADS = torch.get_num_threads()  # before any engine of this process set its own
+_logger = logging.getLogger(__name__)
 _ELEMENTS_PER_THREAD = 1 << 17  # of an expert's largest matrix
 CACHE_DTYPES = {
     "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32,
@@ -140,8 +142,11 @@ def _expert_slots(text: str | None, model: CheckpointFolder) -> int | None:
 
 def useful_threads(model: CheckpointFolder) -> int:
     """Threads that pay: waking one costs about what multiplying a few hundred KiB of weights does,
-    and much more where other work keeps the cores busy."""
+    and much more where other work keeps the cores busy. Logs where a quota decides."""
     expert = model.layout.keys(Part.EXPERT)[0]
     pieces = model.layout.parts[expert]
     matrix = max(prod(p.packed.shape if p.packed else p.shape) for p in pieces)
-    return max(1, min(_MACHINE_THREADS, matrix // _ELEMENTS_PER_THREAD))
+    threads, useful = default_threads(), max(1, matrix // _ELEMENTS_PER_THREAD)
+    if threads < useful and (note := quota_note()) is not None:
+        _logger.warning(note)
+    return min(threads, useful)

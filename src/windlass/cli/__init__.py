@@ -2,7 +2,6 @@
 1 failed, 2 wrong usage, 3 done but some rows failed, 130 interrupted."""
 
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,8 @@ from windlass.cli.flags import (
     read_values,
     system_environment,
 )
-from windlass.cli.signals import EXIT_INTERRUPTED
+from windlass.cli.output import checked_output
+from windlass.cli.signals import EXIT_INTERRUPTED, terminable
 from windlass.errors import UsageError, WindlassError
 
 COMMANDS: tuple[Command, ...] = (
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _log_lines():
+        with _log_lines(), checked_output(), terminable():
             return _dispatch(arguments)
     except UsageError as error:
         print(f"windlass: {error}", file=sys.stderr)
@@ -44,9 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # whoever read our output left (`| head`); the interpreter must not flush into the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
+        if sys.stdout is None:
+            print("windlass: standard output is closed", file=sys.stderr)
+        return EXIT_FAILED  # else whoever read it left (`| head`), and knows
 
 
 class _Lines(logging.Handler):

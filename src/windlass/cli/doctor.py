@@ -5,10 +5,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS
+from windlass.cli.engine_flags import (
+    CONFIG_FLAG,
+    ENGINE_FLAGS,
+    MODEL_NAMES,
+    REVISION_FLAG,
+    say_line,
+)
 from windlass.cli.flags import Command, Flag
 from windlass.doctor.kept import cache_folder
-from windlass.options import resolve_model
+from windlass.errors import UsageError
+from windlass.hub.locate import locate
+from windlass.options import EngineOptions, resolve_model
 
 if TYPE_CHECKING:
     from windlass.doctor.examine import Subject
@@ -16,9 +24,10 @@ if TYPE_CHECKING:
 # Flags of an engine that change what is measured
 _SHARED = ("threads", "moe-backend", "dtype", "load-mode")
 FLAGS = (
-    Flag(name="model", aliases=("-m",), metavar="DIR",
+    Flag(name="model", aliases=MODEL_NAMES, metavar="DIR|ORG/NAME",
          help="a checkpoint: its disk, shapes and formats are measured (default: usual shapes, all "
          "formats, and a temporary file of at most 1 GiB in the cache folder)"),
+    REVISION_FLAG,
     Flag(name="fresh", read=None, default=False,
          help="measure again, whatever was kept (otherwise once for each machine, software and "
          "path)"),
@@ -32,9 +41,15 @@ def subject_of(values: Mapping[str, Any]) -> "Subject":
     """What to examine, by the values of flags."""
     from windlass.doctor.examine import Subject
 
+    model = None
+    if values["model"] is not None:
+        named = EngineOptions(model=values["model"], revision=values["revision"])
+        model = resolve_model(locate(named).with_weights(say_line).model)
+    elif values["revision"] is not None:
+        raise UsageError("--revision: allowed with --model")
     return Subject(
         cache=cache_folder(),
-        model=None if values["model"] is None else resolve_model(values["model"]),
+        model=model,
         threads=values["threads"],
         moe_backend=values["moe_backend"],
         dtype=values["dtype"],

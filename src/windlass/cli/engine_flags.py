@@ -1,6 +1,7 @@
 """The flags that describe an engine, shared by the commands that open one, and the flags users of
 other programs know that Windlass refuses. Knows no command."""
 
+import sys
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from windlass.cli.flags import Flag, choice, count, integer, size
 from windlass.errors import UsageError
 from windlass.formats import METHODS
+from windlass.hub.locate import locate
 from windlass.models.registry import read_spec
 from windlass.options import KV_CACHE_DTYPES, EngineOptions, read_config, resolve_model
 from windlass.plan import SCHEDULES
@@ -23,11 +25,20 @@ def _cache_size(text: str) -> str:
     return text
 
 
+MODEL_NAMES = ("-m", "-hf", "--hf-repo")
+REVISION_FLAG = Flag(
+    name="revision", metavar="NAME", group=_MODEL,
+    help="branch, tag or commit of a model on the hub, also written org/name@NAME (default: main)",
+)  # fmt: skip
 ENGINE_FLAGS = (
-    Flag(name="model", aliases=("-m",), metavar="DIR", default="demo", group=_MODEL,
-         help="folder of a Hugging Face checkpoint, or demo, the model that is shipped (default)"),
-    Flag(name="tokenizer", metavar="DIR", group=_MODEL,
-         help="folder of another tokenizer (default: the model's)"),
+    Flag(name="model", aliases=MODEL_NAMES, metavar="DIR|ORG/NAME", default="demo", group=_MODEL,
+         help="folder of a Hugging Face checkpoint, a name on the hub, or demo, the model that is "
+         "shipped (default)"),
+    REVISION_FLAG,
+    Flag(name="tokenizer", metavar="DIR|ORG/NAME", group=_MODEL,
+         help="another tokenizer (default: the model's)"),
+    Flag(name="tokenizer-revision", metavar="NAME", group=_MODEL,
+         help="branch, tag or commit of a tokenizer on the hub"),
     Flag(name="dtype", read=choice("auto", "float32", "bfloat16"), default="auto", metavar="TYPE",
          group=_MODEL,
          help="what matrix products multiply: auto (float32) or bfloat16, the activations rounded "
@@ -79,7 +90,7 @@ ENGINE_FLAGS = (
          help="prompts that begin alike are computed once up to where they differ (default: on); "
          "results are the same bits either way"),
     Flag(name="threads", aliases=("-t",), read=integer(1), metavar="N", group=_BATCHING,
-         help="of computation (default: the machine's cores)"),
+         help="of computation (default: one per core that affinity and quotas allow)"),
     Flag(name="moe-backend", read=choice("auto", "torch", "cpu"), default="auto", metavar="NAME",
          group=_BATCHING,
          help="kernels: cpu (the native library), torch, or auto: native where it can run"),
@@ -108,8 +119,9 @@ REFUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
                     (_NONE, "LoRA adapters are not supported yet")),
     **dict.fromkeys(("--speculative-config", "-md", "--model-draft"),
                     (_NONE, "speculative decoding is not supported yet")),
-    **dict.fromkeys(("-hf", "--hf-repo", "--revision", "--download-dir"),
-                    (_NONE, "nothing is downloaded: give --model a local folder")),
+    "--download-dir": (_NONE, "HF_HOME says where downloads are kept"),
+    **dict.fromkeys(("-hft", "--hf-token"), (_NONE, "set HF_TOKEN")),
+    **dict.fromkeys(("-hff", "--hf-file"), (_NONE, "GGUF files are not read")),
     "--trust-remote-code": (_NONE, "code of checkpoints is never run"),
     "--offload-prefetch-step": (("auto",), "prefetching is not adjustable yet"),
     "--override-generation-config": (_NONE, "set sampling fields in each request"),
@@ -180,12 +192,19 @@ def refuse_known(arguments: Sequence[str], *, own: Container[str] = ()) -> list[
     return kept
 
 
+def say_line(text: str) -> None:
+    """On standard error, for people."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def engine_options(values: Mapping[str, Any]) -> EngineOptions:
-    """The engine that `values` describe."""
+    """The engine that `values` describe. What they name on the hub is looked up for
+    `--max-model-len 0` alone."""
     given = {flag.key: values[flag.key] for flag in ENGINE_FLAGS}
     if given["max_model_len"] == _MODELS_OWN:
-        spec, _ = read_spec(read_config(resolve_model(given["model"])))
-        given["max_model_len"] = spec.max_positions
+        named = EngineOptions(model=given["model"], revision=given["revision"])
+        folder = resolve_model(locate(named, with_tokenizer=False).options.model)
+        given["max_model_len"] = read_spec(read_config(folder))[0].max_positions
     elif given["max_model_len"] == _WHAT_FITS:
         given["max_model_len"] = None
     return EngineOptions(**given)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from windlass import __version__
-from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
+from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options, say_line
 from windlass.cli.flags import Command, Flag, integer, number
 from windlass.cli.signals import leave_at_once
 from windlass.cli.summary import (
@@ -21,6 +21,7 @@ from windlass.cli.summary import (
 )
 from windlass.doctor.kept import kept_profile
 from windlass.errors import RequestError, UsageError
+from windlass.hub.locate import locate
 from windlass.units import format_bytes
 
 if TYPE_CHECKING:
@@ -64,8 +65,9 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     from windlass.build.open import open_engine
     from windlass.engine.service import Service
 
+    sys.stdout.write("")  # where nobody can read the answer, that is found before a model is loaded
     job = _OneJob(_prompt(values), values)
-    options = engine_options(values)
+    options = locate(engine_options(values)).with_weights(say_line)
     engine = open_engine(options, source=job, profile=kept_profile(options))
     with Service(engine) as service:
         print(*plan_lines(engine), sep="\n", file=sys.stderr)
@@ -116,7 +118,7 @@ def _prompt(values: Mapping[str, Any]) -> str:
     given: str | None = values["prompt"]
     if given not in (None, "-"):
         return given
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("no prompt: give one after the options, or on standard input")
     try:
         return sys.stdin.read().removesuffix("\n")

@@ -1,17 +1,18 @@
 """`windlass plan`: what a run would do and how long it would take, before anything is loaded."""
 
 import json
-import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
+from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options, say_line
 from windlass.cli.flags import Command, Flag, integer, size
 from windlass.doctor.kept import cache_folder
 from windlass.errors import UsageError
+from windlass.hub.locate import locate
 from windlass.options import EngineOptions, resolve_model
 
 if TYPE_CHECKING:
@@ -53,10 +54,10 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     from windlass.perf.sizes import Problem
     from windlass.planner.explain import explain
 
-    options = _options(values)
     with ExitStack() as opened:
+        options, measured = _options(values, opened)
         model = read_model(options, opened)
-        profile, backend = _machine(values, options, model)
+        profile, backend = _machine(values, options, model, measured)
         sizes = sizes_of(model, options, backend)
         workload = _workload(values, options, model)
         budget = _budget(values, profile)
@@ -82,16 +83,30 @@ def _check(values: Mapping[str, Any]) -> None:
         raise UsageError("--device-memory: allowed with a --machine that has a GPU")
 
 
-def _options(values: Mapping[str, Any]) -> EngineOptions:
-    """The engine to plan for; of a configuration without weights, one of random weights."""
+def _options(values: Mapping[str, Any], opened: ExitStack) -> tuple[EngineOptions, Path | None]:
+    """The engine to plan for, and its checkpoint where weights are here. Of a configuration without
+    weights, an engine of random ones; of weights on the hub, one whose files have headers alone."""
     defaults = {flag.key: flag.default for flag in ENGINE_FLAGS if flag.name in _WITHOUT}
-    options = engine_options({**values, **defaults})
-    has_weights = any(resolve_model(options.model).glob("*.safetensors"))
-    return options if has_weights else replace(options, load_format="dummy")
+    named = engine_options({**values, **defaults})
+    located = locate(named, with_tokenizer=values["workload"] is not None)
+    options = located.options
+    if located.snapshot is not None:
+        headers = opened.enter_context(tempfile.TemporaryDirectory(prefix="windlass-plan-"))
+        options = located.with_headers(Path(headers), say_line)
+        if options.model == headers:
+            # holes say nothing of a disk, and may lie where direct reads are refused
+            return replace(options, load_mode="buffered"), None
+    folder = resolve_model(options.model)
+    if any(folder.glob("*.safetensors")):
+        return options, folder
+    return replace(options, load_format="dummy"), None
 
 
 def _machine(
-    values: Mapping[str, Any], options: EngineOptions, model: "CheckpointFolder"
+    values: Mapping[str, Any],
+    options: EngineOptions,
+    model: "CheckpointFolder",
+    measured: Path | None,
 ) -> tuple["HardwareProfile", Any]:
     """The machine to plan for, and the kernels that it runs."""
     from windlass.build.checkpoint_sizes import useful_threads
@@ -107,18 +122,17 @@ def _machine(
         return profile, Backend("cpu", options.threads or profile.threads)
     from windlass.doctor.examine import Subject, examine
 
-    is_dummy = options.load_format == "dummy"
     subject = Subject(
         cache=cache_folder(),
-        model=None if is_dummy else resolve_model(options.model),
+        model=measured,
         threads=options.threads,
         moe_backend=options.moe_backend,
         dtype=options.dtype,
-        load_mode=options.load_mode,
+        load_mode=values["load_mode"],
     )
-    report = examine(subject, tell=lambda text: print(f"plan: {text}", file=sys.stderr, flush=True))
+    report = examine(subject, tell=lambda text: say_line(f"plan: {text}"))
     if report.noise is not None:
-        print(f"plan: {report.noise}", file=sys.stderr)
+        say_line(f"plan: {report.noise}")
     has_native = not isinstance(library.load(), str) and options.moe_backend != "torch"
     threads = options.threads or useful_threads(model)
     return report.profile, Backend("cpu" if has_native else "torch", threads)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from windlass import __version__
-from windlass.cli.engine_flags import CONFIG_FLAG
+from windlass.cli.engine_flags import CONFIG_FLAG, MODEL_NAMES, REVISION_FLAG, say_line
 from windlass.cli.flags import Command, Flag, choice, integer, size
 from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
 from windlass.errors import UsageError
-from windlass.options import resolve_model
+from windlass.hub.locate import locate
+from windlass.options import EngineOptions
 from windlass.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ def _group(text: str) -> int:
 
 
 FLAGS = (
-    Flag(name="model", aliases=("-m",), metavar="DIR", is_required=True,
-         help="folder of a Hugging Face checkpoint in bf16, fp16 or fp32, or demo"),
+    Flag(name="model", aliases=MODEL_NAMES, metavar="DIR|ORG/NAME", is_required=True,
+         help="a Hugging Face checkpoint in bf16, fp16 or fp32: a folder, a name on the hub or "
+         "demo"),
+    REVISION_FLAG,
     Flag(name="out", aliases=("-o",), read=Path, metavar="DIR", is_required=True,
          help="a new or empty folder, or one that the same command began"),
     Flag(name="format", read=choice("int4", "int8"), metavar="FORMAT", is_required=True,
@@ -41,7 +44,7 @@ FLAGS = (
     Flag(name="experts-only", read=None, default=False,
          help="only routed experts; attention, dense and shared networks stay as they are"),
     Flag(name="threads", aliases=("-t",), read=integer(1), metavar="N",
-         help="of computation (default: the machine's cores)"),
+         help="of computation (default: one per core that affinity and quotas allow)"),
     Flag(name="text", read=Path, metavar="FILE", group=_TEXT,
          help="a UTF-8 text whose perplexity is measured before and after"),
     Flag(name="window", read=integer(2), metavar="N", group=_TEXT,
@@ -78,6 +81,8 @@ def _run(values: Mapping[str, Any]) -> int:
     from windlass.quantize.tensor_errors import kind_lines, tensor_lines
     from windlass.quantize.tensor_progress import TensorProgress
 
+    named = EngineOptions(model=values["model"], revision=values["revision"])
+    values = {**values, "model": locate(named).with_weights(say_line).model}
     options = QuantizeOptions(
         model=values["model"],
         out=values["out"],
@@ -114,11 +119,10 @@ def _perplexities(
     text: str, values: Mapping[str, Any], progress: "TensorProgress"
 ) -> dict[str, "Perplexity"]:
     """Before and after, printed as they are known."""
-    from windlass.options import EngineOptions
     from windlass.quantize.perplexity import measure
 
     measured = {}
-    for when, model in (("before", str(resolve_model(values["model"]))), ("after", values["out"])):
+    for when, model in (("before", values["model"]), ("after", values["out"])):
         progress.begin(f"perplexity {when}", lambda per_s: f"{per_s:.0f} tokens/s")
         options = EngineOptions(
             model=str(model), host_memory=values["host_memory"], threads=values["threads"]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from windlass import __version__
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer
+from windlass.cli.output import drop_output
 from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
 from windlass.cli.summary import (
     phase_json,
@@ -24,7 +25,8 @@ from windlass.cli.summary import (
 )
 from windlass.doctor.kept import kept_profile
 from windlass.errors import UsageError, WindlassError
-from windlass.options import EngineOptions, checkpoint_stamp, model_name, resolve_model
+from windlass.hub.locate import Located, identity_of, locate
+from windlass.options import EngineOptions, model_name, resolve_model
 from windlass.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         return _run(values, arguments)
     except WindlassError as error:
         if values["json"]:
-            _print_json({"status": "failed", "error": str(error)})
+            _print(json.dumps({"status": "failed", "error": str(error)}))
         raise
     except KeyboardInterrupt:
         # nothing was overwritten either: the very same command
@@ -90,10 +92,8 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
 class _Source:
     """Opens the engine of a job, and says so; from then on signals let the job end."""
 
-    def __init__(
-        self, options: EngineOptions, signals: StopSignals, progress: "JobProgress"
-    ) -> None:
-        self._options = options
+    def __init__(self, located: Located, signals: StopSignals, progress: "JobProgress") -> None:
+        self._located = located
         self._signals = signals
         self._progress = progress
         self.plan: dict[str, Any] = {}  # stays empty where the job was already done
@@ -101,14 +101,18 @@ class _Source:
     def open(self, max_model_len: int | None, left: "LeftRows") -> "JobEngine":
         from windlass.build.open import open_engine
 
-        self._progress.say(f"loading {self._options.model}")
-        options = replace(self._options, max_model_len=max_model_len)
-        opened = open_engine(options, source=left, profile=kept_profile(self._options))
+        found = self._located.with_weights(self._progress.say, self._note_download)
+        self._progress.say(f"loading {found.model}")
+        options = replace(found, max_model_len=max_model_len)
+        opened = open_engine(options, source=left, profile=kept_profile(found))
         self._signals.defer()
         self.plan = opened.plan.to_json()
         for line in plan_lines(opened):
             self._progress.say(line)
         return opened
+
+    def _note_download(self, done: int, total: int) -> None:
+        self._progress.note(f"downloading, {format_bytes(done)} of {format_bytes(total)}")
 
 
 def _run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
@@ -118,16 +122,16 @@ def _run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     command = _resume_command(arguments, has_begun=True)
     farewell = f"stopped at once; finished rows are safe. Go on with:\n  {command}"
     with StopSignals(farewell) as signals:
-        engine = engine_options(values)
-        options = _job_options(values, engine)
+        located = locate(engine_options(values))
+        options = _job_options(values, located.options)
         with open_progress() as progress:
-            source = _Source(engine, signals, progress)
+            source = _Source(located, signals, progress)
             summary = run_job(options, source, progress=progress, stopping=signals)
-    for line in _summary_lines(summary, options):
-        print(line)
+    lines = _summary_lines(summary, options)
     if values["json"]:
         document = _summary_json(summary, options, values)
-        _print_json({**document, "plan": source.plan} if source.plan else document)
+        lines.append(json.dumps({**document, "plan": source.plan} if source.plan else document))
+    _print(*lines)
     if not summary.is_complete:
         command = _resume_command(arguments, has_begun=summary.num_done > 0)
         print(f"interrupted; finished rows are safe. Go on with:\n  {command}", file=sys.stderr)
@@ -144,8 +148,8 @@ def _job_options(values: Mapping[str, Any], engine: EngineOptions) -> "JobOption
     names = [given] if given else [model_name(folder), values["model"]]
     identity = {key: values[key] for key in _IDENTITY}
     identity |= {
-        "checkpoint": checkpoint_stamp(folder),
-        "tokenizer": checkpoint_stamp(tokenizer) if tokenizer else None,
+        "checkpoint": identity_of(folder),
+        "tokenizer": identity_of(tokenizer) if tokenizer else None,
         "served_model_name": names[0],
     }
     recorded = {flag.key: values[flag.key] for flag in FLAGS if flag.key not in identity}
@@ -257,8 +261,12 @@ def _summary_json(
     return document
 
 
-def _print_json(document: Mapping[str, Any]) -> None:
-    print(json.dumps(document), flush=True)
+def _print(*lines: str) -> None:
+    """To whoever reads: the results are in files, and what became of them is the exit code's."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:
+        drop_output()
 
 
 COMMAND = Command(

@@ -3,16 +3,31 @@
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import NoReturn
+
+from windlass.cli.output import OutputError
 
 EXIT_INTERRUPTED = 130
 
 
 def leave_at_once() -> NoReturn:
     """Ends the process, whatever its threads do."""
-    sys.stdout.flush()
+    with suppress(OutputError, OSError):
+        sys.stdout.flush()
     os._exit(EXIT_INTERRUPTED)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """While entered, SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopSignals:

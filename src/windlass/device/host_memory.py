@@ -4,16 +4,16 @@ machine. Linux; bytes throughout."""
 import ctypes
 import math
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from windlass.device.cgroups import PROC, groups_of, lines_of, number_of
 from windlass.units import round_up
 
-_PROC = Path("/proc")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 LARGE_BYTES = 4 << 20
 _TRIM_THRESHOLD_BYTES = (
@@ -45,27 +45,28 @@ _V2 = _Files(("memory.max", "memory.high"), "memory.current", "inactive_file")
 
 def resident_bytes() -> int:
     """Memory of this process that is in RAM now."""
-    return _field(_PROC / "self/status", "VmRSS")
+    return _field(PROC / "self/status", "VmRSS")
 
 
 def peak_resident_bytes() -> int:
     """The most that was ever in RAM at once."""
-    return _field(_PROC / "self/status", "VmHWM")
+    return _field(PROC / "self/status", "VmHWM")
 
 
-def available_bytes(proc: Path = _PROC) -> int:
+def available_bytes(proc: Path = PROC) -> int:
     """What this process could take in addition: without swapping, and within the limits of its
     memory cgroup and those above."""
     frees = [limit.free for limit in memory_limits(proc)]
     return min([_field(proc / "meminfo", "MemAvailable"), *frees])
 
 
-def memory_limits(proc: Path = _PROC) -> list[MemoryLimit]:
+def memory_limits(proc: Path = PROC) -> list[MemoryLimit]:
     """All limits that bind this process, of either version; empty where there is none."""
     found = []
-    for folder, files in _groups(proc):
-        limits = [n for name in files.limits if (n := _number(folder / name)) is not None]
-        usage = _number(folder / files.usage)
+    for folder, is_v1 in groups_of("memory", proc):
+        files = _V1 if is_v1 else _V2
+        limits = [n for name in files.limits if (n := number_of(folder / name)) is not None]
+        usage = number_of(folder / files.usage)
         if limits and usage is not None:
             used = usage - _stat(folder / "memory.stat", files.reclaimable)
             found.append(MemoryLimit(min(limits), max(0, min(limits) - used)))
@@ -127,60 +128,9 @@ def huge_pages(num_bytes: int) -> tuple[mmap.mmap, int]:
     return memory, start
 
 
-def _groups(proc: Path) -> Iterator[tuple[Path, _Files]]:
-    """The folders of this process's memory cgroups and of all above, as far as they are mounted
-    here; in a container, its own group is often the topmost."""
-    mine = _own_groups(proc)
-    for line in _lines(proc / "self/mountinfo"):
-        before, _, after = line.partition(" - ")
-        root, mount = (_unescaped(word) for word in before.split()[3:5])
-        kind, _, options = after.split(maxsplit=2)
-        if kind == "cgroup2":
-            files, path = _V2, mine.get("")
-        elif kind == "cgroup" and "memory" in options.split(","):
-            files, path = _V1, mine.get("memory")
-        else:
-            continue
-        top = Path(mount)
-        inside = Path(path).parts[1:] if path and _is_under(path, root) else ()
-        names = inside[len(Path(root).parts) - 1 :]
-        for count in range(len(names), -1, -1):
-            yield top.joinpath(*names[:count]), files
-
-
-def _own_groups(proc: Path) -> dict[str, str]:
-    """Path of this process's group by controller; version 2 has the name ""."""
-    groups = {}
-    for line in _lines(proc / "self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        groups.update(dict.fromkeys(controllers.split(","), path))
-    return groups
-
-
-def _is_under(path: str, root: str) -> bool:
-    """Whether the group `path` can be seen in a mount that begins at `root`. Outside of its own
-    namespace a group has a path with `..`."""
-    return ".." not in Path(path).parts and Path(path).is_relative_to(root)
-
-
-def _unescaped(word: str) -> str:
-    """mountinfo writes blanks as octal."""
-    return word.replace("\\040", " ")
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def _number(path: Path) -> int | None:
-    """None where the file is absent or says `max`."""
-    text = path.read_text().strip() if path.exists() else "max"
-    return None if text == "max" else int(text)
-
-
 def _stat(path: Path, name: str) -> int:
     """An entry of memory.stat; 0 where there is none."""
-    for line in _lines(path):
+    for line in lines_of(path):
         key, _, value = line.partition(" ")
         if key == name:
             return int(value)

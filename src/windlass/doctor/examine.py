@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from windlass.device.cuda import find_cuda
+from windlass.device.processors import default_threads
 from windlass.doctor.bench_model import KINDS, checkpoint_model, random_model
 from windlass.doctor.device_rates import Accelerator, DeviceRates, measure_device
 from windlass.doctor.disk import DiskRates, measure_disk, scratch_checkpoint
@@ -37,7 +38,7 @@ from windlass.units import format_bytes
 class Subject:
     """What is examined. `model`: a checkpoint whose disk, shapes and formats are measured; None for
     usual shapes, all formats and a file in `cache`, which also keeps reports. None in `threads`:
-    all cores."""
+    all that this process may use."""
 
     cache: Path
     model: Path | None = None
@@ -95,7 +96,7 @@ def _kept(subject: Subject, place: _Place) -> Report | None:
 def _prepared(subject: Subject) -> Iterator[_Place]:
     """Kernels chosen and the machine looked at; torch's threads are restored at the end."""
     machine_threads = torch.get_num_threads()
-    threads = subject.threads or machine_threads
+    threads = subject.threads or default_threads()
     try:
         kernels = choose_kernels(
             subject.moe_backend, threads=threads, bf16_activations=subject.dtype == "bfloat16"

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from windlass.checkpoint.layout import build_layout, with_stored_head
 from windlass.checkpoint.reader import Checkpoint
 from windlass.checkpoint.safetensors import INDEX_FILE
+from windlass.device.processors import default_threads, quota_note
 from windlass.errors import UsageError
 from windlass.models.registry import read_description
 from windlass.options import checkpoint_stamp, read_config, resolve_model
@@ -93,6 +92,8 @@ def quantize(
             experts_only=options.experts_only,
         )
         places = place(targets, options.scheme, shard_bytes=options.shard_bytes)
+        if options.threads is None and (line := quota_note()) is not None:
+            say(line)
         misfit = misfits(targets, options.scheme)
         if misfit is not None:
             say(f"some experts stay as they are, which vLLM does not load: {misfit}")
@@ -114,7 +115,7 @@ def quantize(
                     source,
                     out,
                     (targets, places, options.scheme),
-                    threads=options.threads or torch.get_num_threads(),
+                    threads=options.threads or default_threads(),
                     on_bytes=on_bytes,
                 )
                 ignored = ignored_modules(targets, layout)
