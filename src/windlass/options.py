@@ -18,7 +18,7 @@ _DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
 _SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "tokenizer.model", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
-    "model.safetensors.index.json",
+    "added_tokens.json", "tiktoken.model", "qwen.tiktoken", "model.safetensors.index.json",
 )  # fmt: skip
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
