@@ -40,7 +40,7 @@ def _job(folder, *bodies):
 
 
 def _lengths(job, wanted=None):
-    model = ServedModel(("m",), FakeTokenizer(), 4096, SamplingParams(), now=0)
+    model = ServedModel(("m",), FakeTokenizer(), 4096, SamplingParams(max_tokens=None), now=0)
     return job_lengths(job, np.ones(len(job), dtype=bool) if wanted is None else wanted, model)
 
 
@@ -182,6 +182,9 @@ def test_an_engine_that_is_planned_for_its_job_gives_the_same_answers(tmp_path):
         def job(self, tokenizer, params, longest):
             asked.append(longest)
             return Job(Workload((30, 7, 12), (5, 5, 5)), True)
+
+        def row_bytes(self, max_model_len):
+            return 0
 
     with open_engine(options, source=Three()) as engine:
         (note,) = engine.notes

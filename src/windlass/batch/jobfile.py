@@ -4,12 +4,13 @@ read row by row; holds about 50 bytes per row. Knows no tokens and no results.""
 import hashlib
 import json
 import os
+import sys
 import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,6 +24,8 @@ _FIELDS = ("custom_id", "method", "url", "body")
 _BOM = b"\xef\xbb\xbf"
 _TELL_EVERY_S = 0.25
 _MAX_REPORTED = 10  # of duplicates or malformed lines, in one message
+_LONG_LINE = 1 << 16  # bytes; what shorter ones take while they are read is not counted
+_MALFORMED_COPIES = 9  # of a line: itself, decoded and half read at 4 bytes a character
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,14 @@ class Malformed:
 
     code: str
     message: str
+
+
+class LongRow(NamedTuple):
+    """What a long line takes: bytes of memory while it is read and its body handled, without its
+    tokens; characters of all its texts."""
+
+    num_bytes: int
+    num_chars: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +55,7 @@ class JobRow:
     endpoint: Endpoint | None = None
     body: dict[str, Any] | None = None
     malformed: Malformed | None = None
+    long: LongRow | None = None
 
 
 class Notes(Protocol):
@@ -62,6 +74,7 @@ class JobFile:
         self._lines = array("Q")
         self._digests = bytearray()
         self.num_malformed = 0
+        self.long_rows: list[LongRow] = []
         self._scan(notes, strict=strict)
 
     def __len__(self) -> int:
@@ -76,14 +89,17 @@ class JobFile:
         JobError if the file changed since it was scanned."""
         with _open(self.path) as file:
             for index in np.flatnonzero(wanted).tolist():
-                file.seek(self._offsets[index])
-                row = _parse(file.readline(), self._lines[index])
-                start = index * DIGEST_BYTES
-                if row is None or row.digest != self._digests[start : start + DIGEST_BYTES]:
-                    raise JobError(
-                        f"{self.path}: line {self._lines[index]} changed while the job was running"
-                    )
-                yield replace(row, index=index)
+                yield self._row(file, index)  # and nothing here holds it while the next is read
+
+    def _row(self, file: BinaryIO, index: int) -> JobRow:
+        file.seek(self._offsets[index])
+        row = _parse(file.readline(), self._lines[index])
+        start = index * DIGEST_BYTES
+        if row is None or row.digest != self._digests[start : start + DIGEST_BYTES]:
+            raise JobError(
+                f"{self.path}: line {self._lines[index]} changed while the job was running"
+            )
+        return replace(row, index=index)
 
     def _scan(self, notes: Notes | None, *, strict: bool) -> None:
         ids = bytearray()  # 8 bytes per row: candidates for duplicates
@@ -103,6 +119,8 @@ class JobFile:
                     self._lines.append(number)
                     self._digests += row.digest
                     ids += _id_hash(row)
+                    if row.long is not None:
+                        self.long_rows.append(row.long)
                     if row.malformed is not None:
                         self.num_malformed += 1
                         if len(malformed) < _MAX_REPORTED:
@@ -164,6 +182,7 @@ def _parse(text: bytes, number: int) -> JobRow | None:
     if not text:
         return None
     custom_id: str | None = None
+    is_long = len(text) > _LONG_LINE
     try:
         document = _decode(text)
         # known even if the rest is wrong, so that the error row can be joined to its request
@@ -174,10 +193,32 @@ def _parse(text: bytes, number: int) -> JobRow | None:
         code = error.code if isinstance(error, _MalformedLine) else "invalid_json_line"
         malformed = Malformed(code, f"line {number}: {error}")
         digest = _digest(f"malformed {number}".encode(), text)
-        return JobRow(0, number, digest, custom_id, malformed=malformed)
+        long = LongRow(_MALFORMED_COPIES * len(text), 0) if is_long else None
+        return JobRow(0, number, digest, custom_id, malformed=malformed, long=long)
     assert custom_id is not None, "_request checks it"
     digest = _digest(custom_id.encode(), canonical)
-    return JobRow(0, number, digest, custom_id, endpoint, body)
+    long = _weighed(body, text, canonical) if is_long else None
+    return JobRow(0, number, digest, custom_id, endpoint, body, long=long)
+
+
+def _weighed(body: dict[str, Any], text: bytes, canonical: bytes) -> LongRow:
+    """By what is held at once: the line, the same decoded, its canonical form as text and bytes;
+    the body, and copies that become a prompt. The highest measured is 0.9 of it."""
+    num_bytes = num_chars = 0
+    widest = 1  # bytes of a character
+    left: list[Any] = [body]
+    while left:
+        value = left.pop()
+        num_bytes += sys.getsizeof(value)
+        if isinstance(value, str):
+            num_chars += len(value)
+            widest = max(widest, round(sys.getsizeof(value) / (len(value) + 1)))
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    decoded = min(4, widest) * len(text)
+    return LongRow(len(text) + decoded + 3 * num_bytes + 2 * len(canonical), num_chars)
 
 
 class _MalformedLine(Exception):

@@ -178,4 +178,5 @@ def _with_reasoning(message: Any) -> dict[str, Any]:
     found = [message[name] for name in _REASONING if message.get(name) is not None]
     if not found:
         return message
-    return message | dict.fromkeys(_REASONING, found[0])
+    named = {"thinking": found[0], **message, "reasoning_content": found[0]}
+    return {**named, "reasoning": message.get("reasoning", found[0])}

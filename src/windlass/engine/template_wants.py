@@ -21,7 +21,7 @@ _TOOL = {
 }
 _USER = {"role": "user", "content": "wluser"}
 # Parts of a content that are text, by the name of the field that holds it.
-_TEXTS = {
+TEXT_PARTS = {
     "text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal",
 }  # fmt: skip
 
@@ -69,13 +69,8 @@ class TemplateWants:
     def _call(self, call: Any) -> Any:
         function = call.get("function", call)
         given = function.get("arguments") or {}
-        arguments: Any = given
-        if isinstance(given, str):
-            try:
-                arguments = json.loads(given)
-            except ValueError:
-                arguments = None
-        if not isinstance(arguments, dict):
+        arguments: Any = arguments_of(given)
+        if arguments is None:
             raise RequestError(
                 f"tool call: arguments: got {given!r:.80}, allowed a JSON object", param="messages"
             )
@@ -123,6 +118,16 @@ class TemplateWants:
         return (*able, *_CALL_FORMS)[0]
 
 
+def arguments_of(given: Any) -> dict[str, Any] | None:
+    """Of a tool call: an object, or JSON text of one; None for anything else."""
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError:
+            return None
+    return given if isinstance(given, dict) else None
+
+
 def _nones(text: str) -> int:
     """How often nothing at all is written, as Python or JSON has it."""
     return text.count("None") + text.count("null")
@@ -145,11 +150,11 @@ def _text(part: Any) -> str:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, dict) else None
-    text = part.get(_TEXTS[kind]) if isinstance(kind, str) and kind in _TEXTS else None
+    text = part.get(TEXT_PARTS[kind]) if isinstance(kind, str) and kind in TEXT_PARTS else None
     if not isinstance(text, str):
         raise RequestError(
             f"messages: content: got the part {part!r:.80}, allowed strings and parts of type"
-            f" {', '.join(_TEXTS)}",
+            f" {', '.join(TEXT_PARTS)}",
             param="messages",
         )
     return text

@@ -25,8 +25,9 @@ _DIGESTED = ("tokenizer.json", "tokenizer_config.json", _SPECIAL_FILE, _ADDED_FI
              "merges.txt", *FILES)  # fmt: skip
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BYTE_OF_CHAR = {char: byte for byte, char in enumerate(CHAR_OF_BYTE)}
-# A backend takes some 140 bytes of memory per character. Texts up to this size are given to it as
-# they are; longer ones only if they are no longer than a prompt can be.
+# A backend takes this much memory per character while it encodes, so that longer texts are given to
+# it only if a prompt can be so long.
+ENCODING_BYTES = 140  # Qwen3's tokenizer, random letters; prose 130, runs of one letter 65
 LONG_TEXT = 1 << 18  # characters
 CHARS_PER_TOKEN = 16  # of a long text, at most: prose has 4, deeply indented code 8
 _PIECE = 1 << 14  # characters that are counted at a time
