@@ -27,7 +27,7 @@ from windlass.engine.engine_stats import EngineStats
 from windlass.engine.expectation import Check
 from windlass.engine.request import WINDOW
 from windlass.engine.service import Service, SteppedEngine
-from windlass.engine.tokenizer import CHARS_PER_TOKEN, ENCODING_BYTES, LONG_TEXT
+from windlass.engine.text_limits import most_chars
 from windlass.errors import JobError, UsageError
 from windlass.params import SamplingParams
 from windlass.phases import PhaseStats
@@ -141,14 +141,8 @@ class LeftRows:
 
     def row_bytes(self, max_model_len: int) -> int:
         """What the largest row takes while it is read and made into tokens."""
-        most_chars = max(LONG_TEXT, CHARS_PER_TOKEN * max_model_len)
-        return max(
-            (
-                row.num_bytes + ENCODING_BYTES * row.num_chars * (row.num_chars <= most_chars)
-                for row in self.file.long_rows
-            ),
-            default=0,
-        )
+        most = most_chars(max_model_len)
+        return max((row.needed_bytes(most) for row in self.file.long_rows), default=0)
 
 
 def run_job(

@@ -14,9 +14,10 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
+from windlass.engine.text_limits import ENCODING_BYTES
 from windlass.errors import JobError, UsageError
 from windlass.protocol.fields import shorten
-from windlass.protocol.openai import Endpoint
+from windlass.protocol.openai import Endpoint, text_chars
 from windlass.units import format_bytes
 
 DIGEST_BYTES = 16
@@ -25,6 +26,8 @@ _BOM = b"\xef\xbb\xbf"
 _TELL_EVERY_S = 0.25
 _MAX_REPORTED = 10  # of duplicates or malformed lines, in one message
 _LONG_LINE = 1 << 16  # bytes; what shorter ones take while they are read is not counted
+_BODY_COPIES = 3  # of a body, before its prompt is text
+_MARGIN = 1.15  # over what is held by the count
 _MALFORMED_COPIES = 9  # of a line: itself, decoded and half read at 4 bytes a character
 
 
@@ -37,11 +40,19 @@ class Malformed:
 
 
 class LongRow(NamedTuple):
-    """What a long line takes: bytes of memory while it is read and its body handled, without its
-    tokens; characters of all its texts."""
+    """What a long line takes. Bytes while it is read, and of its body; characters of its text, as
+    `text_chars` has them."""
 
-    num_bytes: int
+    reading_bytes: int
+    body_bytes: int
     num_chars: int
+
+    def needed_bytes(self, most_chars: int) -> int:
+        """Memory until its tokens are there. A text of more than `most_chars` is not encoded."""
+        if self.num_chars > most_chars:
+            return self.reading_bytes
+        handling = _BODY_COPIES * self.body_bytes + ENCODING_BYTES * self.num_chars
+        return max(self.reading_bytes, handling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,32 +204,39 @@ def _parse(text: bytes, number: int) -> JobRow | None:
         code = error.code if isinstance(error, _MalformedLine) else "invalid_json_line"
         malformed = Malformed(code, f"line {number}: {error}")
         digest = _digest(f"malformed {number}".encode(), text)
-        long = LongRow(_MALFORMED_COPIES * len(text), 0) if is_long else None
+        long = LongRow(_MALFORMED_COPIES * len(text), 0, 0) if is_long else None
         return JobRow(0, number, digest, custom_id, malformed=malformed, long=long)
     assert custom_id is not None, "_request checks it"
     digest = _digest(custom_id.encode(), canonical)
-    long = _weighed(body, text, canonical) if is_long else None
-    return JobRow(0, number, digest, custom_id, endpoint, body, long=long)
+    row = JobRow(0, number, digest, custom_id, endpoint, body)
+    return replace(row, long=_weighed(row, text, canonical)) if is_long else row
 
 
-def _weighed(body: dict[str, Any], text: bytes, canonical: bytes) -> LongRow:
-    """By what is held at once: the line, the same decoded, its canonical form as text and bytes;
-    the body, and copies that become a prompt. The highest measured is 0.9 of it."""
-    num_bytes = num_chars = 0
-    widest = 1  # bytes of a character
-    left: list[Any] = [body]
+def _weighed(row: JobRow, text: bytes, canonical: bytes) -> LongRow:
+    """By what is held at once: the line, the same decoded and what is read of it; then the line,
+    the body, and its canonical form as text and as bytes."""
+    assert row.endpoint is not None and row.body is not None, "a row that was read"
+    values = list(_values(row.body))
+    # small integers are shared
+    body = sum(sys.getsizeof(v) for v in values if not (isinstance(v, int) and -5 <= v <= 256))
+    widest = max((sys.getsizeof(v) // len(v) for v in values if isinstance(v, str) and v), default=1)
+    decoded = len(text) * (1 if text.isascii() else min(4, widest))
+    parsed = decoded + body * (2 if b"\\" in text else 1)  # what has escapes is put together
+    reading = len(text) + max(parsed, body + 2 * len(canonical))
+    return LongRow(int(_MARGIN * reading), body, text_chars(row.endpoint, row.body))
+
+
+def _values(document: Any) -> Iterator[Any]:
+    """All values in a document, names of fields included."""
+    left = [document]
     while left:
         value = left.pop()
-        num_bytes += sys.getsizeof(value)
-        if isinstance(value, str):
-            num_chars += len(value)
-            widest = max(widest, round(sys.getsizeof(value) / (len(value) + 1)))
-        elif isinstance(value, dict):
+        yield value
+        if isinstance(value, dict):
+            left += value
             left += value.values()
         elif isinstance(value, list):
             left += value
-    decoded = min(4, widest) * len(text)
-    return LongRow(len(text) + decoded + 3 * num_bytes + 2 * len(canonical), num_chars)
 
 
 class _MalformedLine(Exception):
@@ -232,7 +250,9 @@ def _decode(text: bytes) -> Any:
         document = json.loads(text.decode(), parse_constant=_refuse_constant)
         if b"\\u" in text:
             # lone surrogates are legal JSON escapes that no tokenizer and no UTF-8 file can take
-            json.dumps(document, ensure_ascii=False).encode()
+            for value in _values(document):
+                if isinstance(value, str):
+                    value.encode()
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise _MalformedLine("invalid_json_line", f"not valid Unicode: {error.reason}") from error
     except ValueError as error:

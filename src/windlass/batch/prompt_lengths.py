@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from windlass.batch.jobfile import JobFile, JobRow
-from windlass.engine.tokenizer import LONG_TEXT
+from windlass.engine.text_limits import LONG_TEXT
 from windlass.errors import RequestError, UsageError
 from windlass.kvcache.pages import block_keys, readable_blocks
 from windlass.params import SamplingParams

@@ -11,12 +11,13 @@ from windlass.errors import RequestError
 
 _FIRST, _SECOND, _KEY = "wlfirst", "wlsecond", "wlkey"  # told apart from whatever a template writes
 _CALL_ID = "wlcall001"  # Mistral's have nine letters and digits
+_PARAMETER = {"wlname": {"type": "string", "description": "wltext"}}
 _TOOL = {
     "type": "function",
     "function": {
         "name": "wltool",
-        "description": "wltool",
-        "parameters": {"type": "object", "properties": {"wlname": {"type": "string"}}},
+        "description": "wltext",
+        "parameters": {"type": "object", "properties": _PARAMETER, "required": ["wlname"]},
     },
 }
 _USER = {"role": "user", "content": "wluser"}

@@ -15,6 +15,7 @@ import tokenizers
 
 from windlass.engine.chat_template import ChatTemplate
 from windlass.engine.convert_tokenizer import CHAR_OF_BYTE, FILES, Converted, convert
+from windlass.engine.text_limits import LONG_TEXT, most_chars
 from windlass.errors import CheckpointError, RequestError
 
 _CHAT_FILE = "chat_template.jinja"
@@ -25,11 +26,6 @@ _DIGESTED = ("tokenizer.json", "tokenizer_config.json", _SPECIAL_FILE, _ADDED_FI
              "merges.txt", *FILES)  # fmt: skip
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BYTE_OF_CHAR = {char: byte for byte, char in enumerate(CHAR_OF_BYTE)}
-# A backend takes this much memory per character while it encodes, so that longer texts are given to
-# it only if a prompt can be so long.
-ENCODING_BYTES = 140  # Qwen3's tokenizer, random letters; prose 130, runs of one letter 65
-LONG_TEXT = 1 << 18  # characters
-CHARS_PER_TOKEN = 16  # of a long text, at most: prose has 4, deeply indented code 8
 _PIECE = 1 << 14  # characters that are counted at a time
 _CUT_TOKENS = 16  # more than one cut between pieces can add
 
@@ -73,7 +69,7 @@ class Tokenizer:
         """Ids of a text, with the BOS that the checkpoint asks for unless told otherwise.
 
         `at_most`: where a text is sure to have more ids, RequestError says so before it is encoded
-        whole; one with a few more may pass. Sure is what `LONG_TEXT` and `CHARS_PER_TOKEN` say."""
+        whole; one with a few more may pass. What is sure: `text_limits`, and a count of pieces."""
         if at_most is not None and len(text) > LONG_TEXT:
             self._refuse_longer(text, at_most)
         return self._ids(text, add_special_tokens)
@@ -81,7 +77,7 @@ class Tokenizer:
     def _refuse_longer(self, text: str, at_most: int) -> None:
         """Counts the tokens of pieces: memory does not grow with the text."""
         size, found = len(text), 0
-        is_longer = size > CHARS_PER_TOKEN * at_most
+        is_longer = size > most_chars(at_most)
         for start in () if is_longer else range(0, size, _PIECE):
             found += len(self._ids(text[start : start + _PIECE], False)) - _CUT_TOKENS
             if is_longer := found > at_most:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, Protocol
 
+from windlass.engine.text_limits import most_chars
 from windlass.errors import RequestError, UsageError, WindlassError
 from windlass.params import SamplingParams
 from windlass.protocol.fields import only, optional, refuse_unknown, shorten
@@ -127,6 +128,14 @@ def parse_body(endpoint: Endpoint, body: Mapping[str, Any], model: ServedModel) 
         _max_tokens(body, is_chat=is_chat), model.default_params.max_tokens, model.max_model_len
     )
     field = "messages" if is_chat else "prompt"
+    num_chars = text_chars(endpoint, body)
+    if num_chars > most_chars(model.max_model_len):  # before anything is made of it
+        raise RequestError(
+            f"prompt has {num_chars} characters, which are more than {model.max_model_len} tokens,"
+            f" the limit",
+            param=field,
+            code="context_length_exceeded",
+        )
     prompts = [_chat_prompt(body, model)] if is_chat else _prompts(body, model)
     _check_sequences(len(prompts), params.n)
     return ApiRequest(
@@ -137,6 +146,23 @@ def parse_body(endpoint: Endpoint, body: Mapping[str, Any], model: ServedModel) 
             for ids in prompts
         ),
     )
+
+
+def text_chars(endpoint: Endpoint, body: Mapping[str, Any]) -> int:
+    """Characters of what a body's prompt is made of: all texts of its messages, or the longest text
+    of a completion. No value of the body need be right."""
+    chat = endpoint is Endpoint.CHAT
+    left: list[Any] = [body.get("messages" if chat else "prompt")]
+    sizes = [0]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            sizes.append(len(value))
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return sum(sizes) if chat else max(sizes)
 
 
 def _check_model(body: Mapping[str, Any], model: ServedModel) -> None:
