@@ -123,7 +123,6 @@ def _tiktoken(
     ])  # fmt: skip
     backend.decoder = decoders.ByteLevel()
     for token in special:  # one by one: their order gives the ids
-        token.normalized = False
         add = backend.add_special_tokens if token.special else backend.add_tokens
         add([token])
     return backend

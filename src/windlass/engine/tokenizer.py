@@ -24,6 +24,7 @@ _ADDED_FILE = "added_tokens.json"
 _SPECIAL_FILE = "special_tokens_map.json"
 _DIGESTED = ("tokenizer.json", "tokenizer_config.json", _SPECIAL_FILE, _ADDED_FILE, _CHAT_FILE,
              "merges.txt", *FILES)  # fmt: skip
+_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BYTE_OF_CHAR = {char: byte for byte, char in enumerate(CHAR_OF_BYTE)}
 _PIECE = 1 << 14  # characters that are counted at a time
@@ -50,7 +51,7 @@ class Tokenizer:
         self._doubles_first_space = doubles_first_space
         backend.encode_special_tokens = bool(config.get("split_special_tokens"))
         named = _named_tokens(config)
-        _add_tokens(backend, config, named.values())
+        _add_tokens(backend, config)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         own_eos = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
@@ -203,7 +204,8 @@ def load(path: Path, *, model_folder: Path | None = None) -> Tokenizer:
 
 def _older_added_tokens(ids: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """added_tokens.json, content -> id, as tokenizer_config.json has such tokens today."""
-    special = {*_named_tokens(config).values(), *_extra_tokens(config)}
+    extra = (one["content"] if isinstance(one, dict) else one for one in _extra_tokens(config))
+    special = {*_named_tokens(config).values(), *extra}
     return {
         str(token_id): {
             "content": content,
@@ -295,39 +297,36 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return named
 
 
-def _add_tokens(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Iterable[str]
-) -> None:
-    """Adds the tokens that only tokenizer_config.json knows, in transformers' order."""
-    present = {token.content for token in backend.get_added_tokens_decoder().values()}
-    named = list(named)
+def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Adds what tokenizer_config.json knows, in transformers' order: its `added_tokens_decoder`,
+    whose flags win, and what else it names."""
+    named = _named_tokens(config)
     entries = config.get("added_tokens_decoder") or {}
     for key in sorted(entries, key=int):
-        fields = {k: v for k, v in entries[key].items() if not k.startswith("__")}
-        fields["special"] = bool(fields.get("special")) or fields["content"] in named
-        _add_token(backend, present, tokenizers.AddedToken(**fields))
-    for content in [*named, *_extra_tokens(config)]:
-        _add_token(backend, present, tokenizers.AddedToken(content, special=True))
+        own = entries[key]
+        _add_token(backend, own, is_special=own.get("special") or own["content"] in named.values())
+    names = [*(name for name in _NAMES if name in named), *named]
+    for value in [*(config[name] for name in names), *_extra_tokens(config)]:
+        fields = value if isinstance(value, dict) else {"content": value}
+        added = backend.get_added_tokens_decoder().values()
+        if fields["content"] not in {token.content for token in added}:
+            _add_token(backend, fields, is_special=True)
 
 
 def _add_token(
-    backend: tokenizers.Tokenizer, present: set[str], token: tokenizers.AddedToken
+    backend: tokenizers.Tokenizer, fields: Mapping[str, Any], *, is_special: bool
 ) -> None:
-    if token.content in present:
-        return
-    present.add(token.content)
-    if token.special:
-        backend.add_special_tokens([token])
-    else:
-        backend.add_tokens([token])
+    own = {key: value for key, value in fields.items() if not key.startswith("__")}
+    token = tokenizers.AddedToken(**own | {"special": bool(is_special)})
+    (backend.add_special_tokens if token.special else backend.add_tokens)([token])
 
 
-def _extra_tokens(config: Mapping[str, Any]) -> list[str]:
-    extra: list[str] = []
+def _extra_tokens(config: Mapping[str, Any]) -> list[Any]:
+    """Contents, or objects with one."""
+    extra: list[Any] = []
     for name in ("extra_special_tokens", "additional_special_tokens"):
         value = config.get(name) or []
-        for token in value if isinstance(value, list) else value.values():
-            extra.append(token["content"] if isinstance(token, dict) else token)
+        extra += value if isinstance(value, list) else value.values()
     return extra
 
 
