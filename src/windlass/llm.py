@@ -97,8 +97,8 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `sampling_params=None` means: the checkpoint's generation_config.json."""
-        params = self._engine.default_params
-        return replace(params, max_tokens=params.max_tokens or SamplingParams().max_tokens)
+        own = self._engine.default_params
+        return replace(own, max_tokens=own.max_tokens or SamplingParams().max_tokens)
 
     def get_metrics(self) -> EngineStats:
         """The engine's counters since it was opened: passes, tokens, what was read, found in memory
@@ -139,7 +139,7 @@ class LLM:
             raise UsageError(f"lora_request: got {lora_request!r}, allowed None: not supported yet")
         rows = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
         pairs = _pairs(rows, sampling_params or self.get_default_sampling_params())
-        return self._run(pairs, self._prompt_encoder(), use_tqdm, on_error, on_result)
+        return self._run(pairs, _prompt_encoder(self._engine), use_tqdm, on_error, on_result)
 
     def chat(
         self,
@@ -186,10 +186,7 @@ class LLM:
         if isinstance(prompts, (str, Mapping)):
             prompts = [prompts]
         pairs = _pairs(prompts, sampling_params or self.get_default_sampling_params())
-        return self._feed.results(self._entries(pairs, self._prompt_encoder(), "return"))
-
-    def _prompt_encoder(self) -> PromptEncoder:
-        return PromptEncoder(self._engine.tokenizer, self._engine.max_model_len - 1)
+        return self._feed.results(self._entries(pairs, _prompt_encoder(self._engine), "return"))
 
     def _run(
         self,
@@ -252,6 +249,10 @@ class LLM:
 def _open(named: EngineOptions) -> Engine:
     options = locate(named).with_weights()
     return open_engine(options, profile=kept_profile(options))
+
+
+def _prompt_encoder(engine: Engine) -> PromptEncoder:
+    return PromptEncoder(engine.tokenizer, engine.max_model_len - 1)
 
 
 def _of_prompt(place: int, error: RequestError) -> RequestError:

@@ -15,10 +15,13 @@ from windlass.engine.tokenizer import load
 from windlass.errors import CheckpointError
 
 PIECES = (
-    " ", "  ", "   ", "a", "aa", "the", " the", "\n", "\t", "é", "你好", "👩‍👩‍👧", "▁", "ab", "==", "-",
-    "000", "\u3000", "İ", "ﬁ", " \n", "def ", "...", "'s", "A", "<0x0A>", "<unk", "<s",
+    " ", "  ", "   ", "a", "aa", "the", " the", "\n", "\t", "é", "你好", "👩‍👩‍👧",
+    "▁", "ab", "==", "-", "000", "\u3000", "İ", "ﬁ", " \n", "def ", "...", "'s", "A", "<0x0A>", "<unk", "<s",
 )  # fmt: skip
-IDENTITY = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+IDENTITY: dict[str, Any] = {
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+}
 LLAMA = {**IDENTITY, "byte_fallback": True}
 GEMMA = {**LLAMA, "add_dummy_prefix": False, "user_defined_symbols": ["<sym>", "▁▁▁"]}
 
@@ -114,7 +117,7 @@ def ranks_of(words: list[str]) -> dict[bytes, int]:
 
 
 def merged(parts: list[bytes], ranks: dict[bytes, int]) -> list[bytes]:
-    """tiktoken's algorithm: the neighbours of the lowest rank, the leftmost first, again and again."""
+    """tiktoken's algorithm: the neighbours of the lowest rank, the leftmost first, again."""
     while True:
         pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))
                  if a + b in ranks]  # fmt: skip
@@ -130,8 +133,8 @@ def write_ranks(file: Path, ranks: dict[bytes, int]) -> None:
 
 
 # how the two families cut a text into words
-QWEN_WORDS = ["It", "'s", " ", " two", " ", " spaces", ",", " ", "1", "2", "3", "4", " café", "你好",
-              "!?\n\n", "\tx"]  # fmt: skip
+QWEN_WORDS = ["It", "'s", " ", " two", " ", " spaces", ",", " ", "1", "2", "3", "4", " café",
+              "你好", "!?\n\n", "\tx"]  # fmt: skip
 KIMI_WORDS = ["It's", " ", " two", " ", " spaces", ",", " ", "123", "4", " café", "你好", "Camel",
               "Case", "!?\n\n", "\tx"]  # fmt: skip
 
@@ -153,7 +156,9 @@ def test_qwens_tiktoken_file(tmp_path: Path) -> None:
     assert tokenizer.decode(expected) == text
     size = len(ranks)
     assert tokenizer.encode("<|im_start|>x<|im_end|>") == [size + 1, ord("x"), size + 2]
-    assert tokenizer.vocab_size == size + 208 and tokenizer.special_text(size + 207) == "<|extra_204|>"
+    assert (
+        tokenizer.vocab_size == size + 208 and tokenizer.special_text(size + 207) == "<|extra_204|>"
+    )
 
 
 def test_kimis_tiktoken_file(tmp_path: Path) -> None:

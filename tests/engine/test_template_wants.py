@@ -69,7 +69,9 @@ ARGUMENTS = "call.function.arguments"
 TEXT = "{{ '```json\\n' + " + ARGUMENTS + " }}"
 JSON = "{{ " + ARGUMENTS + " | tojson }}"
 WALK = "{% for key, value in " + ARGUMENTS + ".items() %}<{{ key }}>{{ value }}{% endfor %}"
-EITHER = f"{{% if {ARGUMENTS} is string %}}text{{% else %}}{{{{ {ARGUMENTS} | tojson }}}}{{% endif %}}"
+EITHER = (
+    f"{{% if {ARGUMENTS} is string %}}text{{% else %}}{{{{ {ARGUMENTS} | tojson }}}}{{% endif %}}"
+)
 BARE = "{{ " + ARGUMENTS + " }}"
 
 
@@ -109,9 +111,7 @@ def test_arguments_reach_templates_as_they_want_them(call: str, expected: str) -
         ("{{ '[%s]' % m.content if m.content is defined else '' }}", "[hi][]{}[22]"),
     ],
 )
-def test_no_content_is_none_unless_the_template_would_write_it(
-    content: str, expected: str
-) -> None:
+def test_no_content_is_none_unless_the_template_would_write_it(content: str, expected: str) -> None:
     template = CALLS % (content, JSON)
     message = {"role": "assistant", "content": None, "tool_calls": [called("{}")]}
     assert render(template, USER, message, ANSWER) == expected

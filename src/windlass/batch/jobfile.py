@@ -28,6 +28,7 @@ _MAX_REPORTED = 10  # of duplicates or malformed lines, in one message
 _LONG_LINE = 1 << 16  # bytes; what shorter ones take while they are read is not counted
 _BODY_COPIES = 3  # of a body, before its prompt is text
 _MARGIN = 1.15  # over what is held by the count
+_CHUNK_BYTES, _MOST_CHUNKS = 60, 100_000  # that Python's encoder of JSON holds at a time
 _MALFORMED_COPIES = 9  # of a line: itself, decoded and half read at 4 bytes a character
 
 
@@ -216,13 +217,18 @@ def _weighed(row: JobRow, text: bytes, canonical: bytes) -> LongRow:
     """By what is held at once: the line, the same decoded and what is read of it; then the line,
     the body, and its canonical form as text and as bytes."""
     assert row.endpoint is not None and row.body is not None, "a row that was read"
-    values = list(_values(row.body))
-    # small integers are shared
-    body = sum(sys.getsizeof(v) for v in values if not (isinstance(v, int) and -5 <= v <= 256))
-    widest = max((sys.getsizeof(v) // len(v) for v in values if isinstance(v, str) and v), default=1)
+    body, widest, count = 0, 1, 0
+    for value in _values(row.body):
+        count += 1
+        size = sys.getsizeof(value)
+        if isinstance(value, str) and value:
+            widest = max(widest, size // len(value))
+        if not (isinstance(value, int) and -5 <= value <= 256):  # those are shared
+            body += size
     decoded = len(text) * (1 if text.isascii() else min(4, widest))
     parsed = decoded + body * (2 if b"\\" in text else 1)  # what has escapes is put together
-    reading = len(text) + max(parsed, body + 2 * len(canonical))
+    written = 2 * len(canonical) + _CHUNK_BYTES * min(2 * count, _MOST_CHUNKS)
+    reading = len(text) + max(parsed, body + written)
     return LongRow(int(_MARGIN * reading), body, text_chars(row.endpoint, row.body))
 
 

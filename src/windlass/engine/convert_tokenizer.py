@@ -21,7 +21,10 @@ _UNIGRAM, _BPE = 1, 2  # kinds of its models
 _NUM_RESERVED = 256  # ids behind Kimi's ranks
 _END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _END
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
+_UPPER, _LOWER = (
+    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]",
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]",
+)
 _KIMI = (
     rf"[\p{{Han}}]+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{{N}}{{1,3}}{_END}"
@@ -105,8 +108,8 @@ def _kimi(file: Path, config: Mapping[str, Any]) -> Converted:
 def _tiktoken(
     file: Path, pattern: str, special: list[tokenizers.AddedToken]
 ) -> tokenizers.Tokenizer:
-    """Byte pairs by rank. Any two neighbours merge whose bytes together are a token, so that a token
-    counts as often among the merges as it can be cut in two."""
+    """Byte pairs by rank. Any two neighbours merge whose bytes together are a token: it counts as
+    often among the merges as it can be cut in two."""
     ranks = _ranks(file)
     names = {token: "".join(CHAR_OF_BYTE[byte] for byte in token) for token in ranks}
     merges = [
@@ -178,6 +181,7 @@ def _sentencepiece(file: Path, config: Mapping[str, Any]) -> Converted:
                 " tokenizer.json"
             )
     unk_id = trainer.number(40, 0)
+    model: models.BPE | models.Unigram
     if kind == _BPE:
         model = models.BPE(
             {piece.text: i for i, piece in enumerate(pieces)}, _merges(pieces),

@@ -1,8 +1,8 @@
 """How long a text may be before it is made into tokens. Knows no tokenizer.
 
-What a text has in tokens is known only when it was encoded, which takes much memory; no bound by the
-longest token holds where a normaliser or a token drops blanks. So the bound is a generous one: a text
-longer than both numbers below is refused.
+What a text has in tokens is known only when it was encoded, which takes much memory; no bound by
+the longest token holds where a normaliser or a token drops blanks. So the bound is a generous one:
+a text longer than both numbers below is refused.
 """
 
 LONG_TEXT = 1 << 18  # characters; shorter ones are always encoded

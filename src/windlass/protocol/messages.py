@@ -37,7 +37,8 @@ def _message(message: object, place: str) -> dict[str, Any]:
         raise RequestError(
             f"{where}role: got {role!r}, allowed {', '.join(_ROLES)}", param=where + "role"
         )
-    strange = {name: None for name in message if not get_close_matches(name, _FIELDS, 1, _LIKE)}
+    others = (name for name in message if name not in _FIELDS)
+    strange = [name for name in others if not get_close_matches(name, _FIELDS, 1, _LIKE)]
     refuse_unknown(message, (*_FIELDS, *strange), where=where)
     for name in _TEXTS:
         optional(message, name, str, where=where)
@@ -80,7 +81,8 @@ def _text_part(part: object, place: str) -> dict[str, str]:
     kind = part.get("type")
     if not isinstance(kind, str) or kind not in TEXT_PARTS:
         raise RequestError(
-            f"{place}.type: got {kind!r}, allowed 'text': images, audio and files are not supported",
+            f"{place}.type: got {kind!r}, allowed 'text': images, audio and files are not"
+            " supported",
             param=place + ".type",
             code="unsupported_parameter",
         )

@@ -141,10 +141,7 @@ def parse_body(endpoint: Endpoint, body: Mapping[str, Any], model: ServedModel) 
     return ApiRequest(
         endpoint=endpoint,
         model=model.names[0],
-        prompts=tuple(
-            Prompt(tuple(ids), _fit(params, limit, len(ids), field))
-            for ids in prompts
-        ),
+        prompts=tuple(Prompt(tuple(ids), _fit(params, limit, len(ids), field)) for ids in prompts),
     )
 
 

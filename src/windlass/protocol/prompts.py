@@ -67,6 +67,4 @@ class ChatEncoder:
 
     def encode(self, row: Any) -> tuple[str | None, list[int]]:
         text = self._tokenizer.render_chat(row, **self._options)
-        return text, self._tokenizer.encode(
-            text, add_special_tokens=False, at_most=self._at_most
-        )
+        return text, self._tokenizer.encode(text, add_special_tokens=False, at_most=self._at_most)
