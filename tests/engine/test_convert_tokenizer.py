@@ -16,7 +16,8 @@ from windlass.errors import CheckpointError
 
 PIECES = (
     " ", "  ", "   ", "a", "aa", "the", " the", "\n", "\t", "é", "你好", "👩‍👩‍👧",
-    "▁", "ab", "==", "-", "000", "\u3000", "İ", "ﬁ", " \n", "def ", "...", "'s", "A", "<0x0A>", "<unk", "<s",
+    "▁", "ab", "==", "-", "000", "\u3000", "İ", "ﬁ", " \n", "def ", "...", "'s",
+    "A", "<0x0A>", "<unk", "<s",
 )  # fmt: skip
 IDENTITY: dict[str, Any] = {
     "normalization_rule_name": "identity",

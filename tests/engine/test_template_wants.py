@@ -63,7 +63,10 @@ def called(arguments: Any) -> dict[str, Any]:
     return {"id": "call00001", "type": "function", "function": function}
 
 
-CALLS = "{%% for m in messages %%}%s{%% for call in m.tool_calls or [] %%}%s{%% endfor %%}{%% endfor %%}"
+CALLS = (
+    "{%% for m in messages %%}%s{%% for call in m.tool_calls or [] %%}%s"
+    "{%% endfor %%}{%% endfor %%}"
+)
 ARGUMENTS = "call.function.arguments"
 # how templates write the arguments: DeepSeek-R1, Qwen, GLM, Llama, gpt-oss
 TEXT = "{{ '```json\\n' + " + ARGUMENTS + " }}"
