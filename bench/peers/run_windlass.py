@@ -161,6 +161,9 @@ class _Planned(NamedTuple):
     def job(self, *_: object) -> PlannedJob:
         return PlannedJob(self.work, True)
 
+    def row_bytes(self, max_model_len: int) -> int:
+        return 0  # prompts come as tokens
+
 
 def _profile(path: str | None) -> HardwareProfile | None:
     if path is None:

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
@@ -97,7 +97,8 @@ class LLM:
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `sampling_params=None` means: the checkpoint's generation_config.json."""
-        return self._engine.default_params
+        own = self._engine.default_params
+        return replace(own, max_tokens=own.max_tokens or SamplingParams().max_tokens)
 
     def get_metrics(self) -> EngineStats:
         """The engine's counters since it was opened: passes, tokens, what was read, found in memory
@@ -138,9 +139,7 @@ class LLM:
             raise UsageError(f"lora_request: got {lora_request!r}, allowed None: not supported yet")
         rows = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
         pairs = _pairs(rows, sampling_params or self.get_default_sampling_params())
-        return self._run(
-            pairs, PromptEncoder(self._engine.tokenizer), use_tqdm, on_error, on_result
-        )
+        return self._run(pairs, _prompt_encoder(self._engine), use_tqdm, on_error, on_result)
 
     def chat(
         self,
@@ -158,6 +157,7 @@ class LLM:
         is_one = bool(messages) and isinstance(messages[0], Mapping)
         encoder = ChatEncoder(
             self._engine.tokenizer,
+            self._engine.max_model_len - 1,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             chat_template=chat_template,
@@ -186,8 +186,7 @@ class LLM:
         if isinstance(prompts, (str, Mapping)):
             prompts = [prompts]
         pairs = _pairs(prompts, sampling_params or self.get_default_sampling_params())
-        encoder = PromptEncoder(self._engine.tokenizer)
-        return self._feed.results(self._entries(pairs, encoder, "return"))
+        return self._feed.results(self._entries(pairs, _prompt_encoder(self._engine), "return"))
 
     def _run(
         self,
@@ -250,6 +249,10 @@ class LLM:
 def _open(named: EngineOptions) -> Engine:
     options = locate(named).with_weights()
     return open_engine(options, profile=kept_profile(options))
+
+
+def _prompt_encoder(engine: Engine) -> PromptEncoder:
+    return PromptEncoder(engine.tokenizer, engine.max_model_len - 1)
 
 
 def _of_prompt(place: int, error: RequestError) -> RequestError:

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
 from windlass.errors import CheckpointError, ModelError, UsageError
 from windlass.formats import METHODS
+from windlass.params import SamplingParams
 from windlass.plan import SCHEDULES, Plan, Schedule
 
 DEMO = "demo"
@@ -18,7 +19,7 @@ _DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
 _SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "tokenizer.model", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
-    "model.safetensors.index.json",
+    "added_tokens.json", "tiktoken.model", "qwen.tiktoken", "model.safetensors.index.json",
 )  # fmt: skip
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
@@ -115,6 +116,17 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ModelError(f"{path}: found a {type(document).__name__}, expected an object")
     return document
+
+
+def default_params(folder: Path, options: EngineOptions) -> SamplingParams:
+    """Of requests that name none: what the checkpoint's generation_config.json says. `max_tokens`
+    is None where it does not."""
+    path = folder / "generation_config.json"
+    if options.generation_config == "vllm" or not path.exists():
+        return SamplingParams(max_tokens=None)
+    config = read_config(folder, path.name)
+    params = SamplingParams.from_generation_config(config)
+    return replace(params, max_tokens=config.get("max_new_tokens"))
 
 
 def read_plan(plan: Plan | Path) -> Plan:

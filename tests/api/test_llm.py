@@ -38,6 +38,7 @@ class ChatFake(FakeTokenizer):
         add_generation_prompt: bool = True,
         chat_template: str | None = None,
         variables: Mapping[str, Any] | None = None,
+        now: int | None = None,
     ) -> str:
         if messages[0]["role"] != "user":
             raise RequestError("chat template: a user speaks first", param="messages")

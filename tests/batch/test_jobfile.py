@@ -8,9 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fake_engine import FakeTokenizer
 from windlass.batch.jobfile import JobFile, JobRow
-from windlass.errors import JobError, UsageError
-from windlass.protocol.openai import Endpoint
+from windlass.engine.text_limits import most_chars
+from windlass.errors import JobError, RequestError, UsageError
+from windlass.params import SamplingParams
+from windlass.protocol.openai import Endpoint, ServedModel, parse_body
 
 
 def line(custom_id: str = "a", **changes: Any) -> dict[str, Any]:
@@ -162,3 +165,60 @@ def test_memory_per_row_is_small(tmp_path: Path) -> None:
     # a million rows: below 50 MB for good and 110 MB while scanning
     assert held / num_rows < 50
     assert peak / num_rows < 110
+
+
+PROSE = "The quick brown fox. " * 50_000  # a MiB
+TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 1_500
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"messages": [{"role": "user", "content": PROSE}]},
+        {"messages": [{"role": "user", "content": PROSE + "👩"}]},  # four bytes a character
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": PROSE + "é"}]}]},
+        {"messages": [{"role": "user", "content": "你好世界" * 90_000}]},
+        {"messages": TALK},
+        {"prompt": [12345] * 30_000},
+        {"prompt": [1] * 60_000},
+        {"prompt": [PROSE[:300_000]] * 3},
+    ],
+)
+@pytest.mark.parametrize("escaped", [False, True])
+def test_what_a_long_row_takes_is_known_from_the_scan(
+    tmp_path: Path, body: dict[str, Any], escaped: bool
+) -> None:
+    url = Endpoint.CHAT if "messages" in body else Endpoint.COMPLETIONS
+    text = json.dumps(line(url=url, body=body), ensure_ascii=escaped)
+    job = JobFile(write(tmp_path / "in", text, line("b")))
+    model = ServedModel(("m",), Wordless(), 4096, SamplingParams(max_tokens=None))
+    (long,) = job.long_rows
+    del text
+    tracemalloc.start()
+    row = next(job.rows(np.array([True, False])))
+    assert row.endpoint is not None and row.body is not None
+    with pytest.raises(RequestError):
+        parse_body(row.endpoint, row.body, model)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    needed = long.needed_bytes(most_chars(4096))
+    assert 0.2 * needed < peak < needed
+
+
+class Wordless(FakeTokenizer):
+    """Refuses all that it is asked, as the real one does what is too long."""
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, at_most: int | None = None
+    ) -> list[int]:
+        raise RequestError("too long")
+
+
+def test_no_row_is_held_while_the_next_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "in", *(line(str(i), body={"prompt": PROSE}) for i in range(4)))
+    job = JobFile(path)
+    tracemalloc.start()
+    assert sum(map(lambda row: row.line, job.rows(np.ones(4, bool)))) == 10
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < job.long_rows[0].reading_bytes

@@ -17,6 +17,7 @@ from windlass.batch.prompt_lengths import job_lengths
 from windlass.build.open import open_engine
 from windlass.checkpoint.weight_kinds import weight_kinds
 from windlass.engine.engine import Engine
+from windlass.engine.text_limits import LONG_TEXT
 from windlass.formats import WeightFormat
 from windlass.ids import Part, WeightKey
 from windlass.models.names import Layout, PackedShape, Piece, TensorInfo
@@ -40,7 +41,7 @@ def _job(folder, *bodies):
 
 
 def _lengths(job, wanted=None):
-    model = ServedModel(("m",), FakeTokenizer(), 4096, SamplingParams(), now=0)
+    model = ServedModel(("m",), FakeTokenizer(), 4096, SamplingParams(max_tokens=None), now=0)
     return job_lengths(job, np.ones(len(job), dtype=bool) if wanted is None else wanted, model)
 
 
@@ -66,6 +67,29 @@ def test_lengths_are_those_of_the_rows_that_are_left(tmp_path):
 def test_a_row_without_a_limit_leaves_the_job_open(tmp_path):
     found = _lengths(_job(tmp_path, {"prompt": [5], "max_tokens": 3}, {"prompt": [5] * 2}))
     assert not found.is_bounded
+
+
+def test_a_checkpoints_own_length_limits_answers_that_name_none(tmp_path):
+    job = _job(tmp_path, {"prompt": [5], "max_tokens": 3}, {"prompt": [5] * 2})
+    model = ServedModel(("m",), FakeTokenizer(), 4096, SamplingParams(max_tokens=77), now=0)
+    found = job_lengths(job, np.ones(2, dtype=bool), model)
+    assert found and found.is_bounded and found.workload.output_tokens == (3, 77)
+
+
+def test_a_long_text_is_looked_at_in_pieces(tmp_path):
+    given = []
+
+    class Watched(FakeTokenizer):
+        def encode(self, text, *, add_special_tokens=True, at_most=None):
+            given.append(len(text))
+            return super().encode(text, add_special_tokens=add_special_tokens)
+
+    text = "word " * 400_000
+    bodies = [{"prompt": text, "max_tokens": 1}, {"prompt": text * 9, "max_tokens": 1}]
+    model = ServedModel(("m",), Watched(), len(text) + 9, SamplingParams(max_tokens=None), now=0)
+    found = job_lengths(_job(tmp_path, *bodies), np.ones(2, dtype=bool), model)
+    assert found and found.workload.prompt_tokens == (len(text),)  # and the other does not fit
+    assert sum(given) <= 2 * LONG_TEXT and max(given) <= LONG_TEXT // 8
 
 
 def test_some_rows_of_a_large_job_stand_for_all(tmp_path):
@@ -182,6 +206,9 @@ def test_an_engine_that_is_planned_for_its_job_gives_the_same_answers(tmp_path):
         def job(self, tokenizer, params, longest):
             asked.append(longest)
             return Job(Workload((30, 7, 12), (5, 5, 5)), True)
+
+        def row_bytes(self, max_model_len):
+            return 0
 
     with open_engine(options, source=Three()) as engine:
         (note,) = engine.notes

@@ -192,7 +192,9 @@ def test_a_bug_in_one_row_does_not_end_the_job(
 ) -> None:
     engine = FakeEngine()
 
-    def encode(text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        text: str, *, add_special_tokens: bool = True, at_most: int | None = None
+    ) -> list[int]:
         if "b" in text:
             raise ZeroDivisionError("surprise")
         return [1, 2]

@@ -59,6 +59,34 @@ def test_a_checkpoint_four_times_the_budget_runs_inside_it(tmp_path):
 
 
 @pytest.mark.cgroup
+def test_rows_of_megabytes_are_refused_inside_the_budget(tmp_path):
+    texts = ["Hello", "The quick brown fox. " * 300_000, "Hello", "x" * 10_000_000 + "é", "Hello"]
+    with (tmp_path / "in.jsonl").open("w") as file:
+        for i, text in enumerate(texts):
+            body = {"messages": [{"role": "user", "content": text}], "max_tokens": 2}
+            row = {"custom_id": f"r{i}", "method": "POST", "url": "/v1/chat/completions",
+                   "body": body}  # fmt: skip
+            file.write(json.dumps(row) + "\n")
+    command = [
+        sys.executable, "-m", "windlass.cli", "run-batch", "-i", str(tmp_path / "in.jsonl"),
+        "-o", str(tmp_path / "out.jsonl"), "--model", "demo",
+        "--host-memory", f"{BUDGET // MIB}MiB", "--json",
+    ]  # fmt: skip
+    with memory_group(BUDGET) as group:
+        if group is None:
+            pytest.skip("no memory cgroup can be made here (needs root and the memory controller)")
+        done = group.run(command, timeout=120)
+        assert done.returncode == 3, done.stderr[-2000:]
+        assert group.num_kills == 0
+        assert group.peak_bytes <= BUDGET
+    assert json.loads(done.stdout.splitlines()[-1])["peak_rss_bytes"] < BUDGET
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["response"]["status_code"] for row in rows] == [200, 400, 200, 400, 200]
+    for row in (rows[1], rows[3]):
+        assert row["response"]["body"]["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.cgroup
 def test_too_small_a_budget_is_refused_with_the_smallest_that_works(tmp_path):
     _job(tmp_path / "in.jsonl")
     command = [

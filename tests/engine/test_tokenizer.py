@@ -1,6 +1,5 @@
 """Tokenizer: the same ids and prompts as transformers, without importing it."""
 
-import io
 import json
 import subprocess
 import sys
@@ -81,6 +80,10 @@ CONFIGS = [
                 "single_word": False, "special": True},
         "901": {"content": "jumps", "lstrip": True, "rstrip": False, "normalized": False,
                 "single_word": True, "special": False}}},
+    {"eos_token": "jumps", "added_tokens_decoder": {
+        "901": {"content": "jumps", "lstrip": False, "rstrip": False, "normalized": False,
+                "single_word": False, "special": False}}},
+    {"split_special_tokens": True, "eos_token": "</s>"},
 ]  # fmt: skip
 
 
@@ -123,6 +126,64 @@ def test_chat_renders_as_transformers_renders_it(
     assert ours.apply_chat_template(MESSAGES, **options) == ids
 
 
+OLDER = {
+    "added_tokens__json": {"<|late|>": 901, "jumps": 900, "</s>": 902},
+    "special_tokens_map__json": {"eos_token": {"content": "<|late|>", "lstrip": True}},
+    "tokenizer_config__json": config(eos_token="</s>", bos_token="<s>"),
+}
+
+
+@pytest.mark.parametrize("name", ["sentencepiece_bpe", "byte_level"])
+@pytest.mark.parametrize("left_out", [None, *OLDER])
+def test_added_tokens_of_older_checkpoints(tmp_path: Path, name: str, left_out: str | None) -> None:
+    files = {file: fields for file, fields in OLDER.items() if file != left_out}
+    folder = checkpoint(tmp_path, name, **files)  # type: ignore[arg-type]
+    ours, theirs = load(folder), reference(folder)
+    for text in ("<s>a</s> <|late|> jumps", "It jumps."):
+        assert ours.encode(text) == theirs.encode(text)
+        ids = theirs.encode(text)
+        for skip in (True, False):
+            own = ours.decode(ids, skip_special_tokens=skip)
+            assert own == theirs.decode(ids, skip_special_tokens=skip)
+    assert ours.vocab_size == len(theirs)
+    if left_out != "added_tokens__json":
+        (folder / "added_tokens.json").write_text(json.dumps({"fox": 900}))
+        assert load(folder).digest != ours.digest
+
+
+def test_what_decides_about_special_tokens_is_in_the_digest(tmp_path: Path) -> None:
+    whole = load(checkpoint(tmp_path, tokenizer_config__json=config()))
+    split = load(checkpoint(tmp_path, tokenizer_config__json=config(split_special_tokens=True)))
+    assert whole.encode("<|im_end|>") == [2] != split.encode("<|im_end|>")
+    assert whole.digest != split.digest
+
+
+def test_a_long_text_is_refused_without_being_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("windlass.engine.text_limits.LONG_TEXT", 2000)
+    monkeypatch.setattr("windlass.engine.tokenizer.LONG_TEXT", 2000)
+    tokenizer = load(checkpoint(tmp_path))
+    given: list[int] = []
+    encode = tokenizer._ids
+
+    def counted(text: str, special: bool) -> list[int]:
+        given.append(len(text))
+        return encode(text, special)
+
+    monkeypatch.setattr(tokenizer, "_ids", counted)
+    for text, at_most, most in (("x" * 10**7, 1000, 0), ("x y z " * 50_000, 20_000, 3 << 14)):
+        with pytest.raises(RequestError, match=f"{len(text)} characters and more than") as caught:
+            tokenizer.encode(text, at_most=at_most)
+        assert caught.value.code == "context_length_exceeded"
+        assert sum(given) <= most
+    text = "The quick brown fox. " * 5000
+    ids = tokenizer.encode(text)
+    assert tokenizer.encode(text, at_most=len(ids)) == ids  # it fits
+    short = "x y " * 100
+    assert tokenizer.encode(short, at_most=5) == encode(short, True)  # told by whoever asked
+
+
 def test_where_templates_come_from(tmp_path: Path) -> None:
     several = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
     folder = checkpoint(tmp_path, tokenizer_config__json=config(chat_template=several))
@@ -139,6 +200,16 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
     assert load(folder).render_chat(MESSAGES, WEATHER) == "with tools"
     assert load(folder).render_chat(MESSAGES) == "from the file"
+
+
+def test_templates_by_name_in_one_object(tmp_path: Path) -> None:
+    named = {"default": "plain", "tool_use": "tools"}
+    tokenizer = load(checkpoint(tmp_path, tokenizer_config__json=config(chat_template=named)))
+    assert tokenizer.render_chat(MESSAGES) == "plain"
+    assert tokenizer.render_chat(MESSAGES, WEATHER) == "tools"
+    for wrong in (3, ["plain"], {"default": 3}, [{"name": "default"}]):
+        with pytest.raises(CheckpointError, match="chat_template: got .*templates by name"):
+            load(checkpoint(tmp_path, tokenizer_config__json=config(chat_template=wrong)))
 
 
 def test_variables_of_templates_may_have_any_name(tmp_path: Path) -> None:
@@ -284,27 +355,6 @@ def test_a_slow_tokenizer_is_converted_by_transformers(tmp_path: Path) -> None:
     tokenizer = load(gpt2_files(tmp_path))
     assert tokenizer.encode("The quick fox") == byte_level().encode("The quick fox").ids
     assert tokenizer.decode(tokenizer.encode("你好 fox")) == "你好 fox"
-
-
-def test_a_sentencepiece_model_is_converted_by_transformers(tmp_path: Path) -> None:
-    """Llama's own files, without tokenizer.json."""
-    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-
-    model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 20), model_writer=model, vocab_size=400,
-        model_type="bpe", byte_fallback=True, minloglevel=2,
-    )  # fmt: skip
-    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "LlamaTokenizer", **names})
-    )
-    tokenizer = load(tmp_path)
-    for text in ("The quick fox", "你好 fox"):
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        assert ids == SentencePieceProcessor(model_proto=model.getvalue()).encode(text)
-        assert tokenizer.decode(ids) == text
 
 
 def test_without_transformers_a_slow_tokenizer_is_one_clear_error(

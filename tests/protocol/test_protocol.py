@@ -25,6 +25,7 @@ from windlass.protocol.openai import (
 from windlass.protocol.responses import error_response, response_body
 
 HELLO = [{"role": "user", "content": "hello"}]
+CALL_ME = {"type": "function", "function": {"name": "find_it", "parameters": {}}}
 
 
 def served(**changes: Any) -> ServedModel:
@@ -32,7 +33,7 @@ def served(**changes: Any) -> ServedModel:
         "names": ("m", "path/m"),
         "tokenizer": FakeTokenizer(),
         "max_model_len": 100,
-        "default_params": SamplingParams(temperature=0.5, top_k=7),
+        "default_params": SamplingParams(temperature=0.5, top_k=7, max_tokens=None),
     }
     return ServedModel(**{**fields, **changes})
 
@@ -122,7 +123,13 @@ def test_fields_without_effect_are_accepted() -> None:
         ({"tools": [{"type": "x"}]}, "tools[0]", "type 'function'"),
         ({"tool_choice": "required"}, "tool_choice", "constrained"),
         ({"tool_choice": "auto"}, "tool_choice", "with tools"),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls", "constrained"),
+        ({"tools": [CALL_ME], "parallel_tool_calls": False}, "parallel_tool_calls", "constrained"),
+        ({"use_beam_search": True}, "use_beam_search", "allowed only false"),
+        ({"priority": 3}, "priority", "allowed only 0"),
+        ({"best_of": 2}, "best_of", "allowed only the value of n"),
+        ({"functions": [{"name": "f"}]}, "functions", "allowed tools"),
+        ({"continue_final_message": True}, "continue_final_message", "allowed only false"),
+        ({"reasoning_effort": 3}, "reasoning_effort", "a string"),
         ({"model": 3}, "model", "a string"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "not a template"),
         ({"chat_template_kwargs": {"raise": True}}, "messages", "asked to"),
@@ -223,41 +230,89 @@ def test_model_is_any_served_name_or_absent_else_404() -> None:
     assert (status, body["error"]["code"]) == (404, "model_not_found")
 
 
-def test_messages_are_shaped_for_templates() -> None:
+def seen_by_templates(*messages: dict[str, Any], **fields: Any) -> tuple[list[Any], Any]:
+    """Messages and variables that reach the tokenizer."""
     seen: list[Any] = []
 
     class Spy(FakeTokenizer):
-        def apply_chat_template(self, messages: Any, *args: Any, **kwargs: Any) -> list[int]:
-            seen.extend(messages)
-            return [1]
+        def render_chat(self, messages: Any, *args: Any, **kwargs: Any) -> str:
+            seen.extend([messages, kwargs["variables"]])
+            return "x"
 
-    chat(
-        served(tokenizer=Spy()),
-        messages=[
-            {"role": "user", "content": [
-                {"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-            {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [
-                {"id": "c1", "type": "function",
-                 "function": {"name": "f", "arguments": '{"x": 1}'}}]},
-            {"role": "tool", "content": "2", "tool_call_id": "c1"},
-        ],
-    )  # fmt: skip
-    assert seen == [
-        {"role": "user", "content": "a\nb"},
-        {
-            "role": "assistant",
-            "content": "",
-            "reasoning_content": "hm",
-            "tool_calls": [
-                {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-            ],
-        },
+    chat(served(tokenizer=Spy()), messages=list(messages), **fields)
+    return seen[0], seen[1]
+
+
+def test_messages_are_shaped_for_templates() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    given = (
+        {"role": "user", "content": [{**parts[0], "cache_control": {"type": "ephemeral"}}, "b"]},
+        {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [call]},
         {"role": "tool", "content": "2", "tool_call_id": "c1"},
-    ]
+    )
+    assert seen_by_templates(*given)[0] == [{"role": "user", "content": parts}, *given[1:]]
+
+
+def test_messages_as_servers_and_their_programs_write_them() -> None:
+    """An answer sent back as it came, with all that servers and SDKs put beside its text."""
+    answer = {
+        "role": "assistant", "content": "4", "refusal": None, "annotations": [], "audio": None,
+        "function_call": None, "tool_calls": None, "id": "msg_1", "cache_control": {"type": "x"},
+        "reasoning": "r", "reasoning_details": [{"text": "r"}], "provider_specific_fields": {},
+    }  # fmt: skip
+    (shaped,), _ = seen_by_templates(answer)
+    assert shaped["reasoning"] == "r" and "function_call" not in shaped and "audio" not in shaped
+    old = {"role": "assistant", "content": None,
+           "function_call": {"name": "f", "arguments": "{}"}}  # fmt: skip
+    (shaped,), _ = seen_by_templates(old)
+    function = {"name": "f", "arguments": "{}"}
+    assert shaped["tool_calls"] == [{"type": "function", "function": function}]
+    silent = {"role": "assistant", "content": None, "thinking": "hm", "refusal": "no"}
+    assert seen_by_templates(silent)[0] == [silent]
+    told = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
+    assert seen_by_templates(told)[0][0]["content"] == [{"type": "text", "text": "no"}]
+    # what only some templates read reaches them
+    planned = {"role": "assistant", "content": "x", "tool_plan": "look"}
+    assert seen_by_templates(planned)[0] == [planned]
+
+
+def test_reasoning_effort_is_a_variable_of_the_template() -> None:
+    hello = HELLO[0]
+    assert seen_by_templates(hello, reasoning_effort="low")[1] == {"reasoning_effort": "low"}
+    given = {"reasoning_effort": "high", "x": 1}
+    _, variables = seen_by_templates(hello, reasoning_effort="low", chat_template_kwargs=given)
+    assert variables == given
+
+
+def test_fields_that_ask_for_nothing_are_accepted() -> None:
+    for fields in (
+        {"top_logprobs": 0, "logprobs": False}, {"top_logprobs": 0}, {"echo": False},
+        {"best_of": 1}, {"best_of": 2, "n": 2}, {"use_beam_search": False}, {"priority": 0},
+        {"parallel_tool_calls": True}, {"parallel_tool_calls": False}, {"stream": False},
+        {"tools": [], "tool_choice": "auto"}, {"tools": [], "parallel_tool_calls": False},
+        {"functions": [], "function_call": "auto"}, {"length_penalty": 1.0},
+        {"modalities": ["text"]}, {"stream_options": None}, {"reasoning_effort": None},
+        {"return_token_ids": False, "include_reasoning": True, "add_special_tokens": False},
+    ):  # fmt: skip
+        assert chat(**fields).prompts == chat(n=fields.get("n")).prompts, fields
+    assert complete(use_beam_search=False, priority=0, echo=False, best_of=1).prompts
+    tools = FakeTokenizer()
+    tools.takes_tools = True
+    model = served(tokenizer=tools, max_model_len=400)
+    assert chat(model, tools=[CALL_ME], parallel_tool_calls=True).prompts
+
+
+def test_a_checkpoints_own_length_is_a_default_and_no_ceiling() -> None:
+    model = served(default_params=SamplingParams(max_tokens=30))
+    assert chat(model).prompts[0].params.max_tokens == 30
+    assert complete(model).prompts[0].params.max_tokens == 30
+    assert chat(model, max_tokens=70).prompts[0].params.max_tokens == 70
+    assert complete(model, prompt="x" * 90).prompts[0].params.max_tokens == 9
 
 
 def test_tools_need_a_template_that_takes_them() -> None:
-    tools = [{"type": "function", "function": {"name": "find_it", "parameters": {}}}]
+    tools = [CALL_ME]
     with pytest.raises(RequestError, match="does not take tools") as caught:
         chat(tools=tools)
     assert caught.value.param == "tools"

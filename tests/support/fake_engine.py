@@ -35,13 +35,15 @@ class FakeTokenizer:
     takes_tools = False
     tells_time = False
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, at_most: int | None = None
+    ) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(i for i in token_ids if i < 256).decode(errors="replace")
 
-    def apply_chat_template(
+    def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -49,14 +51,14 @@ class FakeTokenizer:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
         now: int | None = None,
-    ) -> list[int]:
+    ) -> str:
         if variables and variables.get("raise"):
             raise RequestError("chat template: asked to", param="messages")
         text = str(tools) if tools and self.takes_tools else ""
         text += "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
         text += f"{variables}" if variables else ""
         text += f"<{now}>" if self.tells_time else ""
-        return self.encode(text + "<assistant>" * add_generation_prompt, add_special_tokens=False)
+        return text + "<assistant>" * add_generation_prompt
 
 
 @dataclass
@@ -101,7 +103,7 @@ class FakeEngine:
         self.plan = FakePlan()
         self.notes: tuple[str, ...] = ()
         self.max_model_len = max_model_len
-        self.default_params = SamplingParams(temperature=0.5)
+        self.default_params = SamplingParams(temperature=0.5, max_tokens=None)
         self.fingerprint = {"checkpoint": fingerprint, "version": "0"}
         self.capacity = capacity
         self.peak_flying = 0

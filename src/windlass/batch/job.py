@@ -27,6 +27,7 @@ from windlass.engine.engine_stats import EngineStats
 from windlass.engine.expectation import Check
 from windlass.engine.request import WINDOW
 from windlass.engine.service import Service, SteppedEngine
+from windlass.engine.text_limits import most_chars
 from windlass.errors import JobError, UsageError
 from windlass.params import SamplingParams
 from windlass.phases import PhaseStats
@@ -137,6 +138,11 @@ class LeftRows:
         names, now = self.options.served_names, self.options.created
         model = ServedModel(names, tokenizer, longest, params, now=now)
         return job_lengths(self.file, self.ledger.open_rows, model)
+
+    def row_bytes(self, max_model_len: int) -> int:
+        """What the largest row takes while it is read and made into tokens."""
+        most = most_chars(max_model_len)
+        return max((row.needed_bytes(most) for row in self.file.long_rows), default=0)
 
 
 def run_job(

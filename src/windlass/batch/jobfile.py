@@ -4,18 +4,20 @@ read row by row; holds about 50 bytes per row. Knows no tokens and no results.""
 import hashlib
 import json
 import os
+import sys
 import time
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
+from windlass.engine.text_limits import ENCODING_BYTES
 from windlass.errors import JobError, UsageError
 from windlass.protocol.fields import shorten
-from windlass.protocol.openai import Endpoint
+from windlass.protocol.openai import Endpoint, text_chars
 from windlass.units import format_bytes
 
 DIGEST_BYTES = 16
@@ -23,6 +25,11 @@ _FIELDS = ("custom_id", "method", "url", "body")
 _BOM = b"\xef\xbb\xbf"
 _TELL_EVERY_S = 0.25
 _MAX_REPORTED = 10  # of duplicates or malformed lines, in one message
+_LONG_LINE = 1 << 16  # bytes; what shorter ones take while they are read is not counted
+_BODY_COPIES = 3  # of a body, before its prompt is text
+_MARGIN = 1.15  # over what is held by the count
+_CHUNK_BYTES, _MOST_CHUNKS = 60, 100_000  # that Python's encoder of JSON holds at a time
+_MALFORMED_COPIES = 9  # of a line: itself, decoded and half read at 4 bytes a character
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +38,22 @@ class Malformed:
 
     code: str
     message: str
+
+
+class LongRow(NamedTuple):
+    """What a long line takes. Bytes while it is read, and of its body; characters of its text, as
+    `text_chars` has them."""
+
+    reading_bytes: int
+    body_bytes: int
+    num_chars: int
+
+    def needed_bytes(self, most_chars: int) -> int:
+        """Memory until its tokens are there. A text of more than `most_chars` is not encoded."""
+        if self.num_chars > most_chars:
+            return self.reading_bytes
+        handling = _BODY_COPIES * self.body_bytes + ENCODING_BYTES * self.num_chars
+        return max(self.reading_bytes, handling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +67,7 @@ class JobRow:
     endpoint: Endpoint | None = None
     body: dict[str, Any] | None = None
     malformed: Malformed | None = None
+    long: LongRow | None = None
 
 
 class Notes(Protocol):
@@ -62,6 +86,7 @@ class JobFile:
         self._lines = array("Q")
         self._digests = bytearray()
         self.num_malformed = 0
+        self.long_rows: list[LongRow] = []
         self._scan(notes, strict=strict)
 
     def __len__(self) -> int:
@@ -76,14 +101,17 @@ class JobFile:
         JobError if the file changed since it was scanned."""
         with _open(self.path) as file:
             for index in np.flatnonzero(wanted).tolist():
-                file.seek(self._offsets[index])
-                row = _parse(file.readline(), self._lines[index])
-                start = index * DIGEST_BYTES
-                if row is None or row.digest != self._digests[start : start + DIGEST_BYTES]:
-                    raise JobError(
-                        f"{self.path}: line {self._lines[index]} changed while the job was running"
-                    )
-                yield replace(row, index=index)
+                yield self._row(file, index)  # and nothing here holds it while the next is read
+
+    def _row(self, file: BinaryIO, index: int) -> JobRow:
+        file.seek(self._offsets[index])
+        row = _parse(file.readline(), self._lines[index])
+        start = index * DIGEST_BYTES
+        if row is None or row.digest != self._digests[start : start + DIGEST_BYTES]:
+            raise JobError(
+                f"{self.path}: line {self._lines[index]} changed while the job was running"
+            )
+        return replace(row, index=index)
 
     def _scan(self, notes: Notes | None, *, strict: bool) -> None:
         ids = bytearray()  # 8 bytes per row: candidates for duplicates
@@ -103,6 +131,8 @@ class JobFile:
                     self._lines.append(number)
                     self._digests += row.digest
                     ids += _id_hash(row)
+                    if row.long is not None:
+                        self.long_rows.append(row.long)
                     if row.malformed is not None:
                         self.num_malformed += 1
                         if len(malformed) < _MAX_REPORTED:
@@ -164,6 +194,7 @@ def _parse(text: bytes, number: int) -> JobRow | None:
     if not text:
         return None
     custom_id: str | None = None
+    is_long = len(text) > _LONG_LINE
     try:
         document = _decode(text)
         # known even if the rest is wrong, so that the error row can be joined to its request
@@ -174,10 +205,44 @@ def _parse(text: bytes, number: int) -> JobRow | None:
         code = error.code if isinstance(error, _MalformedLine) else "invalid_json_line"
         malformed = Malformed(code, f"line {number}: {error}")
         digest = _digest(f"malformed {number}".encode(), text)
-        return JobRow(0, number, digest, custom_id, malformed=malformed)
+        long = LongRow(_MALFORMED_COPIES * len(text), 0, 0) if is_long else None
+        return JobRow(0, number, digest, custom_id, malformed=malformed, long=long)
     assert custom_id is not None, "_request checks it"
     digest = _digest(custom_id.encode(), canonical)
-    return JobRow(0, number, digest, custom_id, endpoint, body)
+    row = JobRow(0, number, digest, custom_id, endpoint, body)
+    return replace(row, long=_weighed(row, text, canonical)) if is_long else row
+
+
+def _weighed(row: JobRow, text: bytes, canonical: bytes) -> LongRow:
+    """By what is held at once: the line, the same decoded and what is read of it; then the line,
+    the body, and its canonical form as text and as bytes."""
+    assert row.endpoint is not None and row.body is not None, "a row that was read"
+    body, widest, count = 0, 1, 0
+    for value in _values(row.body):
+        count += 1
+        size = sys.getsizeof(value)
+        if isinstance(value, str) and value:
+            widest = max(widest, size // len(value))
+        if not (isinstance(value, int) and -5 <= value <= 256):  # those are shared
+            body += size
+    decoded = len(text) * (1 if text.isascii() else min(4, widest))
+    parsed = decoded + body * (2 if b"\\" in text else 1)  # what has escapes is put together
+    written = 2 * len(canonical) + _CHUNK_BYTES * min(2 * count, _MOST_CHUNKS)
+    reading = len(text) + max(parsed, body + written)
+    return LongRow(int(_MARGIN * reading), body, text_chars(row.endpoint, row.body))
+
+
+def _values(document: Any) -> Iterator[Any]:
+    """All values in a document, names of fields included."""
+    left = [document]
+    while left:
+        value = left.pop()
+        yield value
+        if isinstance(value, dict):
+            left += value
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
 
 
 class _MalformedLine(Exception):
@@ -191,7 +256,9 @@ def _decode(text: bytes) -> Any:
         document = json.loads(text.decode(), parse_constant=_refuse_constant)
         if b"\\u" in text:
             # lone surrogates are legal JSON escapes that no tokenizer and no UTF-8 file can take
-            json.dumps(document, ensure_ascii=False).encode()
+            for value in _values(document):
+                if isinstance(value, str):
+                    value.encode()
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise _MalformedLine("invalid_json_line", f"not valid Unicode: {error.reason}") from error
     except ValueError as error:

@@ -3,12 +3,14 @@ before anything runs: what the planner plans for. Of a large job, evenly spaced 
 what only rows near each other share is not seen then."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from windlass.batch.jobfile import JobFile, JobRow
+from windlass.engine.text_limits import LONG_TEXT
 from windlass.errors import RequestError, UsageError
 from windlass.kvcache.pages import block_keys, readable_blocks
 from windlass.params import SamplingParams
@@ -17,6 +19,7 @@ from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.workload import USUAL_OUTPUT, Job, Workload, expected_output
 
 _MOST_ROWS = 256  # that are tokenised
+_NUM_PIECES = 16  # of a long text that are
 
 
 class _Sequence(NamedTuple):
@@ -28,6 +31,32 @@ class _Sequence(NamedTuple):
     num_readable: int
 
 
+class _Glance:
+    """A tokenizer for lengths: of a long text it takes pieces that stand for the rest."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.render_chat = tokenizer.render_chat
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, at_most: int | None = None
+    ) -> list[int]:
+        if len(text) <= LONG_TEXT:
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        size, step = LONG_TEXT // _NUM_PIECES, len(text) // _NUM_PIECES
+        ids = [
+            token_id
+            for start in range(0, step * _NUM_PIECES, step)
+            for token_id in self._tokenizer.encode(
+                text[start : start + size], add_special_tokens=False
+            )
+        ]
+        count = len(ids) * len(text) // LONG_TEXT
+        if at_most is not None:
+            count = min(count, at_most + 1)
+        return (ids * (count // max(1, len(ids)) + 1))[:count]
+
+
 def job_lengths(
     job: JobFile, wanted: "np.ndarray[Any, np.dtype[np.bool_]]", model: ServedModel
 ) -> Job | None:
@@ -37,10 +66,11 @@ def job_lengths(
     count = min(len(open_rows), _MOST_ROWS)
     kept = np.zeros(len(wanted), dtype=np.bool_)
     kept[open_rows[np.arange(count) * len(open_rows) // max(count, 1)]] = True
+    model = replace(model, tokenizer=_Glance(model.tokenizer))
     rows: list[list[_Sequence]] = []
     is_bounded = True
-    for row in job.rows(kept):
-        own, has_limit = _of_row(row, model)
+    # by map, which holds no row while the next is read
+    for own, has_limit in map(lambda row: _of_row(row, model), job.rows(kept)):
         rows.append(own)
         is_bounded &= has_limit
     found = _shared(rows)
@@ -86,13 +116,14 @@ def _of_row(row: JobRow, model: ServedModel) -> tuple[list[_Sequence], bool]:
         api = parse_body(row.endpoint, row.body, model)
     except (RequestError, UsageError):
         return [], True
-    limited = any(
-        row.body.get(name) is not None for name in ("max_tokens", "max_completion_tokens")
+    names = ("max_tokens", "max_completion_tokens")
+    limited = model.default_params.max_tokens is not None or any(
+        row.body.get(name) is not None for name in names
     )
     sequences: list[_Sequence] = []
     for prompt in api.prompts:
         expected = expected_output(prompt.params.max_tokens)
-        if not limited:  # the rest of the context, or what the checkpoint's defaults say
+        if not limited:  # the rest of the context
             expected = min(expected, USUAL_OUTPUT)
         length, keys = len(prompt.token_ids), block_keys(prompt.token_ids, CHUNK_TOKENS)
         own = _Sequence(length, expected, keys, readable_blocks(length, CHUNK_TOKENS))
@@ -102,12 +133,15 @@ def _of_row(row: JobRow, model: ServedModel) -> tuple[list[_Sequence], bool]:
     return sequences, limited
 
 
-def file_lengths(path: Path, tokenizer: ChatTokenizer, longest: int) -> Workload:
-    """Of all rows of a file, whichever models they name. UsageError where none can run."""
+def file_lengths(
+    path: Path, tokenizer: ChatTokenizer, longest: int, params: SamplingParams
+) -> Workload:
+    """Of all rows of a file, whichever models they name. `params`: of rows that name none.
+    UsageError where none can run."""
     job = JobFile(path)
     every = np.ones(len(job), dtype=np.bool_)
     names = {str(row.body.get("model")) for row in job.rows(every) if row.body is not None}
-    model = ServedModel(tuple(sorted(names)), tokenizer, longest, SamplingParams())
+    model = ServedModel(tuple(sorted(names)), tokenizer, longest, params)
     found = job_lengths(job, every, model)
     if found is None:
         raise UsageError(f"{path}: no row can run")

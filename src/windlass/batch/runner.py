@@ -92,12 +92,17 @@ class BatchRunner:
     def _admit(self, rows: Iterator[JobRow], stopping: Stopping, progress: JobProgress) -> bool:
         """Fills the window. False when there are no more rows."""
         while self._num_sequences < self._settings.window and not stopping.is_stopping():
-            row = next(rows, None)
-            if row is None:
+            if not self._start_next(rows):
                 return False
-            self._start(row)
             self._tick(progress)
         return True
+
+    def _start_next(self, rows: Iterator[JobRow]) -> bool:
+        """False when there is none. Holds no row while the next is read: it may be large."""
+        row = next(rows, None)
+        if row is not None:
+            self._start(row)
+        return row is not None
 
     def _tick(self, progress: JobProgress) -> None:
         self._ledger.sync_if_due()

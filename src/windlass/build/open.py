@@ -45,7 +45,7 @@ from windlass.build.checkpoint_sizes import CACHE_DTYPES
 from windlass.options import (
     EngineOptions,
     checkpoint_stamp,
-    read_config,
+    default_params,
     read_plan,
     resolve_model,
 )
@@ -79,6 +79,10 @@ class JobSource(Protocol):
     def job(self, tokenizer: Tokenizer, params: SamplingParams, longest: int) -> Job | None:
         """Lengths of all sequences; None if there is nothing to plan for. `params`: of requests
         that name none. `longest`: tokens of the longest sequence that the model allows."""
+        ...
+
+    def row_bytes(self, max_model_len: int) -> int:
+        """What the largest request takes beside the engine while it is read and tokenised."""
         ...
 
 
@@ -139,7 +143,7 @@ def _setup(
     replayed = read_plan(options.plan) if options.plan else None
     if replayed is not None and options.kv_cache_dtype == "auto":
         options = replace(options, kv_cache_dtype=_known_cache_dtype(replayed))
-    params = _default_params(model.folder, options)
+    params = default_params(model.folder, options)
     longest = options.max_model_len or model.spec.max_positions
     job = source.job(tokenizer, params, longest) if source else None
     profile = profile or assumed_profile(threads=backend.threads, memory_bytes=available_bytes())
@@ -147,6 +151,11 @@ def _setup(
     wanted = wanted_of(options, model)
     problem = Problem(model.spec, sizes, profile)
     chosen = _choose(_Choice(problem, wanted, options, replayed), job)
+    beside = source.row_bytes(chosen.plan.max_model_len) if source else 0
+    if beside:  # known only now: texts that no prompt can be so long as are not tokenised
+        sizes = replace(sizes, process_bytes=sizes.process_bytes + beside)
+        problem = replace(problem, sizes=sizes)
+        chosen = _choose(_Choice(problem, wanted, options, replayed), job)
     plan = chosen.plan
     return EngineSetup(
         plan=plan,
@@ -274,13 +283,6 @@ def largest_budget() -> int:
 def _budget(share: float) -> int:
     budget = resident_bytes() + int(share * available_bytes())
     return min([budget, *(group.limit - _LIMIT_MARGIN for group in memory_limits())])
-
-
-def _default_params(folder: Path, options: EngineOptions) -> SamplingParams:
-    path = folder / "generation_config.json"
-    if options.generation_config == "vllm" or not path.exists():
-        return SamplingParams()
-    return SamplingParams.from_generation_config(read_config(folder, path.name))
 
 
 def _long_rope_after(spec: ModelSpec) -> int | None:

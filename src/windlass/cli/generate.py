@@ -132,25 +132,34 @@ class _OneJob:
     def __init__(self, prompt: str, values: Mapping[str, Any]) -> None:
         self.values = values
         self._prompt = prompt
+        self._token_ids: list[int] = []
 
-    def encode(self, tokenizer: "Tokenizer") -> list[int]:
-        if not self.values["chat"]:
-            return tokenizer.encode(self._prompt)
-        messages = [{"role": "user", "content": self._prompt}]
-        if self.values["system"] is not None:
-            messages.insert(0, {"role": "system", "content": self.values["system"]})
-        return tokenizer.apply_chat_template(messages)
+    def encode(self, tokenizer: "Tokenizer", longest: int) -> list[int]:
+        """Once: later calls give the same."""
+        text, is_chat = self._prompt, bool(self.values["chat"])
+        if is_chat and not self._token_ids:
+            messages = [{"role": "user", "content": text}]
+            if self.values["system"] is not None:
+                messages.insert(0, {"role": "system", "content": self.values["system"]})
+            text = tokenizer.render_chat(messages)
+        self._token_ids = self._token_ids or tokenizer.encode(
+            text, add_special_tokens=not is_chat, at_most=longest - 1
+        )
+        return self._token_ids
 
     def job(self, tokenizer: "Tokenizer", params: object, longest: int) -> "Job":
         from windlass.planner.choose import single_request
 
-        return single_request(len(self.encode(tokenizer)), self.values["max_tokens"])
+        return single_request(len(self.encode(tokenizer, longest)), self.values["max_tokens"])
+
+    def row_bytes(self, max_model_len: int) -> int:
+        return 0  # the prompt is tokenised before memory is planned
 
 
 def _request(engine: "Engine", job: _OneJob) -> "Request":
     from windlass.engine.request import Request
 
-    values = job.values
+    values, ids = job.values, job.encode(engine.tokenizer, engine.max_model_len)
     given = {name: values[name] for name in _PARAMS if values[name] is not None}
     params = replace(
         engine.default_params,
@@ -159,7 +168,7 @@ def _request(engine: "Engine", job: _OneJob) -> "Request":
         stop=values["stop"] or (),
         ignore_eos=values["ignore_eos"],
     )
-    return Request("0", tuple(job.encode(engine.tokenizer)), params, seed_key="generate")
+    return Request("0", tuple(ids), params, seed_key="generate")
 
 
 def _stream(service: "Service", request: "Request") -> "RequestOutput":

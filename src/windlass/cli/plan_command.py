@@ -13,7 +13,7 @@ from windlass.cli.flags import Command, Flag, integer, size
 from windlass.doctor.kept import cache_folder
 from windlass.errors import UsageError
 from windlass.hub.locate import locate
-from windlass.options import EngineOptions, resolve_model
+from windlass.options import EngineOptions, default_params, resolve_model
 
 if TYPE_CHECKING:
     from windlass.checkpoint.folder import CheckpointFolder
@@ -165,7 +165,8 @@ def _workload(
     folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
     tokenizer = load(folder, model_folder=model.folder)
     longest = options.max_model_len or model.spec.max_positions
-    return file_lengths(values["workload"], tokenizer, longest)
+    params = default_params(model.folder, options)
+    return file_lengths(values["workload"], tokenizer, longest, params)
 
 
 COMMAND = Command(

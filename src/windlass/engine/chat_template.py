@@ -12,6 +12,7 @@ from jinja2.ext import loopcontrols as LoopControls
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from windlass.engine.template_wants import TemplateWants
 from windlass.errors import RequestError
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names of one field, best first
@@ -32,7 +33,7 @@ class ChatTemplate:
         self._sources = dict(sources)
         self._variables = dict(variables)
         self._environment = _environment()
-        self._compiled: dict[str, jinja2.Template] = {}
+        self._compiled: dict[str, tuple[jinja2.Template, TemplateWants]] = {}
 
     def render(
         self,
@@ -46,27 +47,46 @@ class ChatTemplate:
     ) -> str:
         """The prompt. `source`: a template's text or name instead of the checkpoint's choice;
         `extra`: variables of the template; `now`: seconds since 1970 that `strftime_now` shall tell
-        in UTC, instead of the clock in local time. Raises RequestError with the template's own
-        message."""
+        in UTC, instead of the clock in local time. Messages are given as the template wants them:
+        content as parts or as text, arguments of tool calls as objects or as text. Raises
+        RequestError with the template's own message."""
+        plain = [_with_reasoning(message) for message in _plain(messages, "messages")]
         fixed = {} if now is None else {"strftime_now": datetime.fromtimestamp(now, UTC).strftime}
         variables = {
             **self._variables,
             **fixed,
-            **_plain(extra or {}, "chat_template_kwargs"),
-            "messages": [_with_reasoning(message) for message in _plain(messages, "messages")],
-            "tools": None if tools is None else _plain(tools, "tools"),
             "documents": None,
+            **_plain(extra or {}, "chat_template_kwargs"),
+            "tools": None if tools is None else _plain(tools, "tools"),
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return self._template(source, has_tools=bool(tools)).render(variables)
+            template, wants = self._template(source, has_tools=bool(tools))
+            shaped = [wants.shaped(message) for message in plain]
+            return template.render(variables, messages=shaped)
         except _TEMPLATE_ERRORS as error:
             raise RequestError(f"chat template: {error}", param="messages") from error
 
-    def _template(self, source: str | None, *, has_tools: bool) -> jinja2.Template:
+    def _template(
+        self, source: str | None, *, has_tools: bool
+    ) -> tuple[jinja2.Template, TemplateWants]:
         text = self._source(source, has_tools=has_tools)
         if text not in self._compiled:
-            self._compiled[text] = self._environment.from_string(text)
+            template = self._environment.from_string(text)
+
+            def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str | None:
+                try:
+                    return template.render(
+                        self._variables,
+                        messages=messages,
+                        tools=tools,
+                        documents=None,
+                        add_generation_prompt=False,
+                    )
+                except _TEMPLATE_ERRORS:
+                    return None
+
+            self._compiled[text] = template, TemplateWants(render)
         return self._compiled[text]
 
     def _source(self, source: str | None, *, has_tools: bool) -> str:
@@ -128,15 +148,29 @@ def _tojson(
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A copy made of JSON's types alone: the sandbox cannot know what other objects can do."""
+    """A copy made of JSON's types alone: the sandbox cannot know what other objects can do. Texts
+    are shared, since they may be large."""
     try:
-        return json.loads(json.dumps(value))
-    except (TypeError, ValueError) as error:
+        return _copied(value)
+    except (TypeError, RecursionError) as error:
         raise RequestError(f"{name}: {error}, allowed JSON values", param=name) from error
 
 
+def _copied(value: Any) -> Any:
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {key if type(key) is str else str(key): _copied(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_copied(item) for item in value]
+    for kind in (str, int, float):  # an enumeration's value, say
+        if isinstance(value, kind):
+            return kind(value)
+    raise TypeError(f"got {type(value).__name__}")
+
+
 def _with_reasoning(message: Any) -> dict[str, Any]:
-    """Reasoning under the name that most templates read, and under gpt-oss's `thinking`."""
+    """Reasoning under all three names that templates read."""
     if not isinstance(message, dict) or "role" not in message:
         raise RequestError(
             f"messages: got {message!r}, allowed objects with a role", param="messages"
@@ -144,4 +178,5 @@ def _with_reasoning(message: Any) -> dict[str, Any]:
     found = [message[name] for name in _REASONING if message.get(name) is not None]
     if not found:
         return message
-    return {"thinking": found[0], **message, "reasoning_content": found[0]}
+    named = {"thinking": found[0], **message, "reasoning_content": found[0]}
+    return {**named, "reasoning": message.get("reasoning", found[0])}

@@ -1,7 +1,7 @@
 """The checkpoint's tokenizer and chat template, read from its files. Knows no model.
 
 `tokenizers` and `jinja2` do all the work: transformers, which would cost the process more than
-100 MB, is an extra, imported only for checkpoints without a `tokenizer.json`.
+100 MB, is an extra, imported only for kinds of tokenizers that nothing here reads.
 """
 
 import json
@@ -14,13 +14,21 @@ from typing import Any
 import tokenizers
 
 from windlass.engine.chat_template import ChatTemplate
+from windlass.engine.convert_tokenizer import CHAR_OF_BYTE, FILES, Converted, convert
+from windlass.engine.text_limits import LONG_TEXT, most_chars
 from windlass.errors import CheckpointError, RequestError
 
 _CHAT_FILE = "chat_template.jinja"
 _CHAT_FOLDER = "additional_chat_templates"
-_DIGESTED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _CHAT_FILE)
-_SLOW_FILES = ("tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model", "vocab.txt")
+_ADDED_FILE = "added_tokens.json"
+_SPECIAL_FILE = "special_tokens_map.json"
+_DIGESTED = ("tokenizer.json", "tokenizer_config.json", _SPECIAL_FILE, _ADDED_FILE, _CHAT_FILE,
+             "merges.txt", *FILES)  # fmt: skip
+_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BYTE_OF_CHAR = {char: byte for byte, char in enumerate(CHAR_OF_BYTE)}
+_PIECE = 1 << 14  # characters that are counted at a time
+_CUT_TOKENS = 16  # more than one cut between pieces can add
 
 
 class Tokenizer:
@@ -34,12 +42,16 @@ class Tokenizer:
         templates: Mapping[str, str],
         eos_token_ids: Iterable[int] = (),
         digest: str = "",
+        doubles_first_space: bool = False,
     ) -> None:
         """`config`: tokenizer_config.json. Special tokens that only it knows are added to the
-        backend. Its `add_bos_token` is not read: tokenizer.json decides, as in transformers."""
+        backend. Its `add_bos_token` is not read: tokenizer.json decides, as in transformers.
+        `doubles_first_space`: see `Converted`."""
         self._backend = backend
+        self._doubles_first_space = doubles_first_space
+        backend.encode_special_tokens = bool(config.get("split_special_tokens"))
         named = _named_tokens(config)
-        _add_tokens(backend, config, named.values())
+        _add_tokens(backend, config)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         own_eos = backend.token_to_id(named["eos_token"]) if "eos_token" in named else None
@@ -52,8 +64,35 @@ class Tokenizer:
         self._anchor = self._find_anchor()
         self._bytes: dict[int, bytes] = {}
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text, with the BOS that the checkpoint asks for unless told otherwise."""
+    def encode(
+        self, text: str, add_special_tokens: bool = True, *, at_most: int | None = None
+    ) -> list[int]:
+        """Ids of a text, with the BOS that the checkpoint asks for unless told otherwise.
+
+        `at_most`: where a text is sure to have more ids, RequestError says so before it is encoded
+        whole; one with a few more may pass. What is sure: `text_limits`, and a count of pieces."""
+        if at_most is not None and len(text) > LONG_TEXT:
+            self._refuse_longer(text, at_most)
+        return self._ids(text, add_special_tokens)
+
+    def _refuse_longer(self, text: str, at_most: int) -> None:
+        """Counts the tokens of pieces: memory does not grow with the text."""
+        size, found = len(text), 0
+        is_longer = size > most_chars(at_most)
+        for start in () if is_longer else range(0, size, _PIECE):
+            found += len(self._ids(text[start : start + _PIECE], False)) - _CUT_TOKENS
+            if is_longer := found > at_most:
+                break
+        if is_longer:
+            raise RequestError(
+                f"prompt has {size} characters and more than {at_most} tokens, limit {at_most}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        if self._doubles_first_space and text[:1] in (" ", "▁"):
+            text = " " + text
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         except TypeError as error:  # a lone surrogate, which JSON can write
@@ -143,19 +182,38 @@ def load(path: Path, *, model_folder: Path | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint folder. With `model_folder`, what ends a text of that model
     counts too: its tokenizer may be another's. Raises CheckpointError for missing or broken
     files."""
-    backend = _read_backend(path)
-    config = _read_json(path / "special_tokens_map.json")  # older checkpoints
-    config |= _read_json(path / "tokenizer_config.json")
+    config = _read_json(path / "tokenizer_config.json")
+    found = _read_backend(path, config)
+    config = dict(found.names) | config
+    if "added_tokens_decoder" not in config:  # older checkpoints
+        config |= _read_json(path / _SPECIAL_FILE)
+        added = _read_json(path / _ADDED_FILE)
+        config["added_tokens_decoder"] = _older_added_tokens(added, config)
     eos = _eos_token_ids(path)
     if model_folder is not None:
         eos |= _eos_token_ids(model_folder)
     return Tokenizer(
-        backend,
+        found.backend,
         config=config,
         templates=_read_templates(path, config),
         eos_token_ids=eos,
         digest=_digest(path, eos),
+        doubles_first_space=found.doubles_first_space,
     )
+
+
+def _older_added_tokens(ids: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """added_tokens.json, content -> id, as tokenizer_config.json has such tokens today."""
+    extra = (one["content"] if isinstance(one, dict) else one for one in _extra_tokens(config))
+    special = {*_named_tokens(config).values(), *extra}
+    return {
+        str(token_id): {
+            "content": content,
+            "special": content in special,
+            "normalized": content not in special,
+        }
+        for content, token_id in ids.items()
+    }
 
 
 def _eos_token_ids(folder: Path) -> set[int]:
@@ -170,43 +228,17 @@ def _eos_token_ids(folder: Path) -> set[int]:
     return ids
 
 
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
+def _read_backend(path: Path, config: Mapping[str, Any]) -> Converted:
     file = path / "tokenizer.json"
     if not file.is_file():
-        return _convert_slow(path)
+        return convert(path, config)
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the Rust library raises bare Exception
         raise CheckpointError(f"{file}: not a tokenizer: {error}") from error
     backend.no_truncation()
     backend.no_padding()
-    return backend
-
-
-def _convert_slow(path: Path) -> tokenizers.Tokenizer:
-    """Lets transformers build the fast form of a checkpoint that only has a slow tokenizer."""
-    found = [name for name in _SLOW_FILES if (path / name).is_file()]
-    if not found:
-        raise CheckpointError(
-            f"{path}: no tokenizer: looked for tokenizer.json, {', '.join(_SLOW_FILES)}"
-        )
-    try:
-        from transformers import AutoTokenizer  # costs 100 MB: only where nothing else can read it
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path}: no tokenizer.json, got {', '.join(found)}, which only transformers converts "
-            f"({error}): pip install 'windlass[transformers]', or add a tokenizer.json"
-        ) from error
-    try:
-        slow = AutoTokenizer.from_pretrained(
-            str(path), trust_remote_code=False, local_files_only=True
-        )
-        backend: tokenizers.Tokenizer = slow.backend_tokenizer
-    except (OSError, ValueError, ImportError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}: no tokenizer.json, and transformers cannot convert what is there: {error}"
-        ) from error
-    return backend
+    return Converted(backend)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -232,15 +264,22 @@ def _read_templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if templates:
         return templates
     value = config.get("chat_template")
-    if isinstance(value, list):
-        return {entry["name"]: entry["template"] for entry in value}
-    return {"default": value} if isinstance(value, str) else {}
+    if value is None or isinstance(value, str):
+        return {} if value is None else {"default": value}
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):  # the older form
+        value = {one.get("name"): one.get("template") for one in value}
+    texts = [text for pair in value.items() for text in pair] if isinstance(value, dict) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise CheckpointError(
+            f"{path}: chat_template: got {value!r:.80}, allowed a template, or templates by name"
+        )
+    return dict(value)
 
 
 def _digest(path: Path, eos: set[int]) -> str:
     """Changes whenever a file that decides about ids or prompts does."""
     digest = blake2b(repr(sorted(eos)).encode(), digest_size=16)
-    files = [path / name for name in _DIGESTED + _SLOW_FILES]
+    files = [path / name for name in _DIGESTED]
     for file in files + sorted((path / _CHAT_FOLDER).glob("*.jinja")):
         if file.is_file():
             digest.update(f"{file.name}:{file.stat().st_size}:".encode())
@@ -258,37 +297,36 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     return named
 
 
-def _add_tokens(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Iterable[str]
-) -> None:
-    """Adds the tokens that only tokenizer_config.json knows, in transformers' order."""
-    present = {token.content for token in backend.get_added_tokens_decoder().values()}
+def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Adds what tokenizer_config.json knows, in transformers' order: its `added_tokens_decoder`,
+    whose flags win, and what else it names."""
+    named = _named_tokens(config)
     entries = config.get("added_tokens_decoder") or {}
     for key in sorted(entries, key=int):
-        fields = {k: v for k, v in entries[key].items() if not k.startswith("__")}
-        _add_token(backend, present, tokenizers.AddedToken(**fields))
-    for content in [*named, *_extra_tokens(config)]:
-        _add_token(backend, present, tokenizers.AddedToken(content, special=True))
+        own = entries[key]
+        _add_token(backend, own, is_special=own.get("special") or own["content"] in named.values())
+    names = [*(name for name in _NAMES if name in named), *named]
+    for value in [*(config[name] for name in names), *_extra_tokens(config)]:
+        fields = value if isinstance(value, dict) else {"content": value}
+        added = backend.get_added_tokens_decoder().values()
+        if fields["content"] not in {token.content for token in added}:
+            _add_token(backend, fields, is_special=True)
 
 
 def _add_token(
-    backend: tokenizers.Tokenizer, present: set[str], token: tokenizers.AddedToken
+    backend: tokenizers.Tokenizer, fields: Mapping[str, Any], *, is_special: bool
 ) -> None:
-    if token.content in present:
-        return
-    present.add(token.content)
-    if token.special:
-        backend.add_special_tokens([token])
-    else:
-        backend.add_tokens([token])
+    own = {key: value for key, value in fields.items() if not key.startswith("__")}
+    token = tokenizers.AddedToken(**own | {"special": bool(is_special)})
+    (backend.add_special_tokens if token.special else backend.add_tokens)([token])
 
 
-def _extra_tokens(config: Mapping[str, Any]) -> list[str]:
-    extra: list[str] = []
+def _extra_tokens(config: Mapping[str, Any]) -> list[Any]:
+    """Contents, or objects with one."""
+    extra: list[Any] = []
     for name in ("extra_special_tokens", "additional_special_tokens"):
         value = config.get(name) or []
-        for token in value if isinstance(value, list) else value.values():
-            extra.append(token["content"] if isinstance(token, dict) else token)
+        extra += value if isinstance(value, list) else value.values()
     return extra
 
 
@@ -298,14 +336,3 @@ def _decoder_types(backend: tokenizers.Tokenizer) -> frozenset[str]:
         return frozenset()
     state = json.loads(backend.decoder.__getstate__())
     return frozenset(part["type"] for part in state.get("decoders", [state]))
-
-
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 stands for itself, other bytes for U+0100 and up."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(256 + place): byte for place, byte in enumerate(hidden)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()

@@ -4,8 +4,9 @@ the tokenizer's interface, no engine, no HTTP and no files."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from windlass.engine.text_limits import most_chars
 from windlass.errors import RequestError, UsageError, WindlassError
 from windlass.params import SamplingParams
 from windlass.protocol.fields import only, optional, refuse_unknown, shorten
@@ -26,16 +27,39 @@ _SAMPLING = (
 # Read and without effect on any token.
 _NO_EFFECT = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "cache_salt",
+    "prompt_cache_retention", "cache_salt", "request_id",
 )  # fmt: skip
-_COMMON = (*_SAMPLING, *_NO_EFFECT, "model", "max_tokens", "logprobs", "stream", "stream_options")
+# Fields at the values with which they ask for nothing, and why other values are refused.
+_NOTHING: dict[str, tuple[tuple[object, ...], str]] = {
+    "stream": ((False,), "allowed only false: results are delivered whole"),
+    "stream_options": ((), "allowed only with stream"),
+    "response_format": (({"type": "text"},), "allowed only {'type': 'text'}: constrained decoding"
+                        " is not supported"),
+    "echo": ((False,), "allowed only false: not supported, the prompt is not repeated"),
+    "use_beam_search": ((False,), "allowed only false: not supported"),
+    "length_penalty": ((1, 1.0), "allowed only 1, without beam search"),
+    "priority": ((0,), "allowed only 0: rows of a job are equal"),
+    "truncate_prompt_tokens": ((), "not supported: no prompt is cut"),
+    "return_token_ids": ((False,), "allowed only false: not supported"),
+    "return_tokens_as_token_ids": ((False,), "allowed only false: not supported"),
+    "vllm_xargs": (({},), "not supported"),
+}  # fmt: skip
+_NOTHING_CHAT: dict[str, tuple[tuple[object, ...], str]] = {
+    "add_special_tokens": ((False,), "allowed only false: the template writes special tokens"),
+    "continue_final_message": ((False,), "allowed only false: not supported"),
+    "include_reasoning": ((True,), "allowed only true: nothing is taken out of answers"),
+    "modalities": ((["text"],), "allowed only ['text']: not supported"),
+    "functions": (([],), "not supported, allowed tools"),
+    "function_call": (("none", "auto"), "not supported, allowed tools"),
+    "documents": (([],), "not supported, allowed in chat_template_kwargs"),
+}
+_COMMON = (*_SAMPLING, *_NO_EFFECT, *_NOTHING, "model", "max_tokens", "logprobs", "best_of")
 _CHAT = frozenset(
-    (*_COMMON, "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
-     "parallel_tool_calls", "response_format", "chat_template_kwargs", "add_generation_prompt")
+    (*_COMMON, *_NOTHING_CHAT, "messages", "max_completion_tokens", "top_logprobs", "tools",
+     "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "add_generation_prompt",
+     "reasoning_effort")
 )  # fmt: skip
-_COMPLETION = frozenset(
-    (*_COMMON, "prompt", "echo", "best_of", "add_special_tokens", "response_format")
-)
+_COMPLETION = frozenset((*_COMMON, "prompt", "add_special_tokens"))
 _TEMPLATE_OWN = ("messages", "conversation", "tools", "add_generation_prompt", "tokenize",
                  "chat_template", "return_dict", "return_tensors")  # fmt: skip
 
@@ -48,22 +72,25 @@ class Endpoint(StrEnum):
 class ChatTokenizer(Protocol):
     """What the protocol needs of a tokenizer."""
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, at_most: int | None = None
+    ) -> list[int]: ...
 
-    def apply_chat_template(
+    def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
-        *,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
         now: int | None = None,
-    ) -> list[int]: ...
+    ) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """What a body may ask for. `names[0]` is written into responses, all of them are accepted.
+    `default_params.max_tokens`: of bodies that name none, None for the endpoint's own default.
     `now`: the seconds since 1970 that chat templates see, None for the clock's."""
 
     names: tuple[str, ...]
@@ -97,18 +124,42 @@ def parse_body(endpoint: Endpoint, body: Mapping[str, Any], model: ServedModel) 
     _check_model(body, model)
     _refuse_unsupported(body, is_chat=is_chat)
     params = _sampling_params(body, model.default_params, is_chat=is_chat)
-    limit = _max_tokens(body, is_chat=is_chat)
+    limit = _Limit(
+        _max_tokens(body, is_chat=is_chat), model.default_params.max_tokens, model.max_model_len
+    )
     field = "messages" if is_chat else "prompt"
-    prompts = [_chat_prompt(body, model)] if is_chat else _prompts(body, model.tokenizer)
+    num_chars = text_chars(endpoint, body)
+    if num_chars > most_chars(model.max_model_len):  # before anything is made of it
+        raise RequestError(
+            f"prompt has {num_chars} characters, which are more than {model.max_model_len} tokens,"
+            f" the limit",
+            param=field,
+            code="context_length_exceeded",
+        )
+    prompts = [_chat_prompt(body, model)] if is_chat else _prompts(body, model)
     _check_sequences(len(prompts), params.n)
     return ApiRequest(
         endpoint=endpoint,
         model=model.names[0],
-        prompts=tuple(
-            Prompt(tuple(ids), _fit(params, limit, len(ids), model.max_model_len, field))
-            for ids in prompts
-        ),
+        prompts=tuple(Prompt(tuple(ids), _fit(params, limit, len(ids), field)) for ids in prompts),
     )
+
+
+def text_chars(endpoint: Endpoint, body: Mapping[str, Any]) -> int:
+    """Characters of what a body's prompt is made of: all texts of its messages, or the longest text
+    of a completion. No value of the body need be right."""
+    chat = endpoint is Endpoint.CHAT
+    left: list[Any] = [body.get("messages" if chat else "prompt")]
+    sizes = [0]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            sizes.append(len(value))
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return sum(sizes) if chat else max(sizes)
 
 
 def _check_model(body: Mapping[str, Any], model: ServedModel) -> None:
@@ -132,14 +183,13 @@ def _check_sequences(num_prompts: int, n: int) -> None:
 
 def _refuse_unsupported(body: Mapping[str, Any], *, is_chat: bool) -> None:
     refuse_unknown(body, _CHAT if is_chat else _COMPLETION)
-    only(body, "stream", (False,), "allowed only false: results are delivered whole")
-    only(body, "stream_options", (), "allowed only with stream")
-    only(body, "response_format", ({"type": "text"},), "allowed only {'type': 'text'}: "
-         "constrained decoding is not supported")  # fmt: skip
+    for name, (nothing, why) in {**_NOTHING, **(_NOTHING_CHAT if is_chat else {})}.items():
+        only(body, name, nothing, why)
     if is_chat:
-        only(body, "parallel_tool_calls", (True,), "allowed only true: output is not constrained")
-        return
-    only(body, "echo", (False,), "allowed only false: the prompt is not repeated")
+        is_free = not body.get("tools") or body.get("tool_choice") == "none"
+        allowed = (True, False) if is_free else (True,)
+        only(body, "parallel_tool_calls", allowed, "allowed only true with tools: output is not"
+             " constrained")  # fmt: skip
     # best_of = n means what leaving it out means
     only(body, "best_of", (body.get("n") or 1,), "allowed only the value of n")
 
@@ -169,7 +219,7 @@ def _as_request_error(error: UsageError) -> RequestError:
 def _chat_logprobs(body: Mapping[str, Any]) -> int | None:
     wanted = optional(body, "logprobs", bool)
     top = _logprobs(body, "top_logprobs")
-    if top is not None and not wanted:
+    if top and not wanted:
         raise RequestError("top_logprobs: allowed only with logprobs: true", param="top_logprobs")
     return (top or 0) if wanted else None
 
@@ -199,6 +249,9 @@ def _max_tokens(body: Mapping[str, Any], *, is_chat: bool) -> int | None:
 def _chat_prompt(body: Mapping[str, Any], model: ServedModel) -> list[int]:
     messages, tools = read_messages(body), read_tools(body)
     variables = optional(body, "chat_template_kwargs", dict)
+    effort = optional(body, "reasoning_effort", str)
+    if effort is not None:
+        variables = {"reasoning_effort": effort, **(variables or {})}
     refused = next((name for name in variables or () if name in _TEMPLATE_OWN), None)
     if refused is not None:
         raise RequestError(
@@ -207,19 +260,19 @@ def _chat_prompt(body: Mapping[str, Any], model: ServedModel) -> list[int]:
         )
     generate = optional(body, "add_generation_prompt", bool)
 
-    def render(tools: list[dict[str, Any]] | None) -> list[int]:
-        return model.tokenizer.apply_chat_template(
+    def render(tools: list[dict[str, Any]] | None) -> str:
+        return model.tokenizer.render_chat(
             messages,
-            tools=tools,
+            tools,
             add_generation_prompt=generate is not False,
             variables=variables,
             now=model.now,
         )
 
     try:
-        ids = render(tools)
+        text = render(tools)
         # a template that shows no tools renders the same without them
-        if tools and ids == render(None):
+        if tools and text == render(None):
             raise RequestError(
                 "tools: this model's chat template does not take tools",
                 param="tools",
@@ -229,10 +282,20 @@ def _chat_prompt(body: Mapping[str, Any], model: ServedModel) -> list[int]:
         raise
     except WindlassError as error:
         raise RequestError(str(error), param="messages") from error
-    return ids
+    return _encoded(text, model, "messages", special=False)
 
 
-def _prompts(body: Mapping[str, Any], tokenizer: ChatTokenizer) -> list[list[int]]:
+def _encoded(text: str, model: ServedModel, field: str, *, special: bool) -> list[int]:
+    """Its ids, unless there are sure to be more than fit: `_fit` tells the others."""
+    try:
+        return model.tokenizer.encode(
+            text, add_special_tokens=special, at_most=model.max_model_len - 1
+        )
+    except RequestError as error:
+        raise RequestError(str(error), param=field, code=error.code) from error
+
+
+def _prompts(body: Mapping[str, Any], model: ServedModel) -> list[list[int]]:
     prompt = body.get("prompt")
     special = optional(body, "add_special_tokens", bool)
     if isinstance(prompt, str) or _is_ids(prompt):
@@ -245,7 +308,7 @@ def _prompts(body: Mapping[str, Any], tokenizer: ChatTokenizer) -> list[list[int
     result = []
     for i, item in enumerate(prompt):
         if isinstance(item, str):
-            result.append(tokenizer.encode(item, add_special_tokens=special is not False))
+            result.append(_encoded(item, model, "prompt", special=special is not False))
         elif _is_ids(item):
             result.append(item)
         else:
@@ -259,23 +322,31 @@ def _is_ids(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
 
 
-def _fit(
-    params: SamplingParams, limit: int | None, num_prompt: int, max_model_len: int, field: str
-) -> SamplingParams:
+class _Limit(NamedTuple):
+    """Lengths in tokens: what the body asks for, what the checkpoint names for bodies that do not
+    say, both None where nothing is said; a prompt and its answer together."""
+
+    asked: int | None
+    default: int | None
+    in_all: int
+
+
+def _fit(params: SamplingParams, limit: _Limit, num_prompt: int, field: str) -> SamplingParams:
     """`params` with the `max_tokens` of one prompt of `num_prompt` tokens."""
     if num_prompt == 0:
         raise RequestError(f"{field}: got no tokens, allowed at least one", param=field)
-    rest = max_model_len - num_prompt
-    if rest < 1 or (limit is not None and limit > rest):
-        asked = "" if rest < 1 else f" and {limit} more are asked for"
+    rest, length = limit.in_all - num_prompt, limit.asked
+    if rest < 1 or (length is not None and length > rest):
+        asked = "" if rest < 1 else f" and {length} more are asked for"
         raise RequestError(
-            f"prompt has {num_prompt} tokens{asked}, limit {max_model_len}",
+            f"prompt has {num_prompt} tokens{asked}, limit {limit.in_all}",
             param=field,
             code="context_length_exceeded",
         )
-    if limit is None:
-        limit = rest if field == "messages" else min(COMPLETION_MAX_TOKENS, rest)
+    if length is None:
+        own = rest if field == "messages" else COMPLETION_MAX_TOKENS
+        length = min(rest, limit.default or own)
     try:
-        return replace(params, max_tokens=limit)
+        return replace(params, max_tokens=length)
     except UsageError as error:
         raise _as_request_error(error) from error

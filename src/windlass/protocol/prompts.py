@@ -9,7 +9,9 @@ from windlass.errors import RequestError
 class PromptTokenizer(Protocol):
     """What prompts need of a tokenizer."""
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, at_most: int | None = None
+    ) -> list[int]: ...
 
     def render_chat(
         self,
@@ -31,14 +33,16 @@ class Encoder(Protocol):
 
 
 class PromptEncoder:
-    """Of a string, {"prompt": string} or {"prompt_token_ids": ids}."""
+    """Of a string, {"prompt": string} or {"prompt_token_ids": ids}. A text that is sure to have
+    more than `at_most` tokens is refused before it is encoded."""
 
-    def __init__(self, tokenizer: PromptTokenizer) -> None:
+    def __init__(self, tokenizer: PromptTokenizer, at_most: int) -> None:
         self._tokenizer = tokenizer
+        self._at_most = at_most
 
     def encode(self, row: Any) -> tuple[str | None, list[int]]:
         if isinstance(row, str):
-            return row, self._tokenizer.encode(row)
+            return row, self._tokenizer.encode(row, at_most=self._at_most)
         if isinstance(row, Mapping) and set(row) == {"prompt"}:
             return self.encode(row["prompt"])
         if isinstance(row, Mapping) and set(row) == {"prompt_token_ids"}:
@@ -53,12 +57,14 @@ class PromptEncoder:
 
 
 class ChatEncoder:
-    """Of a conversation, by the chat template; `options` are those of `render_chat`."""
+    """Of a conversation, by the chat template; `options` are those of `render_chat`. `at_most`: as
+    above."""
 
-    def __init__(self, tokenizer: PromptTokenizer, **options: Any) -> None:
+    def __init__(self, tokenizer: PromptTokenizer, at_most: int, **options: Any) -> None:
         self._tokenizer = tokenizer
+        self._at_most = at_most
         self._options = options
 
     def encode(self, row: Any) -> tuple[str | None, list[int]]:
         text = self._tokenizer.render_chat(row, **self._options)
-        return text, self._tokenizer.encode(text, add_special_tokens=False)
+        return text, self._tokenizer.encode(text, add_special_tokens=False, at_most=self._at_most)
