@@ -39,14 +39,21 @@ def head_dim(config: Config) -> int:
 
 
 def full_rope(
-    config: Config, dim: int, *, theta: float = 10_000.0, interleaved: bool = False
+    config: Config,
+    dim: int,
+    *,
+    theta: float = 10_000.0,
+    interleaved: bool = False,
+    layer_type: str | None = None,
 ) -> Rope:
     """Rotary positions of families that rotate whole heads; `theta` where the file has none."""
-    if rotary_dim(config, dim) != dim:
+    if rotary_dim(config, dim, layer_type=layer_type) != dim:
         raise ModelError(
             f"{config.where}: partial_rotary_factor is set, allowed 1 for this model type"
         )
-    return read_rope(config, dim=dim, interleaved=interleaved, default_theta=theta)
+    return read_rope(
+        config, dim=dim, interleaved=interleaved, layer_type=layer_type, default_theta=theta
+    )
 
 
 def gqa(
@@ -129,9 +136,8 @@ def windows(
     return [size if kind == "sliding_attention" else None for kind in kinds]
 
 
-def moe(config: Config, routing: Routing, *, num: int, top_k: int, expert: Ffn,
-        shared: Shared | None = None) -> Moe:  # fmt: skip
-    """A Moe whose routing can choose `top_k` experts. Raises ModelError if it cannot."""
+def moe(config: Config, routing: Routing, *, num: int, top_k: int, **options: Any) -> Moe:
+    """A Moe (`options` are its other fields) whose routing can choose `top_k` experts. Raises ModelError if it cannot."""
     groups = getattr(routing, "groups", NoGroups())
     eligible, what = num, "experts"
     if isinstance(groups, RoutingGroups):
@@ -150,7 +156,7 @@ def moe(config: Config, routing: Routing, *, num: int, top_k: int, expert: Ffn,
         raise ModelError(
             f"{config.where}: {top_k} experts per token, allowed at most the {eligible} {what}"
         )
-    return Moe(num_experts=num, top_k=top_k, routing=routing, expert=expert, shared=shared)
+    return Moe(num_experts=num, top_k=top_k, routing=routing, **options)
 
 
 def groups(config: Config, score: Any) -> NoGroups | RoutingGroups:
