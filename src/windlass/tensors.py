@@ -67,9 +67,7 @@ def plain_or_none(tensors: Tensors, name: str) -> torch.Tensor | None:
     return plain(tensors, name) if name in tensors else None
 
 
-def floats_or_none(
-    tensors: Tensors, name: str, *, multiplier: float = 1.0
-) -> torch.Tensor | None:
+def floats_or_none(tensors: Tensors, name: str, *, multiplier: float = 1.0) -> torch.Tensor | None:
     """`multiplier` times a vector, in fp32 and contiguous, made once where it is stored otherwise;
     None where the part has none."""
     if name not in tensors:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from attention import attention_work
 from windlass.kernels.interface import AttentionOptions
-from windlass.kernels.row_counts import RowLadder
 from windlass.kernels.reference import gelu
+from windlass.kernels.row_counts import RowLadder
 from windlass.models.spec import ClampedSwiGlu, GeGlu, SwiGlu
 from windlass.tensors import PagedRows
 

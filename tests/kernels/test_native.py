@@ -271,7 +271,9 @@ def test_normalise(native, rows, width, dtype, plus_one, seed):
     assert torch.equal(native.normalise(norm, weight, None, x[-1:]), got[-1:])
     bare = native.normalise(norm, None, None, x)
     close(bare, TORCH.normalise(norm, None, None, x))
-    assert torch.equal(bare, native.normalise(replace(norm, plus_one=False), torch.ones(width), None, x))
+    assert torch.equal(
+        bare, native.normalise(replace(norm, plus_one=False), torch.ones(width), None, x)
+    )
     bias = torch.randn(width).to(dtype)
     plain = LayerNorm(eps=1e-5, bias=True)
     close(native.normalise(plain, weight, bias, x), TORCH.normalise(plain, weight, bias, x))

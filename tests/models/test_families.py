@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +80,11 @@ def test_gemma4_as_it_is_published(tmp_path: Path) -> None:
     make_checkpoint("gemma4_text", tmp_path)
     text = Checkpoint(tmp_path)
     assert text.config["per_layer_config"]
-    published = {"global_head_dim": 20, "num_global_key_value_heads": 1, "per_layer_config": None}
+    published: dict[str, Any] = {
+        "global_head_dim": 20,
+        "num_global_key_value_heads": 1,
+        "per_layer_config": None,
+    }
     settings = rewrite_config(tmp_path, **published)
     assert Checkpoint(tmp_path).spec == text.spec
     outer = {"model_type": "gemma4", "vision_config": {}, "tie_word_embeddings": True}

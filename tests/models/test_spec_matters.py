@@ -30,8 +30,8 @@ from windlass.tensors import Packed, PackedStack, PagedRows, Tensors
 
 Stored = torch.Tensor | Packed | PackedStack
 
-# Settings that no logits can show, or that only hold bounds. Tables are fp32 here, which holds every
-# multiplier as it is: see `test_a_multiplier_in_the_type_of_the_table`.
+# Settings that no logits can show, or that only hold bounds. Tables are fp32 here, which holds
+# every multiplier as it is: see `test_a_multiplier_in_the_type_of_the_table`.
 _SILENT = {"family", "max_positions", "vocab_size", "num_experts", "embed_multiplier_as_stored"}
 
 _CHANGES: dict[str, Callable[[Any], Any]] = {

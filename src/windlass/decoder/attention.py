@@ -17,7 +17,6 @@ from windlass.kernels.interface import Kernels
 from windlass.models.spec import Attention, GatedDelta, Gqa, Mla, Norm, RmsNorm
 from windlass.tensors import Packed, PackedStack, Tensors, plain
 
-
 CosSin = tuple[torch.Tensor, torch.Tensor]  # of each row, (T, r)
 
 

@@ -136,7 +136,7 @@ def logits(
     if spec.logit_divisor != 1:
         out_TV /= spec.logit_divisor
     if spec.logit_cap is not None:
-        for some in out_TV.split(max(1, _CAPPED // out_TV.shape[1])):
+        for some in torch.split(out_TV, max(1, _CAPPED // out_TV.shape[1])):
             some.copy_(k.pointwise(torch.tanh, some / spec.logit_cap)).mul_(spec.logit_cap)
 
 

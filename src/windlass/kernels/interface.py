@@ -184,11 +184,11 @@ class Kernels(Protocol):
         *,
         wants_scores: bool = False,
     ) -> Routes:
-        """The experts of each row. `bias_E` (fp32) is what `select_bias` speaks of, `scale_E` (fp32)
-        what `expert_scale` does. The scores are
-        what experts are chosen by, before that bias and before groups are dropped: probabilities
-        of `SoftmaxTopK`, sigmoids of `SigmoidTopK`, the logits themselves of `TopKSoftmax` and
-        `SparseMixer`. They may be a view of the logits."""
+        """The experts of each row. `bias_E` (fp32) is what `select_bias` speaks of, `scale_E`
+        (fp32) what `expert_scale` does. The scores are what experts are chosen by, before that
+        bias and before groups are dropped: probabilities of `SoftmaxTopK`, sigmoids of
+        `SigmoidTopK`, the logits themselves of `TopKSoftmax` and `SparseMixer`. They may be a view
+        of the logits."""
         ...
 
     def group(self, ids_TA: torch.Tensor, num_experts: int) -> ExpertGroups:

@@ -65,12 +65,7 @@ class ProportionalScaling:
 
 
 Scaling = (
-    NoScaling
-    | LinearScaling
-    | YarnScaling
-    | Llama3Scaling
-    | LongRopeScaling
-    | ProportionalScaling
+    NoScaling | LinearScaling | YarnScaling | Llama3Scaling | LongRopeScaling | ProportionalScaling
 )
 
 

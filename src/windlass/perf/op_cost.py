@@ -139,8 +139,8 @@ class OpCost:
         scale: float = 1.0,
         keeps_all: bool = False,
     ) -> None:
-        """`kv_numbers`: of a position in the KV cache of the whole model. `keeps_all`: all weights are
-        resident, so that layers of a few tokens are captured (`runtime/capture.py`)."""
+        """`kv_numbers`: what a position adds to the KV cache of the whole model. `keeps_all`: all
+        weights are resident, so that layers of a few tokens are captured (`runtime/capture.py`)."""
         spec, sizes, host = problem.spec, problem.sizes, problem.profile.host
         self._spec = spec
         self._sizes = sizes

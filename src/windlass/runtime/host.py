@@ -183,9 +183,7 @@ class HostRuntime:
 
     def leave_experts(self, layer: int, hidden: torch.Tensor, routed: Routed) -> None:
         data: _Rows = routed.data
-        self._blocks.combine(
-            layer, data.at_end, hidden, data.routed, data.outputs, data.shared_TD
-        )
+        self._blocks.combine(layer, data.at_end, hidden, data.routed, data.outputs, data.shared_TD)
 
     def enter_dense(self, layer: int, weights: Lease, hidden: torch.Tensor) -> _DenseRows:
         at_end = self._blocks.output_tensors(weights.tensors)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from windlass.kernels.cpu import native_attention as attention
+from windlass.kernels.cpu import native_sums as sums
 from windlass.kernels.cpu import products
 from windlass.kernels.cpu.matrices import TYPES, elements_together
 from windlass.kernels.cpu.native_capture import NativeCapture
@@ -182,19 +183,10 @@ class NativeKernels(TorchKernels):
         return ExpertGroups(order, rows, counts_E)
 
     def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
-        y_TD = y_TD.contiguous()
-        hidden, (num_rows, width) = hidden_TD.data_ptr(), y_TD.shape
-        self._session.call(
-            "wl_combine",
-            None, None, y_TD.data_ptr(), hidden, hidden, num_rows, 0, width, multiplier,
-        )  # fmt: skip
+        sums.accumulate(self._session, hidden_TD, y_TD, multiplier)
 
     def scale(self, hidden_TD: torch.Tensor, multiplier: float) -> None:
-        assert hidden_TD.is_contiguous(), "rows are scaled in place"
-        hidden, (num_rows, width) = hidden_TD.data_ptr(), hidden_TD.shape
-        self._session.call(
-            "wl_combine", None, None, hidden, None, hidden, num_rows, 0, width, multiplier
-        )
+        sums.scale(self._session, hidden_TD, multiplier)
 
     def weighted_sum(
         self,
@@ -202,9 +194,7 @@ class NativeKernels(TorchKernels):
         outputs_TAD: torch.Tensor,
         shared_TD: torch.Tensor | None,
     ) -> torch.Tensor:
-        y_TD = self._session.empty(outputs_TAD.shape[0], outputs_TAD.shape[2])
-        self._combine(weights_TA, outputs_TAD, shared_TD, (None, y_TD), 1.0)
-        return y_TD
+        return sums.weighted_sum(self._session, weights_TA, outputs_TAD, shared_TD)
 
     def read(self, x: torch.Tensor) -> None:
         self._session.call("wl_read", x.data_ptr(), x.numel() * x.itemsize, c.c_float())
@@ -217,25 +207,4 @@ class NativeKernels(TorchKernels):
         hidden_TD: torch.Tensor,
         multiplier: float,
     ) -> None:
-        self._combine(weights_TA, outputs_TAD, shared_TD, (hidden_TD, hidden_TD), multiplier)
-
-    def _combine(
-        self,
-        weights_TA: torch.Tensor,
-        outputs_TAD: torch.Tensor,
-        shared_TD: torch.Tensor | None,
-        between: tuple[torch.Tensor | None, torch.Tensor],
-        multiplier: float,
-    ) -> None:
-        """`between`: what the sum is added to, and where the result goes."""
-        residual_TD, out_TD = between
-        assert outputs_TAD.is_contiguous() and out_TD.is_contiguous()
-        weights_TA = weights_TA.contiguous()
-        shared_TD = None if shared_TD is None else shared_TD.contiguous()
-        self._session.call(
-            "wl_combine",
-            outputs_TAD.data_ptr(), weights_TA.data_ptr(),
-            None if shared_TD is None else shared_TD.data_ptr(),
-            None if residual_TD is None else residual_TD.data_ptr(),
-            out_TD.data_ptr(), *outputs_TAD.shape, multiplier,
-        )  # fmt: skip
+        sums.combine(self._session, weights_TA, outputs_TAD, shared_TD, hidden_TD, multiplier)

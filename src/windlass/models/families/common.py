@@ -137,7 +137,8 @@ def windows(
 
 
 def moe(config: Config, routing: Routing, *, num: int, top_k: int, **options: Any) -> Moe:
-    """A Moe (`options` are its other fields) whose routing can choose `top_k` experts. Raises ModelError if it cannot."""
+    """A Moe whose routing can choose `top_k` experts; `options` are its other fields. Raises
+    ModelError if it cannot."""
     groups = getattr(routing, "groups", NoGroups())
     eligible, what = num, "experts"
     if isinstance(groups, RoutingGroups):

@@ -122,9 +122,7 @@ def _own_heads(layer: Config | None, usual: tuple[int, int]) -> tuple[int, int]:
         for key, size in zip(("num_key_value_heads", "head_dim"), usual, strict=True)
     )
     if unknown := layer.unread():
-        raise ModelError(
-            f"{layer.where}: got {unknown[0]}, allowed num_key_value_heads, head_dim"
-        )
+        raise ModelError(f"{layer.where}: got {unknown[0]}, allowed num_key_value_heads, head_dim")
     return own[0], own[1]
 
 
