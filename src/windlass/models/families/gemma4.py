@@ -7,7 +7,15 @@ from dataclasses import replace
 
 from windlass.errors import ModelError
 from windlass.models.config import Config
-from windlass.models.families.common import check_heads, full_rope, model, moe, window, windows
+from windlass.models.families.common import (
+    check_heads,
+    full_rope,
+    inner_model,
+    model,
+    moe,
+    window,
+    windows,
+)
 from windlass.models.families.tensor_names import (
     NORMS,
     PROJECTIONS,
@@ -55,13 +63,7 @@ def read_text(config: Config) -> tuple[ModelSpec, NameMap]:
 
 
 def read(config: Config) -> tuple[ModelSpec, NameMap]:
-    """The language model of an image-and-text checkpoint; its vision tensors are left unread."""
-    spec, names = read_text(config.section("text_config"))
-    tied = config.get("tie_word_embeddings", bool, spec.tied_head)
-    spec = replace(spec, family=config.require("model_type", str), tied_head=tied)
-    first = "model.language_model."
-    others = tuple(prefix for prefix in names.prefixes if prefix != first)
-    return spec, replace(names, prefixes=(first, *others))
+    return inner_model(config, read_text, "model.language_model.")
 
 
 def _refuse_siblings(config: Config) -> None:
@@ -81,6 +83,7 @@ def _refuse_siblings(config: Config) -> None:
             raise ModelError(
                 f"{config.where}: {key} is {size}, allowed 0: {what} are not supported"
             )
+    config.ignore("vocab_size_per_layer_input", "use_double_wide_mlp")  # speak of those two
 
 
 def _attentions(config: Config) -> list[Gqa]:
