@@ -47,6 +47,10 @@ EXPLAINED: tuple[tuple[str, str], ...] = (
         r"^(qwen2_moe|olmoe|deepseek_v2|qwen3_next) .*renorm_order = 2$",
         "kept scores are not divided at all there (renorm_floor is None)",
     ),
+    (
+        r"^\S+ embed_multiplier_as_stored = ",
+        "tables are fp32 here, which holds every multiplier as it is",
+    ),
 )
 
 # Settings with which the blend of YaRN begins and ends inside the few frequencies of a tiny head;
@@ -80,6 +84,8 @@ _FROM_NONE: dict[str, Any] = {
     "renorm_floor": 0.0,
     "renorm_eps": 0.0,
     "q_lora_rank": 8,
+    "router_norm": 0.5,
+    "logit_cap": 1.0,
     "rope": m.Rope(dim=2, theta=100.0),
     "shared": m.Shared(ffn=m.Ffn(intermediate=8)),
 }
@@ -142,13 +148,14 @@ def _siblings(old: Any) -> list[Any]:
         m.YarnScaling(factor=2.0, original_max=16, beta_fast=32.0, beta_slow=1.0,
                       attention_factor=1.0, truncate=True),
         m.Llama3Scaling(factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max=16),
+        m.ProportionalScaling(pairs=1),
     ]  # fmt: skip
     eps = getattr(old, "eps", 1e-6)
     unions: list[tuple[Any, list[Any]]] = [
         (m.Scaling, scalings),
         (m.Routing, routings),
         (m.Norm, [m.RmsNorm(eps=eps), m.LayerNorm(eps=eps, bias=False)]),
-        (m.Activation, [m.SwiGlu(), m.ClampedSwiGlu(alpha=1.7, limit=7.0)]),
+        (m.Activation, [m.SwiGlu(), m.ClampedSwiGlu(alpha=1.7, limit=7.0), m.GeGlu()]),
         (m.NoGroups | m.RoutingGroups, [m.NoGroups(), m.RoutingGroups(num=2, kept=1, score="max")]),
     ]
     for union, members in unions:

@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define WL_ABI_VERSION 5
+#define WL_ABI_VERSION 6
 #define WL_API __attribute__((visibility("default")))
 
 enum { WL_OK = 0, WL_E_ARGUMENT = 1, WL_E_MEMORY = 2 };
@@ -89,6 +89,7 @@ typedef struct wl_expert {
 enum wl_activation {
   WL_SWIGLU = 0,         /* silu(gate) * up */
   WL_CLAMPED_SWIGLU = 1, /* GPT-OSS: gate <= limit, |up| <= limit, (up + 1) gate sigmoid(alpha gate) */
+  WL_GEGLU = 2,          /* gelu(gate) * up, gelu in its tanh form */
 };
 
 /* Rows of one sequence that attend together: consecutive rows and positions. */
@@ -136,6 +137,7 @@ typedef struct wl_routing {
   int64_t num_groups, kept_groups; /* 0: all experts can be chosen */
   int32_t rank_by_two;             /* a group's rank is the sum of its best two, else its best */
   const float *bias;               /* (experts) or null: added to the scores for the choice only */
+  const float *factors;            /* (experts) or null: the weight of an expert is times its own */
 } wl_routing;
 
 WL_API int32_t wl_abi_version(void);
@@ -166,7 +168,7 @@ WL_API int32_t wl_attend(const wl_attention *work);
 WL_API int32_t wl_rms_norm(const float *x, int64_t ldx, float *y, int64_t ldy, int64_t num_rows,
                            int64_t width, const void *weight, int32_t weight_type, float add, float eps);
 /* out[t] = residual[t] + multiplier * (shared[t] + sum over a of weights[t, a] * outputs[t, a]);
- * shared may be null; so may outputs and weights, with per_row 0. */
+ * shared and residual may be null; so may outputs and weights, with per_row 0. */
 WL_API int32_t wl_combine(const float *outputs, const float *weights, const float *shared,
                           const float *residual, float *out, int64_t num_rows, int64_t per_row,
                           int64_t width, float multiplier);

@@ -174,8 +174,15 @@ struct ExpertRound {
 
 inline V silu(V x) { return v_div(x, v_add(v_set(1.0f), v_exp(v_sub(v_zero(), x)))); }
 
+/// x / 2 * (1 + tanh(z)) is x * sigmoid(2 z), with z = sqrt(2 / pi) * (x + 0.044715 x^3).
+inline V gelu(V x) {
+  const V cubic = v_fma(v_mul(x, x), v_set(2 * 0.7978845608f * 0.044715f), v_set(2 * 0.7978845608f));
+  return v_mul(x, v_sigmoid(v_mul(x, cubic)));
+}
+
 inline V activate(const ExpertRound &round, V gate, V up) {
   if (round.activation == WL_SWIGLU) return v_mul(silu(gate), up);
+  if (round.activation == WL_GEGLU) return v_mul(gelu(gate), up);
   // the limit comes first: min and max then pass on NaN in their second operand
   gate = v_min(v_set(round.limit), gate);
   up = v_max(v_set(-round.limit), v_min(v_set(round.limit), up));

@@ -100,7 +100,7 @@ inline void route_row(const RouteWork &work, int64_t row) {
   if (r.score == WL_LOGITS) divisor = exponentials(kept, r.top_k);
   else if (r.norm != WL_N_NONE) divisor = size_of_kept(kept, r);
   float *weights = work.weights + row * r.top_k;
-  for (int64_t i = 0; i < r.top_k; i++) weights[i] = kept[i] / divisor * r.scale;
+  for (int64_t i = 0; i < r.top_k; i++) weights[i] = kept[i] / divisor * r.scale * (r.factors ? r.factors[ids[i]] : 1.0f);
 }
 
 inline void route(const RouteWork &work) { for_rows<route_row>(work, work.num_experts * 4); }

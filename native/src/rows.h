@@ -101,7 +101,8 @@ inline void combine_row(const CombineWork &c, int64_t row) {
     V sum = c.per_row ? v_mul(v_set(weights[0]), get(outputs + i)) : v_zero();
     for (int64_t a = 1; a < c.per_row; a++) sum = v_fma(v_set(weights[a]), get(outputs + a * c.width + i), sum);
     if (c.shared) sum = v_add(sum, get(c.shared + row * c.width + i));
-    sum = v_fma(v_set(c.multiplier), sum, get(c.residual + row * c.width + i));
+    const V before = c.residual ? get(c.residual + row * c.width + i) : v_zero();
+    sum = v_fma(v_set(c.multiplier), sum, before);
     store_floats(c.out + row * c.width + i, sum, count);
   }
 }

@@ -30,16 +30,22 @@ struct Network {
   bool has_bias;
 };
 
+/// What the sigmoid of an activation is taken of.
+double turned(int kind, double gate) {
+  if (kind == WL_GEGLU) return 2 * std::sqrt(2 / std::acos(-1.0)) * (gate + 0.044715 * gate * gate * gate);
+  return kind == WL_SWIGLU ? gate : double(ALPHA) * gate;
+}
+
 double activate(int kind, double gate, double up) {
-  if (kind == WL_SWIGLU) return gate / (1 + std::exp(-gate)) * up;
+  if (kind != WL_CLAMPED_SWIGLU) return gate / (1 + std::exp(-turned(kind, gate))) * up;
   gate = gate > double(LIMIT) ? double(LIMIT) : gate;
   up = up > double(LIMIT) ? double(LIMIT) : up < -double(LIMIT) ? -double(LIMIT) : up;
-  return (up + 1) * gate / (1 + std::exp(-double(ALPHA) * gate));
+  return (up + 1) * gate / (1 + std::exp(-turned(kind, gate)));
 }
 
 /// How much activate(gate, up) changes where its arguments change by `g` and `u`.
 double slope(int kind, double gate, double up, double g, double u) {
-  const double one = 1.2 * (std::fabs(up) + 1) * (kind == WL_SWIGLU ? 1.0 : double(ALPHA) + 1);
+  const double one = 1.2 * (std::fabs(up) + 1) * (kind == WL_CLAMPED_SWIGLU ? double(ALPHA) + 1 : 1.0);
   return one * g + (std::fabs(gate) + g) * u;
 }
 
@@ -73,7 +79,7 @@ struct Case {
     width = run.size(most_width);
     ldx = width + run.pick<int64_t>({0, 0, 3}), ldo = width + run.pick<int64_t>({0, 0, 5});
     x = run.normals((num_rows - 1) * ldx + width);
-    kind = run.chance(0.5) ? WL_SWIGLU : WL_CLAMPED_SWIGLU;
+    kind = run.pick<int32_t>({WL_SWIGLU, WL_CLAMPED_SWIGLU, WL_GEGLU});
     precision = run.chance(0.4) ? WL_BF16_ACTIVATIONS : WL_FP32_ACTIVATIONS;
     const int64_t inner = run.size(most_inner);
     const test::Storage storage = test::any_storage(run);
@@ -225,7 +231,7 @@ TEST(activations_over_their_whole_range) {
   down.n = 2, down.k = 1, down.stride_n = 4;
   wl_expert e{};
   e.gate = &gate, e.up = &up, e.down = &down;
-  for (int32_t kind : {WL_SWIGLU, WL_CLAMPED_SWIGLU}) {
+  for (int32_t kind : {WL_SWIGLU, WL_CLAMPED_SWIGLU, WL_GEGLU}) {
     for (int i = 0; i < run.tries(4000); i++) {
       float x[2] = {run.normal() * run.pick({1.0f, 10.0f, 60.0f, 100.0f}), run.normal() * run.pick({1.0f, 30.0f})}, out[2];
       if (run.chance(0.1)) x[0] = run.pick({0.0f, -0.0f, test::DENORMAL, 87.0f, -87.0f, 88.7f, -88.7f, 1e30f, -1e30f, 104.0f, -104.0f});
@@ -233,7 +239,7 @@ TEST(activations_over_their_whole_range) {
       CHECK(wl_experts(x, 2, out, 2, &e, 1, kind, ALPHA, LIMIT, WL_FP32_ACTIVATIONS) == WL_OK, "refused");
       const double expected = activate(kind, double(x[0]), double(x[1]));
       // the exponent is rounded; exp overflows just below where it would in double: then this is 0
-      const double relative = 1e-6 + std::ldexp(std::fabs(double(ALPHA * x[0])), -23);
+      const double relative = 1e-6 + std::ldexp(std::fabs(turned(kind, double(x[0]))) + std::fabs(double(ALPHA * x[0])), -23);
       CHECK(test::near(double(out[0]), expected, relative * std::fabs(expected) + 1e-35 * (std::fabs(double(x[1])) + 1)), "kind %d gate %g up %g: %g, expected %g",
             kind, double(x[0]), double(x[1]), double(out[0]), expected);
     }

@@ -63,7 +63,7 @@ std::vector<std::pair<int64_t, double>> expected_of(const wl_routing &r, const f
   std::vector<std::pair<int64_t, double>> found;
   for (int64_t e : order) {
     const double x = r.score == WL_LOGITS ? std::exp(scores[size_t(e)]) : scores[size_t(e)];
-    found.push_back({e, x / size * double(r.scale)});
+    found.push_back({e, x / size * double(r.scale) * (r.factors ? double(r.factors[e]) : 1.0)});
   }
   return found;
 }
@@ -82,8 +82,9 @@ TEST(rows_find_their_experts) {
       r.num_groups = groups, r.kept_groups = run.between(1, groups), r.rank_by_two = run.chance(0.5);
     }
     r.top_k = run.between(1, std::min<int64_t>(10, r.num_groups ? r.kept_groups * (experts / groups) : experts));
-    const std::vector<float> bias = run.normals(experts), logits = run.normals(rows * experts);
+    const std::vector<float> bias = run.normals(experts), logits = run.normals(rows * experts), factors = run.normals(experts);
     if (run.chance(0.3)) r.bias = bias.data();
+    if (run.chance(0.3)) r.factors = factors.data();
     std::vector<float> weights(size_t(rows * r.top_k));
     std::vector<int64_t> ids(size_t(rows * r.top_k));
     wl_set_threads(int32_t(run.between(1, 3)));
@@ -94,7 +95,7 @@ TEST(rows_find_their_experts) {
       for (int64_t a = 0; a < r.top_k; a++) {
         const size_t at = size_t(row * r.top_k + a);
         CHECK(ids[at] == expected[size_t(a)].first, "row %ld place %ld: %ld, expected %ld", long(row), long(a), long(ids[at]), long(expected[size_t(a)].first));
-        CHECK(test::near(double(weights[at]), expected[size_t(a)].second, 3e-6 * expected[size_t(a)].second), "weight %g, expected %g", double(weights[at]), expected[size_t(a)].second);
+        CHECK(test::near(double(weights[at]), expected[size_t(a)].second, 3e-6 * std::abs(expected[size_t(a)].second)), "weight %g, expected %g", double(weights[at]), expected[size_t(a)].second);
       }
     }
     std::vector<float> alone(size_t(r.top_k));

@@ -64,11 +64,11 @@ TEST(combine_is_right_and_a_row_depends_on_itself_alone) {
     for (float &x : outputs)
       if (run.chance(0.001)) x = run.pick({test::INF, test::NOT_A_NUMBER, test::DENORMAL});
     const std::vector<float> weights = run.normals(rows * per_row), shared = run.normals(rows * width), residual = run.normals(rows * width);
-    const bool has_shared = run.chance(0.5);
+    const bool has_shared = run.chance(0.5), has_residual = run.chance(0.7);
     const float multiplier = run.pick({1.0f, 2.5f});
     std::vector<float> out = residual;  // in place
     wl_set_threads(int32_t(run.between(1, 3)));
-    CHECK(wl_combine(outputs.data(), weights.data(), has_shared ? shared.data() : nullptr, out.data(), out.data(), rows, per_row, width, multiplier) == WL_OK, "refused");
+    CHECK(wl_combine(outputs.data(), weights.data(), has_shared ? shared.data() : nullptr, has_residual ? out.data() : nullptr, out.data(), rows, per_row, width, multiplier) == WL_OK, "refused");
     for (int64_t row = 0; row < rows; row++) {
       for (int64_t d = 0; d < width; d++) {
         const size_t at = size_t(row * width + d);
@@ -77,13 +77,13 @@ TEST(combine_is_right_and_a_row_depends_on_itself_alone) {
           const double term = double(weights[size_t(row * per_row + a)]) * double(outputs[size_t((row * per_row + a) * width + d)]);
           sum += term, size += std::fabs(term);
         }
-        const double expected = double(residual[at]) + double(multiplier) * sum;
-        CHECK(test::near(double(out[at]), expected, 1e-6 * (double(multiplier) * size + std::fabs(double(residual[at])))), "row %ld column %ld: %g, expected %g",
+        const double before = has_residual ? double(residual[at]) : 0, expected = before + double(multiplier) * sum;
+        CHECK(test::near(double(out[at]), expected, 1e-6 * (double(multiplier) * size + std::fabs(before))), "row %ld column %ld: %g, expected %g",
               long(row), long(d), double(out[at]), expected);
       }
       std::vector<float> alone(static_cast<size_t>(width));
       wl_combine(&outputs[size_t(row * per_row * width)], &weights[size_t(row * per_row)], has_shared ? &shared[size_t(row * width)] : nullptr,
-                 &residual[size_t(row * width)], alone.data(), 1, per_row, width, multiplier);
+                 has_residual ? &residual[size_t(row * width)] : nullptr, alone.data(), 1, per_row, width, multiplier);
       CHECK(test::first_difference(alone.data(), &out[size_t(row * width)], width) < 0, "row %ld of %ld alone", long(row), long(rows));
     }
   }

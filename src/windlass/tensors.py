@@ -67,16 +67,27 @@ def plain_or_none(tensors: Tensors, name: str) -> torch.Tensor | None:
     return plain(tensors, name) if name in tensors else None
 
 
-def floats_or_none(tensors: Tensors, name: str) -> torch.Tensor | None:
-    """A vector in fp32 and contiguous, made once where it is stored otherwise; None where the part
-    has none."""
+def floats_or_none(tensors: Tensors, name: str, *, multiplier: float = 1.0) -> torch.Tensor | None:
+    """`multiplier` times a vector, in fp32 and contiguous, made once where it is stored otherwise;
+    None where the part has none."""
     if name not in tensors:
         return None
     kept = tensors.prepared if isinstance(tensors, StoredTensors) else {}
+    found = kept.get((name, multiplier))
+    if found is None:
+        found = plain(tensors, name).float().contiguous()
+        found = kept[name, multiplier] = found if multiplier == 1 else found * multiplier
+    assert isinstance(found, torch.Tensor), f"{name}: kept as something else"
+    return found
+
+
+def number(tensors: Tensors, name: str) -> float:
+    """The only element of a tensor, looked up once."""
+    kept = tensors.prepared if isinstance(tensors, StoredTensors) else {}
     found = kept.get(name)
     if found is None:
-        found = kept[name] = plain(tensors, name).float().contiguous()
-    assert isinstance(found, torch.Tensor), f"{name}: kept as something else"
+        found = kept[name] = plain(tensors, name).item()
+    assert isinstance(found, float), f"{name}: kept as something else"
     return found
 
 

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from attention import attention_work
 from windlass.kernels.interface import AttentionOptions
+from windlass.kernels.reference import gelu
 from windlass.kernels.row_counts import RowLadder
-from windlass.models.spec import ClampedSwiGlu, SwiGlu
+from windlass.models.spec import ClampedSwiGlu, GeGlu, SwiGlu
 from windlass.tensors import PagedRows
 
 PAGE = 4
@@ -53,7 +54,7 @@ def test_batched_linear_is_right_and_row_independent(kernels):
         assert torch.equal(kernels.batched_linear(x[first:last], w), whole[first:last])
 
 
-@pytest.mark.parametrize("activation", [SwiGlu(), ClampedSwiGlu(alpha=1.702, limit=7.0)])
+@pytest.mark.parametrize("activation", [SwiGlu(), ClampedSwiGlu(alpha=1.702, limit=7.0), GeGlu()])
 def test_expert_ffn_is_right_and_row_independent(kernels, activation):
     w = {
         "gate": torch.randn(24, 40).bfloat16(),
@@ -68,6 +69,9 @@ def test_expert_ffn_is_right_and_row_independent(kernels, activation):
     up = x @ w["up"].float().T + w["up_bias"]
     if isinstance(activation, SwiGlu):
         hidden = torch.nn.functional.silu(gate) * up
+    elif isinstance(activation, GeGlu):
+        inner = 0.7978845608028654 * (gate + 0.044715 * gate**3)
+        hidden = gate / 2 * (1 + torch.tanh(inner)) * up
     else:
         gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
         hidden = (up + 1) * gate * torch.sigmoid(1.702 * gate)
@@ -78,8 +82,8 @@ def test_expert_ffn_is_right_and_row_independent(kernels, activation):
         assert torch.equal(kernels.expert_ffn(x[first:last], w, activation), whole[first:last])
 
 
-@pytest.mark.parametrize("function", [torch.exp, torch.sigmoid, torch.nn.functional.silu,
-                                      torch.nn.functional.softplus])  # fmt: skip
+@pytest.mark.parametrize("function", [torch.exp, torch.sigmoid, torch.nn.functional.silu, gelu,
+                                      torch.tanh, torch.nn.functional.softplus])  # fmt: skip
 def test_pointwise_bits_do_not_depend_on_the_place(kernels, function):
     x = torch.randn(70_001) * 5
     whole = kernels.pointwise(function, x)

@@ -14,7 +14,7 @@ from backends import LIBRARY, NATIVE, kernels_of
 from windlass.kernels.cpu.native import NativeKernels
 from windlass.kernels.interface import AttentionOptions, AttentionWork, ExpertGroups
 from windlass.kernels.reference import TorchKernels
-from windlass.models.spec import ClampedSwiGlu, LayerNorm, NoScaling, RmsNorm, Rope, SwiGlu
+from windlass.models.spec import ClampedSwiGlu, GeGlu, LayerNorm, NoScaling, RmsNorm, Rope, SwiGlu
 from windlass.tensors import INT8_ZERO, PagedRows, StoredTensors
 
 TORCH = TorchKernels()
@@ -22,7 +22,7 @@ THREADS = (1, 2, 3)
 TYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SIZES = st.one_of(st.sampled_from([1, 7, 8, 16, 17, 31, 33, 64, 65, 255, 257]), st.integers(1, 300))
 SEEDS = st.integers(0, 10_000)
-ACTIVATIONS = st.sampled_from([SwiGlu(), ClampedSwiGlu(alpha=1.702, limit=7.0)])
+ACTIVATIONS = st.sampled_from([SwiGlu(), ClampedSwiGlu(alpha=1.702, limit=7.0), GeGlu()])
 
 
 @pytest.fixture(scope="module", params=NATIVE)
@@ -269,6 +269,11 @@ def test_normalise(native, rows, width, dtype, plus_one, seed):
     got = native.normalise(norm, weight, None, x)
     close(got, TORCH.normalise(norm, weight, None, x))
     assert torch.equal(native.normalise(norm, weight, None, x[-1:]), got[-1:])
+    bare = native.normalise(norm, None, None, x)
+    close(bare, TORCH.normalise(norm, None, None, x))
+    assert torch.equal(
+        bare, native.normalise(replace(norm, plus_one=False), torch.ones(width), None, x)
+    )
     bias = torch.randn(width).to(dtype)
     plain = LayerNorm(eps=1e-5, bias=True)
     close(native.normalise(plain, weight, bias, x), TORCH.normalise(plain, weight, bias, x))
@@ -406,3 +411,10 @@ def test_combine(native, rows, per_row, width, has_shared, seed):
     close(got, expected, size=per_row)
     native.combine(weights[-1:], outputs[-1:], None if shared is None else shared[-1:], last, 1.5)
     assert torch.equal(last, got[-1:])
+    alone = native.weighted_sum(weights, outputs, shared)
+    close(alone, TORCH.weighted_sum(weights, outputs, shared), size=per_row)
+    start.zero_()
+    native.combine(weights, outputs, shared, start, 1.0)
+    assert torch.equal(alone, start)
+    native.scale(alone, 0.3)
+    assert torch.equal(alone, start * 0.3)

@@ -31,6 +31,7 @@ ROUTINGS: dict[str, Routing] = {
     "softmax": SoftmaxTopK(renorm_floor=None, scale=1.5),
     "softmax, sum": SoftmaxTopK(renorm_floor=0.0),
     "softmax, sum, floor": SoftmaxTopK(renorm_floor=0.9, select_bias=True),
+    "softmax, sum, by expert": SoftmaxTopK(renorm_floor=0.0, expert_scale=True),
     "softmax, euclid": SoftmaxTopK(renorm_floor=0.0, renorm_order=2),
     "softmax, groups": SoftmaxTopK(
         renorm_floor=None, groups=RoutingGroups(num=4, kept=2, score="max")
@@ -55,6 +56,8 @@ def weights(routing: Routing, seed: int = 0) -> dict[str, torch.Tensor]:
         w["router.bias"] = torch.randn(12, generator=generator)
     if isinstance(routing, SoftmaxTopK | SigmoidTopK) and routing.select_bias:
         w["router.select_bias"] = torch.randn(12, generator=generator)
+    if isinstance(routing, SoftmaxTopK) and routing.expert_scale:
+        w["router.expert_scale"] = torch.randn(12, generator=generator)
     return w
 
 
@@ -98,7 +101,8 @@ def by_hand(
         size_of_kept = max(norm, routing.renorm_floor)
     if isinstance(routing, SigmoidTopK) and routing.renorm_eps is not None:
         size_of_kept = sum(scores[e] for e in best) + routing.renorm_eps
-    return {e: scores[e] / size_of_kept * routing.scale for e in best}
+    factors = w.get("router.expert_scale", torch.ones(12)).tolist()
+    return {e: scores[e] / size_of_kept * routing.scale * factors[e] for e in best}
 
 
 def _sparse_mixer_by_hand(logits: list[float], eps: float) -> dict[int, float]:

@@ -260,6 +260,8 @@ def test_qk_norm_of_qwen3_may_be_said() -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_settings_that_are_not_supported(model_type: str, change: dict[str, Any]) -> None:
+    if model_type == "gemma4_text" and "final_logit_softcapping" in change:
+        change = {"final_logit_softcapping": -1.0}  # it is the one that has it
     message = refusal(published(model_type, **change))
     assert "allowed" in message or "missing" in message
 
@@ -292,6 +294,17 @@ def test_settings_that_are_not_supported(model_type: str, change: dict[str, Any]
         ("deepseek_v3", {"scoring_func": "softmax"}),
         ("gpt_oss", {"experts_per_token": 5}),
         ("gpt_oss", {"sliding_window": None}),
+        ("gemma4_text", {"enable_moe_block": False}),
+        ("gemma4_text", {"hidden_activation": "silu"}),
+        ("gemma4_text", {"hidden_size_per_layer_input": 256}),
+        ("gemma4_text", {"hidden_size_per_layer_input": "remove"}),  # then it is 256
+        ("gemma4_text", {"num_kv_shared_layers": 10}),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}),
+        ("gemma4_text", {"layer_types": ["sliding_attention"] * 30}),
+        ("gemma4_text", {"num_global_key_value_heads": 5}),
+        ("gemma4_text", {"per_layer_config": {"30": {"head_dim": 512}}}),
+        ("gemma4_text", {"per_layer_config": {"5": {"num_attention_heads": 8}}}),
+        ("gemma4_text", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}),
         ("granitemoe", {"logits_scaling": 0}),
         ("granitemoe", {"shared_intermediate_size": 512}),
         ("phimoe", {"num_experts_per_tok": 3}),
@@ -362,8 +375,10 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "num_bytes"), [("mixtral", 128 * 1024), ("deepseek_v3", 2 * 61 * 576)]
-)
+    ("model_type", "num_bytes"),
+    [("mixtral", 128 * 1024), ("deepseek_v3", 2 * 61 * 576),
+     ("gemma4_text", 2 * (25 * 2 * 8 * 256 + 5 * 2 * 2 * 512))],
+)  # fmt: skip
 def test_cache_of_a_token(model_type: str, num_bytes: int) -> None:
     spec, _ = read_spec(published(model_type))
     assert bytes_per_token(cache_shapes(spec), torch.bfloat16) == num_bytes

@@ -12,12 +12,15 @@ from torch.nn import functional
 from dense_model import TOLERANCE, Checkpoint, dense_logits, prompts
 from families import CASES, make_checkpoint
 from windlass.checkpoint.layout import build_layout
+from windlass.decoder.block import embed
 from windlass.errors import CheckpointError
+from windlass.ids import Part
 from windlass.kernels.interface import AttentionOptions, AttentionWork
-from windlass.kernels.reference import TorchKernels
+from windlass.kernels.reference import TorchKernels, gelu
 from windlass.models.spec import (
     Activation,
     ClampedSwiGlu,
+    GeGlu,
     Moe,
     NoGroups,
     RoutingGroups,
@@ -27,8 +30,9 @@ from windlass.tensors import Packed, PackedStack, PagedRows, Tensors
 
 Stored = torch.Tensor | Packed | PackedStack
 
-# Settings that no logits can show, or that only hold bounds.
-_SILENT = {"family", "max_positions", "vocab_size", "num_experts"}
+# Settings that no logits can show, or that only hold bounds. Tables are fp32 here, which holds
+# every multiplier as it is: see `test_a_multiplier_in_the_type_of_the_table`.
+_SILENT = {"family", "max_positions", "vocab_size", "num_experts", "embed_multiplier_as_stored"}
 
 _CHANGES: dict[str, Callable[[Any], Any]] = {
     "eps": lambda v: v + 0.1,
@@ -79,7 +83,7 @@ class PlainKernels(TorchKernels):
             gate, limit = gate.clamp(max=activation.limit), activation.limit
             hidden = (up.clamp(-limit, limit) + 1) * gate * torch.sigmoid(activation.alpha * gate)
         else:
-            hidden = functional.silu(gate) * up
+            hidden = (gelu if isinstance(activation, GeGlu) else functional.silu)(gate) * up
         return self.linear(hidden, w["down"], w.get("down_bias"))
 
     def pointwise(
@@ -171,3 +175,13 @@ def test_every_setting_matters(family: str, tmp_path: Path) -> None:
             survivors.append(path)
     assert tried > 20
     assert not survivors
+
+
+def test_a_multiplier_in_the_type_of_the_table(tmp_path: Path) -> None:
+    """As transformers has it: sqrt(32) is 5.65625 in bf16."""
+    embedding = make_checkpoint("gemma4_text", tmp_path, dtype=torch.bfloat16).model.embed_tokens
+    checkpoint, ids = Checkpoint(tmp_path), torch.arange(9)
+    rows = checkpoint.part(Part.EMBED)["weight"][ids]
+    got = embed(checkpoint.spec, rows)
+    assert torch.equal(got, rows.float() * 5.65625)
+    assert torch.equal(got.bfloat16(), embedding(ids))

@@ -88,7 +88,7 @@ def is_equal(one: Seen, two: Seen) -> bool:
 
 
 @needs_library
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "gemma4_text"])
 def test_captured_layers_tell_the_same(family, tmp_path, monkeypatch):
     make_model(family, tmp_path)
     captures: list[NativeCapture] = []

@@ -134,11 +134,10 @@ class DeltaModel:
                 h = math.attention_input(KERNELS, self.spec, w, x)
                 caches = self.caches[layer]
                 y = delta_attention(KERNELS, block.attention, w, h, segments, caches)
-                math.residual(KERNELS, self.spec, x, y)
+                math.add_attention(KERNELS, self.spec, layer, w, x, y)
             else:
                 self._softmax(layer, w, x, segments)
-            y = feed_forward(self.checkpoint, layer, w, math.ffn_input(KERNELS, self.spec, w, x))
-            math.residual(KERNELS, self.spec, x, y)
+            feed_forward(self.checkpoint, layer, w, x)
         h = math.final_norm(KERNELS, self.spec, self.checkpoint.part(Part.FINAL), x)
         chunks = [self.checkpoint.part(*key) for key in self.checkpoint.layout.keys(Part.HEAD)]
         logits = [h.new_empty(len(h), len(w["weight"])) for w in chunks]
@@ -191,4 +190,4 @@ class DeltaModel:
         )
         o = KERNELS.attention(got.q_THd, PagedRows(key), PagedRows(value), work, options)
         y = attention_output(KERNELS, attention, w, o, got.gate_THv)
-        math.residual(KERNELS, self.spec, x, y)
+        math.add_attention(KERNELS, self.spec, layer, w, x, y)

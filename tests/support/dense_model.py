@@ -75,8 +75,7 @@ def dense_logits(
     for layer in range(len(spec.blocks)):
         w = checkpoint.part(Part.BLOCK, layer)
         _attend(kernels, spec, layer, w, x)
-        h = math.ffn_input(kernels, spec, w, x)
-        math.residual(kernels, spec, x, feed_forward(checkpoint, layer, w, h, kernels))
+        feed_forward(checkpoint, layer, w, x, kernels)
     final = checkpoint.part(Part.FINAL)
     h = math.final_norm(kernels, spec, final, x)
     chunks, first = [], 0
@@ -103,7 +102,8 @@ def _attend(
     window = attention.window if isinstance(attention, Gqa) else None
     sinks = w["sinks"] if isinstance(attention, Gqa) and attention.sinks else None
     o = _naive(got.q_THd, got.key_TKd, got.value_TKv, attention.scale, window, sinks)
-    math.residual(kernels, spec, x, attention_output(kernels, attention, w, o, got.gate_THv))
+    y = attention_output(kernels, attention, w, o, got.gate_THv)
+    math.add_attention(kernels, spec, layer, w, x, y)
 
 
 def _naive(
@@ -129,22 +129,31 @@ def feed_forward(
     checkpoint: Checkpoint,
     layer: int,
     w: Mapping[str, torch.Tensor],
-    h: torch.Tensor,
+    x: torch.Tensor,
     kernels: Kernels = KERNELS,
-) -> torch.Tensor:
-    ffn = checkpoint.spec.blocks[layer].ffn
+) -> None:
+    """The network of a block, added to the hidden states `x`."""
+    spec = checkpoint.spec
+    ffn = spec.blocks[layer].ffn
     if not isinstance(ffn, Moe):
-        return dense_ffn(kernels, ffn, checkpoint.part(Part.FFN, layer), h)
-    weights, ids, _ = route(kernels, ffn, w, h)
+        h = math.ffn_input(kernels, spec, w, x)
+        y = dense_ffn(kernels, ffn, checkpoint.part(Part.FFN, layer), h)
+        math.add_network(kernels, spec, layer, w, x, y)
+        return
+    h, router_input = math.routing_inputs(kernels, spec, ffn, w, x)
+    weights, ids, _ = route(kernels, ffn, w, router_input)
     outputs = torch.empty(len(h), ffn.top_k, h.shape[1])
     for expert in ids.unique().tolist():
         rows, slots = (ids == expert).nonzero(as_tuple=True)
         part = checkpoint.part(Part.EXPERT, layer, expert)
         outputs[rows, slots] = kernels.expert_ffn(h[rows], part, ffn.expert.activation)
-    shared = None if ffn.shared is None else shared_expert(kernels, ffn.shared, w, h)
-    y = torch.zeros_like(h)
-    kernels.combine(weights, outputs, shared, y, 1.0)
-    return y
+    shared = None
+    if ffn.shared is not None:
+        own = math.ffn_input(kernels, spec, w, x) if ffn.shared.own_norms else h
+        shared = shared_expert(kernels, ffn.shared, w, own)
+        shared = math.shared_output(kernels, spec, ffn.shared, w, shared)
+    got = math.ExpertOutputs(weights, outputs, shared)
+    math.add_experts(kernels, spec, layer, w, x, got)
 
 
 def prompts() -> list[torch.Tensor]:

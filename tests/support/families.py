@@ -185,6 +185,29 @@ CASES: dict[str, dict[str, Any]] = {
         max_window_layers=1,
         attention_bias=True,
     ),
+    "gemma4_text": dict(
+        enable_moe_block=True,
+        num_experts=8,
+        num_experts_per_tok=3,
+        top_k_experts=3,
+        moe_intermediate_size=24,
+        head_dim=12,
+        global_head_dim=20,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        attention_bias=True,
+        hidden_size_per_layer_input=0,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+        sliding_window=5,
+        final_logit_softcapping=2.0,
+        rms_norm_eps=0.02,  # else factors of what is normalised afterwards would not show
+        rope_parameters=dict(
+            sliding_attention=dict(rope_type="default", rope_theta=50.0),
+            full_attention=dict(
+                rope_type="proportional", rope_theta=500.0, partial_rotary_factor=0.6, factor=2.0
+            ),
+        ),
+    ),
 }
 
 
@@ -242,7 +265,8 @@ def _randomise(model: PreTrainedModel, seed: int) -> None:
             else:
                 noise *= 0.3
             is_norm = "norm" in name and name.endswith("weight") and tensor.ndim == 1
-            tensor.copy_(noise + 1.0 if is_norm else noise)
+            is_factor = name.endswith(("scale", "scalar"))
+            tensor.copy_(noise + 1.0 if is_norm or is_factor else noise)
 
 
 def rewrite_config(path: Path, *, old_spelling: bool = False, **changes: Any) -> dict[str, Any]:

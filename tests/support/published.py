@@ -107,6 +107,27 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         20_914_757_184,
     ),
+    "gemma4_text": (  # the text of gemma-4-26B-A4B
+        dict(
+            attention_bias=False, attention_dropout=0.0, attention_k_eq_v=True,
+            enable_moe_block=True, final_logit_softcapping=30.0, global_head_dim=512, head_dim=256,
+            hidden_activation="gelu_pytorch_tanh", hidden_size=2816, hidden_size_per_layer_input=0,
+            intermediate_size=2112,
+            layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 5,
+            max_position_embeddings=262144, moe_intermediate_size=704, num_attention_heads=16,
+            num_experts=128, num_global_key_value_heads=2, num_hidden_layers=30,
+            num_key_value_heads=8, num_kv_shared_layers=0, rms_norm_eps=1e-6,
+            rope_parameters=dict(
+                full_attention=dict(partial_rotary_factor=0.25, rope_theta=1e6,
+                                    rope_type="proportional"),
+                sliding_attention=dict(rope_theta=1e4, rope_type="default"),
+            ),
+            sliding_window=1024, tie_word_embeddings=True, top_k_experts=8,
+            use_bidirectional_attention="vision", use_double_wide_mlp=False, vocab_size=262144,
+            vocab_size_per_layer_input=262144,
+        ),
+        25_233_141_790,
+    ),
     "granitemoe": (  # granite-3.0-1b-a400m
         dict(
             attention_bias=False, attention_multiplier=0.015625, embedding_multiplier=12.0,

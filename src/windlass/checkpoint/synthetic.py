@@ -261,6 +261,8 @@ def _mean_and_std(spec: ModelSpec, name: str, shape: tuple[int, ...]) -> _Normal
         # the norm inside the gated delta rule has plain weights in every family
         centred = isinstance(spec.norm, RmsNorm) and spec.norm.plus_one
         return _Normal(0.0 if centred and "linear_attn" not in name else 1.0, 0.05)
+    if name.endswith(("layer_scalar", "router.scale", "per_expert_scale")):
+        return _Normal(1.0, 0.05)
     if name.endswith("A_log"):
         return _Normal(-1.0, 1.0)
     if len(shape) == 1:

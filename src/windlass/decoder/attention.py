@@ -17,9 +17,6 @@ from windlass.kernels.interface import Kernels
 from windlass.models.spec import Attention, GatedDelta, Gqa, Mla, Norm, RmsNorm
 from windlass.tensors import Packed, PackedStack, Tensors, plain
 
-_HEADS = ("q_proj", "k_proj", "v_proj")
-_GATED = (*_HEADS, "gate_proj")
-
 CosSin = tuple[torch.Tensor, torch.Tensor]  # of each row, (T, r)
 
 
@@ -98,8 +95,11 @@ def _project_heads(
     h_TD: torch.Tensor,
     cos_sin: CosSin | None,
 ) -> Projected:
-    names = _GATED if attention.output_gate else _HEADS
-    q, key, value, *gates = k.linears(h_TD, w, names)
+    names = ["q_proj", "k_proj"]
+    names += [] if attention.value_from_key else ["v_proj"]
+    names += ["gate_proj"] if attention.output_gate else []
+    q, key, *others = k.linears(h_TD, w, tuple(names))
+    value = key if attention.value_from_key else others.pop(0)
     if attention.qk_norm == "full":
         q = k.normalise(norm, plain(w, "q_norm.weight"), None, q)
         key = k.normalise(norm, plain(w, "k_norm.weight"), None, key)
@@ -109,6 +109,10 @@ def _project_heads(
     q_heads = (h_TD.shape[0], attention.num_heads, attention.head_dim)
     kv_heads = (h_TD.shape[0], attention.num_kv_heads, attention.head_dim)
     q_THd, key_TKd, value_TKd = q.view(q_heads), key.view(kv_heads), value.view(kv_heads)
+    if attention.value_norm:
+        value_TKd = k.normalise(norm, None, None, value_TKd)
+    elif attention.value_from_key:
+        value_TKd = k.join((value_TKd,))  # keys are rotated in place
     if attention.qk_norm == "head":
         q_THd = k.normalise(norm, plain(w, "q_norm.weight"), None, q_THd)
         key_TKd = k.normalise(norm, plain(w, "k_norm.weight"), None, key_TKd)
@@ -116,7 +120,7 @@ def _project_heads(
         assert cos_sin is not None, "rotary attention needs cos and sin"
         k.rotate(q_THd, *cos_sin, attention.rope)
         k.rotate(key_TKd, *cos_sin, attention.rope)
-    return Projected(q_THd, key_TKd, value_TKd, gates[0].view(q_heads) if gates else None)
+    return Projected(q_THd, key_TKd, value_TKd, others[0].view(q_heads) if others else None)
 
 
 def _project_latent(

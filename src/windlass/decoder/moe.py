@@ -18,9 +18,9 @@ def route(
     k: Kernels, moe: Moe, w: Tensors, h_TD: torch.Tensor, *, wants_scores: bool = False
 ) -> Routes:
     """The experts of each row, and the router's scores of all experts where they are wanted."""
-    bias_E = floats_or_none(w, "router.select_bias")
+    vectors = (floats_or_none(w, f"router.{name}") for name in ("select_bias", "expert_scale"))
     logits_TE = linear(k, w, "router", h_TD)
-    return k.route(moe.routing, moe.top_k, logits_TE, bias_E, wants_scores=wants_scores)
+    return k.route(moe.routing, moe.top_k, logits_TE, *vectors, wants_scores=wants_scores)
 
 
 def shared_expert(k: Kernels, shared: Shared, w: Tensors, h_TD: torch.Tensor) -> torch.Tensor:

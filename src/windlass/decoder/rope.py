@@ -13,6 +13,7 @@ from windlass.models.spec import (
     Llama3Scaling,
     LongRopeScaling,
     NoScaling,
+    ProportionalScaling,
     Rope,
     YarnScaling,
 )
@@ -39,6 +40,9 @@ def frequencies(rope: Rope, *, long: bool = False) -> tuple[torch.Tensor, float]
             return 1.0 / periods_f / factor, 1.0
         case Llama3Scaling() as scaling:
             return _llama3(1.0 / periods_f, scaling), 1.0
+        case ProportionalScaling(pairs=pairs, factor=factor):
+            turning_f = torch.arange(rope.dim // 2) < pairs
+            return torch.where(turning_f, 1.0 / periods_f / factor, 0.0), 1.0
         case YarnScaling() as scaling:
             return _yarn(periods_f, rope, scaling), scaling.attention_factor
         case LongRopeScaling() as scaling:

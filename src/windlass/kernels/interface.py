@@ -144,9 +144,13 @@ class Kernels(Protocol):
         ...
 
     def normalise(
-        self, norm: Norm, weight_D: torch.Tensor, bias_D: torch.Tensor | None, x: torch.Tensor
+        self,
+        norm: Norm,
+        weight_D: torch.Tensor | None,
+        bias_D: torch.Tensor | None,
+        x: torch.Tensor,
     ) -> torch.Tensor:
-        """Normalises the last dimension of `x`."""
+        """Normalises the last dimension of `x`; without a weight the result is as it is."""
         ...
 
     def rotate(
@@ -176,13 +180,15 @@ class Kernels(Protocol):
         top_k: int,
         logits_TE: torch.Tensor,
         bias_E: torch.Tensor | None,
+        scale_E: torch.Tensor | None = None,
         *,
         wants_scores: bool = False,
     ) -> Routes:
-        """The experts of each row. `bias_E` (fp32) is what `select_bias` speaks of. The scores are
-        what experts are chosen by, before that bias and before groups are dropped: probabilities
-        of `SoftmaxTopK`, sigmoids of `SigmoidTopK`, the logits themselves of `TopKSoftmax` and
-        `SparseMixer`. They may be a view of the logits."""
+        """The experts of each row. `bias_E` (fp32) is what `select_bias` speaks of, `scale_E`
+        (fp32) what `expert_scale` does. The scores are what experts are chosen by, before that
+        bias and before groups are dropped: probabilities of `SoftmaxTopK`, sigmoids of
+        `SigmoidTopK`, the logits themselves of `TopKSoftmax` and `SparseMixer`. They may be a view
+        of the logits."""
         ...
 
     def group(self, ids_TA: torch.Tensor, num_experts: int) -> ExpertGroups:
@@ -191,6 +197,19 @@ class Kernels(Protocol):
 
     def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
         """Adds `multiplier` times `y_TD` to `hidden_TD`, in place."""
+        ...
+
+    def scale(self, hidden_TD: torch.Tensor, multiplier: float) -> None:
+        """Multiplies `hidden_TD`, in place."""
+        ...
+
+    def weighted_sum(
+        self,
+        weights_TA: torch.Tensor,
+        outputs_TAD: torch.Tensor,
+        shared_TD: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What `combine` adds with a multiplier of 1 -> (T, D)."""
         ...
 
     def combine(

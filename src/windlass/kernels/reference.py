@@ -24,7 +24,7 @@ from windlass.kernels.limits import TILE_BYTES
 from windlass.kernels.row_counts import RowLadder, pad_rows
 from windlass.kernels.torch_attention import paged_attention
 from windlass.kernels.widened import WidenedWeights, widened_heads
-from windlass.models.spec import Activation, ClampedSwiGlu, Norm, Rope, Routing
+from windlass.models.spec import Activation, ClampedSwiGlu, GeGlu, Norm, Rope, Routing
 from windlass.tensors import PackedStack, PagedRows, Tensors, Weight, plain_or_none
 from windlass.units import round_up
 
@@ -128,7 +128,11 @@ class TorchKernels:
                 out[places] = self.expert_ffn(x_TD[rows], experts[expert], activation)
 
     def normalise(
-        self, norm: Norm, weight_D: torch.Tensor, bias_D: torch.Tensor | None, x: torch.Tensor
+        self,
+        norm: Norm,
+        weight_D: torch.Tensor | None,
+        bias_D: torch.Tensor | None,
+        x: torch.Tensor,
     ) -> torch.Tensor:
         return rowwise.normalise(norm, weight_D, bias_D, x)
 
@@ -154,10 +158,13 @@ class TorchKernels:
         top_k: int,
         logits_TE: torch.Tensor,
         bias_E: torch.Tensor | None,
+        scale_E: torch.Tensor | None = None,
         *,
         wants_scores: bool = False,
     ) -> Routes:
         found = routes.route(self.pointwise, routing, top_k, logits_TE, bias_E)
+        if scale_E is not None:
+            found = found._replace(weights_TA=found.weights_TA * scale_E[found.ids_TA])
         return found if wants_scores else found._replace(scores_TE=None)
 
     def group(self, ids_TA: torch.Tensor, num_experts: int) -> ExpertGroups:
@@ -169,6 +176,19 @@ class TorchKernels:
     def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
         # in two steps: a fused multiply-add would round otherwise in a vector's tail
         hidden_TD += y_TD * multiplier
+
+    def scale(self, hidden_TD: torch.Tensor, multiplier: float) -> None:
+        hidden_TD *= multiplier
+
+    def weighted_sum(
+        self,
+        weights_TA: torch.Tensor,
+        outputs_TAD: torch.Tensor,
+        shared_TD: torch.Tensor | None,
+    ) -> torch.Tensor:
+        y_TD = torch.zeros_like(outputs_TAD[:, 0])
+        rowwise.combine(weights_TA, outputs_TAD, shared_TD, y_TD, 1.0)
+        return y_TD
 
     def combine(
         self,
@@ -218,7 +238,13 @@ class TorchKernels:
             gate = gate.clamp(max=activation.limit)
             up = up.clamp(-activation.limit, activation.limit)
             return (up + 1) * gate * self.pointwise(torch.sigmoid, activation.alpha * gate)
-        return self.pointwise(torch.nn.functional.silu, gate).mul_(up)
+        function = gelu if isinstance(activation, GeGlu) else torch.nn.functional.silu
+        return self.pointwise(function, gate).mul_(up)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """In its tanh form."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
 
 
 def _fill_up(flat: torch.Tensor, step: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ Shape legend: kernels/interface.py; f = rope.dim / 2 frequencies, A experts of a
 
 import torch
 
-from windlass.models.spec import LayerNorm, Norm, Rope
+from windlass.models.spec import LayerNorm, Norm, RmsNorm, Rope
 from windlass.tensors import INT8_ZERO, PagedRows
 
 _LARGEST = 127  # code of int8, either way: rounding is symmetric
@@ -15,17 +15,16 @@ _COMBINE_ROWS = 256  # rows combined at once: their expert outputs stay in the c
 
 
 def normalise(
-    norm: Norm, weight_D: torch.Tensor, bias_D: torch.Tensor | None, x: torch.Tensor
+    norm: Norm, weight_D: torch.Tensor | None, bias_D: torch.Tensor | None, x: torch.Tensor
 ) -> torch.Tensor:
     """See `Kernels.normalise`."""
-    weight = weight_D.float()
     if isinstance(norm, LayerNorm):
-        centred = x - x.mean(-1, keepdim=True)
-        variance = (centred * centred).mean(-1, keepdim=True)
-        y = centred * (1.0 / torch.sqrt(variance + norm.eps)) * weight
-        return y if bias_D is None else y + bias_D.float()
+        x = x - x.mean(-1, keepdim=True)
     y = x * (1.0 / torch.sqrt((x * x).mean(-1, keepdim=True) + norm.eps))
-    return y * (1.0 + weight) if norm.plus_one else y * weight
+    if weight_D is not None:
+        plus_one = isinstance(norm, RmsNorm) and norm.plus_one
+        y = y * (1.0 + weight_D.float() if plus_one else weight_D.float())
+    return y if bias_D is None else y + bias_D.float()
 
 
 def rotate(x_THd: torch.Tensor, cos_Tf: torch.Tensor, sin_Tf: torch.Tensor, rope: Rope) -> None:

@@ -5,6 +5,7 @@ transformers 5 writes `rope_parameters` (flat, or nested by layer type); transfo
 """
 
 import math
+from collections.abc import Sequence
 
 from windlass.errors import ModelError
 from windlass.models.config import Config
@@ -13,6 +14,7 @@ from windlass.models.spec import (
     Llama3Scaling,
     LongRopeScaling,
     NoScaling,
+    ProportionalScaling,
     Rope,
     Scaling,
     YarnScaling,
@@ -46,11 +48,17 @@ def read_rope(
     if dim < 2 or dim % 2:
         raise ModelError(f"rotary dimensions: got {dim}, allowed an even number of at least 2")
     params = _parameters(config, layer_type)
-    theta = params.get("rope_theta", float, config.get("rope_theta", float, default_theta))
-    if theta <= 1:
-        raise ModelError(f"{config.where}: rope_theta is {theta}, allowed a number above 1")
-    scaling = _scaling(params, config, dim)
+    theta, scaling = _theta(params, config, default_theta), _scaling(params, config, dim)
     return Rope(dim=dim, theta=theta, scaling=scaling, interleaved=interleaved)
+
+
+def proportional_rope(config: Config, *, dim: int, layer_type: str) -> Rope:
+    """Rotary positions of the kind "proportional", over heads of `dim` dimensions."""
+    share = rotary_dim(config, dim, layer_type=layer_type)
+    params = _parameters(config, layer_type)
+    _kind(params, ("proportional",))
+    scaling = ProportionalScaling(pairs=share // 2, factor=_positive(params, "factor", 1.0))
+    return Rope(dim=dim, theta=_theta(params, config, 10_000.0), scaling=scaling)
 
 
 def rotary_dim(
@@ -101,11 +109,18 @@ def _parameters(config: Config, layer_type: str | None) -> Config:
     return params
 
 
-def _kind(params: Config) -> str:
+def _theta(params: Config, config: Config, default: float) -> float:
+    theta = params.get("rope_theta", float, config.get("rope_theta", float, default))
+    if theta <= 1:
+        raise ModelError(f"{config.where}: rope_theta is {theta}, allowed a number above 1")
+    return theta
+
+
+def _kind(params: Config, allowed: Sequence[str] = KINDS) -> str:
     kind = params.get("rope_type", str, params.get("type", str, "default"))
     kind = "longrope" if kind == "su" else kind
-    if kind not in KINDS:
-        raise ModelError(f"{params.where}: rope_type is {kind!r}, allowed {', '.join(KINDS)}")
+    if kind not in allowed:
+        raise ModelError(f"{params.where}: rope_type is {kind!r}, allowed {', '.join(allowed)}")
     return kind
 
 
@@ -200,8 +215,8 @@ def _factors(params: Config, name: str, dim: int) -> tuple[float, ...]:
     return values
 
 
-def _positive(params: Config, name: str) -> float:
-    value = params.require(name, float)
+def _positive(params: Config, name: str, default: float | None = None) -> float:
+    value = params.require(name, float) if default is None else params.get(name, float, default)
     if value <= 0:
         raise ModelError(f"{params.where}: {name} is {value}, allowed a positive number")
     return value

@@ -35,11 +35,18 @@ def final_shapes(spec: ModelSpec) -> Shapes:
 def block_shapes(spec: ModelSpec, layer: int) -> Shapes:
     """Part `block`: norms, attention, router and shared expert."""
     block, hidden = spec.blocks[layer], spec.hidden_size
-    shapes = dict(_norm(spec, "input_norm") | _norm(spec, "post_norm"))
+    norms = ["input_norm", "post_norm"]
+    if block.output_norms:
+        norms += ["attention_out_norm", "ffn_out_norm"]
+    if isinstance(block.ffn, Moe) and block.ffn.shared and block.ffn.shared.own_norms:
+        norms += ["shared_out_norm", "expert_norm", "expert_out_norm"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in norms:
+        shapes |= _norm(spec, name)
     shapes |= attention_shapes(block.attention, hidden)
     if isinstance(block.ffn, Moe):
         shapes |= moe_shapes(block.ffn, hidden)
-    return shapes
+    return shapes | ({"output_scale": (1,)} if block.output_scale else {})
 
 
 def attention_shapes(attention: Gqa | Mla | GatedDelta, hidden: int) -> Shapes:
@@ -60,6 +67,10 @@ def moe_shapes(moe: Moe, hidden: int) -> Shapes:
         shapes["router.bias"] = (moe.num_experts,)
     if isinstance(moe.routing, (SoftmaxTopK, SigmoidTopK)) and moe.routing.select_bias:
         shapes["router.select_bias"] = (moe.num_experts,)
+    if isinstance(moe.routing, SoftmaxTopK) and moe.routing.expert_scale:
+        shapes["router.expert_scale"] = (moe.num_experts,)
+    if moe.router_norm is not None:
+        shapes["router.norm.weight"] = (hidden,)
     if moe.shared is None:
         return shapes
     for name, shape in ffn_shapes(moe.shared.ffn, hidden).items():
@@ -102,7 +113,8 @@ def _gqa(attention: Gqa, hidden: int) -> Shapes:
     kv = attention.num_kv_heads * attention.head_dim
     shapes = _linear("q_proj", q, hidden, bias=attention.qkv_bias)
     shapes |= _linear("k_proj", kv, hidden, bias=attention.qkv_bias)
-    shapes |= _linear("v_proj", kv, hidden, bias=attention.qkv_bias)
+    if not attention.value_from_key:
+        shapes |= _linear("v_proj", kv, hidden, bias=attention.qkv_bias)
     shapes |= _linear("o_proj", hidden, q, bias=attention.out_bias)
     if attention.qk_norm != "none":
         per_head = attention.qk_norm == "head"

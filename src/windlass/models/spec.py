@@ -55,7 +55,18 @@ class LongRopeScaling:
     long_attention_factor: float
 
 
-Scaling = NoScaling | LinearScaling | YarnScaling | Llama3Scaling | LongRopeScaling
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProportionalScaling:
+    """Gemma 4: only the first `pairs` of all pairs turn, each as if all did, by angles divided by
+    `factor`."""
+
+    pairs: int
+    factor: float = 1.0
+
+
+Scaling = (
+    NoScaling | LinearScaling | YarnScaling | Llama3Scaling | LongRopeScaling | ProportionalScaling
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +120,8 @@ class Gqa:
     sinks: bool = False  # one learned logit per head joins the softmax's denominator
     window: int | None = None  # a query sees itself and window - 1 positions before it
     output_gate: bool = False  # output times sigmoid of a second half of the query projection
+    value_from_key: bool = False  # values are what keys are before their norm and rotation
+    value_norm: bool = False  # each head's, without a weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +174,12 @@ class ClampedSwiGlu:
     limit: float
 
 
-Activation = SwiGlu | ClampedSwiGlu
+@dataclass(frozen=True, slots=True)
+class GeGlu:
+    """gelu(gate) * up, with gelu in its tanh form."""
+
+
+Activation = SwiGlu | ClampedSwiGlu | GeGlu
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +216,7 @@ class SoftmaxTopK:
     groups: NoGroups | RoutingGroups = NoGroups()
     select_bias: bool = False  # added to the scores for the choice only
     scale: float = 1.0
+    expert_scale: bool = False  # in the end the weight of each expert is times its own number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,21 +249,25 @@ Routing = SoftmaxTopK | TopKSoftmax | SigmoidTopK | SparseMixer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
-    """An expert that every token uses. `gated`: times sigmoid of a learned linear of the token."""
+    """An expert that every token uses. `gated`: times sigmoid of a learned linear of the token.
+    `own_norms`: it has a norm before and one after it, and so have the routed experts."""
 
     ffn: Ffn
     gated: bool = False
+    own_norms: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moe:
-    """Routed experts, with or without a shared one."""
+    """Routed experts, with or without a shared one. `router_norm` is None where the router reads
+    what the experts read; else it has a norm of its own, whose result is times that number."""
 
     num_experts: int
     top_k: int
     routing: Routing
     expert: Ffn
     shared: Shared | None = None
+    router_norm: float | None = None
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -252,15 +275,21 @@ class Moe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """norm, attention, residual, norm, feed-forward, residual."""
+    """norm, attention, residual, norm, feed-forward, residual. `output_norms`: what attention and
+    feed-forward give is normalised before it is added. `output_scale`: in the end the hidden states
+    are times a learned number."""
 
     attention: Attention
     ffn: Ffn | Moe
+    output_norms: bool = False
+    output_scale: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A decoder. Multipliers are 1 where a family has none."""
+    """A decoder. Multipliers are 1 where a family has none. `embed_multiplier_as_stored`: it is
+    rounded to the type of the embedding table. `logit_cap`: logits become cap * tanh(logit / cap).
+    """
 
     family: str
     vocab_size: int
@@ -271,5 +300,7 @@ class ModelSpec:
     tied_head: bool = False
     head_bias: bool = False
     embed_multiplier: float = 1.0
+    embed_multiplier_as_stored: bool = False
     residual_multiplier: float = 1.0
     logit_divisor: float = 1.0
+    logit_cap: float | None = None

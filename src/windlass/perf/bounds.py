@@ -10,6 +10,7 @@ from windlass.perf.flops import (
     attention_flops,
     attention_matrices,
     expert_matrices,
+    kept_numbers,
     shared_matrices,
 )
 from windlass.perf.job_passes import PassRun
@@ -17,7 +18,7 @@ from windlass.perf.op_cost import OpRates, visible
 from windlass.perf.pass_cost import (
     PassCost,
     held_shares,
-    kv_layers,
+    kv_numbers,
     layer_kinds,
     missing_bytes,
 )
@@ -35,7 +36,7 @@ class Bounds:
         self._sizes = sizes
         self._profile = profile
         self._rates = OpRates(profile.host, sizes.weight_kinds)
-        self._kv_bytes = sizes.bytes_per_token / max(1, kv_layers(spec))
+        self._kv_bytes = sizes.bytes_per_token / max(1, kv_numbers(spec))  # of a number
         self._pass_cost = PassCost(problem)
         self._held = held_shares(plan, sizes)
         self._kinds = layer_kinds(spec)
@@ -80,7 +81,7 @@ class Bounds:
         if isinstance(attention, GatedDelta):
             return one.num_rows * attention_flops(attention, 0) / host.prefill_attention
         decode, prompt = visible(attention, one.seen)
-        seconds = decode * self._kv_bytes / host.decode_attention
+        seconds = decode * kept_numbers(attention) * self._kv_bytes / host.decode_attention
         return seconds + prompt * attention_flops(attention, 1) / host.prefill_attention
 
     def _part(self, part: Part) -> int:

@@ -57,11 +57,13 @@ def attention_row_numbers(spec: ModelSpec, layer: int) -> int:
     values stored, residual. Counted of the decoder's operations, each as a trip of its own."""
     attention, hidden = spec.blocks[layer].attention, spec.hidden_size
     around = 5 * hidden  # norm: read, written; residual: two read, one written
+    around += 2 * hidden * spec.blocks[layer].output_norms
     match attention:
         case Gqa():
             kept = attention.num_kv_heads * attention.head_dim
             heads = attention.num_heads * attention.head_dim + kept
             norms = 0 if attention.qk_norm == "none" else 2 * heads
+            norms += 2 * kept * attention.value_norm
             return around + norms + (4 * heads if attention.rope else 0) + 3 * kept
         case Mla():
             row = attention.kv_lora_rank + attention.rope.dim
@@ -74,10 +76,25 @@ def attention_row_numbers(spec: ModelSpec, layer: int) -> int:
 
 def ffn_row_numbers(spec: ModelSpec, layer: int) -> tuple[int, int]:
     """The same of a layer's network: before its experts (norm, routing), and after (their sum)."""
-    ffn, hidden = spec.blocks[layer].ffn, spec.hidden_size
+    block, hidden = spec.blocks[layer], spec.hidden_size
+    ffn, after = block.ffn, 2 * hidden * (block.output_norms + block.output_scale)
     if not isinstance(ffn, Moe):
-        return 2 * hidden, 3 * hidden
-    return 2 * hidden + 4 * ffn.num_experts + 8 * ffn.top_k, (ffn.top_k + 2) * hidden
+        return 2 * hidden, 3 * hidden + after
+    own = ffn.shared is not None and ffn.shared.own_norms  # before and after shared and routed
+    before = 2 * hidden * (1 + 2 * own + (ffn.router_norm is not None))
+    after += (ffn.top_k + 2 + 5 * own) * hidden
+    return before + 4 * ffn.num_experts + 8 * ffn.top_k, after
+
+
+def kept_numbers(attention: Attention) -> int:
+    """Numbers that a position adds to the KV cache of one layer."""
+    match attention:
+        case Gqa():
+            return 2 * attention.num_kv_heads * attention.head_dim
+        case Mla():
+            return attention.kv_lora_rank + attention.rope.dim
+        case GatedDelta():
+            return 0
 
 
 def active_experts(num_experts: int, top_k: int, rows: float) -> float:

@@ -18,6 +18,7 @@ from windlass.perf.flops import (
     attention_row_numbers,
     expert_matrices,
     ffn_row_numbers,
+    kept_numbers,
     shared_matrices,
 )
 from windlass.perf.sizes import Problem
@@ -133,19 +134,19 @@ class OpCost:
         self,
         problem: Problem,
         *,
-        kv_layers: int,
+        kv_numbers: int,
         weights: Sequence[float] | None = None,
         scale: float = 1.0,
         keeps_all: bool = False,
     ) -> None:
-        """`kv_layers`: layers of the whole model that have a KV cache. `keeps_all`: all weights are
-        resident, so that layers of a few tokens are captured (`runtime/capture.py`)."""
+        """`kv_numbers`: what a position adds to the KV cache of the whole model. `keeps_all`: all
+        weights are resident, so that layers of a few tokens are captured (`runtime/capture.py`)."""
         spec, sizes, host = problem.spec, problem.sizes, problem.profile.host
         self._spec = spec
         self._sizes = sizes
         self._profile = problem.profile
         self._rates = OpRates(host, sizes.weight_kinds)
-        self._kv_bytes = sizes.bytes_per_token / max(1, kv_layers)  # of a position in a layer
+        self._kv_bytes = sizes.bytes_per_token / max(1, kv_numbers)  # of a number
         self._weights = weights or [1.0] * len(spec.blocks)
         self._scale = scale
         self._captures = keeps_all and host.captures
@@ -228,7 +229,7 @@ class OpCost:
             state = 2 * _F32 * per_row / 7 * seen.decode_rows  # read and written
             return self._rates.memory(state) + seen.prompt_rows * per_row / host.prefill_attention
         decode, prompt = visible(attention, seen)
-        seconds = decode * self._kv_bytes / host.decode_attention
+        seconds = decode * kept_numbers(attention) * self._kv_bytes / host.decode_attention
         return seconds + prompt * attention_flops(attention, 1) / host.prefill_attention
 
     def route_s(self, layer: int, num_rows: int) -> float:

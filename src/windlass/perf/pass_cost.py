@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from windlass.ids import Part
 from windlass.models.spec import Block, GatedDelta, ModelSpec, Moe
-from windlass.perf.flops import active_experts
+from windlass.perf.flops import active_experts, kept_numbers
 from windlass.perf.job_passes import PassRun
 from windlass.perf.op_cost import OpCost
 from windlass.perf.sizes import Problem, Sizes
@@ -32,7 +32,7 @@ class PassCost:
     """Passes of one model on one machine, whatever the plan."""
 
     def __init__(self, problem: Problem) -> None:
-        self.costs = OpCost(problem, kv_layers=kv_layers(problem.spec))
+        self.costs = OpCost(problem, kv_numbers=kv_numbers(problem.spec))
         self._spec = problem.spec
         self._sizes = problem.sizes
         self._profile = problem.profile
@@ -105,6 +105,11 @@ def layer_kinds(spec: ModelSpec) -> list[tuple[int, int]]:
 def kv_layers(spec: ModelSpec) -> int:
     """Layers whose keys and values grow with the sequence."""
     return sum(not isinstance(block.attention, GatedDelta) for block in spec.blocks)
+
+
+def kv_numbers(spec: ModelSpec) -> int:
+    """Numbers that a position adds to the KV cache of all layers."""
+    return sum(kept_numbers(block.attention) for block in spec.blocks)
 
 
 def held_shares(plan: Plan, sizes: Sizes) -> dict[Part, float]:

@@ -18,7 +18,7 @@ from windlass.perf.pass_cost import (
     Timed,
     contention,
     held_shares,
-    kv_layers,
+    kv_numbers,
 )
 from windlass.perf.sizes import Problem, Sizes
 from windlass.plan import Plan
@@ -142,7 +142,7 @@ class ClockedModel:
         self._plan = plan
         self._threads = problem.profile.threads
         costs = OpCost(
-            replace(problem, spec=sample.spec), kv_layers=kv_layers(spec), weights=sample.weights,
+            replace(problem, spec=sample.spec), kv_numbers=kv_numbers(spec), weights=sample.weights,
             scale=1 / sample.factor, keeps_all=_keeps_all(plan, sizes),
         )  # fmt: skip
         forecast = usage_forecast(sample.spec)

@@ -13,7 +13,7 @@ from windlass.kernels.limits import (
     attention_scratch_bytes,
     native_thread_bytes,
 )
-from windlass.models.spec import Attention, Ffn, GatedDelta, Gqa, Mla, ModelSpec, Moe
+from windlass.models.spec import Attention, Block, Ffn, GatedDelta, Gqa, Mla, ModelSpec, Moe
 from windlass.perf.sizes import Backend
 from windlass.schedule.batch import MOST_CAPTURED
 from windlass.units import MIB
@@ -38,8 +38,14 @@ def activation_bytes(
     is_native = backend.name == "cpu"
     of_attention = _native_attention if is_native else _attention
     of_network = _native_network if is_native else _network
-    attention = max(of_attention(b.attention, width, micro, page_tokens) for b in spec.blocks)
-    network = max(of_network(block.ffn, width) for block in spec.blocks)
+    attention = max(
+        of_attention(block.attention, width, micro, page_tokens)
+        + micro * width * _more_norms(block)[0]
+        for block in spec.blocks
+    )
+    network = max(
+        of_network(block.ffn, width) + width * _more_norms(block)[1] for block in spec.blocks
+    )
     # the outputs of experts wait by place, in memory that all layers share
     kept = (2 + max(_top_k(block.ffn) for block in spec.blocks)) * rows * width
     phases = (attention, rows * network, seqs * (3 * spec.vocab_size + 2 * width))
@@ -48,6 +54,15 @@ def activation_bytes(
         scratch = _native_scratch_bytes(spec, backend.threads, rows)
         scratch += _captured_bytes(spec, min(seqs, MOST_CAPTURED), page_tokens)
     return round(_SLACK * _F32 * (kept + max(phases))) + scratch + _PROCESS_BYTES
+
+
+def _more_norms(block: Block) -> tuple[int, int]:
+    """Rows of hidden size that live at the same time, in attention and in the network, because of
+    norms that most models do not have."""
+    moe = block.ffn if isinstance(block.ffn, Moe) else None
+    own = moe is not None and moe.shared is not None and moe.shared.own_norms
+    router = moe is not None and moe.router_norm is not None
+    return 2 * block.output_norms, router + 3 * own + 2 * block.output_norms
 
 
 def _top_k(ffn: Ffn | Moe) -> int:
@@ -126,7 +141,8 @@ def _captured_bytes(spec: ModelSpec, rows: int, page_tokens: int) -> int:
     width = spec.hidden_size
     results = max(
         _native_attention(block.attention, width, rows, page_tokens)
-        + rows * (_native_network(block.ffn, width) + _top_k(block.ffn) * width)
+        + rows * _native_network(block.ffn, width)
+        + rows * width * (_top_k(block.ffn) + sum(_more_norms(block)))
         for block in spec.blocks
     )
     return _F32 * (results + width * rows * (rows + 1) // 2)

@@ -110,14 +110,15 @@ class LayerCapture:
         self._blocks.attention(layer, block, hidden, now.metadata)
         ffn = self._spec.blocks[layer].ffn
         if not isinstance(ffn, Moe):
-            self._blocks.dense(layer, others[0], hidden, self._blocks.ffn_input(block, hidden))
+            normed = self._blocks.ffn_input(block, hidden)
+            self._blocks.dense(layer, others[0], block, hidden, normed)
             return ComputedLayer(None)
         routed = self._blocks.route(layer, block, hidden)
-        shared_TD = self._blocks.shared(layer, block, routed)
+        shared_TD = self._blocks.shared(layer, block, hidden, routed)
         outputs = now.capture.empty(now.num_tokens * ffn.top_k, hidden.shape[1])
         experts = dict(enumerate(others))
         self._blocks.experts(layer, experts, routed, outputs, now.num_tokens * ffn.top_k)
-        self._blocks.combine(layer, hidden, routed, outputs, shared_TD)
+        self._blocks.combine(layer, block, hidden, routed, outputs, shared_TD)
         return ComputedLayer(routed)
 
 

@@ -25,7 +25,7 @@ from windlass.runtime.layer_ops import LayerOps, RoutedRows
 from windlass.runtime.routing_report import RoutingReport
 from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
 from windlass.schedule.runtime import Outcome, Routed
-from windlass.tensors import plain
+from windlass.tensors import Tensors, plain
 from windlass.trace import Tracer
 from windlass.weights.store import Lease, WeightStore
 
@@ -40,6 +40,14 @@ class _Rows(NamedTuple):
     counts: dict[int, int]  # rows of each expert that has any
     outputs: torch.Tensor  # (T * A, D) by place
     shared_TD: torch.Tensor | None
+    at_end: Tensors  # of the block
+
+
+class _DenseRows(NamedTuple):
+    """Rows of a layer without experts on their way through its network."""
+
+    normed: torch.Tensor
+    at_end: Tensors
 
 
 @dataclass(slots=True)
@@ -155,9 +163,10 @@ class HostRuntime:
         routed = self._blocks.route(layer, weights.tensors, hidden)
         counts = routed.counts()
         self._routing.tell(layer, routed, counts)
-        shared = self._blocks.shared(layer, weights.tensors, routed)
+        shared = self._blocks.shared(layer, weights.tensors, hidden, routed)
         outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
-        return Routed(tuple(counts), _Rows(routed, counts, outputs, shared))
+        at_end = self._blocks.output_tensors(weights.tensors)
+        return Routed(tuple(counts), _Rows(routed, counts, outputs, shared, at_end))
 
     def _expert_outputs(self, *shape: int) -> torch.Tensor:
         """Memory of one layer's expert outputs, the same for all layers of a pass."""
@@ -174,13 +183,14 @@ class HostRuntime:
 
     def leave_experts(self, layer: int, hidden: torch.Tensor, routed: Routed) -> None:
         data: _Rows = routed.data
-        self._blocks.combine(layer, hidden, data.routed, data.outputs, data.shared_TD)
+        self._blocks.combine(layer, data.at_end, hidden, data.routed, data.outputs, data.shared_TD)
 
-    def enter_dense(self, layer: int, weights: Lease, hidden: torch.Tensor) -> torch.Tensor:
-        return self._blocks.ffn_input(weights.tensors, hidden)
+    def enter_dense(self, layer: int, weights: Lease, hidden: torch.Tensor) -> _DenseRows:
+        at_end = self._blocks.output_tensors(weights.tensors)
+        return _DenseRows(self._blocks.ffn_input(weights.tensors, hidden), at_end)
 
-    def dense(self, layer: int, weights: Lease, hidden: torch.Tensor, normed: torch.Tensor) -> None:
-        self._blocks.dense(layer, weights.tensors, hidden, normed)
+    def dense(self, layer: int, weights: Lease, hidden: torch.Tensor, normed: _DenseRows) -> None:
+        self._blocks.dense(layer, weights.tensors, normed.at_end, hidden, normed.normed)
 
     def enter_head(self, hidden: torch.Tensor, batch: Batch) -> _Final:
         rows, scored = batch.logit_rows, batch.scored_rows

@@ -16,14 +16,15 @@ from windlass.kernels.interface import AttentionOptions, ExpertGroups, Kernels, 
 from windlass.kvcache.kv_cache import KvCache
 from windlass.models.spec import GatedDelta, Gqa, Mla, ModelSpec, Moe, Rope
 from windlass.runtime.attention_metadata import AttentionMetadata
-from windlass.tensors import Tensors, floats_or_none
+from windlass.tensors import Tensors, floats_or_none, plain
 from windlass.trace import Tracer
 
 
 class RoutedRows(NamedTuple):
     """Rows that know their experts."""
 
-    h_TD: torch.Tensor
+    h_TD: torch.Tensor  # what experts read
+    router_TD: torch.Tensor  # what the router read
     routes: Routes
     groups: ExpertGroups
 
@@ -69,17 +70,23 @@ class LayerOps:
         """From the hidden states of all rows to their experts."""
         moe = self._moe(layer)
         with self._tracer.span("route", layer=layer, rows=hidden.shape[0]):
-            h_TD = math.ffn_input(self._kernels, self._spec, w, hidden)
-            routes = route(self._kernels, moe, w, h_TD, wants_scores=self._wants_scores)
-            return RoutedRows(h_TD, routes, self._kernels.group(routes.ids_TA, moe.num_experts))
+            h_TD, router_TD = math.routing_inputs(self._kernels, self._spec, moe, w, hidden)
+            routes = route(self._kernels, moe, w, router_TD, wants_scores=self._wants_scores)
+            groups = self._kernels.group(routes.ids_TA, moe.num_experts)
+            return RoutedRows(h_TD, router_TD, routes, groups)
 
-    def shared(self, layer: int, w: Tensors, routed: RoutedRows) -> torch.Tensor | None:
+    def shared(
+        self, layer: int, w: Tensors, hidden: torch.Tensor, routed: RoutedRows
+    ) -> torch.Tensor | None:
         """Of the expert that all rows use, where there is one."""
-        shared = self._moe(layer).shared
+        shared, h_TD = self._moe(layer).shared, routed.h_TD
         if shared is None:
             return None
-        with self._tracer.span("shared", layer=layer, rows=routed.h_TD.shape[0]):
-            return shared_expert(self._kernels, shared, w, routed.h_TD)
+        with self._tracer.span("shared", layer=layer, rows=h_TD.shape[0]):
+            if shared.own_norms:
+                h_TD = math.ffn_input(self._kernels, self._spec, w, hidden)
+            y_TD = shared_expert(self._kernels, shared, w, h_TD)
+            return math.shared_output(self._kernels, self._spec, shared, w, y_TD)
 
     def experts(
         self,
@@ -97,29 +104,43 @@ class LayerOps:
     def combine(
         self,
         layer: int,
+        w: Tensors,
         hidden: torch.Tensor,
         routed: RoutedRows,
         outputs: torch.Tensor,
         shared_TD: torch.Tensor | None,
     ) -> None:
-        """Adds what the experts gave to the hidden states, in place."""
+        """Adds what the experts gave to the hidden states, in place. `w`: the block's, or
+        `output_tensors` of it."""
         with self._tracer.span("combine", layer=layer, rows=hidden.shape[0]):
             weights_TA = routed.routes.weights_TA
             outputs_TAD = outputs.view(*weights_TA.shape, -1)
-            multiplier = self._spec.residual_multiplier
-            self._kernels.combine(weights_TA, outputs_TAD, shared_TD, hidden, multiplier)
+            got = math.ExpertOutputs(weights_TA, outputs_TAD, shared_TD)
+            math.add_experts(self._kernels, self._spec, layer, w, hidden, got)
+
+    def output_tensors(self, w: Tensors) -> Tensors:
+        """Copies of what the end of a block needs of its part, whose slot may be gone by then."""
+        return {name: plain(w, name).clone() for name in math.OUTPUT_TENSORS if name in w}
 
     def ffn_input(self, w: Tensors, hidden: torch.Tensor) -> torch.Tensor:
         """What the network of a block without experts reads."""
         return math.ffn_input(self._kernels, self._spec, w, hidden)
 
-    def dense(self, layer: int, w: Tensors, hidden: torch.Tensor, normed: torch.Tensor) -> None:
-        """Adds the network of a block without experts to the hidden states, in place."""
+    def dense(
+        self,
+        layer: int,
+        w: Tensors,
+        block: Tensors,
+        hidden: torch.Tensor,
+        normed: torch.Tensor,
+    ) -> None:
+        """Adds the network of a block without experts to the hidden states, in place. `block`: as
+        `combine` has it."""
         ffn = self._spec.blocks[layer].ffn
         assert not isinstance(ffn, Moe), "the schedule asked for a dense network of a MoE layer"
         with self._tracer.span("dense", layer=layer, rows=hidden.shape[0]):
             y_TD = dense_ffn(self._kernels, ffn, w, normed)
-            math.residual(self._kernels, self._spec, hidden, y_TD)
+            math.add_network(self._kernels, self._spec, layer, block, hidden, y_TD)
 
     def fill_tables(self, metadata: AttentionMetadata) -> None:
         """Cos and sin of all kinds of rotary positions that the model has."""
@@ -154,7 +175,7 @@ class LayerOps:
         keys, values = self._kv.paged(layer)
         o_THv = self._kernels.attention(got.q_THd, keys, values, metadata.work, options)
         y_TD = attention_output(self._kernels, attention, w, o_THv, got.gate_THv)
-        math.residual(self._kernels, self._spec, x_TD, y_TD)
+        math.add_attention(self._kernels, self._spec, layer, w, x_TD, y_TD)
 
     def _cos_sin(self, metadata: AttentionMetadata, rope: Rope) -> CosSin:
         if rope not in metadata.tables:
@@ -173,7 +194,7 @@ class LayerOps:
         h_TD = math.attention_input(self._kernels, self._spec, w, x_TD)
         states = self._kv.states(layer)
         y_TD = delta_attention(self._kernels, attention, w, h_TD, metadata.delta, states)
-        math.residual(self._kernels, self._spec, x_TD, y_TD)
+        math.add_attention(self._kernels, self._spec, layer, w, x_TD, y_TD)
 
 
 def ropes(spec: ModelSpec) -> set[Rope]:

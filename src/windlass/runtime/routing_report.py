@@ -37,6 +37,6 @@ class RoutingReport:
             return
         assert self._batch is not None, "routing outside a pass"
         routes = routed.routes
-        tokens = RoutedTokens(layer, self._batch, routed.h_TD, routes.ids_TA, routes.scores_TE)
+        tokens = RoutedTokens(layer, self._batch, routed.router_TD, routes.ids_TA, routes.scores_TE)
         for observer in self._observers:
             observer.observe(tokens)

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 FILE = Path(__file__).parent / "libwindlass_cpu.so"
 
 CODES = {"f32": 0, "bf16": 1, "f16": 2, "e4m3": 3, "e2m1": 4, "int8": 5, "int4": 6}
@@ -72,6 +72,7 @@ class Routing(c.Structure):
     _fields_ = [
         ("score", _i32), ("norm", _i32), ("norm_by", _f32), ("scale", _f32), ("top_k", _i64),
         ("num_groups", _i64), ("kept_groups", _i64), ("rank_by_two", _i32), ("bias", _ptr),
+        ("factors", _ptr),
     ]  # fmt: skip
 
 

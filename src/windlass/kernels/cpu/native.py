@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from windlass.kernels.cpu import native_attention as attention
+from windlass.kernels.cpu import native_sums as sums
 from windlass.kernels.cpu import products
 from windlass.kernels.cpu.matrices import TYPES, elements_together
 from windlass.kernels.cpu.native_capture import NativeCapture
@@ -29,6 +30,7 @@ class NativeKernels(TorchKernels):
     def __init__(self, library: c.CDLL, *, threads: int, bf16_activations: bool = False) -> None:
         super().__init__(bf16_activations=bf16_activations)
         self._session = Session(library, threads=threads, precision=int(bf16_activations))
+        self._ones: dict[int, torch.Tensor] = {}  # weights of norms without any, by width
 
     @property
     def name(self) -> str:
@@ -79,18 +81,26 @@ class NativeKernels(TorchKernels):
         return attention.attention(self._session, q_THd, keys, values, work, options)
 
     def normalise(
-        self, norm: Norm, weight_D: torch.Tensor, bias_D: torch.Tensor | None, x: torch.Tensor
+        self,
+        norm: Norm,
+        weight_D: torch.Tensor | None,
+        bias_D: torch.Tensor | None,
+        x: torch.Tensor,
     ) -> torch.Tensor:
         if not isinstance(norm, RmsNorm):
             return super().normalise(norm, weight_D, bias_D, x)
-        width = x.shape[-1]
+        width, plus_one = x.shape[-1], norm.plus_one
+        if weight_D is None:
+            plus_one, weight_D = False, self._ones.get(width)
+            if weight_D is None:
+                weight_D = self._ones[width] = torch.ones(width)
         rows = elements_together(x.reshape(-1, width))
         y = self._session.empty(*x.shape)
         weight_D = weight_D.contiguous()
         self._session.call(
             "wl_rms_norm",
             rows.data_ptr(), rows.stride(0), y.data_ptr(), width, rows.shape[0], width,
-            weight_D.data_ptr(), TYPES[weight_D.dtype], float(norm.plus_one), norm.eps,
+            weight_D.data_ptr(), TYPES[weight_D.dtype], float(plus_one), norm.eps,
         )  # fmt: skip
         return y
 
@@ -140,6 +150,7 @@ class NativeKernels(TorchKernels):
         top_k: int,
         logits_TE: torch.Tensor,
         bias_E: torch.Tensor | None,
+        scale_E: torch.Tensor | None = None,
         *,
         wants_scores: bool = False,
     ) -> Routes:
@@ -151,11 +162,12 @@ class NativeKernels(TorchKernels):
         ids_TA = torch.empty(num_rows, top_k, dtype=torch.int64)
         scores_TE = self._session.empty(num_rows, num_experts) if wants_scores else None
         structure = routing_of(routing, top_k, bias_E)
+        structure.factors = None if scale_E is None else scale_E.data_ptr()
         self._session.call(
             "wl_route", logits_TE.data_ptr(), num_rows, num_experts, structure,
             weights_TA.data_ptr(), ids_TA.data_ptr(),
             None if scores_TE is None else scores_TE.data_ptr(),
-            keep=(weights_TA, ids_TA, bias_E),
+            keep=(weights_TA, ids_TA, bias_E, scale_E),
         )  # fmt: skip
         return Routes(weights_TA, ids_TA, scores_TE)
 
@@ -171,12 +183,18 @@ class NativeKernels(TorchKernels):
         return ExpertGroups(order, rows, counts_E)
 
     def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
-        y_TD = y_TD.contiguous()
-        hidden, (num_rows, width) = hidden_TD.data_ptr(), y_TD.shape
-        self._session.call(
-            "wl_combine",
-            None, None, y_TD.data_ptr(), hidden, hidden, num_rows, 0, width, multiplier,
-        )  # fmt: skip
+        sums.accumulate(self._session, hidden_TD, y_TD, multiplier)
+
+    def scale(self, hidden_TD: torch.Tensor, multiplier: float) -> None:
+        sums.scale(self._session, hidden_TD, multiplier)
+
+    def weighted_sum(
+        self,
+        weights_TA: torch.Tensor,
+        outputs_TAD: torch.Tensor,
+        shared_TD: torch.Tensor | None,
+    ) -> torch.Tensor:
+        return sums.weighted_sum(self._session, weights_TA, outputs_TAD, shared_TD)
 
     def read(self, x: torch.Tensor) -> None:
         self._session.call("wl_read", x.data_ptr(), x.numel() * x.itemsize, c.c_float())
@@ -189,12 +207,4 @@ class NativeKernels(TorchKernels):
         hidden_TD: torch.Tensor,
         multiplier: float,
     ) -> None:
-        assert outputs_TAD.is_contiguous() and hidden_TD.is_contiguous()
-        weights_TA = weights_TA.contiguous()
-        shared_TD = None if shared_TD is None else shared_TD.contiguous()
-        self._session.call(
-            "wl_combine",
-            outputs_TAD.data_ptr(), weights_TA.data_ptr(),
-            None if shared_TD is None else shared_TD.data_ptr(),
-            hidden_TD.data_ptr(), hidden_TD.data_ptr(), *outputs_TAD.shape, multiplier,
-        )  # fmt: skip
+        sums.combine(self._session, weights_TA, outputs_TAD, shared_TD, hidden_TD, multiplier)

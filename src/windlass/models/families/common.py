@@ -1,10 +1,12 @@
 """Settings that families share. A family function states what is its own."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from windlass.errors import ModelError
 from windlass.models.config import Config
+from windlass.models.names import NameMap
 from windlass.models.rope_config import mla_scale, read_rope, rotary_dim
 from windlass.models.spec import (
     Attention,
@@ -24,6 +26,8 @@ from windlass.models.spec import (
     SigmoidTopK,
 )
 
+Family = Callable[[Config], tuple[ModelSpec, NameMap]]
+
 
 def head_dim(config: Config) -> int:
     """`head_dim`, or what the heads share of the hidden size."""
@@ -39,14 +43,17 @@ def head_dim(config: Config) -> int:
 
 
 def full_rope(
-    config: Config, dim: int, *, theta: float = 10_000.0, interleaved: bool = False
-) -> Rope:
+    config: Config, dim: int, *, theta: float = 10_000.0, layer_type: str | None = None,
+    interleaved: bool = False,
+) -> Rope:  # fmt: skip
     """Rotary positions of families that rotate whole heads; `theta` where the file has none."""
-    if rotary_dim(config, dim) != dim:
+    if rotary_dim(config, dim, layer_type=layer_type) != dim:
         raise ModelError(
             f"{config.where}: partial_rotary_factor is set, allowed 1 for this model type"
         )
-    return read_rope(config, dim=dim, interleaved=interleaved, default_theta=theta)
+    return read_rope(
+        config, dim=dim, layer_type=layer_type, interleaved=interleaved, default_theta=theta
+    )
 
 
 def gqa(
@@ -129,9 +136,9 @@ def windows(
     return [size if kind == "sliding_attention" else None for kind in kinds]
 
 
-def moe(config: Config, routing: Routing, *, num: int, top_k: int, expert: Ffn,
-        shared: Shared | None = None) -> Moe:  # fmt: skip
-    """A Moe whose routing can choose `top_k` experts. Raises ModelError if it cannot."""
+def moe(config: Config, routing: Routing, *, num: int, top_k: int, **options: Any) -> Moe:
+    """A Moe whose routing can choose `top_k` experts; `options` are its other fields. Raises
+    ModelError if it cannot."""
     groups = getattr(routing, "groups", NoGroups())
     eligible, what = num, "experts"
     if isinstance(groups, RoutingGroups):
@@ -150,7 +157,7 @@ def moe(config: Config, routing: Routing, *, num: int, top_k: int, expert: Ffn,
         raise ModelError(
             f"{config.where}: {top_k} experts per token, allowed at most the {eligible} {what}"
         )
-    return Moe(num_experts=num, top_k=top_k, routing=routing, expert=expert, shared=shared)
+    return Moe(num_experts=num, top_k=top_k, routing=routing, **options)
 
 
 def groups(config: Config, score: Any) -> NoGroups | RoutingGroups:
@@ -233,6 +240,15 @@ def model(
         tied_head=config.get("tie_word_embeddings", bool, tied),
         **options,
     )
+
+
+def inner_model(config: Config, read_text: Family, prefix: str) -> tuple[ModelSpec, NameMap]:
+    """The language model of an image-and-text checkpoint, under `prefix` on disk; its other tensors
+    are left unread."""
+    spec, names = read_text(config.section("text_config"))
+    spec = replace(spec, family=config.require("model_type", str))
+    others = tuple(one for one in names.prefixes if one != prefix)
+    return spec, replace(names, prefixes=(prefix, *others))
 
 
 def layers(config: Config) -> range:

@@ -1,9 +1,7 @@
 """The text part of Qwen3.5-MoE: Qwen3-Next with other tensor names, inside a multimodal file."""
 
-from dataclasses import replace
-
 from windlass.models.config import Config
-from windlass.models.families.common import model
+from windlass.models.families.common import inner_model, model
 from windlass.models.families.qwen3_next import (
     delta_attentions,
     delta_moe,
@@ -22,9 +20,4 @@ def read_text(config: Config) -> tuple[ModelSpec, NameMap]:
 
 
 def read(config: Config) -> tuple[ModelSpec, NameMap]:
-    """The language model of an image-and-text checkpoint; its vision tensors are left unread."""
-    spec, names = read_text(config.section("text_config"))
-    spec = replace(spec, family=config.require("model_type", str))
-    first = "model.language_model."
-    others = tuple(prefix for prefix in names.prefixes if prefix != first)
-    return spec, replace(names, prefixes=(first, *others))
+    return inner_model(config, read_text, "model.language_model.")
