@@ -1,7 +1,7 @@
 """The small pieces of a block and of the model's ends, for a runtime to put together.
 
 A block is: `attention_input`, attention (`decoder/attention.py` around the kernel over the cache,
-or `decoder/delta.py`), `residual`, `ffn_input`, a feed-forward network (`decoder/moe.py`),
+or `decoder/recurrent.py`), `residual`, `ffn_input`, a feed-forward network (`decoder/moe.py`),
 `residual`. Rows are fp32 and independent of each other.
 
 Shapes: T rows, D hidden, V tokens of a head's chunk.
