@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from attention import attention_work
 from windlass.kernels.interface import AttentionOptions
 from windlass.kernels.row_counts import RowLadder
-from windlass.models.spec import ClampedSwiGlu, SwiGlu
+from windlass.models.spec import ClampedSwiGlu, ReluSquared, SwiGlu
 from windlass.tensors import PagedRows
 
 PAGE = 4
@@ -53,7 +53,9 @@ def test_batched_linear_is_right_and_row_independent(kernels):
         assert torch.equal(kernels.batched_linear(x[first:last], w), whole[first:last])
 
 
-@pytest.mark.parametrize("activation", [SwiGlu(), ClampedSwiGlu(alpha=1.702, limit=7.0)])
+@pytest.mark.parametrize(
+    "activation", [SwiGlu(), ClampedSwiGlu(alpha=1.702, limit=7.0), ReluSquared()]
+)
 def test_expert_ffn_is_right_and_row_independent(kernels, activation):
     w = {
         "gate": torch.randn(24, 40).bfloat16(),
@@ -68,6 +70,9 @@ def test_expert_ffn_is_right_and_row_independent(kernels, activation):
     up = x @ w["up"].float().T + w["up_bias"]
     if isinstance(activation, SwiGlu):
         hidden = torch.nn.functional.silu(gate) * up
+    elif isinstance(activation, ReluSquared):
+        del w["gate"]
+        hidden = up.relu() ** 2
     else:
         gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
         hidden = (up + 1) * gate * torch.sigmoid(1.702 * gate)

@@ -11,6 +11,7 @@ from windlass.models.spec import (
     GatedDelta,
     Gqa,
     LayerNorm,
+    Mamba2,
     Mla,
     ModelSpec,
     Moe,
@@ -37,8 +38,11 @@ def final_shapes(spec: ModelSpec) -> Shapes:
 def block_shapes(spec: ModelSpec, layer: int) -> Shapes:
     """Part `block`: norms, attention, router and shared expert."""
     block, hidden = spec.blocks[layer], spec.hidden_size
-    shapes = dict(_norm(spec, "input_norm") | _norm(spec, "post_norm"))
-    shapes |= attention_shapes(block.attention, hidden)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if block.attention is not None:
+        shapes |= _norm(spec, "input_norm") | dict(attention_shapes(block.attention, hidden))
+    if block.ffn is not None:
+        shapes |= _norm(spec, "post_norm")
     if isinstance(block.ffn, Moe):
         shapes |= moe_shapes(block.ffn, hidden)
     return shapes
@@ -55,6 +59,8 @@ def attention_shapes(attention: Attention, hidden: int) -> Shapes:
             return _delta(attention, hidden)
         case ShortConv():
             return _short_conv(attention, hidden)
+        case Mamba2():
+            return _mamba(attention, hidden)
 
 
 def moe_shapes(moe: Moe, hidden: int) -> Shapes:
@@ -77,13 +83,10 @@ def moe_shapes(moe: Moe, hidden: int) -> Shapes:
 def ffn_shapes(ffn: Ffn, hidden: int) -> Shapes:
     """Parts `ffn` and `expert`."""
     inner = ffn.intermediate
-    shapes: dict[str, tuple[int, ...]] = {
-        "gate": (inner, hidden),
-        "up": (inner, hidden),
-        "down": (hidden, inner),
-    }
+    all_shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    shapes: dict[str, tuple[int, ...]] = {name: all_shapes[name] for name in ffn.matrices}
     if ffn.bias:
-        shapes |= {"gate_bias": (inner,), "up_bias": (inner,), "down_bias": (hidden,)}
+        shapes |= {f"{name}_bias": shape[:1] for name, shape in shapes.items()}
     return shapes
 
 
@@ -152,3 +155,13 @@ def _short_conv(attention: ShortConv, hidden: int) -> Shapes:
     shapes |= {"conv.weight": (hidden, attention.conv_kernel)}
     shapes |= {"conv.bias": (hidden,)} if attention.bias else {}
     return shapes | _linear("o_proj", hidden, hidden, bias=attention.bias)
+
+
+def _mamba(attention: Mamba2, hidden: int) -> Shapes:
+    inner, channels = attention.inner, attention.conv_dim
+    shapes = _linear("state_proj", inner + channels + attention.num_heads, hidden)
+    shapes["conv.weight"] = (channels, attention.conv_kernel)
+    shapes |= {"conv.bias": (channels,)} if attention.conv_bias else {}
+    shapes["dt_bias"] = shapes["a_log"] = shapes["d"] = (attention.num_heads,)
+    shapes["out_norm.weight"] = (inner,)
+    return shapes | _linear("o_proj", hidden, inner)
