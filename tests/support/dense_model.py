@@ -11,16 +11,18 @@ from safetensors import safe_open
 from families import VOCAB
 from windlass.checkpoint.layout import build_layout, with_stored_head
 from windlass.decoder import block as math
-from windlass.decoder.attention import attention_output, project
+from windlass.decoder.attention import CosSin, attention_output, project
 from windlass.decoder.moe import dense_ffn, route, shared_expert
+from windlass.decoder.recurrent import recurrent_attention, state_shapes
 from windlass.decoder.rope import RopeTable
+from windlass.decoder.state_rows import StateSegment
 from windlass.device.host_memory import HostAllocator
 from windlass.ids import Part, WeightKey
 from windlass.kernels.interface import Kernels
 from windlass.kernels.reference import TorchKernels
 from windlass.models.names import Piece, Reshape, Take, TensorInfo
 from windlass.models.registry import read_spec
-from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec, Moe
+from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec, Moe, Recurrent, Rope
 
 # In fp32 the largest difference measured is 3.0e-6 (deepseek_v3, phimoe), logits of order 1.
 TOLERANCE = 1e-4
@@ -74,8 +76,10 @@ def dense_logits(
     x = math.embed(spec, checkpoint.part(Part.EMBED)["weight"][ids])
     for layer in range(len(spec.blocks)):
         w = checkpoint.part(Part.BLOCK, layer)
-        _attend(kernels, spec, layer, w, x)
-        feed_forward(checkpoint, layer, w, x, kernels)
+        if spec.blocks[layer].attention is not None:
+            _attend(kernels, spec, layer, w, x)
+        if spec.blocks[layer].ffn is not None:
+            feed_forward(checkpoint, layer, w, x, kernels)
     final = checkpoint.part(Part.FINAL)
     h = math.final_norm(kernels, spec, final, x)
     chunks, first = [], 0
@@ -92,17 +96,39 @@ def _attend(
     kernels: Kernels, spec: ModelSpec, layer: int, w: Mapping[str, torch.Tensor], x: torch.Tensor
 ) -> None:
     attention = spec.blocks[layer].attention
-    assert isinstance(attention, Gqa | Mla) and attention.rope is not None
-    table, num = RopeTable(attention.rope, HostAllocator()), len(x)
-    scaling = attention.rope.scaling
-    is_long = isinstance(scaling, LongRopeScaling) and num > scaling.original_max
-    cos_sin = table.cos_sin(torch.arange(num), long_T=is_long)
+    if isinstance(attention, Recurrent):
+        _mix(kernels, spec, layer, w, x)
+        return
+    assert isinstance(attention, Gqa | Mla)
+    cos_sin = None if attention.rope is None else _cos_sin(attention.rope, len(x))
     h = math.attention_input(kernels, spec, w, x)
     got = project(kernels, attention, spec.norm, w, h, cos_sin)
     window = attention.window if isinstance(attention, Gqa) else None
     sinks = w["sinks"] if isinstance(attention, Gqa) and attention.sinks else None
     o = _naive(got.q_THd, got.key_TKd, got.value_TKv, attention.scale, window, sinks)
     y = attention_output(kernels, attention, w, o, got.gate_THv)
+    math.add_attention(kernels, spec, layer, w, x, y)
+
+
+def _cos_sin(rope: Rope, num: int) -> CosSin:
+    is_long = isinstance(rope.scaling, LongRopeScaling) and num > rope.scaling.original_max
+    return RopeTable(rope, HostAllocator()).cos_sin(torch.arange(num), long_T=is_long)
+
+
+def _mix(
+    kernels: Kernels,
+    spec: ModelSpec,
+    layer: int,
+    w: Mapping[str, torch.Tensor],
+    x: torch.Tensor,
+) -> None:
+    """The prompt as one segment."""
+    attention = spec.blocks[layer].attention
+    assert isinstance(attention, Recurrent)
+    segment = StateSegment(first_row=0, num_rows=len(x), first_position=0, slot=0, is_prompt=True)
+    states = [torch.zeros(1, *shape) for shape in state_shapes(attention, spec.hidden_size)]
+    h = math.attention_input(kernels, spec, w, x)
+    y = recurrent_attention(kernels, attention, w, h, [segment], states)
     math.add_attention(kernels, spec, layer, w, x, y)
 
 
@@ -135,6 +161,7 @@ def feed_forward(
     """The network of a block, added to the hidden states `x`."""
     spec = checkpoint.spec
     ffn = spec.blocks[layer].ffn
+    assert ffn is not None
     if not isinstance(ffn, Moe):
         h = math.ffn_input(kernels, spec, w, x)
         y = dense_ffn(kernels, ffn, checkpoint.part(Part.FFN, layer), h)

@@ -4,7 +4,7 @@ rate, FLOPs over the best rate. Pure arithmetic; seconds."""
 from collections.abc import Mapping
 
 from windlass.ids import Part
-from windlass.models.spec import GatedDelta, Moe
+from windlass.models.spec import Moe, Recurrent
 from windlass.perf.flops import (
     active_experts,
     attention_flops,
@@ -71,14 +71,16 @@ class Bounds:
             active = active_experts(ffn.num_experts, ffn.top_k, rows)
             experts = active * self._part(Part.EXPERT)
             seconds += self._least(flops * ffn.top_k, self._rates.best_expert, experts)
-        else:
+        elif ffn is not None:
             best = self._rates.best_dense(Part.FFN)
             seconds += self._least(flops, best, self._part(Part.FFN))
         return seconds + self._scores(layer, one)
 
     def _scores(self, layer: int, one: PassRun) -> float:
         attention, host = self._spec.blocks[layer].attention, self._profile.host
-        if isinstance(attention, GatedDelta):
+        if attention is None:
+            return 0.0
+        if isinstance(attention, Recurrent):
             return one.num_rows * attention_flops(attention, 0) / host.prefill_attention
         decode, prompt = visible(attention, one.seen)
         seconds = decode * kept_numbers(attention) * self._kv_bytes / host.decode_attention

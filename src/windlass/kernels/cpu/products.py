@@ -11,7 +11,7 @@ from windlass.kernels.cpu.matrices import elements_together, heads_of
 from windlass.kernels.cpu.prepared import Linears, network_of, prepared
 from windlass.kernels.cpu.session import Session
 from windlass.kernels.interface import ExpertGroups
-from windlass.models.spec import Activation, ClampedSwiGlu, GeGlu
+from windlass.models.spec import Activation, ClampedSwiGlu, GeGlu, ReluSquared
 from windlass.tensors import PackedStack, Tensors, Weight, plain_or_none
 
 _EXACT = 0  # precision of fp32 activations
@@ -131,4 +131,5 @@ def _multiply(
 def _activation(activation: Activation) -> tuple[int, float, float]:
     if isinstance(activation, ClampedSwiGlu):
         return 1, activation.alpha, activation.limit
-    return 2 if isinstance(activation, GeGlu) else 0, 0.0, 0.0
+    kind = 2 if isinstance(activation, GeGlu) else 3 if isinstance(activation, ReluSquared) else 0
+    return kind, 0.0, 0.0
