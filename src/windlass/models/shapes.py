@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 from windlass.models.spec import (
     Attention,
-    Block,
     Ffn,
     GatedDelta,
     Gqa,
@@ -39,27 +38,21 @@ def final_shapes(spec: ModelSpec) -> Shapes:
 def block_shapes(spec: ModelSpec, layer: int) -> Shapes:
     """Part `block`: norms, attention, router and shared expert."""
     block, hidden = spec.blocks[layer], spec.hidden_size
+    norms: list[str] = []
+    if block.attention is not None:
+        norms += ["input_norm", "attention_out_norm"][: 1 + block.output_norms]
+    if block.ffn is not None:
+        norms += ["post_norm", "ffn_out_norm"][: 1 + block.output_norms]
+    if isinstance(block.ffn, Moe) and block.ffn.shared and block.ffn.shared.own_norms:
+        norms += ["shared_out_norm", "expert_norm", "expert_out_norm"]
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in _norm_names(block):
+    for name in norms:
         shapes |= _norm(spec, name)
     if block.attention is not None:
         shapes |= attention_shapes(block.attention, hidden)
     if isinstance(block.ffn, Moe):
         shapes |= moe_shapes(block.ffn, hidden)
     return shapes | ({"output_scale": (1,)} if block.output_scale else {})
-
-
-def _norm_names(block: Block) -> list[str]:
-    names = [
-        name
-        for name, half in (("input_norm", block.attention), ("post_norm", block.ffn))
-        if half is not None
-    ]
-    if block.output_norms:
-        names += ["attention_out_norm", "ffn_out_norm"]
-    if isinstance(block.ffn, Moe) and block.ffn.shared and block.ffn.shared.own_norms:
-        names += ["shared_out_norm", "expert_norm", "expert_out_norm"]
-    return names
 
 
 def attention_shapes(attention: Attention, hidden: int) -> Shapes:

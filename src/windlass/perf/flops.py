@@ -114,7 +114,7 @@ def kept_numbers(attention: Attention | None) -> int:
             return 2 * attention.num_kv_heads * attention.head_dim
         case Mla():
             return attention.kv_lora_rank + attention.rope.dim
-        case _:
+        case None | GatedDelta() | ShortConv() | Mamba2():
             return 0
 
 
