@@ -13,7 +13,9 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 
 from delta_model import DELTA_CASES, VOCAB, DeltaModel, make_delta_checkpoint
 from dense_model import TOLERANCE, Checkpoint
-from windlass.decoder.delta import CHUNK, DeltaSegment, delta_attention, state_shapes
+from windlass.decoder.delta import delta_attention
+from windlass.decoder.recurrent import state_shapes
+from windlass.decoder.state_rows import CHUNK, StateSegment
 from windlass.kernels.reference import TorchKernels
 from windlass.models.spec import GatedDelta
 
@@ -80,17 +82,17 @@ class Layer:
             self.expected = net(self.rows[None])[0]
         self.kernels = TorchKernels()
         # rubbish: a fresh sequence must not see what its slot held
-        conv, state = state_shapes(self.spec)
+        conv, state = state_shapes(self.spec, HIDDEN)
         self.states = torch.full((5, *conv), 7.0), torch.full((5, *state), 7.0)
 
-    def run(self, rows: torch.Tensor, segments: list[DeltaSegment]) -> torch.Tensor:
+    def run(self, rows: torch.Tensor, segments: list[StateSegment]) -> torch.Tensor:
         return delta_attention(self.kernels, self.spec, self.weights, rows, segments, self.states)
 
     def run_alone(self, cuts: list[int], *, prompt: int, slot: int = 2) -> torch.Tensor:
         """One sequence, cut into calls; positions below `prompt` are prompt."""
         outputs = []
         for first, last in zip(cuts, cuts[1:], strict=False):
-            segment = DeltaSegment(
+            segment = StateSegment(
                 first_row=0,
                 num_rows=last - first,
                 first_position=first,
@@ -142,7 +144,7 @@ def test_other_sequences_and_slots_change_no_bit(layer: Layer) -> None:
             at = positions[name]
             is_prompt = at < CHUNK + 20 if name == "me" else at == 0
             segments.append(
-                DeltaSegment(
+                StateSegment(
                     first_row=first,
                     num_rows=count,
                     first_position=at,
@@ -259,14 +261,14 @@ def test_cuts_and_neighbours_change_no_bit_of_a_model(tmp_path: Path) -> None:
     mine, other = [], IDS.flip(0)
     for step, (first, last) in enumerate(zip([0, CHUNK, *ends], [CHUNK, *ends], strict=False)):
         count = 9 if step == 0 else 1  # the neighbour: a prompt of 9, then a token a pass
-        neighbour = DeltaSegment(
+        neighbour = StateSegment(
             first_row=0,
             num_rows=count,
             first_position=9 + step - 1 if step else 0,
             slot=0,
             is_prompt=step == 0,
         )
-        me = DeltaSegment(
+        me = StateSegment(
             first_row=count,
             num_rows=last - first,
             first_position=first,

@@ -247,7 +247,7 @@ def test_qk_norm_of_qwen3_may_be_said() -> None:
     "change",
     [
         {"hidden_act": "gelu"},
-        {"rms_norm_eps": "remove"},
+        {"rms_norm_eps": "remove", "norm_eps": "remove"},
         {"vocab_size": "remove"},
         {"num_experts_per_tok": 10_000, "experts_per_token": "remove"},
         {"num_hidden_layers": 0},
@@ -306,6 +306,9 @@ def test_settings_that_are_not_supported(model_type: str, change: dict[str, Any]
         ("gemma4_text", {"per_layer_config": {"5": {"num_attention_heads": 8}}}),
         ("gemma4_text", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}),
         ("granitemoe", {"logits_scaling": 0}),
+        ("lfm2_moe", {"layer_types": None}),
+        ("lfm2_moe", {"layer_types": ["conv"] * 23 + ["short_conv"]}),
+        ("lfm2_moe", {"tie_word_embeddings": False}),
         ("granitemoe", {"shared_intermediate_size": 512}),
         ("phimoe", {"num_experts_per_tok": 3}),
         ("dbrx", {"tie_word_embeddings": True}),
@@ -362,7 +365,8 @@ def test_factors_of_long_contexts() -> None:
 def test_published_parameter_counts(model_type: str) -> None:
     spec, _ = read_spec(published(model_type))
     assert cost.num_parameters(spec) == PUBLISHED[model_type][1]
-    small = read_spec(published(model_type, num_hidden_layers=4, n_layers=4, layer_types=None))
+    kinds = PUBLISHED[model_type][0].get("layer_types", [])[:4] or None
+    small = read_spec(published(model_type, num_hidden_layers=4, n_layers=4, layer_types=kinds))
     elements = sum(_elements(shape) for shape in expected_tensors(*small).values())
     assert elements == cost.num_parameters(small[0])
 

@@ -22,7 +22,7 @@ class Machine:
     """Admission over a small store; a pass gives every row that wants logits a token."""
 
     def __init__(self, *, pages, seqs, rows, states=0, long_rope_after=None, **more):
-        shapes = [PagedShape(1, 4, 4)] + [StateShape((1, 1), (1, 1, 1))] * bool(states)
+        shapes = [PagedShape(1, 4, 4)] + [StateShape(((1, 1), (1, 1, 1)))] * bool(states)
         self.kv = KvCache(
             shapes, HostAllocator(), dtype=torch.float32, num_pages=pages, page_tokens=PAGE_TOKENS,
             state_slots=states,

@@ -16,12 +16,13 @@ from transformers import (
 from dense_model import KERNELS, Checkpoint, feed_forward
 from windlass.decoder import block as math
 from windlass.decoder.attention import attention_output, project, value_width
-from windlass.decoder.delta import DeltaSegment, delta_attention, state_shapes
+from windlass.decoder.recurrent import recurrent_attention, state_shapes
 from windlass.decoder.rope import RopeTable
+from windlass.decoder.state_rows import StateSegment
 from windlass.device.host_memory import HostAllocator
 from windlass.ids import Part
 from windlass.kernels.interface import AttentionOptions, AttentionWork
-from windlass.models.spec import GatedDelta, Gqa
+from windlass.models.spec import Gqa, Recurrent
 from windlass.tensors import PagedRows
 
 VOCAB = 101
@@ -113,27 +114,28 @@ class DeltaModel:
     def __init__(self, checkpoint: Checkpoint, *, num_slots: int = 3) -> None:
         self.checkpoint, self.spec = checkpoint, checkpoint.spec
         checkpoint.part = functools.cache(checkpoint.part)  # type: ignore[method-assign]
-        self.caches: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.caches: list[list[torch.Tensor]] = []
         for block in self.spec.blocks:
-            if isinstance(block.attention, GatedDelta):
-                conv, state = state_shapes(block.attention)
-                shapes = [(num_slots, *conv), (num_slots, *state)]
+            shapes: list[tuple[int, ...]]
+            if isinstance(block.attention, Recurrent):
+                own = state_shapes(block.attention, self.spec.hidden_size)
+                shapes = [(num_slots, *shape) for shape in own]
             else:
                 gqa = block.attention
                 assert isinstance(gqa, Gqa)
                 rows = (NUM_PAGES, gqa.num_kv_heads, PAGE_TOKENS, gqa.head_dim)
                 shapes = [rows, rows]
-            self.caches.append((torch.full(shapes[0], 3.0), torch.full(shapes[1], 3.0)))
+            self.caches.append([torch.full(shape, 3.0) for shape in shapes])
 
-    def run(self, ids: torch.Tensor, segments: list[DeltaSegment]) -> torch.Tensor:
+    def run(self, ids: torch.Tensor, segments: list[StateSegment]) -> torch.Tensor:
         """Logits (T, V) of the rows of one pass; `slot` owns every third page, from its own on."""
         x = math.embed(self.spec, self.checkpoint.part(Part.EMBED)["weight"][ids])
         for layer, block in enumerate(self.spec.blocks):
             w = self.checkpoint.part(Part.BLOCK, layer)
-            if isinstance(block.attention, GatedDelta):
+            if isinstance(block.attention, Recurrent):
                 h = math.attention_input(KERNELS, self.spec, w, x)
                 caches = self.caches[layer]
-                y = delta_attention(KERNELS, block.attention, w, h, segments, caches)
+                y = recurrent_attention(KERNELS, block.attention, w, h, segments, caches)
                 math.add_attention(KERNELS, self.spec, layer, w, x, y)
             else:
                 self._softmax(layer, w, x, segments)
@@ -151,7 +153,7 @@ class DeltaModel:
         """One sequence, cut into passes; positions below `prompt` are prompt."""
         outputs = []
         for first, last in zip(cuts, cuts[1:], strict=False):
-            segment = DeltaSegment(
+            segment = StateSegment(
                 first_row=0,
                 num_rows=last - first,
                 first_position=first,
@@ -162,7 +164,7 @@ class DeltaModel:
         return torch.cat(outputs)
 
     def _softmax(
-        self, layer: int, w: dict[str, torch.Tensor], x: torch.Tensor, segments: list[DeltaSegment]
+        self, layer: int, w: dict[str, torch.Tensor], x: torch.Tensor, segments: list[StateSegment]
     ) -> None:
         attention = self.spec.blocks[layer].attention
         assert isinstance(attention, Gqa) and attention.rope is not None

@@ -13,14 +13,16 @@ from windlass.checkpoint.layout import build_layout, with_stored_head
 from windlass.decoder import block as math
 from windlass.decoder.attention import attention_output, project
 from windlass.decoder.moe import dense_ffn, route, shared_expert
+from windlass.decoder.recurrent import recurrent_attention, state_shapes
 from windlass.decoder.rope import RopeTable
+from windlass.decoder.state_rows import StateSegment
 from windlass.device.host_memory import HostAllocator
 from windlass.ids import Part, WeightKey
 from windlass.kernels.interface import Kernels
 from windlass.kernels.reference import TorchKernels
 from windlass.models.names import Piece, Reshape, Take, TensorInfo
 from windlass.models.registry import read_spec
-from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec, Moe
+from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec, Moe, Recurrent
 
 # In fp32 the largest difference measured is 3.0e-6 (deepseek_v3, phimoe), logits of order 1.
 TOLERANCE = 1e-4
@@ -92,6 +94,9 @@ def _attend(
     kernels: Kernels, spec: ModelSpec, layer: int, w: Mapping[str, torch.Tensor], x: torch.Tensor
 ) -> None:
     attention = spec.blocks[layer].attention
+    if isinstance(attention, Recurrent):
+        _mix(kernels, spec, layer, w, x)
+        return
     assert isinstance(attention, Gqa | Mla) and attention.rope is not None
     table, num = RopeTable(attention.rope, HostAllocator()), len(x)
     scaling = attention.rope.scaling
@@ -103,6 +108,23 @@ def _attend(
     sinks = w["sinks"] if isinstance(attention, Gqa) and attention.sinks else None
     o = _naive(got.q_THd, got.key_TKd, got.value_TKv, attention.scale, window, sinks)
     y = attention_output(kernels, attention, w, o, got.gate_THv)
+    math.add_attention(kernels, spec, layer, w, x, y)
+
+
+def _mix(
+    kernels: Kernels,
+    spec: ModelSpec,
+    layer: int,
+    w: Mapping[str, torch.Tensor],
+    x: torch.Tensor,
+) -> None:
+    """The prompt as one segment."""
+    attention = spec.blocks[layer].attention
+    assert isinstance(attention, Recurrent)
+    segment = StateSegment(first_row=0, num_rows=len(x), first_position=0, slot=0, is_prompt=True)
+    states = [torch.zeros(1, *shape) for shape in state_shapes(attention, spec.hidden_size)]
+    h = math.attention_input(kernels, spec, w, x)
+    y = recurrent_attention(kernels, attention, w, h, [segment], states)
     math.add_attention(kernels, spec, layer, w, x, y)
 
 

@@ -208,6 +208,20 @@ CASES: dict[str, dict[str, Any]] = {
             ),
         ),
     ),
+    "lfm2_moe": dict(
+        num_hidden_layers=4,
+        layer_types=["conv", "full_attention", "conv", "full_attention"],
+        num_dense_layers=1,
+        conv_L_cache=4,
+        conv_bias=True,
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=24,
+        routed_scaling_factor=1.7,
+        norm_eps=1e-3,
+        tie_word_embeddings=False,
+        rope_parameters=dict(rope_type="default", rope_theta=2e3),
+    ),
 }
 
 
@@ -289,7 +303,8 @@ def _old_spelling(config: dict[str, Any]) -> None:
     config["torch_dtype"] = config.pop("dtype")
     if config["model_type"] in ("qwen2_moe", "qwen3_moe", "olmoe"):
         config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
-    config.pop("layer_types", None)
+    if config["model_type"] != "lfm2_moe":  # which always had them
+        config.pop("layer_types", None)
     rope = config.pop("rope_parameters")
     theta = rope.pop("rope_theta")
     if config["model_type"] == "dbrx":

@@ -150,6 +150,20 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         41_873_153_344,
     ),
+    "lfm2_moe": (  # LFM2-8B-A1B
+        dict(
+            conv_L_cache=3, conv_bias=False, dtype="bfloat16", hidden_size=2048,
+            intermediate_size=7168,
+            layer_types=["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv"
+                         for i in range(24)],
+            max_position_embeddings=128000, moe_intermediate_size=1792, norm_eps=1e-5,
+            norm_topk_prob=True, num_attention_heads=32, num_dense_layers=2, num_experts=32,
+            num_experts_per_tok=4, num_hidden_layers=24, num_key_value_heads=8,
+            rope_theta=1000000.0, routed_scaling_factor=1.0, tie_embedding=True, use_cache=True,
+            use_expert_bias=True, vocab_size=65536,
+        ),
+        8_339_930_560,
+    ),
 }  # fmt: skip
 
 # The text model of a Qwen3.5-MoE of a few KiB.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from windlass.decoder.attention import kv_shape, value_width
-from windlass.decoder.delta import state_shapes
+from windlass.decoder.recurrent import state_shapes
 from windlass.decoder.rope import bytes_per_position
 from windlass.device.host_memory import (
     resident_bytes,
@@ -43,7 +43,7 @@ from windlass.runtime.layer_ops import ropes
 from windlass.schedule.passes import PassShape
 from windlass.checkpoint.weight_kinds import weight_kinds
 from windlass.checkpoint.layout import build_layout
-from windlass.models.spec import GatedDelta, ModelSpec, Moe
+from windlass.models.spec import ModelSpec, Moe, Recurrent
 from windlass.models.names import Layout, NameMap, TensorInfo
 from windlass.models.registry import read_spec
 from windlass.checkpoint.synthetic import random_source
@@ -68,8 +68,8 @@ def cache_shapes(spec: ModelSpec) -> list[CacheShape]:
     """What each layer keeps of a sequence."""
     shapes: list[CacheShape] = []
     for block in spec.blocks:
-        if isinstance(block.attention, GatedDelta):
-            shapes.append(StateShape(*state_shapes(block.attention)))
+        if isinstance(block.attention, Recurrent):
+            shapes.append(StateShape(state_shapes(block.attention, spec.hidden_size)))
             continue
         shape = kv_shape(block.attention)
         assert shape is not None, "only recurrent attention has no growing cache"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from windlass.ids import Part, WeightKey
 from windlass.models.names import NameMap, TensorSource, TensorSources
 from windlass.models.shapes import Shapes, block_shapes, ffn_shapes, final_shapes, table_shape
-from windlass.models.spec import Ffn, GatedDelta, ModelSpec
+from windlass.models.spec import Ffn, ModelSpec, Recurrent
 
 
 class WantedTensor(NamedTuple):
@@ -33,8 +33,9 @@ def all_wanted(spec: ModelSpec, names: NameMap) -> Iterator[WantedTensor]:
 
 def _wanted_block(spec: ModelSpec, names: NameMap, layer: int) -> Iterator[WantedTensor]:
     block, hidden = spec.blocks[layer], spec.hidden_size
-    is_delta = isinstance(block.attention, GatedDelta)
-    sources = {**names.block, **(names.delta if is_delta else names.attention), **names.moe}
+    is_recurrent = isinstance(block.attention, Recurrent)
+    attention = names.recurrent if is_recurrent else names.attention
+    sources = {**names.block, **attention, **names.moe}
     yield from _wanted(WeightKey(Part.BLOCK, layer), block_shapes(spec, layer), sources)
     if isinstance(block.ffn, Ffn):
         shapes = ffn_shapes(block.ffn, hidden)

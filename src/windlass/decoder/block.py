@@ -1,7 +1,7 @@
 """The small pieces of a block and of the model's ends, for a runtime to put together.
 
 A block is: `attention_input`, attention (`decoder/attention.py` around the kernel over the cache,
-or `decoder/delta.py`), `add_attention`; then `ffn_input`, a network and `add_network`, or
+or `decoder/recurrent.py`), `add_attention`; then `ffn_input`, a network and `add_network`, or
 `routing_inputs`, experts (`decoder/moe.py`) and `add_experts`. Rows are fp32 and independent of
 each other.
 

@@ -13,36 +13,26 @@ v value dim, L = CHUNK positions, n rows of one sequence.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from windlass.decoder.attention import linear
+from windlass.decoder.state_rows import (
+    CHUNK,
+    StateSegment,
+    aligned,
+    begin,
+    convolve,
+    heads_first,
+)
 from windlass.kernels.interface import Kernels
 from windlass.models.spec import GatedDelta
 from windlass.tensors import Tensors, plain
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "a_proj", "b_proj")
-CHUNK = 64  # positions; where a prompt is cut between passes, the cut is at a multiple of this
 _L2_EPS = 1e-6  # fixed by the trained models
-_ALIGNMENT = 64  # bytes; a product's rounding may depend on where its operand lies
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeltaSegment:
-    """The rows of one sequence in a call: consecutive rows, consecutive positions, one kind."""
-
-    first_row: int
-    num_rows: int
-    first_position: int  # 0: the state starts fresh
-    slot: int  # of the sequence in the state tensors
-    is_prompt: bool
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.first_row, self.first_row + self.num_rows)
 
 
 class _Inputs(NamedTuple):
@@ -58,39 +48,25 @@ class _Inputs(NamedTuple):
         return _Inputs(*(tensor[rows] for tensor in self))
 
 
-def state_shapes(spec: GatedDelta) -> tuple[tuple[int, int], tuple[int, int, int]]:
-    """Shapes of one sequence's convolution state and recurrent state, both fp32."""
-    return (
-        (spec.conv_dim, spec.conv_kernel - 1),
-        (spec.num_v_heads, spec.k_head_dim, spec.v_head_dim),
-    )
-
-
 def delta_attention(
     kernels: Kernels,
     spec: GatedDelta,
     w: Tensors,
     h_TD: torch.Tensor,
-    segments: Sequence[DeltaSegment],
-    states: tuple[torch.Tensor, torch.Tensor],
+    segments: Sequence[StateSegment],
+    states: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Token mixing of one layer -> (T, D); advances the states of the segments' slots in place.
 
     `states`: of the convolution (slots, C, kernel - 1) and recurrent (slots, H, d, v), fp32; a
     segment at position 0 overwrites what its slot held. The segments cover all rows.
     """
+    begin(segments, states)
     conv_state, ssm_state = states
-    for segment in segments:
-        assert not (segment.is_prompt and segment.first_position % CHUNK), (
-            "prompt cut inside a chunk"
-        )
-        if segment.first_position == 0:
-            conv_state[segment.slot].zero_()
-            ssm_state[segment.slot].zero_()
     inputs = _project(kernels, spec, w, h_TD, segments, conv_state)
     out_THv = torch.empty_like(inputs.v_nHv)
     for segment in segments:
-        state = _aligned(ssm_state[segment.slot])
+        state = aligned(ssm_state[segment.slot])
         step = CHUNK if segment.is_prompt else 1
         advance = _chunk if segment.is_prompt else _token
         for first in range(segment.first_row, segment.rows.stop, step):
@@ -106,12 +82,12 @@ def _project(
     spec: GatedDelta,
     w: Tensors,
     h_TD: torch.Tensor,
-    segments: Sequence[DeltaSegment],
+    segments: Sequence[StateSegment],
     conv_state: torch.Tensor,
 ) -> _Inputs:
     *mixed, step_TH, beta_TH = kernels.linears(h_TD, w, _PROJECTIONS)
     mixed_TC = torch.cat(mixed, dim=-1)
-    mixed_TC = _convolve(mixed_TC, plain(w, "conv.weight").float(), segments, conv_state)
+    mixed_TC = convolve(mixed_TC, plain(w, "conv.weight").float(), segments, conv_state)
     mixed_TC = kernels.pointwise(F.silu, mixed_TC)
     width = spec.num_k_heads * spec.k_head_dim
     q, k, v = mixed_TC[:, :width], mixed_TC[:, width : 2 * width], mixed_TC[:, 2 * width :]
@@ -125,37 +101,6 @@ def _project(
         log_decay_nH=-rate_H * kernels.pointwise(F.softplus, step_TH),
         beta_nH=kernels.pointwise(torch.sigmoid, beta_TH),
     )
-
-
-def _convolve(
-    mixed_TC: torch.Tensor,
-    taps_CK: torch.Tensor,
-    segments: Sequence[DeltaSegment],
-    conv_state: torch.Tensor,
-) -> torch.Tensor:
-    """Causal convolution per channel, over each sequence's rows and the last ones before them."""
-    out_TC = torch.empty_like(mixed_TC)
-    # decoding sequences have one row each and go together: sums are elementwise, in tap order
-    single = [s for s in segments if s.num_rows == 1]
-    if single:
-        rows, slots = [s.first_row for s in single], [s.slot for s in single]
-        window = torch.cat((conv_state[slots], mixed_TC[rows, :, None]), dim=2)
-        out_TC[rows] = _taps(window.unbind(2), taps_CK)
-        conv_state[slots] = window[:, :, 1:]
-    for segment in segments:
-        if segment.num_rows > 1:
-            window_nC = torch.cat((conv_state[segment.slot].T, mixed_TC[segment.rows]))
-            shifted = [window_nC[i : i + segment.num_rows] for i in range(taps_CK.shape[1])]
-            out_TC[segment.rows] = _taps(shifted, taps_CK)
-            conv_state[segment.slot] = window_nC[segment.num_rows :].T
-    return out_TC
-
-
-def _taps(shifted: Sequence[torch.Tensor], taps_CK: torch.Tensor) -> torch.Tensor:
-    total = shifted[0] * taps_CK[:, 0]
-    for i in range(1, taps_CK.shape[1]):
-        total += shifted[i] * taps_CK[:, i]
-    return total
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
@@ -180,8 +125,8 @@ def _chunk(kernels: Kernels, x: _Inputs, state_Hdv: torch.Tensor) -> torch.Tenso
     Padded to L rows whose keys, gates and log decays are 0: they leave the state as it is.
     """
     num_rows, groups = x.v_nHv.shape[0], state_Hdv.shape[0] // x.k_nGd.shape[1]
-    q_GLd, k_GLd, v_HLv = (_heads_first(t) for t in x[:3])
-    log_decay_HL, beta_HL1 = _heads_first(x.log_decay_nH), _heads_first(x.beta_nH)[..., None]
+    q_GLd, k_GLd, v_HLv = (heads_first(t) for t in x[:3])
+    log_decay_HL, beta_HL1 = heads_first(x.log_decay_nH), heads_first(x.beta_nH)[..., None]
     until_HL = log_decay_HL.cumsum(dim=-1)  # log of the decay from before the chunk to each row
     within_HLL = until_HL[:, :, None] - until_HL[:, None]
     # the upper triangle is never used; 0 keeps exp finite there
@@ -204,17 +149,6 @@ def _chunk(kernels: Kernels, x: _Inputs, state_Hdv: torch.Tensor) -> torch.Tenso
     state_Hdv.mul_(from_start_HL1[:, -1:])
     state_Hdv += torch.bmm((k_HLd * to_end_HL1).transpose(1, 2).contiguous(), change_HLv)
     return seen_HLv[:, :num_rows].transpose(0, 1)
-
-
-def _heads_first(x: torch.Tensor) -> torch.Tensor:
-    """(n, H, ...) -> contiguous (H, L, ...), zeros beyond the rows."""
-    padded = x.new_zeros(x.shape[1], CHUNK, *x.shape[2:])
-    padded[:, : x.shape[0]] = x.transpose(0, 1)
-    return padded
-
-
-def _aligned(state: torch.Tensor) -> torch.Tensor:
-    return state if state.data_ptr() % _ALIGNMENT == 0 else state.clone()
 
 
 def _output(

@@ -8,6 +8,7 @@ so that nothing of an earlier sequence, not even a NaN under a mask, can reach a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -18,6 +19,7 @@ from windlass.units import round_up
 
 _ALIGN = 16  # elements: a vector of the widest unit
 _SCALE = torch.float32
+_STATE = torch.float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +41,13 @@ class PagedShape:
 
 @dataclass(frozen=True, slots=True)
 class StateShape:
-    """Recurrent layer: a convolution window (channels, kernel - 1) and a matrix per head."""
+    """Recurrent layer: what it keeps of a sequence, tensor by tensor."""
 
-    conv: tuple[int, int]
-    state: tuple[int, int, int]
+    shapes: tuple[tuple[int, ...], ...]
 
     @property
     def bytes_per_sequence(self) -> int:
-        heads, rows, columns = self.state
-        return 4 * (self.conv[0] * self.conv[1] + heads * rows * columns)
+        return _STATE.itemsize * sum(prod(shape) for shape in self.shapes)
 
 
 CacheShape = PagedShape | StateShape
@@ -82,11 +82,12 @@ class KvCache:
         self._keys: dict[int, PagedRows] = {}
         self._values: dict[int, PagedRows] = {}
         self._stored: dict[int, tuple[PagedRows, ...]] = {}
-        self._states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._states: dict[int, tuple[torch.Tensor, ...]] = {}
         for layer, shape in enumerate(shapes):
             if isinstance(shape, StateShape):
-                conv = memory.zeros(state_slots, *shape.conv)
-                self._states[layer] = (conv, memory.zeros(state_slots, *shape.state))
+                self._states[layer] = tuple(
+                    memory.zeros(state_slots, *own, dtype=_STATE) for own in shape.shapes
+                )
                 continue
             rows = (num_pages, shape.num_heads, page_tokens)
             keys = self._keys[layer] = _zero_rows(memory, rows, shape.key_dim, dtype)
@@ -126,9 +127,9 @@ class KvCache:
         if not self._states:
             return -1
         slot = self._free_states.pop()
-        for conv, state in self._states.values():
-            conv[slot] = 0
-            state[slot] = 0
+        for states in self._states.values():
+            for state in states:
+                state[slot] = 0
         return slot
 
     def give_state(self, slot: int) -> None:
@@ -147,8 +148,8 @@ class KvCache:
         """The same, without values that are a view of the keys: what rows are written to."""
         return self._stored[layer]
 
-    def states(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Convolution windows (S, channels, kernel - 1) and states (S, heads, dk, dv)."""
+    def states(self, layer: int) -> tuple[torch.Tensor, ...]:
+        """Of all sequences of a recurrent layer: (S, *shape) for each of its shapes."""
         return self._states[layer]
 
     def check(self, held: Mapping[int, int]) -> None:

@@ -76,7 +76,7 @@ class NameMap:
     embed: TensorSources
     block: TensorSources  # norms
     attention: TensorSources  # of Gqa and Mla
-    delta: TensorSources = field(default_factory=dict)  # of GatedDelta
+    recurrent: TensorSources = field(default_factory=dict)  # of attention that has a state
     moe: TensorSources  # router and shared expert
     expert: TensorSources
     ffn: TensorSources = field(default_factory=dict)

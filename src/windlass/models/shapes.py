@@ -6,6 +6,7 @@ D hidden, V vocabulary, E experts, I intermediate, H query heads, K key/value he
 from collections.abc import Mapping
 
 from windlass.models.spec import (
+    Attention,
     Ffn,
     GatedDelta,
     Gqa,
@@ -13,6 +14,7 @@ from windlass.models.spec import (
     Mla,
     ModelSpec,
     Moe,
+    ShortConv,
     SigmoidTopK,
     SoftmaxTopK,
     TopKSoftmax,
@@ -49,7 +51,7 @@ def block_shapes(spec: ModelSpec, layer: int) -> Shapes:
     return shapes | ({"output_scale": (1,)} if block.output_scale else {})
 
 
-def attention_shapes(attention: Gqa | Mla | GatedDelta, hidden: int) -> Shapes:
+def attention_shapes(attention: Attention, hidden: int) -> Shapes:
     """The attention's share of part `block`."""
     match attention:
         case Gqa():
@@ -58,6 +60,8 @@ def attention_shapes(attention: Gqa | Mla | GatedDelta, hidden: int) -> Shapes:
             return _mla(attention, hidden)
         case GatedDelta():
             return _delta(attention, hidden)
+        case ShortConv():
+            return _short_conv(attention, hidden)
 
 
 def moe_shapes(moe: Moe, hidden: int) -> Shapes:
@@ -153,3 +157,10 @@ def _delta(attention: GatedDelta, hidden: int) -> Shapes:
     shapes["dt_bias"] = shapes["a_log"] = (attention.num_v_heads,)
     shapes["out_norm.weight"] = (attention.v_head_dim,)
     return shapes | _linear("o_proj", hidden, values)
+
+
+def _short_conv(attention: ShortConv, hidden: int) -> Shapes:
+    shapes = _linear("in_proj", 3 * hidden, hidden, bias=attention.bias)
+    shapes |= {"conv.weight": (hidden, attention.conv_kernel)}
+    shapes |= {"conv.bias": (hidden,)} if attention.bias else {}
+    return shapes | _linear("o_proj", hidden, hidden, bias=attention.bias)

@@ -156,7 +156,17 @@ class GatedDelta:
         return 2 * self.num_k_heads * self.k_head_dim + self.num_v_heads * self.v_head_dim
 
 
-Attention = Gqa | Mla | GatedDelta
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShortConv:
+    """Gated short convolution (LFM2): the state is the convolution's last inputs, one number for
+    each hidden dimension and tap but one."""
+
+    conv_kernel: int
+    bias: bool = False
+
+
+Recurrent = GatedDelta | ShortConv  # a state instead of keys and values
+Attention = Gqa | Mla | Recurrent
 
 # --- feed-forward ---------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ rate, FLOPs over the best rate. Pure arithmetic; seconds."""
 from collections.abc import Mapping
 
 from windlass.ids import Part
-from windlass.models.spec import GatedDelta, Moe
+from windlass.models.spec import Moe, Recurrent
 from windlass.perf.flops import (
     active_experts,
     attention_flops,
@@ -78,7 +78,7 @@ class Bounds:
 
     def _scores(self, layer: int, one: PassRun) -> float:
         attention, host = self._spec.blocks[layer].attention, self._profile.host
-        if isinstance(attention, GatedDelta):
+        if isinstance(attention, Recurrent):
             return one.num_rows * attention_flops(attention, 0) / host.prefill_attention
         decode, prompt = visible(attention, one.seen)
         seconds = decode * kept_numbers(attention) * self._kv_bytes / host.decode_attention

@@ -15,7 +15,17 @@ from windlass.models.shapes import (
     moe_shapes,
     table_shape,
 )
-from windlass.models.spec import Attention, Block, GatedDelta, Gqa, Mla, ModelSpec, Moe
+from windlass.models.spec import (
+    Attention,
+    Block,
+    GatedDelta,
+    Gqa,
+    Mla,
+    ModelSpec,
+    Moe,
+    Recurrent,
+    ShortConv,
+)
 
 
 def num_parameters(spec: ModelSpec) -> int:
@@ -72,6 +82,9 @@ def attention_row_numbers(spec: ModelSpec, layer: int) -> int:
         case GatedDelta():
             values = attention.num_v_heads * attention.v_head_dim
             return around + (2 + attention.conv_kernel) * attention.conv_dim + 4 * values
+        case ShortConv():
+            # the gates before and after: three numbers each; the window, and each tap's share
+            return around + (6 + 2 + attention.conv_kernel) * hidden
 
 
 def ffn_row_numbers(spec: ModelSpec, layer: int) -> tuple[int, int]:
@@ -93,7 +106,7 @@ def kept_numbers(attention: Attention) -> int:
             return 2 * attention.num_kv_heads * attention.head_dim
         case Mla():
             return attention.kv_lora_rank + attention.rope.dim
-        case GatedDelta():
+        case GatedDelta() | ShortConv():
             return 0
 
 
@@ -146,4 +159,16 @@ def attention_flops(attention: Attention, context: int) -> int:
             return 2 * context * attention.num_heads * width
         case GatedDelta():
             # decay, what the key finds, the update along the key, what the query finds
-            return 7 * attention.num_v_heads * attention.k_head_dim * attention.v_head_dim
+            return 7 * state_numbers(attention)
+        case ShortConv():
+            return 0  # counted with what is done row by row
+
+
+def state_numbers(attention: Recurrent) -> int:
+    """Numbers of a sequence's state that every generated token reads and writes, without those of
+    the short convolution."""
+    match attention:
+        case GatedDelta():
+            return attention.num_v_heads * attention.k_head_dim * attention.v_head_dim
+        case ShortConv():
+            return 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from windlass.errors import UsageError
 from windlass.hardware.profile import Curve, Processor
 from windlass.ids import DISK_TO_HOST, Part, Route, WeightKey
-from windlass.models.spec import Attention, GatedDelta, Gqa
+from windlass.models.spec import Attention, Gqa, Recurrent
 from windlass.perf.flops import (
     attention_flops,
     attention_matrices,
@@ -20,6 +20,7 @@ from windlass.perf.flops import (
     ffn_row_numbers,
     kept_numbers,
     shared_matrices,
+    state_numbers,
 )
 from windlass.perf.sizes import Problem
 from windlass.runtime.clock import LaneJob, LaneWork
@@ -224,9 +225,9 @@ class OpCost:
         """Keys and values that generated rows read, and what prompt rows multiply; of a recurrent
         layer its states."""
         attention, host = self._spec.blocks[layer].attention, self._profile.host
-        if isinstance(attention, GatedDelta):
+        if isinstance(attention, Recurrent):
             per_row = attention_flops(attention, 0)
-            state = 2 * _F32 * per_row / 7 * seen.decode_rows  # read and written
+            state = 2 * _F32 * state_numbers(attention) * seen.decode_rows  # read and written
             return self._rates.memory(state) + seen.prompt_rows * per_row / host.prefill_attention
         decode, prompt = visible(attention, seen)
         seconds = decode * kept_numbers(attention) * self._kv_bytes / host.decode_attention

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from windlass.ids import Part
-from windlass.models.spec import Block, GatedDelta, ModelSpec, Moe
+from windlass.models.spec import Block, ModelSpec, Moe, Recurrent
 from windlass.perf.flops import active_experts, kept_numbers
 from windlass.perf.job_passes import PassRun
 from windlass.perf.op_cost import OpCost
@@ -104,7 +104,7 @@ def layer_kinds(spec: ModelSpec) -> list[tuple[int, int]]:
 
 def kv_layers(spec: ModelSpec) -> int:
     """Layers whose keys and values grow with the sequence."""
-    return sum(not isinstance(block.attention, GatedDelta) for block in spec.blocks)
+    return sum(not isinstance(block.attention, Recurrent) for block in spec.blocks)
 
 
 def kv_numbers(spec: ModelSpec) -> int:

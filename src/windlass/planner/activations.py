@@ -13,7 +13,18 @@ from windlass.kernels.limits import (
     attention_scratch_bytes,
     native_thread_bytes,
 )
-from windlass.models.spec import Attention, Block, Ffn, GatedDelta, Gqa, Mla, ModelSpec, Moe
+from windlass.models.spec import (
+    Attention,
+    Block,
+    Ffn,
+    GatedDelta,
+    Gqa,
+    Mla,
+    ModelSpec,
+    Moe,
+    Recurrent,
+    ShortConv,
+)
 from windlass.perf.sizes import Backend
 from windlass.schedule.batch import MOST_CAPTURED
 from windlass.units import MIB
@@ -86,12 +97,14 @@ def _attention(attention: Attention, width: int, rows: int, page_tokens: int) ->
             per_row = 3 * width + 2 * q + 4 * heads * latent + 4 * latent
             widths = (latent, attention.kv_lora_rank)
             scratch = attention_scratch_bytes(heads, 1, widths, page_tokens)
-        case GatedDelta():
-            return _delta(attention, width, rows)
+        case GatedDelta() | ShortConv():
+            return _recurrent(attention, width, rows)
     return rows * per_row + scratch // _F32
 
 
-def _delta(attention: GatedDelta, width: int, rows: int) -> int:
+def _recurrent(attention: Recurrent, width: int, rows: int) -> int:
+    if isinstance(attention, ShortConv):
+        return 10 * rows * width  # read, projected (3), gated, window, sums (3), output
     value = attention.num_v_heads * attention.v_head_dim
     return rows * (3 * width + 5 * attention.conv_dim + 5 * value)
 
@@ -123,8 +136,8 @@ def _native_attention(attention: Attention, width: int, rows: int, page_tokens: 
             heads, latent = attention.num_heads, attention.kv_lora_rank + attention.rope.dim
             query = heads * (attention.nope_dim + attention.rope.dim)
             per_row = 3 * width + 2 * query + 2 * heads * latent + 4 * latent
-        case GatedDelta():
-            return _delta(attention, width, rows)
+        case GatedDelta() | ShortConv():
+            return _recurrent(attention, width, rows)
     return rows * per_row
 
 
@@ -171,6 +184,8 @@ def _widest_input(attention: Attention) -> int:
             return max(attention.num_heads * attention.v_head_dim, attention.q_lora_rank or 0)
         case GatedDelta():
             return attention.num_v_heads * attention.v_head_dim
+        case ShortConv():
+            return 0  # as wide as the model
 
 
 def _intermediate(ffn: Ffn | Moe) -> int:

@@ -20,7 +20,9 @@ from windlass.quantize.scheme import GROUPS, IntegerScheme
 
 # Canonical names in a block. Gates of the delta rule (`a_proj`, `b_proj`) have few rows and decide
 # about much: they stay as they are, like routers.
-_LINEAR = re.compile(r"(([qkvoz]|gate|q_a|q_b|kv_a)_proj|k_up|v_up|shared\.(gate|up|down))\.weight")
+_LINEAR = re.compile(
+    r"(([qkvoz]|gate|in|q_a|q_b|kv_a)_proj|k_up|v_up|shared\.(gate|up|down))\.weight"
+)
 _NETWORK = ("gate", "up", "down")
 
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from windlass.decoder.delta import DeltaSegment
+from windlass.decoder.state_rows import StateSegment
 from windlass.device.base import Allocator
 from windlass.kernels.interface import AttentionWork
 from windlass.models.spec import Rope
@@ -19,7 +19,7 @@ class AttentionMetadata(NamedTuple):
     offsets: torch.Tensor  # within those pages: (T,) int64
     long_rope: torch.Tensor  # whether of a sequence that may outgrow the original context
     work: AttentionWork
-    delta: list[DeltaSegment]
+    segments: list[StateSegment]
     tables: dict[Rope, tuple[torch.Tensor, torch.Tensor]]  # cos and sin, filled as layers ask
 
 
@@ -42,8 +42,8 @@ def attention_metadata(micro: MicroBatch, page_tokens: int, memory: Allocator) -
         pages=tuple(s.pages for s in micro.segments),
         is_prompt=tuple(s.is_prompt for s in micro.segments),
     )
-    delta = [
-        DeltaSegment(
+    segments = [
+        StateSegment(
             first_row=row,
             num_rows=s.num_tokens,
             first_position=s.first_position,
@@ -59,6 +59,6 @@ def attention_metadata(micro: MicroBatch, page_tokens: int, memory: Allocator) -
         positions_T % page_tokens,
         memory.tensor(long_rope, dtype=torch.bool),
         work,
-        delta,
+        segments,
         {},
     )

@@ -147,5 +147,5 @@ class _Pass:
             for to, new in zip(tables, metadata.tables[rope], strict=True):
                 to.copy_(new)
         self.capture.begin(metadata.work)
-        self.metadata = own._replace(work=metadata.work, delta=metadata.delta)
+        self.metadata = own._replace(work=metadata.work, segments=metadata.segments)
         return self.metadata

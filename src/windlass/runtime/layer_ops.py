@@ -8,13 +8,13 @@ import torch
 
 from windlass.decoder import block as math
 from windlass.decoder.attention import CosSin, attention_output, project, value_width
-from windlass.decoder.delta import delta_attention
 from windlass.decoder.moe import dense_ffn, route, shared_expert
+from windlass.decoder.recurrent import recurrent_attention
 from windlass.decoder.rope import RopeTable
 from windlass.device.base import Allocator
 from windlass.kernels.interface import AttentionOptions, ExpertGroups, Kernels, Routes
 from windlass.kvcache.kv_cache import KvCache
-from windlass.models.spec import GatedDelta, Gqa, Mla, ModelSpec, Moe, Rope
+from windlass.models.spec import Gqa, Mla, ModelSpec, Moe, Recurrent, Rope
 from windlass.runtime.attention_metadata import AttentionMetadata
 from windlass.tensors import Tensors, floats_or_none, plain
 from windlass.trace import Tracer
@@ -61,8 +61,8 @@ class LayerOps:
         """Adds a block's attention to the hidden states, in place."""
         attention = self._spec.blocks[layer].attention
         with self._tracer.span("attention", layer=layer, rows=x_TD.shape[0]):
-            if isinstance(attention, GatedDelta):
-                self._delta(layer, attention, w, x_TD, metadata)
+            if isinstance(attention, Recurrent):
+                self._recurrent(layer, attention, w, x_TD, metadata)
             else:
                 self._softmax(layer, attention, w, x_TD, metadata)
 
@@ -183,17 +183,17 @@ class LayerOps:
             metadata.tables[rope] = found
         return metadata.tables[rope]
 
-    def _delta(
+    def _recurrent(
         self,
         layer: int,
-        attention: GatedDelta,
+        attention: Recurrent,
         w: Tensors,
         x_TD: torch.Tensor,
         metadata: AttentionMetadata,
     ) -> None:
         h_TD = math.attention_input(self._kernels, self._spec, w, x_TD)
         states = self._kv.states(layer)
-        y_TD = delta_attention(self._kernels, attention, w, h_TD, metadata.delta, states)
+        y_TD = recurrent_attention(self._kernels, attention, w, h_TD, metadata.segments, states)
         math.add_attention(self._kernels, self._spec, layer, w, x_TD, y_TD)
 
 

@@ -115,7 +115,7 @@ def delta_names(spec: ModelSpec, *, fused_first: bool) -> NameMap:
     if not fused_first:
         delta = {name: tuple(reversed(sources)) for name, sources in delta.items()}
         expert = {name: tuple(reversed(sources)) for name, sources in expert.items()}
-    return replace(names, attention=attention, delta=delta, expert=expert)
+    return replace(names, attention=attention, recurrent=delta, expert=expert)
 
 
 def _query_names(attention: Gqa, hidden: int) -> TensorSources:

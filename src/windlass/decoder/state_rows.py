@@ -1,0 +1,83 @@
+"""What recurrent layers have in common: the rows of sequences that a call has, chunks, and the
+short convolution. Pure math.
+
+Shapes: T rows, C channels of a convolution, K taps, n rows of one sequence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+CHUNK = 64  # positions; where a prompt is cut between passes, the cut is at a multiple of this
+_ALIGNMENT = 64  # bytes; a product's rounding may depend on where its operand lies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateSegment:
+    """The rows of one sequence in a call: consecutive rows, consecutive positions, one kind."""
+
+    first_row: int
+    num_rows: int
+    first_position: int  # 0: the state starts fresh
+    slot: int  # of the sequence in the state tensors
+    is_prompt: bool
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first_row, self.first_row + self.num_rows)
+
+
+def begin(segments: Sequence[StateSegment], states: Sequence[torch.Tensor]) -> None:
+    """Clears the states of sequences that begin."""
+    for segment in segments:
+        assert not (segment.is_prompt and segment.first_position % CHUNK), (
+            "prompt cut inside a chunk"
+        )
+        if segment.first_position == 0:
+            for state in states:
+                state[segment.slot].zero_()
+
+
+def convolve(
+    x_TC: torch.Tensor,
+    taps_CK: torch.Tensor,
+    segments: Sequence[StateSegment],
+    state: torch.Tensor,
+) -> torch.Tensor:
+    """Causal convolution per channel, over each sequence's rows and the last ones before them,
+    which `state` (slots, C, K - 1) holds and is advanced."""
+    out_TC = torch.empty_like(x_TC)
+    # decoding sequences have one row each and go together: sums are elementwise, in tap order
+    single = [s for s in segments if s.num_rows == 1]
+    if single:
+        rows, slots = [s.first_row for s in single], [s.slot for s in single]
+        window = torch.cat((state[slots], x_TC[rows, :, None]), dim=2)
+        out_TC[rows] = _taps(window.unbind(2), taps_CK)
+        state[slots] = window[:, :, 1:]
+    for segment in segments:
+        if segment.num_rows > 1:
+            window_nC = torch.cat((state[segment.slot].T, x_TC[segment.rows]))
+            shifted = [window_nC[i : i + segment.num_rows] for i in range(taps_CK.shape[1])]
+            out_TC[segment.rows] = _taps(shifted, taps_CK)
+            state[segment.slot] = window_nC[segment.num_rows :].T
+    return out_TC
+
+
+def _taps(shifted: Sequence[torch.Tensor], taps_CK: torch.Tensor) -> torch.Tensor:
+    total = shifted[0] * taps_CK[:, 0]
+    for i in range(1, taps_CK.shape[1]):
+        total += shifted[i] * taps_CK[:, i]
+    return total
+
+
+def heads_first(x: torch.Tensor) -> torch.Tensor:
+    """(n, H, ...) -> contiguous (H, CHUNK, ...), zeros beyond the rows."""
+    padded = x.new_zeros(x.shape[1], CHUNK, *x.shape[2:])
+    padded[:, : x.shape[0]] = x.transpose(0, 1)
+    return padded
+
+
+def aligned(state: torch.Tensor) -> torch.Tensor:
+    """A state, or a copy of it where it does not lie as products want it."""
+    return state if state.data_ptr() % _ALIGNMENT == 0 else state.clone()
