@@ -27,7 +27,7 @@ from windlass.prefetch.policies import FarthestNextUse
 from windlass.prefetch.usage import UsageForecast
 from windlass.runtime import simulated
 from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
-from windlass.schedule.passes import PassShape
+from windlass.schedule import passes
 
 _TOP_K = 8
 _DEPTH = 5  # blocks in flight, as planned for four threads
@@ -82,8 +82,10 @@ class _Model:
             self.weights = make(self.lanes, costs, **parts, **more)
         else:
             self.weights = make(self.lanes, costs, record(**parts), **more)
+        layer: Any = getattr(passes, "LayerShape", None)  # a record since then, too
+        shape: Any = True if layer is None else layer(True, "experts")
         self.prefetcher = prefetching.Prefetcher(
-            PassShape((True,) * layers, 1), dict.fromkeys(range(layers), experts),
+            passes.PassShape((shape,) * layers, 1), dict.fromkeys(range(layers), experts),
             self.weights.cache, self.forecast,
         )  # fmt: skip
 

@@ -88,6 +88,8 @@ _FROM_NONE: dict[str, Any] = {
     "logit_cap": 1.0,
     "rope": m.Rope(dim=2, theta=100.0),
     "shared": m.Shared(ffn=m.Ffn(intermediate=8)),
+    "attention": m.ShortConv(conv_kernel=2),
+    "ffn": m.Ffn(intermediate=8),
 }
 
 
@@ -155,7 +157,10 @@ def _siblings(old: Any) -> list[Any]:
         (m.Scaling, scalings),
         (m.Routing, routings),
         (m.Norm, [m.RmsNorm(eps=eps), m.LayerNorm(eps=eps, bias=False)]),
-        (m.Activation, [m.SwiGlu(), m.ClampedSwiGlu(alpha=1.7, limit=7.0), m.GeGlu()]),
+        (
+            m.Activation,
+            [m.SwiGlu(), m.ClampedSwiGlu(alpha=1.7, limit=7.0), m.GeGlu(), m.ReluSquared()],
+        ),
         (m.NoGroups | m.RoutingGroups, [m.NoGroups(), m.RoutingGroups(num=2, kept=1, score="max")]),
     ]
     for union, members in unions:

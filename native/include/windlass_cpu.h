@@ -78,7 +78,8 @@ typedef struct wl_product {
 } wl_product;
 
 /* One expert and its rows: row rows[i] of x goes through gate, up, activation and down to row
- * places[i] of out. Null rows or places: 0, 1, 2, ... Biases are fp32 or null. */
+ * places[i] of out. Null rows or places: 0, 1, 2, ... Biases are fp32 or null. The gate is null where
+ * the activation has none. */
 typedef struct wl_expert {
   const wl_matrix *gate, *up, *down;
   const float *gate_bias, *up_bias, *down_bias;
@@ -90,6 +91,7 @@ enum wl_activation {
   WL_SWIGLU = 0,         /* silu(gate) * up */
   WL_CLAMPED_SWIGLU = 1, /* GPT-OSS: gate <= limit, |up| <= limit, (up + 1) gate sigmoid(alpha gate) */
   WL_GEGLU = 2,          /* gelu(gate) * up, gelu in its tanh form */
+  WL_RELU_SQUARED = 3,   /* max(0, up)^2, no gate */
 };
 
 /* Rows of one sequence that attend together: consecutive rows and positions. */

@@ -183,23 +183,27 @@ inline V gelu(V x) {
 inline V activate(const ExpertRound &round, V gate, V up) {
   if (round.activation == WL_SWIGLU) return v_mul(silu(gate), up);
   if (round.activation == WL_GEGLU) return v_mul(gelu(gate), up);
+  if (round.activation == WL_RELU_SQUARED) return v_mul(v_max(v_zero(), up), v_max(v_zero(), up));
   // the limit comes first: min and max then pass on NaN in their second operand
   gate = v_min(v_set(round.limit), gate);
   up = v_max(v_set(-round.limit), v_min(v_set(round.limit), up));
   return v_mul(v_mul(v_add(up, v_set(1.0f)), gate), v_sigmoid(v_mul(gate, v_set(round.alpha))));
 }
 
+/// The gate; where there is none its sums lie like those of up.
+inline const wl_matrix &gate_of(const wl_expert &e) { return e.gate ? *e.gate : *e.up; }
+
 /// Panels of hidden columns that are made together.
 template <class Mode>
 inline int hidden_panels(const wl_expert &e, int64_t rows) {
-  return std::max(Layout<Mode>(*e.gate, rows).panels(), Layout<Mode>(*e.up, rows).panels());
+  return std::max(Layout<Mode>(gate_of(e), rows).panels(), Layout<Mode>(*e.up, rows).panels());
 }
 
 /// One panel of hidden columns from those of gate and up, packed for the down projection.
 template <class Mode>
 inline void activate_panel(const ExpertRound &round, const Segment &s, int64_t n0, float *gates, const float *ups) {
   const wl_expert &e = *s.expert;
-  const int64_t inner = e.gate->n, count = std::min<int64_t>(NR, inner - n0);
+  const int64_t inner = e.up->n, count = std::min<int64_t>(NR, inner - n0);
   float gate_bias[NR] = {}, up_bias[NR] = {};
   for (int64_t j = 0; j < count; j++) {
     if (e.gate_bias) gate_bias[j] = e.gate_bias[n0 + j];
@@ -208,7 +212,7 @@ inline void activate_panel(const ExpertRound &round, const Segment &s, int64_t n
   for (int64_t i = 0; i < s.rows; i++)
     for (int v = 0; v < NV; v++) {
       float *gate = gates + i * NR + v * W;
-      V g = v_load(gate), u = v_load(ups + i * NR + v * W);
+      V u = v_load(ups + i * NR + v * W), g = e.gate ? v_load(gate) : u;
       if (e.gate_bias) g = v_add(g, v_load(gate_bias + v * W));
       if (e.up_bias) u = v_add(u, v_load(up_bias + v * W));
       v_store(gate, activate(round, g, u));
@@ -228,9 +232,9 @@ inline void hidden_columns(const ExpertRound &round, const Segment &s, int64_t i
   const wl_expert &e = *s.expert;
   const int panels = hidden_panels<Mode>(e, s.rows);
   const int64_t n0 = item * panels * NR;
-  multiply_columns<Mode>(*e.gate, n0, panels, s.packed, s.rows, bench.panel, bench.groups, bench.first);
+  if (e.gate) multiply_columns<Mode>(*e.gate, n0, panels, s.packed, s.rows, bench.panel, bench.groups, bench.first);
   multiply_columns<Mode>(*e.up, n0, panels, s.packed_up, s.rows, bench.panel, bench.groups, bench.second);
-  for (int p = 0; p < panels && n0 + p * NR < e.gate->n; p++)
+  for (int p = 0; p < panels && n0 + p * NR < e.up->n; p++)
     activate_panel<Mode>(round, s, n0 + p * NR, bench.first + p * s.rows * NR, bench.second + p * s.rows * NR);
 }
 
@@ -242,16 +246,16 @@ inline void expert_task(wl::Team &team, int thread, void *context) {
     const auto [index, block] = locate(round.block_ends, i);
     const Segment &s = round.segments[size_t(index)];
     const wl_expert &e = *s.expert;
-    pack_block<Mode>(round.x, round.ldx, e.rows, s.first, Blocks{s.rows}, block, *e.gate, s.packed);
+    pack_block<Mode>(round.x, round.ldx, e.rows, s.first, Blocks{s.rows}, block, gate_of(e), s.packed);
     if (s.packed_up != s.packed) pack_block<Mode>(round.x, round.ldx, e.rows, s.first, Blocks{s.rows}, block, *e.up, s.packed_up);
   }
   auto fetch_hidden = [&](int64_t i) {
     if (i == round.hidden_ends.back()) return;
     const auto [index, item] = locate(round.hidden_ends, i);
     const Segment &s = round.segments[size_t(index)];
-    const wl_matrix &gate = *s.expert->gate, &up = *s.expert->up;
+    const wl_matrix &gate = gate_of(*s.expert), &up = *s.expert->up;
     const int64_t n0 = item * hidden_panels<Mode>(*s.expert, s.rows) * NR;
-    fetch_start(gate, n0, Layout<Mode>(gate, s.rows));
+    if (s.expert->gate) fetch_start(gate, n0, Layout<Mode>(gate, s.rows));
     fetch_start(up, n0, Layout<Mode>(up, s.rows));
   };
   auto fetch_out = [&](int64_t i) {
@@ -297,19 +301,19 @@ inline void experts(const float *x, int64_t ldx, float *out, int64_t ldo, const 
       const wl_expert &e = all[index];
       const int64_t rows = std::min(MC, e.num_rows - first);
       if (rows > 0) {
-        const Layout<Mode> gate(*e.gate, rows), up(*e.up, rows), down(*e.down, rows);
+        const Layout<Mode> gate(gate_of(e), rows), up(*e.up, rows), down(*e.down, rows);
         auto take = [&](int64_t width) {
           offsets.push_back(floats);
           floats += (rows * width + 15) / 16 * 16;
         };
-        take(gate.width(e.gate->k));
+        take(gate.width(e.up->k));
         take(gate == up ? 0 : up.width(e.up->k));
         take(down.width(e.down->k));
         round.segments.push_back({&e, first, rows, nullptr, nullptr, nullptr});
         round.block_ends.push_back(blocks += Blocks{rows}.count());
-        round.hidden_ends.push_back(hidden += num_items(e.gate->n, hidden_panels<Mode>(e, rows)));
+        round.hidden_ends.push_back(hidden += num_items(e.up->n, hidden_panels<Mode>(e, rows)));
         round.out_ends.push_back(outs += num_items(e.down->n, down.panels()));
-        round.max_groups = std::max({round.max_groups, gate.scratch_floats(*e.gate), up.scratch_floats(*e.up), down.scratch_floats(*e.down)});
+        round.max_groups = std::max({round.max_groups, gate.scratch_floats(gate_of(e)), up.scratch_floats(*e.up), down.scratch_floats(*e.down)});
       }
       first += rows;
       if (first >= e.num_rows) {
@@ -322,7 +326,7 @@ inline void experts(const float *x, int64_t ldx, float *out, int64_t ldo, const 
     for (size_t s = 0; s < round.segments.size(); s++) {
       Segment &segment = round.segments[s];
       const wl_expert &e = *segment.expert;
-      const bool shared = Layout<Mode>(*e.gate, segment.rows) == Layout<Mode>(*e.up, segment.rows);
+      const bool shared = Layout<Mode>(gate_of(e), segment.rows) == Layout<Mode>(*e.up, segment.rows);
       segment.packed = memory + offsets[3 * s];
       segment.packed_up = shared ? segment.packed : memory + offsets[3 * s + 1];
       segment.hidden = memory + offsets[3 * s + 2];

@@ -37,6 +37,7 @@ double turned(int kind, double gate) {
 }
 
 double activate(int kind, double gate, double up) {
+  if (kind == WL_RELU_SQUARED) return up > 0 ? up * up : 0;
   if (kind != WL_CLAMPED_SWIGLU) return gate / (1 + std::exp(-turned(kind, gate))) * up;
   gate = gate > double(LIMIT) ? double(LIMIT) : gate;
   up = up > double(LIMIT) ? double(LIMIT) : up < -double(LIMIT) ? -double(LIMIT) : up;
@@ -45,6 +46,7 @@ double activate(int kind, double gate, double up) {
 
 /// How much activate(gate, up) changes where its arguments change by `g` and `u`.
 double slope(int kind, double gate, double up, double g, double u) {
+  if (kind == WL_RELU_SQUARED) return (2 * std::fabs(up) + u) * u;
   const double one = 1.2 * (std::fabs(up) + 1) * (kind == WL_CLAMPED_SWIGLU ? double(ALPHA) + 1 : 1.0);
   return one * g + (std::fabs(gate) + g) * u;
 }
@@ -79,7 +81,7 @@ struct Case {
     width = run.size(most_width);
     ldx = width + run.pick<int64_t>({0, 0, 3}), ldo = width + run.pick<int64_t>({0, 0, 5});
     x = run.normals((num_rows - 1) * ldx + width);
-    kind = run.pick<int32_t>({WL_SWIGLU, WL_CLAMPED_SWIGLU, WL_GEGLU});
+    kind = run.pick<int32_t>({WL_SWIGLU, WL_CLAMPED_SWIGLU, WL_GEGLU, WL_RELU_SQUARED});
     precision = run.chance(0.4) ? WL_BF16_ACTIVATIONS : WL_FP32_ACTIVATIONS;
     const int64_t inner = run.size(most_inner);
     const test::Storage storage = test::any_storage(run);
@@ -112,6 +114,7 @@ struct Case {
   }
   wl_expert part(size_t i, int64_t first, int64_t last) const {
     wl_expert e = networks[i]->expert();
+    if (kind == WL_RELU_SQUARED) e.gate = nullptr, e.gate_bias = nullptr;
     e.rows = rows[i].data() + first, e.places = places[i].data() + first, e.num_rows = last - first;
     return e;
   }
@@ -231,7 +234,8 @@ TEST(activations_over_their_whole_range) {
   down.n = 2, down.k = 1, down.stride_n = 4;
   wl_expert e{};
   e.gate = &gate, e.up = &up, e.down = &down;
-  for (int32_t kind : {WL_SWIGLU, WL_CLAMPED_SWIGLU, WL_GEGLU}) {
+  for (int32_t kind : {WL_SWIGLU, WL_CLAMPED_SWIGLU, WL_GEGLU, WL_RELU_SQUARED}) {
+    if (kind == WL_RELU_SQUARED) e.gate = nullptr;
     for (int i = 0; i < run.tries(4000); i++) {
       float x[2] = {run.normal() * run.pick({1.0f, 10.0f, 60.0f, 100.0f}), run.normal() * run.pick({1.0f, 30.0f})}, out[2];
       if (run.chance(0.1)) x[0] = run.pick({0.0f, -0.0f, test::DENORMAL, 87.0f, -87.0f, 88.7f, -88.7f, 1e30f, -1e30f, 104.0f, -104.0f});

@@ -9,7 +9,7 @@ from attention import attention_work
 from windlass.kernels.interface import AttentionOptions
 from windlass.kernels.reference import gelu
 from windlass.kernels.row_counts import RowLadder
-from windlass.models.spec import ClampedSwiGlu, GeGlu, SwiGlu
+from windlass.models.spec import ClampedSwiGlu, GeGlu, ReluSquared, SwiGlu
 from windlass.tensors import PagedRows
 
 PAGE = 4
@@ -54,7 +54,9 @@ def test_batched_linear_is_right_and_row_independent(kernels):
         assert torch.equal(kernels.batched_linear(x[first:last], w), whole[first:last])
 
 
-@pytest.mark.parametrize("activation", [SwiGlu(), ClampedSwiGlu(alpha=1.702, limit=7.0), GeGlu()])
+@pytest.mark.parametrize(
+    "activation", [SwiGlu(), ClampedSwiGlu(alpha=1.702, limit=7.0), GeGlu(), ReluSquared()]
+)
 def test_expert_ffn_is_right_and_row_independent(kernels, activation):
     w = {
         "gate": torch.randn(24, 40).bfloat16(),
@@ -72,6 +74,9 @@ def test_expert_ffn_is_right_and_row_independent(kernels, activation):
     elif isinstance(activation, GeGlu):
         inner = 0.7978845608028654 * (gate + 0.044715 * gate**3)
         hidden = gate / 2 * (1 + torch.tanh(inner)) * up
+    elif isinstance(activation, ReluSquared):
+        del w["gate"]
+        hidden = up.relu() ** 2
     else:
         gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
         hidden = (up + 1) * gate * torch.sigmoid(1.702 * gate)

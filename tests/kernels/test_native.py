@@ -14,7 +14,16 @@ from backends import LIBRARY, NATIVE, kernels_of
 from windlass.kernels.cpu.native import NativeKernels
 from windlass.kernels.interface import AttentionOptions, AttentionWork, ExpertGroups
 from windlass.kernels.reference import TorchKernels
-from windlass.models.spec import ClampedSwiGlu, GeGlu, LayerNorm, NoScaling, RmsNorm, Rope, SwiGlu
+from windlass.models.spec import (
+    ClampedSwiGlu,
+    GeGlu,
+    LayerNorm,
+    NoScaling,
+    ReluSquared,
+    RmsNorm,
+    Rope,
+    SwiGlu,
+)
 from windlass.tensors import INT8_ZERO, PagedRows, StoredTensors
 
 TORCH = TorchKernels()
@@ -22,7 +31,9 @@ THREADS = (1, 2, 3)
 TYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SIZES = st.one_of(st.sampled_from([1, 7, 8, 16, 17, 31, 33, 64, 65, 255, 257]), st.integers(1, 300))
 SEEDS = st.integers(0, 10_000)
-ACTIVATIONS = st.sampled_from([SwiGlu(), ClampedSwiGlu(alpha=1.702, limit=7.0), GeGlu()])
+ACTIVATIONS = st.sampled_from(
+    [SwiGlu(), ClampedSwiGlu(alpha=1.702, limit=7.0), GeGlu(), ReluSquared()]
+)
 
 
 @pytest.fixture(scope="module", params=NATIVE)
@@ -118,6 +129,9 @@ def network(
 def test_experts(native, count, rows, width, inner, dtype, layout, activation, seed):
     torch.manual_seed(seed)
     networks = [network(width, inner, dtype, layout, seed % 2 == 0) for _ in range(count)]
+    if isinstance(activation, ReluSquared):
+        for w in networks:
+            del w["gate"]
     x = torch.randn(rows, width)
     chosen = [torch.randperm(rows)[: int(torch.randint(0, rows + 1, ()))] for _ in networks]
     counts = torch.tensor([len(one) for one in chosen])

@@ -247,7 +247,7 @@ def test_qk_norm_of_qwen3_may_be_said() -> None:
     "change",
     [
         {"hidden_act": "gelu"},
-        {"rms_norm_eps": "remove", "norm_eps": "remove"},
+        {"rms_norm_eps": "remove", "norm_eps": "remove", "layer_norm_epsilon": "remove"},
         {"vocab_size": "remove"},
         {"num_experts_per_tok": 10_000, "experts_per_token": "remove"},
         {"num_hidden_layers": 0},
@@ -310,6 +310,14 @@ def test_settings_that_are_not_supported(model_type: str, change: dict[str, Any]
         ("lfm2_moe", {"layer_types": ["conv"] * 23 + ["short_conv"]}),
         ("lfm2_moe", {"tie_word_embeddings": False}),
         ("granitemoe", {"shared_intermediate_size": 512}),
+        ("nemotron_h", {"hybrid_override_pattern": "ME" * 25 + "M|"}),
+        ("nemotron_h", {"hybrid_override_pattern": "ME*"}),
+        ("nemotron_h", {"layers_block_type": ["mamba", "moe"] * 25 + ["moe", "conv"]}),
+        ("nemotron_h", {"moe_latent_size": 1024}),
+        ("nemotron_h", {"n_groups": 7}),
+        ("nemotron_h", {"n_shared_experts": 2}),
+        ("nemotron_h", {"time_step_limit": [0.001, float("inf")]}),
+        ("nemotron_h", {"use_bias": True}),
         ("phimoe", {"num_experts_per_tok": 3}),
         ("dbrx", {"tie_word_embeddings": True}),
         ("dbrx", {"rope_theta": 10000.0}),
@@ -365,8 +373,9 @@ def test_factors_of_long_contexts() -> None:
 def test_published_parameter_counts(model_type: str) -> None:
     spec, _ = read_spec(published(model_type))
     assert cost.num_parameters(spec) == PUBLISHED[model_type][1]
-    kinds = PUBLISHED[model_type][0].get("layer_types", [])[:4] or None
-    small = read_spec(published(model_type, num_hidden_layers=4, n_layers=4, layer_types=kinds))
+    keys = ("layer_types", "hybrid_override_pattern")
+    kinds = {key: PUBLISHED[model_type][0].get(key, "")[:4] or None for key in keys}
+    small = read_spec(published(model_type, num_hidden_layers=4, n_layers=4, **kinds))
     elements = sum(_elements(shape) for shape in expected_tensors(*small).values())
     assert elements == cost.num_parameters(small[0])
 
@@ -387,6 +396,16 @@ def test_cache_of_a_token(model_type: str, num_bytes: int) -> None:
     spec, _ = read_spec(published(model_type))
     assert bytes_per_token(cache_shapes(spec), torch.bfloat16) == num_bytes
     assert state_bytes(cache_shapes(spec)) == 0
+
+
+def test_a_state_in_place_of_a_cache() -> None:
+    lfm2, nemotron = (read_spec(published(name))[0] for name in ("lfm2_moe", "nemotron_h"))
+    for spec, attention, state in (
+        (lfm2, 6 * 2 * 8 * 64, 18 * 2 * 2048),
+        (nemotron, 6 * 2 * 2 * 128, 23 * (3 * 6144 + 64 * 64 * 128)),
+    ):
+        assert bytes_per_token(cache_shapes(spec), torch.bfloat16) == 2 * attention
+        assert state_bytes(cache_shapes(spec)) == 4 * state
 
 
 def test_operations() -> None:

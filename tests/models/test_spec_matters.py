@@ -23,6 +23,7 @@ from windlass.models.spec import (
     GeGlu,
     Moe,
     NoGroups,
+    ReluSquared,
     RoutingGroups,
     SparseMixer,
 )
@@ -77,8 +78,10 @@ class PlainKernels(TorchKernels):
         return torch.einsum("tha,hba->thb", x_THa, w_Hba)
 
     def expert_ffn(self, x_ND: torch.Tensor, w: Tensors, activation: Activation) -> torch.Tensor:
-        gate = self.linear(x_ND, w["gate"], w.get("gate_bias"))
         up = self.linear(x_ND, w["up"], w.get("up_bias"))
+        if isinstance(activation, ReluSquared):
+            return self.linear(functional.relu(up) ** 2, w["down"], w.get("down_bias"))
+        gate = self.linear(x_ND, w["gate"], w.get("gate_bias"))
         if isinstance(activation, ClampedSwiGlu):
             gate, limit = gate.clamp(max=activation.limit), activation.limit
             hidden = (up.clamp(-limit, limit) + 1) * gate * torch.sigmoid(activation.alpha * gate)

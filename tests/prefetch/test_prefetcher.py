@@ -15,7 +15,7 @@ from windlass.prefetch.prefetcher import Prefetcher
 from windlass.prefetch.usage import UsageForecast
 from windlass.runtime.clock import Clock, Lanes
 from windlass.runtime.simulated import SimulatedParts, SimulatedWeights
-from windlass.schedule.passes import PassShape
+from windlass.schedule.passes import LayerShape, PassShape
 from windlass.weights.hints import Hint, HintQueue
 
 LINK_S = 1.0  # of a part
@@ -47,7 +47,7 @@ class Model:
             depth=2,
         )
         self.cache = self.weights.cache
-        shape = PassShape((True,) * layers, 1)
+        shape = PassShape((LayerShape(True, "experts"),) * layers, 1)
         self.prefetcher = Prefetcher(
             shape, dict.fromkeys(range(layers), experts), self.cache, self.forecast
         )

@@ -20,11 +20,11 @@ from windlass.plan import SCHEDULES
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
 PLAIN = [(family, "auto") for family in FAMILIES]  # and what keys and values are kept in
 MODELS = [
-    *PLAIN, ("gemma4_text", "auto"), ("lfm2_moe", "auto"),
+    *PLAIN, ("gemma4_text", "auto"), ("lfm2_moe", "auto"), ("nemotron_h", "auto"),
     ("qwen3_moe", "int8"), ("deepseek_v3", "int8"), ("gpt_oss", "int8"),
 ]  # fmt: skip
 LENGTHS = (90, 3, 33, 64, 17, 150)
-COMBINATIONS = 6  # of each model: 54 in all
+COMBINATIONS = 6  # of each model: 60 in all
 
 
 def _requests():

@@ -280,7 +280,7 @@ def test_the_schedule_on_a_device_reaches_its_closed_form(rates, share, binds):
     moe = Moe(num_experts=8, top_k=2, routing=TopKSoftmax(), expert=Ffn(intermediate=8))
     block = Block(attention=SPECS["olmoe-1b-7b"].blocks[0].attention, ffn=moe)
     spec = replace(SPECS["olmoe-1b-7b"], blocks=(block,) * layers)
-    forecast, shape = usage_forecast(spec), PassShape((True,) * layers, 0)
+    forecast, shape = usage_forecast(spec), PassShape.of(spec, 0)
     costs = DeviceCosts(SHAPE, rates, share)
     lanes = Lanes(Clock(), DEVICE_LANES)
     moving = 16 if share.on_disk else 4  # the disk works ahead into slots

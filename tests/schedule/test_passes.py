@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 
 from windlass.ids import Part, WeightKey
 from windlass.schedule.batch import CHUNK_TOKENS, Segment, make_batch
-from windlass.schedule.passes import PassShape, run_pass
+from windlass.schedule.passes import LayerShape, PassShape, run_pass
 from windlass.schedule.runtime import Routed
+
+DENSE, EXPERTS = LayerShape(True, "dense"), LayerShape(True, "experts")
 
 
 class RecordingRuntime:
@@ -96,7 +98,7 @@ def _segment(name, first, count, *, is_prompt=True, wants_logits=True):
 def test_a_pass_runs_attention_by_micro_batch_and_each_expert_once():
     batch = make_batch([_segment(0, 0, 100), _segment(1, 0, 60)], micro_batch_tokens=128)
     runtime = RecordingRuntime(experts=(1, 4, 6))
-    assert run_pass(runtime, PassShape((False, True), 2), batch) == "logits"
+    assert run_pass(runtime, PassShape((DENSE, EXPERTS), 2), batch) == "logits"
     assert not runtime.held
     assert runtime.calls == [
         ("begin", 160),
@@ -117,17 +119,29 @@ def test_a_pass_runs_attention_by_micro_batch_and_each_expert_once():
     ]
 
 
+def test_layers_with_half_a_block_compute_that_half():
+    batch = make_batch([_segment(0, 0, 64)], micro_batch_tokens=64)
+    runtime = RecordingRuntime(experts=(0, 4))
+    halves = LayerShape(True, "none"), LayerShape(False, "experts"), LayerShape(False, "dense")
+    run_pass(runtime, PassShape(halves, 0), batch)
+    assert not runtime.held
+    assert [call for call in runtime.calls if call[0] != "prefetch"] == [
+        ("begin", 64), ("attention", 0, 0, 64), ("route", 1), ("experts", 1, 4),
+        ("experts", 1, 0), ("combine", 1), ("dense", 2),
+    ]  # fmt: skip
+
+
 def test_a_pass_without_wanted_logits_does_not_touch_the_head():
     batch = make_batch([_segment(0, 0, 64, wants_logits=False)], micro_batch_tokens=64)
     runtime = RecordingRuntime(experts=(0,))
-    run_pass(runtime, PassShape((True,), 3), batch)
+    run_pass(runtime, PassShape((EXPERTS,), 3), batch)
     assert not [call for call in runtime.calls if call[0] == "head"]
 
 
 def test_a_replayed_layer_is_not_computed_again():
     batch = make_batch([_segment(0, 0, 64)], micro_batch_tokens=64)
     runtime = RecordingRuntime(experts=(0,), replayed=(0, 2))
-    run_pass(runtime, PassShape((True, False, True), 1), batch)
+    run_pass(runtime, PassShape((EXPERTS, DENSE, EXPERTS), 1), batch)
     assert [call for call in runtime.calls if call[0] != "prefetch"] == [
         ("begin", 64), ("attention", 1, 0, 64), ("dense", 1), ("head", 0),
     ]  # fmt: skip

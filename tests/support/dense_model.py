@@ -11,7 +11,7 @@ from safetensors import safe_open
 from families import VOCAB
 from windlass.checkpoint.layout import build_layout, with_stored_head
 from windlass.decoder import block as math
-from windlass.decoder.attention import attention_output, project
+from windlass.decoder.attention import CosSin, attention_output, project
 from windlass.decoder.moe import dense_ffn, route, shared_expert
 from windlass.decoder.recurrent import recurrent_attention, state_shapes
 from windlass.decoder.rope import RopeTable
@@ -22,7 +22,7 @@ from windlass.kernels.interface import Kernels
 from windlass.kernels.reference import TorchKernels
 from windlass.models.names import Piece, Reshape, Take, TensorInfo
 from windlass.models.registry import read_spec
-from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec, Moe, Recurrent
+from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec, Moe, Recurrent, Rope
 
 # In fp32 the largest difference measured is 3.0e-6 (deepseek_v3, phimoe), logits of order 1.
 TOLERANCE = 1e-4
@@ -76,8 +76,10 @@ def dense_logits(
     x = math.embed(spec, checkpoint.part(Part.EMBED)["weight"][ids])
     for layer in range(len(spec.blocks)):
         w = checkpoint.part(Part.BLOCK, layer)
-        _attend(kernels, spec, layer, w, x)
-        feed_forward(checkpoint, layer, w, x, kernels)
+        if spec.blocks[layer].attention is not None:
+            _attend(kernels, spec, layer, w, x)
+        if spec.blocks[layer].ffn is not None:
+            feed_forward(checkpoint, layer, w, x, kernels)
     final = checkpoint.part(Part.FINAL)
     h = math.final_norm(kernels, spec, final, x)
     chunks, first = [], 0
@@ -97,11 +99,8 @@ def _attend(
     if isinstance(attention, Recurrent):
         _mix(kernels, spec, layer, w, x)
         return
-    assert isinstance(attention, Gqa | Mla) and attention.rope is not None
-    table, num = RopeTable(attention.rope, HostAllocator()), len(x)
-    scaling = attention.rope.scaling
-    is_long = isinstance(scaling, LongRopeScaling) and num > scaling.original_max
-    cos_sin = table.cos_sin(torch.arange(num), long_T=is_long)
+    assert isinstance(attention, Gqa | Mla)
+    cos_sin = None if attention.rope is None else _cos_sin(attention.rope, len(x))
     h = math.attention_input(kernels, spec, w, x)
     got = project(kernels, attention, spec.norm, w, h, cos_sin)
     window = attention.window if isinstance(attention, Gqa) else None
@@ -109,6 +108,11 @@ def _attend(
     o = _naive(got.q_THd, got.key_TKd, got.value_TKv, attention.scale, window, sinks)
     y = attention_output(kernels, attention, w, o, got.gate_THv)
     math.add_attention(kernels, spec, layer, w, x, y)
+
+
+def _cos_sin(rope: Rope, num: int) -> CosSin:
+    is_long = isinstance(rope.scaling, LongRopeScaling) and num > rope.scaling.original_max
+    return RopeTable(rope, HostAllocator()).cos_sin(torch.arange(num), long_T=is_long)
 
 
 def _mix(
@@ -157,6 +161,7 @@ def feed_forward(
     """The network of a block, added to the hidden states `x`."""
     spec = checkpoint.spec
     ffn = spec.blocks[layer].ffn
+    assert ffn is not None
     if not isinstance(ffn, Moe):
         h = math.ffn_input(kernels, spec, w, x)
         y = dense_ffn(kernels, ffn, checkpoint.part(Part.FFN, layer), h)

@@ -222,7 +222,22 @@ CASES: dict[str, dict[str, Any]] = {
         tie_word_embeddings=False,
         rope_parameters=dict(rope_type="default", rope_theta=2e3),
     ),
-}
+    "nemotron_h": dict(
+        layers_block_type=["linear_attention", "moe", "full_attention", "linear_attention",
+                           "mlp", "moe"],
+        head_dim=12,
+        mamba_num_heads=6,
+        mamba_head_dim=10,
+        n_groups=3,
+        ssm_state_size=14,
+        conv_kernel=3,
+        time_step_min=1e-30,  # transformers 5 raises steps to it, but those of prompts alone
+        moe_shared_expert_intermediate_size=20,
+        layer_norm_epsilon=1e-3,
+        **{key: value for key, value in _GROUPS.items()
+           if key not in ("first_k_dense_replace", "n_shared_experts")},
+    ),
+}  # fmt: skip
 
 
 def make_checkpoint(
@@ -301,6 +316,13 @@ def rewrite_config(path: Path, *, old_spelling: bool = False, **changes: Any) ->
 
 def _old_spelling(config: dict[str, Any]) -> None:
     config["torch_dtype"] = config.pop("dtype")
+    if config["model_type"] == "nemotron_h":  # no release had it: as its own code writes it
+        letters = {"linear_attention": "M", "full_attention": "*", "moe": "E", "mlp": "-"}
+        kinds = config.pop("layers_block_type")
+        config["hybrid_override_pattern"] = "".join(letters[kind] for kind in kinds)
+        config |= {"num_hidden_layers": len(kinds), "time_step_limit": [0.0, float("inf")]}
+        config |= {"norm_eps": config["layer_norm_epsilon"], "rope_theta": 10000}
+        return
     if config["model_type"] in ("qwen2_moe", "qwen3_moe", "olmoe"):
         config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
     if config["model_type"] != "lfm2_moe":  # which always had them

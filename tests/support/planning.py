@@ -13,7 +13,7 @@ from windlass.hardware.profile import Curve, HardwareProfile
 from windlass.ids import Part
 from windlass.models.registry import read_spec
 from windlass.models.shapes import block_shapes, ffn_shapes
-from windlass.models.spec import ModelSpec, Moe
+from windlass.models.spec import Ffn, ModelSpec, Moe
 from windlass.perf import simulation as timing
 from windlass.perf.sizes import Backend, Sizes
 from windlass.plan import Plan
@@ -35,7 +35,7 @@ def sizes_of(spec: ModelSpec) -> Sizes:
         return round_up(2 * elements, 4 * KIB)
 
     moes = [b.ffn for b in spec.blocks if isinstance(b.ffn, Moe)]
-    dense = [b.ffn for b in spec.blocks if not isinstance(b.ffn, Moe)]
+    dense = [b.ffn for b in spec.blocks if isinstance(b.ffn, Ffn)]
     table = 2 * spec.vocab_size * spec.hidden_size
     chunk = min(16 * MIB, round_up(table, 4 * KIB))
     slots = {

@@ -164,6 +164,26 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         8_339_930_560,
     ),
+    "nemotron_h": (  # NVIDIA-Nemotron-3-Nano-30B-A3B
+        dict(
+            attention_bias=False, chunk_size=128, conv_kernel=4, expand=2, head_dim=128,
+            hidden_size=2688,
+            hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+            intermediate_size=1856, layer_norm_epsilon=1e-5, mamba_head_dim=64,
+            mamba_hidden_act="silu", mamba_num_heads=64, mamba_proj_bias=False,
+            max_position_embeddings=262144, mlp_bias=False, mlp_hidden_act="relu2",
+            moe_intermediate_size=1856, moe_shared_expert_intermediate_size=3712, n_group=1,
+            n_groups=8, n_routed_experts=128, n_shared_experts=1, norm_eps=1e-5,
+            norm_topk_prob=True, num_attention_heads=32, num_experts_per_tok=6,
+            num_hidden_layers=52, num_key_value_heads=2, partial_rotary_factor=1.0,
+            rope_theta=10000, routed_scaling_factor=2.5, sliding_window=None, ssm_state_size=128,
+            tie_word_embeddings=False, time_step_floor=1e-4,
+            time_step_limit=[0.0, float("inf")], time_step_max=0.1, time_step_min=0.001,
+            topk_group=1, torch_dtype="bfloat16", use_bias=False, use_conv_bias=True,
+            vocab_size=131072,
+        ),
+        31_577_940_288,
+    ),
 }  # fmt: skip
 
 # The text model of a Qwen3.5-MoE of a few KiB.

@@ -60,14 +60,16 @@ CACHE_DTYPES = {
 
 def pass_shape(spec: ModelSpec, layout: Layout) -> PassShape:
     """What the schedule must know of a model."""
-    is_moe = tuple(isinstance(block.ffn, Moe) for block in spec.blocks)
-    return PassShape(is_moe, len(layout.keys(Part.HEAD)))
+    return PassShape.of(spec, len(layout.keys(Part.HEAD)))
 
 
-def cache_shapes(spec: ModelSpec) -> list[CacheShape]:
-    """What each layer keeps of a sequence."""
-    shapes: list[CacheShape] = []
+def cache_shapes(spec: ModelSpec) -> list[CacheShape | None]:
+    """What each layer keeps of a sequence; None where it has no attention."""
+    shapes: list[CacheShape | None] = []
     for block in spec.blocks:
+        if block.attention is None:
+            shapes.append(None)
+            continue
         if isinstance(block.attention, Recurrent):
             shapes.append(StateShape(state_shapes(block.attention, spec.hidden_size)))
             continue

@@ -37,6 +37,8 @@ def _wanted_block(spec: ModelSpec, names: NameMap, layer: int) -> Iterator[Wante
     attention = names.recurrent if is_recurrent else names.attention
     sources = {**names.block, **attention, **names.moe}
     yield from _wanted(WeightKey(Part.BLOCK, layer), block_shapes(spec, layer), sources)
+    if block.ffn is None:
+        return
     if isinstance(block.ffn, Ffn):
         shapes = ffn_shapes(block.ffn, hidden)
         yield from _wanted(WeightKey(Part.FFN, layer), shapes, names.ffn)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from windlass.kernels.interface import Kernels
-from windlass.models.spec import Attention, GatedDelta, Gqa, Mla, Norm, RmsNorm, ShortConv
+from windlass.models.spec import Attention, GatedDelta, Gqa, Mamba2, Mla, Norm, RmsNorm, ShortConv
 from windlass.tensors import Packed, PackedStack, Tensors, plain
 
 CosSin = tuple[torch.Tensor, torch.Tensor]  # of each row, (T, r)
@@ -39,7 +39,7 @@ def kv_shape(attention: Attention) -> tuple[int, int, int] | None:
             return attention.num_kv_heads, attention.head_dim, attention.head_dim
         case Mla():
             return 1, attention.kv_lora_rank + attention.rope.dim, 0
-        case GatedDelta() | ShortConv():
+        case GatedDelta() | ShortConv() | Mamba2():
             return None
 
 

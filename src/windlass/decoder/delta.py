@@ -20,12 +20,12 @@ import torch.nn.functional as F
 
 from windlass.decoder.attention import linear
 from windlass.decoder.state_rows import (
-    CHUNK,
+    Decays,
     StateSegment,
-    aligned,
     begin,
     convolve,
     heads_first,
+    scan,
 )
 from windlass.kernels.interface import Kernels
 from windlass.models.spec import GatedDelta
@@ -62,18 +62,12 @@ def delta_attention(
     segment at position 0 overwrites what its slot held. The segments cover all rows.
     """
     begin(segments, states)
-    conv_state, ssm_state = states
-    inputs = _project(kernels, spec, w, h_TD, segments, conv_state)
-    out_THv = torch.empty_like(inputs.v_nHv)
-    for segment in segments:
-        state = aligned(ssm_state[segment.slot])
-        step = CHUNK if segment.is_prompt else 1
-        advance = _chunk if segment.is_prompt else _token
-        for first in range(segment.first_row, segment.rows.stop, step):
-            rows = slice(first, min(first + step, segment.rows.stop))
-            out_THv[rows] = advance(kernels, inputs.at(rows), state)
-        if state.data_ptr() != ssm_state[segment.slot].data_ptr():
-            ssm_state[segment.slot].copy_(state)
+    inputs = _project(kernels, spec, w, h_TD, segments, states[0])
+
+    def advance(rows: slice, state: torch.Tensor, is_prompt: bool) -> torch.Tensor:
+        return (_chunk if is_prompt else _token)(kernels, inputs.at(rows), state)
+
+    out_THv = scan(advance, segments, states[1], torch.empty_like(inputs.v_nHv))
     return _output(kernels, spec, w, h_TD, out_THv)
 
 
@@ -87,7 +81,7 @@ def _project(
 ) -> _Inputs:
     *mixed, step_TH, beta_TH = kernels.linears(h_TD, w, _PROJECTIONS)
     mixed_TC = torch.cat(mixed, dim=-1)
-    mixed_TC = convolve(mixed_TC, plain(w, "conv.weight").float(), segments, conv_state)
+    mixed_TC = convolve(mixed_TC, w, segments, conv_state)
     mixed_TC = kernels.pointwise(F.silu, mixed_TC)
     width = spec.num_k_heads * spec.k_head_dim
     q, k, v = mixed_TC[:, :width], mixed_TC[:, width : 2 * width], mixed_TC[:, 2 * width :]
@@ -127,12 +121,7 @@ def _chunk(kernels: Kernels, x: _Inputs, state_Hdv: torch.Tensor) -> torch.Tenso
     num_rows, groups = x.v_nHv.shape[0], state_Hdv.shape[0] // x.k_nGd.shape[1]
     q_GLd, k_GLd, v_HLv = (heads_first(t) for t in x[:3])
     log_decay_HL, beta_HL1 = heads_first(x.log_decay_nH), heads_first(x.beta_nH)[..., None]
-    until_HL = log_decay_HL.cumsum(dim=-1)  # log of the decay from before the chunk to each row
-    within_HLL = until_HL[:, :, None] - until_HL[:, None]
-    # the upper triangle is never used; 0 keeps exp finite there
-    within_HLL = kernels.pointwise(torch.exp, within_HLL.tril()).tril()
-    from_start_HL1 = kernels.pointwise(torch.exp, until_HL)[..., None]
-    to_end_HL1 = kernels.pointwise(torch.exp, until_HL[:, -1:] - until_HL)[..., None]
+    within_HLL, from_start_HL1, to_end_HL1 = Decays.of(kernels, log_decay_HL)
     overlap_HLL, scores_HLL = (
         torch.bmm(t, k_GLd.transpose(1, 2)).repeat_interleave(groups, dim=0) * within_HLL
         for t in (k_GLd, q_GLd)

@@ -25,7 +25,7 @@ def route(
 
 def shared_expert(k: Kernels, shared: Shared, w: Tensors, h_TD: torch.Tensor) -> torch.Tensor:
     """The expert that every row uses -> (T, D)."""
-    names = ("gate", "up", "down")
+    names = shared.ffn.matrices
     own = {name: w[f"shared.{name}.weight"] for name in names}
     if shared.ffn.bias:
         own |= {f"{name}_bias": w[f"shared.{name}.bias"] for name in names}

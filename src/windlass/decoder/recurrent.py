@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 
 from windlass.decoder.delta import delta_attention
+from windlass.decoder.mamba import mamba
 from windlass.decoder.short_conv import short_convolution
 from windlass.decoder.state_rows import StateSegment
 from windlass.kernels.interface import Kernels
-from windlass.models.spec import GatedDelta, Recurrent, ShortConv
+from windlass.models.spec import GatedDelta, Mamba2, Recurrent, ShortConv
 from windlass.tensors import Tensors
 
 
@@ -18,6 +19,9 @@ def state_shapes(attention: Recurrent, hidden: int) -> tuple[tuple[int, ...], ..
     match attention:
         case GatedDelta():
             heads = (attention.num_v_heads, attention.k_head_dim, attention.v_head_dim)
+            return (attention.conv_dim, attention.conv_kernel - 1), heads
+        case Mamba2():
+            heads = (attention.num_heads, attention.state_dim, attention.head_dim)
             return (attention.conv_dim, attention.conv_kernel - 1), heads
         case ShortConv():
             return ((hidden, attention.conv_kernel - 1),)
@@ -36,5 +40,7 @@ def recurrent_attention(
     match attention:
         case GatedDelta():
             return delta_attention(kernels, attention, w, h_TD, segments, states)
+        case Mamba2():
+            return mamba(kernels, attention, w, h_TD, segments, states)
         case ShortConv():
             return short_convolution(kernels, w, h_TD, segments, states)

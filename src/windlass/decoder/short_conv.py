@@ -12,7 +12,7 @@ import torch
 from windlass.decoder.attention import linear
 from windlass.decoder.state_rows import StateSegment, begin, convolve
 from windlass.kernels.interface import Kernels
-from windlass.tensors import Tensors, plain, plain_or_none
+from windlass.tensors import Tensors
 
 
 def short_convolution(
@@ -26,8 +26,5 @@ def short_convolution(
     segments' slots in place. The segments cover all rows."""
     begin(segments, states)
     gate_in, gate_out, x_TD = linear(kernels, w, "in_proj", h_TD).chunk(3, dim=-1)
-    mixed_TD = convolve(gate_in * x_TD, plain(w, "conv.weight").float(), segments, states[0])
-    bias_D = plain_or_none(w, "conv.bias")
-    if bias_D is not None:
-        mixed_TD += bias_D.float()
+    mixed_TD = convolve(gate_in * x_TD, w, segments, states[0])
     return linear(kernels, w, "o_proj", gate_out * mixed_TD)

@@ -1,13 +1,18 @@
 """What recurrent layers have in common: the rows of sequences that a call has, chunks, and the
 short convolution. Pure math.
 
-Shapes: T rows, C channels of a convolution, K taps, n rows of one sequence.
+Shapes: T rows, C channels of a convolution, K taps, n rows of one sequence, H heads, L = CHUNK
+positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+from windlass.kernels.interface import Kernels
+from windlass.tensors import Tensors, plain, plain_or_none
 
 CHUNK = 64  # positions; where a prompt is cut between passes, the cut is at a multiple of this
 _ALIGNMENT = 64  # bytes; a product's rounding may depend on where its operand lies
@@ -40,14 +45,13 @@ def begin(segments: Sequence[StateSegment], states: Sequence[torch.Tensor]) -> N
 
 
 def convolve(
-    x_TC: torch.Tensor,
-    taps_CK: torch.Tensor,
-    segments: Sequence[StateSegment],
-    state: torch.Tensor,
+    x_TC: torch.Tensor, w: Tensors, segments: Sequence[StateSegment], state: torch.Tensor
 ) -> torch.Tensor:
     """Causal convolution per channel, over each sequence's rows and the last ones before them,
-    which `state` (slots, C, K - 1) holds and is advanced."""
-    out_TC = torch.empty_like(x_TC)
+    which `state` (slots, C, K - 1) holds and is advanced. `w`: `conv.weight` (C, K), `conv.bias`
+    where the part has it."""
+    taps_CK, bias_C = plain(w, "conv.weight").float(), plain_or_none(w, "conv.bias")
+    out_TC = torch.empty(x_TC.shape)
     # decoding sequences have one row each and go together: sums are elementwise, in tap order
     single = [s for s in segments if s.num_rows == 1]
     if single:
@@ -61,7 +65,7 @@ def convolve(
             shifted = [window_nC[i : i + segment.num_rows] for i in range(taps_CK.shape[1])]
             out_TC[segment.rows] = _taps(shifted, taps_CK)
             state[segment.slot] = window_nC[segment.num_rows :].T
-    return out_TC
+    return out_TC if bias_C is None else out_TC.add_(bias_C.float())
 
 
 def _taps(shifted: Sequence[torch.Tensor], taps_CK: torch.Tensor) -> torch.Tensor:
@@ -78,6 +82,41 @@ def heads_first(x: torch.Tensor) -> torch.Tensor:
     return padded
 
 
-def aligned(state: torch.Tensor) -> torch.Tensor:
-    """A state, or a copy of it where it does not lie as products want it."""
-    return state if state.data_ptr() % _ALIGNMENT == 0 else state.clone()
+def scan(
+    advance: Callable[[slice, torch.Tensor, bool], torch.Tensor],
+    segments: Sequence[StateSegment],
+    states: torch.Tensor,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """`out`, filled with what `advance` gives for rows of one sequence, its state, which it
+    advances, and whether they are prompt: chunk by chunk then, else row by row."""
+    for segment in segments:
+        own = states[segment.slot]
+        state = own if own.data_ptr() % _ALIGNMENT == 0 else own.clone()
+        step = CHUNK if segment.is_prompt else 1
+        for first in range(segment.first_row, segment.rows.stop, step):
+            rows = slice(first, min(first + step, segment.rows.stop))
+            out[rows] = advance(rows, state, segment.is_prompt)
+        if state is not own:
+            own.copy_(state)
+    return out
+
+
+class Decays(NamedTuple):
+    """By how much a state of each head decays: from a chunk's row to a later one, from before the
+    chunk to each row, from each row to the chunk's end."""
+
+    within_HLL: torch.Tensor
+    from_start_HL1: torch.Tensor
+    to_end_HL1: torch.Tensor
+
+    @classmethod
+    def of(cls, kernels: Kernels, log_decay_HL: torch.Tensor) -> "Decays":
+        until_HL = log_decay_HL.cumsum(dim=-1)  # from before the chunk to each row
+        within_HLL = until_HL[:, :, None] - until_HL[:, None]
+        # the upper triangle is never used; 0 keeps exp finite there
+        return cls(
+            kernels.pointwise(torch.exp, within_HLL.tril()).tril(),
+            kernels.pointwise(torch.exp, until_HL)[..., None],
+            kernels.pointwise(torch.exp, until_HL[:, -1:] - until_HL)[..., None],
+        )

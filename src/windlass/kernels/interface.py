@@ -127,8 +127,8 @@ class Kernels(Protocol):
         ...
 
     def expert_ffn(self, x_ND: torch.Tensor, w: Tensors, activation: Activation) -> torch.Tensor:
-        """gate, up, activation, down. `w`: `gate` (I, D), `up` (I, D), `down` (D, I) and, where the
-        experts have biases, `gate_bias`, `up_bias`, `down_bias`."""
+        """gate, up, activation, down. `w`: `gate` (I, D) where the activation has one, `up` (I, D),
+        `down` (D, I) and, where the experts have biases, `gate_bias`, `up_bias`, `down_bias`."""
         ...
 
     def experts(

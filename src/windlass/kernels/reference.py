@@ -24,7 +24,16 @@ from windlass.kernels.limits import TILE_BYTES
 from windlass.kernels.row_counts import RowLadder, pad_rows
 from windlass.kernels.torch_attention import paged_attention
 from windlass.kernels.widened import WidenedWeights, widened_heads
-from windlass.models.spec import Activation, ClampedSwiGlu, GeGlu, Norm, Rope, Routing
+from windlass.models.spec import (
+    Activation,
+    ClampedSwiGlu,
+    GeGlu,
+    Norm,
+    ReluSquared,
+    Rope,
+    Routing,
+    SwiGlu,
+)
 from windlass.tensors import PackedStack, PagedRows, Tensors, Weight, plain_or_none
 from windlass.units import round_up
 
@@ -106,9 +115,12 @@ class TorchKernels:
         return out_HTb.transpose(0, 1)
 
     def expert_ffn(self, x_ND: torch.Tensor, w: Tensors, activation: Activation) -> torch.Tensor:
-        gate_NI = self.linear(x_ND, w["gate"], plain_or_none(w, "gate_bias"))
         up_NI = self.linear(x_ND, w["up"], plain_or_none(w, "up_bias"))
-        hidden_NI = self._activate(gate_NI, up_NI, activation)
+        if isinstance(activation, ReluSquared):
+            hidden_NI = up_NI.relu_().square_()
+        else:
+            gate_NI = self.linear(x_ND, w["gate"], plain_or_none(w, "gate_bias"))
+            hidden_NI = self._activate(gate_NI, up_NI, activation)
         return self.linear(hidden_NI, w["down"], plain_or_none(w, "down_bias"))
 
     def experts(
@@ -232,7 +244,7 @@ class TorchKernels:
         return x.bfloat16().float() if self._bf16_activations else x
 
     def _activate(
-        self, gate: torch.Tensor, up: torch.Tensor, activation: Activation
+        self, gate: torch.Tensor, up: torch.Tensor, activation: SwiGlu | ClampedSwiGlu | GeGlu
     ) -> torch.Tensor:
         if isinstance(activation, ClampedSwiGlu):
             gate = gate.clamp(max=activation.limit)

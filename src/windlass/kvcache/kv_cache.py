@@ -53,23 +53,23 @@ class StateShape:
 CacheShape = PagedShape | StateShape
 
 
-def bytes_per_token(shapes: Sequence[CacheShape], dtype: torch.dtype) -> int:
+def bytes_per_token(shapes: Sequence[CacheShape | None], dtype: torch.dtype) -> int:
     """Bytes of one position over all layers."""
     return sum(s.bytes_per_token(dtype) for s in shapes if isinstance(s, PagedShape))
 
 
-def state_bytes(shapes: Sequence[CacheShape]) -> int:
+def state_bytes(shapes: Sequence[CacheShape | None]) -> int:
     """Bytes of recurrent state of one sequence over all layers; 0 if no layer has any."""
     return sum(s.bytes_per_sequence for s in shapes if isinstance(s, StateShape))
 
 
 class KvCache:
     """Pages and state slots in the memory of one device. Owned by the runtime's thread. `dtype` is
-    that of rows: a floating type, or int8."""
+    that of rows: a floating type, or int8. Layers whose shape is None keep nothing."""
 
     def __init__(
         self,
-        shapes: Sequence[CacheShape],
+        shapes: Sequence[CacheShape | None],
         memory: Allocator,
         *,
         dtype: torch.dtype,
@@ -84,6 +84,8 @@ class KvCache:
         self._stored: dict[int, tuple[PagedRows, ...]] = {}
         self._states: dict[int, tuple[torch.Tensor, ...]] = {}
         for layer, shape in enumerate(shapes):
+            if shape is None:
+                continue
             if isinstance(shape, StateShape):
                 self._states[layer] = tuple(
                     memory.zeros(state_slots, *own, dtype=_STATE) for own in shape.shapes

@@ -11,6 +11,7 @@ from windlass.models.spec import (
     GatedDelta,
     Gqa,
     LayerNorm,
+    Mamba2,
     Mla,
     ModelSpec,
     Moe,
@@ -37,15 +38,18 @@ def final_shapes(spec: ModelSpec) -> Shapes:
 def block_shapes(spec: ModelSpec, layer: int) -> Shapes:
     """Part `block`: norms, attention, router and shared expert."""
     block, hidden = spec.blocks[layer], spec.hidden_size
-    norms = ["input_norm", "post_norm"]
-    if block.output_norms:
-        norms += ["attention_out_norm", "ffn_out_norm"]
+    norms: list[str] = []
+    if block.attention is not None:
+        norms += ["input_norm", "attention_out_norm"][: 1 + block.output_norms]
+    if block.ffn is not None:
+        norms += ["post_norm", "ffn_out_norm"][: 1 + block.output_norms]
     if isinstance(block.ffn, Moe) and block.ffn.shared and block.ffn.shared.own_norms:
         norms += ["shared_out_norm", "expert_norm", "expert_out_norm"]
     shapes: dict[str, tuple[int, ...]] = {}
     for name in norms:
         shapes |= _norm(spec, name)
-    shapes |= attention_shapes(block.attention, hidden)
+    if block.attention is not None:
+        shapes |= attention_shapes(block.attention, hidden)
     if isinstance(block.ffn, Moe):
         shapes |= moe_shapes(block.ffn, hidden)
     return shapes | ({"output_scale": (1,)} if block.output_scale else {})
@@ -62,6 +66,8 @@ def attention_shapes(attention: Attention, hidden: int) -> Shapes:
             return _delta(attention, hidden)
         case ShortConv():
             return _short_conv(attention, hidden)
+        case Mamba2():
+            return _mamba(attention, hidden)
 
 
 def moe_shapes(moe: Moe, hidden: int) -> Shapes:
@@ -88,13 +94,10 @@ def moe_shapes(moe: Moe, hidden: int) -> Shapes:
 def ffn_shapes(ffn: Ffn, hidden: int) -> Shapes:
     """Parts `ffn` and `expert`."""
     inner = ffn.intermediate
-    shapes: dict[str, tuple[int, ...]] = {
-        "gate": (inner, hidden),
-        "up": (inner, hidden),
-        "down": (hidden, inner),
-    }
+    all_shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    shapes: dict[str, tuple[int, ...]] = {name: all_shapes[name] for name in ffn.matrices}
     if ffn.bias:
-        shapes |= {"gate_bias": (inner,), "up_bias": (inner,), "down_bias": (hidden,)}
+        shapes |= {f"{name}_bias": shape[:1] for name, shape in shapes.items()}
     return shapes
 
 
@@ -164,3 +167,13 @@ def _short_conv(attention: ShortConv, hidden: int) -> Shapes:
     shapes |= {"conv.weight": (hidden, attention.conv_kernel)}
     shapes |= {"conv.bias": (hidden,)} if attention.bias else {}
     return shapes | _linear("o_proj", hidden, hidden, bias=attention.bias)
+
+
+def _mamba(attention: Mamba2, hidden: int) -> Shapes:
+    inner, channels = attention.inner, attention.conv_dim
+    shapes = _linear("state_proj", inner + channels + attention.num_heads, hidden)
+    shapes["conv.weight"] = (channels, attention.conv_kernel)
+    shapes |= {"conv.bias": (channels,)} if attention.conv_bias else {}
+    shapes["dt_bias"] = shapes["a_log"] = shapes["d"] = (attention.num_heads,)
+    shapes["out_norm.weight"] = (inner,)
+    return shapes | _linear("o_proj", hidden, inner)

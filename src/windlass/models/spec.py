@@ -165,7 +165,30 @@ class ShortConv:
     bias: bool = False
 
 
-Recurrent = GatedDelta | ShortConv  # a state instead of keys and values
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mamba2:
+    """Mamba-2: a recurrent state per head, keys and queries shared by groups of heads."""
+
+    num_heads: int
+    head_dim: int
+    num_groups: int
+    state_dim: int
+    conv_kernel: int
+    norm_eps: float  # of the gated norm, over the channels of a group
+    conv_bias: bool = False
+
+    @property
+    def inner(self) -> int:
+        """Width of values, and of the gate."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the short convolution: values, keys, queries."""
+        return self.inner + 2 * self.num_groups * self.state_dim
+
+
+Recurrent = GatedDelta | ShortConv | Mamba2  # a state instead of keys and values
 Attention = Gqa | Mla | Recurrent
 
 # --- feed-forward ---------------------------------------------------------------------------------
@@ -189,16 +212,27 @@ class GeGlu:
     """gelu(gate) * up, with gelu in its tanh form."""
 
 
-Activation = SwiGlu | ClampedSwiGlu | GeGlu
+@dataclass(frozen=True, slots=True)
+class ReluSquared:
+    """relu(up) squared, without a gate (Nemotron-H)."""
+
+
+Activation = SwiGlu | ClampedSwiGlu | GeGlu | ReluSquared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ffn:
-    """Gated feed-forward network: gate, up, down."""
+    """Feed-forward network: gate, up, down; without a gate where the activation has none."""
 
     intermediate: int
     activation: Activation = SwiGlu()
     bias: bool = False
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Their canonical names."""
+        is_gated = not isinstance(self.activation, ReluSquared)
+        return ("gate", "up", "down") if is_gated else ("up", "down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,12 +319,12 @@ class Moe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """norm, attention, residual, norm, feed-forward, residual. `output_norms`: what attention and
-    feed-forward give is normalised before it is added. `output_scale`: in the end the hidden states
-    are times a learned number."""
+    """norm, attention, residual, norm, feed-forward, residual; or only one half of it.
+    `output_norms`: what attention and feed-forward give is normalised before it is added.
+    `output_scale`: in the end the hidden states are times a learned number."""
 
-    attention: Attention
-    ffn: Ffn | Moe
+    attention: Attention | None
+    ffn: Ffn | Moe | None
     output_norms: bool = False
     output_scale: bool = False
 

@@ -64,6 +64,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "logits_scaling": (1.0,),
     "mlp_bias": (False,),
     "mlp_only_layers": ([],),
+    "moe_latent_size": (),
     "n_group": (0, 1),
     "n_shared_experts": (0,),
     "num_shared_experts": (0,),

@@ -71,13 +71,15 @@ class Bounds:
             active = active_experts(ffn.num_experts, ffn.top_k, rows)
             experts = active * self._part(Part.EXPERT)
             seconds += self._least(flops * ffn.top_k, self._rates.best_expert, experts)
-        else:
+        elif ffn is not None:
             best = self._rates.best_dense(Part.FFN)
             seconds += self._least(flops, best, self._part(Part.FFN))
         return seconds + self._scores(layer, one)
 
     def _scores(self, layer: int, one: PassRun) -> float:
         attention, host = self._spec.blocks[layer].attention, self._profile.host
+        if attention is None:
+            return 0.0
         if isinstance(attention, Recurrent):
             return one.num_rows * attention_flops(attention, 0) / host.prefill_attention
         decode, prompt = visible(attention, one.seen)

@@ -18,8 +18,10 @@ from windlass.models.shapes import (
 from windlass.models.spec import (
     Attention,
     Block,
+    Ffn,
     GatedDelta,
     Gqa,
+    Mamba2,
     Mla,
     ModelSpec,
     Moe,
@@ -46,20 +48,20 @@ def block_flops_per_token(spec: ModelSpec, layer: int, *, context: int = 0) -> i
 
 
 def attention_matrices(spec: ModelSpec, layer: int) -> int:
-    """Elements of the matrices around attention."""
-    return _matrices(attention_shapes(spec.blocks[layer].attention, spec.hidden_size))
+    """Elements of the matrices around attention; 0 where there is none."""
+    attention = spec.blocks[layer].attention
+    return 0 if attention is None else _matrices(attention_shapes(attention, spec.hidden_size))
 
 
 def shared_matrices(spec: ModelSpec, layer: int) -> int:
-    """Elements of router and shared expert; 0 in a dense layer."""
+    """Elements of router and shared expert; 0 in a layer without experts."""
     ffn = spec.blocks[layer].ffn
     return _matrices(moe_shapes(ffn, spec.hidden_size)) if isinstance(ffn, Moe) else 0
 
 
 def expert_matrices(spec: ModelSpec, layer: int) -> int:
-    """Elements of one expert's matrices, or of a dense layer's network."""
-    ffn = spec.blocks[layer].ffn
-    return _matrices(ffn_shapes(ffn.expert if isinstance(ffn, Moe) else ffn, spec.hidden_size))
+    """Elements of one expert's matrices, or of a dense layer's network; 0 where there is none."""
+    return _matrices(_network_shapes(spec, layer))
 
 
 def attention_row_numbers(spec: ModelSpec, layer: int) -> int:
@@ -69,6 +71,8 @@ def attention_row_numbers(spec: ModelSpec, layer: int) -> int:
     around = 5 * hidden  # norm: read, written; residual: two read, one written
     around += 2 * hidden * spec.blocks[layer].output_norms
     match attention:
+        case None:
+            return 0
         case Gqa():
             kept = attention.num_kv_heads * attention.head_dim
             heads = attention.num_heads * attention.head_dim + kept
@@ -82,6 +86,8 @@ def attention_row_numbers(spec: ModelSpec, layer: int) -> int:
         case GatedDelta():
             values = attention.num_v_heads * attention.v_head_dim
             return around + (2 + attention.conv_kernel) * attention.conv_dim + 4 * values
+        case Mamba2():
+            return around + (4 + attention.conv_kernel) * attention.conv_dim + 8 * attention.inner
         case ShortConv():
             # the gates before and after: three numbers each; the window, and each tap's share
             return around + (6 + 2 + attention.conv_kernel) * hidden
@@ -91,7 +97,9 @@ def ffn_row_numbers(spec: ModelSpec, layer: int) -> tuple[int, int]:
     """The same of a layer's network: before its experts (norm, routing), and after (their sum)."""
     block, hidden = spec.blocks[layer], spec.hidden_size
     ffn, after = block.ffn, 2 * hidden * (block.output_norms + block.output_scale)
-    if not isinstance(ffn, Moe):
+    if ffn is None:
+        return 0, 0
+    if isinstance(ffn, Ffn):
         return 2 * hidden, 3 * hidden + after
     own = ffn.shared is not None and ffn.shared.own_norms  # before and after shared and routed
     before = 2 * hidden * (1 + 2 * own + (ffn.router_norm is not None))
@@ -99,14 +107,14 @@ def ffn_row_numbers(spec: ModelSpec, layer: int) -> tuple[int, int]:
     return before + 4 * ffn.num_experts + 8 * ffn.top_k, after
 
 
-def kept_numbers(attention: Attention) -> int:
+def kept_numbers(attention: Attention | None) -> int:
     """Numbers that a position adds to the KV cache of one layer."""
     match attention:
         case Gqa():
             return 2 * attention.num_kv_heads * attention.head_dim
         case Mla():
             return attention.kv_lora_rank + attention.rope.dim
-        case GatedDelta() | ShortConv():
+        case None | GatedDelta() | ShortConv() | Mamba2():
             return 0
 
 
@@ -129,10 +137,16 @@ def _num_active(block: Block) -> int:
 
 
 def _block_elements(spec: ModelSpec, layer: int, *, num_experts: int) -> int:
-    block = spec.blocks[layer]
-    ffn = block.ffn.expert if isinstance(block.ffn, Moe) else block.ffn
     own = _elements(block_shapes(spec, layer))
-    return own + num_experts * _elements(ffn_shapes(ffn, spec.hidden_size))
+    return own + num_experts * _elements(_network_shapes(spec, layer))
+
+
+def _network_shapes(spec: ModelSpec, layer: int) -> Shapes:
+    """Of one expert, or of a dense network."""
+    ffn = spec.blocks[layer].ffn
+    if ffn is None:
+        return {}
+    return ffn_shapes(ffn.expert if isinstance(ffn, Moe) else ffn, spec.hidden_size)
 
 
 def _ends(spec: ModelSpec) -> int:
@@ -148,9 +162,11 @@ def _matrices(shapes: Shapes) -> int:
     return sum(prod(shape) for shape in shapes.values() if len(shape) > 1)
 
 
-def attention_flops(attention: Attention, context: int) -> int:
+def attention_flops(attention: Attention | None, context: int) -> int:
     """Scores and weighted sums of one row that sees `context` positions."""
     match attention:
+        case None:
+            return 0
         case Gqa():
             seen = context if attention.window is None else min(context, attention.window)
             return 4 * seen * attention.num_heads * attention.head_dim
@@ -160,6 +176,8 @@ def attention_flops(attention: Attention, context: int) -> int:
         case GatedDelta():
             # decay, what the key finds, the update along the key, what the query finds
             return 7 * state_numbers(attention)
+        case Mamba2():
+            return 5 * state_numbers(attention)  # decay, the update, what the query finds
         case ShortConv():
             return 0  # counted with what is done row by row
 
@@ -170,5 +188,7 @@ def state_numbers(attention: Recurrent) -> int:
     match attention:
         case GatedDelta():
             return attention.num_v_heads * attention.k_head_dim * attention.v_head_dim
+        case Mamba2():
+            return attention.num_heads * attention.state_dim * attention.head_dim
         case ShortConv():
             return 0

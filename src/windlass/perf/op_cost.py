@@ -225,6 +225,8 @@ class OpCost:
         """Keys and values that generated rows read, and what prompt rows multiply; of a recurrent
         layer its states."""
         attention, host = self._spec.blocks[layer].attention, self._profile.host
+        if attention is None:
+            return 0.0
         if isinstance(attention, Recurrent):
             per_row = attention_flops(attention, 0)
             state = 2 * _F32 * state_numbers(attention) * seen.decode_rows  # read and written

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from windlass.ids import Part
-from windlass.models.spec import Block, ModelSpec, Moe, Recurrent
+from windlass.models.spec import Block, Gqa, Mla, ModelSpec, Moe
 from windlass.perf.flops import active_experts, kept_numbers
 from windlass.perf.job_passes import PassRun
 from windlass.perf.op_cost import OpCost
@@ -63,7 +63,7 @@ class PassCost:
             if isinstance(ffn, Moe):
                 active = active_experts(ffn.num_experts, ffn.top_k, rows)
                 wanted[Part.EXPERT] += count * active * self._bytes(Part.EXPERT)
-            else:
+            elif ffn is not None:
                 wanted[Part.FFN] += count * self._bytes(Part.FFN)
         return wanted
 
@@ -72,14 +72,16 @@ class PassCost:
         host = self.costs.embed_s(rows)
         for layer, count in self._kinds:
             ffn = self._spec.blocks[layer].ffn
-            seconds = self.costs.projections_s(layer, rows)
+            seconds = 0.0
+            if self._spec.blocks[layer].attention is not None:
+                seconds = self.costs.projections_s(layer, rows)
             if isinstance(ffn, Moe):
                 active = active_experts(ffn.num_experts, ffn.top_k, rows)
                 each = max(1, round(rows * ffn.top_k / active))
                 one_expert = self.costs.expert_s(layer, each)
                 seconds += self.costs.route_s(layer, rows) + self.costs.combine_s(layer, rows)
                 seconds += active * one_expert + self.costs.experts(layer, ()).last.seconds
-            else:
+            elif ffn is not None:
                 seconds += self.costs.dense(layer, rows).last.seconds
             host += count * seconds
         return host, self.wanted_bytes(rows)
@@ -104,7 +106,7 @@ def layer_kinds(spec: ModelSpec) -> list[tuple[int, int]]:
 
 def kv_layers(spec: ModelSpec) -> int:
     """Layers whose keys and values grow with the sequence."""
-    return sum(not isinstance(block.attention, Recurrent) for block in spec.blocks)
+    return sum(isinstance(block.attention, Gqa | Mla) for block in spec.blocks)
 
 
 def kv_numbers(spec: ModelSpec) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from windlass.checkpoint.part_reads import Read
 from windlass.ids import Part
-from windlass.models.spec import Block, ModelSpec, Moe
+from windlass.models.spec import Block, Ffn, ModelSpec, Moe
 from windlass.perf.job_passes import PassRun
 from windlass.perf.op_cost import OpCost
 from windlass.perf.pass_cost import (
@@ -101,7 +101,7 @@ def _parts_of(sample: Sample, sizes: Sizes) -> dict[Part, int]:
     own = {
         Part.EXPERT: sum(f.num_experts for f in networks if isinstance(f, Moe)),
         Part.BLOCK: len(networks),
-        Part.FFN: sum(not isinstance(f, Moe) for f in networks),
+        Part.FFN: sum(isinstance(f, Ffn) for f in networks),
     }
     return {part: own.get(part, count) for part, count in sizes.num_parts.items() if count}
 
@@ -155,8 +155,7 @@ class ClockedModel:
             SimulatedParts(parts, _slots_of(plan, sizes, parts), lambda key: reads[key.part]),
             policy=policy, depth=plan.read_threads + 1,
         )  # fmt: skip
-        is_moe = tuple(isinstance(block.ffn, Moe) for block in sample.spec.blocks)
-        self._shape = PassShape(is_moe, sizes.num_parts.get(Part.HEAD, 0))
+        self._shape = PassShape.of(sample.spec, sizes.num_parts.get(Part.HEAD, 0))
         cache = self._weights.cache
         prefetcher = Prefetcher(self._shape, num_experts(sample.spec), cache, forecast)
         self._runtime = SimulatedRuntime(

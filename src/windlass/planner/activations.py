@@ -19,6 +19,7 @@ from windlass.models.spec import (
     Ffn,
     GatedDelta,
     Gqa,
+    Mamba2,
     Mla,
     ModelSpec,
     Moe,
@@ -26,7 +27,7 @@ from windlass.models.spec import (
     ShortConv,
 )
 from windlass.perf.sizes import Backend
-from windlass.schedule.batch import MOST_CAPTURED
+from windlass.schedule.batch import CHUNK_TOKENS, MOST_CAPTURED
 from windlass.units import MIB
 
 _F32 = 4
@@ -53,6 +54,7 @@ def activation_bytes(
         of_attention(block.attention, width, micro, page_tokens)
         + micro * width * _more_norms(block)[0]
         for block in spec.blocks
+        if block.attention is not None
     )
     network = max(
         of_network(block.ffn, width) + width * _more_norms(block)[1] for block in spec.blocks
@@ -76,7 +78,11 @@ def _more_norms(block: Block) -> tuple[int, int]:
     return 2 * block.output_norms, router + 3 * own + 2 * block.output_norms
 
 
-def _top_k(ffn: Ffn | Moe) -> int:
+def _attentions(spec: ModelSpec) -> set[Attention]:
+    return {block.attention for block in spec.blocks if block.attention is not None}
+
+
+def _top_k(ffn: Ffn | Moe | None) -> int:
     return ffn.top_k if isinstance(ffn, Moe) else 0
 
 
@@ -97,7 +103,7 @@ def _attention(attention: Attention, width: int, rows: int, page_tokens: int) ->
             per_row = 3 * width + 2 * q + 4 * heads * latent + 4 * latent
             widths = (latent, attention.kv_lora_rank)
             scratch = attention_scratch_bytes(heads, 1, widths, page_tokens)
-        case GatedDelta() | ShortConv():
+        case GatedDelta() | ShortConv() | Mamba2():
             return _recurrent(attention, width, rows)
     return rows * per_row + scratch // _F32
 
@@ -105,12 +111,18 @@ def _attention(attention: Attention, width: int, rows: int, page_tokens: int) ->
 def _recurrent(attention: Recurrent, width: int, rows: int) -> int:
     if isinstance(attention, ShortConv):
         return 10 * rows * width  # read, projected (3), gated, window, sums (3), output
-    value = attention.num_v_heads * attention.v_head_dim
-    return rows * (3 * width + 5 * attention.conv_dim + 5 * value)
+    if isinstance(attention, Mamba2):
+        heads, key, value = attention.num_heads, attention.state_dim, attention.head_dim
+    else:
+        heads, key, value = attention.num_v_heads, attention.k_head_dim, attention.v_head_dim
+    chunk = heads * CHUNK_TOKENS * (4 * CHUNK_TOKENS + 4 * key + 5 * value)
+    return rows * (3 * width + 5 * attention.conv_dim + 5 * heads * value) + chunk
 
 
-def _network(ffn: Ffn | Moe, width: int) -> int:
+def _network(ffn: Ffn | Moe | None, width: int) -> int:
     """For each row of a feed-forward network, without the outputs of experts."""
+    if ffn is None:
+        return 0
     if isinstance(ffn, Ffn):
         return 3 * width + 4 * ffn.intermediate
     # in the worst case one expert gets all rows: its inputs, three hidden tensors, its outputs
@@ -136,12 +148,14 @@ def _native_attention(attention: Attention, width: int, rows: int, page_tokens: 
             heads, latent = attention.num_heads, attention.kv_lora_rank + attention.rope.dim
             query = heads * (attention.nope_dim + attention.rope.dim)
             per_row = 3 * width + 2 * query + 2 * heads * latent + 4 * latent
-        case GatedDelta() | ShortConv():
+        case GatedDelta() | ShortConv() | Mamba2():
             return _recurrent(attention, width, rows)
     return rows * per_row
 
 
-def _native_network(ffn: Ffn | Moe, width: int) -> int:
+def _native_network(ffn: Ffn | Moe | None, width: int) -> int:
+    if ffn is None:
+        return 0
     if isinstance(ffn, Ffn):
         return 3 * width
     shared = 2 * width if ffn.shared else 0
@@ -153,7 +167,7 @@ def _captured_bytes(spec: ModelSpec, rows: int, page_tokens: int) -> int:
     states of passes of 1 to `rows` rows."""
     width = spec.hidden_size
     results = max(
-        _native_attention(block.attention, width, rows, page_tokens)
+        (_native_attention(block.attention, width, rows, page_tokens) if block.attention else 0)
         + rows * _native_network(block.ffn, width)
         + rows * width * (_top_k(block.ffn) + sum(_more_norms(block)))
         for block in spec.blocks
@@ -166,13 +180,13 @@ def _native_scratch_bytes(spec: ModelSpec, threads: int, rows: int) -> int:
     experts, and each thread's own."""
     packed = min(rows, NATIVE_ROWS)
     # the last block of a packed row may have gaps
-    widest = max(spec.hidden_size, *(_widest_input(block.attention) for block in spec.blocks))
+    widest = max(spec.hidden_size, *(_widest_input(one) for one in _attentions(spec)))
     widest += NATIVE_INNER
     network = spec.hidden_size + max(_intermediate(block.ffn) for block in spec.blocks)
     network += 2 * NATIVE_INNER
     products = max(NATIVE_ROUND_FLOATS, packed * widest)
     experts = NATIVE_ROUND_FLOATS + packed * network
-    own = max(_native_thread_bytes(block.attention) for block in spec.blocks)
+    own = max(_native_thread_bytes(one) for one in _attentions(spec))
     return _F32 * (products + experts) + threads * own
 
 
@@ -184,11 +198,15 @@ def _widest_input(attention: Attention) -> int:
             return max(attention.num_heads * attention.v_head_dim, attention.q_lora_rank or 0)
         case GatedDelta():
             return attention.num_v_heads * attention.v_head_dim
+        case Mamba2():
+            return attention.inner
         case ShortConv():
             return 0  # as wide as the model
 
 
-def _intermediate(ffn: Ffn | Moe) -> int:
+def _intermediate(ffn: Ffn | Moe | None) -> int:
+    if ffn is None:
+        return 0
     if isinstance(ffn, Ffn):
         return ffn.intermediate
     return max(ffn.expert.intermediate, ffn.shared.ffn.intermediate if ffn.shared else 0)

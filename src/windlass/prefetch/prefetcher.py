@@ -54,7 +54,7 @@ class Prefetcher:
         """`num_experts`: by layer, of layers that have any."""
         self._weights = weights
         self._forecast = forecast
-        self._num_stops = len(shape.is_moe) + 1  # the layers, and the head
+        self._num_stops = len(shape.layers) + 1  # the layers, and the head
         stops = [list(_parts(shape, num_experts, i)) for i in range(self._num_stops)]
         self._keys = [key for stop in stops for key in stop]
         self._stop_of = [i for i, stop in enumerate(stops) for _ in stop]
@@ -109,13 +109,12 @@ class Prefetcher:
 
 
 def _parts(shape: PassShape, num_experts: Mapping[int, int], layer: int) -> Iterator[WeightKey]:
-    if layer == len(shape.is_moe):
+    if layer == len(shape.layers):
         for chunk in range(shape.num_head_chunks):
             yield WeightKey(Part.HEAD, -1, chunk)
         return
     yield WeightKey(Part.BLOCK, layer)
-    if not shape.is_moe[layer]:
+    if shape.layers[layer].network == "dense":
         yield WeightKey(Part.FFN, layer)
-        return
-    for expert in range(num_experts[layer]):
+    for expert in range(num_experts.get(layer, 0)):
         yield WeightKey(Part.EXPERT, layer, expert)

@@ -19,7 +19,8 @@ from windlass.models.spec import ModelSpec
 from windlass.quantize.scheme import GROUPS, IntegerScheme
 
 # Canonical names in a block. Gates of the delta rule (`a_proj`, `b_proj`) have few rows and decide
-# about much: they stay as they are, like routers.
+# about much: they stay as they are, like routers, and so does `state_proj` of Mamba-2, which has
+# its step sizes.
 _LINEAR = re.compile(
     r"(([qkvoz]|gate|in|q_a|q_b|kv_a)_proj|k_up|v_up|shared\.(gate|up|down))\.weight"
 )

@@ -8,7 +8,7 @@ import torch
 
 from windlass.ids import Part, WeightKey
 from windlass.kernels.interface import Capture, Kernels
-from windlass.models.spec import ModelSpec, Moe
+from windlass.models.spec import Ffn, ModelSpec, Moe
 from windlass.runtime.attention_metadata import AttentionMetadata
 from windlass.runtime.layer_ops import LayerOps, RoutedRows
 from windlass.schedule.batch import Batch, is_capturable
@@ -76,9 +76,9 @@ class LayerCapture:
         if done is None:
             return None
         self._weights.cache.count_hits(Part.BLOCK, 1)
-        if done.routed is None:
+        if isinstance(self._spec.blocks[layer].ffn, Ffn):
             self._weights.cache.count_hits(Part.FFN, 1)
-        else:
+        if done.routed is not None:
             used = done.routed.groups.counts_E.count_nonzero()
             self._weights.cache.count_hits(Part.EXPERT, int(used))
         return done
@@ -95,7 +95,7 @@ class LayerCapture:
         keys = [WeightKey(Part.BLOCK, layer)]
         if isinstance(ffn, Moe):
             keys += [WeightKey(Part.EXPERT, layer, expert) for expert in range(ffn.num_experts)]
-        else:
+        elif ffn is not None:
             keys.append(WeightKey(Part.FFN, layer))
         found = self._weights.pinned(keys)
         if found is None:
@@ -107,11 +107,14 @@ class LayerCapture:
         """What the schedule does, but for all experts at once: those without rows cost nothing."""
         block, *others = parts
         hidden = now.hidden_TD
-        self._blocks.attention(layer, block, hidden, now.metadata)
-        ffn = self._spec.blocks[layer].ffn
-        if not isinstance(ffn, Moe):
+        own = self._spec.blocks[layer]
+        if own.attention is not None:
+            self._blocks.attention(layer, block, hidden, now.metadata)
+        ffn = own.ffn
+        if isinstance(ffn, Ffn):
             normed = self._blocks.ffn_input(block, hidden)
             self._blocks.dense(layer, others[0], block, hidden, normed)
+        if not isinstance(ffn, Moe):
             return ComputedLayer(None)
         routed = self._blocks.route(layer, block, hidden)
         shared_TD = self._blocks.shared(layer, block, hidden, routed)

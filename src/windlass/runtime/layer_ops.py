@@ -14,7 +14,7 @@ from windlass.decoder.rope import RopeTable
 from windlass.device.base import Allocator
 from windlass.kernels.interface import AttentionOptions, ExpertGroups, Kernels, Routes
 from windlass.kvcache.kv_cache import KvCache
-from windlass.models.spec import Gqa, Mla, ModelSpec, Moe, Recurrent, Rope
+from windlass.models.spec import Ffn, Gqa, Mla, ModelSpec, Moe, Recurrent, Rope
 from windlass.runtime.attention_metadata import AttentionMetadata
 from windlass.tensors import Tensors, floats_or_none, plain
 from windlass.trace import Tracer
@@ -60,6 +60,7 @@ class LayerOps:
     ) -> None:
         """Adds a block's attention to the hidden states, in place."""
         attention = self._spec.blocks[layer].attention
+        assert attention is not None, "the schedule asked for attention of a layer without"
         with self._tracer.span("attention", layer=layer, rows=x_TD.shape[0]):
             if isinstance(attention, Recurrent):
                 self._recurrent(layer, attention, w, x_TD, metadata)
@@ -137,7 +138,7 @@ class LayerOps:
         """Adds the network of a block without experts to the hidden states, in place. `block`: as
         `combine` has it."""
         ffn = self._spec.blocks[layer].ffn
-        assert not isinstance(ffn, Moe), "the schedule asked for a dense network of a MoE layer"
+        assert isinstance(ffn, Ffn), "the schedule asked for a dense network of another layer"
         with self._tracer.span("dense", layer=layer, rows=hidden.shape[0]):
             y_TD = dense_ffn(self._kernels, ffn, w, normed)
             math.add_network(self._kernels, self._spec, layer, block, hidden, y_TD)
@@ -149,7 +150,7 @@ class LayerOps:
 
     def _moe(self, layer: int) -> Moe:
         moe = self._spec.blocks[layer].ffn
-        assert isinstance(moe, Moe), "the schedule asked for experts of a dense layer"
+        assert isinstance(moe, Moe), "the schedule asked for experts of another layer"
         return moe
 
     def _softmax(

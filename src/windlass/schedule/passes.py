@@ -6,33 +6,49 @@ of its rows, those in memory first and together, the others as they arrive. Ordi
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from windlass.ids import Part, WeightKey
+from windlass.models.spec import Block, ModelSpec, Moe
 from windlass.schedule.batch import Batch
 from windlass.schedule.runtime import Outcome, Runtime
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What a layer has: attention of any kind, a dense network or experts."""
+
+    has_attention: bool
+    network: Literal["none", "dense", "experts"]
 
 
 @dataclass(frozen=True, slots=True)
 class PassShape:
     """What the schedule must know of a model."""
 
-    is_moe: tuple[bool, ...]  # of each layer
+    layers: tuple[LayerShape, ...]
     num_head_chunks: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, num_head_chunks: int) -> "PassShape":
+        return cls(tuple(_layer_shape(block) for block in spec.blocks), num_head_chunks)
+
+
+def _layer_shape(block: Block) -> LayerShape:
+    has_attention = block.attention is not None
+    if block.ffn is None:
+        return LayerShape(has_attention, "none")
+    return LayerShape(has_attention, "experts" if isinstance(block.ffn, Moe) else "dense")
 
 
 def run_pass(rt: Runtime, shape: PassShape, batch: Batch) -> Outcome:
     """Runs `batch`; the logits of `batch.logit_rows`, the scores of `batch.targets`."""
     hidden = rt.begin(batch)
-    for layer, is_moe in enumerate(shape.is_moe):
+    for layer, own in enumerate(shape.layers):
         rt.prefetch(layer)
-        if rt.replay(layer):
-            continue
-        if is_moe:
-            _moe_layer(rt, layer, hidden, batch)
-        else:
-            _dense_layer(rt, layer, hidden, batch)
-    rt.prefetch(len(shape.is_moe))
+        if not rt.replay(layer):
+            _layer(rt, layer, own, hidden, batch)
+    rt.prefetch(len(shape.layers))
     final = rt.enter_head(hidden, batch)
     if batch.logit_rows or batch.scored_rows:
         for key in (WeightKey(Part.HEAD, -1, i) for i in range(shape.num_head_chunks)):
@@ -41,21 +57,20 @@ def run_pass(rt: Runtime, shape: PassShape, batch: Batch) -> Outcome:
     return rt.finish(final)
 
 
-def _moe_layer(rt: Runtime, layer: int, hidden: Any, batch: Batch) -> None:
+def _layer(rt: Runtime, layer: int, shape: LayerShape, hidden: Any, batch: Batch) -> None:
     with rt.lease(WeightKey(Part.BLOCK, layer)) as weights:
-        for rows in batch.micro_batches:
-            rt.attention(layer, weights, hidden, rows)
-        routed = rt.enter_experts(layer, weights, hidden)
-    keys = [WeightKey(Part.EXPERT, layer, expert) for expert in routed.experts]
-    for group in rt.arrivals(keys):
-        rt.experts(layer, group, routed)
-    rt.leave_experts(layer, hidden, routed)
-
-
-def _dense_layer(rt: Runtime, layer: int, hidden: Any, batch: Batch) -> None:
-    with rt.lease(WeightKey(Part.BLOCK, layer)) as weights:
-        for rows in batch.micro_batches:
-            rt.attention(layer, weights, hidden, rows)
-        normed = rt.enter_dense(layer, weights, hidden)
-    with rt.lease(WeightKey(Part.FFN, layer)) as weights:
-        rt.dense(layer, weights, hidden, normed)
+        if shape.has_attention:
+            for rows in batch.micro_batches:
+                rt.attention(layer, weights, hidden, rows)
+        if shape.network == "experts":
+            routed = rt.enter_experts(layer, weights, hidden)
+        elif shape.network == "dense":
+            normed = rt.enter_dense(layer, weights, hidden)
+    if shape.network == "experts":
+        keys = [WeightKey(Part.EXPERT, layer, expert) for expert in routed.experts]
+        for group in rt.arrivals(keys):
+            rt.experts(layer, group, routed)
+        rt.leave_experts(layer, hidden, routed)
+    elif shape.network == "dense":
+        with rt.lease(WeightKey(Part.FFN, layer)) as weights:
+            rt.dense(layer, weights, hidden, normed)

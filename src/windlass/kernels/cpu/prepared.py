@@ -12,7 +12,7 @@ from windlass.kernels.cpu.matrices import floats, matrices_of
 from windlass.models.spec import RoutingGroups, SigmoidTopK, SoftmaxTopK, TopKSoftmax
 from windlass.tensors import StoredTensors, Tensors, Weight, plain_or_none
 
-_FFN = ("gate", "up", "down")
+_FFN = ("gate", "up", "down")  # without a gate where the activation has none
 
 
 class Linears:
@@ -48,13 +48,13 @@ class Network:
     __slots__ = ("struct", "address", "has_copies", "_kept")
 
     def __init__(self, w: Tensors) -> None:
-        matrices = [_single(w[name]) for name in _FFN]
+        matrices = [_single(w[name]) if name in w else None for name in _FFN]
         stored = [plain_or_none(w, f"{name}_bias") for name in _FFN]
         biases = [None if b is None else floats(b) for b in stored]
         self._kept = (matrices, biases)
-        self.has_copies = any(m.copy is not None for m in matrices)
+        self.has_copies = any(m is not None and m.copy is not None for m in matrices)
         self.struct = lib.Expert(
-            *(c.pointer(m) for m in matrices),
+            *(None if m is None else c.pointer(m) for m in matrices),
             *(None if b is None else b.data_ptr() for b in biases),
         )
         self.address = c.addressof(self.struct)

@@ -11,10 +11,11 @@ from windlass.kernels.cpu.matrices import elements_together, heads_of
 from windlass.kernels.cpu.prepared import Linears, network_of, prepared
 from windlass.kernels.cpu.session import Session
 from windlass.kernels.interface import ExpertGroups
-from windlass.models.spec import Activation, ClampedSwiGlu, GeGlu
+from windlass.models.spec import Activation, ClampedSwiGlu, GeGlu, ReluSquared, SwiGlu
 from windlass.tensors import PackedStack, Tensors, Weight, plain_or_none
 
 _EXACT = 0  # precision of fp32 activations
+_PLAIN_ACTIVATIONS = {SwiGlu: 0, GeGlu: 2, ReluSquared: 3}  # without settings
 
 
 def linear(
@@ -131,4 +132,4 @@ def _multiply(
 def _activation(activation: Activation) -> tuple[int, float, float]:
     if isinstance(activation, ClampedSwiGlu):
         return 1, activation.alpha, activation.limit
-    return 2 if isinstance(activation, GeGlu) else 0, 0.0, 0.0
+    return _PLAIN_ACTIVATIONS[type(activation)], 0.0, 0.0
