@@ -25,8 +25,8 @@ from windlass.models.spec import (
 
 _LETTERS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}  # of hybrid_override_pattern
 _NEW = {"linear_attention": "mamba", "full_attention": "attention"}  # transformers 5
-# How a computation is cut up and in which type it goes, what training begins with; the width of dense
-# networks where there are none.
+# How a computation is cut up and in which type it goes, what training begins with; the width of
+# dense networks where there are none.
 _IGNORED = (
     "chunk_size", "expand", "intermediate_size", "mamba_ssm_cache_dtype",
     "moe_shared_expert_overlap", "num_logits_to_keep", "rescale_prenorm_residual",
