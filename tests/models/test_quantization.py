@@ -193,6 +193,8 @@ def test_formats(settings: dict[str, Any], expected: WeightFormat) -> None:
          "num_bits is 4"),
         ({**MODELOPT_INSIDE, "config_groups": {"g": {"weights": {
             "num_bits": 8, "type": "float", "strategy": "channel"}}}}, "strategy is 'channel'"),
+        ({**MODELOPT_INSIDE, "config_groups": {"g": {"weights": {
+            "num_bits": 8, "type": "float", "rotation": 1}}}}, "unknown key 'rotation'"),
         ({**MODELOPT_INSIDE, "pre_quant_scale": True}, "unknown key 'pre_quant_scale'"),
         ({**FP8, "expert_dtype": "fp4"}, "expert_dtype is 'fp4'"),
         ({**FP8, "modules_to_convert": ["embed_tokens"]}, "modules_to_convert"),
@@ -356,6 +358,9 @@ def test_auto_round_says_which_modules() -> None:
     assert scheme_of(AUTO_ROUND, gate)[0] is None
     assert scheme_of({**AUTO_ROUND, "extra_config": {f"{up}": {"bits": 16}}}, up)[0] is None
     assert scheme_of(AUTO_ROUND, "lm_head")[0] is None
+    alike = {"bits": 4, "group_size": 8, "sym": True, "data_type": "int", "act_bits": 16}
+    unsaid = {**AUTO_ROUND, "sym": None, "data_type": None, "extra_config": {up: alike}}
+    assert scheme_of(unsaid, up)[0] == Scheme("gptq", SYMMETRIC)
     listed = {**AUTO_ROUND, "block_name_to_quantize": ["model.layers", "head"]}
     named = {**AUTO_ROUND, "block_name_to_quantize": "model.layers,head"}
     for settings in (listed, named, {**AUTO_ROUND, "extra_config": {"head.a": {"bits": 4}}}):

@@ -36,13 +36,8 @@ _ENDINGS: dict[Naming, dict[Role, str]] = {
 # Endings of tensors that need not be read -> those of the codes that they lie beside
 _COMPANIONS = {"weight_shape": ("weight_packed",), "g_idx": ("qweight",)} | {
     ending: ("weight", "weight_packed")
-    for ending in (
-        "input_scale",
-        "output_scale",
-        "input_zero_point",
-        "output_zero_point",
-        "activation_scale",
-    )
+    for ending in "input_scale activation_scale output_scale input_zero_point "
+    "output_zero_point".split()
 }
 # What stands in place of "weight"
 _WORDS: dict[Role, str] = {

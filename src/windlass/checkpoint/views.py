@@ -60,22 +60,25 @@ def copied_bytes(layout: Layout, tensors: Mapping[str, TensorInfo]) -> int:
     return most
 
 
-def make_views(part_reads: PartReads, memory: torch.Tensor) -> Views:
+def make_views(part_reads: PartReads, memory: torch.Tensor, *, is_known: bool = False) -> Views:
     """All tensors of a part whose bytes are in `memory` (uint8). Only a tensor that begins at a
-    place where torch cannot view its type (odd, in effect) is copied."""
+    place where torch cannot view its type (odd, in effect) is copied. CheckpointError where one
+    that should say nothing does; not looked at again where the part `is_known`."""
     tensors = StoredTensors()
     parts: dict[str, dict[Role, torch.Tensor]] = {}
     shapes: dict[str, PackedShape] = {}
     has_copies = False
     for place in part_reads.placements:
         stored = memory[place.at : place.at + place.num_bytes]
+        if _says_nothing(place):
+            if not is_known:
+                _check_nothing(place, _canonical(stored.clone(), place))
+            continue
         if stored.storage_offset() % ITEM_BYTES[place.dtype]:
             stored = stored.clone()
             has_copies = True
         tensor = _canonical(stored, place)
-        if _says_nothing(place):
-            _check_nothing(place, tensor)
-        elif place.packed is None:
+        if place.packed is None:
             tensors[place.name] = tensor
         else:
             shapes[place.name] = place.packed
@@ -131,7 +134,6 @@ def _says_nothing(place: Placement) -> bool:
 
 
 def _check_nothing(place: Placement, tensor: torch.Tensor) -> None:
-    """Cheap beside the reading of the part, so that it is done whenever a part arrives."""
     if place.packed is None:
         if tensor.any():
             raise CheckpointError(

@@ -181,15 +181,16 @@ def _auto_round(config: Config) -> Quantization:
     is_gptq = config.one_of("packing_format", packings, default=None) == packings[0]
     scheme = _gptq_scheme(config, zero_add=1) if is_gptq else _awq_scheme(config)
     where = f"{config.where}: extra_config"
-    allowed = {"data_type": "int", "sym": True, **config.raw}
+    own = {"bits": config.get("bits", int, 4), "group_size": config.get("group_size", int, -1),
+           "sym": config.get("sym", bool, True), "data_type": "int"}  # fmt: skip
     alike, dense = [], []
-    for name, own in config.get("extra_config", dict, {}).items():
-        entry = Config(own, where=f"{where}: {name}")
+    for name, settings in config.get("extra_config", dict, {}).items():
+        entry = Config(settings, where=f"{where}: {name}")
         if entry.get("bits", int, 0) >= 16:
             dense.append(name)
             continue
-        for key in ("bits", "group_size", "sym", "data_type"):
-            entry.one_of(key, (allowed.get(key),), default=allowed.get(key))
+        for key, value in own.items():
+            entry.one_of(key, (value,), default=value)
         no_others(entry, allowed=_AUTO_ROUND)
         alike.append(name)
     blocks = _names(config, "block_name_to_quantize") + _names(config, "to_quant_block_names")
