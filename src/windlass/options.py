@@ -107,12 +107,9 @@ def model_name(folder: Path) -> str:
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """A JSON object of the checkpoint; CheckpointError if it is absent or not one. config.json
-    comes with hf_quant_config.json, under its name, where that file alone says how weights are
-    stored."""
+    comes with hf_quant_config.json, under its name, where there is one."""
     document = _read_object(folder, name)
     if name != "config.json" or not (folder / HF_QUANT_FILE).is_file():
-        return document
-    if document.get("quantization_config"):
         return document
     return {**document, HF_QUANT_FILE: _read_object(folder, HF_QUANT_FILE)}
 

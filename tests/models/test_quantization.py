@@ -606,6 +606,24 @@ def test_what_lies_beside_a_matrix_is_not_read() -> None:
     assert f"{stray} is not part of" in error(spec, names, tensors)
 
 
+def test_biases_that_autogptq_wrote_are_read_with_their_matrix() -> None:
+    spec, names, tensors = mixtral({**gptq(), "dynamic": {"-:.*self_attn": {}}})
+    name = f"{EXPERT}.bias"
+    bias = TensorInfo(name, "model.safetensors", "F16", (64,), 0, 128)
+    layout = build_layout(spec, names, {**tensors, name: bias})
+    last = layout.parts[WeightKey(Part.EXPERT, 0, 1)][-1]
+    assert (last.tensor, last.role, last.start, last.stop) == (name, "zero bias", 0, 64)
+    assert not layout.unused
+    plain = "model.layers.0.self_attn.q_proj.bias"
+    for stray in (
+        replace(bias, dtype="I32"),
+        replace(bias, shape=(8, 8)),
+        replace(bias, name=f"{EXPERT}.scale"),
+        replace(bias, name=plain),
+    ):
+        assert f"{stray.name} is not part of" in error(spec, names, {**tensors, stray.name: stray})
+
+
 def test_a_quantised_head_in_chunks() -> None:
     settings = compressed("pack-quantized", symmetric=False, ignore=[], **INT)
     spec, names, tensors = mixtral(settings)
