@@ -10,7 +10,9 @@ with one scale, and in some formats one zero point, for each block of `rows` x `
 from dataclasses import dataclass
 from typing import Literal
 
-METHODS = ("fp8", "mxfp4", "compressed-tensors", "gptq", "awq")  # as config.json calls them
+HF_QUANT_FILE = "hf_quant_config.json"  # where NVIDIA's ModelOpt says how weights are stored
+# as config.json calls them
+METHODS = ("fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "auto-round", "modelopt")
 
 Code = Literal["e4m3", "e2m1", "int8", "int4"]
 Packing = Literal["rows", "gptq", "awq"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from windlass.errors import CheckpointError, ModelError, UsageError
-from windlass.formats import METHODS
+from windlass.formats import HF_QUANT_FILE, METHODS
 from windlass.params import SamplingParams
 from windlass.plan import SCHEDULES, Plan, Schedule
 
@@ -20,6 +20,7 @@ _SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "tokenizer.model", "chat_template.jinja", "chat_template.json", "special_tokens_map.json",
     "added_tokens.json", "tiktoken.model", "qwen.tiktoken", "model.safetensors.index.json",
+    HF_QUANT_FILE,
 )  # fmt: skip
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
@@ -105,7 +106,15 @@ def model_name(folder: Path) -> str:
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    """A JSON object of the checkpoint; CheckpointError if it is absent or not one."""
+    """A JSON object of the checkpoint; CheckpointError if it is absent or not one. config.json
+    comes with hf_quant_config.json, under its name, where there is one."""
+    document = _read_object(folder, name)
+    if name != "config.json" or not (folder / HF_QUANT_FILE).is_file():
+        return document
+    return {**document, HF_QUANT_FILE: _read_object(folder, HF_QUANT_FILE)}
+
+
+def _read_object(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from engines import engine_for, logprob_rows, make_model, prompts, request, run_all
 from fakes import FakeDevice
 from golden import TOLERANCE, reference
 from quantised import make_quantised
 from quantised_cases import CASES, Case
-from windlass.errors import UsageError
+from windlass.errors import CheckpointError, UsageError
 from windlass.ids import Part
 
 LENGTHS = (70, 9)
@@ -87,6 +88,31 @@ def test_packed_bytes_are_all_that_is_read_and_kept(tmp_path: Path) -> None:
     assert stored <= slot <= stored + 6 * 4096
     files = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert stats.bytes_read < 1.2 * files
+
+
+@pytest.mark.parametrize(
+    ("ending", "value", "message"),
+    [
+        (".bias", -0.5, "got a bias with 1 numbers that are not 0, allowed all 0 in a model"),
+        (".qzeros", 0x66666666, "got zero points of 6, 7, allowed all 7 or all 8"),
+    ],
+)
+def test_tensors_that_should_say_nothing_and_do(
+    ending: str, value: float, message: str, tmp_path: Path
+) -> None:
+    """Of one expert of many: it is read with the expert, through a cache of few."""
+    case = CASES["gptq-symmetric"]
+    make_quantised(case.family, case.quantiser, case.settings, tmp_path, **case.changes)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = f"model.layers.2.mlp.experts.3.up_proj{ending}"
+    tensors[name].view(-1)[2] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    one = request("a", prompts((60,))[0])
+    with engine_for(tmp_path, moe_expert_cache_size="2") as engine:
+        with pytest.raises(CheckpointError) as caught:
+            run_all(engine, [one])
+    assert f"tensor {name}: {message}" in str(caught.value)
 
 
 @pytest.mark.parametrize(("asserted", "found"), [("fp8", "gptq"), ("awq", None), ("gptq", "gptq")])

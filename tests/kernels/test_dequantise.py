@@ -12,7 +12,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import quantised
 from quantised import Quantiser
-from quantised_cases import AWQ, FLOAT, FP8, INT, MXFP4, compressed, gptq
+from quantised_cases import AWQ, FLOAT, FP8, FP8_TENSOR, INT, MXFP4, compressed, gptq
 from windlass.checkpoint.part_reads import make_part_reads
 from windlass.checkpoint.reader import Checkpoint
 from windlass.checkpoint.stored import RowSet, packed_pieces, whole_rows
@@ -23,7 +23,8 @@ from windlass.kernels.dequantise import dequantise
 from windlass.kernels.reference import TorchKernels
 from windlass.models.config import Config
 from windlass.models.names import Layout
-from windlass.models.quantization import Scheme, read_quantization
+from windlass.models.quantization import Scheme
+from windlass.models.quantization_config import read_quantization
 from windlass.models.spec import SwiGlu
 from windlass.tensors import Packed, PackedStack
 
@@ -53,6 +54,7 @@ KINDS = {
     "fp8-tensor": Kind(
         quantised.fp8_tensor, compressed("float-quantized", strategy="tensor", **FLOAT), 1, 37
     ),
+    "fp8-vllm": Kind(quantised.fp8_tensor, FP8_TENSOR, 1, 37),
     "mxfp4": Kind(quantised.mxfp4, MXFP4, 1),
     "int4-group": Kind(quantised.compressed(4, 16), compressed(
         "pack-quantized", strategy="group", group_size=16), 1, 37),
@@ -70,6 +72,11 @@ KINDS = {
     "gptq-v2": Kind(
         quantised.gptq(4, -1, stored_less=0), gptq(group_size=-1, checkpoint_format="gptq_v2"), 8),
     "gptq-int8": Kind(quantised.gptq(8, 8), gptq(bits=8), 4),
+    "gptq-symmetric-reordered": Kind(
+        quantised.gptq(4, 8, is_symmetric=True, is_shuffled=True),
+        gptq(sym=True, desc_act=True), 8),
+    "gptq-int8-symmetric": Kind(
+        quantised.gptq(8, 8, is_symmetric=True), gptq(bits=8, sym=True), 4),
     "awq": Kind(quantised.awq(32), {**AWQ, "group_size": 32}, 8),
 }  # fmt: skip
 
@@ -82,7 +89,9 @@ class Stored(NamedTuple):
     meant: torch.Tensor
     unit: int
 
-    def read(self, rows: RowSet, *, name: str = "x.weight") -> Packed | PackedStack:
+    def read(
+        self, rows: RowSet, *, name: str = "x.weight", is_known: bool = False
+    ) -> Packed | PackedStack:
         key = WeightKey(Part.EXPERT, 0, 0)
         layout = Layout({key: tuple(packed_pieces("w", name, self.scheme, rows))}, ())
         source = Checkpoint(self.path, mode="buffered")
@@ -92,14 +101,15 @@ class Stored(NamedTuple):
             into = memory[read.at : read.at + read.num_bytes]
             source.read(read.file, read.offset, memoryview(into.numpy().data))
         source.close()
-        views = make_views(part_reads, memory)
+        views = make_views(part_reads, memory, is_known=is_known)
         assert not views.has_copies
         found = views.tensors["w"]
         assert isinstance(found, Packed | PackedStack)
         return found
 
-    def whole(self) -> Packed:
-        found = self.read(RowSet(self.meant.shape[0], self.meant.shape[1], 0, self.meant.shape[0]))
+    def whole(self, *, is_known: bool = False) -> Packed:
+        rows, width = self.meant.shape
+        found = self.read(RowSet(rows, width, 0, rows), is_known=is_known)
         assert isinstance(found, Packed)
         return found
 
@@ -115,9 +125,7 @@ def store(name: str, path: Path, *, rows: int = N) -> Stored:
     tensors, meant = kind.quantiser(weight)
     prefix = "x.weight" if name == "mxfp4" else "x"
     save_file({prefix + ending: t for ending, t in tensors.items()}, path / "model.safetensors")
-    quantization = read_quantization(Config({"quantization_config": kind.settings}))
-    assert quantization is not None
-    return Stored(path, quantization.groups[0][1], meant, kind.unit)
+    return Stored(path, scheme_of(kind.settings), meant, kind.unit)
 
 
 def test_every_range_of_rows_is_what_the_quantiser_meant(stored: Stored) -> None:
@@ -243,9 +251,7 @@ def test_a_matrix_larger_than_a_tile(kernels: TorchKernels, tmp_path: Path) -> N
     weight = torch.randn(2200, 1024)  # 9 MB in fp32
     tensors, meant = quantised.fp8_block()(weight)
     save_file({"x" + ending: t for ending, t in tensors.items()}, tmp_path / "model.safetensors")
-    scheme = read_quantization(Config({"quantization_config": FP8}))
-    assert scheme is not None
-    packed = Stored(tmp_path, scheme.groups[0][1], meant, 128).whole()
+    packed = Stored(tmp_path, scheme_of(FP8), meant, 128).whole()
     x = torch.randn(3, 1024)
     torch.testing.assert_close(kernels.linear(x, packed), x @ meant.T, atol=1e-3, rtol=1e-4)
 
@@ -255,15 +261,63 @@ def test_whole_rows_of_the_head(stored: Stored) -> None:
     assert unit == (None if stored.scheme.naming in ("gptq", "awq") else stored.unit)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("stored_less", [0, 1])
+def test_symmetric_zero_points_are_the_middle_whatever_is_stored(
+    stored_less: int, kind: str, bits: int, tmp_path: Path
+) -> None:
+    quantise = quantised.gptq(bits, 16, is_symmetric=True, stored_less=stored_less)
+    tensors, meant = quantise(torch.randn(24, 64))
+    assert bool((tensors[".qzeros"] == tensors[".qzeros"][0, 0]).all())
+    save_file({"x" + ending: t for ending, t in tensors.items()}, tmp_path / "model.safetensors")
+    found = gptq(bits=bits, group_size=16, sym=True, checkpoint_format=kind)
+    packed = Stored(tmp_path, scheme_of(found), meant, 8).whole()
+    assert packed.zeros is None
+    assert torch.equal(dequantise(packed, 0, 24), meant)
+
+
+@pytest.mark.parametrize(
+    ("bits", "words", "message"),
+    [
+        (4, {0: 0x66666666}, "got zero points of 6, 7, allowed all 7 or all 8 where"),
+        (4, {0: 0x77777776}, "got zero points of 6, 7, allowed"),
+        (4, {0: -0x77777778}, "got zero points of 7, 8, allowed"),  # both readings at once
+        (4, {i: 0x66666666 for i in range(8)}, "got zero points of 6, allowed"),
+        (4, {i: 0x66666666 - i for i in range(8)}, "got zero points of 0, 1, 2, 3, 4, 5, ..."),
+        (8, {0: 0x7F7F7F7E}, "got zero points of 126, 127, allowed all 127 or all 128 where"),
+        (8, {i: 0x77777777 for i in range(16)}, "got zero points of 119, allowed"),
+    ],
+)
+def test_symmetric_zero_points_of_no_reading(
+    bits: int, words: dict[int, int], message: str, tmp_path: Path
+) -> None:
+    tensors, _ = quantised.gptq(bits, 32, is_symmetric=True)(torch.randn(32, 64))
+    for at, word in words.items():
+        tensors[".qzeros"].view(-1)[at] = word
+    save_file({"x" + ending: t for ending, t in tensors.items()}, tmp_path / "model.safetensors")
+    scheme = scheme_of(gptq(bits=bits, group_size=32, sym=True))
+    stored = Stored(tmp_path, scheme, torch.empty(32, 64), 8)
+    with pytest.raises(CheckpointError) as caught:
+        stored.whole()
+    assert str(caught.value).startswith(f"tensor x.qzeros: {message}")
+    stored.whole(is_known=True)  # a part that comes again is not looked at again
+
+
+def scheme_of(settings: dict[str, Any]) -> Scheme:
+    quantization = read_quantization(Config({"quantization_config": settings}))
+    assert quantization is not None
+    return quantization.groups[0][1]
+
+
 @pytest.mark.parametrize("group", [-1, 20])
 def test_groups_that_do_not_exist(group: int, tmp_path: Path) -> None:
     tensors, _ = quantised.gptq(4, 8, is_shuffled=True)(torch.randn(8, 160))
     tensors[".g_idx"][7] = group
     save_file({"x" + ending: t for ending, t in tensors.items()}, tmp_path / "model.safetensors")
-    quantization = read_quantization(Config({"quantization_config": gptq(desc_act=True)}))
-    assert quantization is not None
+    scheme = scheme_of(gptq(desc_act=True))
     with pytest.raises(CheckpointError, match="groups of w: found .* allowed 0 to 19"):
-        Stored(tmp_path, quantization.groups[0][1], torch.empty(8, 160), 8).whole()
+        Stored(tmp_path, scheme, torch.empty(8, 160), 8).whole()
 
 
 # --- the tests' quantisers against the formats' own programs --------------------------------------

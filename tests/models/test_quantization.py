@@ -1,5 +1,6 @@
 """quantization_config: what it names, what is refused, and tensors that do not fit it."""
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,21 +14,55 @@ import torch
 from engines import engine_for, prompts, request, run_all
 from layouts import expected_tensors
 from published import PUBLISHED, SMALL_MIXTRAL
-from quantised_cases import AWQ, CASES, FLOAT, FP8, INT, MXFP4, compressed, gptq
+from quantised_cases import (
+    AUTO_ROUND,
+    AWQ,
+    AWQ_BY_GPTQMODEL,
+    CASES,
+    FLOAT,
+    FP8,
+    FP8_TENSOR,
+    GPTQMODEL,
+    INT,
+    MXFP4,
+    compressed,
+    gptq,
+)
 from windlass.checkpoint import synthetic as synth
 from windlass.checkpoint.layout import ITEM_BYTES, build_layout, expected_stored
 from windlass.checkpoint.part_reads import slot_bytes
-from windlass.errors import CheckpointError, ModelError
+from windlass.errors import CheckpointError, ModelError, UsageError
 from windlass.formats import WeightFormat
 from windlass.ids import Part, WeightKey
 from windlass.models.config import Config
 from windlass.models.module_names import hub_modules, listed_modules
 from windlass.models.names import NameMap, TensorInfo
-from windlass.models.quantization import Quantization, Scheme, read_quantization
+from windlass.models.quantization import Quantization, Scheme
+from windlass.models.quantization_config import read_quantization
 from windlass.models.registry import read_spec
 from windlass.models.spec import ModelSpec
-from windlass.options import read_config
+from windlass.options import checkpoint_stamp, read_config
+from windlass.quantize.convert import QuantizeOptions, quantize
+from windlass.quantize.scheme import IntegerScheme
 
+E4M3 = WeightFormat(code="e4m3", rows=0)  # one scale
+SYMMETRIC = WeightFormat(code="int4", packing="gptq", columns=8)
+BY_LETTER = WeightFormat(code="int4", packing="gptq", columns=8, zero="gptq", zero_add=1)
+BY_AWQ = WeightFormat(code="int4", packing="awq", columns=8, zero="awq")
+MODELOPT: dict[str, Any] = {
+    "producer": {"name": "modelopt", "version": "0.27.1"},
+    "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "group_size": None,
+                     "exclude_modules": ["lm_head", "*.block_sparse_moe.gate"]},
+}  # fmt: skip
+# The same in config.json
+MODELOPT_INSIDE: dict[str, Any] = {
+    "quant_method": "modelopt", "quant_algo": "FP8", "producer": MODELOPT["producer"],
+    "ignore": MODELOPT["quantization"]["exclude_modules"],
+    "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
+    "config_groups": {"group_0": {
+        "targets": ["Linear"], "input_activations": {"num_bits": 8, "type": "float"},
+        "weights": {"dynamic": False, "num_bits": 8, "type": "float"}}},
+}  # fmt: skip
 EXPERT = "model.layers.0.block_sparse_moe.experts.1.w2"
 
 
@@ -96,6 +131,35 @@ def test_no_quantization_config_is_none() -> None:
         (AWQ, WeightFormat(code="int4", packing="awq", columns=8, zero="awq")),
         ({**AWQ, "version": "GEMM", "group_size": 128}, WeightFormat(
             code="int4", packing="awq", columns=128, zero="awq")),
+        # symmetric codes: whatever the program calls its zero points
+        (gptq(sym=True), SYMMETRIC),
+        (gptq(sym=True, checkpoint_format="gptq_v2"), SYMMETRIC),
+        (gptq(sym=None), SYMMETRIC),
+        (gptq(sym=True, bits=8, desc_act=True),
+         replace(SYMMETRIC, code="int8", has_groups=True)),
+        # as other programs write them
+        (GPTQMODEL, SYMMETRIC),
+        ({**GPTQMODEL, "sym": False}, BY_LETTER),
+        ({**GPTQMODEL, "sym": False, "format": "gptq_v2", "checkpoint_format": "gptq_v2"},
+         replace(BY_LETTER, zero_add=0)),
+        ({**GPTQMODEL, "modules_to_not_convert": [], "ignored_layers": [],
+          "packed_modules_mapping": {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}}, SYMMETRIC),
+        (AWQ_BY_GPTQMODEL, BY_AWQ),
+        ({**AWQ, "modules_to_not_convert": [], "pack_dtype": "int32"}, BY_AWQ),
+        ({**AWQ, "modules_to_not_convert": None}, BY_AWQ),
+        (AUTO_ROUND, SYMMETRIC),
+        ({**AUTO_ROUND, "bits": 8, "extra_config": None}, replace(SYMMETRIC, code="int8")),
+        ({**AUTO_ROUND, "sym": False}, BY_LETTER),
+        ({**AUTO_ROUND, "sym": False, "packing_format": "auto_round:auto_awq"}, BY_AWQ),
+        (FP8_TENSOR, E4M3),
+        ({**FP8_TENSOR, "activation_scheme": "dynamic", "ignored_layers": []}, E4M3),
+        ({**FP8, "weight_block_size": None, "weight_per_tensor": True}, E4M3),
+        ({**FP8, "ignored_layers": [], "weight_per_tensor": False, "act_per_tensor": False,
+          "packed_modules_mapping": {}}, WeightFormat(code="e4m3", rows=128, columns=128)),
+        ({**compressed("pack-quantized", **INT), "run_compressed": False,
+          "packed_modules_mapping": {}, "ignored_layers": []},
+         WeightFormat(code="int4", columns=8)),
+        (MODELOPT_INSIDE, E4M3),
     ],
 )  # fmt: skip
 def test_formats(settings: dict[str, Any], expected: WeightFormat) -> None:
@@ -111,11 +175,27 @@ def test_formats(settings: dict[str, Any], expected: WeightFormat) -> None:
         ({"bits": 4}, "quant_method is None"),
         ({"quant_method": "hqq"}, "hqq"),
         ({"quant_method": "w4afp8"}, "w4afp8"),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt"),
-        ({**FP8, "weight_block_size": None}, "weight_block_size is None, allowed [128, 128]"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"},
+         "quant_algo is 'NVFP4', allowed 'FP8'"),
         ({**FP8, "weight_block_size": [64, 128]}, "weight_block_size is [64, 128]"),
         ({**FP8, "fmt": "e5m2"}, "fmt is 'e5m2'"),
         ({**FP8, "activation_scheme": "static"}, "activation_scheme is 'static'"),
+        ({**FP8, "weight_per_tensor": True}, "weight_per_tensor is True, allowed False"),
+        ({**FP8_TENSOR, "weight_per_tensor": False}, "weight_per_tensor is False, allowed True"),
+        ({**FP8_TENSOR, "scale_fmt": "ue8m0"}, "scale_fmt is 'ue8m0', allowed 'float'"),
+        ({**FP8_TENSOR, "activation_scheme": "row"}, "'row', allowed 'dynamic', 'static'"),
+        ({**FP8, "is_checkpoint_fp8_serialized": False},
+         "is_checkpoint_fp8_serialized is False, allowed True"),
+        ({**MODELOPT_INSIDE, "quant_algo": "FP8_PB_WO"},
+         "quant_algo is 'FP8_PB_WO', allowed 'FP8'"),
+        ({**MODELOPT_INSIDE, "quant_algo": None}, "quant_algo is None"),
+        ({**MODELOPT_INSIDE, "config_groups": {"g": {"weights": {"num_bits": 4}}}},
+         "num_bits is 4"),
+        ({**MODELOPT_INSIDE, "config_groups": {"g": {"weights": {
+            "num_bits": 8, "type": "float", "strategy": "channel"}}}}, "strategy is 'channel'"),
+        ({**MODELOPT_INSIDE, "config_groups": {"g": {"weights": {
+            "num_bits": 8, "type": "float", "rotation": 1}}}}, "unknown key 'rotation'"),
+        ({**MODELOPT_INSIDE, "pre_quant_scale": True}, "unknown key 'pre_quant_scale'"),
         ({**FP8, "expert_dtype": "fp4"}, "expert_dtype is 'fp4'"),
         ({**FP8, "modules_to_convert": ["embed_tokens"]}, "modules_to_convert"),
         ({**FP8, "rotation": 3}, "unknown key 'rotation'"),
@@ -130,6 +210,39 @@ def test_formats(settings: dict[str, Any], expected: WeightFormat) -> None:
         (gptq(dynamic={"+:.*down.*": {"bits": 8}}), "dynamic: +:.*down.* has bits = 8"),
         (gptq(dynamic={".*": {"adapter": "lora"}}), "has adapter"),
         (gptq(adapter={"rank": 4}), "unknown key 'adapter'"),
+        ({**GPTQMODEL, "format": "gptq_v2"},
+         "got checkpoint_format = 'gptq', format = 'gptq_v2', allowed one value for both"),
+        ({**GPTQMODEL, "format": "bitblas"}, "format is 'bitblas', allowed 'gptq', 'gptq_v2'"),
+        ({**GPTQMODEL, "method": "awq"}, "got quant_method = 'gptq', method = 'awq'"),
+        ({**GPTQMODEL, "pack_dtype": "int16"}, "pack_dtype is 'int16', allowed 'int32'"),
+        ({**GPTQMODEL, "dynamic": {"+:.*down": {"group_size": 16}}},
+         "+:.*down has group_size = 16"),
+        ({**GPTQMODEL, "modules_to_not_convert": ["up_proj"]},
+         "modules_to_not_convert is ['up_proj'], allowed []"),
+        ({**AWQ_BY_GPTQMODEL, "format": "gemv"}, "format is 'gemv', allowed 'gemm', 'GEMM'"),
+        ({**AWQ_BY_GPTQMODEL, "checkpoint_format": "gemv_fast"},
+         "checkpoint_format is 'gemv_fast'"),
+        ({**AWQ_BY_GPTQMODEL, "pack_dtype": "int64"}, "pack_dtype is 'int64'"),
+        ({**AWQ_BY_GPTQMODEL, "dynamic": {".*": {"bits": 8}}}, "dynamic: .* has bits = 8"),
+        ({**AWQ_BY_GPTQMODEL, "ignored_layers": ["x"]}, "ignored_layers is ['x'], allowed []"),
+        ({**AUTO_ROUND, "packing_format": "auto_round"},
+         "packing_format is 'auto_round', allowed 'auto_round:auto_gptq', 'auto_round:auto_awq'"),
+        ({**AUTO_ROUND, "packing_format": "auto_round:llm_compressor", "data_type": "mx_fp"},
+         "data_type is 'mx_fp', allowed 'int'"),
+        ({**AUTO_ROUND, "packing_format": "auto_round:auto_awq", "bits": 8},
+         "bits is 8, allowed 4"),
+        ({**AUTO_ROUND, "extra_config": {"a.b": {"bits": 8}}},
+         "extra_config: a.b: bits is 8, allowed 4"),
+        ({**AUTO_ROUND, "extra_config": {"a.b": {"sym": False}}},
+         "a.b: sym is False, allowed True"),
+        ({**AUTO_ROUND, "extra_config": {"a.b": {"group_size": 32}}}, "a.b: group_size is 32"),
+        ({**AUTO_ROUND, "extra_config": {"a.b": {"data_type": "mx_fp"}}}, "data_type is 'mx_fp'"),
+        ({**AUTO_ROUND, "extra_config": {"a.b": {"rotation": 1}}}, "unknown key 'rotation'"),
+        ({**AUTO_ROUND, "extra_config": {"a(.*": {"bits": 16}}}, "'.*(?:a(.*)' is no regular"),
+        ({**AUTO_ROUND, "hadamard_config": {"n": 1}},
+         "unknown key 'hadamard_config' of auto-round"),
+        ({**compressed("pack-quantized", **INT), "ignored_layers": ["a"]},
+         "ignored_layers is ['a'], allowed []"),
         ({**AWQ, "version": "gemv"}, "version is 'gemv', allowed 'gemm'"),
         ({**AWQ, "version": "marlin"}, "version is 'marlin'"),
         ({**AWQ, "bits": 8}, "bits is 8, allowed 4"),
@@ -237,6 +350,76 @@ def test_gptq_is_sure_only_of_lists() -> None:
     assert scheme_of(listed, "model.layers.0.self_attn.o_proj") == (None, True)
     skipped = gptq(dynamic={"-:.*self_attn": {}, "+:.*up": {"bits": 4}})
     assert scheme_of(skipped, q) == (None, True)
+
+
+def test_auto_round_says_which_modules() -> None:
+    gate, up = "model.layers.3.block_sparse_moe.gate", "model.layers.3.mlp.up_proj"
+    assert scheme_of(AUTO_ROUND, up) == (Scheme("gptq", SYMMETRIC), False)
+    assert scheme_of(AUTO_ROUND, gate)[0] is None
+    assert scheme_of({**AUTO_ROUND, "extra_config": {f"{up}": {"bits": 16}}}, up)[0] is None
+    assert scheme_of(AUTO_ROUND, "lm_head")[0] is None
+    alike = {"bits": 4, "group_size": 8, "sym": True, "data_type": "int", "act_bits": 16}
+    unsaid = {**AUTO_ROUND, "sym": None, "data_type": None, "extra_config": {up: alike}}
+    assert scheme_of(unsaid, up)[0] == Scheme("gptq", SYMMETRIC)
+    listed = {**AUTO_ROUND, "block_name_to_quantize": ["model.layers", "head"]}
+    named = {**AUTO_ROUND, "block_name_to_quantize": "model.layers,head"}
+    for settings in (listed, named, {**AUTO_ROUND, "extra_config": {"head.a": {"bits": 4}}}):
+        assert scheme_of(settings, "head.a")[0] is not None
+        assert scheme_of(settings, "model.layers2.b")[0] is None
+    open_ended = {**AUTO_ROUND, "block_name_to_quantize": None, "extra_config": {}}
+    assert scheme_of(open_ended, "lm_head")[0] is not None
+
+
+def test_awq_of_gptqmodel_leaves_alone_what_dynamic_says() -> None:
+    settings = {**AWQ_BY_GPTQMODEL, "dynamic": {"-:.*shared": {}}, "modules_to_not_convert": ["x"]}
+    for module in ("a.x", "model.shared.up_proj"):
+        assert scheme_of(settings, module)[0] is None
+    assert scheme_of(settings, "model.up_proj")[0] is not None
+
+
+def test_modelopt_excludes_as_a_shell_matches() -> None:
+    settings = {**MODELOPT_INSIDE, "ignore": ["lm_head", "a.layers.1*", "*.gate", "mixer"]}
+    for module in ("lm_head", "a.layers.1.up", "a.layers.12.up", "b.gate"):
+        assert scheme_of(settings, module)[0] is None
+    for module in ("x.lm_head.up", "b.gate.up", "mixer.up"):
+        assert scheme_of(settings, module)[0] is not None
+    # its older versions meant any part of a name
+    assert scheme_of(settings, "a.mixer.up")[1] is False
+    assert scheme_of(settings, "b.up")[1] is True
+
+
+def folder_with(path: Path, beside: dict[str, Any], **config: Any) -> Path:
+    (path / "config.json").write_text(json.dumps({**SMALL_MIXTRAL, **config}))
+    (path / "hf_quant_config.json").write_text(json.dumps(beside))
+    return path
+
+
+def test_a_format_that_stands_only_beside_config_json(tmp_path: Path) -> None:
+    """NVFP4 of NVIDIA's ModelOpt, whose config.json says nothing of it, and its fp8."""
+    nvfp4 = {**MODELOPT, "quantization": {**MODELOPT["quantization"], "quant_algo": "NVFP4"}}
+    with pytest.raises(ModelError) as caught:
+        read_spec(read_config(folder_with(tmp_path, nvfp4)))
+    assert str(caught.value).startswith(
+        "hf_quant_config.json: quantization: quant_algo is 'NVFP4', allowed 'FP8'"
+    )
+    stamp = checkpoint_stamp(tmp_path)
+    found = read_spec(read_config(folder_with(tmp_path, MODELOPT)))[1].quantization
+    assert found is not None and (found.method, found.groups[0][1].format) == ("modelopt", E4M3)
+    gate = "model.layers.0.block_sparse_moe.gate"
+    assert found.find([gate], is_expert=False) is None
+    assert checkpoint_stamp(tmp_path) != stamp
+    scheme = IntegerScheme(bits=4, group=32)
+    options = QuantizeOptions(model=str(tmp_path), out=tmp_path / "out", scheme=scheme)
+    with pytest.raises(UsageError, match="is quantised already .hf_quant_config.json"):
+        quantize(options, say=print)
+    strange = {**MODELOPT, "quantization": {**MODELOPT["quantization"], "has_zero_point": True}}
+    with pytest.raises(ModelError, match="unknown key 'has_zero_point'"):
+        read_spec(read_config(folder_with(tmp_path, strange)))
+
+
+def test_config_json_comes_before_what_lies_beside_it(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, MODELOPT, quantization_config=AWQ)
+    assert read_spec(read_config(folder))[1].quantization == parse(AWQ)
 
 
 @pytest.mark.parametrize(
@@ -421,6 +604,24 @@ def test_what_lies_beside_a_matrix_is_not_read() -> None:
     stray = "model.layers.0.block_sparse_moe.experts.1.w2.weight_zero_point"
     tensors[stray] = TensorInfo(stray, "model.safetensors", "I32", (8, 4), 0, 128)
     assert f"{stray} is not part of" in error(spec, names, tensors)
+
+
+def test_biases_that_autogptq_wrote_are_read_with_their_matrix() -> None:
+    spec, names, tensors = mixtral({**gptq(), "dynamic": {"-:.*self_attn": {}}})
+    name = f"{EXPERT}.bias"
+    bias = TensorInfo(name, "model.safetensors", "F16", (64,), 0, 128)
+    layout = build_layout(spec, names, {**tensors, name: bias})
+    last = layout.parts[WeightKey(Part.EXPERT, 0, 1)][-1]
+    assert (last.tensor, last.role, last.start, last.stop) == (name, "zero bias", 0, 64)
+    assert not layout.unused
+    plain = "model.layers.0.self_attn.q_proj.bias"
+    for stray in (
+        replace(bias, dtype="I32"),
+        replace(bias, shape=(8, 8)),
+        replace(bias, name=f"{EXPERT}.scale"),
+        replace(bias, name=plain),
+    ):
+        assert f"{stray.name} is not part of" in error(spec, names, {**tensors, stray.name: stray})
 
 
 def test_a_quantised_head_in_chunks() -> None:

@@ -106,6 +106,16 @@ def fp8_tensor(w: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return tensors, codes.float() * scale
 
 
+def fp8_scalar(w: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """The same as transformers calls it, and without a dimension."""
+    found, meant = fp8_tensor(w)
+    return {
+        ".weight": found[".weight"],
+        ".weight_scale_inv": found[".weight_scale"].reshape(()),
+        ".activation_scale": torch.tensor(1.0),
+    }, meant
+
+
 def compressed(bits: int, size: int, *, is_symmetric: bool = True, is_shuffled: bool = False):
     """compressed-tensors' pack-quantized: signed integers plus 2^(bits - 1), along a row."""
 
@@ -128,20 +138,32 @@ def compressed(bits: int, size: int, *, is_symmetric: bool = True, is_shuffled: 
     return quantise
 
 
-def gptq(bits: int, size: int, *, is_shuffled: bool = False, stored_less: int = 1):
-    """GPTQ: words along the inputs, zero points stored less one (`gptq`) or as they are."""
+def gptq(
+    bits: int,
+    size: int,
+    *,
+    is_shuffled: bool = False,
+    is_symmetric: bool = False,
+    stored_less: int = 1,
+    has_bias: bool = False,
+):
+    """GPTQ: words along the inputs, zero points stored less one (`gptq`) or as they are. With
+    `has_bias` also a bias of zeros, as AutoGPTQ once wrote."""
 
     def quantise(w: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         groups = _groups(w, size, is_shuffled=is_shuffled)
         codes, scales, zeros, meant = _grid(
-            w, groups, bits=bits, is_symmetric=False, dtype=torch.float16
+            w, groups, bits=bits, is_symmetric=is_symmetric, dtype=torch.float16
         )
-        return {
+        tensors = {
             ".qweight": _words(codes.T, bits),
             ".qzeros": _words(zeros - stored_less, bits).T.contiguous(),
             ".scales": scales.T.contiguous(),
             ".g_idx": groups.int(),
-        }, meant
+        }
+        if has_bias:
+            tensors[".bias"] = torch.zeros(w.shape[0], dtype=torch.float16)
+        return tensors, meant
 
     return quantise
 
@@ -205,7 +227,10 @@ def make_quantised(
         elif family != "gpt_oss" and _is_linear(name, everything=everything):
             found, tensors[name] = quantiser(tensors[name])
             module = name.removesuffix(".weight")
-            stored |= {module + ending: tensor for ending, tensor in found.items()}
+            own = {module + ending: tensor for ending, tensor in found.items()}
+            stored |= {
+                key: tensor for key, tensor in own.items() if key not in tensors or key == name
+            }
         else:
             stored[name] = tensors[name]
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}

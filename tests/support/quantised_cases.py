@@ -60,6 +60,41 @@ def gptq(**changes: Any) -> dict[str, Any]:
             **changes}  # fmt: skip
 
 
+# As GPTQModel 5 writes it into config.json, and GPTQModel 4 with `hyb_act`
+GPTQMODEL: dict[str, Any] = {
+    "bits": 4, "group_size": 8, "desc_act": False, "lm_head": False, "method": "gptq",
+    "quant_method": "gptq", "format": "gptq", "checkpoint_format": "gptq", "pack_dtype": "int32",
+    "sym": True, "pack_impl": "cpu", "hyb_act": False, "act_group_aware": True,
+    "offload_to_disk": True, "dynamic": {"-:.*mlp\\.gate$": {}, "lm_head": {}},
+    "meta": {"quantizer": ["gptqmodel:5.6.12"], "uri": "https://github.com/modelcloud/gptqmodel",
+             "damp_percent": 0.05, "static_groups": False, "mse": 0.0, "gptaq": False},
+}  # fmt: skip
+
+
+AWQ_BY_GPTQMODEL = {
+    **GPTQMODEL, "method": "awq", "quant_method": "awq", "format": "gemm", "version": "gemm",
+    "checkpoint_format": "gemm", "zero_point": True, "modules_to_not_convert": None,
+}  # fmt: skip
+
+
+# As AutoRound 0.12 writes it
+AUTO_ROUND: dict[str, Any] = {
+    "bits": 4, "data_type": "int", "group_size": 8, "sym": True, "iters": 200, "nsamples": 128,
+    "low_gpu_mem_usage": True, "enable_quanted_input": False, "autoround_version": "0.12.3",
+    "block_name_to_quantize": "model.layers", "quant_method": "auto-round",
+    "packing_format": "auto_round:auto_gptq",
+    "extra_config": {"model.layers.0.block_sparse_moe.gate": {"bits": 16, "data_type": "float"},
+                     ".*block_sparse_moe\\.gate.*": {"bits": 16, "data_type": "fp"}},
+}  # fmt: skip
+
+
+# One scale for each matrix, as AutoFP8 and vLLM's tools write it
+FP8_TENSOR: dict[str, Any] = dict(
+    quant_method="fp8", activation_scheme="static", is_checkpoint_fp8_serialized=True,
+    ignored_layers=["lm_head", "model.layers.0.block_sparse_moe.gate"],
+)  # fmt: skip
+
+
 AWQ = dict(quant_method="awq", bits=4, group_size=8, zero_point=True, version="gemm",
            modules_to_not_convert=["gate"])  # fmt: skip
 
@@ -118,6 +153,11 @@ CASES = {
         gptq(bits=8, group_size=-1, checkpoint_format="gptq_v2"),
         {},
     ),
+    "gptq-symmetric": Case(
+        "qwen3_moe", quantised.gptq(4, 8, is_symmetric=True, has_bias=True), GPTQMODEL, {}
+    ),
+    "auto-round": Case("mixtral", quantised.gptq(4, 8), {**AUTO_ROUND, "sym": False}, {}),
+    "fp8-static": Case("mixtral", quantised.fp8_scalar, FP8_TENSOR, {}),
     "awq": Case("mixtral", quantised.awq(8), AWQ, {}),
     "int4-fused": Case(  # rows of each head of fused projections
         "qwen3_next",

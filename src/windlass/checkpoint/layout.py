@@ -26,6 +26,7 @@ from windlass.checkpoint.stored import (
     stored_tensors,
     tensor_name,
     whole_rows,
+    zero_bias,
 )
 from windlass.checkpoint.wanted import WantedTensor, all_wanted
 from windlass.errors import CheckpointError
@@ -78,13 +79,17 @@ def build_layout(
     """
     prefix = trunk_prefix(names, tensors)
     parts: dict[WeightKey, list[Piece]] = {}
-    claimed: set[str] = set()
+    claimed: dict[str, WeightKey] = {}
     for wanted in all_wanted(spec, names):
         found = find(wanted, names, prefix, tensors)
         for key, pieces in _pieces(wanted, found, tensors, head_chunk_bytes):
-            claimed.update(piece.tensor for piece in pieces)
+            claimed.update((piece.tensor, key) for piece in pieces)
             parts.setdefault(key, []).extend(pieces)
-    unused = sorted(set(tensors) - claimed)
+    for name in sorted(set(tensors) - set(claimed)):
+        if (bias := zero_bias(tensors[name], claimed)) is not None:
+            parts[bias[0]].append(bias[1])
+            claimed[name] = bias[0]
+    unused = sorted(set(tensors) - set(claimed))
     is_quantised = names.quantization is not None
     strays = [n for n in unused if not (is_quantised and is_companion(n, claimed))]
     notes = _check_unused(spec, prefix, [tensors[name] for name in strays])

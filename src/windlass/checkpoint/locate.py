@@ -3,6 +3,7 @@ what config.json says of quantisation, no shapes."""
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from windlass.checkpoint.stored import module_of, packed_names, tensor_name
@@ -50,7 +51,7 @@ def find(
     candidates = [(name_of(source, prefix, wanted.key), source) for source in wanted.sources]
     place = f"{wanted.name} of {wanted.key}"
     for name, source in candidates:
-        scheme = scheme_of(wanted, names, prefix, name)
+        scheme = _as_spelled(scheme_of(wanted, names, prefix, name), name, tensors)
         codes = tensor_name(scheme.naming, "codes", name) if scheme is not None else name
         if scheme is not None and _is_packed(tensors.get(codes)):
             return Found(name, source, scheme)
@@ -80,6 +81,16 @@ def find(
     raise CheckpointError(
         f"tensor {spellings} is missing ({place}); looked in {looked or 'no files'}"
     )
+
+
+def _as_spelled(
+    scheme: Scheme | None, name: str, tensors: Mapping[str, TensorInfo]
+) -> Scheme | None:
+    """One scale of a whole fp8 matrix is called as those of blocks by some programs."""
+    if scheme is None or scheme.naming != "float" or scheme.format.rows:
+        return scheme
+    by_block = replace(scheme, naming="fp8")
+    return by_block if tensor_name("fp8", "scales", name) in tensors else scheme
 
 
 def _is_packed(codes: TensorInfo | None) -> bool:

@@ -29,9 +29,10 @@ class Read(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class Placement:
     """One canonical tensor inside a slot, or one tensor of a packed matrix. `at` is any byte
-    offset."""
+    offset; `tensor` its name on disk."""
 
     name: str
+    tensor: str
     at: int
     num_bytes: int
     dtype: str
@@ -74,6 +75,7 @@ def make_part_reads(key: WeightKey, layout: Layout, tensors: Mapping[str, Tensor
         placements.append(
             Placement(
                 name=piece.name,
+                tensor=piece.tensor,
                 at=read.at + span.begin - read.offset,
                 num_bytes=span.end - span.begin,
                 dtype=tensors[piece.tensor].dtype,

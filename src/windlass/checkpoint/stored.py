@@ -1,7 +1,7 @@
 """The tensors that a quantised matrix has on disk: names, types, shapes, and which part of each
 belongs to given rows of the matrix. Knows no family and no file."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import lcm, prod
@@ -9,7 +9,17 @@ from typing import NamedTuple
 
 from windlass.errors import CheckpointError
 from windlass.formats import WeightFormat
-from windlass.models.names import PackedShape, Piece, Reshape, Role, Take, Transpose, ViewOp
+from windlass.ids import WeightKey
+from windlass.models.names import (
+    PackedShape,
+    Piece,
+    Reshape,
+    Role,
+    Take,
+    TensorInfo,
+    Transpose,
+    ViewOp,
+)
 from windlass.models.quantization import Naming, Scheme
 
 _FLOATS = ("F32", "BF16", "F16")
@@ -26,7 +36,8 @@ _ENDINGS: dict[Naming, dict[Role, str]] = {
 # Endings of tensors that need not be read -> those of the codes that they lie beside
 _COMPANIONS = {"weight_shape": ("weight_packed",), "g_idx": ("qweight",)} | {
     ending: ("weight", "weight_packed")
-    for ending in ("input_scale", "output_scale", "input_zero_point", "output_zero_point")
+    for ending in "input_scale activation_scale output_scale input_zero_point "
+    "output_zero_point".split()
 }
 # What stands in place of "weight"
 _WORDS: dict[Role, str] = {
@@ -58,6 +69,17 @@ def packed_names(name: str) -> tuple[str, ...]:
     return tuple(tensor_name(naming, "codes", name) for naming in ("packed", "mxfp4", "gptq"))
 
 
+def zero_bias(info: TensorInfo, claimed: Mapping[str, WeightKey]) -> tuple[WeightKey, Piece] | None:
+    """A bias that AutoGPTQ's early versions wrote beside each quantised matrix, also of a model
+    without biases: the part of the matrix, with which it is read, and what is read of it. None for
+    any other tensor."""
+    module, _, ending = info.name.rpartition(".")
+    key = claimed.get(f"{module}.qweight")
+    if ending != "bias" or key is None or info.dtype not in _FLOATS or len(info.shape) != 1:
+        return None
+    return key, Piece(info.name, info.name, 0, info.shape[0], info.shape, role="zero bias")
+
+
 class StoredTensor(NamedTuple):
     """One tensor of a matrix. `shapes` are those it may have, the usual one first, all of them
     (a, b) when flattened; `rows_in` the dimension of (a, b) along the matrix's rows, an index of
@@ -80,7 +102,7 @@ def stored_tensors(scheme: Scheme, n: int, k: int) -> tuple[StoredTensor, ...]:
     per_word = 32 // _bits(form)
     if form.zero == "rows":
         found.append(_plain("zeros", ("I32",), (_blocks(n, per_word), groups), 0, unit=per_word))
-    elif form.zero != "none":
+    elif form.packing != "rows":  # GPTQ's are there also where they say nothing
         _check_multiple(scheme, n, per_word, "rows")
         found.append(_plain("zeros", ("I32",), (groups, n // per_word), 1, unit=per_word))
     if form.has_groups:

@@ -60,15 +60,20 @@ def copied_bytes(layout: Layout, tensors: Mapping[str, TensorInfo]) -> int:
     return most
 
 
-def make_views(part_reads: PartReads, memory: torch.Tensor) -> Views:
+def make_views(part_reads: PartReads, memory: torch.Tensor, *, is_known: bool = False) -> Views:
     """All tensors of a part whose bytes are in `memory` (uint8). Only a tensor that begins at a
-    place where torch cannot view its type (odd, in effect) is copied."""
+    place where torch cannot view its type (odd, in effect) is copied. CheckpointError where one
+    that should say nothing does; not looked at again where the part `is_known`."""
     tensors = StoredTensors()
     parts: dict[str, dict[Role, torch.Tensor]] = {}
     shapes: dict[str, PackedShape] = {}
     has_copies = False
     for place in part_reads.placements:
         stored = memory[place.at : place.at + place.num_bytes]
+        if _says_nothing(place):
+            if not is_known:
+                _check_nothing(place, _canonical(stored.clone(), place))
+            continue
         if stored.storage_offset() % ITEM_BYTES[place.dtype]:
             stored = stored.clone()
             has_copies = True
@@ -119,6 +124,44 @@ def _matrix(shape: PackedShape, tensors: dict[Role, torch.Tensor]) -> Packed:
         zeros=tensors.get("zeros"),
         groups=tensors.get("groups"),
     )
+
+
+def _says_nothing(place: Placement) -> bool:
+    """Whether a tensor beside a matrix is read only to be checked: zeros of symmetric codes, and a
+    bias of a model without."""
+    has_no_zeros = place.packed is not None and place.packed.format.zero == "none"
+    return place.role == "zero bias" or (place.role == "zeros" and has_no_zeros)
+
+
+def _check_nothing(place: Placement, tensor: torch.Tensor) -> None:
+    if place.packed is None:
+        if tensor.any():
+            raise CheckpointError(
+                f"tensor {place.tensor}: got a bias with {int(tensor.count_nonzero())} numbers that"
+                " are not 0, allowed all 0 in a model without biases"
+            )
+        return
+    bits = 4 if place.packed.format.code == "int4" else 8
+    middle = 2 ** (bits - 1)
+    least, most = (int(x) for x in tensor.aminmax())
+    if least != most or least not in (_word(middle - 1, bits), _word(middle, bits)):
+        bytes_of = tensor.contiguous().view(torch.uint8)
+        found = torch.cat((bytes_of & 15, bytes_of >> 4)) if bits == 4 else bytes_of
+        codes = sorted(set(found.flatten().tolist()))
+        raise CheckpointError(
+            f"tensor {place.tensor}: got zero points of {_listed(codes)}, allowed all"
+            f" {middle - 1} or all {middle} where config.json says sym = true"
+        )
+
+
+def _word(code: int, bits: int) -> int:
+    """An int32 of nothing but this code."""
+    word = sum(code << at for at in range(0, 32, bits))
+    return word - 2**32 if word >> 31 else word
+
+
+def _listed(codes: list[int]) -> str:
+    return ", ".join(map(str, codes[:6])) + (", ..." if len(codes) > 6 else "")
 
 
 def _check_groups(name: str, groups: torch.Tensor, num_groups: int) -> None:

@@ -1,5 +1,6 @@
 """Which modules a setting names, in the spellings of quantisation tools. Knows no format."""
 
+import fnmatch
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -31,6 +32,16 @@ class Modules:
             return True
         return any(pattern.match(name) for pattern in _compiled(self.patterns))
 
+    def __or__(self, other: "Modules") -> "Modules":
+        return Modules(
+            names=self.names | other.names,
+            trees=self.trees | other.trees,
+            endings=self.endings + other.endings,
+            fragments=self.fragments + other.fragments,
+            patterns=self.patterns + other.patterns,
+            everything=self.everything or other.everything,
+        )
+
     def _is_under_tree(self, name: str) -> bool:
         end = name.find(".")
         while end != -1:
@@ -60,6 +71,18 @@ def listed_modules(entries: Iterable[str], where: str) -> Modules:
     _check(patterns, where)
     names = frozenset(entry for entry in entries if not entry.startswith("re:"))
     return Modules(names=names, patterns=patterns)
+
+
+def searched_modules(entries: Iterable[str], where: str) -> Modules:
+    """AutoRound's `extra_config`: names, and patterns for any part of names."""
+    return listed_modules(
+        (entry if _PLAIN.fullmatch(entry) else f"re:.*(?:{entry})" for entry in entries), where
+    )
+
+
+def globbed_modules(entries: Iterable[str], where: str) -> Modules:
+    """ModelOpt's `exclude_modules`: whole names, as a shell would match them."""
+    return listed_modules((f"re:{fnmatch.translate(entry)}" for entry in entries), where)
 
 
 def _check(patterns: Iterable[str], where: str) -> None:

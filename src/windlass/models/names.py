@@ -87,7 +87,8 @@ class NameMap:
                                  "language_model.", "")  # fmt: skip
 
 
-Role = Literal["whole", "codes", "scales", "zeros", "groups"]
+# "zero bias": of no use beside packed codes, but it must be all zero
+Role = Literal["whole", "codes", "scales", "zeros", "groups", "zero bias"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from windlass.errors import ModelError
+from windlass.formats import HF_QUANT_FILE
 from windlass.models.config import Config
 from windlass.models.families import (
     dbrx,
@@ -31,7 +32,7 @@ from windlass.models.families import (
 )
 from windlass.models.known_types import DENSE, MOE
 from windlass.models.names import NameMap
-from windlass.models.quantization import read_quantization
+from windlass.models.quantization_config import read_quantization
 from windlass.models.spec import ModelSpec
 from windlass.models.unread import unknown_settings
 
@@ -105,7 +106,7 @@ def read_description(config: Mapping[str, Any]) -> ModelDescription:
     if outer.get("tie_word_embeddings", bool, False):
         spec = replace(spec, tied_head=True)  # the flag may stand outside, inside, or in both
     for part in (outer, settings):
-        part.ignore(*_QUANTIZATION)  # whose reader is strict by itself
+        part.ignore(*_QUANTIZATION, HF_QUANT_FILE)  # whose reader is strict by itself
     unknown = unknown_settings(outer, spec.family)
     names = replace(names, quantization=read_quantization(_quantised(outer, settings)))
     return ModelDescription(spec, names, unknown)

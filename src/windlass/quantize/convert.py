@@ -13,6 +13,7 @@ from windlass.checkpoint.reader import Checkpoint
 from windlass.checkpoint.safetensors import INDEX_FILE
 from windlass.device.processors import default_threads, quota_note
 from windlass.errors import UsageError
+from windlass.formats import HF_QUANT_FILE
 from windlass.models.registry import read_description
 from windlass.options import checkpoint_stamp, read_config, resolve_model
 from windlass.quantize.output_folder import STATE_FILE, Folder, Record, prepare
@@ -136,7 +137,7 @@ def quantize(
 
 def _refuse_quantized(config: Mapping[str, Any]) -> None:
     for part in (config, config.get("text_config") or {}):
-        for key in ("quantization_config", "compression_config"):
+        for key in ("quantization_config", "compression_config", HF_QUANT_FILE):
             found = part.get(key) if isinstance(part, Mapping) else None
             if found:
                 method = found.get("quant_method") if isinstance(found, Mapping) else None

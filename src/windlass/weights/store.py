@@ -86,6 +86,7 @@ class WeightStore:
                 info = source.tensors[piece.tensor]
                 assert not piece.ops and piece.shape == info.shape, f"{key}: rows of {piece}"
                 self._rows[key] = RowReader(info, source, self._queue, device)
+        self._known: set[WeightKey] = set()  # that were in a slot before
         self._dropped: deque[tuple[Demand, list[Lease]]] = deque()
         self._rows_wait_s = 0.0
 
@@ -167,7 +168,10 @@ class WeightStore:
         content: _Content = entry.content
         if content.tensors is not None:
             return content.tensors
-        tensors, has_copies = make_views(content.part_reads, self._memory_of(entry).data)
+        memory = self._memory_of(entry).data
+        is_known = entry.key in self._known
+        tensors, has_copies = make_views(content.part_reads, memory, is_known=is_known)
+        self._known.add(entry.key)
         if not has_copies:  # copies are outside the budget's slots: they end with the lease
             content.tensors = tensors
         return tensors
