@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests/support"))
 
 import transformers
 
-from engines import FAMILIES
+from engines import GOLDEN
 from golden import STEPS, TOLERANCE, compare
 
 
@@ -21,7 +21,7 @@ def main() -> int:
     )
     print("|---|---|---|")
     failed = 0
-    for family in sorted(FAMILIES):
+    for family in sorted(GOLDEN):
         with tempfile.TemporaryDirectory() as folder:
             are_equal, worst = compare(family, Path(folder))
         failed += not are_equal or worst > TOLERANCE

@@ -33,18 +33,18 @@ Forward = Callable[[Checkpoint, torch.Tensor], torch.Tensor]
 
 # Survivors whose change is no change of the mathematics: (pattern of "family path", reason).
 EXPLAINED: tuple[tuple[str, str], ...] = (
-    (r"^\S+ family = ", "a name for messages"),
+    (r"^\S+ (family|limited_by) = ", "words for messages"),
     (r"^\S+ max_positions = ", "a limit of requests, not part of the mathematics"),
     (
-        r"^(mixtral|qwen3_moe|qwen3_5_moe\w*) .*routing = TopKSoftmax\(router_bias=False\)$",
+        r"^(mixtral|qwen3(_vl|_5)?_moe\w*) .*routing = TopKSoftmax\(router_bias=False\)$",
         "softmax over the best logits is the softmax over all, divided by the sum of the best",
     ),
     (
-        r"^granitemoe .*routing = SoftmaxTopK\(renorm_floor=0\.0, ",
+        r"^granitemoe(shared)? .*routing = SoftmaxTopK\(renorm_floor=0\.0, ",
         "the same the other way round",
     ),
     (
-        r"^(qwen2_moe|olmoe|deepseek_v2|qwen3_next) .*renorm_order = 2$",
+        r"^(qwen2_moe|olmoe|deepseek_v2|qwen3_next|mellum) .*renorm_order = 2$",
         "kept scores are not divided at all there (renorm_floor is None)",
     ),
     (
@@ -277,7 +277,7 @@ def run(family: str, golden: Golden) -> Counts:
 
 def main(chosen: list[str]) -> int:
     torch.set_num_threads(1)
-    everything = [*families.CASES, *DELTA_CASES]
+    everything = [*families.CASES, *families.ALIKE, *DELTA_CASES]
     totals, survivors = [0, 0], []
     for family in chosen or everything:
         with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """Finding canonical tensors among a checkpoint's tensors, and what is said when they do not fit."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from delta_model import DELTA_CASES
-from families import CASES, make_checkpoint
+from families import ALIKE, CASES, make_checkpoint
 from layouts import expected_tensors
 from published import SMALL_MIXTRAL
 from windlass.checkpoint.layout import build_layout, with_stored_head
@@ -23,6 +24,7 @@ from windlass.models.names import Layout, NameMap, TensorInfo
 from windlass.models.registry import read_description, read_spec
 from windlass.models.spec import ModelSpec
 
+UNREAD = re.compile(r"\.indexer\.|^(model\.visual|vision_tower|mm_projector)\.")
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
 
 
@@ -38,7 +40,7 @@ def mixtral(**changes: Any) -> tuple[ModelSpec, NameMap, dict[str, TensorInfo]]:
     return spec, names, tensors_of(expected_tensors(spec, names))
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[*CASES, *ALIKE])
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp(request.param)
     make_checkpoint(request.param, path)
@@ -55,13 +57,15 @@ def read(path: Path) -> tuple[ModelSpec, NameMap, dict[str, tuple[int, ...]]]:
 
 def test_expected_tensors_are_what_transformers_saves(saved: Path) -> None:
     spec, names, shapes = read(saved)
-    assert expected_tensors(spec, names) == shapes
+    read_ones = {name: shape for name, shape in shapes.items() if not UNREAD.search(name)}
+    assert expected_tensors(spec, names) == read_ones
 
 
 def test_every_element_is_read_once(saved: Path) -> None:
     spec, names, shapes = read(saved)
     layout = build_layout(spec, names, tensors_of(shapes), head_chunk_bytes=500)
-    assert layout.unused == ()
+    assert layout.unused == tuple(sorted(filter(UNREAD.search, shapes)))
+    shapes = {name: shape for name, shape in shapes.items() if name not in layout.unused}
     parts = set(layout.parts)
     if spec.tied_head:
         parts -= set(layout.keys(Part.HEAD))  # the embedding table, read again

@@ -1,5 +1,6 @@
 """Reading config.json: strictness, what is refused, and sizes of published models."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from layouts import expected_tensors
 from published import PUBLISHED, SMALL_QWEN3_5
+from quantised_cases import FP8
 from windlass.build.checkpoint_sizes import cache_shapes
 from windlass.errors import ModelError
 from windlass.kvcache.kv_cache import bytes_per_token, state_bytes
@@ -15,6 +17,8 @@ from windlass.models.known_types import DENSE, MOE
 from windlass.models.registry import FAMILIES, read_description, read_spec
 from windlass.models.spec import Gqa, LongRopeScaling, Moe
 from windlass.perf import flops as cost
+
+_PARTIAL = {"partial_rotary_factor": 0.5}
 
 
 def published(model_type: str, **changes: Any) -> dict[str, Any]:
@@ -242,6 +246,57 @@ def test_qk_norm_of_qwen3_may_be_said() -> None:
     assert "use_qk_norm" in refusal(published("qwen3_moe", use_qk_norm=False))
 
 
+AROUND = {"qwen3_vl_moe": "qwen3_vl_moe_text", "kimi_k25": "kimi_k2"}
+
+
+@pytest.mark.parametrize("model_type", AROUND)
+def test_image_and_text_types_are_read_by_their_text(model_type: str) -> None:
+    inner = published(AROUND[model_type])
+    outer = {"model_type": model_type, "text_config": inner, "tie_word_embeddings": True}
+    spec, names = read_spec(outer)
+    assert spec == replace(read_spec(inner)[0], family=model_type, tied_head=True)
+    assert names.quantization is None
+    settings = {**FP8, "modules_to_not_convert": ["lm_head"]}
+    _, names = read_spec({**outer, "text_config": {**inner, "quantization_config": settings}})
+    assert names.quantization is not None
+    inner |= {"final_logit_softcapping": 30.0}
+    assert "text_config: final_logit_softcapping" in refusal({**outer, "text_config": inner})
+
+
+def test_kimi_k2_is_deepseek_v3_under_another_name() -> None:
+    config = published("kimi_k2")
+    spec, names = read_spec({**config, "model_type": "deepseek_v3"})
+    assert read_spec(config) == (replace(spec, family="kimi_k2"), names)
+
+
+def test_layers_without_experts_where_only_a_list_says_so() -> None:
+    one = published("glm4_moe_lite", first_k_dense_replace=None)
+    assert read_spec(one) == read_spec(published("glm4_moe_lite", mlp_layer_types=None))
+    kinds = ["sparse", "dense", *["sparse"] * 45]
+    spec, _ = read_spec({**one, "mlp_layer_types": kinds})
+    assert [isinstance(block.ffn, Moe) for block in spec.blocks[:3]] == [True, False, True]
+
+
+@pytest.mark.parametrize("most", [2048, 163840])
+def test_sparse_attention_limits_positions(most: int) -> None:
+    spec, names = read_spec(published("deepseek_v32", index_topk=most))
+    whole, others = read_spec({**published("deepseek_v3"), "num_nextn_predict_layers": 1})
+    assert spec.blocks == whole.blocks and names == replace(others, unused=names.unused)
+    assert spec.max_positions == most
+    lines = [f"deepseek_v32: at most {most} tokens, up to which its sparse attention"
+             f" (index_topk {most}) sees all positions: its indexer is not computed"]  # fmt: skip
+    assert list(spec.limits()) == (lines if most < 163840 else [])
+
+
+def test_full_attention_of_exaone_has_no_positions_where_others_slide() -> None:
+    spec, _ = read_spec(published("exaone_moe"))
+    found = [(b.attention.window, b.attention.rope is None)
+             for b in spec.blocks if isinstance(b.attention, Gqa)]  # fmt: skip
+    assert found == [*[(128, False)] * 3, (None, True)] * 12
+    whole, _ = read_spec(published("exaone_moe", sliding_window=None, layer_types=None))
+    assert all(isinstance(b.attention, Gqa) and b.attention.rope for b in whole.blocks)
+
+
 @pytest.mark.parametrize("model_type", [name for name in PUBLISHED if name != "dbrx"])
 @pytest.mark.parametrize(
     "change",
@@ -253,7 +308,7 @@ def test_qk_norm_of_qwen3_may_be_said() -> None:
         {"num_hidden_layers": 0},
         {"final_logit_softcapping": 30.0},
         {"attn_logit_softcapping": 50.0},
-        {"index_topk": 2048},
+        {"index_topk": 0},
         {"partial_rotary_factor": 0.3},
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
     ],
@@ -319,6 +374,23 @@ def test_settings_that_are_not_supported(model_type: str, change: dict[str, Any]
         ("nemotron_h", {"time_step_limit": [0.001, float("inf")]}),
         ("nemotron_h", {"use_bias": True}),
         ("phimoe", {"num_experts_per_tok": 3}),
+        ("mixtral", {"index_topk": 2048}),
+        ("deepseek_v32", {"index_topk": "remove"}),
+        ("deepseek_v32", {"rope_interleave": False}),
+        ("deepseek_v32", {"layer_types": ["full_attention"] * 61}),
+        ("glm4_moe_lite", {"mlp_layer_types": ["sparse"] * 47}),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}),
+        ("glm4_moe_lite", {"mlp_layer_types": ["none"] * 47, "first_k_dense_replace": None}),
+        ("glm4_moe_lite", {"qk_head_dim": 192}),
+        ("qwen3_vl_moe_text", {"norm_topk_prob": False}),
+        ("qwen3_vl_moe_text", {"moe_intermediate_size": 1024}),
+        ("hy_v3", {"route_norm": False}),
+        ("hy_v3", {"expert_hidden_dim": 768}),
+        ("solar_open", {"first_k_dense_replace": 1}),
+        ("solar_open", {"use_qk_norm": True}),
+        ("exaone_moe", {"is_moe_layer": [True] * 48}),
+        ("exaone_moe", {"layer_types": None}),
+        ("mellum", {"rope_parameters": {"full_attention": {}, "sliding_attention": _PARTIAL}}),
         ("dbrx", {"tie_word_embeddings": True}),
         ("dbrx", {"rope_theta": 10000.0}),
         ("dbrx", {"n_heads": 7}),
@@ -373,7 +445,7 @@ def test_factors_of_long_contexts() -> None:
 def test_published_parameter_counts(model_type: str) -> None:
     spec, _ = read_spec(published(model_type))
     assert cost.num_parameters(spec) == PUBLISHED[model_type][1]
-    keys = ("layer_types", "hybrid_override_pattern")
+    keys = ("layer_types", "mlp_layer_types", "is_moe_layer", "hybrid_override_pattern")
     kinds = {key: PUBLISHED[model_type][0].get(key, "")[:4] or None for key in keys}
     small = read_spec(published(model_type, num_hidden_layers=4, n_layers=4, **kinds))
     elements = sum(_elements(shape) for shape in expected_tensors(*small).values())

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from dense_model import TOLERANCE, Checkpoint, dense_logits, prompts
-from families import CASES, make_checkpoint, rewrite_config
+from families import ALIKE, CASES, make_checkpoint, rewrite_config
 from layouts import expected_tensors
 from windlass.checkpoint.layout import build_layout
 from windlass.ids import Part
@@ -32,13 +32,13 @@ def check_logits(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
         assert worst <= TOLERANCE, f"{len(ids)} tokens: {worst}"
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", [*CASES, *ALIKE])
 def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     model = make_checkpoint(family, tmp_path)
     check_logits(Checkpoint(tmp_path), model)
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", [*CASES, "qwen3_vl_moe"])
 def test_stacked_experts_on_disk(family: str, tmp_path: Path) -> None:
     model = make_checkpoint(family, tmp_path, hub_format=False)
     assert not list(_per_expert_names(tmp_path)), "the checkpoint was to be stacked"
@@ -100,3 +100,14 @@ def test_gemma4_as_it_is_published(tmp_path: Path) -> None:
         tensors[name] = TensorInfo(name, "model.safetensors", "BF16", (4,), 0, 8)
     layout = build_layout(spec, names, tensors)
     assert len(layout.unused) == 2 and set(layout.parts) >= set(text.layout.keys(Part.EXPERT))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+def test_sparse_attention_is_dense_exactly_as_far_as_is_said(family: str, tmp_path: Path) -> None:
+    model = make_checkpoint(family, tmp_path, index_topk=12)
+    checkpoint, (longer, *_) = Checkpoint(tmp_path), prompts()
+    limit = checkpoint.spec.max_positions
+    assert limit == 12 < len(longer) and "index_topk 12" in checkpoint.spec.limits()[0]
+    error = (dense_logits(checkpoint, longer) - model(longer[None]).logits[0]).abs().amax(-1)
+    assert error[:limit].max() <= TOLERANCE < error[limit:].min()

@@ -159,7 +159,7 @@ def _logits(checkpoint: Checkpoint) -> torch.Tensor:
     return torch.cat([dense_logits(checkpoint, prompts()[i], KERNELS) for i in (0, 2)])
 
 
-@pytest.mark.parametrize("family", CASES)
+@pytest.mark.parametrize("family", [*CASES, "exaone_moe", "mellum"])
 @torch.inference_mode()
 def test_every_setting_matters(family: str, tmp_path: Path) -> None:
     make_checkpoint(family, tmp_path)

@@ -203,6 +203,8 @@ def test_too_long_is_a_400_with_openais_code() -> None:
         assert body["error"]["code"] == "context_length_exceeded"
         assert body["error"]["param"] == field
         assert body["error"]["type"] == "invalid_request_error"
+    with pytest.raises(RequestError, match="limit 100, because$"):
+        complete(served(limited_by="because"), prompt="x" * 99)
     assert complete(prompt="x" * 98).prompts[0].params.max_tokens == 1
     assert chat(max_tokens=77).prompts[0].params.max_tokens == 77
 

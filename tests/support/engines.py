@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from delta_model import DELTA_CASES, make_delta_checkpoint
-from families import CASES, VOCAB, make_checkpoint
+from families import ALIKE, CASES, VOCAB, make_checkpoint
 from windlass.build.open import open_engine
 from windlass.device.base import Device
 from windlass.engine.engine import Engine
@@ -19,6 +19,7 @@ from windlass.params import SamplingParams
 from windlass.units import MIB
 
 FAMILIES = (*CASES, *DELTA_CASES)
+GOLDEN = (*FAMILIES, *ALIKE)
 
 
 def make_model(family: str, path: Path, **changes: Any) -> torch.nn.Module:

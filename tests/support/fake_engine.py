@@ -103,6 +103,7 @@ class FakeEngine:
         self.plan = FakePlan()
         self.notes: tuple[str, ...] = ()
         self.max_model_len = max_model_len
+        self.limited_by = ""
         self.default_params = SamplingParams(temperature=0.5, max_tokens=None)
         self.fingerprint = {"checkpoint": fingerprint, "version": "0"}
         self.capacity = capacity

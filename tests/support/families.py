@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 VOCAB = 101
 
@@ -240,6 +246,107 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+_ROUTED = {key: value for key, value in _GROUPS.items() if key != "first_k_dense_replace"}
+_NO_GROUPS = {**_ROUTED, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 3}
+_KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+_SPARSE = dict(mlp_layer_types=["sparse", "dense", "sparse"])
+_EXPERTS: dict[str, Any] = dict(
+    num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, head_dim=12
+)
+_INDEXER = dict(index_topk=256, index_head_dim=16, index_n_heads=2)
+
+# Families made of what those have: they take part in the tests of families, and in no others.
+ALIKE: dict[str, dict[str, Any]] = {
+    "glm4_moe_lite": {**_ROUTED, **_MLA, **_SPARSE, "q_lora_rank": 28, "rope_interleave": False},
+    "kimi_k25": {
+        **_NO_GROUPS,
+        **_MLA,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 28,
+        "rope_parameters": _yarn(mscale=1.0, mscale_all_dim=1.0, beta_fast=1.0, beta_slow=1.0),
+    },
+    "qwen3_vl_moe": dict(
+        **_EXPERTS,
+        attention_bias=True,
+        mlp_only_layers=[1],
+        rope_parameters=dict(
+            rope_type="default", rope_theta=3e3, mrope_section=[2, 2, 2], mrope_interleaved=True
+        ),
+    ),
+    "hy_v3": dict(
+        **_EXPERTS,
+        **_SPARSE,
+        num_shared_experts=2,
+        router_scaling_factor=1.7,
+        attention_bias=True,
+        mlp_bias=True,
+    ),
+    "solar_open": dict(
+        **_ROUTED,
+        head_dim=12,
+        attention_bias=True,
+        rope_parameters=_yarn(),
+    ),
+    "exaone_moe": dict(
+        **{**_EXPERTS, **_GROUPS, "norm_topk_prob": False, "num_experts": 16},
+        num_shared_experts=2,
+        sliding_window=5,
+        layer_types=_KINDS,
+    ),
+    "mellum": dict(
+        **_EXPERTS,
+        **_SPARSE,
+        norm_topk_prob=False,
+        attention_bias=True,
+        sliding_window=6,
+        layer_types=_KINDS,
+        rope_parameters=dict(
+            full_attention=_yarn(), sliding_attention=dict(rope_type="default", rope_theta=300.0)
+        ),
+    ),
+    "granitemoeshared": dict(
+        **{**CASES["granitemoe"], "tie_word_embeddings": False}, shared_intermediate_size=20
+    ),
+    "deepseek_v32": {
+        **_GROUPS,
+        **_MLA,
+        **_INDEXER,
+        "q_lora_rank": 28,
+        "rope_parameters": _yarn(mscale=1.0, mscale_all_dim=1.0, beta_fast=3.0),
+    },
+    "glm_moe_dsa": {
+        **_NO_GROUPS,
+        **_MLA,
+        **_INDEXER,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 28,
+        "indexer_types": ["full", "shared", "full"],
+    },
+}
+
+# The vision part of the files in which the text of a family lies.
+_VISION: dict[str, dict[str, Any]] = {
+    "kimi_k25": dict(
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        pos_emb_height=4,
+        pos_emb_width=4,
+    ),
+    "qwen3_vl_moe": dict(
+        depth=1,
+        hidden_size=16,
+        intermediate_size=24,
+        num_heads=2,
+        out_hidden_size=32,
+        patch_size=4,
+        num_position_embeddings=16,
+        deepstack_visual_indexes=[0],
+    ),
+}
+
+
 def make_checkpoint(
     family: str,
     path: Path,
@@ -255,16 +362,44 @@ def make_checkpoint(
     `hub_format=False` writes the tensors as transformers keeps them in memory (stacked experts);
     `changes` replace settings of the case. Logits are of order 1.
     """
-    settings = {**_BASE, **CASES[family], **changes}
+    settings = {**_BASE, **(CASES.get(family) or ALIKE[family]), **changes}
+    auto = AutoModelForCausalLM
+    if family in _VISION:
+        auto = AutoModelForImageTextToText
+        settings = dict(
+            text_config=settings, vision_config=_VISION[family], tie_word_embeddings=False
+        )
     config = AutoConfig.for_model(family, **settings)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = auto.from_config(config, dtype=dtype).eval()
     _randomise(model, seed)
     if family == "phimoe":
         _use_long_factors(model)
     model.save_pretrained(path, save_original_format=hub_format)
+    if family in _VISION and hub_format:
+        _as_published(family, path)
     return model
+
+
+def _as_published(family: str, path: Path) -> None:
+    """Tensors and config.json as the hub has them, where transformers 5.23 saves others."""
+    tensors = load_file(path / "model.safetensors")
+    text = json.loads((path / "config.json").read_text())["text_config"]
+    if family == "qwen3_vl_moe":
+        del text["tie_word_embeddings"]
+        for name, tensor in tensors.items():
+            if ".mlp.experts." in name:
+                tensors[name] = tensor.transpose(1, 2).contiguous()
+    else:  # transformers' own names of layers and of a norm
+        text["model_type"] = "kimi_k2"
+        own, hubs = "language_model.model.blocks.", "language_model.model.layers."
+        tensors = {
+            name.replace(own, hubs).removeprefix("model."): tensor
+            for name, tensor in tensors.items()
+        }
+    rewrite_config(path, text_config=text)
+    save_file(tensors, path / "model.safetensors")
 
 
 def _use_long_factors(model: PreTrainedModel) -> None:

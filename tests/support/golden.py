@@ -19,10 +19,10 @@ TOLERANCE = 1e-4  # absolute, of log-probabilities; logits are of order 1
 
 
 @torch.inference_mode()
-def reference(model, prompt):
+def reference(model, prompt, steps=STEPS):
     """Greedy tokens and log-probabilities of each step, with transformers' own cache."""
     ids, cache, tokens, rows = torch.tensor([prompt]), None, [], []
-    for _ in range(STEPS):
+    for _ in range(steps):
         out = model(input_ids=ids, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         row = out.logits[0, -1].double().log_softmax(-1)
@@ -32,18 +32,18 @@ def reference(model, prompt):
     return tokens, torch.stack(rows)
 
 
-def compare(family, path):
+def compare(family, path, *, steps=STEPS):
     """Runs a random checkpoint of `family` both ways: (all tokens equal, largest error)."""
     model = make_model(family, path)
     texts = prompts(LENGTHS_OF.get(family, LENGTHS))
     with engine_for(path, max_num_batched_tokens=80) as engine:
         results = run_all(
             engine,
-            [request(str(i), p, max_tokens=STEPS, logprobs=-1) for i, p in enumerate(texts)],
+            [request(str(i), p, max_tokens=steps, logprobs=-1) for i, p in enumerate(texts)],
         )
     are_equal, worst = True, 0.0
     for i, prompt in enumerate(texts):
-        tokens, rows = reference(model, prompt)
+        tokens, rows = reference(model, prompt, steps)
         are_equal &= list(results[str(i)].outputs[0].token_ids) == tokens
         worst = max(worst, (logprob_rows(results[str(i)]) - rows).abs().max().item())
     return are_equal, worst

@@ -51,6 +51,8 @@ class JobEngine(SteppedEngine, Protocol):
     @property
     def max_model_len(self) -> int: ...
     @property
+    def limited_by(self) -> str: ...
+    @property
     def default_params(self) -> SamplingParams: ...
     @property
     def fingerprint(self) -> Mapping[str, object]: ...
@@ -299,6 +301,7 @@ def _runner(
         engine.max_model_len,
         engine.default_params,
         now=manifest.created,  # a resume on another day must render the same prompts
+        limited_by=engine.limited_by,
     )
     settings = RunSettings(manifest.created, options.max_retries, WINDOW * engine.capacity)
     return BatchRunner(service, model, ledger, settings)

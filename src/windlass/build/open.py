@@ -159,7 +159,7 @@ def _setup(
     plan = chosen.plan
     return EngineSetup(
         plan=plan,
-        notes=tuple(chosen.lines()),
+        notes=(*model.spec.limits(), *chosen.lines()),
         tokenizer=tokenizer,
         default_params=params,
         rules=RequestRules(
@@ -169,6 +169,7 @@ def _setup(
             eos_token_ids=tokenizer.eos_token_ids,
             seed=options.seed,
             prefix_caching=plan.prefix_caching,
+            limited_by=model.spec.limited_by if plan.max_model_len == model.spec.max_positions else "",
         ),
         fingerprint=_fingerprint(model, tokenizer, options, backend),
         expectation=EngineExpectation(chosen),

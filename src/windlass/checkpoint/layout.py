@@ -91,7 +91,8 @@ def build_layout(
             claimed[name] = bias[0]
     unused = sorted(set(tensors) - set(claimed))
     is_quantised = names.quantization is not None
-    strays = [n for n in unused if not (is_quantised and is_companion(n, claimed))]
+    strays = [n for n in unused if not (is_quantised and is_companion(n, claimed))
+              and not any(re.search(pattern, n) for pattern in names.unused)]  # fmt: skip
     notes = _check_unused(spec, prefix, [tensors[name] for name in strays])
     layout = Layout({key: tuple(pieces) for key, pieces in parts.items()}, tuple(unused), notes)
     if names.quantization is not None and not layout.is_quantised:
@@ -158,7 +159,7 @@ def _pieces(
     """Keys and their pieces: one key, or for the head one for each chunk."""
     if found.scheme is None:
         info = tensors[found.name]
-        piece = _piece(wanted, found.source, info)
+        piece = _piece(wanted, _source_of_shape(wanted, found, info), info)
         if wanted.key.part != Part.HEAD:
             yield wanted.key, [piece]
             return
@@ -173,6 +174,12 @@ def _pieces(
     for index, some in enumerate(_head_rows(found.scheme, rows, head_chunk_bytes)):
         pieces = packed_pieces(wanted.name, found.name, found.scheme, some)
         yield wanted.key._replace(index=index), pieces
+
+
+def _source_of_shape(wanted: WantedTensor, found: Found, info: TensorInfo) -> TensorSource:
+    """Of several sources of one name, that which the tensor's shape fits."""
+    same = [source for source in wanted.sources if source.name == found.source.name]
+    return next((s for s in same if _stored_shape(wanted, s) == info.shape), found.source)
 
 
 def _checked_rows(

@@ -72,6 +72,7 @@ class Engine:
         self.notes = setup.notes
         self.tokenizer = setup.tokenizer
         self.max_model_len = setup.rules.max_model_len
+        self.limited_by = setup.rules.limited_by
         self.default_params = setup.default_params
         self.fingerprint = setup.fingerprint
         self._rules = setup.rules

@@ -14,7 +14,8 @@ from windlass.schedule.batch import CHUNK_TOKENS
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRules:
     """Limits in tokens. `longest`: those of a sequence where memory has no end, by what the user or
-    the model allows. `seed`: of requests without one."""
+    the model allows. `limited_by`: why `max_model_len` is no more, where that is special.
+    `seed`: of requests without one."""
 
     max_model_len: int
     longest: int
@@ -22,6 +23,7 @@ class RequestRules:
     eos_token_ids: tuple[int, ...]
     seed: int
     prefix_caching: bool
+    limited_by: str = ""
 
     def check(self, request: Request) -> None:
         """Raises RequestError if the request cannot run here."""
@@ -31,8 +33,9 @@ class RequestRules:
         room = self.max_model_len - num_prompt
         if room < 1 or (params.max_tokens is not None and params.max_tokens > room):
             wanted = "" if params.max_tokens is None else f" and max_tokens {params.max_tokens}"
+            why = self.limited_by and f", {self.limited_by}"
             raise RequestError(
-                f"prompt has {num_prompt} tokens{wanted}, limit {self.max_model_len} in all",
+                f"prompt has {num_prompt} tokens{wanted}, limit {self.max_model_len} in all{why}",
                 param="prompt" if room < 1 else "max_tokens",
                 code="context_length_exceeded",
             )

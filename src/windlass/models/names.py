@@ -83,6 +83,7 @@ class NameMap:
     final: TensorSources
     head: TensorSources
     quantization: Quantization | None = None
+    unused: tuple[str, ...] = ()  # patterns of tensors that are known, and not needed
     prefixes: tuple[str, ...] = ("model.", "model.language_model.", "language_model.model.",
                                  "language_model.", "")  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +13,17 @@ from windlass.models.families import (
     dbrx,
     deepseek_v2,
     deepseek_v3,
+    deepseek_v32,
     dots1,
     ernie4_5_moe,
+    exaone_moe,
     gemma4,
     glm4_moe,
     gpt_oss,
     granitemoe,
+    hy_v3,
     lfm2_moe,
+    mellum,
     minimax_m2,
     mixtral,
     nemotron_h,
@@ -29,27 +33,37 @@ from windlass.models.families import (
     qwen3_5_moe,
     qwen3_moe,
     qwen3_next,
+    qwen3_vl_moe,
+    solar_open,
 )
+from windlass.models.families.common import Family
 from windlass.models.known_types import DENSE, MOE
 from windlass.models.names import NameMap
 from windlass.models.quantization_config import read_quantization
 from windlass.models.spec import ModelSpec
 from windlass.models.unread import unknown_settings
 
-Family = Callable[[Config], tuple[ModelSpec, NameMap]]
-
 FAMILIES: Mapping[str, Family] = {
     "dbrx": dbrx.read,
     "deepseek_v2": deepseek_v2.read,
     "deepseek_v3": deepseek_v3.read,
+    "deepseek_v32": deepseek_v32.read,
     "dots1": dots1.read,
     "ernie4_5_moe": ernie4_5_moe.read,
+    "exaone_moe": exaone_moe.read,
     "gemma4": gemma4.read,
     "gemma4_text": gemma4.read_text,
     "glm4_moe": glm4_moe.read,
+    "glm4_moe_lite": deepseek_v3.read_glm4_moe_lite,
+    "glm_moe_dsa": deepseek_v32.read,
     "gpt_oss": gpt_oss.read,
     "granitemoe": granitemoe.read,
+    "granitemoeshared": granitemoe.read_shared,
+    "hy_v3": hy_v3.read,
+    "kimi_k2": deepseek_v3.read,
+    "kimi_k25": deepseek_v3.read_kimi_k25,
     "lfm2_moe": lfm2_moe.read,
+    "mellum": mellum.read,
     "minimax_m2": minimax_m2.read,
     "mixtral": mixtral.read,
     "nemotron_h": nemotron_h.read,
@@ -60,6 +74,9 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_5_moe_text": qwen3_5_moe.read_text,
     "qwen3_moe": qwen3_moe.read,
     "qwen3_next": qwen3_next.read,
+    "qwen3_vl_moe": qwen3_vl_moe.read,
+    "qwen3_vl_moe_text": qwen3_vl_moe.read_text,
+    "solar_open": solar_open.read,
 }
 
 _QUANTIZATION = ("quantization_config", "compression_config")
@@ -103,6 +120,8 @@ def read_description(config: Mapping[str, Any]) -> ModelDescription:
     if family is None:
         raise _unsupported(model_type, settings.get("model_type", str, model_type))
     spec, names = family(settings)
+    if outer.has("text_config"):
+        settings = outer.section("text_config")
     if outer.get("tie_word_embeddings", bool, False):
         spec = replace(spec, tied_head=True)  # the flag may stand outside, inside, or in both
     for part in (outer, settings):

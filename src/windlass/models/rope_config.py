@@ -67,7 +67,13 @@ def rotary_dim(
     """How many dimensions of a head are rotated: `partial_rotary_factor` (default `default`) of
     `head_dim`, rounded down."""
     outer = config.get("partial_rotary_factor", float, default)
-    factor = _parameters(config, layer_type).get("partial_rotary_factor", float, outer)
+    params = _parameters(config, layer_type)
+    factor = params.get("partial_rotary_factor", float, outer)
+    if factor != outer and config.has("partial_rotary_factor"):
+        raise ModelError(
+            f"{config.where}: partial_rotary_factor is {outer}, in {params.where} {factor},"
+            " allowed one value for both"
+        )
     if not 0 < factor <= 1:
         raise ModelError(
             f"{config.where}: partial_rotary_factor is {factor}, allowed above 0 and at most 1"

@@ -333,7 +333,7 @@ class Block:
 class ModelSpec:
     """A decoder. Multipliers are 1 where a family has none. `embed_multiplier_as_stored`: it is
     rounded to the type of the embedding table. `logit_cap`: logits become cap * tanh(logit / cap).
-    """
+    `limited_by`: what `max_positions` is, in words, where it is less than the file says."""
 
     family: str
     vocab_size: int
@@ -348,3 +348,10 @@ class ModelSpec:
     residual_multiplier: float = 1.0
     logit_divisor: float = 1.0
     logit_cap: float | None = None
+    limited_by: str = ""
+
+    def limits(self) -> tuple[str, ...]:
+        """What a user must know beforehand, in lines."""
+        if not self.limited_by:
+            return ()
+        return (f"{self.family}: at most {self.max_positions} tokens, {self.limited_by}",)

@@ -252,8 +252,8 @@ def _fewest_rows(seqs: int) -> int:
 def _check(wanted: PlanConstraints, spec: ModelSpec) -> None:
     if wanted.max_model_len is not None and wanted.max_model_len > spec.max_positions:
         raise UsageError(
-            f"max_model_len: got {wanted.max_model_len}, allowed at most {spec.max_positions},"
-            " the model's own limit"
+            f"max_model_len: got {wanted.max_model_len}, allowed at most {spec.max_positions}, "
+            + (spec.limited_by or "the model's own limit")
         )
     for name, least in (
         ("expert_slots", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", CHUNK_TOKENS + 1),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from windlass.ids import Part
+from windlass.models.spec import ModelSpec
 from windlass.perf.estimate import Estimate
 from windlass.perf.flops import num_parameters
 from windlass.perf.sizes import Problem, Sizes
@@ -153,7 +154,7 @@ def explain(
         device=None
         if profile.device is None
         else report_device(problem, workload, host_memory, device_memory),
-        notes=_notes(best.plan, workload),
+        notes=_notes(best.plan, spec, workload),
     )
 
 
@@ -227,7 +228,10 @@ def _choices(plan: Plan) -> str:
     )
 
 
-def _notes(plan: Plan, workload: Workload) -> tuple[str, ...]:
-    if workload.longest <= plan.max_model_len:
-        return ()
-    return (f"sequences longer than {plan.max_model_len} tokens do not fit and count as that long",)
+def _notes(plan: Plan, spec: ModelSpec, workload: Workload) -> tuple[str, ...]:
+    notes = spec.limits()
+    if workload.longest > plan.max_model_len:
+        notes += (
+            f"sequences longer than {plan.max_model_len} tokens do not fit and count as that long",
+        )
+    return notes

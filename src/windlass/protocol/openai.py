@@ -91,13 +91,15 @@ class ChatTokenizer(Protocol):
 class ServedModel:
     """What a body may ask for. `names[0]` is written into responses, all of them are accepted.
     `default_params.max_tokens`: of bodies that name none, None for the endpoint's own default.
-    `now`: the seconds since 1970 that chat templates see, None for the clock's."""
+    `now`: the seconds since 1970 that chat templates see, None for the clock's. `limited_by`: why
+    `max_model_len` is no more, where that is special."""
 
     names: tuple[str, ...]
     tokenizer: ChatTokenizer
     max_model_len: int
     default_params: SamplingParams
     now: int | None = None
+    limited_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +127,17 @@ def parse_body(endpoint: Endpoint, body: Mapping[str, Any], model: ServedModel) 
     _refuse_unsupported(body, is_chat=is_chat)
     params = _sampling_params(body, model.default_params, is_chat=is_chat)
     limit = _Limit(
-        _max_tokens(body, is_chat=is_chat), model.default_params.max_tokens, model.max_model_len
+        asked=_max_tokens(body, is_chat=is_chat),
+        default=model.default_params.max_tokens,
+        in_all=model.max_model_len,
+        why=model.limited_by and f", {model.limited_by}",
     )
     field = "messages" if is_chat else "prompt"
     num_chars = text_chars(endpoint, body)
     if num_chars > most_chars(model.max_model_len):  # before anything is made of it
         raise RequestError(
             f"prompt has {num_chars} characters, which are more than {model.max_model_len} tokens,"
-            f" the limit",
+            f" the limit{limit.why}",
             param=field,
             code="context_length_exceeded",
         )
@@ -324,11 +329,12 @@ def _is_ids(value: object) -> bool:
 
 class _Limit(NamedTuple):
     """Lengths in tokens: what the body asks for, what the checkpoint names for bodies that do not
-    say, both None where nothing is said; a prompt and its answer together."""
+    say, both None where nothing is said; a prompt and its answer together, and why no more."""
 
     asked: int | None
     default: int | None
     in_all: int
+    why: str
 
 
 def _fit(params: SamplingParams, limit: _Limit, num_prompt: int, field: str) -> SamplingParams:
@@ -339,7 +345,7 @@ def _fit(params: SamplingParams, limit: _Limit, num_prompt: int, field: str) -> 
     if rest < 1 or (length is not None and length > rest):
         asked = "" if rest < 1 else f" and {length} more are asked for"
         raise RequestError(
-            f"prompt has {num_prompt} tokens{asked}, limit {limit.in_all}",
+            f"prompt has {num_prompt} tokens{asked}, limit {limit.in_all}{limit.why}",
             param=field,
             code="context_length_exceeded",
         )

@@ -171,13 +171,14 @@ def groups(config: Config, score: Any) -> NoGroups | RoutingGroups:
     return RoutingGroups(num=num, kept=kept, score=score)
 
 
-def sigmoid_topk(config: Config, *, renorm: bool) -> SigmoidTopK:
-    """DeepSeek-V3's routing; `renorm` is the family's default of `norm_topk_prob`."""
+def sigmoid_topk(config: Config, *, renorm: bool, scale: float = 1.0) -> SigmoidTopK:
+    """DeepSeek-V3's routing; `renorm` is the family's default of `norm_topk_prob`, `scale` that of
+    `routed_scaling_factor`."""
     config.one_of("topk_method", ("noaux_tc",), default="noaux_tc")
     return SigmoidTopK(
         renorm_eps=1e-20 if config.get("norm_topk_prob", bool, renorm) else None,
         groups=groups(config, "top2_sum"),
-        scale=config.get("routed_scaling_factor", float, 1.0),
+        scale=config.get("routed_scaling_factor", float, scale),
     )
 
 
@@ -185,7 +186,7 @@ def deepseek_moe(config: Config, routing: Routing, *, bias: bool = False) -> Moe
     """Routed and shared experts with DeepSeek's key names."""
     config.one_of("moe_layer_freq", (1,), default=1)
     inner = config.size("moe_intermediate_size")
-    num_shared = config.get("n_shared_experts", int, 0)
+    num_shared = config.first(("n_shared_experts", "num_shared_experts"), int, 0)
     shared = Shared(ffn=Ffn(intermediate=inner * num_shared, bias=bias)) if num_shared > 0 else None
     return moe(
         config,
@@ -205,13 +206,22 @@ def sparse_layers(config: Config) -> list[bool]:
 
 
 def first_dense(
-    config: Config, attention: Sequence[Attention], experts: Moe, dense: Ffn
+    config: Config, attention: Sequence[Attention], experts: Moe, dense: Ffn, *, num_dense: int = 0
 ) -> list[Block]:
-    """Blocks whose first `first_k_dense_replace` have no experts."""
-    num_dense = config.get("first_k_dense_replace", int, 0)
+    """Blocks without experts where `mlp_layer_types` says so, or `first_k_dense_replace`, which
+    must agree; the first `num_dense` where the file has neither."""
+    num = config.get("first_k_dense_replace", int, num_dense)
+    kinds = tuple("dense" if i < num else "sparse" for i in range(len(attention)))
+    listed = config.items("mlp_layer_types", str, kinds)
+    is_other = len(listed) != len(kinds) or not set(listed) <= {"dense", "sparse"}
+    if is_other or (config.has("first_k_dense_replace") and listed != kinds):
+        allowed = f"allowed {len(kinds)} of 'dense', 'sparse'"
+        if config.has("first_k_dense_replace"):
+            allowed += f", as first_k_dense_replace {num} says"
+        raise ModelError(f"{config.where}: mlp_layer_types is {list(listed)}, {allowed}")
     return [
-        Block(attention=one, ffn=dense if i < num_dense else experts)
-        for i, one in enumerate(attention)
+        Block(attention=one, ffn=dense if kind == "dense" else experts)
+        for one, kind in zip(attention, listed, strict=True)
     ]
 
 

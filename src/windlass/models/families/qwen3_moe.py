@@ -4,7 +4,7 @@ from windlass.models.config import Config
 from windlass.models.families.common import gqa, model, moe, sparse_layers, window
 from windlass.models.families.tensor_names import qwen_names
 from windlass.models.names import NameMap
-from windlass.models.spec import Block, Ffn, ModelSpec, SoftmaxTopK
+from windlass.models.spec import Block, Ffn, ModelSpec, Moe, SoftmaxTopK
 
 
 def read(config: Config) -> tuple[ModelSpec, NameMap]:
@@ -15,13 +15,7 @@ def read(config: Config) -> tuple[ModelSpec, NameMap]:
     attention = gqa(
         config, qkv_bias=bias, out_bias=bias, qk_norm="head", window=size if slides else None
     )
-    experts = moe(
-        config,
-        SoftmaxTopK(renorm_floor=0.0 if config.get("norm_topk_prob", bool, False) else None),
-        num=config.size("num_experts", "num_local_experts"),
-        top_k=config.size("num_experts_per_tok"),
-        expert=Ffn(intermediate=config.size("moe_intermediate_size")),
-    )
+    experts = qwen3_experts(config, renorm=config.get("norm_topk_prob", bool, False))
     dense = Ffn(intermediate=config.size("intermediate_size"))
     blocks = [
         Block(attention=attention, ffn=experts if sparse else dense)
@@ -29,3 +23,14 @@ def read(config: Config) -> tuple[ModelSpec, NameMap]:
     ]
     spec = model(config, blocks)
     return spec, qwen_names(spec)
+
+
+def qwen3_experts(config: Config, *, renorm: bool) -> Moe:
+    """Routed experts, all of one width, and none shared."""
+    return moe(
+        config,
+        SoftmaxTopK(renorm_floor=0.0 if renorm else None),
+        num=config.size("num_experts", "num_local_experts"),
+        top_k=config.size("num_experts_per_tok"),
+        expert=Ffn(intermediate=config.size("moe_intermediate_size")),
+    )

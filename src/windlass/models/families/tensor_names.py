@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from windlass.models.names import NameMap, Reshape, Take, TensorSource, TensorSources
+from windlass.models.names import NameMap, Reshape, Take, TensorSource, TensorSources, Transpose
 from windlass.models.spec import Mla, ModelSpec, Moe
 
 LAYER = "{model}layers.{layer}."
@@ -77,10 +77,10 @@ def ffn_names(module: str) -> TensorSources:
     return weights | biases
 
 
-def shared_names(module: str) -> TensorSources:
-    """A shared expert: `gate_proj`, `up_proj`, `down_proj`."""
+def shared_names(*modules: str) -> TensorSources:
+    """A shared expert in one of `modules`: `gate_proj`, `up_proj`, `down_proj`."""
     return {
-        f"shared.{name}.{kind}": at(f"{module}.{name}_proj.{kind}")
+        f"shared.{name}.{kind}": at(*(f"{module}.{name}_proj.{kind}" for module in modules))
         for name in ("gate", "up", "down")
         for kind in ("weight", "bias")
     }
@@ -111,6 +111,22 @@ def stacked_experts(
         "gate": (TensorSource(both, shape, (Take(0, 0, inner),), "experts"),),
         "up": (TensorSource(both, shape, (Take(0, inner, 2 * inner),), "experts"),),
         "down": (TensorSource(down, (hidden, inner), (), "experts"),),
+    }
+
+
+def turned_experts(module: str, inner: int, hidden: int) -> TensorSources:
+    """All experts in two tensors of matrices (inputs, outputs): gates beside ups (E, D, 2 I), and
+    downs (E, I, D)."""
+    both, down = f"{LAYER}{module}.gate_up_proj", f"{LAYER}{module}.down_proj"
+
+    def columns(start: int) -> tuple[TensorSource, ...]:
+        ops = (Take(1, start, start + inner), Transpose())
+        return (TensorSource(both, (hidden, 2 * inner), ops, "experts"),)
+
+    return {
+        "gate": columns(0),
+        "up": columns(inner),
+        "down": (TensorSource(down, (inner, hidden), (Transpose(),), "experts"),),
     }
 
 
