@@ -27,7 +27,7 @@ from windlass.workload import Workload
 @pytest.fixture(scope="module", autouse=True)
 def fast():
     """What is said follows from an estimate, however many layers it rests on."""
-    with few_layers():
+    with few_layers(most_experts=64):
         yield
 
 
