@@ -96,9 +96,9 @@ def test_too_small_a_budget_is_refused_with_the_smallest_that_works(tmp_path):
     with memory_group(BUDGET) as group:
         if group is None:
             pytest.skip("no memory cgroup can be made here (needs root and the memory controller)")
-        refused = group.run(command, timeout=120)
+        refused = group.run(command, timeout=300)
         assert refused.returncode == 1
         smallest = refused.stderr.split("at least ")[1].split()[0]
         command[-1] = smallest
-        done = group.run(command, timeout=120)
+        done = group.run(command, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
