@@ -42,14 +42,14 @@ demo: setup
 	$(BIN)/python scripts/show_answers.py examples/prompts.jsonl $(DEMO_OUT)/answers.jsonl
 
 test: setup
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 # The native kernels in C++: sanitizers, emulated processors, instructions. Skips what is not there.
 test-native: $(STAMP)
 	$(BIN)/python native/tests/run.py
 
 test-all: setup
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 # What `make test` reaches of src/ in its own processes, a figure to look at now and then. Takes twice
 # as long. The one test that counts seconds would count those of the tracing.

@@ -3,6 +3,7 @@ or guesses lengths is elsewhere."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from windlass.errors import UsageError
@@ -16,7 +17,7 @@ def expected_output(max_tokens: int | None) -> int:
     return USUAL_OUTPUT if max_tokens is None else min(max_tokens, _LONG_OUTPUT)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # sums are kept, so without slots
 class Workload:
     """One entry for each sequence of the job, in the order of the job; a request with `n` choices
     has `n`. Lengths in tokens; `output_tokens` is what is expected or, at most, allowed.
@@ -89,37 +90,37 @@ class Workload:
     def num_sequences(self) -> int:
         return len(self.prompt_tokens)
 
-    @property
+    @cached_property
     def total_prompt_tokens(self) -> int:
         return sum(self.prompt_tokens)
 
-    @property
+    @cached_property
     def computed_prompt_tokens(self) -> int:
         """Prompt tokens but those that are shared."""
         return self.total_prompt_tokens - sum(self.shared_tokens)
 
-    @property
+    @cached_property
     def computed_tokens(self) -> int:
         """What a job's work is counted in: prompt tokens to compute and tokens to generate."""
         return self.computed_prompt_tokens + self.total_output_tokens
 
-    @property
+    @cached_property
     def total_output_tokens(self) -> int:
         return sum(self.output_tokens)
 
-    @property
+    @cached_property
     def mean_prompt_tokens(self) -> float:
         return self.total_prompt_tokens / self.num_sequences
 
-    @property
+    @cached_property
     def mean_shared_tokens(self) -> float:
         return sum(self.shared_tokens) / self.num_sequences
 
-    @property
+    @cached_property
     def mean_output_tokens(self) -> float:
         return self.total_output_tokens / self.num_sequences
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Tokens of the longest sequence, prompt and output."""
         return max(p + o for p, o in zip(self.prompt_tokens, self.output_tokens, strict=True))

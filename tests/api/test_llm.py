@@ -90,7 +90,7 @@ def engine_of(llm: LLM) -> Engine:
 
 def is_idle(engine: Engine) -> bool:
     """Whether it comes to have no work, soon."""
-    until = time.monotonic() + 10
+    until = time.monotonic() + 120
     while engine.has_work and time.monotonic() < until:
         time.sleep(0.001)
     return not engine.has_work

@@ -4,45 +4,39 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
-from engines import engine_for, logprob_rows, make_model, prompts, request, run_all
+from engines import engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
-from golden import TOLERANCE, reference
+from golden import TOLERANCE, distance
 from quantised import make_quantised
-from quantised_cases import CASES, Case
+from quantised_cases import CASES
 from windlass.errors import CheckpointError, UsageError
 from windlass.ids import Part
 
 LENGTHS = (70, 9)
-STEPS = 32
+STEPS = 12
 
 
-def compare(case: Case, path: Path, **options: Any) -> tuple[bool, float]:
-    """Runs a quantised checkpoint and its dequantised twin: (all tokens equal, largest error)."""
-    model = make_quantised(case.family, case.quantiser, case.settings, path, **case.changes)
-    texts = prompts(LENGTHS)
-    with engine_for(path, max_num_batched_tokens=80, **options) as engine:
-        requests = [request(str(i), p, max_tokens=STEPS, logprobs=-1) for i, p in enumerate(texts)]
-        results = run_all(engine, requests)
-    are_equal, worst = True, 0.0
-    for i, prompt in enumerate(texts):
-        with torch.inference_mode():
-            tokens, rows = reference(model, prompt)
-        are_equal &= list(results[str(i)].outputs[0].token_ids) == tokens
-        worst = max(worst, (logprob_rows(results[str(i)]) - rows).abs().max().item())
-    return are_equal, worst
+@pytest.fixture(scope="module", params=CASES)
+def checkpoint(request, tmp_path_factory) -> tuple[Path, Any]:
+    """A quantised checkpoint, and transformers' model of its dequantised twin."""
+    case, path = CASES[request.param], tmp_path_factory.mktemp("quantised")
+    return path, make_quantised(case.family, case.quantiser, case.settings, path, **case.changes)
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
-@pytest.mark.parametrize("name", CASES)
 def test_equal_to_transformers_on_dequantised_weights(
-    name: str, backend: str, tmp_path: Path
+    checkpoint: tuple[Path, Any], backend: str
 ) -> None:
-    are_equal, worst = compare(CASES[name], tmp_path, moe_backend=backend)
+    path, model = checkpoint
+    texts = prompts(LENGTHS)
+    with engine_for(path, max_num_batched_tokens=80, moe_backend=backend) as engine:
+        requests = [request(str(i), p, max_tokens=STEPS, logprobs=-1) for i, p in enumerate(texts)]
+        results = run_all(engine, requests)
+    are_equal, worst = distance(model, texts, results)
     assert are_equal
-    assert worst <= TOLERANCE, f"{name}: {worst:.1e}"
+    assert worst <= TOLERANCE, f"{worst:.1e}"
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from safetensors import safe_open
-from transformers import AutoConfig
 
 from delta_model import DELTA_CASES
 from families import ALIKE, CASES, make_checkpoint
@@ -94,7 +94,7 @@ def test_every_setting_that_transformers_saves_is_known(saved: Path) -> None:
 
 @pytest.mark.parametrize("family", DELTA_CASES)
 def test_every_setting_of_delta_families_is_known(family: str) -> None:
-    config = AutoConfig.for_model(family, **DELTA_CASES[family]).to_dict()
+    config = transformers.AutoConfig.for_model(family, **DELTA_CASES[family]).to_dict()
     assert read_description(config).unknown == ()
 
 

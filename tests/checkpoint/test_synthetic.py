@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from layouts import expected_tensors
 from windlass.checkpoint import synthetic as synth
@@ -41,7 +41,7 @@ def write(folder: Path, config: dict[str, Any], **options: Any) -> Path:
 @pytest.mark.parametrize("config", [TINY, NEXT], ids=["qwen3_moe", "qwen3_next"])
 def test_transformers_runs_it_with_finite_varied_logits(tmp_path: Path, config: Any) -> None:
     folder = write(tmp_path, config, shard_bytes=100_000)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -112,7 +112,7 @@ def test_norms_are_near_what_passes_through() -> None:
 
 def test_tokenizer_and_chat_template(tmp_path: Path) -> None:
     folder = write(tmp_path, TINY)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = "Héllo, 世界! <|im_end|>"
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(text.removesuffix("<|im_end|>").encode()) + 1 and ids[-1] == 258
@@ -124,7 +124,7 @@ def test_tokenizer_and_chat_template(tmp_path: Path) -> None:
     assert chat == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     settings = json.loads((folder / "generation_config.json").read_text())
     assert settings["eos_token_id"] == tokenizer.eos_token_id == 258
-    assert AutoConfig.from_pretrained(folder).eos_token_id == 258
+    assert transformers.AutoConfig.from_pretrained(folder).eos_token_id == 258
 
 
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from processes import PATIENCE_S, running
 from windlass import __version__
 from windlass.cli import COMMANDS, main
 from windlass.cli.engine_flags import REFUSED, engine_options, refuse_known, translate_known
@@ -74,27 +76,22 @@ def run(
         env=environment(**variables),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         stdin=subprocess.DEVNULL,
         check=False,
     )
 
 
-def start(arguments: Sequence[str], folder: Path, **variables: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        arguments,
-        cwd=folder,
-        env=environment(**variables),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(
+    arguments: Sequence[str], folder: Path, **variables: str
+) -> "AbstractContextManager[subprocess.Popen[str]]":
+    return running(arguments, cwd=folder, env=environment(**variables))
 
 
 def wait_for_records(folder: Path, number: int) -> None:
     """Until the journal has that many whole records."""
     journal = folder / "out.jsonl.journal"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
         if journal.exists() and journal.read_bytes().count(b"\n") >= number:
             return
@@ -118,12 +115,12 @@ def test_kill_9_at_any_moment_changes_no_byte_and_recomputes_little(folder: Path
     chance = random.Random(5)
     num_kills = 5
     for kill in range(num_kills):
-        process = start(batch(), folder, **slow)
-        wait_for_records(folder, 1 + kill * 5)
-        time.sleep(chance.random() * 0.05)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        with start(batch(), folder, **slow) as process:
+            wait_for_records(folder, 1 + kill * 5)
+            time.sleep(chance.random() * 0.05)
+            process.kill()
+            process.communicate()
+            assert process.returncode == -signal.SIGKILL
         assert not (folder / "out.jsonl").exists()
         if kill == 2:  # as if the machine had died inside a write
             with (folder / "out.jsonl.journal").open("ab") as file:
@@ -145,10 +142,10 @@ def test_kill_9_at_any_moment_changes_no_byte_and_recomputes_little(folder: Path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_one_signal_ends_cleanly_and_says_how_to_go_on(folder: Path, number: int) -> None:
     expected = undisturbed(folder)
-    process = start(batch("--overwrite", "--json"), folder, FAKE_STEP_S="0.05")
-    wait_for_records(folder, 3)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    with start(batch("--overwrite", "--json"), folder, FAKE_STEP_S="0.05") as process:
+        wait_for_records(folder, 3)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert "Traceback" not in err
     again = "windlass run-batch -i in.jsonl -o out.jsonl -m model --json"
@@ -162,36 +159,36 @@ def test_one_signal_ends_cleanly_and_says_how_to_go_on(folder: Path, number: int
 
 
 def test_two_signals_end_at_once(folder: Path) -> None:
-    process = start(batch(), folder, FAKE_STEP_S="30")
-    while not (folder / "out.jsonl.manifest.json").exists():  # written before the first step
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    begin = time.monotonic()
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    with start(batch(), folder, FAKE_STEP_S="30") as process:
+        while not (folder / "out.jsonl.manifest.json").exists():  # written before the first step
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        begin = time.monotonic()
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 25, "a step takes 30"
     assert "finishing the pass under way" in err
     assert err.endswith("Go on with:\n  windlass run-batch -i in.jsonl -o out.jsonl -m model\n")
     assert run(batch(), folder).returncode == 3
 
 
 def test_a_signal_while_loading_says_what_is_true_and_overwrites_nothing(folder: Path) -> None:
-    process = start(batch(), folder, FAKE_STEP_S="0.05")
-    wait_for_records(folder, 3)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    with start(batch(), folder, FAKE_STEP_S="0.05") as process:
+        wait_for_records(folder, 3)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=PATIENCE_S)
     before = (folder / "out.jsonl.journal").read_bytes()
     for more, again in (((), ""), (("--overwrite",), " --overwrite")):
-        process = start(batch(*more), folder, FAKE_OPEN_S="30")
-        assert process.stderr is not None
-        while "loading" not in process.stderr.readline():
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=20)
+        with start(batch(*more), folder, FAKE_OPEN_S="30") as process:
+            assert process.stderr is not None
+            while "loading" not in process.stderr.readline():
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=PATIENCE_S)
         assert process.returncode == 130
         assert "interrupted before this run computed a row; results of earlier runs are safe" in err
         assert err.endswith(f"windlass run-batch -i in.jsonl -o out.jsonl -m model{again}\n")
@@ -225,12 +222,12 @@ def test_a_disk_too_full_for_the_output_keeps_the_results(folder: Path) -> None:
 
 
 def test_a_rival_and_other_settings_are_refused(folder: Path) -> None:
-    process = start(batch(), folder, FAKE_STEP_S="0.5")  # longer than the rival takes to start
-    wait_for_records(folder, 2)
-    rival = run(batch(), folder)
-    assert (rival.returncode, "another windlass process" in rival.stderr) == (1, True)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    with start(batch(), folder, FAKE_STEP_S="0.5") as process:
+        wait_for_records(folder, 2)
+        rival = run(batch(), folder)
+        assert (rival.returncode, "another windlass process" in rival.stderr) == (1, True)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=PATIENCE_S)
     for more, variables, text in (
         (["--seed", "4"], {}, "seed: the job has 0, now 4"),
         (["-ctk", "q8_0", "-ctv", "q8_0"], {}, "kv_cache_dtype: the job has 'auto', now 'int8'"),

@@ -79,7 +79,7 @@ class _Gate:
 
     def read(self, file, offset, into):
         self.begun.release()
-        assert self.go.wait(60)
+        assert self.go.wait(120)
 
 
 def test_reads_at_the_same_time_keep_a_device_busy_once():
@@ -89,13 +89,13 @@ def test_reads_at_the_same_time_keep_a_device_busy_once():
     device.submit(
         Copy(FileRange(gate, "f", 0, 4096), memory.part(0, 4096), "x"), lambda error: None
     )
-    assert gate.begun.acquire(timeout=60)
+    assert gate.begun.acquire(timeout=120)
     alone = device.busy_s
     assert 0 < alone < device.busy_s  # runs on while something is under way
     device.submit(
         Copy(FileRange(gate, "f", 0, 4096), memory.part(4096, 4096), "y"), lambda error: None
     )
-    assert gate.begun.acquire(timeout=60)
+    assert gate.begun.acquire(timeout=120)
     while_reading = device.busy_s
     assert alone < while_reading
     gate.go.set()

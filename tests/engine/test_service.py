@@ -33,7 +33,7 @@ class GatedEngine(FakeEngine):
     def step(self) -> StepResult:
         self.threads.add(threading.current_thread().name)
         self.entered.release()
-        assert self.gate.acquire(timeout=20)
+        assert self.gate.acquire(timeout=120)
         return super().step()
 
     def add(self, request: Request) -> None:
@@ -83,7 +83,7 @@ def test_results_do_not_depend_on_when_requests_arrive(service: Service) -> None
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(120)
     assert found == texts and len(found) == 40
 
 
@@ -122,7 +122,7 @@ def test_closing_a_stream_aborts_and_others_go_on() -> None:
     engine = GatedEngine()
     with Service(engine) as service:
         gone, kept = service.submit(request("a")), service.submit(request("b", max_tokens=3))
-        assert engine.entered.acquire(timeout=20)  # a pass is under way
+        assert engine.entered.acquire(timeout=120)  # a pass is under way
         gone.close()
         with pytest.raises(RequestError, match="'a' is already running"):
             service.submit(request("a"))  # until the engine has heard of it
@@ -229,7 +229,7 @@ def test_a_dropped_service_closes_its_engine() -> None:
     service.submit(request("a", max_tokens=200))
     kept = weakref.ref(service)
     del service
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while not engine.is_closed and time.monotonic() < until:
         gc.collect()
         time.sleep(0.001)

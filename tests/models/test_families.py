@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 
 from dense_model import TOLERANCE, Checkpoint, dense_logits, prompts
 from families import ALIKE, CASES, make_checkpoint, rewrite_config
@@ -66,7 +66,9 @@ def test_the_stored_head_is_used_where_config_says_that_it_is_tied(
 ) -> None:
     make_checkpoint("mixtral", tmp_path)
     config = rewrite_config(tmp_path, tie_word_embeddings=True)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    ).eval()
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     if nested:
         outer = {"model_type": "some_vl", "text_config": config}

@@ -38,7 +38,7 @@ def _estimate(spec, budget, workload, profile=MACHINE, *, on_clock=True, **wante
 LENGTHS = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 60)), min_size=1, max_size=40)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=16, deadline=None)
 @given(LENGTHS, st.sampled_from((1, 2, 4, 16)), st.integers(1, 64), st.booleans())
 def test_phases_add_up_and_keep_above_their_bounds(lengths, gigabytes, seqs, on_clock):
     work = Workload(*zip(*lengths, strict=True))

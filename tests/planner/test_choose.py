@@ -60,7 +60,7 @@ def _build(source: str, folder: Path) -> Path:
     (folder / "it.c").write_text(source)
     file = folder / "libwindlass_cpu.so"
     command = ["cc", "-shared", "-fPIC", "-o", str(file), str(folder / "it.c")]
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=120)
     return file
 
 

@@ -18,6 +18,7 @@ from windlass.cli.plan_command import COMMAND
 from windlass.errors import BudgetError, UsageError
 from windlass.options import EngineOptions
 from windlass.perf.sizes import Backend, Problem
+from windlass.planner import frozen_gpu_plan
 from windlass.planner.budget import PlanConstraints
 from windlass.planner.explain import Explanation, explain, weight_bytes
 from windlass.units import GIB, MIB
@@ -26,8 +27,9 @@ from windlass.workload import Workload
 
 @pytest.fixture(scope="module", autouse=True)
 def fast():
-    """What is said follows from an estimate, however many layers it rests on."""
-    with few_layers():
+    """What is said follows from an estimate, however many layers and shares it rests on."""
+    with few_layers(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frozen_gpu_plan, "_DISK_STEPS", 5)
         yield
 
 

@@ -92,7 +92,7 @@ def test_no_plan_breaks_its_budget_or_what_is_fixed(problem, seqs, experts):
 JOBS = {
     "even": Workload.from_lengths(128, 16, 64),
     "ragged": Workload(
-        tuple(30 + 61 * i % 500 for i in range(90)), tuple(1 + 37 * i % 90 for i in range(90))
+        tuple(30 + 61 * i % 500 for i in range(60)), tuple(1 + 37 * i % 60 for i in range(60))
     ),
     "one": Workload.from_lengths(100, 60, 1),
     "prompts": Workload.from_lengths(900, 1, 40),
@@ -114,9 +114,9 @@ def test_near_the_best_of_a_grid_and_never_behind_plain_rules(job, gigabytes, di
     best = search(problem, work, budget, PlanConstraints())[0]
     assert best.plan.max_model_len >= work.longest
     plans = {make_plan(SMALL, sizes, budget, PlanConstraints())}
-    for seqs in (1, 8, 24, 48, 64, 150):
+    for seqs in (1, 8, 24, 48, 150):
         for rows in (128, 512, 2048):
-            for pages in (40, 100, 300, 900):
+            for pages in (40, 100, 900):
                 values = PlanConstraints(
                     max_num_seqs=seqs, max_num_batched_tokens=max(rows, seqs + 64), kv_pages=pages
                 )
@@ -166,6 +166,7 @@ def test_more_memory_never_slows():
         assert more <= 1.02 * less, times
 
 
+@few_layers()
 def test_a_sequence_longer_than_fits_is_planned_as_long_as_fits():
     problem = Problem(OLMOE, sizes_of(OLMOE), machine())
     work = Workload((100, 100_000), (50, 100_000))
@@ -173,6 +174,7 @@ def test_a_sequence_longer_than_fits_is_planned_as_long_as_fits():
     assert plan.max_model_len > 2000
 
 
+@few_layers()
 def test_a_larger_context_than_the_job_needs_can_be_asked_for():
     problem, work = Problem(SMALL, sizes_of(SMALL), machine()), Workload.from_lengths(20, 4, 4)
     args = (problem, work, 2 * GIB, PlanConstraints())
@@ -180,6 +182,7 @@ def test_a_larger_context_than_the_job_needs_can_be_asked_for():
     assert all(one.plan.max_model_len >= 4000 for one in search(*args, context=4000))
 
 
+@few_layers()
 def test_what_a_job_leaves_open_gets_room():
     problem = Problem(SMALL, sizes_of(SMALL), machine())
 

@@ -4,24 +4,28 @@ import json
 import os
 import random
 import re
+import resource
 import signal
-import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dequantised import dequantised
+from processes import PATIENCE_S, forked, printing_to
 from windlass.checkpoint import synthetic as synth
 from windlass.cli import main
+from windlass.device.host_memory import peak_resident_bytes
+from windlass.quantize import output_folder, writer
 from windlass.quantize.convert import QuantizeOptions, quantize
 from windlass.quantize.scheme import make_scheme
 
-SRC = Path(__file__).parents[2] / "src"
 CONFIG: dict[str, Any] = {
     **synth.PRESETS["qwen3-moe-1b"],
     "vocab_size": 300, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -29,51 +33,41 @@ CONFIG: dict[str, Any] = {
     "moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 2,
     "mlp_only_layers": [1],
 }  # fmt: skip
-# Many small files, and every tensor made durable, so that there are many places to be killed at.
-RUN = """
-import sys, resource
-from windlass.device.host_memory import peak_resident_bytes
-import windlass.quantize.output_folder as folder
-from windlass.quantize.convert import QuantizeOptions, quantize
-from windlass.quantize.scheme import make_scheme
-from pathlib import Path
-model, out, shard_bytes, sync_s, fsize = sys.argv[1:]
-folder._SYNC_EVERY_S = float(sync_s)
-if int(fsize):
-    import signal
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(fsize), resource.RLIM_INFINITY))
-before = peak_resident_bytes()
-result = quantize(
-    QuantizeOptions(
-        model=model, out=Path(out), scheme=make_scheme("int4", 32), shard_bytes=int(shard_bytes),
-        threads=2,
-    ),
-    say=print,
-)
-print("bytes", result.source_bytes, "KiB", (peak_resident_bytes() - before) >> 10)
-"""
+SHARD_BYTES = 150_000  # many small files, so that there are many places to be killed at
 
 
-SHARD_BYTES = 150_000
+def job(model: Path, out: Path, limits: dict[str, float]) -> None:
+    """What a process of its own does. No file may grow beyond `file_bytes`: what a full disk looks
+    like to a process. Without `sync_s` every tensor is made durable."""
+    output_folder._SYNC_EVERY_S = limits.get("sync_s", 0)
+    if file_bytes := limits.get("file_bytes"):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(file_bytes), resource.RLIM_INFINITY))
+    before = peak_resident_bytes()
+    options = QuantizeOptions(
+        model=str(model), out=out, scheme=make_scheme("int4", 32), threads=2,
+        shard_bytes=int(limits.get("shard_bytes", SHARD_BYTES)),
+    )  # fmt: skip
+    result = quantize(options, say=print)
+    print("bytes", result.source_bytes, "KiB", (peak_resident_bytes() - before) >> 10)
 
 
-def command(
-    model: Path, out: Path, *, shard_bytes: int = SHARD_BYTES, sync_s: float = 0, fsize: int = 0
-) -> list[str]:
-    words = [str(model), str(out), str(shard_bytes), str(sync_s), str(fsize)]
-    return [sys.executable, "-c", RUN, *words]
+def started(model: Path, out: Path, **limits: float) -> AbstractContextManager[BaseProcess]:
+    """The job under way; what it prints goes to the folder of `out`."""
+    return forked(printing_to, out.parent, job, model, out, limits)
 
 
-def environment() -> dict[str, str]:
-    kept = {name: text for name, text in os.environ.items() if not name.startswith("WINDLASS_")}
-    return {**kept, "PYTHONPATH": str(SRC)}
+class Ended(NamedTuple):
+    returncode: int | None
+    stdout: str
+    stderr: str
 
 
-def run(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        arguments, env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+def run(model: Path, out: Path, **limits: float) -> Ended:
+    with started(model, out, **limits) as process:
+        process.join(PATIENCE_S)
+        printed = [(out.parent / name).read_text() for name in ("stdout", "stderr")]
+        return Ended(process.exitcode, *printed)
 
 
 def undisturbed(model: Path, out: Path, *, shard_bytes: int) -> None:
@@ -105,26 +99,23 @@ def test_kill_9_at_any_moment_changes_no_byte_and_repeats_one_tensor(
     report = out / "quantize-report.jsonl"
     done = 0
     for kill in range(3):
-        process = subprocess.Popen(
-            command(model, out),
-            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
         wanted = done + (0 if kill == 0 else chance.randrange(1, total // 3))
-        while process.poll() is None:
-            if report.exists() and report.read_bytes().count(b"\n") >= wanted:
-                break
-            time.sleep(0.001)
-        time.sleep(chance.random() * 0.01)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        with started(model, out) as process:
+            while process.is_alive():
+                if report.exists() and report.read_bytes().count(b"\n") >= wanted:
+                    break
+                time.sleep(0.001)
+            time.sleep(chance.random() * 0.01)
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
         assert not (out / "config.json").exists()
         whole = report.read_bytes()
         done = whole.count(b"\n")
         if kill == 1:  # as if the machine had died inside a write
             report.write_bytes(whole + b'{"tensor": "model.lay')
     assert 5 < done < total
-    result = run(command(model, out))
+    result = run(model, out)
     assert result.returncode == 0, result.stderr
     assert f"going on: {done} of {total} tensors are finished" in result.stdout
     assert contents(out) == expected
@@ -137,27 +128,27 @@ def test_kill_9_at_any_moment_changes_no_byte_and_repeats_one_tensor(
 
 def test_a_full_disk_is_reported_and_the_command_goes_on_later(model: Path, tmp_path: Path) -> None:
     undisturbed(model, tmp_path / "plain", shard_bytes=10**9)
-    result = run(command(model, tmp_path / "out", shard_bytes=10**9, fsize=400_000))
+    result = run(model, tmp_path / "out", shard_bytes=10**9, file_bytes=400_000)
     assert result.returncode == 1
     assert "model.safetensors: cannot be written: File too large; what is finished" in result.stderr
-    result = run(command(model, tmp_path / "out", shard_bytes=10**9))
+    result = run(model, tmp_path / "out", shard_bytes=10**9)
     assert result.returncode == 0 and "going on: " in result.stdout
     assert contents(tmp_path / "out") == contents(tmp_path / "plain")
 
 
 def test_memory_does_not_depend_on_the_size_of_the_model_or_of_a_tensor(tmp_path: Path) -> None:
-    """Single tensors of 70 and 110 MiB, 326 MiB in all."""
+    """Single tensors of 40 and 62 MiB, 185 MiB in all, which the job needs 90 MiB for."""
     config = {
-        **CONFIG, "hidden_size": 2048, "vocab_size": 28_000, "num_hidden_layers": 2,
-        "intermediate_size": 18_000, "num_experts": 4, "tie_word_embeddings": True,
+        **CONFIG, "hidden_size": 2048, "vocab_size": 16_000, "num_hidden_layers": 2,
+        "intermediate_size": 10_000, "num_experts": 4, "tie_word_embeddings": True,
         "mlp_only_layers": [0],
     }  # fmt: skip
     size = synth.write_random_checkpoint(config, tmp_path / "model", tokenizer=False)
-    assert size > 320 << 20
-    result = run(command(tmp_path / "model", tmp_path / "out", shard_bytes=4 << 30, sync_s=1))
+    assert size > 180 << 20
+    result = run(tmp_path / "model", tmp_path / "out", shard_bytes=4 << 30, sync_s=1)
     assert result.returncode == 0, result.stderr
     read, kib = map(int, re.findall(r"bytes (\d+) KiB (\d+)", result.stdout)[0])
-    assert read > 320 << 20
+    assert read > 180 << 20
     assert kib < 110 << 10
 
 
@@ -244,23 +235,26 @@ def test_wrong_usage_ends_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def interrupted_job(arguments: list[str]) -> None:
+    """The command, which gets a Ctrl-C while it rounds its 20th tile."""
+    real, calls = writer._round, []
+
+    def slow(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    writer._round = slow
+    sys.exit(main(arguments))
+
+
 def test_ctrl_c_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys, os, signal\n"
-        "import windlass.quantize.writer as writer\n"
-        "real, calls = writer._round, []\n"
-        "def slow(*args):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 20: os.kill(os.getpid(), signal.SIGINT)\n"
-        "    return real(*args)\n"
-        "writer._round = slow\n"
-        "from windlass.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
     arguments = words(model, tmp_path / "out", "--format", "int8")
-    result = run([sys.executable, "-c", code, *arguments])
-    assert result.returncode == 130
-    again = result.stderr.rstrip().splitlines()[-1].split()
+    with forked(printing_to, tmp_path, interrupted_job, arguments) as process:
+        process.join(PATIENCE_S)
+        assert process.exitcode == 130
+    again = (tmp_path / "stderr").read_text().rstrip().splitlines()[-1].split()
     assert again == ["windlass", *arguments]
     assert len((tmp_path / "out" / "quantize-report.jsonl").read_text().splitlines()) > 10
     assert main(again[1:]) == 0

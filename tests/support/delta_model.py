@@ -6,12 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-)
+import transformers
 
 from dense_model import KERNELS, Checkpoint, feed_forward
 from windlass.decoder import block as math
@@ -90,12 +85,16 @@ DELTA_CASES: dict[str, dict[str, Any]] = {
 
 def make_delta_checkpoint(
     family: str, path: Path, *, hub_format: bool = True, **changes: Any
-) -> PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """Like `families.make_checkpoint`."""
-    config = AutoConfig.for_model(family, **DELTA_CASES[family], **changes)
+    config = transformers.AutoConfig.for_model(family, **DELTA_CASES[family], **changes)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
-    auto = AutoModelForImageTextToText if family == "qwen3_5_moe" else AutoModelForCausalLM
+    auto = (
+        transformers.AutoModelForImageTextToText
+        if family == "qwen3_5_moe"
+        else transformers.AutoModelForCausalLM
+    )
     model = auto.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -10,13 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-)
 
 VOCAB = 101
 
@@ -355,7 +350,7 @@ def make_checkpoint(
     hub_format: bool = True,
     dtype: torch.dtype = torch.float32,
     **changes: Any,
-) -> PreTrainedModel:
+) -> "transformers.PreTrainedModel":
     """Saves a random checkpoint of `family` in `path` and returns the model, in eval mode with
     eager attention and experts.
 
@@ -363,13 +358,13 @@ def make_checkpoint(
     `changes` replace settings of the case. Logits are of order 1.
     """
     settings = {**_BASE, **(CASES.get(family) or ALIKE[family]), **changes}
-    auto = AutoModelForCausalLM
+    auto = transformers.AutoModelForCausalLM
     if family in _VISION:
-        auto = AutoModelForImageTextToText
+        auto = transformers.AutoModelForImageTextToText
         settings = dict(
             text_config=settings, vision_config=_VISION[family], tie_word_embeddings=False
         )
-    config = AutoConfig.for_model(family, **settings)
+    config = transformers.AutoConfig.for_model(family, **settings)
     config._attn_implementation = "eager"
     config._experts_implementation = "eager"
     model = auto.from_config(config, dtype=dtype).eval()
@@ -402,7 +397,7 @@ def _as_published(family: str, path: Path) -> None:
     save_file(tensors, path / "model.safetensors")
 
 
-def _use_long_factors(model: PreTrainedModel) -> None:
+def _use_long_factors(model: "transformers.PreTrainedModel") -> None:
     """transformers 5.23 scales long contexts of Phi-MoE by `long_mscale` but keeps the short
     factors, because it does not say how long they are; the published code changes both."""
     rotary, length = model.model.rotary_emb, [0]
@@ -417,7 +412,7 @@ def _use_long_factors(model: PreTrainedModel) -> None:
     )
 
 
-def _randomise(model: PreTrainedModel, seed: int) -> None:
+def _randomise(model: "transformers.PreTrainedModel", seed: int) -> None:
     """Noise in every parameter and saved buffer: norms around 1, logits of order 1."""
     generator = torch.Generator().manual_seed(seed)
     saved = model.state_dict()

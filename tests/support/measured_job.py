@@ -1,32 +1,25 @@
-"""A job in a process of its own whose peak of memory is measured. It is forked from one that has
-imported everything and computed nothing, so that each job need not import torch again."""
+"""A job in a process of its own whose peak of memory is measured."""
 
-import multiprocessing
 from collections.abc import Mapping
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
+from processes import PATIENCE_S, forked
 from windlass.build.open import open_engine
 from windlass.engine.request import Request
 from windlass.options import EngineOptions
 from windlass.params import SamplingParams
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["windlass.build.open"])
-
 
 def planned_and_peak(folder: str, case: Mapping[str, Any], backend: str) -> tuple[int, int]:
     """Bytes: what the plan adds up to, and the most that the process ever had."""
-    ours, theirs = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=_run, args=(folder, dict(case), backend, theirs))
-    process.start()
-    theirs.close()
-    try:
+    ours, theirs = Pipe(duplex=False)
+    with ours, forked(_run, folder, dict(case), backend, theirs) as process:
+        theirs.close()
         planned, peak = ours.recv()
-    finally:
-        process.join(300)
-        ours.close()
-    assert process.exitcode == 0
+        process.join(PATIENCE_S)
+        assert process.exitcode == 0
     return planned, peak
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from delta_model import DELTA_CASES, make_delta_checkpoint
 from engines import write_tokenizer
@@ -240,7 +240,7 @@ def make_quantised(
               path / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
     write_settings(path, settings)
     write_tokenizer(path)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         twin, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
     return model.eval()

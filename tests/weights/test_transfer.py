@@ -157,7 +157,7 @@ def test_closing_waits_for_blocks_in_flight_and_releases_waiters():
     thread = threading.Thread(target=wait)
     thread.start()
     queue.close()
-    thread.join(5)
+    thread.join(120)
     assert problems == ["the transfer queue is closed"]
     assert not device.pending
     device.close()

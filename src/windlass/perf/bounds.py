@@ -4,7 +4,7 @@ rate, FLOPs over the best rate. Pure arithmetic; seconds."""
 from collections.abc import Mapping
 
 from windlass.ids import Part
-from windlass.models.spec import Moe, Recurrent
+from windlass.models.spec import ModelSpec, Moe, Recurrent
 from windlass.perf.flops import (
     active_experts,
     attention_flops,
@@ -40,6 +40,7 @@ class Bounds:
         self._pass_cost = PassCost(problem)
         self._held = held_shares(plan, sizes)
         self._kinds = layer_kinds(spec)
+        self._flops = {layer: _flops_per_row(spec, layer) for layer, _ in self._kinds}
 
     def load(self, first: PassRun) -> dict[str, float]:
         """What the first pass needs more than one like it that finds its weights."""
@@ -63,10 +64,10 @@ class Bounds:
     def _block(self, layer: int, one: PassRun) -> float:
         """Least seconds of the host in a layer."""
         rows, ffn = one.num_rows, self._spec.blocks[layer].ffn
-        dense = 2 * (attention_matrices(self._spec, layer) + shared_matrices(self._spec, layer))
+        dense, network = self._flops[layer]
         best = self._rates.best_dense(Part.BLOCK)
         seconds = self._least(dense * rows, best, self._part(Part.BLOCK))
-        flops = 2 * expert_matrices(self._spec, layer) * rows
+        flops = network * rows
         if isinstance(ffn, Moe):
             active = active_experts(ffn.num_experts, ffn.top_k, rows)
             experts = active * self._part(Part.EXPERT)
@@ -91,3 +92,9 @@ class Bounds:
 
     def _least(self, flops: float, rate: float, num_bytes: float) -> float:
         return max(flops / rate, num_bytes / self._profile.host.memory_rate)
+
+
+def _flops_per_row(spec: ModelSpec, layer: int) -> tuple[int, int]:
+    """Of a layer's dense products, and of one expert or of its dense network."""
+    dense = 2 * (attention_matrices(spec, layer) + shared_matrices(spec, layer))
+    return dense, 2 * expert_matrices(spec, layer)
