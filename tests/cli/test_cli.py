@@ -335,16 +335,17 @@ def test_output_that_cannot_be_written_is_one_line(folder: Path, name: str) -> N
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("slow", ["FAKE_OPEN_S", "FAKE_STEP_S"])
 def test_a_signal_ends_generate_with_the_same_code(folder: Path, number: int, slow: str) -> None:
-    process = start(command("generate", "-m", "model", "Hello"), folder, **{slow: "30"},
-                    FAKE_LOG="begun", FAKE_OPENING="opening")  # fmt: skip
-    deadline = time.monotonic() + 30
-    while not (folder / ("opening" if slow == "FAKE_OPEN_S" else "begun")).exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert "Traceback" not in err
+    line = command("generate", "-m", "model", "Hello")
+    more = {slow: "30", "FAKE_LOG": "begun", "FAKE_OPENING": "opening"}
+    with start(line, folder, **more) as process:
+        deadline = time.monotonic() + PATIENCE_S
+        while not (folder / ("opening" if slow == "FAKE_OPEN_S" else "begun")).exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=PATIENCE_S)
+        assert process.returncode == 130
+        assert "Traceback" not in err
 
 
 def test_synth_writes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

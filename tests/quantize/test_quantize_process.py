@@ -245,8 +245,9 @@ def interrupted_job(arguments: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
-    writer._round = slow
-    sys.exit(main(arguments))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "_round", slow)
+        sys.exit(main(arguments))
 
 
 def test_ctrl_c_says_how_to_go_on(model: Path, tmp_path: Path) -> None:
