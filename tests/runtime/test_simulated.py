@@ -11,11 +11,11 @@ import pytest
 import windlass.build.open as build
 from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
+from frozen_gpu_costs import DEVICE_LANES, DeviceCosts
 from planning import SPECS
 from windlass.checkpoint.part_reads import Read, make_part_reads
 from windlass.ids import DISK_TO_HOST, Part
 from windlass.models.spec import Block, Ffn, Moe, TopKSoftmax
-from windlass.perf.frozen_gpu_costs import DEVICE_LANES, DeviceCosts
 from windlass.perf.frozen_gpu_tiers import GpuRates, LayerShape, Share, layer_seconds
 from windlass.prefetch.policies import FarthestNextUse
 from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast

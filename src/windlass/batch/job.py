@@ -13,13 +13,7 @@ from typing import Any, BinaryIO, Protocol
 from windlass.batch.jobfile import JobFile
 from windlass.batch.journal import Journal, JournalState, write_error
 from windlass.batch.ledger import Ledger
-from windlass.batch.manifest import (
-    Manifest,
-    refuse_difference,
-    replace_file,
-    sync_folder,
-    temporary_file,
-)
+from windlass.batch.manifest import Manifest, refuse_difference
 from windlass.batch.progress import JobProgress
 from windlass.batch.prompt_lengths import job_lengths
 from windlass.batch.runner import BatchRunner, RunSettings, Stopping
@@ -29,6 +23,7 @@ from windlass.engine.request import WINDOW
 from windlass.engine.service import Service, SteppedEngine
 from windlass.engine.text_limits import most_chars
 from windlass.errors import JobError, UsageError
+from windlass.files import replace_file, sync_folder, temporary_file
 from windlass.params import SamplingParams
 from windlass.phases import PhaseStats
 from windlass.protocol.openai import ChatTokenizer, ServedModel

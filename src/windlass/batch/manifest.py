@@ -2,13 +2,13 @@
 is refused. Knows no rows and no engine."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from windlass.errors import JobError, UsageError
+from windlass.files import replace_file
 
 FORMAT = 1
 
@@ -64,32 +64,3 @@ def refuse_difference(stored: Mapping[str, Any], now: Mapping[str, Any], *, outp
             + "\nUse the job's settings to resume it, another --output-file, or --overwrite to "
             "start anew"
         )
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes `data` durably; `path` is the old or the new file at any moment. Raises OSError."""
-    temporary = temporary_file(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def temporary_file(path: Path) -> Path:
-    """Where the new content of `path` grows until it is whole."""
-    return path.with_name(path.name + ".tmp")
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` durable."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

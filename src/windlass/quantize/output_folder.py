@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from windlass.errors import JobError, UsageError
+from windlass.files import replace_file, replacing, temporary_file
 from windlass.quantize.shards import TensorPlaces
 from windlass.units import MIB, format_bytes
 
@@ -102,7 +103,7 @@ class Folder:
         self.sync()
         with _reporting(self._path):
             for source in others:
-                with _replacing(self._path / source.name) as temporary:
+                with replacing(self._path / source.name) as temporary:
                     shutil.copyfile(source, temporary)
             for name, document in documents.items():
                 if name != _CONFIG_FILE:
@@ -180,7 +181,7 @@ def prepare(path: Path, identity: Mapping[str, Any], places: TensorPlaces) -> No
 
 def _foreign(path: Path) -> bool:
     """Whether the folder has more than what a kill at the very beginning leaves."""
-    return any(entry.name != f"{STATE_FILE}.tmp" for entry in path.iterdir())
+    return any(entry != temporary_file(path / STATE_FILE) for entry in path.iterdir())
 
 
 def _refuse_difference(path: Path, identity: Mapping[str, Any]) -> None:
@@ -220,23 +221,7 @@ def _check_disk(path: Path, places: TensorPlaces) -> None:
 
 def write_json(path: Path, document: Any) -> None:
     """The file appears whole or not at all."""
-    with _replacing(path) as temporary:
-        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Where to write what then becomes `path`, durably."""
-    temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    for one in (temporary, path.parent):
-        fd = os.open(one, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        if one is temporary:
-            temporary.replace(path)
+    replace_file(path, (json.dumps(document, indent=2) + "\n").encode())
 
 
 def _lock(path: Path) -> int:

@@ -1,8 +1,8 @@
 """What operations cost where a device computes and weights come over a link: `Costs` of the clock
 with the lanes disk, down, up, host and device, in MoE-Gen's order (one group). Pure arithmetic.
 
-The schedule itself then says how well copies hide behind computation, which closed forms assume.
-Frozen: nothing is added here, and it goes the day the device has costs on the clock.
+The schedule itself then says how well copies hide behind computation, which the closed forms of
+perf/frozen_gpu_tiers.py assume: they are compared. It goes with them.
 """
 
 from collections.abc import Sequence
