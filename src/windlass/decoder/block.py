@@ -33,10 +33,9 @@ class ExpertOutputs(NamedTuple):
 
 def embed(spec: ModelSpec, rows_TD: torch.Tensor) -> torch.Tensor:
     """Rows of the embedding table, in its stored type -> hidden states fp32."""
-    multiplier = spec.embed_multiplier
     if spec.embed_multiplier_as_stored:
-        multiplier = float(torch.tensor(multiplier, dtype=rows_TD.dtype))
-    return rows_TD.float() * multiplier
+        return rows_TD.float() * rows_TD.new_tensor(spec.embed_multiplier).float()
+    return rows_TD.float() * spec.embed_multiplier
 
 
 def attention_input(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ def convolve(
     which `state` (slots, C, K - 1) holds and is advanced. `w`: `conv.weight` (C, K), `conv.bias`
     where the part has it."""
     taps_CK, bias_C = plain(w, "conv.weight").float(), plain_or_none(w, "conv.bias")
-    out_TC = torch.empty(x_TC.shape)
+    out_TC = x_TC.new_empty(x_TC.shape)
     # decoding sequences have one row each and go together: sums are elementwise, in tap order
     single = [s for s in segments if s.num_rows == 1]
     if single:
