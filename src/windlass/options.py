@@ -85,12 +85,13 @@ class EngineOptions:
             raise UsageError(f"threads: got {self.threads}, allowed 1 or more")
 
 
-def resolve_model(name: str) -> Path:
-    """The folder of a model: the shipped one for `demo`, else the path itself."""
+def resolve_model(name: str, *, what: str = "model") -> Path:
+    """The folder of a model: the shipped one for `demo`, else the path itself. `what`: the option
+    that named it."""
     folder = _DEMO_FOLDER if name == DEMO else Path(name).expanduser()
     if not folder.is_dir():
         raise UsageError(
-            f"model: got {name!r}, allowed a checkpoint folder, {DEMO!r} or a name on the hub as"
+            f"{what}: got {name!r}, allowed a checkpoint folder, {DEMO!r} or a name on the hub as"
             " org/name[@revision]"
         )
     return folder
@@ -134,7 +135,10 @@ def default_params(folder: Path, options: EngineOptions) -> SamplingParams:
     if options.generation_config == "vllm" or not path.exists():
         return SamplingParams(max_tokens=None)
     config = read_config(folder, path.name)
-    params = SamplingParams.from_generation_config(config)
+    try:
+        params = SamplingParams.from_generation_config(config)
+    except UsageError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     return replace(params, max_tokens=config.get("max_new_tokens"))
 
 

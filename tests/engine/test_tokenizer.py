@@ -320,6 +320,30 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("files", "text"),
+    [
+        ({"tokenizer_config__json": config(added_tokens_decoder=entries)}, "_decoder: got")
+        for entries in ([1], {"x": {"content": "a"}}, {"2": {"wob": "a"}}, {"2": "a"},
+                        {"2": {"content": "a", "lstrip": 1}})
+    ]
+    + [
+        ({"tokenizer_config__json": config(extra_special_tokens=extra)}, "special_tokens: got")
+        for extra in ("a", [1], [{"lstrip": True}])
+    ]
+    + [
+        ({"generation_config__json": {"eos_token_id": ids}}, "eos_token_id: got")
+        for ids in ("x", [{}], 2.0, [True])
+    ],
+)  # fmt: skip
+def test_fields_of_another_type_are_named(
+    tmp_path: Path, files: dict[str, dict[str, Any] | str], text: str
+) -> None:
+    with pytest.raises(CheckpointError, match=text) as error:
+        load(checkpoint(tmp_path, **files))
+    assert "\n" not in str(error.value)
+
+
 def test_prompts_are_never_cut_or_padded_by_the_file(tmp_path: Path) -> None:
     backend = byte_level().from_str(byte_level().to_str())
     backend.enable_truncation(4)

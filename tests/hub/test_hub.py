@@ -1,6 +1,7 @@
 """Names on the hub become folders here: which files come, what goes on after an interruption, and
 what is said where they do not come. A server on this machine speaks the hub's protocol."""
 
+import fcntl
 import json
 import logging
 import os
@@ -336,6 +337,30 @@ def test_who_leaves_leaves_what_came(hub, checkpoint):
     with pytest.raises(KeyboardInterrupt):
         located.with_weights(on_step=leave)
     assert files_of(fetch()) == files_of(checkpoint)
+
+
+def test_answers_without_a_byte_end_in_one_line(hub, repo):
+    name = weights_of(repo.commits[repo.refs["main"]])[0]
+    hub.replaced[name] = repo.commits[repo.refs["main"]][name][:1000]
+    with pytest.raises(CheckpointError, match=f"{name}: got nothing behind byte 1000") as error:
+        fetch()
+    one_line(error)
+
+
+def test_who_waits_for_another_process_can_leave(hub, repo, caplog):
+    def leave(done, total):
+        if caplog.records:
+            raise KeyboardInterrupt
+
+    located = locate(EngineOptions(model="org/tiny"))
+    name = weights_of(repo.commits[repo.refs["main"]])[0]
+    blob = located.snapshot.blob(located.snapshot.remote(name).sha256)
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    with blob.with_name(f"{blob.name}.windlass.incomplete").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(KeyboardInterrupt):
+            located.with_weights(on_step=leave)
+    assert caplog.messages == [f"{name}: waiting for another process that downloads it"]
 
 
 def test_other_bytes_than_the_hub_says_are_not_taken(hub, repo, checkpoint):

@@ -368,6 +368,8 @@ def test_settings_that_are_not_supported(model_type: str, change: dict[str, Any]
         ("nemotron_h", {"hybrid_override_pattern": "ME" * 25 + "M|"}),
         ("nemotron_h", {"hybrid_override_pattern": "ME*"}),
         ("nemotron_h", {"layers_block_type": ["mamba", "moe"] * 25 + ["moe", "conv"]}),
+        ("nemotron_h", {"hybrid_override_pattern": "M-" * 26}),  # no experts
+        ("nemotron_h", {"layers_block_type": ["mamba", "moe"] * 26}),  # the pattern says another
         ("nemotron_h", {"moe_latent_size": 1024}),
         ("nemotron_h", {"n_groups": 7}),
         ("nemotron_h", {"n_shared_experts": 2}),

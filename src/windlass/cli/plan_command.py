@@ -52,16 +52,18 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     from windlass.build.checkpoint_sizes import sizes_of, wanted_of
     from windlass.checkpoint.folder import read_model
     from windlass.perf.sizes import Problem
+    from windlass.planner.budget import check_constraints
     from windlass.planner.explain import explain
 
     with ExitStack() as opened:
         options, measured = _options(values, opened)
         model = read_model(options, opened)
+        wanted = wanted_of(options, model)
+        check_constraints(wanted, model.spec)  # before the machine is measured
         profile, backend = _machine(values, options, model, measured)
         sizes = sizes_of(model, options, backend)
         workload = _workload(values, options, model)
         budget = _budget(values, profile)
-        wanted = wanted_of(options, model)
         found = explain(
             Problem(model.spec, sizes, profile), workload, budget, wanted,
             device_memory=values["device_memory"],

@@ -18,6 +18,7 @@ FILES = ("tokenizer.model", "tiktoken.model", "qwen.tiktoken", "vocab.json", "te
 _SPACE = "▁"  # SentencePiece's
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6  # kinds of its pieces
 _UNIGRAM, _BPE = 1, 2  # kinds of its models
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 _NUM_RESERVED = 256  # ids behind Kimi's ranks
 _END = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _END
@@ -83,6 +84,32 @@ def _by_transformers(folder: Path, found: list[str]) -> tokenizers.Tokenizer:
     return backend
 
 
+def added_tokens(config: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """`added_tokens_decoder` of a tokenizer_config.json: fields of tokens by id."""
+    entries = config.get("added_tokens_decoder") or {}
+    if not isinstance(entries, dict) or not all(
+        key.isdecimal() and isinstance(one, dict) and is_token(one) for key, one in entries.items()
+    ):
+        raise CheckpointError(
+            f"tokenizer_config.json: added_tokens_decoder: got {entries!r:.80}, allowed objects"
+            " with a content, by id"
+        )
+    return {int(key): one for key, one in entries.items()}
+
+
+def is_token(value: Any) -> bool:
+    """Whether this is a token's text, or an object that has it."""
+    if not isinstance(value, dict):
+        return isinstance(value, str)
+    flags = [value.get(name, False) for name in _FLAGS]
+    return isinstance(value.get("content"), str) and all(isinstance(one, bool) for one in flags)
+
+
+def token_fields(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Of such an object, what makes an AddedToken."""
+    return {name: value[name] for name in ("content", *_FLAGS) if name in value}
+
+
 def _kimi(file: Path, config: Mapping[str, Any]) -> Converted:
     """Ranks, then 256 ids of which tokenizer_config.json names some."""
     kind = config.get("tokenizer_class", "TikTokenTokenizer")
@@ -91,12 +118,12 @@ def _kimi(file: Path, config: Mapping[str, Any]) -> Converted:
             f"{file}: tokenizer_class: got {kind!r}, allowed 'TikTokenTokenizer' (Kimi's): how"
             " another splits text stands in its code alone; add a tokenizer.json"
         )
-    named = {int(key): value for key, value in (config.get("added_tokens_decoder") or {}).items()}
+    named = added_tokens(config)
     first = len(_ranks(file))
     special = []
     for token_id in range(first, first + _NUM_RESERVED):
         reserved = {"content": f"<|reserved_token_{token_id}|>", "special": True}
-        special.append(tokenizers.AddedToken(**named.pop(token_id, reserved)))
+        special.append(tokenizers.AddedToken(**token_fields(named.pop(token_id, reserved))))
     if named:
         raise CheckpointError(
             f"{file}: added_tokens_decoder: got id {min(named)}, allowed {first} to"

@@ -14,7 +14,15 @@ from typing import Any
 import tokenizers
 
 from windlass.engine.chat_template import ChatTemplate
-from windlass.engine.convert_tokenizer import CHAR_OF_BYTE, FILES, Converted, convert
+from windlass.engine.convert_tokenizer import (
+    CHAR_OF_BYTE,
+    FILES,
+    Converted,
+    added_tokens,
+    convert,
+    is_token,
+    token_fields,
+)
 from windlass.engine.text_limits import LONG_TEXT, most_chars
 from windlass.errors import CheckpointError, RequestError
 
@@ -224,7 +232,12 @@ def _eos_token_ids(folder: Path) -> set[int]:
     for source in (_read_json(folder / "generation_config.json"), config, text_config):
         value = source.get("eos_token_id")
         values = value if isinstance(value, list) else [value]
-        ids.update(one for one in values if one is not None)
+        given = [one for one in values if one is not None]
+        if not all(type(one) is int for one in given):
+            raise CheckpointError(
+                f"{folder}: eos_token_id: got {value!r:.80}, allowed an integer or a list of them"
+            )
+        ids.update(given)
     return ids
 
 
@@ -301,9 +314,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> Non
     """Adds what tokenizer_config.json knows, in transformers' order: its `added_tokens_decoder`,
     whose flags win, and what else it names."""
     named = _named_tokens(config)
-    entries = config.get("added_tokens_decoder") or {}
-    for key in sorted(entries, key=int):
-        own = entries[key]
+    for _, own in sorted(added_tokens(config).items()):
         _add_token(backend, own, is_special=own.get("special") or own["content"] in named.values())
     names = [*(name for name in _NAMES if name in named), *named]
     for value in [*(config[name] for name in names), *_extra_tokens(config)]:
@@ -316,8 +327,7 @@ def _add_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> Non
 def _add_token(
     backend: tokenizers.Tokenizer, fields: Mapping[str, Any], *, is_special: bool
 ) -> None:
-    own = {key: value for key, value in fields.items() if not key.startswith("__")}
-    token = tokenizers.AddedToken(**own | {"special": bool(is_special)})
+    token = tokenizers.AddedToken(**token_fields(fields) | {"special": bool(is_special)})
     (backend.add_special_tokens if token.special else backend.add_tokens)([token])
 
 
@@ -326,7 +336,13 @@ def _extra_tokens(config: Mapping[str, Any]) -> list[Any]:
     extra: list[Any] = []
     for name in ("extra_special_tokens", "additional_special_tokens"):
         value = config.get(name) or []
-        extra += value if isinstance(value, list) else value.values()
+        found = list(value.values()) if isinstance(value, dict) else value
+        if not isinstance(found, list) or not all(map(is_token, found)):
+            raise CheckpointError(
+                f"tokenizer_config.json: {name}: got {value!r:.80}, allowed texts, or objects with"
+                " a content"
+            )
+        extra += found
     return extra
 
 

@@ -3,6 +3,7 @@ at once much would come twice; here what was interrupted goes on."""
 
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -75,6 +76,9 @@ def _check_disk(snapshot: Snapshot, left: int) -> None:
         )
 
 
+_logger = logging.getLogger(__name__)
+
+
 class _Stopped(Exception):
     """Another file failed, or the user left."""
 
@@ -118,7 +122,7 @@ class _Downloads:
 
     def _complete(self, blob: Path, file: str, size: int) -> None:
         with _part(blob).open("ab") as part:
-            fcntl.flock(part, fcntl.LOCK_EX)
+            self._lock_alone(part, file)
             if blob.exists():
                 return  # another process had the lock, and finished it
             if part.seek(0, os.SEEK_END) > size:
@@ -129,17 +133,41 @@ class _Downloads:
             self._check(part, file, blob.name)
             _part(blob).replace(blob)
 
+    def _lock_alone(self, part: BinaryIO, file: str) -> None:
+        """Waits until no other process brings this file."""
+        is_told = False
+        while True:
+            try:
+                fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not is_told:
+                    _logger.warning("%s: waiting for another process that downloads it", file)
+                is_told = True
+                if self._stopped.wait(_TELL_EVERY_S):
+                    raise _Stopped from None
+            else:
+                return
+
     def _fill(self, part: BinaryIO, file: str, size: int) -> None:
         tries = 0
         while (begin := part.tell()) < size:
+            failure: Exception = CheckpointError(
+                f"{self._snapshot.repo}: {file}: got nothing behind byte {begin}, expected {size}"
+            )
             try:
                 self._append(part, file, size)
-            except Exception as error:
-                tries = tries + 1 if part.tell() == begin else 1
-                if tries > len(_PAUSES_S) or not self._hub.is_passing(error):
-                    raise
-                if self._stopped.wait(_PAUSES_S[tries - 1]):
-                    raise
+                if part.tell() > begin:
+                    continue
+            except Exception as error:  # noqa: BLE001  # judged below
+                failure = error
+            tries = tries + 1 if part.tell() <= begin else 1
+            if tries > len(_PAUSES_S) or not self._is_passing(failure):
+                raise failure
+            if self._stopped.wait(_PAUSES_S[tries - 1]):
+                raise failure
+
+    def _is_passing(self, failure: Exception) -> bool:
+        return isinstance(failure, CheckpointError) or self._hub.is_passing(failure)
 
     def _append(self, part: BinaryIO, file: str, size: int) -> None:
         begin = part.tell()

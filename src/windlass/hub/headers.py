@@ -20,7 +20,7 @@ def write_headers(snapshot: Snapshot, missing: Sequence[str], into: Path) -> Non
         if path.is_file():
             link = into / path.relative_to(snapshot.folder)
             link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path)
+            link.symlink_to(path.absolute())
     hub = Hub(snapshot.repo)
     with hub.reporting(), ThreadPoolExecutor(_AT_ONCE) as pool:
         list(pool.map(lambda file: _write(hub, snapshot, file, into / file), missing))

@@ -89,7 +89,7 @@ def _find(flag: str, name: str, revision: str | None, files: Sequence[str]) -> S
     if name != DEMO and not Path(name).expanduser().exists():
         found = _NAME.fullmatch(name)
     if found is None:
-        resolve_model(name)
+        resolve_model(name, what=flag.removesuffix("revision").removesuffix("-") or "model")
         if revision is not None:
             raise UsageError(f"{flag}: got {revision!r}, allowed with a name on the hub (org/name)")
         return None

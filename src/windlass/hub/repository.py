@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,14 +202,17 @@ class Hub:
                 f"{repo}: neither a folder here nor a repository on {constants.ENDPOINT}, unless a"
                 " private one (HF_TOKEN)"
             )
+        if isinstance(error, OSError) and error.errno == ENOSPC:
+            return CheckpointError(f"{repo}: no room left on the disk of {constants.HF_HUB_CACHE}")
         if constants.HF_HUB_OFFLINE:
             return CheckpointError(
-                f"{repo}: neither a folder here nor, as far as needed, in the cache"
+                f"{repo}{f' at {self._revision!r}' if self._revision else ''}: neither a folder"
+                " here nor, as far as needed, in the cache"
                 f" {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set"
             )
         return CheckpointError(
             f"{repo}: no folder here, and cannot be had from {constants.ENDPOINT}:"
-            f" {_in_a_line(error)}; the same command goes on with what came"
+            f" {_in_a_line(error)}; the same command tries again, and goes on with what came"
         )
 
 

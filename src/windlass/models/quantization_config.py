@@ -184,8 +184,9 @@ def _auto_round(config: Config) -> Quantization:
     own = {"bits": config.get("bits", int, 4), "group_size": config.get("group_size", int, -1),
            "sym": config.get("sym", bool, True), "data_type": "int"}  # fmt: skip
     alike, dense = [], []
-    for name, settings in config.get("extra_config", dict, {}).items():
-        entry = Config(settings, where=f"{where}: {name}")
+    extra = config.section("extra_config") if config.has("extra_config") else Config({})
+    for name in extra.raw:
+        entry = extra.section(name)
         if entry.get("bits", int, 0) >= 16:
             dense.append(name)
             continue
@@ -215,13 +216,14 @@ def _skipped(config: Config) -> Modules:
     it can also give, are allowed only where they change nothing."""
     if not config.has("dynamic"):
         return Modules()
-    dynamic: Mapping[str, Any] = config.require("dynamic", dict)
+    dynamic = config.section("dynamic")
     skipped = []
-    for pattern, settings in dynamic.items():
+    for pattern in dynamic.raw:
         if pattern.startswith("-:"):
             skipped.append(f"re:{pattern[2:]}")
             continue
-        for key, value in (settings or {}).items():
+        settings: Mapping[str, Any] = dynamic.get(pattern, dict, {})
+        for key, value in settings.items():
             if key not in ("bits", "group_size", "sym", "desc_act") or config.raw.get(key) != value:
                 raise ModelError(
                     f"{config.where}: dynamic: {pattern} has {key} = {value!r}, allowed only the"

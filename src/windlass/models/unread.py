@@ -38,9 +38,9 @@ _HARMLESS = frozenset(
     "mamba_ssm_dtype".split()
 )
 _HARMLESS_KINDS = re.compile(
-    r"_.*|.*dropout.*|.*_pdrop|.*jitter.*|.*loss.*|initializer_.*|mtp_.*"
+    r"_.*|.*dropout.*|.*_pdrop|.*jitter.*|.*_loss(_.*)?|initializer_.*|mtp_.*"
     r"|output_(attentions|hidden_states|router_logits|scores)|.*_token_(ids?|index)"
-    r"|.*vision.*|.*projector.*|(audio|image|mm|video)_.*"
+    r"|(use_.*)?vision_.*|.*projector.*|(audio|image|mm|video)_.*"
 )
 
 # Settings that change the mathematics of some architecture, and the values with which they do not.

@@ -69,7 +69,7 @@ class PlanConstraints:
 
 def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: PlanConstraints) -> Plan:
     """The plan for a budget. BudgetError names the smallest budget that works."""
-    _check(wanted, spec)
+    check_constraints(wanted, spec)
     draft = _Draft(spec, sizes, wanted)
     smallest = draft.smallest()
     if host_memory < smallest:
@@ -249,7 +249,8 @@ def _fewest_rows(seqs: int) -> int:
     return round_up(seqs + CHUNK_TOKENS, CHUNK_TOKENS)
 
 
-def _check(wanted: PlanConstraints, spec: ModelSpec) -> None:
+def check_constraints(wanted: PlanConstraints, spec: ModelSpec) -> None:
+    """UsageError for what no machine could run."""
     if wanted.max_model_len is not None and wanted.max_model_len > spec.max_positions:
         raise UsageError(
             f"max_model_len: got {wanted.max_model_len}, allowed at most {spec.max_positions}, "

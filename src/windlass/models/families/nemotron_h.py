@@ -36,6 +36,7 @@ _INFINITY = ({"__float__": "Infinity"}, float("inf"))  # as transformers 5 and 4
 
 
 def read(config: Config) -> tuple[ModelSpec, NameMap]:
+    kinds = _kinds(config)
     config.one_of("mlp_hidden_act", ("relu2",), default="relu2")
     config.ignore(*_IGNORED)
     config.one_of("n_shared_experts", (1,), default=1)
@@ -48,7 +49,6 @@ def read(config: Config) -> tuple[ModelSpec, NameMap]:
         expert=_network(config, "moe_intermediate_size"),
         shared=Shared(ffn=shared),
     )
-    kinds = _kinds(config)
     blocks = {
         "mamba": Block(attention=_mamba(config), ffn=None),
         "attention": Block(attention=replace(gqa(config), rope=None), ffn=None),
@@ -71,18 +71,29 @@ def _network(config: Config, key: str) -> Ffn:
 
 def _kinds(config: Config) -> list[str]:
     """What each layer is: a list of names, or one letter each."""
-    keys = [key for key in ("layers_block_type", "layer_types") if config.has(key)]
-    pattern = config.get("hybrid_override_pattern", str, "")
-    kinds = [_LETTERS.get(letter, letter) for letter in pattern]
-    if keys:
-        kinds = [_NEW.get(kind, kind) for kind in config.items(keys[0], str)]
+    spelled = {
+        key: [_NEW.get(kind, kind) for kind in config.items(key, str)]
+        for key in ("layers_block_type", "layer_types")
+        if config.has(key)
+    }
+    if config.has("hybrid_override_pattern"):
+        pattern = config.require("hybrid_override_pattern", str)
+        spelled["hybrid_override_pattern"] = [_LETTERS.get(letter, letter) for letter in pattern]
+    name, kinds = next(iter(spelled.items()), ("layers_block_type", []))
+    if any(other != kinds for other in spelled.values()):
+        raise ModelError(f"{config.where}: {' and '.join(spelled)} differ, allowed all alike")
     num = config.size("num_hidden_layers", default=max(1, len(kinds)))
     unknown = [kind for kind in kinds if kind not in _LETTERS.values()]
     if unknown or len(kinds) != num:
         got = f"{unknown[0]!r}" if unknown else f"{len(kinds)} layers"
         raise ModelError(
-            f"{config.where}: {keys[0] if keys else 'hybrid_override_pattern'} has {got}, "
+            f"{config.where}: {name} has {got}, "
             f"allowed {num} of {', '.join(_LETTERS.values())} ({' '.join(_LETTERS)})"
+        )
+    if "moe" not in kinds:
+        raise ModelError(
+            f"{config.where}: {name} has no layer of experts, a dense model; allowed are"
+            " Mixture-of-Experts models"
         )
     return kinds
 
