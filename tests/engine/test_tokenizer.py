@@ -321,26 +321,28 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "text"),
+    ("file", "field", "value"),
     [
-        ({"tokenizer_config__json": config(added_tokens_decoder=entries)}, "_decoder: got")
-        for entries in ([1], {"x": {"content": "a"}}, {"2": {"wob": "a"}}, {"2": "a"},
-                        {"2": {"content": "a", "lstrip": 1}})
-    ]
-    + [
-        ({"tokenizer_config__json": config(extra_special_tokens=extra)}, "special_tokens: got")
-        for extra in ("a", [1], [{"lstrip": True}])
-    ]
-    + [
-        ({"generation_config__json": {"eos_token_id": ids}}, "eos_token_id: got")
-        for ids in ("x", [{}], 2.0, [True])
+        ("tokenizer_config", "added_tokens_decoder", [1]),
+        ("tokenizer_config", "added_tokens_decoder", {"x": {"content": "a"}}),
+        ("tokenizer_config", "added_tokens_decoder", {"2": {"wob": "a"}}),
+        ("tokenizer_config", "added_tokens_decoder", {"2": "a"}),
+        ("tokenizer_config", "added_tokens_decoder", {"2": {"content": "a", "lstrip": 1}}),
+        ("tokenizer_config", "extra_special_tokens", "a"),
+        ("tokenizer_config", "extra_special_tokens", [1]),
+        ("tokenizer_config", "extra_special_tokens", [{"lstrip": True}]),
+        ("generation_config", "eos_token_id", "x"),
+        ("generation_config", "eos_token_id", [{}]),
+        ("generation_config", "eos_token_id", 2.0),
     ],
-)  # fmt: skip
+)
 def test_fields_of_another_type_are_named(
-    tmp_path: Path, files: dict[str, dict[str, Any] | str], text: str
+    tmp_path: Path, file: str, field: str, value: object
 ) -> None:
-    with pytest.raises(CheckpointError, match=text) as error:
-        load(checkpoint(tmp_path, **files))
+    folder = checkpoint(tmp_path, tokenizer_config__json=config())
+    (folder / f"{file}.json").write_text(json.dumps({field: value}))
+    with pytest.raises(CheckpointError, match=f"{field}: got") as error:
+        load(folder)
     assert "\n" not in str(error.value)
 
 

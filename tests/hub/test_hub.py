@@ -354,7 +354,10 @@ def test_who_waits_for_another_process_can_leave(hub, repo, caplog):
 
     located = locate(EngineOptions(model="org/tiny"))
     name = weights_of(repo.commits[repo.refs["main"]])[0]
-    blob = located.snapshot.blob(located.snapshot.remote(name).sha256)
+    assert located.snapshot is not None
+    sha256 = located.snapshot.remote(name).sha256
+    assert sha256 is not None
+    blob = located.snapshot.blob(sha256)
     blob.parent.mkdir(parents=True, exist_ok=True)
     with blob.with_name(f"{blob.name}.windlass.incomplete").open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
