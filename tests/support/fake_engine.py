@@ -7,6 +7,7 @@ of the checkpoint; FAKE_OPENING: a file that appears as opening begins.
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -297,5 +298,7 @@ def install() -> None:
 
 
 if __name__ == "__main__":
+    # a shell that starts tests in the background lets them ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     install()
     sys.exit(main())
