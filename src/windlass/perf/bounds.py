@@ -10,11 +10,10 @@ from windlass.perf.flops import (
     attention_flops,
     attention_matrices,
     expert_matrices,
-    kept_numbers,
     shared_matrices,
 )
 from windlass.perf.job_passes import PassRun
-from windlass.perf.op_cost import OpRates, visible
+from windlass.perf.op_cost import OpRates, softmax_s
 from windlass.perf.pass_cost import (
     PassCost,
     held_shares,
@@ -83,9 +82,7 @@ class Bounds:
             return 0.0
         if isinstance(attention, Recurrent):
             return one.num_rows * attention_flops(attention, 0) / host.prefill_attention
-        decode, prompt = visible(attention, one.seen)
-        seconds = decode * kept_numbers(attention) * self._kv_bytes / host.decode_attention
-        return seconds + prompt * attention_flops(attention, 1) / host.prefill_attention
+        return softmax_s(attention, one.seen, self._kv_bytes, host)
 
     def _part(self, part: Part) -> int:
         return self._sizes.slot_bytes.get(part, 0)

@@ -231,9 +231,7 @@ class OpCost:
             per_row = attention_flops(attention, 0)
             state = 2 * _F32 * state_numbers(attention) * seen.decode_rows  # read and written
             return self._rates.memory(state) + seen.prompt_rows * per_row / host.prefill_attention
-        decode, prompt = visible(attention, seen)
-        seconds = decode * kept_numbers(attention) * self._kv_bytes / host.decode_attention
-        return seconds + prompt * attention_flops(attention, 1) / host.prefill_attention
+        return softmax_s(attention, seen, self._kv_bytes, host)
 
     def route_s(self, layer: int, num_rows: int) -> float:
         """Norm, router and shared expert."""
@@ -272,6 +270,14 @@ def visible(attention: Attention, seen: Seen) -> tuple[float, float]:
         min(seen.decode_positions, float(seen.decode_rows * window)),
         min(seen.prompt_positions, float(seen.prompt_rows * window)),
     )
+
+
+def softmax_s(attention: Attention, seen: Seen, kv_bytes: float, host: Processor) -> float:
+    """Keys and values that decode rows read, and what prompt rows multiply. `kv_bytes`: of a
+    number in the KV cache."""
+    decode, prompt = visible(attention, seen)
+    seconds = decode * kept_numbers(attention) * kv_bytes / host.decode_attention
+    return seconds + prompt * attention_flops(attention, 1) / host.prefill_attention
 
 
 def _on_host(seconds: float) -> LaneWork:
