@@ -5,7 +5,7 @@
 The prefetcher, its forecast and the weight cache are those of a run; slots hold no bytes, and reads
 arrive on a virtual clock that goes on while a layer computes. Routing is drawn from a seed: with
 skew 0 every expert is as likely, with more some become likely enough for a hint. Timed is each
-`enter(layer)` alone. For other code: PYTHONPATH=<its src> python bench/prefetcher.py.
+`enter(layer)` alone.
 """
 
 import argparse
@@ -21,19 +21,31 @@ from machine import describe, table, write
 
 from windlass import ids
 from windlass.checkpoint.part_reads import Read
+from windlass.forecast.interface import ExpertTable
+from windlass.forecast.usage import UsageForecast
 from windlass.ids import Part, WeightKey
 from windlass.prefetch import prefetcher as prefetching
-from windlass.prefetch.policies import FarthestNextUse
-from windlass.prefetch.usage import UsageForecast
+from windlass.prefetch.expert_pool import ExpectedNextUse
 from windlass.runtime import simulated
 from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
 from windlass.schedule import passes
+from windlass.schedule.batch import CHUNK_TOKENS, Segment, make_batch
+from windlass.schedule.observer import RoutedTokens
 
 _TOP_K = 8
 _DEPTH = 5  # blocks in flight, as planned for four threads
 _BLOCK_S = 1e-4  # a part on the disk's lane
 _LAYER_S = 5e-4  # what a layer computes meanwhile
 _SEED = 0
+_ONE_TOKEN = make_batch(
+    [
+        Segment(
+            sequence=0, token_ids=(0,), first_position=0, pages=(), state_slot=-1,
+            is_prompt=False, long_rope=False, wants_logits=True,
+        )
+    ],
+    micro_batch_tokens=CHUNK_TOKENS,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +71,7 @@ class _Model:
 
     def __init__(self, setting: Setting) -> None:
         layers, experts = setting.layers, setting.experts
-        usage: Any = UsageForecast([experts] * layers, _TOP_K)
-        # until November 2026 another object held the tokens of the pass
-        wrapped: Any = getattr(prefetching, "ExpertForecast", None)
-        self.forecast = usage if wrapped is None else wrapped(usage)
+        self.forecast = UsageForecast(ExpertTable([experts] * layers, _TOP_K))
         self.lanes = Lanes(Clock(), ("disk", "host"))
         keys = {Part.EXPERT: layers * experts, Part.BLOCK: layers, Part.HEAD: 1}
         costs: Any = _Disk()
@@ -73,7 +82,7 @@ class _Model:
             "reads": lambda key: (Read("", 0, 1, 0),),
         }
         more: Any = {
-            "policy": FarthestNextUse(layers, probability=self.forecast.probability),
+            "policy": ExpectedNextUse(self.forecast.outlook, floor=_TOP_K + 1),
             "depth": _DEPTH,
         }
         record: Any = getattr(simulated, "SimulatedParts", None)  # a record since then
@@ -85,8 +94,7 @@ class _Model:
         layer: Any = getattr(passes, "LayerShape", None)  # a record since then, too
         shape: Any = True if layer is None else layer(True, "experts")
         self.prefetcher = prefetching.Prefetcher(
-            passes.PassShape((shape,) * layers, 1), dict.fromkeys(range(layers), experts),
-            self.weights.cache, self.forecast,
+            passes.PassShape((shape,) * layers, 1), self.weights.cache, self.forecast,
         )  # fmt: skip
 
 
@@ -114,12 +122,13 @@ def _one_pass(model: _Model, routing: _Routing, setting: Setting) -> list[float]
         model.prefetcher.enter(layer)
         seconds.append(time.perf_counter() - begin)
 
-    model.forecast.begin(1)
+    model.forecast.begin(_ONE_TOKEN)
     for layer in range(setting.layers):
         enter(layer)
         with model.weights.lease(WeightKey(Part.BLOCK, layer)):
             chosen = routing.draw(layer)
-            model.forecast.observe(layer, dict.fromkeys(chosen, 1))
+            counts_E = np.bincount(chosen, minlength=setting.experts)
+            model.forecast.observe(RoutedTokens(layer, _ONE_TOKEN, counts_E))
         for _ in model.weights.arrivals([WeightKey(Part.EXPERT, layer, i) for i in chosen]):
             pass
         model.lanes.start(LaneWork(LaneJob("host", _LAYER_S)), "layer")

@@ -1,4 +1,4 @@
-"""Eviction policies and the usage forecast, replayed over lists of names."""
+"""Eviction policies, replayed over lists of names."""
 
 import random
 import time
@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from lru import LeastRecentlyUsed
 from windlass.ids import Part, WeightKey
 from windlass.prefetch.policies import FarthestNextUse
-from windlass.prefetch.usage import UsageForecast
 from windlass.weights.eviction import EvictionPolicy
 
 
@@ -30,7 +29,7 @@ def replay(policy: EvictionPolicy, trace: list[WeightKey], num_slots: int) -> in
         if key not in resident:
             misses += 1
             if len(resident) == num_slots:
-                victim = policy.victim(Part.EXPERT, None)
+                victim = policy.victim(expert(0, 0), None)
                 assert victim in resident
                 policy.discard(victim)
                 resident.remove(victim)
@@ -60,11 +59,11 @@ def test_improbable_experts_go_first_and_probability_is_asked_again_each_pass():
         policy.note_use(key)
         policy.add(key)
     chance[expert(1, 2)] = 0.01
-    assert policy.victim(Part.EXPERT, None) != expert(1, 2), "not asked yet"
+    assert policy.victim(expert(0, 0), None) != expert(1, 2), "not asked yet"
     policy.note_use(expert(0, 0))
     policy.note_use(expert(1, 0))
     policy.note_use(expert(2, 0))  # the turn of layer 1 has passed
-    assert policy.victim(Part.EXPERT, None) == expert(1, 2)
+    assert policy.victim(expert(0, 0), None) == expert(1, 2)
 
 
 def test_a_key_that_comes_back_counts_with_its_new_probability():
@@ -72,11 +71,11 @@ def test_a_key_that_comes_back_counts_with_its_new_probability():
     policy = FarthestNextUse(3, probability=chance.__getitem__)
     for key in chance:
         policy.add(key)
-    assert policy.victim(Part.EXPERT, None) == expert(1, 0)
+    assert policy.victim(expert(0, 0), None) == expert(1, 0)
     policy.discard(expert(1, 0))
     chance[expert(1, 0)] = 0.9
     policy.add(expert(1, 0))
-    assert policy.victim(Part.EXPERT, None) == expert(1, 1)
+    assert policy.victim(expert(0, 0), None) == expert(1, 1)
 
 
 def test_what_was_fetched_for_this_layer_is_kept_until_its_turn_is_over():
@@ -85,12 +84,12 @@ def test_what_was_fetched_for_this_layer_is_kept_until_its_turn_is_over():
     for index in (0, 1):
         policy.add(expert(1, index))  # fetched in advance, not used yet
     policy.add(expert(2, 0))
-    assert policy.victim(Part.EXPERT, None) == expert(2, 0)
+    assert policy.victim(expert(0, 0), None) == expert(2, 0)
     policy.note_use(expert(1, 0))
-    assert policy.victim(Part.EXPERT, None) == expert(1, 0), "used: a whole pass away"
+    assert policy.victim(expert(0, 0), None) == expert(1, 0), "used: a whole pass away"
     policy.note_use(WeightKey(Part.BLOCK, 2))
     policy.discard(expert(1, 0))
-    assert policy.victim(Part.EXPERT, None) == expert(1, 1), "its turn passed without a use"
+    assert policy.victim(expert(0, 0), None) == expert(1, 1), "its turn passed without a use"
 
 
 def test_a_hint_never_takes_the_place_of_something_needed_sooner_or_as_soon():
@@ -100,11 +99,11 @@ def test_a_hint_never_takes_the_place_of_something_needed_sooner_or_as_soon():
         policy.add(expert(layer, 0))
     # Now at layer 3: its expert is 8 layers away, layer 2's 7, layer 0's 5.
     policy.discard(expert(3, 0))
-    assert policy.victim(Part.EXPERT, 2.0) == expert(2, 0)
-    assert policy.victim(Part.EXPERT, 2.0 / 0.25) is None
-    assert policy.victim(Part.EXPERT, 7.0) is None
-    assert policy.victim(Part.EXPERT, None) == expert(2, 0)
-    assert policy.victim(Part.HEAD, None) is None
+    assert policy.victim(expert(0, 0), 2) == expert(2, 0)
+    assert policy.victim(expert(0, 0), 8) is None
+    assert policy.victim(expert(0, 0), 7) is None
+    assert policy.victim(expert(0, 0), None) == expert(2, 0)
+    assert policy.victim(WeightKey(Part.HEAD, -1, 0), None) is None
 
 
 def test_lru_keeps_what_is_in_use_out_of_its_choice():
@@ -114,7 +113,7 @@ def test_lru_keeps_what_is_in_use_out_of_its_choice():
     policy.note_use(expert(0, 0))
     policy.discard(expert(0, 1))
     assert expert(0, 1) not in policy and expert(0, 2) in policy
-    assert policy.victim(Part.EXPERT, None) == expert(0, 2)
+    assert policy.victim(expert(0, 0), None) == expert(0, 2)
 
 
 @given(
@@ -145,7 +144,7 @@ def test_the_buckets_agree_with_a_plain_scan(operations):
             k: (turn[k] if turn.get(k, -1) >= now else now + (k.layer - now) % 5) - now
             for k in evictable
         }
-        victim = policy.victim(Part.EXPERT, None)
+        victim = policy.victim(expert(0, 0), None)
         assert (victim is None) == (not evictable)
         if victim is not None:
             assert distances[victim] == max(distances.values())
@@ -164,36 +163,10 @@ def test_six_thousand_slots_are_quick():
         policy.add(key)
     begin = time.process_time()
     for key in trace:
-        victim = policy.victim(Part.EXPERT, None)
+        victim = policy.victim(expert(0, 0), None)
         assert victim is not None
         policy.discard(victim)
         policy.note_use(key)
         policy.add(key)
     per_key_s = (time.process_time() - begin) / len(trace)
     assert per_key_s < 100e-6, f"{per_key_s * 1e6:.0f} us"
-
-
-def test_the_forecast_begins_uniform_and_learns():
-    forecast = UsageForecast([0, 8], top_k=2)
-    assert forecast.probabilities.tolist() == pytest.approx([0.25] * 8)
-    forecast.begin(4)
-    assert forecast.probability(expert(1, 3)) == pytest.approx(1 - 0.75**4)
-    forecast.begin(1)
-    for _ in range(100):
-        forecast.observe(1, {0: 10, 1: 6, 2: 4})
-    assert forecast.probability(expert(1, 0)) > 0.9
-    assert 0 < forecast.probability(expert(1, 7)) < 0.05
-    assert forecast.probabilities.sum() == pytest.approx(2), "every token uses top_k experts"
-    forecast.begin(10_000)
-    assert forecast.probability(expert(1, 0)) == 1 == forecast.probability(WeightKey(Part.BLOCK, 1))
-
-
-def test_the_forecast_follows_a_change_of_topic_and_stays_finite():
-    forecast = UsageForecast([4], top_k=1)
-    for _ in range(300):
-        forecast.observe(0, {0: 1000})
-    for _ in range(20):
-        forecast.observe(0, {1: 1000})
-    assert forecast.probability(expert(0, 1)) > 0.9
-    assert forecast.probability(expert(0, 0)) < 0.1
-    assert forecast._weight[0] <= 1e12

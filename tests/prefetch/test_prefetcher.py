@@ -8,11 +8,13 @@ from functools import partial
 import numpy as np
 import pytest
 
+from routing import rows, told
 from windlass.checkpoint.part_reads import Read
+from windlass.forecast.interface import ExpertTable
+from windlass.forecast.usage import UsageForecast
 from windlass.ids import DISK_TO_HOST, Part, Route, WeightKey
-from windlass.prefetch.policies import FarthestNextUse
+from windlass.prefetch.expert_pool import ExpectedNextUse
 from windlass.prefetch.prefetcher import Prefetcher
-from windlass.prefetch.usage import UsageForecast
 from windlass.runtime.clock import Clock, Lanes
 from windlass.runtime.simulated import SimulatedParts, SimulatedWeights
 from windlass.schedule.passes import LayerShape, PassShape
@@ -33,7 +35,7 @@ class Model:
 
     def __init__(self, layers: int, experts: int, slots: int, *, top_k: int = 2) -> None:
         self.layers, self.experts = layers, experts
-        self.forecast = UsageForecast([experts] * layers, top_k)
+        self.forecast = UsageForecast(ExpertTable([experts] * layers, top_k))
         self.lanes = Lanes(Clock(), ("disk",))
         self.weights = SimulatedWeights(
             self.lanes,
@@ -43,19 +45,20 @@ class Model:
                 {Part.EXPERT: slots, Part.BLOCK: layers, Part.HEAD: 1},
                 lambda key: (Read("", 0, 100, 0),),
             ),
-            policy=FarthestNextUse(layers, probability=self.forecast.probability),
+            policy=ExpectedNextUse(self.forecast.outlook),
             depth=2,
         )
         self.cache = self.weights.cache
         shape = PassShape((LayerShape(True, "experts"),) * layers, 1)
-        self.prefetcher = Prefetcher(
-            shape, dict.fromkeys(range(layers), experts), self.cache, self.forecast
-        )
+        self.prefetcher = Prefetcher(shape, self.cache, self.forecast)
+
+    def observe(self, layer: int, counts: dict[int, int]) -> None:
+        self.forecast.observe(told(layer, counts, self.experts))
 
     def layer(self, layer: int, experts: list[int]) -> None:
         """The rest of a layer, after the prefetcher has been told of it."""
         with self.weights.lease(WeightKey(Part.BLOCK, layer)):
-            self.forecast.observe(layer, dict.fromkeys(experts, 1))
+            self.observe(layer, dict.fromkeys(experts, 1))
         for _ in self.weights.arrivals([expert(layer, i) for i in experts]):
             pass
         self.cache.check()
@@ -89,13 +92,13 @@ def hinted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, list[Hin
 
 def test_with_many_tokens_the_hints_are_the_layers_in_order_and_only_what_is_new(hinted):
     model = Model(5, 40, slots=100)
-    model.forecast.begin(10_000)
+    model.forecast.begin(rows(10_000))
     model.prefetcher.enter(0)
     now, added, dropped = hinted.pop()
     assert now == 0 and not dropped
     layers = [hint.key.layer for hint in added]
     assert layers == sorted(layers) == [0] * 41 + [1] * 41, "to the end of the layer of the 64th"
-    assert {hint.probability for hint in added} == {1.0}
+    assert all(hint.is_certain for hint in added)
     model.prefetcher.enter(1)
     now, added, dropped = hinted.pop()
     assert now == 1 and {hint.key.layer for hint in added} == {2}, "layer 1 is hinted at already"
@@ -109,20 +112,20 @@ def test_with_many_tokens_the_hints_are_the_layers_in_order_and_only_what_is_new
 def test_with_one_token_only_likely_experts_are_hinted_at(hinted):
     model = Model(3, 8, slots=10)
     for _ in range(200):
-        model.forecast.observe(1, {2: 1, 5: 1})
+        model.observe(1, {2: 1, 5: 1})
     model.prefetcher.enter(0)
     _, added, _ = hinted.pop()
     assert [hint.key for hint in added if hint.key.part is Part.EXPERT] == [
         expert(1, 2), expert(1, 5)
     ]  # fmt: skip
-    assert all(0.5 <= h.probability < 1 for h in added if h.key.part is Part.EXPERT)
+    assert not any(hint.is_certain for hint in added if hint.key.part is Part.EXPERT)
 
 
 def test_hints_are_read_in_time_and_used():
     model = Model(4, 8, slots=12)
     for _ in range(300):
         for layer in range(4):
-            model.forecast.observe(layer, {layer: 1, layer + 1: 1})
+            model.observe(layer, {layer: 1, layer + 1: 1})
     for _ in range(6):
         for layer in range(4):
             model.prefetcher.enter(layer)
@@ -139,7 +142,7 @@ def test_hints_are_read_in_time_and_used():
 def test_a_hint_that_comes_too_late_is_counted_and_a_wrong_one_given_up():
     model = Model(3, 8, slots=12)
     for _ in range(300):
-        model.forecast.observe(1, {0: 1, 1: 1})
+        model.observe(1, {0: 1, 1: 1})
     model.prefetcher.enter(0)
     model.layer(0, [7])
     model.prefetcher.enter(1)
@@ -154,7 +157,7 @@ def test_a_hint_that_comes_too_late_is_counted_and_a_wrong_one_given_up():
 
 def test_a_model_that_is_all_there_costs_nothing_more(hinted, monkeypatch):
     model = Model(2, 3, slots=6)
-    model.forecast.begin(1000)
+    model.forecast.begin(rows(1000))
     experts = [expert(i, j) for i in range(2) for j in range(3)]
     blocks = [WeightKey(Part.BLOCK, i) for i in range(2)]
     for key in (*experts, *blocks, WeightKey(Part.HEAD, -1, 0)):
@@ -194,7 +197,7 @@ def test_a_layer_costs_a_few_calls_whatever_the_number_of_experts():
             counts.append(enter if number else 0)
             model.weights.cache.begin([])
             chosen = sorted(set(np.minimum(127, np.array(chance.choices(range(128), k=8)) // 2)))
-            model.forecast.observe(layer, dict.fromkeys(map(int, chosen), 1))
+            model.observe(layer, dict.fromkeys(map(int, chosen), 1))
             for _ in model.weights.arrivals([expert(layer, int(i)) for i in chosen]):
                 pass
         model.prefetcher.enter(48)

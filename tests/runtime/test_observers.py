@@ -10,10 +10,10 @@ import torch
 from backends import LIBRARY
 from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
 from recorder import RoutingRecorder, Seen, observed_by
+from windlass.forecast.usage import UsageForecast
 from windlass.kernels.cpu.native_capture import NativeCapture
 from windlass.models.registry import read_spec
 from windlass.models.spec import Moe, SigmoidTopK, SoftmaxTopK
-from windlass.prefetch.usage import UsageForecast
 from windlass.schedule import batch as batches
 
 needs_library = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"the native library {LIBRARY}")
@@ -142,18 +142,14 @@ def test_prompts_beside_answers_keep_their_tokens(schedule, tmp_path):
 
 
 @needs_library
-def test_the_forecast_hears_of_captured_layers_where_somebody_observes(tmp_path, monkeypatch):
+def test_the_forecast_hears_nothing_of_captured_layers_observers_do(tmp_path, monkeypatch):
     make_model("mixtral", tmp_path)
     told = []
-    monkeypatch.setattr(
-        UsageForecast, "observe", lambda self, layer, counts: told.append((layer, dict(counts)))
-    )
-    run(tmp_path, moe_backend="cpu")
-    unobserved = len(told)
-    told.clear()
-    run(tmp_path, RoutingRecorder(wants_scores=False), moe_backend="cpu")
-    observed = told[:]
+    monkeypatch.setattr(UsageForecast, "observe", lambda self, tokens: told.append(tokens.layer))
+    recorder = RoutingRecorder(wants_scores=False)
+    run(tmp_path, recorder, moe_backend="cpu")
+    heard = told[:]
     monkeypatch.setattr(batches, "MOST_CAPTURED", 0)
     told.clear()
     run(tmp_path, moe_backend="cpu")
-    assert observed == told and unobserved < len(told)
+    assert recorder.layers == told and len(heard) < len(told)

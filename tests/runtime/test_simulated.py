@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 
-import windlass.build.open as build
 from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
 from frozen_gpu_costs import DEVICE_LANES, DeviceCosts
 from planning import SPECS
+from routing import CountingRouter
 from windlass.checkpoint.part_reads import Read, make_part_reads
+from windlass.forecast.interface import ExpertTable
+from windlass.forecast.usage import UsageForecast
 from windlass.ids import DISK_TO_HOST, Part
 from windlass.models.spec import Block, Ffn, Moe, TopKSoftmax
 from windlass.perf.frozen_gpu_tiers import GpuRates, LayerShape, Share, layer_seconds
-from windlass.prefetch.policies import FarthestNextUse
-from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast
+from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
+from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
 from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
 from windlass.schedule import batch as batches
@@ -113,14 +115,23 @@ class EqualCosts:
         return lambda *_: self._work
 
 
+def num_experts(spec):
+    return max(ExpertTable.of(spec).num_experts)
+
+
+def pool(forecast, slots):
+    table = forecast.outlook.table
+    return ExpectedNextUse(forecast.outlook, floor=floor_of(table, slots[Part.EXPERT]))
+
+
 def _clock_runtime(spec, shape, costs, *, slots, reads, num_keys, depth, router, overlap):
-    forecast = usage_forecast(spec)
+    forecast = UsageForecast(ExpertTable.of(spec))
     lanes = Lanes(Clock(), ("disk", "host"))
     weights = SimulatedWeights(
         lanes, costs, SimulatedParts(num_keys, slots, reads), depth=depth,
-        policy=FarthestNextUse(len(spec.blocks), probability=forecast.probability),
+        policy=pool(forecast, slots),
     )  # fmt: skip
-    prefetcher = Prefetcher(shape, num_experts(spec), weights.cache, forecast)
+    prefetcher = Prefetcher(shape, weights.cache, forecast)
     return SimulatedRuntime(
         lanes, costs, weights, prefetcher=prefetcher if overlap else None,
         forecast=forecast, router=router,
@@ -196,7 +207,8 @@ def test_the_clock_does_what_the_device_does(
         spec, kept["shape"], EqualCosts(blocks), slots=plan.host.slots,
         reads=lambda key: make_part_reads(key, store._layout, store._source.tensors).reads,
         num_keys=Counter(key.part for key in store._layout.parts), depth=device.num_lanes + 1,
-        router=lambda layer, rows: next(queue), overlap=overlap,
+        router=CountingRouter(lambda layer, rows: next(queue), num_experts(spec)),
+        overlap=overlap,
     )  # fmt: skip
     assert len(passes) > 4
     for batch, expected in passes:
@@ -215,20 +227,14 @@ def test_the_clock_does_what_the_device_does(
 def _note_routing(monkeypatch):
     """What the forecast of the engine observes: rows per expert, layer by layer."""
     routed = []
-    forecast = usage_forecast
+    observe = UsageForecast.observe
 
-    def noting(spec):
-        made = forecast(spec)
-        observe = made.observe
+    def observed(self, tokens):
+        counts = enumerate(tokens.counts_E.tolist())
+        routed.append({expert: count for expert, count in counts if count})
+        observe(self, tokens)
 
-        def observed(layer, counts):
-            routed.append(dict(counts))
-            observe(layer, counts)
-
-        made.observe = observed  # type: ignore[method-assign]
-        return made
-
-    monkeypatch.setattr(build, "usage_forecast", noting)
+    monkeypatch.setattr(UsageForecast, "observe", observed)
     return routed
 
 
@@ -293,7 +299,7 @@ def test_the_schedule_on_a_device_reaches_its_closed_form(rates, share, binds):
     moe = Moe(num_experts=8, top_k=2, routing=TopKSoftmax(), expert=Ffn(intermediate=8))
     block = Block(attention=SPECS["olmoe-1b-7b"].blocks[0].attention, ffn=moe)
     spec = replace(SPECS["olmoe-1b-7b"], blocks=(block,) * layers)
-    forecast, shape = usage_forecast(spec), PassShape.of(spec, 0)
+    forecast, shape = UsageForecast(ExpertTable.of(spec)), PassShape.of(spec, 0)
     costs = DeviceCosts(SHAPE, rates, share)
     lanes = Lanes(Clock(), DEVICE_LANES)
     moving = 16 if share.on_disk else 4  # the disk works ahead into slots
@@ -309,13 +315,13 @@ def test_the_schedule_on_a_device_reaches_its_closed_form(rates, share, binds):
 
     weights = SimulatedWeights(
         lanes, costs, SimulatedParts(num_keys, slots, reads),
-        policy=FarthestNextUse(layers, probability=forecast.probability), depth=8,
+        policy=pool(forecast, slots), depth=8,
     )  # fmt: skip
     each = share.sequences * 2 // 8
-    prefetcher = Prefetcher(shape, num_experts(spec), weights.cache, forecast)
+    prefetcher = Prefetcher(shape, weights.cache, forecast)
     runtime = SimulatedRuntime(
         lanes, costs, weights, prefetcher=prefetcher, forecast=forecast,
-        router=lambda layer, rows: dict.fromkeys(range(8), each),
+        router=CountingRouter(lambda layer, rows: dict.fromkeys(range(8), each), 8),
     )  # fmt: skip
     segment = Segment(
         sequence=0, token_ids=(0,), first_position=context - 1, pages=(), state_slot=-1,

@@ -26,5 +26,5 @@ class LeastRecentlyUsed:
     def __contains__(self, key: WeightKey) -> bool:
         return key in self._keys[key.part]
 
-    def victim(self, part: Part, distance: float | None) -> WeightKey | None:
-        return next(iter(self._keys[part]), None)
+    def victim(self, entering: WeightKey, layers: int | None) -> WeightKey | None:
+        return next(iter(self._keys[entering.part]), None)

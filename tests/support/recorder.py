@@ -8,8 +8,9 @@ from unittest import mock
 
 import torch
 
-from windlass.build import open as opening
+from windlass.runtime import host
 from windlass.runtime.routing_report import RoutingReport
+from windlass.schedule.batch import Batch
 from windlass.schedule.observer import RoutedTokens
 
 
@@ -34,6 +35,13 @@ class RoutingRecorder:
     wants_scores: bool = True
     seen: dict[Token, Seen] = field(default_factory=dict)
     layers: list[int] = field(default_factory=list)  # one for each call
+    passes: int = 0
+
+    def begin(self, batch: Batch, embedded_TD: torch.Tensor) -> None:
+        assert len(embedded_TD) == batch.num_tokens
+
+    def end(self, final_TD: torch.Tensor) -> None:
+        self.passes += 1
 
     def observe(self, tokens: RoutedTokens) -> None:
         self.layers.append(tokens.layer)
@@ -52,6 +60,6 @@ class RoutingRecorder:
 def observed_by(*observers: RoutingRecorder) -> Iterator[None]:
     """Engines that are opened meanwhile tell `observers` of their routing."""
     with mock.patch.object(
-        opening, "RoutingReport", lambda forecast: RoutingReport(forecast, observers)
+        host, "RoutingReport", lambda forecast, _=(): RoutingReport(forecast, observers)
     ):
         yield

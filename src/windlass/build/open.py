@@ -23,7 +23,10 @@ from windlass.engine.request_rules import RequestRules
 from windlass.engine.tokenizer import Tokenizer
 from windlass.engine.tokenizer import load as load_tokenizer
 from windlass.errors import UsageError
-from windlass.prefetch.policies import FarthestNextUse
+from windlass.ids import Part
+from windlass.forecast.interface import ExpertTable
+from windlass.forecast.usage import UsageForecast
+from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.hardware.assumed import assumed_profile
 from windlass.hardware.profile import HardwareProfile
 from windlass.kernels.interface import Kernels
@@ -56,9 +59,8 @@ from windlass.planner.budget import (PlanConstraints, make_plan)
 from windlass.perf.sizes import Sizes
 from windlass.planner.choose import Chosen, choose_plan
 from windlass.planner.validate import validate_plan
-from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast
-from windlass.runtime.host import HostRuntime, Machine
-from windlass.runtime.routing_report import RoutingReport
+from windlass.prefetch.prefetcher import Prefetcher
+from windlass.runtime.host import Foresight, HostRuntime, Machine
 from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec
 from windlass.trace import Tracer
 from windlass.units import MIB, format_bytes
@@ -217,8 +219,10 @@ def _assemble(
     plan, spec = setup.plan, model.spec
     assert not (plan.prefix_caching and plan.host.state_slots), "no state is kept of a prompt's prefix"
     shape = pass_shape(spec, model.layout)
-    forecast = usage_forecast(spec)
-    policy = FarthestNextUse(len(spec.blocks), probability=forecast.probability)
+    table = ExpertTable.of(spec)
+    forecast = UsageForecast(table)
+    floor = floor_of(table, plan.host.of(Part.EXPERT).slots)
+    policy = ExpectedNextUse(forecast.outlook, floor=floor)
     weights = WeightStore(
         model.layout, model.source, Carrier(device), plan.host.slots, policy=policy, tracer=tracer
     )
@@ -236,10 +240,9 @@ def _assemble(
         Machine(kernels, device, tracer),
         weights,
         kv,
-        prefetcher=(
-            Prefetcher(shape, num_experts(spec), weights.cache, forecast) if plan.overlap else None
+        Foresight(
+            forecast, Prefetcher(shape, weights.cache, forecast) if plan.overlap else None
         ),
-        routing=RoutingReport(forecast),
     )
     admission = Admission(
         kv,

@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 from math import log2
 
 import numpy as np
+from numpy.typing import NDArray
 
 from windlass.checkpoint.part_reads import Read
+from windlass.forecast.interface import ExpertTable
+from windlass.forecast.usage import UsageForecast
 from windlass.ids import Part
 from windlass.models.spec import Block, Ffn, ModelSpec, Moe
 from windlass.perf.job_passes import PassRun
@@ -22,11 +25,12 @@ from windlass.perf.pass_cost import (
 )
 from windlass.perf.sizes import Problem, Sizes
 from windlass.plan import Plan
-from windlass.prefetch.policies import FarthestNextUse
-from windlass.prefetch.prefetcher import Prefetcher, num_experts, usage_forecast
+from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
+from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.clock import Clock, Lanes, Span
-from windlass.runtime.simulated import Counts, SimulatedParts, SimulatedRuntime, SimulatedWeights
+from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
 from windlass.schedule.batch import Batch, Segment, make_batch
+from windlass.schedule.observer import RoutedTokens
 from windlass.schedule.passes import PassShape, run_pass
 
 _MOST_EXPERTS = 768  # of a model on the clock: a pass over them takes about 20 ms
@@ -45,7 +49,17 @@ class UniformRouter:
         self._usage = usage
         self._random = np.random.default_rng(seed)
 
-    def __call__(self, layer: int, num_rows: int) -> Counts:
+    def begin(self, batch: Batch) -> None:
+        return None
+
+    def end(self) -> None:
+        return None
+
+    def route(self, layer: int, batch: Batch) -> RoutedTokens:
+        return RoutedTokens(layer, batch, self.counts(layer, batch.num_tokens))
+
+    def counts(self, layer: int, num_rows: int) -> NDArray[np.int64]:
+        """(E) rows of each expert."""
         moe = self._spec.blocks[layer].ffn
         assert isinstance(moe, Moe), f"layer {layer} has no experts"
         share = np.full(moe.num_experts, 1.0) if self._usage is None else self._usage[layer]
@@ -58,7 +72,7 @@ class UniformRouter:
             counts = np.bincount(chosen.ravel(), minlength=moe.num_experts)
         else:
             counts = self._random.multinomial(num_rows * moe.top_k, weights)
-        return {expert: int(count) for expert, count in enumerate(counts) if count}
+        return counts
 
 
 # --- a few layers for all -------------------------------------------------------------------------
@@ -145,19 +159,22 @@ class ClockedModel:
             replace(problem, spec=sample.spec), kv_numbers=kv_numbers(spec), weights=sample.weights,
             scale=1 / sample.factor, keeps_all=_keeps_all(plan, sizes),
         )  # fmt: skip
-        forecast = usage_forecast(sample.spec)
+        table = ExpertTable.of(sample.spec)
+        forecast = UsageForecast(table)
         self.lanes = Lanes(Clock(), ("disk", "host"), keeps_spans=keeps_spans)
         parts = _parts_of(sample, sizes)
         reads = {part: (Read("", 0, size, 0),) for part, size in sizes.slot_bytes.items()}
-        policy = FarthestNextUse(len(sample.spec.blocks), probability=forecast.probability)
+        slots = _slots_of(plan, sizes, parts)
+        floor = floor_of(table, slots.get(Part.EXPERT, 0))
+        policy = ExpectedNextUse(forecast.outlook, floor=floor)
         self._weights = SimulatedWeights(
             self.lanes, costs,
-            SimulatedParts(parts, _slots_of(plan, sizes, parts), lambda key: reads[key.part]),
+            SimulatedParts(parts, slots, lambda key: reads[key.part]),
             policy=policy, depth=plan.read_threads + 1,
         )  # fmt: skip
         self._shape = PassShape.of(sample.spec, sizes.num_parts.get(Part.HEAD, 0))
         cache = self._weights.cache
-        prefetcher = Prefetcher(self._shape, num_experts(sample.spec), cache, forecast)
+        prefetcher = Prefetcher(self._shape, cache, forecast)
         self._runtime = SimulatedRuntime(
             self.lanes, costs, self._weights,
             prefetcher=prefetcher if plan.overlap else None, forecast=forecast,

@@ -93,10 +93,10 @@ class FarthestNextUse:
     def __contains__(self, key: WeightKey) -> bool:
         return key in self._bucket_of
 
-    def victim(self, part: Part, distance: float | None) -> WeightKey | None:
-        farthest = -1.0 if distance is None else distance
+    def victim(self, entering: WeightKey, layers: int | None) -> WeightKey | None:
+        farthest = -1.0 if layers is None else layers / self._chance(entering)
         best: WeightKey | None = None
-        for turn, bucket in self._buckets[part].items():
+        for turn, bucket in self._buckets[entering.part].items():
             chance, key = bucket.first()
             if (turn - self._now) / chance > farthest:
                 farthest = (turn - self._now) / chance

@@ -1,16 +1,15 @@
 """Tells the weight cache what a pass will want next, as prefetch hints. Knows ids only.
 
 With many tokens every expert is certain and the hints are simply the layers in order; with few they
-are the experts that usage makes likely. Nothing switches mode.
+are the experts that the forecast thinks worth a read. Nothing switches mode.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 
+from windlass.forecast.interface import CERTAIN, ExpertForecast
 from windlass.ids import Part, WeightKey
-from windlass.models.spec import ModelSpec, Moe
-from windlass.prefetch.usage import UsageForecast
 from windlass.schedule.passes import PassShape
 from windlass.weights.cache import WeightCache
 from windlass.weights.hints import Hint
@@ -18,44 +17,24 @@ from windlass.weights.hints import Hint
 # Hints kept ahead of the pass, and those of the layer that the last of them is in: more than the
 # link can read during one layer.
 _HORIZON = 64
-_LIKELY = 0.5  # a read for an expert less likely than this would more often be wasted than used
-
-
-def usage_forecast(spec: ModelSpec) -> UsageForecast:
-    """The forecast of a model that nothing is known of yet."""
-    networks = [block.ffn for block in spec.blocks]
-    top_k = max(ffn.top_k for ffn in networks if isinstance(ffn, Moe))
-    return UsageForecast(
-        [ffn.num_experts if isinstance(ffn, Moe) else 0 for ffn in networks], top_k
-    )
-
-
-def num_experts(spec: ModelSpec) -> dict[int, int]:
-    """By layer, of layers that have any."""
-    networks = enumerate(block.ffn for block in spec.blocks)
-    return {layer: ffn.num_experts for layer, ffn in networks if isinstance(ffn, Moe)}
 
 
 class Prefetcher:
-    """Walks the parts in the order of use, from the current layer around the pass.
+    """Walks the parts in the order of use, from the current layer around the pass: what is certain
+    to be used, then what the forecast proposes, by its value.
 
     A layer costs a few vector operations over all parts of the model, and Python only for hints
     that are new or no longer hold: 10 to 50 us at 48 layers of 128 experts
-    (`bench/prefetcher.py`). A part's rank is its place among all uses since the first pass began.
+    (`bench/prefetcher.py`). A certain part's rank is its place among all uses since the first pass
+    began.
     """
 
-    def __init__(
-        self,
-        shape: PassShape,
-        num_experts: Mapping[int, int],
-        weights: WeightCache,
-        forecast: UsageForecast,
-    ) -> None:
-        """`num_experts`: by layer, of layers that have any."""
+    def __init__(self, shape: PassShape, weights: WeightCache, forecast: ExpertForecast) -> None:
         self._weights = weights
         self._forecast = forecast
+        self._table = table = forecast.outlook.table
         self._num_stops = len(shape.layers) + 1  # the layers, and the head
-        stops = [list(_parts(shape, num_experts, i)) for i in range(self._num_stops)]
+        stops = [list(_parts(shape, table.num_experts, i)) for i in range(self._num_stops)]
         self._keys = [key for stop in stops for key in stop]
         self._stop_of = [i for i, stop in enumerate(stops) for _ in stop]
         self._first = np.cumsum([0, *map(len, stops)])  # place of the first part of each stop
@@ -63,28 +42,38 @@ class Prefetcher:
         self._experts, self._others = np.flatnonzero(is_expert), np.flatnonzero(~is_expert)
         self._held = weights.track([self._keys[i] for i in (*self._experts, *self._others)])
         self._missing = np.empty_like(self._held)
-        self._hinted: set[int] = set()  # ranks
+        self._hinted: dict[WeightKey, Hint] = {}
         self._pass = -1
+        self._layer = 0
         self._is_complete = False  # everything has a slot for good and is there
+        self.speculates = True  # whether what is not certain is hinted at
 
     def enter(self, layer: int) -> None:
         """The pass enters `layer`; the head counts as one more layer. Layers come in order."""
         if self._is_complete:
             return
         self._pass += layer == 0
-        ranks = self._ranks(layer)
-        wanted = set(ranks)
-        added = [self._hint(rank) for rank in ranks if rank not in self._hinted]
-        dropped = [self._keys[rank % len(self._keys)] for rank in self._hinted - wanted]
-        self._hinted = wanted
-        self._weights.hint(self._pass * self._num_stops + layer, added, dropped)
-        self._is_complete = not ranks and self._weights.keeps_all and bool(self._held.all())
+        self._layer = layer
+        self.update()
 
-    def _ranks(self, layer: int) -> list[int]:
-        """Of the parts that are missing and likely, in the order of their use, to the horizon."""
+    def update(self) -> None:
+        """The forecast has changed within a layer."""
+        wanted = {hint.key: hint for hint in (*self._certain(), *self._speculative())}
+        old = self._hinted
+        added = [hint for key, hint in wanted.items() if old.get(key) != hint]
+        dropped = [key for key in old if key not in wanted]
+        self._hinted = wanted
+        self._weights.hint(self._pass * self._num_stops + self._layer, added, dropped)
+        keeps_all = self._weights.keeps_all
+        self._is_complete = not wanted and keeps_all and bool(self._held.all())
+
+    def _certain(self) -> list[Hint]:
+        """Parts that are missing and certain, in the order of their use, to the horizon."""
         many = self._experts.size
-        missing, held = self._missing, self._held
-        np.greater_equal(self._forecast.probabilities, _LIKELY, out=missing[:many])
+        missing, held, outlook = self._missing, self._held, self._forecast.outlook
+        is_next = self._table.layer_of < self._layer
+        chances = np.where(is_next, outlook.next, outlook.now)
+        np.greater_equal(chances, CERTAIN, out=missing[:many])
         np.greater(missing[:many], held[:many], out=missing[:many])
         places = self._experts[missing[:many].nonzero()[0]]
         others = self._others[(~held[many:]).nonzero()[0]]
@@ -93,22 +82,43 @@ class Prefetcher:
         if not places.size:
             return []
         length = len(self._keys)
-        places[places < self._first[layer]] += length  # their turn comes in the next pass
+        places[places < self._first[self._layer]] += length  # their turn comes in the next pass
         places.sort()
         if places.size > _HORIZON:
             last = int(places[_HORIZON - 1])
             end = self._first[self._stop_of[last % length] + 1] + last // length * length
             places = places[: places.searchsorted(end)]
-        ranks: list[int] = (places + self._pass * length).tolist()
-        return ranks
+        return [self._hint(rank) for rank in (places + self._pass * length).tolist()]
 
     def _hint(self, rank: int) -> Hint:
         which, place = divmod(rank, len(self._keys))
-        key, stop = self._keys[place], self._stop_of[place]
-        return Hint(rank, key, which * self._num_stops + stop, self._forecast.probability(key))
+        return Hint(rank, self._keys[place], which * self._num_stops + self._stop_of[place])
+
+    def _speculative(self) -> list[Hint]:
+        """What the forecast proposes and is missing, by its value, behind all that is certain."""
+        if not self.speculates:
+            return []
+        places, values = self._forecast.candidates(self._layer)
+        missing = ~self._held[places]
+        places, values = places[missing], values[missing]
+        if places.size > _HORIZON:
+            best = np.argpartition(-values, _HORIZON)[:_HORIZON]
+            places, values = places[best], values[best]
+        # ranks of certain parts are counted from 0, so that these come last
+        ranks = 1e18 * (1.0 - values / (1.0 + values))
+        return [
+            Hint(rank, key, self._turn(key.layer), is_certain=False)
+            for rank, key in zip(
+                ranks.tolist(), map(self._table.keys.__getitem__, places.tolist()), strict=True
+            )
+        ]
+
+    def _turn(self, layer: int) -> int:
+        which = self._pass + (layer < self._layer)
+        return which * self._num_stops + layer
 
 
-def _parts(shape: PassShape, num_experts: Mapping[int, int], layer: int) -> Iterator[WeightKey]:
+def _parts(shape: PassShape, num_experts: tuple[int, ...], layer: int) -> Iterator[WeightKey]:
     if layer == len(shape.layers):
         for chunk in range(shape.num_head_chunks):
             yield WeightKey(Part.HEAD, -1, chunk)
@@ -116,5 +126,5 @@ def _parts(shape: PassShape, num_experts: Mapping[int, int], layer: int) -> Iter
     yield WeightKey(Part.BLOCK, layer)
     if shape.layers[layer].network == "dense":
         yield WeightKey(Part.FFN, layer)
-    for expert in range(num_experts.get(layer, 0)):
+    for expert in range(num_experts[layer]):
         yield WeightKey(Part.EXPERT, layer, expert)

@@ -14,6 +14,7 @@ import torch
 from windlass.decoder import block as math
 from windlass.decoder.score import RunningLogprobs
 from windlass.device.base import Allocator
+from windlass.forecast.interface import ExpertForecast
 from windlass.ids import Part, WeightKey
 from windlass.kernels.interface import Kernels
 from windlass.kvcache.kv_cache import KvCache
@@ -24,6 +25,7 @@ from windlass.runtime.capture import LayerCapture
 from windlass.runtime.layer_ops import LayerOps, RoutedRows
 from windlass.runtime.routing_report import RoutingReport
 from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
+from windlass.schedule.observer import RoutingObserver
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.tensors import Tensors, plain
 from windlass.trace import Tracer
@@ -71,6 +73,16 @@ class Machine:
     tracer: Tracer
 
 
+@dataclass(frozen=True, slots=True)
+class Foresight:
+    """Who expects uses of experts, who hints at them (None: nothing is read beside computation,
+    `Plan.overlap`), and who else is told of routing."""
+
+    forecast: ExpertForecast
+    prefetcher: Prefetcher | None
+    observers: tuple[RoutingObserver, ...] = ()
+
+
 class HostRuntime:
     """Implements `Runtime` on a machine that is given."""
 
@@ -80,19 +92,17 @@ class HostRuntime:
         machine: Machine,
         weights: WeightStore,
         kv: KvCache,
-        *,
-        prefetcher: Prefetcher | None,
-        routing: RoutingReport,
+        foresight: Foresight,
     ) -> None:
-        """Without a `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
         self._spec = spec
         self._kernels = kernels = machine.kernels
         self._memory = machine.memory
         self._tracer = tracer = machine.tracer
         self._weights = weights
         self._kv = kv
-        self._prefetcher = prefetcher
-        self._routing = routing
+        self._prefetcher = foresight.prefetcher
+        self._forecast = foresight.forecast
+        self._routing = routing = RoutingReport(foresight.forecast, foresight.observers)
         self._blocks = LayerOps(
             spec,
             kernels,
@@ -119,8 +129,17 @@ class HostRuntime:
                 arriving.close()
             return
         arriving = self._weights.arrivals(keys)
-        for lease in arriving:
-            yield [lease, *arriving.ready(group_size - 1)]
+        while True:
+            group = arriving.next_ready(group_size)
+            if not group and self._forecast.work():
+                self._prefetcher.update()
+                continue
+            if not group:
+                lease = next(arriving, None)
+                if lease is None:
+                    return
+                group = [lease, *arriving.ready(group_size - 1)]
+            yield group
 
     def prefetch(self, layer: int) -> None:
         if self._prefetcher is not None:
@@ -135,8 +154,8 @@ class HostRuntime:
                 micro.first_token: attention_metadata(micro, self._kv.page_tokens, self._memory)
                 for micro in batch.micro_batches
             }
-            self._routing.begin(batch)
             hidden = math.embed(self._spec, self._embedding(tokens))
+            self._routing.begin(batch, hidden)
             hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
 
@@ -162,7 +181,7 @@ class HostRuntime:
     def enter_experts(self, layer: int, weights: Lease, hidden: torch.Tensor) -> Routed:
         routed = self._blocks.route(layer, weights.tensors, hidden)
         counts = routed.counts()
-        self._routing.tell(layer, routed, counts)
+        self._routing.tell(layer, routed, hidden)
         shared = self._blocks.shared(layer, weights.tensors, hidden, routed)
         outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
         at_end = self._blocks.output_tensors(weights.tensors)
@@ -193,6 +212,7 @@ class HostRuntime:
         self._blocks.dense(layer, weights.tensors, normed.at_end, hidden, normed.normed)
 
     def enter_head(self, hidden: torch.Tensor, batch: Batch) -> _Final:
+        self._routing.end(hidden)
         rows, scored = batch.logit_rows, batch.scored_rows
         with self._weights.lease(WeightKey(Part.FINAL)) as lease:
             h_RD, h_SD = (self._final_norm(lease, hidden, which) for which in (rows, scored))

@@ -1,42 +1,53 @@
-"""Tells the forecast and observers what the routers of a pass decide."""
+"""Tells the forecast and observers what the routers of a pass decide, and what rows they decide
+over."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
-from windlass.prefetch.usage import UsageForecast
+from windlass.forecast.interface import ExpertForecast
 from windlass.runtime.layer_ops import RoutedRows
 from windlass.schedule.batch import Batch
 from windlass.schedule.observer import RoutedTokens, RoutingObserver
 
 
 class RoutingReport:
-    """Of one pass at a time. Without observers nothing is told of captured layers: their experts
-    are all in memory, so that a forecast is of no use."""
+    """Of one pass at a time. The forecast is told nothing of captured layers: their experts are all
+    in memory, so that it is of no use."""
 
-    def __init__(self, forecast: UsageForecast, observers: Sequence[RoutingObserver] = ()) -> None:
-        self.wants_scores = any(observer.wants_scores for observer in observers)
+    def __init__(self, forecast: ExpertForecast, observers: Sequence[RoutingObserver] = ()) -> None:
+        self.wants_scores = forecast.wants_scores or any(one.wants_scores for one in observers)
         self._forecast = forecast
         self._observers = tuple(observers)
         self._batch: Batch | None = None
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: Batch, embedded_TD: Any) -> None:
         """A pass begins."""
         self._batch = batch
-        self._forecast.begin(batch.num_tokens)
+        for one in (self._forecast, *self._observers):
+            one.begin(batch, embedded_TD)
 
     def captured(self, layer: int, routed: RoutedRows) -> None:
-        """A captured layer was computed."""
+        """A captured layer was computed; its residual stream has gone on since."""
         if self._observers:
-            # of a few tokens sooner counted than read from the table of all experts
-            self.tell(layer, routed, Counter(routed.routes.ids_TA.flatten().tolist()))
+            tokens = self._tokens(layer, routed, None)
+            for observer in self._observers:
+                observer.observe(tokens)
 
-    def tell(self, layer: int, routed: RoutedRows, counts: Mapping[int, int]) -> None:
-        """`layer` has routed; `counts` are those of `routed`."""
-        self._forecast.observe(layer, counts)
-        if not self._observers:
-            return
+    def tell(self, layer: int, routed: RoutedRows, residual_TD: Any) -> None:
+        """`layer` has routed `residual_TD`."""
+        tokens = self._tokens(layer, routed, residual_TD)
+        for one in (self._forecast, *self._observers):
+            one.observe(tokens)
+
+    def end(self, final_TD: Any) -> None:
+        """The last layer is done."""
+        for one in (self._forecast, *self._observers):
+            one.end(final_TD)
+
+    def _tokens(self, layer: int, routed: RoutedRows, residual_TD: Any) -> RoutedTokens:
         assert self._batch is not None, "routing outside a pass"
         routes = routed.routes
-        tokens = RoutedTokens(layer, self._batch, routed.router_TD, routes.ids_TA, routes.scores_TE)
-        for observer in self._observers:
-            observer.observe(tokens)
+        return RoutedTokens(
+            layer, self._batch, routed.groups.counts_E, routes.ids_TA, routes.scores_TE,
+            routed.router_TD, residual_TD,
+        )  # fmt: skip

@@ -9,14 +9,17 @@ differ (a device, its link and the host); everything else is waited for before i
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from windlass.checkpoint.part_reads import Read
+from windlass.forecast.interface import ExpertForecast
 from windlass.ids import DISK_TO_HOST, Part, Route, WeightKey
 from windlass.prefetch.prefetcher import Prefetcher
-from windlass.prefetch.usage import UsageForecast
 from windlass.runtime.clock import Clock, Lanes, LaneWork, Span
 from windlass.schedule.batch import Batch, MicroBatch
+from windlass.schedule.observer import RoutedTokens
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.weights.cache import WeightCache
 from windlass.weights.eviction import EvictionPolicy
@@ -25,7 +28,22 @@ from windlass.weights.residency import Entry, num_slots
 from windlass.weights.slots import Slots
 
 Counts = Mapping[int, int]  # rows by expert, of experts that have any
-Router = Callable[[int, int], Counts]  # of a layer and a number of rows
+
+
+class Router(Protocol):
+    """What routers decide, and the states that a forecast may read."""
+
+    def begin(self, batch: Batch) -> Any:
+        """A pass begins; its embedded rows, or None."""
+        ...
+
+    def route(self, layer: int, batch: Batch) -> RoutedTokens:
+        """Of all rows of a pass."""
+        ...
+
+    def end(self) -> Any:
+        """The states that leave the last layer, or None."""
+        ...
 
 
 class Costs(Protocol):
@@ -173,7 +191,7 @@ class SimulatedRuntime:
         weights: SimulatedWeights,
         *,
         prefetcher: Prefetcher | None,
-        forecast: UsageForecast,
+        forecast: ExpertForecast,
         router: Router,
     ) -> None:
         """Without a `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
@@ -184,6 +202,7 @@ class SimulatedRuntime:
         self._forecast = forecast
         self._router = router
         self._num_rows = self._num_logits = 0
+        self._batch: Batch | None = None
 
     @property
     def clock(self) -> Clock:
@@ -202,7 +221,16 @@ class SimulatedRuntime:
             self._lanes.finish()  # what still computes reads the slot
 
     def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[list[Entry]]:
-        return self._weights.arrivals(keys, in_groups=self._prefetcher is None)
+        arriving = self._weights.arrivals(keys, in_groups=self._prefetcher is None)
+        group = next(arriving, None)  # its demands come before what the forecast wants
+        has_worked = False
+        while self._forecast.work():  # costs nothing here: it is done while weights are waited for
+            has_worked = True
+        if has_worked and self._prefetcher is not None:
+            self._prefetcher.update()
+        while group is not None:
+            yield group
+            group = next(arriving, None)
 
     def prefetch(self, layer: int) -> None:
         if self._prefetcher is not None:
@@ -216,12 +244,13 @@ class SimulatedRuntime:
     def begin(self, batch: Batch) -> None:
         self._num_rows = batch.num_tokens
         self._num_logits = len(batch.logit_rows) + len(batch.scored_rows)
-        self._forecast.begin(batch.num_tokens)
+        self._batch = batch
         if self._weights.cache.fits(Part.EMBED):
             with self._weights.lease(WeightKey(Part.EMBED)):
-                self._do(self._costs.embed(batch), "embed")
-            return
-        self._read_rows(batch.num_tokens)
+                pass
+        else:
+            self._read_rows(batch.num_tokens)
+        self._forecast.begin(batch, self._router.begin(batch))
         self._do(self._costs.embed(batch), "embed")
 
     def attention(self, layer: int, weights: Entry, hidden: None, rows: MicroBatch) -> None:
@@ -233,10 +262,12 @@ class SimulatedRuntime:
 
     def enter_experts(self, layer: int, weights: Entry, hidden: None) -> Routed:
         self._lanes.finish()  # routing sees all rows
-        counts = self._router(layer, self._num_rows)
-        self._forecast.observe(layer, counts)
+        assert self._batch is not None, "a layer outside a pass"
+        tokens = self._router.route(layer, self._batch)
+        self._forecast.observe(tokens)
         self._do(self._costs.route(layer, self._num_rows), "route")
-        return Routed(tuple(sorted(counts)), counts)
+        counts = {e: n for e, n in enumerate(np.asarray(tokens.counts_E).tolist()) if n}
+        return Routed(tuple(counts), counts)
 
     def experts(self, layer: int, group: Sequence[Entry], routed: Routed) -> None:
         counts: Counts = routed.data
@@ -253,6 +284,7 @@ class SimulatedRuntime:
         self._do(self._costs.dense(layer, self._num_rows), "dense")
 
     def enter_head(self, hidden: None, batch: Batch) -> None:
+        self._forecast.end(self._router.end())
         with self._weights.lease(WeightKey(Part.FINAL)):
             pass
 

@@ -12,23 +12,35 @@ from windlass.schedule.batch import Batch
 class RoutedTokens(NamedTuple):
     """The tokens of a pass at the router of one layer, in the order of the batch, which knows the
     sequence and position of each. Arrays are valid until `observe` returns and are not written to:
-    the next layer takes their memory. Tokens of a preempted sequence are routed again."""
+    the next layer takes their memory. Tokens of a preempted sequence are routed again. What is None
+    nobody wanted, or a clock that only counts does not know."""
 
     layer: int
     batch: Batch
-    h_TD: Any  # fp32: what the router read
-    ids_TA: Any  # int64: chosen experts, best first
-    scores_TE: Any | None  # fp32, as `Kernels.route` defines them; None where nobody wants them
+    counts_E: Any  # int64: tokens of each expert
+    ids_TA: Any = None  # int64: chosen experts, best first
+    scores_TE: Any = None  # fp32, as `Kernels.route` defines them
+    h_TD: Any = None  # fp32: what the router read
+    residual_TD: Any = None  # fp32: the hidden states before the router's norm
 
 
 class RoutingObserver(Protocol):
-    """Is told of every layer with experts of every pass, in order, by the thread that computes."""
+    """Is told of every pass, and of every layer with experts in it, in order, by the thread that
+    computes."""
 
     @property
     def wants_scores(self) -> bool:
         """Asked once, at the start. Scores are computed for all observers if one wants them."""
         ...
 
+    def begin(self, batch: Batch, embedded_TD: Any) -> None:
+        """A pass begins; its rows as they enter the first layer, fp32."""
+        ...
+
     def observe(self, tokens: RoutedTokens) -> None:
         """One layer has routed the tokens of a pass; its experts may or may not have run yet."""
+        ...
+
+    def end(self, final_TD: Any) -> None:
+        """The last layer is done: its rows, fp32, before the last norm."""
         ...

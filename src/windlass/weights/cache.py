@@ -137,6 +137,8 @@ class WeightCache:
         """Demands `keys` (distinct); reading begins at once, as far as slots and link allow."""
         with self._changed:
             demand = Demand()
+            keys = tuple(keys)
+            self._feed.settle(keys)
             for key in keys:
                 self._requests[key.part] += 1
                 entry = self._resident.entries.get(key)

@@ -1,9 +1,9 @@
 """What the weight store asks of whoever knows which weights are needed when. Names only, no torch;
-implementations live in prefetch/policies.py."""
+implementations live in prefetch/."""
 
 from typing import Protocol
 
-from windlass.ids import Part, WeightKey
+from windlass.ids import WeightKey
 
 
 class EvictionPolicy(Protocol):
@@ -26,8 +26,9 @@ class EvictionPolicy(Protocol):
         """Whether `key` may be evicted."""
         ...
 
-    def victim(self, part: Part, distance: float | None) -> WeightKey | None:
-        """The key of `part` to give up; it stays known until `discard`. `distance`: layers until
-        what comes in its place is used, as expected; None where all are needed sooner than that.
-        For a demand (`distance` is None): None only where nothing of `part` may be evicted."""
+    def victim(self, entering: WeightKey, layers: int | None) -> WeightKey | None:
+        """The key of the same part to give up for `entering`; it stays known until `discard`.
+        `layers`: until the turn of `entering`, where a hint brings it; None where all are needed
+        sooner than that. Where it is demanded (`layers` is None): None only where nothing of this
+        part may be evicted."""
         ...

@@ -54,6 +54,18 @@ class Feed:
                 self._give_up(hint.key)
         self.pump()
 
+    def settle(self, keys: Sequence[WeightKey]) -> None:
+        """`keys` are demanded: of experts, all that their layer needs now. What was guessed of that
+        layer besides is given up, at the border of a block."""
+        if not self._speculative or not keys or keys[0].part is not Part.EXPERT:
+            return
+        layer, needed = keys[0].layer, frozenset(keys)
+        for hint in list(self._speculative.values()):
+            if hint.key.layer == layer and hint.turn <= self._now and hint.key not in needed:
+                self._hints.drop(hint.key)
+                if not hint.is_certain:
+                    self._give_up(hint.key)
+
     def pump(self) -> None:
         """Starts whatever slots and link have room for."""
         for demand in self.demands:
@@ -129,8 +141,9 @@ class Feed:
         return parts | {f"prefetch_{name}_bytes": own.num_bytes for name, own in kinds.items()}
 
     def _begin_hinted(self, hint: Hint, priority: Priority) -> bool:
-        distance = hint.distance(self._now)
-        entry = self._resident.start(hint.key, distance, priority=priority, on_done=self._arrived)
+        entry = self._resident.start(
+            hint.key, hint.turn - self._now, priority=priority, on_done=self._arrived
+        )
         if entry is None:
             return False
         if entry.ticket is not None:
@@ -161,4 +174,4 @@ class Feed:
 
 
 def _priority_of(hint: Hint) -> Priority:
-    return Priority.SOON if hint.probability >= 1 else Priority.SPECULATIVE
+    return Priority.SOON if hint.is_certain else Priority.SPECULATIVE

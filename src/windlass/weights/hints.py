@@ -6,21 +6,16 @@ from typing import NamedTuple
 
 from windlass.ids import Part, WeightKey
 
-_MIN_PROBABILITY = 1e-6  # keeps the expected distance finite
-
 
 class Hint(NamedTuple):
-    """A part that will be wanted. `rank`: its place among all hints. `turn`: when it is used, in
-    layers since the first pass began. `probability`: that it is used then; 1 means certain."""
+    """A part that will be wanted. `rank`: its place among all hints, the lowest is read first.
+    `turn`: when it is used, in layers since the first pass began. `is_certain`: it is not
+    speculation."""
 
-    rank: int
+    rank: float
     key: WeightKey
     turn: int
-    probability: float = 1.0
-
-    def distance(self, now: int) -> float:
-        """Layers from `now` until it is used, as expected: more where a use is less likely."""
-        return (self.turn - now) / max(self.probability, _MIN_PROBABILITY)
+    is_certain: bool = True
 
 
 class HintQueue:
@@ -29,7 +24,7 @@ class HintQueue:
 
     def __init__(self) -> None:
         self._heaps: dict[Part, list[Hint]] = {}
-        self._ranks: dict[WeightKey, int] = {}  # of hints that hold
+        self._ranks: dict[WeightKey, float] = {}  # of hints that hold
 
     def __len__(self) -> int:
         return len(self._ranks)

@@ -113,14 +113,14 @@ class Residency:
     def start(
         self,
         key: WeightKey,
-        distance: float | None,
+        layers: int | None,
         *,
         priority: Priority,
         on_done: Callable[[Entry], None],
     ) -> Entry | None:
         """Begins to read `key` into a free slot or a victim's; None where there is neither.
-        `distance`: layers until it is used, as expected, or None where it is used now."""
-        slot = self._take_slot(key.part, distance)
+        `layers`: until its turn, where a hint brings it, or None where it is demanded."""
+        slot = self._take_slot(key, layers)
         if slot is None:
             return None
         entry = self.entries[key] = Entry(key, slot)
@@ -163,10 +163,10 @@ class Residency:
         if place is not None:
             self._held[place] = is_held
 
-    def _take_slot(self, part: Part, distance: float | None) -> int | None:
-        own = self._slots[part]
+    def _take_slot(self, key: WeightKey, layers: int | None) -> int | None:
+        own = self._slots[key.part]
         slot = own.allocate()
-        if slot is None and (victim := self._policy.victim(part, distance)) is not None:
+        if slot is None and (victim := self._policy.victim(key, layers)) is not None:
             self._policy.discard(victim)
             self.remove(self.entries[victim])
             self.evictions += 1

@@ -263,6 +263,12 @@ class Arrivals:
         self._leases.append(lease)
         return lease
 
+    def next_ready(self, limit: int) -> "list[Lease]":
+        """Up to `limit` leases of parts that need no waiting, perhaps none; what was leased before
+        is released."""
+        self._release()
+        return self.ready(limit)
+
     def ready(self, limit: int) -> "list[Lease]":
         """Up to `limit` further leases, of parts that need no waiting; released with the one that
         `next` gave."""

@@ -1,0 +1,87 @@
+"""How likely each expert is to be used, from how often all text used it: the same for every
+sequence. The simplest forecast, and the one that needs nothing but counts."""
+
+from typing import Any
+
+import numpy as np
+
+from windlass.forecast.interface import CERTAIN, Candidates, ExpertTable, Outlook, likely
+from windlass.ids import Part, WeightKey
+from windlass.schedule.batch import Batch
+from windlass.schedule.observer import RoutedTokens
+
+# Weight of the uniform prior, in tokens: after as many observed tokens, both count the same.
+_PRIOR_TOKENS = 64.0
+# Tokens after which an observation counts half: usage drifts with the topic of the text.
+_HALF_LIFE_TOKENS = 4096.0
+_RESCALE_AT = 1e12
+_LIKELY = 0.5  # a read for an expert less likely than this would more often be wasted than used
+
+
+class UsageForecast:
+    """Share of tokens that each expert of each layer gets, recent tokens counting more, and from it
+    the probability that a pass of as many tokens as the current one uses the expert. Implements
+    `ExpertForecast`."""
+
+    wants_scores = False
+    wants_states = False
+
+    def __init__(self, table: ExpertTable) -> None:
+        self._table = table
+        self.outlook = Outlook(table)
+        self._counts = np.zeros(len(table))
+        self._tokens = [0.0] * len(table.num_experts)
+        # Instead of shrinking all old counts, new ones weigh more and more.
+        self._weight = [1.0] * len(table.num_experts)
+        self._num_tokens = 1
+        self.outlook.next = self.outlook.usage = self.outlook.now  # one for all passes
+        self._refresh_all()
+
+    def probability(self, key: WeightKey) -> float:
+        """That such a pass uses `key`: for an expert one of the outlook's, else 1."""
+        if key.part is not Part.EXPERT:
+            return 1.0
+        return self.outlook.now.item(self._table.place(key))
+
+    def begin(self, batch: Batch, embedded_TD: Any = None) -> None:
+        """A pass starts; its tokens are taken as independent."""
+        if batch.num_tokens != self._num_tokens:
+            self._num_tokens = batch.num_tokens
+            self._refresh_all()
+
+    def observe(self, tokens: RoutedTokens) -> None:
+        layer, counts_E = tokens.layer, np.asarray(tokens.counts_E)
+        count = float(counts_E.sum()) / self._table.top_k
+        self._weight[layer] *= 2.0 ** (count / _HALF_LIFE_TOKENS)
+        weight, own = self._weight[layer], self._counts[self._table.slice(layer)]
+        own += counts_E * weight
+        self._tokens[layer] += count * weight
+        if weight > _RESCALE_AT:
+            own /= weight
+            self._tokens[layer] /= weight
+            self._weight[layer] = 1.0
+        self._refresh(layer)
+
+    def end(self, final_TD: Any = None) -> None:
+        pass
+
+    def work(self) -> bool:
+        return False
+
+    def candidates(self, layer: int) -> Candidates:
+        return likely(self.outlook, layer, at_least=_LIKELY)
+
+    def _refresh_all(self) -> None:
+        for layer in self._table.layers:
+            self._refresh(layer)
+
+    def _refresh(self, layer: int) -> None:
+        part = self._table.slice(layer)
+        into, prior = self.outlook.now[part], _PRIOR_TOKENS * self._weight[layer]
+        np.add(self._counts[part], prior * self._table.uniform[part], out=into)
+        into /= self._tokens[layer] + prior
+        np.minimum(into, 1.0, out=into)
+        if self._num_tokens != 1:
+            into[:] = 1.0 - (1.0 - into) ** self._num_tokens
+        into[into > CERTAIN] = 1.0
+        self.outlook.version += 1

@@ -1,0 +1,47 @@
+"""Passes and routing by hand, for what only counts them."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from windlass.schedule.batch import Batch, Segment, make_batch
+from windlass.schedule.observer import RoutedTokens
+
+
+def rows(count: int, *, is_prompt: bool = False) -> Batch:
+    """A pass over `count` tokens, one of each sequence, or a prompt."""
+    lengths = [count] if is_prompt else [1] * count
+    segments = [
+        Segment(
+            sequence=i, token_ids=(0,) * length, first_position=0, pages=(), state_slot=-1,
+            is_prompt=is_prompt, long_rope=False, wants_logits=True,
+        )
+        for i, length in enumerate(lengths)
+    ]  # fmt: skip
+    return make_batch(segments, micro_batch_tokens=1 << 20)
+
+
+def told(layer: int, counts: Mapping[int, int], num_experts: int) -> RoutedTokens:
+    """So many tokens of each expert."""
+    counts_E = np.zeros(num_experts, np.int64)
+    for expert, count in counts.items():
+        counts_E[expert] = count
+    return RoutedTokens(layer, rows(1), counts_E)
+
+
+class CountingRouter:
+    """Implements the clock's `Router` by a function of layer and rows to rows by expert."""
+
+    def __init__(self, counts: Callable[[int, int], Mapping[int, int]], num_experts: int) -> None:
+        self._counts = counts
+        self._num_experts = num_experts
+
+    def begin(self, batch: Batch) -> None:
+        return None
+
+    def route(self, layer: int, batch: Batch) -> RoutedTokens:
+        counts = self._counts(layer, batch.num_tokens)
+        return told(layer, counts, self._num_experts)._replace(batch=batch)
+
+    def end(self) -> None:
+        return None
