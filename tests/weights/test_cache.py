@@ -40,7 +40,7 @@ def hint(
 ) -> None:  # fmt: skip
     """The pass is at layer `now`; (key, turn, probability) are hinted at, in this order behind
     earlier hints; `dropped` no more. The one place here that knows how a cache is told."""
-    added = [Hint(rank + i, key, turn, chance) for i, (key, turn, chance) in enumerate(wanted)]
+    added = [Hint(rank + i, key, turn, chance >= 1) for i, (key, turn, chance) in enumerate(wanted)]
     cache.hint(now, added, dropped)
 
 

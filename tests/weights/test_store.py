@@ -45,7 +45,7 @@ def hint(
     store: WeightStore, keys: list[WeightKey], turn: int, probability: float = 1.0, *, now: int = 0
 ) -> None:
     """Hints at `keys`, all at `turn`, in this order behind earlier ones."""
-    added = [Hint(1000 * turn + i, key, turn, probability) for i, key in enumerate(keys)]
+    added = [Hint(1000 * turn + i, key, turn, probability >= 1) for i, key in enumerate(keys)]
     store.cache.hint(now, added, [])
 
 
