@@ -22,6 +22,7 @@ from windlass.weights.io_queue import IoQueue, Link, Priority, Ticket, TicketSta
 TO_DEVICE = Route(HOST, "device")
 ROUTES = (DISK_TO_HOST, TO_DEVICE)
 BLOCK = 10
+SMALL = 4  # of speculation
 
 
 class Bytes(NamedTuple):
@@ -57,17 +58,27 @@ class Job:
     priority: Priority
     ticket: Ticket | None = None
     is_cancelled: bool = False
+    block: int = BLOCK  # most bytes of one, as it was submitted
     ends: int = 0
     sent: list[int] = field(default_factory=list)
     arrived: int = 0
 
     @property
     def num_blocks(self) -> int:
-        return sum(-(-size // BLOCK) for size in self.sizes)
+        return sum(-(-size // self.block) for size in self.sizes)
 
     @property
     def num_waiting(self) -> int:
         return 0 if self.is_cancelled else self.num_blocks - len(self.sent)
+
+
+def block_of(priority: Priority) -> int:
+    return SMALL if priority == Priority.SPECULATIVE else BLOCK
+
+
+def depth_of(link: Link, priority: Priority) -> int:
+    """Blocks of this kind are not added to as many."""
+    return max(1, link.depth // 2) if priority == Priority.SPECULATIVE else link.depth
 
 
 class Moves(IoQueue[Bytes]):
@@ -95,7 +106,7 @@ class Moves(IoQueue[Bytes]):
         job = self.job_of(ticket)
         assert not self.is_over, "sent after an error or the end"
         assert not job.is_cancelled, "sent after it was cancelled"
-        assert block.num_bytes <= BLOCK
+        assert block.num_bytes <= job.block
         urgent = [j for j in self.jobs if j.route == job.route and j.num_waiting]
         assert job in urgent, "more blocks than it has"
         assert job.priority == min(j.priority for j in urgent), "something more urgent waits"
@@ -107,7 +118,7 @@ class QueueMachine(RuleBasedStateMachine):
     @initialize(depths=st.tuples(st.integers(1, 4), st.integers(1, 4)))
     def begin(self, depths):
         links = zip(ROUTES, depths, strict=True)
-        self.queue = Moves({route: Link(depth, BLOCK) for route, depth in links})
+        self.queue = Moves({route: Link(depth, BLOCK, SMALL) for route, depth in links})
         self.queue.listen(self.queue)
         self.bytes = dict.fromkeys(ROUTES, 0)
         self.error = None
@@ -120,7 +131,7 @@ class QueueMachine(RuleBasedStateMachine):
         priority=st.sampled_from(Priority),
     )
     def submit(self, route, sizes, priority):
-        job = Job(route, tuple(sizes), priority)
+        job = Job(route, tuple(sizes), priority, block=block_of(priority))
         self.queue.jobs.append(job)
 
         def ended():
@@ -184,11 +195,12 @@ class QueueMachine(RuleBasedStateMachine):
             flying = [num for job, num in queue.in_flight if job.route == route]
             waiting = [job.priority for job in queue.jobs if job.route == route and job.num_waiting]
             assert len(flying) <= link.depth
-            if not queue.is_over:
-                assert len(flying) == link.depth or not waiting, "the link idles"
+            if not queue.is_over and waiting:
+                assert len(flying) >= depth_of(link, min(waiting)), "the link idles"
             for priority in Priority:
                 first = not waiting or priority < min(waiting)
-                fits = priority == Priority.DEMAND or len(flying) < link.depth or waiting
+                fits = priority == Priority.DEMAND or len(flying) < depth_of(link, priority)
+                fits = fits or waiting
                 expected = bool(first and fits) and not queue.is_over
                 assert queue.has_room(priority, route) == expected
         assert queue.bytes_in_flight == sum(num for _, num in queue.in_flight)

@@ -235,9 +235,10 @@ def test_prefetch_never_evicts_what_is_needed_sooner_or_held():
 
 
 def test_a_demand_overtakes_speculation():
-    device = FakeDevice(manual=True, num_lanes=1)  # two blocks in flight
+    device = FakeDevice(manual=True, num_lanes=3)  # four blocks in flight, two of speculation
     store, tensors = make_store(device, slots=6)
     hint(store, experts(1, range(4)), 1, 0.5)
+    assert len(device.pending) == 2
     got: list[Lease] = []
     thread = threading.Thread(target=lambda: got.append(store.lease(experts(0, [0])[0])))
     thread.start()
@@ -259,7 +260,7 @@ def test_a_demand_overtakes_speculation():
 
 
 def test_speculation_whose_turn_has_passed_is_given_up_and_can_be_demanded_again():
-    device = FakeDevice(manual=True, num_lanes=1)
+    device = FakeDevice(manual=True, num_lanes=3)
     store, tensors = make_store(device, slots=2)
     hint(store, experts(1, [0, 1]), 1, 0.5)
     assert device.pending == ["expert[1][0]"] * 2
