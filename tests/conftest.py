@@ -3,8 +3,11 @@ Tests of what threads change set their own number; their threads sleep while the
 the processes that tests start, and leave the cores to the tests beside them."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 
+# what programs keep from run to run is no test's business, and none of the user's
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="windlass-tests-")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is loaded
 
 import pytest

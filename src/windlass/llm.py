@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from windlass.build.open import open_engine
-from windlass.doctor.kept import kept_profile
+from windlass.doctor.kept import kept_profile, with_kept_usage
 from windlass.engine.engine import Engine
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.outputs import RequestOutput
@@ -67,8 +67,9 @@ class LLM:
         **engine_args: Any,
     ) -> None:
         options = EngineOptions(
-            model=model, tokenizer=tokenizer, dtype=dtype, seed=seed, **_checked(engine_args)
-        )
+            model=model, tokenizer=tokenizer, dtype=dtype, seed=seed,
+            **{"expert_usage": "auto", **_checked(engine_args)},
+        )  # fmt: skip
         self._engine = _open(options)
         self._service = Service(self._engine)
         self._closed = False
@@ -248,7 +249,7 @@ class LLM:
 
 def _open(named: EngineOptions) -> Engine:
     options = locate(named).with_weights()
-    return open_engine(options, profile=kept_profile(options))
+    return open_engine(with_kept_usage(options), profile=kept_profile(options))
 
 
 def _prompt_encoder(engine: Engine) -> PromptEncoder:
@@ -334,7 +335,10 @@ def _converted(name: str, value: Any) -> Any:
         return parse_bytes(value, what=name)
     if name == "moe_expert_cache_size" and isinstance(value, int):
         return str(value)
-    return Path(value) if name in ("trace", "plan") and isinstance(value, str) else value
+    if name == "expert_usage" and value in ("auto", "off"):
+        return value
+    is_path = name in ("trace", "plan", "expert_usage")
+    return Path(value) if is_path and isinstance(value, str) else value
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Sequence[str]) -> None:

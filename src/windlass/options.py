@@ -37,6 +37,8 @@ class EngineOptions:
     `moe_expert_cache_size`: "auto", a size with a unit, or a number of experts per layer.
     `kv_cache_dtype`: what keys and values are kept in, "auto" for the checkpoint's type.
     `strict`: settings of config.json that nothing reads are an error, not a line of the log.
+    `expert_usage`: "off", or the file that keeps how often experts are used from run to run; "auto"
+    for one that the commands choose (`doctor/kept.py`).
     `plan`: one to replay, or its file; what else is said must agree with it. `model` and
     `tokenizer`: folders, or names on the hub until `hub/locate.py` has found them, each with its
     revision.
@@ -66,6 +68,7 @@ class EngineOptions:
     trace: Path | None = None
     generation_config: Literal["auto", "vllm"] = "auto"
     strict: bool = False
+    expert_usage: Path | Literal["auto", "off"] = "off"
 
     def __post_init__(self) -> None:
         for name, allowed in (

@@ -411,6 +411,7 @@ ENGINE = MODEL | {
     "--max-num-batched-tokens", "-b", "--batch-size", "--micro-batch-size", "-ub", "--ubatch-size",
     "--threads", "-t", "--moe-backend", "--trace", "--config", "--schedule", "--plan", "--strict",
     "--enable-prefix-caching",
+    "--expert-usage",
     "--no-enable-prefix-caching",
 }  # fmt: skip
 OPTIONS = {

@@ -23,10 +23,6 @@ from windlass.engine.request_rules import RequestRules
 from windlass.engine.tokenizer import Tokenizer
 from windlass.engine.tokenizer import load as load_tokenizer
 from windlass.errors import UsageError
-from windlass.ids import Part
-from windlass.forecast.interface import ExpertTable
-from windlass.forecast.usage import UsageForecast
-from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.hardware.assumed import assumed_profile
 from windlass.hardware.profile import HardwareProfile
 from windlass.kernels.interface import Kernels
@@ -38,6 +34,7 @@ from windlass.weights.store import WeightStore
 from windlass.weights.transfer import Carrier
 from windlass.checkpoint.folder import (CheckpointFolder, read_model)
 from windlass.build.expected import EngineExpectation
+from windlass.build.foresight import make_outfit
 from windlass.build.checkpoint_sizes import wanted_of
 from windlass.build.checkpoint_sizes import useful_threads
 from windlass.build.checkpoint_sizes import sizes_of
@@ -59,8 +56,7 @@ from windlass.planner.budget import (PlanConstraints, make_plan)
 from windlass.perf.sizes import Sizes
 from windlass.planner.choose import Chosen, choose_plan
 from windlass.planner.validate import validate_plan
-from windlass.prefetch.prefetcher import Prefetcher
-from windlass.runtime.host import Foresight, HostRuntime, Machine
+from windlass.runtime.host import HostRuntime, Machine
 from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec
 from windlass.trace import Tracer
 from windlass.units import MIB, format_bytes
@@ -128,7 +124,9 @@ def open_engine(
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
             opened.callback(device.close)
-        engine = _assemble(setup, model, kernels, device, tracer, opened)
+        engine = _assemble(
+            setup, options, model, Machine(kernels, device, tracer), device, opened
+        )
     return engine
 
 
@@ -208,24 +206,22 @@ def _choose(by: _Choice, job: Job | None) -> Chosen:
 
 def _assemble(
     setup: EngineSetup,
+    options: EngineOptions,
     model: CheckpointFolder,
-    kernels: Kernels,
+    machine: Machine,
     device: Device,
-    tracer: Tracer,
     opened: ExitStack,
 ) -> Engine:
     """The engine, which takes over what `opened` holds. Nothing made here may hold the engine: one
     that is dropped must end by itself."""
-    plan, spec = setup.plan, model.spec
+    plan, spec, tracer = setup.plan, model.spec, machine.tracer
     assert not (plan.prefix_caching and plan.host.state_slots), "no state is kept of a prompt's prefix"
     shape = pass_shape(spec, model.layout)
-    table = ExpertTable.of(spec)
-    forecast = UsageForecast(table)
-    floor = floor_of(table, plan.host.of(Part.EXPERT).slots)
-    policy = ExpectedNextUse(forecast.outlook, floor=floor)
+    outfit = make_outfit(options, model, plan, opened)
     weights = WeightStore(
-        model.layout, model.source, Carrier(device), plan.host.slots, policy=policy, tracer=tracer
-    )
+        model.layout, model.source, Carrier(device), plan.host.slots, policy=outfit.policy,
+        tracer=tracer,
+    )  # fmt: skip
     opened.callback(weights.close)
     kv = KvCache(
         cache_shapes(spec),
@@ -237,12 +233,10 @@ def _assemble(
     )
     runtime = HostRuntime(
         spec,
-        Machine(kernels, device, tracer),
+        machine,
         weights,
         kv,
-        Foresight(
-            forecast, Prefetcher(shape, weights.cache, forecast) if plan.overlap else None
-        ),
+        outfit.foresight(plan, shape, weights.cache),
     )
     admission = Admission(
         kv,

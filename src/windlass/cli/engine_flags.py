@@ -25,6 +25,10 @@ def _cache_size(text: str) -> str:
     return text
 
 
+def _usage_file(text: str) -> str | Path:
+    return text if text in ("auto", "off") else Path(text)
+
+
 MODEL_NAMES = ("-m", "-hf", "--hf-repo")
 REVISION_FLAG = Flag(
     name="revision", metavar="NAME", group=_MODEL,
@@ -69,6 +73,9 @@ ENGINE_FLAGS = (
     Flag(name="moe-expert-cache-size", aliases=("--moe-expert-cache",), read=_cache_size,
          metavar="SIZE", group=_MEMORY,
          help="memory for experts: auto, a size, or a number of experts per layer"),
+    Flag(name="expert-usage", read=_usage_file, default="auto", metavar="FILE", group=_MEMORY,
+         help="where to keep how often each expert is used, counts alone, so that the next run "
+         "reads those first: auto (the user's cache folder), off or a file"),
     Flag(name="kv-cache-dtype", read=choice(*KV_CACHE_DTYPES), default="auto", metavar="TYPE",
          group=_MEMORY,
          help="keys and values in memory: auto (the checkpoint's type), bfloat16, float16, float32 "

@@ -19,7 +19,7 @@ from windlass.cli.summary import (
     weights_json,
     weights_words,
 )
-from windlass.doctor.kept import kept_profile
+from windlass.doctor.kept import kept_profile, with_kept_usage
 from windlass.errors import RequestError, UsageError
 from windlass.hub.locate import locate
 from windlass.units import format_bytes
@@ -67,7 +67,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
 
     sys.stdout.write("")  # where nobody can read the answer, that is found before a model is loaded
     job = _OneJob(_prompt(values), values)
-    options = locate(engine_options(values)).with_weights(say_line)
+    options = with_kept_usage(locate(engine_options(values)).with_weights(say_line))
     engine = open_engine(options, source=job, profile=kept_profile(options))
     with Service(engine) as service:
         print(*plan_lines(engine), sep="\n", file=sys.stderr)

@@ -23,7 +23,7 @@ from windlass.cli.summary import (
     weights_json,
     weights_words,
 )
-from windlass.doctor.kept import kept_profile
+from windlass.doctor.kept import kept_profile, with_kept_usage
 from windlass.errors import UsageError, WindlassError
 from windlass.hub.locate import Located, identity_of, locate
 from windlass.options import EngineOptions, model_name, resolve_model
@@ -103,7 +103,7 @@ class _Source:
 
         found = self._located.with_weights(self._progress.say, self._note_download)
         self._progress.say(f"loading {found.model}")
-        options = replace(found, max_model_len=max_model_len)
+        options = with_kept_usage(replace(found, max_model_len=max_model_len))
         opened = open_engine(options, source=left, profile=kept_profile(found))
         self._signals.defer()
         self.plan = opened.plan.to_json()

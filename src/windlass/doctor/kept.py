@@ -2,10 +2,11 @@
 Imports nothing heavy: every command loads this, and most need nothing of it."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from windlass.options import EngineOptions, resolve_model
+from windlass.options import EngineOptions, checkpoint_stamp, resolve_model
 
 if TYPE_CHECKING:
     from windlass.hardware.profile import HardwareProfile
@@ -16,6 +17,17 @@ def cache_folder() -> Path:
     # a place of the whole system, no option of a command: `LLM` must find what the commands keep
     given = os.environ.get("XDG_CACHE_HOME", "")  # noqa: TID251
     return Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+
+
+def with_kept_usage(options: EngineOptions) -> EngineOptions:
+    """With the file that keeps how often the model's experts are used, where the choice was left to
+    Windlass. Random weights have none."""
+    if options.expert_usage != "auto":
+        return options
+    if options.load_format == "dummy":
+        return replace(options, expert_usage="off")
+    name = f"{checkpoint_stamp(resolve_model(options.model))}.json"
+    return replace(options, expert_usage=cache_folder() / "windlass/usage" / name)
 
 
 def kept_profile(options: EngineOptions) -> "HardwareProfile | None":

@@ -7,7 +7,7 @@ from typing import Literal
 
 _WINDOW = 8  # passes
 _PAIRS = 12  # of windows that count, the last ones
-_FEWEST_PAIRS = 2  # before anything is decided
+_PLAIN = 0.15  # of the logarithm of a ratio: one pair of windows is enough
 _LONGEST_WAIT = 64  # windows between two probes
 _NOISE = 0.005  # of the logarithm of a ratio: less is no difference
 
@@ -62,9 +62,8 @@ class WindowGuard:
         count = len(self._ratios)
         mean = sum(self._ratios) / count
         self.gain = mean
-        if count < _FEWEST_PAIRS:
-            return
-        spread = sqrt(sum((one - mean) ** 2 for one in self._ratios) / (count - 1) / count)
+        squares = sum((one - mean) ** 2 for one in self._ratios)
+        spread = sqrt(squares / (count - 1) / count) if count > 1 else _PLAIN
         before = self.verdict
         if mean < -max(_NOISE, spread):
             self.verdict = "loses"

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from windlass.forecast.interface import CERTAIN, ExpertForecast
+from windlass.forecast.interface import CERTAIN, ExpertForecast, Floats
 from windlass.ids import Part, WeightKey
+from windlass.prefetch.guard import WindowGuard
+from windlass.schedule.batch import Batch
 from windlass.schedule.passes import PassShape
 from windlass.weights.cache import WeightCache
 from windlass.weights.hints import Hint
@@ -29,7 +31,17 @@ class Prefetcher:
     began.
     """
 
-    def __init__(self, shape: PassShape, weights: WeightCache, forecast: ExpertForecast) -> None:
+    def __init__(
+        self,
+        shape: PassShape,
+        weights: WeightCache,
+        forecast: ExpertForecast,
+        *,
+        usage: Floats | None = None,
+        guard: WindowGuard | None = None,
+    ) -> None:
+        """`usage`: how often each expert was used in earlier runs: those used most fill slots that
+        are free. `guard`: says whether what is not certain is hinted at; always without."""
         self._weights = weights
         self._forecast = forecast
         self._table = table = forecast.outlook.table
@@ -46,7 +58,19 @@ class Prefetcher:
         self._pass = -1
         self._layer = 0
         self._is_complete = False  # everything has a slot for good and is there
-        self.speculates = True  # whether what is not certain is hinted at
+        self._guard = guard
+        self._began = 0.0
+        used = np.zeros(0, np.int64) if usage is None else usage.nonzero()[0]
+        self._to_fill = used if usage is None else used[np.argsort(-usage[used], kind="stable")]
+
+    def begin(self, now: float) -> None:
+        """A pass begins; seconds."""
+        self._began = now
+
+    def end(self, batch: Batch, now: float) -> None:
+        """The pass over `batch` has ended. Passes that only decode, as many rows, are compared."""
+        if self._guard is not None and not any(segment.is_prompt for segment in batch.segments):
+            self._guard.add(batch.num_tokens, now - self._began)
 
     def enter(self, layer: int) -> None:
         """The pass enters `layer`; the head counts as one more layer. Layers come in order."""
@@ -58,7 +82,8 @@ class Prefetcher:
 
     def update(self) -> None:
         """The forecast has changed within a layer."""
-        wanted = {hint.key: hint for hint in (*self._certain(), *self._speculative())}
+        hints = (*self._warm(), *self._speculative(), *self._certain())  # the last one holds
+        wanted = {hint.key: hint for hint in hints}
         old = self._hinted
         added = [hint for key, hint in wanted.items() if old.get(key) != hint]
         dropped = [key for key in old if key not in wanted]
@@ -66,6 +91,29 @@ class Prefetcher:
         self._weights.hint(self._pass * self._num_stops + self._layer, added, dropped)
         keeps_all = self._weights.keeps_all
         self._is_complete = not wanted and keeps_all and bool(self._held.all())
+
+    def fill(self) -> None:
+        """Before the first pass: what earlier runs used most may be read."""
+        if self._to_fill.size:
+            self.update()
+
+    def _warm(self) -> list[Hint]:
+        """The most used missing experts, as many as there are free slots: behind everything else,
+        and at no time given up."""
+        if not self._to_fill.size:
+            return []
+        free = self._weights.num_free(Part.EXPERT)
+        if not free:
+            self._to_fill = self._to_fill[:0]
+            return []
+        self._to_fill = self._to_fill[~self._held[self._to_fill]]
+        most = free if self._pass < 0 else min(free, _HORIZON)
+        places = self._to_fill[:most].tolist()
+        some_day = self._turn(self._layer) + 1_000_000 * self._num_stops
+        return [
+            Hint(2e18 + i, self._table.keys[place], some_day, is_certain=False)
+            for i, place in enumerate(places)
+        ]
 
     def _certain(self) -> list[Hint]:
         """Parts that are missing and certain, in the order of their use, to the horizon."""
@@ -96,7 +144,7 @@ class Prefetcher:
 
     def _speculative(self) -> list[Hint]:
         """What the forecast proposes and is missing, by its value, behind all that is certain."""
-        if not self.speculates:
+        if self._guard is not None and not self._guard.is_on:
             return []
         places, values = self._forecast.candidates(self._layer)
         missing = ~self._held[places]

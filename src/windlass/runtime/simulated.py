@@ -250,6 +250,8 @@ class SimulatedRuntime:
                 pass
         else:
             self._read_rows(batch.num_tokens)
+        if self._prefetcher is not None:
+            self._prefetcher.begin(self.clock.now)
         self._forecast.begin(batch, self._router.begin(batch))
         self._do(self._costs.embed(batch), "embed")
 
@@ -292,6 +294,8 @@ class SimulatedRuntime:
         self._do(self._costs.head(weights.key.index, self._num_logits), "head")
 
     def finish(self, final: None) -> Outcome:
+        if self._prefetcher is not None and self._batch is not None:
+            self._prefetcher.end(self._batch, self.clock.now)
         return Outcome(None, None)
 
     def _do(self, work: LaneWork, label: str) -> None:

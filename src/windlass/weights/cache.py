@@ -71,6 +71,10 @@ class WeightCache:
         """Whether `key` is resident or under way. A hint: it may change at any moment."""
         return key in self._resident.entries
 
+    def num_free(self, part: Part) -> int:
+        """Slots of this kind that nothing has. A hint: it may change at any moment."""
+        return self._resident.num_free(part)
+
     def stats(self) -> StoreStats:
         with self._changed:
             return StoreStats(

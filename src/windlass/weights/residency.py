@@ -98,6 +98,9 @@ class Residency:
     def num_slots(self, part: Part) -> int:
         return self._slots[part].num_slots if part in self._slots else 0
 
+    def num_free(self, part: Part) -> int:
+        return self._slots[part].num_free if part in self._slots else 0
+
     def fits(self, part: Part) -> bool:
         """Whether every part of this kind has a slot."""
         return part in self._fitting
