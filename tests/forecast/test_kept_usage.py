@@ -61,7 +61,7 @@ def _run(path: Path, usage: Path | str) -> tuple[dict[str, tuple[int, ...]], set
     with engine_for(path, moe_expert_cache_size="4", expert_usage=usage) as engine:
         store = engine._weights
         with store._changed:
-            store._changed.wait_for(lambda: store._queue.bytes_in_flight == 0, timeout=20)
+            store._queue.wait(lambda: store._queue.bytes_in_flight == 0)
             keys = [key for key in store.cache._resident.entries if key.part is Part.EXPERT]
         asked = [request("0", prompts((6,))[0], max_tokens=8, temperature=0.8, seed=3)]
         found = {name: out.outputs[0].token_ids for name, out in run_all(engine, asked).items()}

@@ -200,7 +200,7 @@ class QueueMachine(RuleBasedStateMachine):
             for priority in Priority:
                 first = not waiting or priority < min(waiting)
                 fits = priority == Priority.DEMAND or len(flying) < depth_of(link, priority)
-                fits = fits or waiting
+                fits = fits or bool(waiting)
                 expected = bool(first and fits) and not queue.is_over
                 assert queue.has_room(priority, route) == expected
         assert queue.bytes_in_flight == sum(num for _, num in queue.in_flight)

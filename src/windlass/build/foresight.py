@@ -54,13 +54,13 @@ def make_outfit(
 ) -> Outfit:
     """As `options` say. What has to be closed is left to `opened`."""
     table = ExpertTable.of(model.spec)
-    experts = plan.host.of(Part.EXPERT)
+    slots = plan.host.of(Part.EXPERT).slots
     usage = None
-    if isinstance(options.expert_usage, Path) and experts.slots < experts.num_parts:
+    if isinstance(options.expert_usage, Path) and slots < len(table):
         usage = KeptUsage(options.expert_usage, checkpoint_stamp(model.folder), table)
         opened.callback(_save, usage)
     forecast = UsageForecast(table)
-    policy = ExpectedNextUse(forecast.outlook, floor=floor_of(table, experts.slots))
+    policy = ExpectedNextUse(forecast.outlook, floor=floor_of(table, slots))
     return Outfit(forecast, policy, usage)
 
 
