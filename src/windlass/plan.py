@@ -47,6 +47,7 @@ class TierPlan:
     kv_page_bytes: int
     state_slots: int  # sequences that can hold recurrent state at once; 0 if the model has none
     total_bytes: int  # what the tier adds up to; at most `budget_bytes`
+    forecast_bytes: int = 0  # most that is kept to foresee which experts come
 
     @property
     def slots(self) -> dict[Part, int]:
@@ -131,7 +132,8 @@ class Plan:
             f" process {format_bytes(tier.process_bytes)}, activations"
             f" {format_bytes(tier.activation_bytes)}, KV cache"
             f" {format_bytes(tier.kv_pages * tier.kv_page_bytes)}"
-            f" ({tier.kv_pages * self.page_tokens} tokens in {self.kv_cache_dtype})",
+            f" ({tier.kv_pages * self.page_tokens} tokens in {self.kv_cache_dtype})"
+            + (f", forecast {format_bytes(tier.forecast_bytes)}" if tier.forecast_bytes else ""),
             f"plan: {name}"
             + ", ".join(_held(own) for own in tier.parts if own.part is not Part.FINAL),
         ]
@@ -163,6 +165,8 @@ def _held(own: PartSlots) -> str:
 
 
 def _read_tier(name: str, document: object, what: str) -> TierPlan:
+    if isinstance(document, Mapping):
+        document = {"forecast_bytes": 0, **document}  # before anything was foreseen
     own = _values(TierPlan, document, what, given=("name",), nested=("parts",))
     parts = _object(own["parts"], f"{what}.parts")
     if unknown := sorted(set(parts) - set(PART_WORDS)):

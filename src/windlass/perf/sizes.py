@@ -28,6 +28,7 @@ class Sizes:
     bytes_per_position: int  # tables of rotary positions
     row_buffer_bytes: int  # where the embedding's rows are read one by one
     state_bytes: int  # recurrent state of a sequence, all layers
+    forecast_bytes: int = 0  # what it takes to foresee experts of a few sequences
     backend: Backend
     # how matrices are stored, as hardware profiles call it; "bfloat16" of parts that are absent
     weight_kinds: Mapping[Part, str] = field(default_factory=dict)

@@ -29,6 +29,10 @@ _ACTIVATION_SHARE = 0.35  # of what is left after the process itself
 _KV_SHARE = 0.6  # of what is left after activations and the slots of the pipeline
 _KV_SHARE_RESIDENT = 0.15  # the same, where all weights fit beside it
 _PIPELINE_SLOTS = 8  # experts: one at work, the others arriving, several reads in flight
+# Experts are foreseen where they do not all fit and few sequences want them: with many, all of them
+# are certain. What that keeps takes the place of experts, so little of it.
+MOST_FORESEEN_SEQS = 16
+_FORECAST_SHARE = 0.02  # of what is left for experts
 _USUAL_TOKENS = 1024  # of a sequence, where its length is not limited by the user
 SMALLEST_CONTEXT = 512
 _LONGEST_TABLE = 16384  # positions; beyond, the KV cache dwarfs the tables
@@ -87,7 +91,7 @@ def bytes_here(plan: Plan, spec: ModelSpec, sizes: Sizes) -> int:
     """What `plan`, which another process may have made, adds up to in this one."""
     host, seqs, rows = plan.host, plan.max_num_seqs, plan.max_num_batched_tokens
     draft = _Draft(spec, sizes, PlanConstraints.of(plan))
-    return draft.total(host.slots, seqs, rows, host.kv_pages)
+    return draft.total(host.slots, seqs, rows, host.kv_pages) + host.forecast_bytes
 
 
 class _Draft:
@@ -119,9 +123,24 @@ class _Draft:
         self._grow(slots, Part.EXPERT, left - least, most=_PIPELINE_SLOTS)
         pages = self._grow_pages(left - self._slots_bytes(slots), seqs)
         left -= pages * self._page_bytes
-        for part in (Part.BLOCK, Part.FFN, Part.HEAD, Part.EXPERT, Part.EMBED):
+        for part in (Part.BLOCK, Part.FFN, Part.HEAD):
             self._grow(slots, part, left - self._slots_bytes(slots))
-        return self._plan(host_memory, slots, (seqs, rows, pages))
+        forecast = self._forecast(slots, left - self._slots_bytes(slots), seqs)
+        left -= forecast
+        for part in (Part.EXPERT, Part.EMBED):
+            self._grow(slots, part, left - self._slots_bytes(slots))
+        return self._plan(host_memory, slots, (seqs, rows, pages), forecast)
+
+    def _forecast(self, slots: Mapping[Part, int], left: int, seqs: int) -> int:
+        """Bytes to foresee experts with, of those that are left for experts beyond their slots."""
+        size, count = self._sizes.slot_bytes[Part.EXPERT], self._sizes.num_parts[Part.EXPERT]
+        fixed = self._wanted.expert_slots
+        missing = count - slots[Part.EXPERT]
+        fits = missing == 0 if fixed is not None else missing * size <= left
+        if fits or seqs > MOST_FORESEEN_SEQS:
+            return 0
+        share = int(_FORECAST_SHARE * (left + slots[Part.EXPERT] * size))
+        return max(0, min(self._sizes.forecast_bytes, share, left))
 
     def total(self, slots: Mapping[Part, int], seqs: int, rows: int, pages: int) -> int:
         """Bytes of all that a plan with these choices holds."""
@@ -199,7 +218,11 @@ class _Draft:
         return positions * self._sizes.bytes_per_position + self._sizes.row_buffer_bytes
 
     def _plan(
-        self, host_memory: int, slots: Mapping[Part, int], size: tuple[int, int, int]
+        self,
+        host_memory: int,
+        slots: Mapping[Part, int],
+        size: tuple[int, int, int],
+        forecast: int,
     ) -> Plan:
         seqs, rows, pages = size
         wanted, sizes = self._wanted, self._sizes
@@ -219,7 +242,8 @@ class _Draft:
             kv_pages=pages,
             kv_page_bytes=self._page_bytes,
             state_slots=seqs if sizes.state_bytes else 0,
-            total_bytes=self.total(slots, seqs, rows, pages),
+            total_bytes=self.total(slots, seqs, rows, pages) + forecast,
+            forecast_bytes=forecast,
         )  # fmt: skip
         return Plan(
             tiers=(host,),

@@ -170,6 +170,7 @@ def host_tier(plan: Plan, sizes: Sizes) -> Tier:
         "process": own.process_bytes,
         "activations": own.activation_bytes,
         "KV cache": own.kv_pages * own.kv_page_bytes,
+        "forecast": own.forecast_bytes,
     }
     for part in own.parts:
         if part.slots:
