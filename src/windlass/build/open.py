@@ -231,12 +231,13 @@ def _assemble(
         page_tokens=plan.page_tokens,
         state_slots=plan.host.state_slots,
     )
+    foresight = outfit.foresight(plan, shape, weights.cache)
     runtime = HostRuntime(
         spec,
         machine,
         weights,
         kv,
-        outfit.foresight(plan, shape, weights.cache),
+        foresight,
     )
     admission = Admission(
         kv,
@@ -256,6 +257,7 @@ def _assemble(
             device=device,
             tracer=tracer,
             resources=opened.pop_all(),
+            speculation=foresight.words,
         ),
     )
 

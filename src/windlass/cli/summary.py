@@ -40,7 +40,8 @@ def prefetch_lines(stats: EngineStats) -> list[str]:
             ("cancelled", store.prefetch_cancelled_bytes),
         )
     )
-    return [f"prefetched: {format_bytes(store.prefetch_issued_bytes)}; {parts}"]
+    found = f"; {stats.speculation}" if stats.speculation else ""
+    return [f"prefetched: {format_bytes(store.prefetch_issued_bytes)}; {parts}{found}"]
 
 
 def weights_json(stats: EngineStats) -> dict[str, Any]:
@@ -57,6 +58,7 @@ def weights_json(stats: EngineStats) -> dict[str, Any]:
         "expert_shares": stats.expert_shares,
         "evictions": stats.weights.evictions,
         **prefetch,
+        "speculation": stats.speculation,
     }
 
 

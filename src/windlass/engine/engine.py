@@ -7,7 +7,7 @@ anyway adds requests and calls `step`. Results come back as they end.
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -62,6 +62,7 @@ class EngineParts:
     device: Device
     tracer: Tracer
     resources: ExitStack
+    speculation: Callable[[], str] = str  # whether it pays, in words
 
 
 class Engine:
@@ -215,6 +216,7 @@ class Engine:
             phases=dict(self._meter.phases),
             prefix_cache_queries=prompts.num_asked if self.plan.prefix_caching else 0,
             prefix_cache_hits=prompts.num_found,
+            speculation=self._parts.speculation(),
         )
 
     def compare(

@@ -24,6 +24,7 @@ class EngineStats:
     num_preemptions: int = 0  # sequences that gave their pages back, to be computed again
     prefix_cache_queries: int = 0  # prompt tokens that other sequences might have computed
     prefix_cache_hits: int = 0  # of these, tokens that they had computed
+    speculation: str = ""  # whether reading ahead by forecasts pays, in words
 
     phases: Mapping[str, PhaseStats] = field(default_factory=dict)  # those that occurred
 

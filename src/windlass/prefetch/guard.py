@@ -2,7 +2,7 @@
 without. Knows seconds, not what it guards."""
 
 from collections import deque
-from math import log, sqrt
+from math import exp, log, sqrt
 from typing import Literal
 
 _WINDOW = 8  # passes
@@ -34,6 +34,15 @@ class WindowGuard:
         self._ratios: deque[float] = deque(maxlen=_PAIRS)  # log(without / with) of neighbours
         self._wait = 1  # windows until the loser is tried again
         self._waited = 0
+
+    def words(self) -> str:
+        """What was found, for people; empty where nothing was."""
+        share = 100 * abs(1 - exp(-self.gain))
+        if self.verdict == "pays":
+            return f"passes take {share:.0f} % less time with it"
+        if self.verdict == "loses":
+            return f"off, as passes took {share:.0f} % more time with it"
+        return ""
 
     def add(self, kind: object, seconds: float) -> None:
         """A pass of this kind took so long, with the thing on or off as `is_on` said."""

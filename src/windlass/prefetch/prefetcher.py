@@ -63,6 +63,10 @@ class Prefetcher:
         used = np.zeros(0, np.int64) if usage is None else usage.nonzero()[0]
         self._to_fill = used if usage is None else used[np.argsort(-usage[used], kind="stable")]
 
+    def words(self) -> str:
+        """What the guard has found, for people."""
+        return self._guard.words() if self._guard is not None else ""
+
     def begin(self, now: float) -> None:
         """A pass begins; seconds."""
         self._began = now

@@ -82,6 +82,10 @@ class Foresight:
     prefetcher: Prefetcher | None
     observers: tuple[RoutingObserver, ...] = ()
 
+    def words(self) -> str:
+        """Whether speculation pays, for people; empty where that is not known."""
+        return self.prefetcher.words() if self.prefetcher is not None else ""
+
 
 class HostRuntime:
     """Implements `Runtime` on a machine that is given."""
