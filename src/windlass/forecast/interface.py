@@ -126,9 +126,11 @@ def likely(outlook: Outlook, layer: int, *, at_least: float) -> Candidates:
     has at least this probability, but is not certain. Their value is the probability over the
     layers until then (PRI of FineMoE section 4.5)."""
     table = outlook.table
-    ahead = table.layer_of - layer
-    is_next = ahead < 0
-    chance = np.where(is_next, outlook.next, outlook.now)
-    places = ((chance >= at_least) & (chance < CERTAIN)).nonzero()[0]
-    distance = ahead[places] + is_next[places] * len(table.num_experts)
-    return Candidates(places, chance[places] / np.maximum(distance, 1))
+    first = table.first[layer] if layer < len(table.first) else len(table)
+    # experts lie in the order of their layers: those of the next pass come first
+    parts = (outlook.next[:first], outlook.now[first:])
+    found = [((one >= at_least) & (one < CERTAIN)).nonzero()[0] for one in parts]
+    chances = np.concatenate([one[places] for one, places in zip(parts, found, strict=True)])
+    places = np.concatenate((found[0], found[1] + first))
+    distance = (table.layer_of[places] - layer) % len(table.num_experts)
+    return Candidates(places, chances / np.maximum(distance, 1))

@@ -4,13 +4,13 @@ operations for each victim. Other kinds of parts are given up by their turn (`po
 from abc import ABC, abstractmethod
 
 import numpy as np
-from numpy.typing import NDArray
 
 from windlass.forecast.interface import CERTAIN, ExpertTable, Floats, Outlook
 from windlass.ids import Part, WeightKey
 from windlass.prefetch.policies import FarthestNextUse
 
 _LEAST_USAGE = 1e-4  # keeps the expected next use finite
+_RANKED = 32  # experts to give up that are looked for at once
 
 
 class ExpertPool(ABC):
@@ -27,6 +27,9 @@ class ExpertPool(ABC):
         self._in_layer = np.zeros(self._num_layers, np.int64)  # that may be evicted
         self._added = np.zeros(len(table), np.int64)  # when it became evictable
         self._num_added = 0
+        self._ranked: list[int] | None = (
+            None  # places to give up, in this order, as long as it holds
+        )
         self.now = 0  # layers since the start, over all passes
 
     # --- what kinds of pools differ in ------------------------------------------------------------
@@ -34,6 +37,10 @@ class ExpertPool(ABC):
     @abstractmethod
     def losses(self) -> Floats:
         """Of all experts: the largest is given up first; among equals, the one added last."""
+
+    def changed(self) -> bool:
+        """Whether losses may have changed since this was asked last."""
+        return True
 
     def loss_of(self, entering: int, layers: int) -> float:
         """Of the expert at this place, which a hint would bring for its turn in so many layers:
@@ -60,6 +67,7 @@ class ExpertPool(ABC):
         place = self._table.place(key)
         self._in_layer[key.layer] += not self._may_go[place]
         self._may_go[place] = True
+        self._ranked = None
         self._num_added += 1
         self._added[place] = self._num_added
 
@@ -79,30 +87,47 @@ class ExpertPool(ABC):
     def victim(self, entering: WeightKey, layers: int | None) -> WeightKey | None:
         if entering.part is not Part.EXPERT:
             return self._others.victim(entering, layers)
-        losses = self.losses()
-        place = self._largest(losses, self._above_floor())
-        if place is None and layers is None:
-            place = self._largest(losses, self._may_go)
+        place = self._foremost(is_demand=layers is None)
         if place is None:
             return None
         if layers is not None:
             own = self.loss_of(self._table.place(entering), layers)
-            if losses[place] <= own:
+            if self.losses()[place] <= own:
                 return None
         return self._table.keys[place]
 
-    def _above_floor(self) -> NDArray[np.bool_]:
-        if not self._floor:
-            return self._may_go
-        return self._may_go & np.repeat(self._in_layer > self._floor, self._table.num_experts)
+    def is_starved(self, layer: int) -> bool:
+        """Whether this layer has as few experts that may go as it keeps."""
+        return bool(self._in_layer[layer] <= self._floor)
 
-    def _largest(self, losses: Floats, among: NDArray[np.bool_]) -> int | None:
-        places = among.nonzero()[0]
-        if not places.size:
-            return None
-        own = losses[places]
-        best = places[own == own.max()]
-        return int(best[self._added[best].argmax()])
+    def _foremost(self, *, is_demand: bool) -> int | None:
+        """Place of the expert to give up. Several are ranked at once: a layer misses several."""
+        if self._ranked is None or self.changed():
+            self._ranked = self._rank(_RANKED)
+        place = self._first_of(self._ranked)
+        if place is None:
+            self._ranked = self._rank(len(self._table))
+            place = self._first_of(self._ranked)
+        if place is None and is_demand:  # all layers are down to what they keep
+            place = next((one for one in self._ranked if self._may_go[one]), None)
+        return place
+
+    def _first_of(self, ranked: list[int]) -> int | None:
+        for place in ranked:
+            if self._may_go[place] and not self.is_starved(int(self._table.layer_of[place])):
+                return place
+        return None
+
+    def _rank(self, most: int) -> list[int]:
+        places = self._may_go.nonzero()[0]
+        own = self.losses()[places]
+        if places.size > most:
+            least = np.partition(own, -most)[-most]
+            best = own >= least  # with all that are equal
+            places, own = places[best], own[best]
+        order = np.lexsort((self._added[places], own))[::-1]
+        ranked: list[int] = places[order].tolist()
+        return ranked
 
 
 def floor_of(table: ExpertTable, slots: int) -> int:
@@ -127,27 +152,41 @@ class ExpectedNextUse(ExpertPool):
         self._used_at = np.full(len(outlook.table), -1, np.int64)
         self._known: tuple[int, int] | None = None  # the state that `_losses` are of
         self._losses: Floats = np.zeros(len(outlook.table))
+        self._later: Floats = np.zeros(len(outlook.table))
+        self._is_scan = False
+        layers = self._num_layers
+        # layers until the turn of each expert, seen from each layer
+        self._turns = [(outlook.table.layer_of - now) % layers for now in range(layers)]
 
     def used(self, place: int) -> None:
         self._used_at[place] = self.now
         self._known = None
 
+    def changed(self) -> bool:
+        return self._known != (self.now, self._outlook.version)
+
     def losses(self) -> Floats:
-        state = (self.now, self._outlook.version)
-        if state != self._known:
-            outlook, num_layers = self._outlook, self._num_layers
-            ahead = self._table.layer_of - self.now % num_layers
-            is_next = (ahead < 0) | ((ahead == 0) & (self._used_at == self.now))
-            chance = np.where(is_next, outlook.next, outlook.now)
-            later = num_layers / np.maximum(outlook.usage, _LEAST_USAGE)
-            self._losses = ahead + is_next * num_layers + (1.0 - chance) * later
-            self._known = state
+        if self.changed():
+            outlook, table = self._outlook, self._table
+            now, losses = self.now % self._num_layers, self._losses
+            first, part = table.first[now], table.slice(now)
+            # experts lie in the order of their layers: of those before, the next pass is meant
+            np.subtract(1.0, outlook.now[first:], out=losses[first:])
+            np.subtract(1.0, outlook.next[:first], out=losses[:first])
+            is_used = self._used_at[part] == self.now
+            losses[part][is_used] = 1.0 - outlook.next[part][is_used]
+            np.maximum(outlook.usage, _LEAST_USAGE, out=self._later)
+            np.divide(self._num_layers, self._later, out=self._later)
+            losses *= self._later
+            losses += self._turns[now]
+            losses[part][is_used] += self._num_layers
+            # a scan over all layers starves none, and its order is the best there is
+            self._is_scan = bool(outlook.usage.min() >= CERTAIN)
+            self._known = (self.now, outlook.version)
         return self._losses
 
-    def _above_floor(self) -> NDArray[np.bool_]:
-        # a scan over all layers starves none, and its order is the best there is
-        is_scan = self._outlook.usage.min() >= CERTAIN
-        return self._may_go if is_scan else super()._above_floor()
+    def is_starved(self, layer: int) -> bool:
+        return not self._is_scan and super().is_starved(layer)
 
     def loss_of(self, entering: int, layers: int) -> float:
         outlook = self._outlook
