@@ -127,10 +127,8 @@ def likely(outlook: Outlook, layer: int, *, at_least: float) -> Candidates:
     layers until then (PRI of FineMoE section 4.5)."""
     table = outlook.table
     first = table.first[layer] if layer < len(table.first) else len(table)
-    # experts lie in the order of their layers: those of the next pass come first
-    parts = (outlook.next[:first], outlook.now[first:])
-    found = [((one >= at_least) & (one < CERTAIN)).nonzero()[0] for one in parts]
-    chances = np.concatenate([one[places] for one, places in zip(parts, found, strict=True)])
-    places = np.concatenate((found[0], found[1] + first))
+    # experts lie in the order of their layers: those before are of the next pass
+    chances = np.concatenate((outlook.next[:first], outlook.now[first:]))
+    places = ((chances >= at_least) & (chances < CERTAIN)).nonzero()[0]
     distance = (table.layer_of[places] - layer) % len(table.num_experts)
-    return Candidates(places, chances / np.maximum(distance, 1))
+    return Candidates(places, chances[places] / np.maximum(distance, 1))

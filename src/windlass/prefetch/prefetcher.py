@@ -52,6 +52,7 @@ class Prefetcher:
         self._first = np.cumsum([0, *map(len, stops)])  # place of the first part of each stop
         is_expert = np.array([key.part is Part.EXPERT for key in self._keys])
         self._experts, self._others = np.flatnonzero(is_expert), np.flatnonzero(~is_expert)
+        self._first_expert = [*table.first, len(table)]  # of each layer's, and the head's
         self._held = weights.track([self._keys[i] for i in (*self._experts, *self._others)])
         self._missing = np.empty_like(self._held)
         self._hinted: dict[WeightKey, Hint] = {}
@@ -123,9 +124,9 @@ class Prefetcher:
         """Parts that are missing and certain, in the order of their use, to the horizon."""
         many = self._experts.size
         missing, held, outlook = self._missing, self._held, self._forecast.outlook
-        is_next = self._table.layer_of < self._layer
-        chances = np.where(is_next, outlook.next, outlook.now)
-        np.greater_equal(chances, CERTAIN, out=missing[:many])
+        first = self._first_expert[self._layer]
+        np.greater_equal(outlook.next[:first], CERTAIN, out=missing[:first])
+        np.greater_equal(outlook.now[first:], CERTAIN, out=missing[first:many])
         np.greater(missing[:many], held[:many], out=missing[:many])
         places = self._experts[missing[:many].nonzero()[0]]
         others = self._others[(~held[many:]).nonzero()[0]]
