@@ -1,6 +1,7 @@
 """Writes what routers decide into a routing trace. Changes nothing that it is told of."""
 
 import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from windlass.models.spec import ModelSpec, Moe
 from windlass.replay.trace_file import (
     Floats,
+    Router,
     TracedLayer,
     TracedPass,
     TracedRouting,
@@ -38,63 +40,59 @@ def trace_header(spec: ModelSpec, *, model: str, stamp: str, inputs: bool) -> Tr
 
 
 class RoutingRecorder:
-    """Implements `RoutingObserver`. A pass is written when it has ended; one that fails is not.
-    Where the disk refuses a pass, recording ends with a line of the log (level WARNING): the
-    answers are worth more than their trace."""
+    """Implements `RoutingObserver`. Where the disk refuses a record, recording ends with a line of
+    the log (level WARNING): the answers are worth more than their trace."""
 
     wants_scores = True
 
-    def __init__(self, writer: TraceWriter, header: TraceHeader) -> None:
-        self._writer: TraceWriter | None = writer
-        self._header = header
+    def __init__(self, writer: TraceWriter) -> None:
+        self._writer = writer
+        self._inputs = writer.header.inputs
+        self._is_over = False
         self._passes = 0
-        self._batch: Batch | None = None
-        self._embedded_TD: Floats | None = None
-        self._layers: list[TracedRouting] = []
+
+    @property
+    def wants_states(self) -> bool:
+        return self._inputs
+
+    def add_routers(self, routers: Sequence[Router]) -> None:
+        """What the routers are, in a trace with inputs."""
+        self._write(lambda: self._writer.add_routers(routers))
 
     def begin(self, batch: Batch, embedded_TD: Any) -> None:
         """A pass begins."""
-        self._batch = batch
-        self._layers = []
-        self._embedded_TD = self._copy(embedded_TD)
+        counts = [segment.num_tokens for segment in batch.segments]
+        rows = TracedPass(
+            number=self._passes,
+            sequences_T=np.array(batch.sequences),
+            positions_T=np.array(batch.positions),
+            is_prompt_T=np.repeat([segment.is_prompt for segment in batch.segments], counts),
+            embedded_TD=self._states(embedded_TD),
+        )
+        self._passes += 1
+        self._write(lambda: self._writer.begin(rows))
 
     def observe(self, tokens: RoutedTokens) -> None:
         """One layer has routed."""
-        assert tokens.layer == self._header.layers[len(self._layers)].layer, "layers in order"
-        ids_TA = np.asarray(tokens.ids_TA).astype(np.uint16)
-        scores_TE = np.array(tokens.scores_TE, np.float32)
-        self._layers.append(TracedRouting(ids_TA, scores_TE, self._copy(tokens.residual_TD)))
+        ids_TA, scores_TE = np.asarray(tokens.ids_TA), np.asarray(tokens.scores_TE)
+        routing = TracedRouting(ids_TA, scores_TE, self._states(tokens.residual_TD))
+        self._write(lambda: self._writer.add_layer(routing))
 
     def end(self, final_TD: Any) -> None:
         """The pass has gone through all layers."""
-        batch, number = self._batch, self._passes
-        assert batch is not None, "the end of a pass that has begun"
-        self._passes += 1
-        if self._writer is None:
+        self._write(lambda: self._writer.end(self._states(final_TD)))
+
+    def _states(self, rows_TD: Any) -> Floats | None:
+        return np.asarray(rows_TD) if self._inputs else None
+
+    def _write(self, write: Callable[[], None]) -> None:
+        if self._is_over:
             return
         try:
-            self._writer.append(
-                TracedPass(
-                    number=number,
-                    sequences_T=np.array(batch.sequences),
-                    positions_T=np.array(batch.positions),
-                    is_prompt_T=np.repeat(
-                        [segment.is_prompt for segment in batch.segments],
-                        [segment.num_tokens for segment in batch.segments],
-                    ),
-                    layers=tuple(self._layers),
-                    embedded_TD=self._embedded_TD,
-                    final_TD=self._copy(final_TD),
-                )
-            )
+            write()
         except OSError as error:
             _logger.warning(
-                "routing-trace: %s: %s; it ends before pass %d, the rest is not recorded",
-                self._writer.path, error.strerror, number,
+                "routing-trace: %s: %s: recording ends in pass %d",
+                self._writer.path, error.strerror, self._passes - 1,
             )  # fmt: skip
-            self._writer.close()
-            self._writer = None
-
-    def _copy(self, rows_TD: Any) -> Floats | None:
-        """Rows outlive the layer only as a copy; none are kept without inputs."""
-        return np.array(rows_TD, np.float32) if self._header.inputs else None
+            self._is_over = True
