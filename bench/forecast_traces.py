@@ -77,6 +77,7 @@ def main() -> None:
             sys.executable, "-m", "windlass.cli", "run-batch", "-m", args.model,
             "-i", str(job), "-o", f"{folder}/answers.jsonl",
             "--max-num-seqs", str(args.max_num_seqs), "--no-enable-prefix-caching",
+            "--threads", "1",  # one row of a small model: threads would wait for each other
             "--max-model-len", str(max(args.lengths) + args.tokens),
             "--routing-trace", str(args.out),
             *(() if args.no_inputs else ("--routing-trace-inputs",)),
