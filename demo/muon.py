@@ -24,7 +24,7 @@ class Muon(torch.optim.Optimizer):
     """For matrices and stacks of matrices only."""
 
     def __init__(
-        self, params: list[Tensor], *, lr: float, momentum: float, weight_decay: float
+        self, params: list[dict], *, lr: float, momentum: float, weight_decay: float
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults)

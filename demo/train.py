@@ -22,8 +22,6 @@ from tokenizers import Tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "demo-data"
 SHIPPED = ROOT / "src" / "windlass" / "data" / "demo"
-CHECKPOINT = BUILD / "checkpoint.pt"
-LOG = BUILD / "log.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +37,8 @@ class Recipe:
     chat_from: float = 0.8
     chat_share: float = 0.3
     save_every_s: float = 240.0
+    batch_tokens: int = 4096
+    trunk_factor: float = 1.0  # of the learning rate of what is not a router or an expert
 
 
 def learning_rate(recipe: Recipe, step: int, progress: float) -> float:
@@ -53,26 +53,41 @@ def window_length(progress: float) -> int:
     return 256 if progress < 0.5 else 512 if progress < 0.85 else 1024
 
 
-def batch_tokens(progress: float) -> int:
+def batch_tokens(recipe: Recipe, progress: float) -> int:
     """Small batches while the loss falls fast."""
-    return 2048 if progress < 0.1 else 4096
+    return 2048 if progress < 0.1 else recipe.batch_tokens
+
+
+def optimizers(model: DemoModel, recipe: Recipe) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices of layers, AdamW for routers, norms and the embedding."""
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for name, param in model.named_parameters():
+        in_mlp = ".mlp." in name
+        matrix = param.ndim > 1 and name.startswith("layers") and not name.endswith("gate.weight")
+        groups.setdefault((matrix, in_mlp), []).append(param)
+
+    def group_list(matrix: bool, lr: float) -> list[dict]:
+        factors = ((True, 1.0), (False, recipe.trunk_factor))
+        return [
+            {"params": groups[matrix, in_mlp], "lr": lr * factor, "initial_lr": lr * factor}
+            for in_mlp, factor in factors
+        ]
+
+    muon_groups = group_list(True, recipe.muon_lr)
+    adam_groups = group_list(False, recipe.adam_lr)
+    return (
+        Muon(muon_groups, lr=recipe.muon_lr, momentum=0.95, weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(adam_groups, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    )
 
 
 class Trainer:
-    """Model, optimisers and clock of one run."""
+    """Model, optimisers and clock of one run. Its checkpoint and log lie in `folder`."""
 
-    def __init__(self, recipe: Recipe, batches: Batches) -> None:
-        torch.manual_seed(0)
-        self.recipe, self.batches = recipe, batches
-        self.model = DemoModel(Shape())
-        named = list(self.model.layers.named_parameters())
-        matrices = [p for name, p in named if p.ndim > 1 and not name.endswith("gate.weight")]
-        inside = {id(p) for p in matrices}
-        others = [p for p in self.model.parameters() if id(p) not in inside]
-        self.optimizers = (
-            Muon(matrices, lr=recipe.muon_lr, momentum=0.95, weight_decay=recipe.weight_decay),
-            torch.optim.AdamW(others, lr=recipe.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
-        )
+    def __init__(self, recipe: Recipe, batches: Batches, model: DemoModel, folder: Path) -> None:
+        self.recipe, self.batches, self.model = recipe, batches, model
+        self.checkpoint, self.log_path = folder / "checkpoint.pt", folder / "log.jsonl"
+        self.optimizers = optimizers(model, recipe)
         self.step, self.tokens, self.elapsed_s = 0, 0, 0.0
         self.started, self.resumed_s = time.monotonic(), 0.0
         self.loss = self.balance = 0.0
@@ -81,8 +96,9 @@ class Trainer:
         """One update from the rows of this process and of the others."""
         world = dist.get_world_size()
         chat_share = self.recipe.chat_share if progress >= self.recipe.chat_from else 0.0
+        own_tokens = batch_tokens(self.recipe, progress) // world
         inputs, targets = self.batches.next(
-            batch_tokens(progress) // world, window_length(progress), chat_share=chat_share
+            own_tokens, window_length(progress), chat_share=chat_share
         )
         factor = learning_rate(self.recipe, self.step, progress)
         loss = self.model.loss(inputs, targets)
@@ -90,11 +106,9 @@ class Trainer:
         (loss + self.recipe.balance_weight * balance).backward()
         self.average([loss.item(), balance.item(), time.monotonic() - self.started])
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer, base in zip(
-            self.optimizers, (self.recipe.muon_lr, self.recipe.adam_lr), strict=True
-        ):
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = base * factor
+                group["lr"] = group["initial_lr"] * factor
             optimizer.step()
             optimizer.zero_grad(set_to_none=False)
         self.step += 1
@@ -122,12 +136,12 @@ class Trainer:
             "tokens": self.tokens,
             "elapsed_s": self.elapsed_s,
         }
-        partial = CHECKPOINT.with_suffix(".partial")
+        partial = self.checkpoint.with_suffix(".partial")
         torch.save(state, partial)
-        partial.replace(CHECKPOINT)
+        partial.replace(self.checkpoint)
 
     def resume(self) -> None:
-        state = torch.load(CHECKPOINT)
+        state = torch.load(self.checkpoint)
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -160,7 +174,7 @@ class Trainer:
                 "loss": round(loss, 4),
                 "balance": round(self.balance, 3),
             }
-            with LOG.open("a") as log:
+            with self.log_path.open("a") as log:
                 log.write(json.dumps(row) + "\n")
             print(row, flush=True)
 
@@ -172,24 +186,29 @@ def load_tokenizer() -> Tokenizer:
 def train(rank: int, world: int, minutes: float) -> None:
     """One of `world` training processes."""
     torch.set_num_threads(1)
+    torch.manual_seed(0)
     dist.init_process_group(
         "gloo", init_method="tcp://127.0.0.1:29517", rank=rank, world_size=world
     )
-    corpus = Corpus(BUILD / "train.jsonl", load_tokenizer(), seed=time.time_ns() + rank)
-    trainer = Trainer(Recipe(), Batches(corpus))
-    if CHECKPOINT.exists():
+    run(DemoModel(Shape()), Recipe(), BUILD, minutes)
+
+
+def run(model: DemoModel, recipe: Recipe, folder: Path, minutes: float) -> None:
+    """Trains, from the checkpoint in the folder if there is one."""
+    corpus = Corpus(BUILD / "train.jsonl", load_tokenizer(), seed=time.time_ns() + dist.get_rank())
+    trainer = Trainer(recipe, Batches(corpus), model, folder)
+    if trainer.checkpoint.exists():
         trainer.resume()
     print(f"{corpus.num_tokens} tokens, from {trainer.elapsed_s:.0f} s", flush=True)
     trainer.run(minutes * 60)
 
 
-def export_checkpoint() -> None:
-    """Writes the last checkpoint in the layout of the hub."""
+def export_checkpoint(model: DemoModel, folder: Path, target: Path) -> None:
+    """Writes the folder's last checkpoint in the layout of the hub."""
     tokenizer = load_tokenizer()
     end, turn_end = (tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|im_end|>"))
-    model = DemoModel(Shape())
-    model.load_state_dict(torch.load(CHECKPOINT)["model"])
-    export(model, SHIPPED, eos_ids=[turn_end, end], pad_id=end)
+    model.load_state_dict(torch.load(folder / "checkpoint.pt")["model"])
+    export(model, target, eos_ids=[turn_end, end], pad_id=end)
 
 
 def main() -> None:
@@ -200,7 +219,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.export_only:
         mp.spawn(train, args=(args.processes, args.minutes), nprocs=args.processes)
-    export_checkpoint()
+    export_checkpoint(DemoModel(Shape()), BUILD, SHIPPED)
 
 
 if __name__ == "__main__":

@@ -337,7 +337,7 @@ def _converted(name: str, value: Any) -> Any:
         return str(value)
     if name == "expert_usage" and value in ("auto", "off"):
         return value
-    is_path = name in ("trace", "plan", "expert_usage")
+    is_path = name in ("trace", "routing_trace", "plan", "expert_usage")
     return Path(value) if is_path and isinstance(value, str) else value
 
 

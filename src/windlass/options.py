@@ -39,6 +39,7 @@ class EngineOptions:
     `strict`: settings of config.json that nothing reads are an error, not a line of the log.
     `expert_usage`: "off", or the file that keeps how often experts are used from run to run; "auto"
     for one that the commands choose (`doctor/kept.py`).
+    `routing_trace`: where to record what routers decide; with their inputs where it says so.
     `plan`: one to replay, or its file; what else is said must agree with it. `model` and
     `tokenizer`: folders, or names on the hub until `hub/locate.py` has found them, each with its
     revision.
@@ -66,6 +67,8 @@ class EngineOptions:
     load_mode: Literal["auto", "dio", "buffered"] = "auto"
     moe_backend: Literal["auto", "torch", "cpu"] = "auto"
     trace: Path | None = None
+    routing_trace: Path | None = None
+    routing_trace_inputs: bool = False
     generation_config: Literal["auto", "vllm"] = "auto"
     strict: bool = False
     expert_usage: Path | Literal["auto", "off"] = "off"
@@ -86,6 +89,8 @@ class EngineOptions:
                 raise UsageError(f"{name}: got {value!r}, allowed {listed}")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads: got {self.threads}, allowed 1 or more")
+        if self.routing_trace_inputs and self.routing_trace is None:
+            raise UsageError("routing_trace_inputs: allowed only with routing_trace")
 
 
 def resolve_model(name: str, *, what: str = "model") -> Path:

@@ -333,6 +333,8 @@ def test_outputs_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
         {"trace_file": Path("in")},
         {"trace_file": Path("out")},
         {"trace_file": Path("out.tmp")},
+        {"routing_trace_file": Path("in")},
+        {"trace_file": Path("t"), "routing_trace_file": Path("t")},
         {"error_file": Path("out.tmp")},
         {"error_file": Path("out.manifest.json.tmp")},
     ],

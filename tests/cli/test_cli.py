@@ -410,6 +410,7 @@ ENGINE = MODEL | {
     "--max-num-seqs", "-np", "--parallel",
     "--max-num-batched-tokens", "-b", "--batch-size", "--micro-batch-size", "-ub", "--ubatch-size",
     "--threads", "-t", "--moe-backend", "--trace", "--config", "--schedule", "--plan", "--strict",
+    "--routing-trace", "--routing-trace-inputs",
     "--enable-prefix-caching",
     "--expert-usage",
     "--no-enable-prefix-caching",
@@ -432,7 +433,8 @@ OPTIONS = {
         "--model-config", "--config", "--out", "-o", "--num-layers", "--dtype", "--shard-size",
         "--seed", "-s", "--json",
     },
-    "plan": (ENGINE - {"--plan", "--trace", "--load-format", "--generation-config"}) | {
+    "plan": (ENGINE - {"--plan", "--trace", "--routing-trace", "--routing-trace-inputs",
+                       "--load-format", "--generation-config"}) | {
         "--workload", "-i", "--prompt-len", "--output-len", "--num-requests", "--machine",
         "--device-memory", "--json",
     },
@@ -487,6 +489,9 @@ def test_values_become_engine_options() -> None:
             "dio",
             "--trace",
             "t.json",
+            "--routing-trace",
+            "t.routes",
+            "--routing-trace-inputs",
             "--generation-config",
             "vllm",
             "--tokenizer",
@@ -508,6 +513,7 @@ def test_values_become_engine_options() -> None:
     assert (options.micro_batch_size, options.max_model_len) == (7, 8192)
     assert (options.seed, options.threads, options.load_format) == (9, 1, "dummy")
     assert (options.load_mode, options.trace) == ("dio", Path("t.json"))
+    assert (options.routing_trace, options.routing_trace_inputs) == (Path("t.routes"), True)
     assert (options.generation_config, options.tokenizer) == ("vllm", "tok")
     assert (options.moe_backend, options.kv_cache_dtype) == ("torch", "int8")
     assert (options.schedule, options.plan) == ("model-based", Path("p.json"))

@@ -33,6 +33,7 @@ class RoutingRecorder:
     """Implements `RoutingObserver`: copies of all arrays, by token."""
 
     wants_scores: bool = True
+    wants_states: bool = False
     seen: dict[Token, Seen] = field(default_factory=dict)
     layers: list[int] = field(default_factory=list)  # one for each call
     passes: int = 0

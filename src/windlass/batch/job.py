@@ -78,6 +78,7 @@ class JobOptions:
     max_model_len: int | None  # None: what fits, then the same on every resume
     created: int
     trace_file: Path | None = None  # the engine writes it; known here to keep files apart
+    routing_trace_file: Path | None = None  # likewise
     overwrite: bool = False
     strict: bool = False
     retry_failed: bool = True
@@ -190,6 +191,7 @@ def _check_paths(options: JobOptions) -> None:
         "output file": options.output_file,
         "error file": options.error_file,
         "trace": options.trace_file,
+        "routing trace": options.routing_trace_file,
         "journal": options.journal_file,
         "manifest": options.manifest_file,
         "plan": options.plan_file,

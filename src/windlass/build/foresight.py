@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from windlass.build.recording import open_recorder
 from windlass.checkpoint.folder import CheckpointFolder
 from windlass.errors import UsageError
 from windlass.forecast.interface import ExpertForecast, ExpertTable
@@ -17,6 +18,7 @@ from windlass.plan import Plan
 from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.prefetch.guard import WindowGuard
 from windlass.prefetch.prefetcher import Prefetcher
+from windlass.replay.recorder import RoutingRecorder
 from windlass.runtime.host import Foresight
 from windlass.schedule.observer import RoutingObserver
 from windlass.schedule.passes import PassShape
@@ -32,12 +34,15 @@ class Outfit(NamedTuple):
     forecast: ExpertForecast
     policy: EvictionPolicy
     usage: KeptUsage | None
+    recorder: RoutingRecorder | None
 
     def foresight(self, plan: Plan, shape: PassShape, cache: WeightCache) -> Foresight:
         """What the runtime is given; what earlier runs used most begins to be read."""
-        observers: tuple[RoutingObserver, ...] = () if self.usage is None else (self.usage,)
+        observers: list[RoutingObserver] = [
+            one for one in (self.usage, self.recorder) if one is not None
+        ]
         if not plan.overlap:
-            return Foresight(self.forecast, None, observers)
+            return Foresight(self.forecast, None, tuple(observers))
         prefetcher = Prefetcher(
             shape,
             cache,
@@ -46,7 +51,7 @@ class Outfit(NamedTuple):
             guard=WindowGuard(),
         )
         prefetcher.fill()
-        return Foresight(self.forecast, prefetcher, observers)
+        return Foresight(self.forecast, prefetcher, tuple(observers))
 
 
 def make_outfit(
@@ -61,7 +66,7 @@ def make_outfit(
         opened.callback(_save, usage)
     forecast = UsageForecast(table)
     policy = ExpectedNextUse(forecast.outlook, floor=floor_of(table, slots))
-    return Outfit(forecast, policy, usage)
+    return Outfit(forecast, policy, usage, open_recorder(options, model, opened))
 
 
 def _save(usage: KeptUsage) -> None:

@@ -35,6 +35,7 @@ from windlass.weights.transfer import Carrier
 from windlass.checkpoint.folder import (CheckpointFolder, read_model)
 from windlass.build.expected import EngineExpectation
 from windlass.build.foresight import make_outfit
+from windlass.build.routers import read_routers
 from windlass.build.checkpoint_sizes import wanted_of
 from windlass.build.checkpoint_sizes import useful_threads
 from windlass.build.checkpoint_sizes import sizes_of
@@ -223,6 +224,8 @@ def _assemble(
         tracer=tracer,
     )  # fmt: skip
     opened.callback(weights.close)
+    if outfit.recorder is not None and outfit.recorder.wants_states:
+        outfit.recorder.add_routers(read_routers(spec, weights, machine.kernels))
     kv = KvCache(
         cache_shapes(spec),
         device,

@@ -103,6 +103,12 @@ ENGINE_FLAGS = (
          help="kernels: cpu (the native library), torch, or auto: native where it can run"),
     Flag(name="trace", read=Path, metavar="FILE", group="records",
          help="write a Chrome trace that Perfetto opens"),
+    Flag(name="routing-trace", read=Path, metavar="FILE", group="records",
+         help="record which experts each token was sent to, for `windlass replay`; it tells about "
+         "the prompts, so keep it as private as they are"),
+    Flag(name="routing-trace-inputs", read=None, default=False, group="records",
+         help="record also what the routers read, and the routers (about 2 KiB a token and layer "
+         "at a hidden size of 1,024): prompts could be made again from it"),
 )  # fmt: skip
 CONFIG_FLAG = Flag(
     name="config", metavar="FILE", group="records",

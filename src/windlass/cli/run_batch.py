@@ -163,6 +163,7 @@ def _job_options(values: Mapping[str, Any], engine: EngineOptions) -> "JobOption
         max_model_len=engine.max_model_len,
         created=_now(),
         trace_file=values["trace"],
+        routing_trace_file=values["routing_trace"],
         overwrite=values["overwrite"],
         strict=values["strict"],
         retry_failed=not values["no_retry_failed"],

@@ -23,6 +23,7 @@ class KeptUsage:
     routing; `save` adds what it saw to the file."""
 
     wants_scores: ClassVar[bool] = False
+    wants_states: ClassVar[bool] = False
 
     def __init__(self, path: Path, model: str, table: ExpertTable) -> None:
         """`model`: its stamp. A file of another model, or none, counts as empty; UsageError where

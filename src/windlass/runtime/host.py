@@ -164,7 +164,8 @@ class HostRuntime:
             if self._prefetcher is not None:
                 self._prefetcher.begin(self._weights.now())
             self._routing.begin(batch, hidden)
-            hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
+            if not self._routing.wants_states:
+                hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
 
     def _embedding(self, token_ids: Sequence[int]) -> torch.Tensor:

@@ -16,6 +16,7 @@ class RoutingReport:
 
     def __init__(self, forecast: ExpertForecast, observers: Sequence[RoutingObserver] = ()) -> None:
         self.wants_scores = forecast.wants_scores or any(one.wants_scores for one in observers)
+        self.wants_states = any(one.wants_states for one in observers)  # of captured layers too
         self._forecast = forecast
         self._observers = tuple(observers)
         self._batch: Batch | None = None

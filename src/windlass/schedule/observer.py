@@ -33,6 +33,12 @@ class RoutingObserver(Protocol):
         """Asked once, at the start. Scores are computed for all observers if one wants them."""
         ...
 
+    @property
+    def wants_states(self) -> bool:
+        """Asked once, at the start: whether `residual_TD` is wanted of every layer. Layers are not
+        captured then: those that are have no such rows to show."""
+        ...
+
     def begin(self, batch: Batch, embedded_TD: Any) -> None:
         """A pass begins; its rows as they enter the first layer, fp32."""
         ...
