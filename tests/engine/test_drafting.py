@@ -75,16 +75,17 @@ def _oracle(results, requests, wrong):
     )
 
 
-@pytest.mark.parametrize("wrong", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "wrong"),
     [
-        {},
-        {"kv_cache_dtype": "int8"},
-        {"moe_backend": "torch", "moe_expert_cache_size": "2"},
-        {"schedule": "model-based", "micro_batch_size": 64, "enable_prefix_caching": False},
+        ({}, 0.0),
+        ({}, 0.3),
+        ({}, 1.0),
+        ({"kv_cache_dtype": "int8"}, 0.3),
+        ({"moe_backend": "torch", "moe_expert_cache_size": "2"}, 0.3),
+        ({"schedule": "model-based", "micro_batch_size": 64, "enable_prefix_caching": False}, 0.3),
     ],
-    ids=["resident", "int8", "torch", "model-based"],
+    ids=["right", "mixed", "wrong", "int8", "torch", "model-based"],
 )
 def test_answers_are_those_without(folder, options, wrong, monkeypatch):
     requests = _requests()
