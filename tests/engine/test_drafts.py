@@ -133,14 +133,16 @@ def test_as_many_as_bring_most():
 
 
 def test_before_a_row_is_measured_its_cost_follows_the_link():
-    costs = []
+    costs, hopes = [], []
     for waiting in (0.0, 0.5, 1.0):
         cost = RowCost(1)
         for _ in range(10):
             cost.add(1.0, waiting, 0)
         assert not cost.is_measured
         costs.append(cost.value())
+        hopes.append(cost.hoped)
     assert costs == pytest.approx([0.5, 0.715, 0.93])
+    assert hopes == pytest.approx([0.2, 0.429, 0.744])
     for _ in range(10):
         cost.add(1.5, 0.0, 2)
     assert cost.is_measured and cost.value() == pytest.approx(0.25)
@@ -160,9 +162,9 @@ class _Wrong:
 ANSWER = [random.Random(7).randrange(900) for _ in range(3000)]
 
 
-def _seconds(make, row_cost, *, noise=0.2, later=0.0, tokens=2000):
+def _seconds(make, row_cost, *, noise=0.2, later=0.0, stall=0.0, tokens=2000):
     """What `tokens` take, a plain pass taking a second. `later`: what a guessed row adds to each of
-    the ten passes after it."""
+    the ten passes after it. `stall`: what others hold up three passes of a hundred, not counted."""
     chance = random.Random(3)
     request = Request("r", (1, 2), SamplingParams(max_tokens=5000), "")
     sequence = PlainStarts().start(QueuedSequence(request, 0, 5000, 5000))
@@ -177,8 +179,9 @@ def _seconds(make, row_cost, *, noise=0.2, later=0.0, tokens=2000):
         sequence.output_ids += ANSWER[place : place + right + 1]
         seconds = 1 + row_cost * len(drafts) + later * sum(trail)
         seconds *= 1 + noise * chance.uniform(-1, 1)
-        trail = [*trail[1:], len(drafts)]
         total += seconds
+        seconds += stall * (chance.random() < 0.03)
+        trail = [*trail[1:], len(drafts)]
         segment = Segment(
             sequence=0, token_ids=(0, *drafts), first_position=place, pages=(), state_slot=-1,
             is_prompt=False, long_rope=False, wants_logits=True, num_drafts=len(drafts),
@@ -198,8 +201,9 @@ def test_guesses_that_are_always_wrong_are_never_computed():
     assert total == pytest.approx(2000, rel=0.01)
 
 
-def test_guesses_that_are_right_are_computed_where_rows_are_cheap():
-    total, stats = _seconds(_perfect(), 0.1)
+@pytest.mark.parametrize("stall", [0.0, 20.0])
+def test_guesses_that_are_right_are_computed_where_rows_are_cheap(stall):
+    total, stats = _seconds(_perfect(), 0.1, stall=stall)
     assert total < 2000 * 1.12 * (1 + 4 * 0.1) / 5  # within an eighth of the best there is
     assert stats.accepted == stats.proposed > 1400 and not stats.note.startswith("off")
 

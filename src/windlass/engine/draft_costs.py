@@ -12,6 +12,7 @@ _HALF_LIFE = 16.0  # tokens, of what is known of guesses
 _DOUBT = 2.0  # tokens' worth of what is known of other sequences, or of nothing
 _PASS_HALF_LIFE = 32.0
 _FEW_PASSES = 4  # fewer say nothing
+_HELD_UP = 3.0  # times the mean: no pass counts more
 WINDOW = 8  # passes that are compared
 _MOST_WINDOWS = 128
 _FIRST_PATIENCE, _FIRST_TRUST, _SETTLING = 2, 4, 1  # windows
@@ -19,7 +20,8 @@ _FIRST_PATIENCE, _FIRST_TRUST, _SETTLING = 2, 4, 1  # windows
 # traces of two trained models with 20 to 50 % of their experts in memory (docs/forecast.md).
 _COST_IN_MEMORY, _COST_OF_LINK = 0.5, 0.93
 _MUCH = 0.85  # of the rate without: a trial ends early
-_HOPE = 0.4  # of what a row is believed to cost: with less chance nothing is tried
+# Share of what a row is believed to cost: with less chance nothing is tried.
+_HOPE_IN_MEMORY, _HOPE_OF_LINK = 0.4, 0.8
 
 
 class Mean:
@@ -88,14 +90,18 @@ class RowCost:
             Mean(_PASS_HALF_LIFE) for _ in range(4)
         )
 
-    def add(self, seconds: float, waiting_s: float, rows: int) -> None:
-        """A pass with `rows` guesses took `seconds`, of which it waited for weights."""
+    def add(self, seconds: float, waiting_s: float, rows: int) -> float:
+        """A pass with `rows` guesses took `seconds`, of which it waited for weights. What counts of
+        them: other programs may have held it up."""
+        mean = self._with_rows if rows else self._plain
+        if mean.weight >= _FEW_PASSES - 0.5:
+            seconds = min(seconds, _HELD_UP * mean.value())
+        mean.add(seconds)
         if rows:
-            self._with_rows.add(seconds)
             self._rows.add(rows)
-            return
-        self._plain.add(seconds)
-        self._waiting.add(waiting_s)
+        else:
+            self._waiting.add(min(seconds, waiting_s))
+        return seconds
 
     @property
     def is_measured(self) -> bool:
@@ -103,10 +109,14 @@ class RowCost:
 
     @property
     def expected(self) -> float:
-        """By the share of passes that waits for the link, before anything is measured."""
+        """Before anything is measured."""
+        return self._by_link(_COST_IN_MEMORY, _COST_OF_LINK)
+
+    def _by_link(self, in_memory: float, of_link: float) -> float:
+        """Between two values, by the share of passes that waits for the link."""
         plain = self._plain.value()
         waiting = min(1.0, self._waiting.value() / plain) if plain else 0.0
-        return _COST_IN_MEMORY + (_COST_OF_LINK - _COST_IN_MEMORY) * waiting
+        return in_memory + (of_link - in_memory) * waiting
 
     def value(self) -> float:
         """In tokens, as measured, else as expected."""
@@ -117,8 +127,9 @@ class RowCost:
 
     @property
     def hoped(self) -> float:
-        """The chance below which trying is not worth its cost: things may have changed."""
-        return _HOPE * min(self.value(), self.expected)
+        """The chance below which trying is not worth its cost: what is believed may be wrong, of
+        computing more than of reading."""
+        return self._by_link(_HOPE_IN_MEMORY, _HOPE_OF_LINK) * min(self.value(), self.expected)
 
 
 class Guard:

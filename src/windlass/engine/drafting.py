@@ -127,9 +127,9 @@ class Drafting:
         if sequences + rows not in self._known_rows:  # layers are captured in it, memory is made
             self._known_rows.add(sequences + rows)
             return
-        self._state.cost.add(took.seconds, took.wait_s, rows)
+        seconds = self._state.cost.add(took.seconds, took.wait_s, rows)
         if could_guess:
-            self._state.guard.add(took.seconds, took.output_tokens, rows)
+            self._state.guard.add(seconds, took.output_tokens, rows)
 
     def stats(self) -> DraftStats:
         return DraftStats(
