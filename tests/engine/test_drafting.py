@@ -223,13 +223,3 @@ def test_models_with_a_state_are_refused(tmp_path):
     make_model("lfm2_moe", tmp_path)
     with pytest.raises(UsageError, match=r"^speculative_config: got a model with recurrent layers"):
         engine_for(tmp_path, speculative_config=CONFIG)
-
-
-def test_guesses_are_part_of_the_plan(folder):
-    plans = []
-    for config in (None, SpeculativeConfig(method="ngram", num_speculative_tokens=16)):
-        with engine_for(folder, max_num_seqs=1, speculative_config=config) as engine:
-            plans.append(engine.plan.host)
-    plain, guessing = plans
-    assert guessing.activation_bytes > plain.activation_bytes
-    assert guessing.kv_page_bytes == plain.kv_page_bytes

@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from admission_machine import PAGE_TOKENS, Machine
 from drafters import Eager, Oracle
+from planning import SPECS, sizes_of
 from sequences import PlainStarts
 from windlass.engine.draft_costs import Chances, RowCost, most_useful
 from windlass.engine.drafting import Drafting
@@ -18,8 +20,10 @@ from windlass.engine.sequence import QueuedSequence
 from windlass.errors import UsageError
 from windlass.params import SamplingParams
 from windlass.phases import PhaseStats
+from windlass.planner.budget import PlanConstraints, make_plan
 from windlass.schedule.batch import CHUNK_TOKENS, Segment
 from windlass.speculative import SpeculativeConfig
+from windlass.units import GIB
 
 CONFIG = SpeculativeConfig(method="ngram")
 
@@ -299,3 +303,16 @@ def test_prompts_keep_room_for_a_chunk():
     machine.add(300, 5)
     rows = machine.step()
     assert [row.segment.num_tokens for row in rows] == [4, CHUNK_TOKENS]
+
+
+def test_logits_and_tables_of_guesses_are_part_of_the_plan():
+    spec = SPECS["qwen3-moe-1b"]
+    plain = sizes_of(spec)
+    guessing = replace(plain, drafts=8, draft_bytes_per_token=bytes_per_known_token(CONFIG))
+    for seqs, rows in ((1, 8), (4, 16), (64, 64)):
+        wanted = PlanConstraints(max_num_seqs=seqs, max_num_batched_tokens=128, kv_pages=100)
+        host, more = (make_plan(spec, one, 8 * GIB, wanted).host for one in (plain, guessing))
+        logits = 4 * spec.vocab_size * (seqs + rows)
+        assert more.activation_bytes >= max(logits, host.activation_bytes)
+        assert more.total_bytes - host.total_bytes >= 100 * 32 * guessing.draft_bytes_per_token
+        assert more.kv_page_bytes == host.kv_page_bytes
