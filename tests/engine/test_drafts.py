@@ -20,7 +20,7 @@ from windlass.engine.sequence import QueuedSequence
 from windlass.errors import UsageError
 from windlass.params import SamplingParams
 from windlass.phases import PhaseStats
-from windlass.planner.budget import PlanConstraints, make_plan
+from windlass.planner.budget import PlanConstraints, bytes_here, make_plan
 from windlass.schedule.batch import CHUNK_TOKENS, Segment
 from windlass.speculative import SpeculativeConfig
 from windlass.units import GIB
@@ -310,9 +310,13 @@ def test_logits_and_tables_of_guesses_are_part_of_the_plan():
     plain = sizes_of(spec)
     guessing = replace(plain, drafts=8, draft_bytes_per_token=bytes_per_known_token(CONFIG))
     for seqs, rows in ((1, 8), (4, 16), (64, 64)):
-        wanted = PlanConstraints(max_num_seqs=seqs, max_num_batched_tokens=128, kv_pages=100)
+        wanted = PlanConstraints(max_num_seqs=seqs, max_num_batched_tokens=256, kv_pages=100)
+        more_seqs = replace(wanted, max_num_seqs=seqs + rows)
         host, more = (make_plan(spec, one, 8 * GIB, wanted).host for one in (plain, guessing))
-        logits = 4 * spec.vocab_size * (seqs + rows)
-        assert more.activation_bytes >= max(logits, host.activation_bytes)
-        assert more.total_bytes - host.total_bytes >= 100 * 32 * guessing.draft_bytes_per_token
+        as_many = make_plan(spec, plain, 8 * GIB, more_seqs).host
+        assert host.activation_bytes < more.activation_bytes == as_many.activation_bytes
         assert more.kv_page_bytes == host.kv_page_bytes
+        known = 100 * 32 * guessing.draft_bytes_per_token
+        plan = make_plan(spec, plain, 8 * GIB, wanted)
+        grown = bytes_here(plan, spec, guessing) - bytes_here(plan, spec, plain)
+        assert grown == more.activation_bytes - host.activation_bytes + known
