@@ -8,7 +8,7 @@ it changes a token: a guess counts only where it is what the sampler draws.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from windlass.engine.draft_costs import Chances, Guard, RowCost, most_useful
+from windlass.engine.draft_costs import Chances, Guard, Mean, RowCost, most_useful
 from windlass.engine.drafts import Drafter, Guess, PromptLookup
 from windlass.engine.engine_stats import DraftStats
 from windlass.engine.sequence import Sequence
@@ -17,6 +17,7 @@ from windlass.schedule.batch import Segment
 from windlass.speculative import SpeculativeConfig
 
 _NOTHING = Guess((), 0)
+_LAST = 64  # proposals that a note speaks of
 
 
 @dataclass(slots=True)
@@ -50,6 +51,7 @@ class Drafting:
         self._states: dict[int, _State] = {}  # by the number of decoding sequences
         self._state = _State(1)  # of the last pass, which the next is likely to be as
         self._could_guess = False  # for some sequence of the next pass
+        self._first = Mean(_LAST)  # chance of the first guess
         self._known_rows: set[int] = set()
         self._proposed = self._accepted = self._num_with = self._num_without = 0
 
@@ -65,6 +67,7 @@ class Drafting:
         if follower.num_right == len(follower.watched.token_ids):
             follower.watched, follower.num_right = guess, 0
         chances = follower.chances.together(guess.kind, len(guess.token_ids))
+        self._first.add(chances[0] if chances else 0.0)
         cost, guard = self._state.cost, self._state.guard
         if not chances or chances[0] <= cost.hoped:
             return ()
@@ -143,5 +146,8 @@ class Drafting:
     def _note(self) -> str:
         cost = self._state.cost
         how = "measured" if cost.is_measured else "expected"
-        said = f"a row costs {cost.value():.2f} tokens ({how})"
+        said = (
+            f"of first guesses {100 * self._first.value():.0f} % are likely right, a row costs"
+            f" {cost.value():.2f} tokens ({how})"
+        )
         return said if self._state.guard.is_on else f"off: {said}"
