@@ -17,7 +17,8 @@ NATIVE_SOURCES := $(wildcard native/*.py native/CMakeLists.txt native/include/*.
 PYTHON_FILES := src tests bench scripts demo native setup.py
 
 .PHONY: setup native demo test test-all test-native coverage lint types format wheel wheel-test bench bench-kernels \
-  bench-peers bench-ablation bench-prediction bench-prefetcher bench-decode golden mutate test-gpu bench-gpu clean
+  bench-peers bench-ablation bench-prediction bench-prefetcher bench-decode bench-drafts golden \
+  mutate test-gpu bench-gpu clean
 
 setup: $(STAMP) native
 
@@ -102,6 +103,9 @@ bench-prefetcher: setup
 # OLD=<src folder of other code>: both in turn
 bench-decode: setup
 	$(BIN)/python bench/decode_from_disk.py $(if $(OLD),--src $(OLD))
+
+bench-drafts: setup
+	$(BIN)/python bench/drafts.py
 
 golden: setup
 	$(BIN)/python scripts/golden_table.py

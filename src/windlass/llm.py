@@ -28,6 +28,7 @@ from windlass.params import SamplingParams
 from windlass.phases import since
 from windlass.plan import Plan
 from windlass.protocol.prompts import ChatEncoder, Encoder, PromptEncoder
+from windlass.speculative import SpeculativeConfig
 from windlass.units import parse_bytes
 from windlass.workload import Workload, expected_output
 
@@ -335,6 +336,8 @@ def _converted(name: str, value: Any) -> Any:
         return parse_bytes(value, what=name)
     if name == "moe_expert_cache_size" and isinstance(value, int):
         return str(value)
+    if name == "speculative_config" and isinstance(value, Mapping):
+        return SpeculativeConfig.read(value)
     if name == "expert_usage" and value in ("auto", "off"):
         return value
     is_path = name in ("trace", "routing_trace", "plan", "expert_usage")

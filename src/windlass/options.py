@@ -11,6 +11,7 @@ from windlass.errors import CheckpointError, ModelError, UsageError
 from windlass.formats import HF_QUANT_FILE, METHODS
 from windlass.params import SamplingParams
 from windlass.plan import SCHEDULES, Plan, Schedule
+from windlass.speculative import SpeculativeConfig
 
 DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).parent / "data" / "demo"
@@ -40,6 +41,7 @@ class EngineOptions:
     `expert_usage`: "off", or the file that keeps how often experts are used from run to run; "auto"
     for one that the commands choose (`doctor/kept.py`).
     `routing_trace`: where to record what routers decide; with their inputs where it says so.
+    `speculative_config`: what is guessed of the next tokens; results are the same bits without.
     `plan`: one to replay, or its file; what else is said must agree with it. `model` and
     `tokenizer`: folders, or names on the hub until `hub/locate.py` has found them, each with its
     revision.
@@ -58,6 +60,7 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     micro_batch_size: int | None = None
     enable_prefix_caching: bool = True
+    speculative_config: SpeculativeConfig | None = None
     max_model_len: int | None = None
     schedule: Schedule | None = None
     plan: Plan | Path | None = None

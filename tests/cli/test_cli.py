@@ -21,6 +21,7 @@ from windlass.cli import COMMANDS, main
 from windlass.cli.engine_flags import REFUSED, engine_options, refuse_known, translate_known
 from windlass.cli.flags import read_values
 from windlass.errors import UsageError
+from windlass.speculative import SpeculativeConfig
 
 FAKE = Path(__file__).parents[1] / "support/fake_engine.py"
 SRC = Path(__file__).parents[2] / "src"
@@ -411,6 +412,7 @@ ENGINE = MODEL | {
     "--max-num-batched-tokens", "-b", "--batch-size", "--micro-batch-size", "-ub", "--ubatch-size",
     "--threads", "-t", "--moe-backend", "--trace", "--config", "--schedule", "--plan", "--strict",
     "--routing-trace", "--routing-trace-inputs",
+    "--speculative-config",
     "--enable-prefix-caching",
     "--expert-usage",
     "--no-enable-prefix-caching",
@@ -504,11 +506,16 @@ def test_values_become_engine_options() -> None:
             "model-based",
             "--plan",
             "p.json",
+            "--speculative-config",
+            '{"method": "ngram", "num_speculative_tokens": 2}',
         )  # fmt: skip
     )
     assert (options.model, options.host_memory, options.moe_expert_cache_size) == (
         "demo", 2 << 30, "8",
     )  # fmt: skip
+    assert options.speculative_config == SpeculativeConfig(method="ngram", num_speculative_tokens=2)
+    with pytest.raises(UsageError, match=r"^--speculative-config: method: got 'eagle'"):
+        values("--speculative-config", '{"method": "eagle"}')
     assert (options.max_num_seqs, options.max_num_batched_tokens) == (5, 6)
     assert (options.micro_batch_size, options.max_model_len) == (7, 8192)
     assert (options.seed, options.threads, options.load_format) == (9, 1, "dummy")

@@ -1,13 +1,14 @@
 """The schedule as ordinary code: what it asks of any runtime, and how rows are cut."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from windlass.ids import Part, WeightKey
-from windlass.schedule.batch import CHUNK_TOKENS, Segment, make_batch
+from windlass.schedule.batch import CHUNK_TOKENS, Segment, make_batch, passes_of
 from windlass.schedule.passes import LayerShape, PassShape, run_pass
 from windlass.schedule.runtime import Routed
 
@@ -175,3 +176,15 @@ def test_micro_batches_hold_all_rows_in_order_and_cut_at_chunks(rows, limit):
     assert seen == {s.sequence: s.num_tokens for s in segments}
     last = [sum(s.num_tokens for s in segments[: i + 1]) - 1 for i in range(len(segments))]
     assert batch.logit_rows == last
+
+
+def test_logits_of_guesses_follow_those_of_the_token_before_them():
+    """Also where the micro-batches of a segment pass through the model one by one."""
+    guessed = replace(_segment(0, 60, 9, is_prompt=False), num_drafts=6)
+    others = [_segment(1, 0, 64, wants_logits=False), _segment(2, 64, 30)]
+    batch = make_batch([others[0], guessed, others[1]], micro_batch_tokens=68)
+    assert batch.logit_rows == [*range(66, 73), 102]
+    parts = [s for micro in batch.micro_batches for s in micro.segments if s.sequence == 0]
+    assert [(s.num_tokens, s.num_logits, s.num_drafts) for s in parts] == [(4, 2, 1), (5, 5, 4)]
+    found = sum(len(one.logit_rows) for one in passes_of(batch, "model-based"))
+    assert found == len(batch.logit_rows)

@@ -61,21 +61,31 @@ class Machine:
         """The pass has ended."""
         for sequence, segment in rows:
             self._check(sequence, segment)
-            sequence.num_computed += segment.num_tokens
-            if segment.wants_logits:
+            drafts = segment.token_ids[segment.num_tokens - segment.num_drafts :]
+            sequence.num_computed += segment.num_tokens - len(drafts)
+            if not segment.wants_logits:
+                continue
+            for draft in (*drafts, None):
                 sequence.output_ids.append(sequence.num_tokens)
-                if sequence.num_tokens == sequence.max_total:
-                    self.admission.remove(sequence)
-                    self.finished.append(sequence)
+                if draft != sequence.output_ids[-1] or sequence.num_tokens == sequence.max_total:
+                    break
+                sequence.num_computed += 1
+            if sequence.num_tokens == sequence.max_total:
+                self.admission.remove(sequence)
+                self.finished.append(sequence)
         self.admission.check()
 
     def _check(self, sequence, segment):
-        last = segment.first_position + segment.num_tokens
-        assert segment.token_ids == tuple(range(segment.first_position, last))
+        last = segment.first_position + segment.num_tokens - segment.num_drafts
+        assert segment.token_ids[: last - segment.first_position] == tuple(
+            range(segment.first_position, last)
+        )
         assert segment.first_position == sequence.num_computed
         assert segment.is_prompt == (last <= sequence.num_prompt)
         assert segment.is_prompt or segment.first_position >= sequence.num_prompt
         assert not segment.is_prompt or last == sequence.num_prompt or last % CHUNK_TOKENS == 0
         assert segment.wants_logits == (last == sequence.num_tokens)
-        assert len(segment.pages) * PAGE_TOKENS >= last
+        assert len(segment.pages) * PAGE_TOKENS >= last + segment.num_drafts
+        assert last + segment.num_drafts < sequence.max_total, "a row that nobody reads"
+        assert not segment.num_drafts or (segment.wants_logits and not segment.is_prompt)
         assert segment.pages == tuple(sequence.pages)

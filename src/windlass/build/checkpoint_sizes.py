@@ -18,6 +18,7 @@ from windlass.device.host_memory import (
     resident_bytes,
 )
 from windlass.device.processors import default_threads, quota_note
+from windlass.engine.drafts import bytes_per_known_token
 from windlass.errors import UsageError
 from windlass.ids import Part
 from windlass.checkpoint.reader import Checkpoint, WeightSource
@@ -83,6 +84,12 @@ def cache_shapes(spec: ModelSpec) -> list[CacheShape | None]:
 def sizes_of(model: CheckpointFolder, options: EngineOptions, backend: Backend) -> Sizes:
     shapes, tensors = cache_shapes(model.spec), model.source.tensors
     kept_in = cache_dtype(model, options)
+    guessed = options.speculative_config
+    if guessed and state_bytes(shapes):
+        raise UsageError(
+            "speculative_config: got a model with recurrent layers, allowed others: a wrong guess"
+            " would stay in their state"
+        )
     slots = slot_bytes(model.layout, tensors)
     return Sizes(
         process_bytes=resident_bytes() + copied_bytes(model.layout, tensors),
@@ -97,6 +104,8 @@ def sizes_of(model: CheckpointFolder, options: EngineOptions, backend: Backend) 
         state_bytes=state_bytes(shapes),
         backend=backend,
         weight_kinds=weight_kinds(model.layout, tensors),
+        drafts=guessed.num_speculative_tokens if guessed else 0,
+        draft_bytes_per_token=bytes_per_known_token(guessed) if guessed else 0,
     )
 
 

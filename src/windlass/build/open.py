@@ -18,6 +18,7 @@ from windlass.device.host_memory import (
     return_freed_memory,
 )
 from windlass.engine.admission import Admission
+from windlass.engine.drafting import Drafting
 from windlass.engine.engine import Engine, EngineParts, EngineSetup
 from windlass.engine.request_rules import RequestRules
 from windlass.engine.tokenizer import Tokenizer
@@ -157,10 +158,13 @@ def _setup(
         sizes = replace(sizes, process_bytes=sizes.process_bytes + beside)
         problem = replace(problem, sizes=sizes)
         chosen = _choose(_Choice(problem, wanted, options, replayed), job)
-    plan = chosen.plan
+    plan, speculative = chosen.plan, options.speculative_config
     return EngineSetup(
         plan=plan,
-        notes=(*model.spec.limits(), *chosen.lines()),
+        notes=(
+            *model.spec.limits(), *chosen.lines(), *([speculative.line()] if speculative else ())
+        ),
+        speculative=speculative,
         tokenizer=tokenizer,
         default_params=params,
         rules=RequestRules(
@@ -242,12 +246,14 @@ def _assemble(
         kv,
         foresight,
     )
+    drafting = None if setup.speculative is None else Drafting.of(setup.speculative)
     admission = Admission(
         kv,
         max_num_seqs=plan.max_num_seqs,
         max_rows=plan.max_num_batched_tokens,
         long_rope_after=_long_rope_after(spec),
         mixed_prefill_rows=plan.mixed_prefill_tokens,
+        drafting=drafting,
     )
 
     return Engine(
@@ -257,6 +263,7 @@ def _assemble(
             shape=shape,
             weights=weights,
             admission=admission,
+            drafting=drafting,
             device=device,
             tracer=tracer,
             resources=opened.pop_all(),

@@ -13,6 +13,7 @@ from windlass.hub.locate import locate
 from windlass.models.registry import read_spec
 from windlass.options import KV_CACHE_DTYPES, EngineOptions, read_config, resolve_model
 from windlass.plan import SCHEDULES
+from windlass.speculative import SpeculativeConfig
 
 _MODELS_OWN, _WHAT_FITS = 0, -1  # of --max-model-len
 _MODEL, _MEMORY, _BATCHING = "model", "memory", "batching"
@@ -27,6 +28,12 @@ def _cache_size(text: str) -> str:
 
 def _usage_file(text: str) -> str | Path:
     return text if text in ("auto", "off") else Path(text)
+
+
+def _speculative_config(text: str) -> str:
+    """Kept as text, checked here."""
+    SpeculativeConfig.read(text)
+    return text
 
 
 MODEL_NAMES = ("-m", "-hf", "--hf-repo")
@@ -96,6 +103,11 @@ ENGINE_FLAGS = (
     Flag(name="enable-prefix-caching", read=None, default=True, group=_BATCHING,
          help="prompts that begin alike are computed once up to where they differ (default: on); "
          "results are the same bits either way"),
+    Flag(name="speculative-config", read=_speculative_config, metavar="JSON", group=_BATCHING,
+         help="guess next tokens and compute several in a pass, while that is faster; results are "
+         'the same bits. {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, '
+         '"prompt_lookup_min": 1}: what followed the last 3 to 1 tokens when they were seen before'
+         ' (default: off)'),
     Flag(name="threads", aliases=("-t",), read=integer(1), metavar="N", group=_BATCHING,
          help="of computation (default: one per core that affinity and quotas allow)"),
     Flag(name="moe-backend", read=choice("auto", "torch", "cpu"), default="auto", metavar="NAME",
@@ -130,8 +142,8 @@ REFUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
                     (_NONE, "placement is planned from --host-memory and --moe-expert-cache-size")),
     **dict.fromkeys(("--enable-lora", "--lora", "--lora-modules"),
                     (_NONE, "LoRA adapters are not supported yet")),
-    **dict.fromkeys(("--speculative-config", "-md", "--model-draft"),
-                    (_NONE, "speculative decoding is not supported yet")),
+    **dict.fromkeys(("-md", "--model-draft"), (_NONE, "a second model is never loaded;"
+                    " --speculative-config proposes what was seen before")),
     "--download-dir": (_NONE, "HF_HOME says where downloads are kept"),
     **dict.fromkeys(("-hft", "--hf-token"), (_NONE, "set HF_TOKEN")),
     **dict.fromkeys(("-hff", "--hf-file"), (_NONE, "GGUF files are not read")),
@@ -220,4 +232,6 @@ def engine_options(values: Mapping[str, Any]) -> EngineOptions:
         given["max_model_len"] = read_spec(read_config(folder))[0].max_positions
     elif given["max_model_len"] == _WHAT_FITS:
         given["max_model_len"] = None
+    if given["speculative_config"] is not None:
+        given["speculative_config"] = SpeculativeConfig.read(given["speculative_config"])
     return EngineOptions(**given)

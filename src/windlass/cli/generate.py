@@ -12,6 +12,7 @@ from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options,
 from windlass.cli.flags import Command, Flag, integer, number
 from windlass.cli.signals import leave_at_once
 from windlass.cli.summary import (
+    draft_lines,
     phase_json,
     phase_lines,
     plan_lines,
@@ -88,6 +89,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         f"{len(choice.token_ids) / seconds:.2f} per s; {format_bytes(stats.bytes_read)} read, "
         f"{weights_words(stats)}, {format_bytes(stats.peak_rss_bytes)} at the peak",
         *prefetch_lines(stats),
+        *draft_lines(stats),
         *phase_lines(stats, check),
         sep="\n",
         file=sys.stderr,

@@ -16,6 +16,7 @@ from windlass.cli.flags import Command, Flag, integer
 from windlass.cli.output import drop_output
 from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
 from windlass.cli.summary import (
+    draft_lines,
     phase_json,
     phase_lines,
     plan_lines,
@@ -206,6 +207,7 @@ def _summary_lines(summary: "Summary", options: "JobOptions") -> list[str]:
             f"disk: {format_bytes(stats.bytes_read)} read, "
             f"{format_bytes(stats.bytes_read / seconds)}/s; {weights_words(stats)}",
             *prefetch_lines(stats),
+            *draft_lines(stats),
             f"memory: {format_bytes(stats.peak_rss_bytes)} at the peak",
             f"plan: {options.plan_file}",
         ]

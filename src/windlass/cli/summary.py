@@ -1,7 +1,7 @@
 """What a run says of its plan when it begins, and of its speed when it ends: lines for people,
 fields for programs."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from windlass.engine.engine_stats import EngineStats
@@ -44,6 +44,18 @@ def prefetch_lines(stats: EngineStats) -> list[str]:
     return [f"prefetched: {format_bytes(store.prefetch_issued_bytes)}; {parts}{found}"]
 
 
+def draft_lines(stats: EngineStats) -> list[str]:
+    """What became of guesses; nothing where none were asked for."""
+    own = stats.drafts
+    if own is None:
+        return []
+    share = f" ({100 * own.accepted / own.proposed:.0f} %)" if own.proposed else ""
+    return [
+        f"drafts: {own.accepted} of {own.proposed} right{share}, in {own.passes} passes;"
+        f" {own.passes_without} passes could have guessed and did not; {own.note}"
+    ]
+
+
 def weights_json(stats: EngineStats) -> dict[str, Any]:
     """Counters of weights, for programs."""
     prefetch = {
@@ -56,6 +68,7 @@ def weights_json(stats: EngineStats) -> dict[str, Any]:
         "expert_requests": stats.expert_requests,
         "expert_hits": stats.expert_hits,
         "expert_shares": stats.expert_shares,
+        **({"drafts": asdict(stats.drafts)} if stats.drafts else {}),
         "evictions": stats.weights.evictions,
         **prefetch,
         "speculation": stats.speculation,

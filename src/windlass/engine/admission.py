@@ -1,6 +1,7 @@
 """Which rows the next pass computes: admission by key/value pages. Knows counts, no tensors.
 
-Decode rows of running sequences go first, at least one of each, then chunks of prompts fill the
+Decode rows of running sequences go first, at least one of each and guesses of what follows
+(`engine/drafting.py`) as far as nobody gives way for them, then chunks of prompts fill the
 pass up to its row limit, the oldest first; a waiting sequence joins as soon as pages for its prompt
 are free, those that begin alike one after the other. They share pages (`engine/prompt_pages.py`):
 the first to come computes them, those behind it in the same pass or later ones read them. Pages
@@ -12,15 +13,17 @@ so all do.
 """
 
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from windlass.engine.answer_lengths import OutputLengths
+from windlass.engine.drafting import Drafting
 from windlass.engine.prompt_pages import Known, PromptPages
 from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
 from windlass.engine.waiting_queue import WaitingQueue
 from windlass.kvcache.kv_cache import KvCache
-from windlass.schedule.batch import CHUNK_TOKENS, Segment
+from windlass.schedule.batch import CHUNK_TOKENS, Segment, most_drafts
 
 
 class ScheduledSequence(NamedTuple):
@@ -47,16 +50,20 @@ class Admission:
         max_rows: int,
         long_rope_after: int | None,
         mixed_prefill_rows: int | None = None,
+        drafting: Drafting | None = None,
     ) -> None:
         """`long_rope_after`: sequences that may outgrow this many tokens use LongRoPE's long
         factors; None for other models. `mixed_prefill_rows`: prompt rows of a pass in which
         sequences decode, at most; None for no bound, 0 for waves: all prompts that there are pages
-        for, then decoding to the last end."""
+        for, then decoding to the last end. `drafting`: guesses what decoding sequences go on
+        with."""
         assert max_rows >= max_num_seqs + CHUNK_TOKENS, "a pass must hold all sequences and a chunk"
         self._kv = kv
         self._max_num_seqs = max_num_seqs
         self._max_rows = max_rows
         self._mixed_prefill_rows = mixed_prefill_rows
+        self._drafting = drafting
+        self._most_drafts = most_drafts(max_num_seqs, drafting.most) if drafting else 0
         self.lengths = OutputLengths()
         self._is_filling = False  # a wave takes in prompts
         self.prompt_pages = PromptPages(kv, long_rope_after=long_rope_after)
@@ -130,14 +137,14 @@ class Admission:
         needed -= self.prompt_pages.num_held(known)
         kept = sum(map(self._may_want, self.running))
         fits = needed + kept <= self._kv.num_free_pages and self._kv.has_free_state
-        return fits and self._fitting(left, room) > 0
+        return fits and _fitting(left, room) > 0
 
     def _may_want(self, sequence: Sequence) -> float:
         """Pages kept free for a running sequence, so that a newcomer does not drive it out at once:
         those it lacks now, else one as far as it is likely to want it. To keep all that it may grow
         to saves preemptions and costs more passes (docs/experiments/0008-free-pages.md)."""
         held = len(sequence.pages)
-        lacking = self._kv.pages_for(sequence.num_tokens) - held
+        lacking = max(0, self._kv.pages_for(sequence.num_tokens) - held)  # drafts may hold one more
         most = self._kv.pages_for(sequence.max_total - 1) - held
         if lacking > 0 or not most:
             return min(lacking, most)
@@ -175,30 +182,34 @@ class Admission:
         self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
+        if self._drafting is not None:
+            self._drafting.forget(sequence)
         self._kv.give_pages(sequence.pages)
         self._kv.give_state(sequence.state_slot)
         sequence.pages, sequence.state_slot = [], -1
 
     def _generated(self, sequence: Sequence, room: int) -> ScheduledSequence:
-        """Rows of generated tokens: one, or several after a preemption."""
+        """Rows of generated tokens: one, or several after a preemption, and drafted ones."""
         first = sequence.num_computed
         last = min(sequence.num_tokens, first + room)
-        return self._row(sequence, first, last, is_prompt=False)
+        row = self._row(sequence, first, last, is_prompt=False)
+        if self._drafting is None or last < sequence.num_tokens:
+            return row
+        # nobody gives way for a guess: there is still a chunk for prompts, a page for each
+        most = min(room - (last - first) - CHUNK_TOKENS, self._most_drafts // len(self.running))
+        spare = self._kv.num_free_pages - len(self.running)
+        return _with_drafts(row, self._drafting.propose(sequence)[: max(0, most)], self._kv, spare)
 
     def _add_prompt(self, sequence: Sequence, room: int, rows: list[ScheduledSequence]) -> int:
         """Adds the next chunk of a prompt and returns its number of rows. What rows before it have
         computed, here or earlier, is done."""
         self.prompt_pages.skip(sequence)
-        count = self._fitting(sequence.num_prompt - sequence.num_computed, room)
+        count = _fitting(sequence.num_prompt - sequence.num_computed, room)
         if count:
             first = sequence.num_computed
             rows.append(self._row(sequence, first, first + count, is_prompt=True))
             self.prompt_pages.fill(sequence, first, first + count)
         return count
-
-    def _fitting(self, left: int, room: int) -> int:
-        """Prompt rows that fit: all that is left, or up to a multiple of CHUNK_TOKENS."""
-        return left if left <= room else room // CHUNK_TOKENS * CHUNK_TOKENS
 
     def _row(
         self, sequence: Sequence, first: int, last: int, *, is_prompt: bool
@@ -228,3 +239,28 @@ class Admission:
         assert all(isinstance(one, QueuedSequence) or not one.pages for one in self.waiting), (
             "a waiting sequence holds pages"
         )
+
+
+def _fitting(left: int, room: int) -> int:
+    """Prompt rows that fit: all that is left, or up to a multiple of CHUNK_TOKENS."""
+    return left if left <= room else room // CHUNK_TOKENS * CHUNK_TOKENS
+
+
+def _with_drafts(
+    row: ScheduledSequence, drafts: tuple[int, ...], kv: KvCache, spare_pages: int
+) -> ScheduledSequence:
+    """The row with guesses behind it, as many as its pages and `spare_pages` have room for. The
+    last token of a sequence is never computed."""
+    sequence, segment = row
+    drafts = drafts[: max(0, sequence.max_total - 1 - sequence.num_tokens)]
+    missing = kv.pages_for(sequence.num_tokens + len(drafts)) - len(sequence.pages)
+    if 0 < missing <= spare_pages:
+        sequence.pages.extend(kv.take_pages(missing))
+    drafts = drafts[: len(sequence.pages) * kv.page_tokens - sequence.num_tokens]
+    more = replace(
+        segment,
+        token_ids=segment.token_ids + drafts,
+        pages=tuple(sequence.pages),
+        num_drafts=len(drafts),
+    )
+    return ScheduledSequence(sequence, more if drafts else segment)

@@ -16,12 +16,13 @@ import torch
 from windlass.device.base import Device
 from windlass.device.host_memory import peak_resident_bytes
 from windlass.engine.admission import Admission, ScheduledSequence
+from windlass.engine.drafting import Drafting
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.expectation import Check, Expectation
 from windlass.engine.open_requests import OpenRequests
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.phase_meter import PhaseMeter, Readings
-from windlass.engine.request import Delta, Request, StepResult
+from windlass.engine.request import Delta, Request, StepResult, joined
 from windlass.engine.request_rules import RequestRules
 from windlass.engine.sequence import Sequence
 from windlass.engine.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ from windlass.plan import Plan
 from windlass.schedule.batch import make_batch, passes_of
 from windlass.schedule.passes import PassShape, run_pass
 from windlass.schedule.runtime import Outcome, Runtime
+from windlass.speculative import SpeculativeConfig
 from windlass.trace import Tracer
 from windlass.weights.store import WeightStore
 from windlass.workload import Workload
@@ -48,6 +50,7 @@ class EngineSetup:
     rules: RequestRules
     fingerprint: Mapping[str, object]
     expectation: Expectation | None = None
+    speculative: SpeculativeConfig | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +62,7 @@ class EngineParts:
     shape: PassShape
     weights: WeightStore
     admission: Admission
+    drafting: Drafting | None
     device: Device
     tracer: Tracer
     resources: ExitStack
@@ -146,13 +150,15 @@ class Engine:
                 result = self._take(rows, outcome)
         seconds = time.perf_counter() - begin
         self._pass_s += seconds
-        self._meter.add(
+        took = self._meter.add(
             batch.segments,
             self._readings(),
             passes=len(passes),
-            output_tokens=len(result.deltas),
+            output_tokens=sum(len(delta.token_ids) for delta in result.deltas),
             seconds=seconds,
         )
+        if self._parts.drafting is not None:
+            self._parts.drafting.passed(batch.segments, took)
         self._tracer.counter("rows", rows=batch.num_tokens)
         self._tracer.counter("disk", bytes=self._weights.stats().bytes_read)
         return result
@@ -163,17 +169,17 @@ class Engine:
         taken = 0
         scores: Iterator[float] = iter(outcome.logprobs.tolist())
         for sequence, segment in rows:
-            sequence.num_computed += segment.num_tokens
+            drafts = segment.token_ids[segment.num_tokens - segment.num_drafts :]
+            sequence.num_computed += segment.num_tokens - len(drafts)
             for place, _ in enumerate(segment.targets, segment.first_position + 1):
                 sequence.prompt_logprobs[place] = next(scores)
             if segment.is_prompt:
                 self._prompt_tokens += segment.num_tokens
             if not segment.wants_logits:
                 continue
-            delta = self._advance(sequence, outcome.logits[taken])
-            taken += 1
-            if delta is not None:
-                deltas.append(delta)
+            logits_RV = outcome.logits[taken : taken + segment.num_logits]
+            taken += segment.num_logits
+            deltas += self._advance(sequence, logits_RV, drafts)
             if sequence.finish_reason is not None:
                 self._admission.remove(sequence)
                 output = self._open.end(sequence)
@@ -181,14 +187,22 @@ class Engine:
                     finished.append(output)
         return StepResult(tuple(finished), tuple(deltas))
 
-    def _advance(self, sequence: Sequence, logits_V: torch.Tensor) -> Delta | None:
-        """The sequence's next token; None where its request's constraints leave none: that request
-        alone fails."""
+    def _advance(
+        self, sequence: Sequence, logits_RV: torch.Tensor, drafts: tuple[int, ...]
+    ) -> list[Delta]:
+        """The sequence's next tokens as one delta: that after its last row, and for as long as the
+        guess in the row behind is the token that was drawn, that after it. None where its request's
+        constraints leave none: that request alone fails."""
         entry = self._open[sequence.request.request_id]
-        delta = None
+        deltas: list[Delta] = []
+        before = sequence.num_computed
         try:
-            delta = sequence.advance(logits_V, self.tokenizer)
-            self._generated_tokens += 1
+            for logits_V, draft in zip(logits_RV, (*drafts, None), strict=True):
+                deltas.append(sequence.advance(logits_V, self.tokenizer))
+                self._generated_tokens += 1
+                if sequence.finish_reason is not None or deltas[-1].token_ids != (draft,):
+                    break
+                sequence.num_computed += 1
         except RequestError as error:
             sequence.finish_reason, entry.failure = "error", error
         else:
@@ -196,7 +210,9 @@ class Engine:
                 lengths = self._admission.lengths
                 lengths.observe(len(sequence.output_ids), sequence.queued.max_output)
         entry.first_token = entry.first_token or time.monotonic()
-        return delta
+        if self._parts.drafting is not None:
+            self._parts.drafting.count(len(drafts), sequence.num_computed - before)
+        return [joined(deltas)] if deltas else []
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -217,6 +233,7 @@ class Engine:
             prefix_cache_queries=prompts.num_asked if self.plan.prefix_caching else 0,
             prefix_cache_hits=prompts.num_found,
             speculation=self._parts.speculation(),
+            drafts=self._parts.drafting.stats() if self._parts.drafting else None,
         )
 
     def compare(

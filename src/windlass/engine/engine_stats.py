@@ -10,6 +10,18 @@ from windlass.weights.stats import StoreStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DraftStats:
+    """Guessed tokens that passes computed, and those of them that were right. `passes_without`:
+    passes that could have guessed and did not. `note`: why, as things stand."""
+
+    proposed: int
+    accepted: int
+    passes: int
+    passes_without: int
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """Totals since the engine was built, except `running` and `waiting` (sequences now)."""
 
@@ -25,7 +37,7 @@ class EngineStats:
     prefix_cache_queries: int = 0  # prompt tokens that other sequences might have computed
     prefix_cache_hits: int = 0  # of these, tokens that they had computed
     speculation: str = ""  # whether reading ahead by forecasts pays, in words
-
+    drafts: DraftStats | None = None  # None where nothing is guessed
     phases: Mapping[str, PhaseStats] = field(default_factory=dict)  # those that occurred
 
     @property

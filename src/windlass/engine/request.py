@@ -1,6 +1,7 @@
 """Request (frozen, from a front) and what an engine step gives back. Knows no model."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from windlass.engine.outputs import RequestOutput
 from windlass.params import SamplingParams
@@ -28,6 +29,15 @@ class Delta:
     index: int
     text: str
     token_ids: tuple[int, ...]
+
+
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """Of one choice, one after the other, as one."""
+    first = deltas[0]
+    if len(deltas) == 1:
+        return first
+    tokens = (token for one in deltas for token in one.token_ids)
+    return replace(first, text="".join(one.text for one in deltas), token_ids=tuple(tokens))
 
 
 @dataclass(frozen=True, slots=True)

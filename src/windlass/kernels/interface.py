@@ -44,6 +44,20 @@ class AttentionWork:
     pages: tuple[tuple[int, ...], ...]  # page ids of each sequence, oldest first
     is_prompt: tuple[bool, ...]
 
+    def by_row(self) -> "AttentionWork":
+        """The same rows, each as if it were a sequence of its own: of another form only for whom
+        the number of sequences matters."""
+        if all(count == 1 for count in self.num_rows):
+            return self
+        each = [(i, row) for i, count in enumerate(self.num_rows) for row in range(count)]
+        return AttentionWork(
+            first_row=tuple(self.first_row[i] + row for i, row in each),
+            num_rows=(1,) * len(each),
+            first_position=tuple(self.first_position[i] + row for i, row in each),
+            pages=tuple(self.pages[i] for i, _ in each),
+            is_prompt=tuple(self.is_prompt[i] for i, _ in each),
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionOptions:

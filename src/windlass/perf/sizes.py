@@ -32,6 +32,8 @@ class Sizes:
     backend: Backend
     # how matrices are stored, as hardware profiles call it; "bfloat16" of parts that are absent
     weight_kinds: Mapping[Part, str] = field(default_factory=dict)
+    drafts: int = 0  # guessed tokens of a sequence in a pass at most, each with logits
+    draft_bytes_per_token: int = 0  # of tokens in the KV cache: what guesses are made from
 
 
 @dataclass(frozen=True, slots=True)

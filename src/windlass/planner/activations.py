@@ -44,7 +44,7 @@ def activation_bytes(
     spec: ModelSpec, backend: Backend, *, rows: int, micro_rows: int, seqs: int, page_tokens: int
 ) -> int:
     """Bytes that a pass over `rows` rows allocates at most, with attention over `micro_rows` at a
-    time and logits of `seqs` rows."""
+    time and logits of `seqs` rows, of sequences or guesses."""
     width = spec.hidden_size
     micro = min(rows, micro_rows)
     is_native = backend.name == "cpu"

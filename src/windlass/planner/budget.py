@@ -15,7 +15,7 @@ from windlass.models.spec import ModelSpec
 from windlass.perf.sizes import Sizes
 from windlass.plan import HOST, PART_WORDS, PartSlots, Plan, Schedule, TierPlan
 from windlass.planner.activations import activation_bytes
-from windlass.schedule.batch import CHUNK_TOKENS
+from windlass.schedule.batch import CHUNK_TOKENS, most_drafts
 from windlass.units import MIB, format_bytes, round_up
 
 PAGE_TOKENS = 32
@@ -101,7 +101,7 @@ class _Draft:
         self._spec = spec
         self._sizes = sizes
         self._wanted = wanted
-        self._page_bytes = page_bytes(sizes)
+        self._page_bytes = page_bytes(sizes) + PAGE_TOKENS * sizes.draft_bytes_per_token
         context = wanted.max_model_len or min(SMALLEST_CONTEXT, spec.max_positions)
         self._context_pages = -(-context // PAGE_TOKENS)
 
@@ -208,7 +208,7 @@ class _Draft:
             self._sizes.backend,
             rows=min(rows, micro) if is_model_based else rows,
             micro_rows=micro,
-            seqs=seqs,
+            seqs=seqs + most_drafts(seqs, self._sizes.drafts),
             page_tokens=PAGE_TOKENS,
         )
 
@@ -240,7 +240,7 @@ class _Draft:
                 if part in slots
             ),
             kv_pages=pages,
-            kv_page_bytes=self._page_bytes,
+            kv_page_bytes=page_bytes(sizes),
             state_slots=seqs if sizes.state_bytes else 0,
             total_bytes=self.total(slots, seqs, rows, pages) + forecast,
             forecast_bytes=forecast,

@@ -24,7 +24,7 @@ class ComputedLayer(NamedTuple):
 
 
 class LayerCapture:
-    """Passes of equally many tokens, one of each sequence: hidden states and attention metadata of
+    """Passes of equally many tokens, whosever: hidden states and attention metadata of
     the next take the memory of the last one's, so that a captured layer can be replayed, also when
     other passes were computed in between."""
 
@@ -54,6 +54,7 @@ class LayerCapture:
         if not self._weights.cache.keeps_all or not is_capturable(batch):
             return hidden, metadata
         (now,) = metadata.values()
+        now = now._replace(work=now.work.by_row())  # as many tiles as rows, whoever has them
         self._blocks.fill_tables(now)
         self._pass = self._passes.get(batch.num_tokens)
         if self._pass is not None:
@@ -61,7 +62,7 @@ class LayerCapture:
         capture = self._kernels.capture(lambda: self._tracer.current)
         if capture is not None:
             self._pass = self._passes[batch.num_tokens] = _Pass(capture, now, hidden)
-        return hidden, metadata
+        return hidden, {0: now}
 
     def layer(self, layer: int) -> ComputedLayer | None:
         """See `Runtime.replay`; None where nothing was computed."""

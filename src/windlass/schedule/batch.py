@@ -11,6 +11,11 @@ CHUNK_TOKENS = (
 MOST_CAPTURED = 16
 
 
+def most_drafts(sequences: int, each: int) -> int:
+    """Drafted tokens of a pass of up to `sequences`, `each` of one: logits are kept for so many."""
+    return min(sequences * each, max(MOST_CAPTURED, sequences))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
     """Consecutive tokens of one sequence: a chunk of its prompt, or generated ones."""
@@ -22,7 +27,10 @@ class Segment:
     state_slot: int  # -1 where the model keeps no recurrent state
     is_prompt: bool
     long_rope: bool
-    wants_logits: bool  # after the last token
+    wants_logits: bool  # after the last token, and after those that `num_drafts` says
+    # Of the last tokens, those that are guesses: logits are wanted after each of them and after the
+    # one before them. A guess that was wrong is computed for nothing, and so are those behind it.
+    num_drafts: int = 0
     targets: tuple[
         int, ...
     ] = ()  # tokens whose log-probability is wanted, each after one of the first
@@ -30,6 +38,11 @@ class Segment:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_logits(self) -> int:
+        """Tokens, the last ones, after which logits are wanted."""
+        return 1 + self.num_drafts if self.wants_logits else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +76,11 @@ class Batch:
     @property
     def logit_rows(self) -> list[int]:
         """Tokens of the pass after which logits are wanted, as indices, in segment order."""
-        rows, first = [], 0
+        rows: list[int] = []
+        first = 0
         for segment in self.segments:
             first += segment.num_tokens
-            if segment.wants_logits:
-                rows.append(first - 1)
+            rows.extend(range(first - segment.num_logits, first))
         return rows
 
     @property
@@ -118,11 +131,12 @@ def make_batch(segments: list[Segment], *, micro_batch_tokens: int) -> Batch:
 
 
 def is_capturable(batch: Batch) -> bool:
-    """Whether other passes can be as this one: a few sequences, one token of each."""
+    """Whether other passes can be as this one: a few sequences, one token of each or some that
+    were generated or drafted."""
     return (
         batch.num_tokens <= MOST_CAPTURED
         and len(batch.micro_batches) == 1
-        and len(batch.segments) == batch.num_tokens
+        and all(one.num_tokens == 1 or not one.is_prompt for one in batch.segments)
     )
 
 
@@ -139,17 +153,21 @@ def passes_of(batch: Batch, schedule: Schedule) -> list[Batch]:
 
 def _cut(segment: Segment, count: int) -> tuple[Segment, Segment]:
     """The first `count` tokens, fewer than all, and the rest."""
+    left = segment.num_tokens - count
+    before = max(0, segment.num_logits - left)  # logits wanted of the first part
     first = replace(
         segment,
         token_ids=segment.token_ids[:count],
         targets=segment.targets[:count],
-        wants_logits=False,
+        wants_logits=before > 0,
+        num_drafts=max(0, before - 1),
     )
     rest = replace(
         segment,
         token_ids=segment.token_ids[count:],
         targets=segment.targets[count:],
         first_position=segment.first_position + count,
+        num_drafts=segment.num_drafts - before,
     )
     return first, rest
 

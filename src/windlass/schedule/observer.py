@@ -12,8 +12,9 @@ from windlass.schedule.batch import Batch
 class RoutedTokens(NamedTuple):
     """The tokens of a pass at the router of one layer, in the order of the batch, which knows the
     sequence and position of each. Arrays are valid until `observe` returns and are not written to:
-    the next layer takes their memory. Tokens of a preempted sequence are routed again. What is None
-    nobody wanted, or a clock that only counts does not know."""
+    the next layer takes their memory. Tokens of a preempted sequence are routed again; guesses
+    (`Segment.num_drafts`) are routed too, those that were wrong at positions that come again. What
+    is None nobody wanted, or a clock that only counts does not know."""
 
     layer: int
     batch: Batch
