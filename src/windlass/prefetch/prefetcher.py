@@ -73,9 +73,10 @@ class Prefetcher:
         self._began = now
 
     def end(self, batch: Batch, now: float) -> None:
-        """The pass over `batch` has ended. Passes that only decode, as many rows, are compared."""
+        """The pass over `batch` has ended. Passes that only decode, as many sequences, are
+        compared."""
         if self._guard is not None and not any(segment.is_prompt for segment in batch.segments):
-            self._guard.add(batch.num_tokens, now - self._began)
+            self._guard.add(len(batch.segments), now - self._began)
 
     def enter(self, layer: int) -> None:
         """The pass enters `layer`; the head counts as one more layer. Layers come in order."""
