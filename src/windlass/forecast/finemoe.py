@@ -7,6 +7,7 @@ chunk the means over its rows.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -201,7 +202,7 @@ class FineMoeForecast:
             if file is not None:
                 self._matcher.store.save(file.path, stamp=file.stamp)
 
-    def _publish(self, context: "partial[None]") -> None:
+    def _publish(self, context: Callable[[int], None]) -> None:
         if not self._worker.submit(partial(context, self._matcher.number)):
             self.stats.dropped += 1
 
