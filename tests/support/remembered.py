@@ -113,6 +113,7 @@ class Machine:
     def __init__(
         self, forecast: ExpertForecast, policy: ExpertPool, *, slots: int, link_s: float = 0.2
     ) -> None:
+        """One block is in flight at a time."""
         self.table = table = forecast.outlook.table
         self.lanes = Lanes(Clock(), ("disk", "host"), keeps_spans=True)
         costs: Any = _Costs(link_s)
@@ -125,7 +126,7 @@ class Machine:
                 counts, counts | {Part.EXPERT: slots}, lambda key: (Read("", 0, 100, 0),) * 4
             ),
             policy=policy,
-            depth=2,
+            depth=1,
         )
         self.cache = self.weights.cache
         self.shape = PassShape((LayerShape(True, "experts"),) * len(table.num_experts), 1)

@@ -257,11 +257,11 @@ class _Matcher:
         shares_BE = self.store.rows(layer, found.entries_B)
         scores_B = found.scores_B if self._settings.widens else np.ones(len(shares_BE))
         chosen_BE = choose(shares_BE, scores_B, self._top_k)
-        self._stats.found += 1
         self._stats.widened += int((chosen_BE.sum(1) > self._top_k).sum())
         places = np.flatnonzero(chosen_BE.any(0))
         chances_E = merged(shares_BE, self._tokens_B)
         self._matches.append(_Match(self._searched, after, layer, chances_E, places))
+        self._stats.found += 1
 
 
 def choose(shares_BE: Rows, scores_B: Floats, top_k: int) -> NDArray[np.bool_]:
