@@ -1,5 +1,5 @@
-"""FineMoE and MoE-Infinity: their formulas against plain forms of them, and, by number, the traps
-that their public programs fell into."""
+"""FineMoE: its formulas against plain forms of them, and, by number, the traps that its public
+program fell into."""
 
 import threading
 import time
@@ -10,15 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from remembered import HIDDEN, Machine, Topics, chunks, play
+from planning import SPECS
+from remembered import HIDDEN, Machine, Topics, chunks, cosine, play
 from routing import rows
 from windlass.errors import UsageError
 from windlass.forecast.expert_map_store import ExpertMapStore
 from windlass.forecast.finemoe import FineMoeForecast, FineMoeSettings, MapFile, choose
-from windlass.forecast.gate_shares import merged, shares_of
-from windlass.forecast.interface import ExpertTable
+from windlass.forecast.gate_shares import are_logits, merged, shares_of
+from windlass.forecast.interface import Candidates, ExpertTable
 from windlass.forecast.moe_infinity import MoeInfinityForecast
 from windlass.ids import Part, WeightKey
+from windlass.models.spec import Moe, SigmoidTopK, TopKSoftmax
 from windlass.prefetch.paper_pools import FineMoePool, MoeInfinityPool
 from windlass.schedule.passes import run_pass
 
@@ -37,12 +39,6 @@ def store(**options):
 
 def expert(layer, index):
     return WeightKey(Part.EXPERT, layer, index)
-
-
-def cosine(a, b):
-    a, b = np.ravel(a).astype(float), np.ravel(b).astype(float)
-    norm = np.sqrt((a @ a) * (b @ b))
-    return a @ b / norm if norm else 0.0
 
 
 # --- the formulas, against plain forms ------------------------------------------------------------
@@ -170,6 +166,13 @@ def test_shares_of_every_kind_of_gate_have_the_sum_one():
         [0.25, 0.125, 0.125, 0.5]
     ]
     assert shares_of([[0.0, 0.0]], are_logits=False).tolist() == [[0, 0]]
+    spec = SPECS["olmoe-1b-7b"]
+    assert not are_logits(spec)
+    block = spec.blocks[0]
+    assert isinstance(block.ffn, Moe)
+    for routing, expected in ((TopKSoftmax(), True), (SigmoidTopK(renorm_eps=None), False)):
+        other = replace(block, ffn=replace(block.ffn, routing=routing))
+        assert are_logits(replace(spec, blocks=(other,) * len(spec.blocks))) == expected
 
 
 # --- T1 to T22 ------------------------------------------------------------------------------------
@@ -451,7 +454,8 @@ def test_t9_t11_t18_reads_run_beside_computation_and_experts_without_tokens_cost
     visits = pool._freq
     assert visits.sum() == 40 * LAYERS * TOP_K, "visits: experts with tokens, once a pass"
 
-    machine.prefetcher.speculates = False
+    nothing = Candidates(np.zeros(0, np.int64), np.zeros(0))
+    forecast.candidates = lambda layer: nothing  # type: ignore[method-assign]
     before, after = run(machine, topics.routing([2]))
     misses = [one.requests[Part.EXPERT] - one.hits[Part.EXPERT] for one in (before, after)]
     assert 0 < (after.bytes_read - before.bytes_read) / 400 == misses[1] - misses[0], (
@@ -727,79 +731,6 @@ def test_nonsense_settings_are_refused():
     for wrong in (dict(distance=0), dict(capacity=0), dict(delay=-1)):
         with pytest.raises(UsageError, match=f"got {next(iter(wrong.values()))}, allowed at least"):
             finemoe(**wrong)
-
-
-# --- MoE-Infinity ---------------------------------------------------------------------------------
-
-
-def counts_of(routing):
-    counts = np.zeros((LAYERS, EXPERTS))
-    for layer in range(LAYERS):
-        counts[layer, np.argsort(-routing.shares_TLE[0, layer], kind="stable")[:TOP_K]] += 1
-    return counts
-
-
-def test_moe_infinity_is_its_formula():
-    topics = Topics(LAYERS, EXPERTS, topics=4, noise=1.0)
-    forecast = MoeInfinityForecast(TABLE, capacity=10, matches=2)
-    requests: list[np.ndarray] = []
-    for number in range(6):
-        total = np.zeros((LAYERS, EXPERTS))
-        for _ in range(5):
-            routing = topics.routing([number % 4])
-            told = play(forecast, TABLE, routing, chunks([1], first=number))
-            own = counts_of(routing)
-            total += own
-            for l_now, (places, values) in enumerate(told):
-                expected = {}
-                if requests and l_now:
-                    scores = [cosine(own[:l_now], r[:l_now]) for r in requests]
-                    best = np.argsort(scores)[::-1][:2]
-                    gap = scores[best[-1]] - max(
-                        (s for i, s in enumerate(scores) if i not in best), default=-1
-                    )
-                    if gap < 1e-6:
-                        continue  # either may be matched
-                    matched = np.sum([requests[i] for i in best], axis=0)
-                    for i in range(l_now, LAYERS):
-                        for j in range(EXPERTS):
-                            share = matched[i, j] / matched[i].sum()
-                            if share:
-                                expected[i * EXPERTS + j] = share * (1 - (i - (l_now - 1)) / LAYERS)
-                expected = {k: v for k, v in expected.items() if v > 0}
-                assert dict(zip(places, values, strict=True)) == pytest.approx(expected, rel=1e-3)
-        requests.append(total)
-    assert forecast.num_kept == 5, "a request is kept when another one runs without it"
-
-
-def test_moe_infinity_keeps_requests_apart_and_replaces_the_most_similar():
-    topics = Topics(LAYERS, EXPERTS, topics=3, noise=0.01)
-    forecast = MoeInfinityForecast(TABLE, capacity=2)
-    for number, topic in enumerate([0, 1, 1, 2]):
-        for _ in range(3):
-            play(forecast, TABLE, topics.routing([topic, 0]), chunks([1, 1], first=10 * number))
-    assert forecast.num_kept == 2 and len(forecast._requests) == 2
-    assert all(own.sum() == 3 * TOP_K for one in forecast._requests.values() for own in one)
-
-
-def test_moe_infinity_keeps_early_layers():
-    forecast = MoeInfinityForecast(TABLE)
-    shares = np.random.default_rng(0).dirichlet([1] * EXPERTS, LAYERS)
-    forecast.outlook.next[:] = forecast.outlook.now[:] = shares.ravel()
-    pool = MoeInfinityPool(forecast.outlook)
-    for key in TABLE.keys:
-        pool.add(key)
-    keep = (
-        (shares + 1e-6) / shares.sum(1, keepdims=True) * (1 - np.arange(LAYERS) / LAYERS)[:, None]
-    )
-    for place in np.argsort(keep.ravel()):
-        assert pool.victim(expert(0, 0), None) == TABLE.keys[place]
-        pool.discard(TABLE.keys[place])
-    even = MoeInfinityPool(MoeInfinityForecast(TABLE).outlook)
-    for key in TABLE.keys:
-        even.add(key)
-    last = even.victim(expert(0, 0), None)
-    assert last is not None and last.layer == LAYERS - 1
 
 
 @pytest.mark.parametrize("pool", [FineMoePool, MoeInfinityPool])

@@ -31,6 +31,13 @@ def chunks(lengths: Sequence[int], *, first: int = 0) -> Batch:
     return make_batch(segments, micro_batch_tokens=1 << 20)
 
 
+def cosine(a: Any, b: Any) -> float:
+    """0 where one of both is nothing but zeros."""
+    a, b = np.ravel(a).astype(float), np.ravel(b).astype(float)
+    norm = np.sqrt((a @ a) * (b @ b))
+    return float(a @ b / norm) if norm else 0.0
+
+
 class Routing:
     """What a pass over T tokens routes: shares (T, L, E) and embeddings (T, HIDDEN)."""
 

@@ -15,17 +15,15 @@ from windlass.schedule.batch import Batch
 
 Rows = NDArray[np.float32]
 
+LOGIT_ROUTINGS = (TopKSoftmax, SparseMixer)  # their scores are logits, others' positive numbers
+
 _MOST = 1.0 - 1e-6  # keeps logarithms finite
 
 
 def are_logits(spec: ModelSpec) -> bool:
-    """Whether the scores that a model's routers report are logits, not positive numbers."""
+    """Whether the scores that a model's routers report are logits."""
     networks = [block.ffn for block in spec.blocks]
-    return any(
-        isinstance(ffn.routing, TopKSoftmax | SparseMixer)
-        for ffn in networks
-        if isinstance(ffn, Moe)
-    )
+    return any(isinstance(ffn, Moe) and isinstance(ffn.routing, LOGIT_ROUTINGS) for ffn in networks)
 
 
 def shares_of(scores_TE: Any, *, are_logits: bool) -> Rows:
