@@ -15,6 +15,15 @@ class _SharesPool(ExpertPool):
     def __init__(self, outlook: Outlook, *, floor: int = 0) -> None:
         super().__init__(outlook.table, floor=floor)
         self._outlook = outlook
+        self._num_uses = 0
+        self._known: tuple[int, int, int] | None = None
+
+    def used(self, place: int) -> None:
+        self._num_uses += 1
+
+    def changed(self) -> bool:
+        before, self._known = self._known, (self.now, self._outlook.version, self._num_uses)
+        return self._known != before
 
     def _shares(self) -> Floats:
         is_ahead = self._table.layer_of > self.now % self._num_layers
@@ -32,6 +41,7 @@ class FineMoePool(_SharesPool):
         self._freq = np.zeros(len(outlook.table))
 
     def used(self, place: int) -> None:
+        super().used(place)
         self._freq[place] += 1.0
 
     def losses(self) -> Floats:
