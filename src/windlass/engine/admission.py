@@ -1,6 +1,7 @@
 """Which rows the next pass computes: admission by key/value pages. Knows counts, no tensors.
 
-Decode rows of running sequences go first, at least one of each and guesses of what follows
+Decode rows of running sequences go first, at least one of each whose turn it is (all, or one of
+few: `engine/bursts.py`; who waits keeps its pages), and guesses of what follows
 (`engine/drafting.py`) as far as nobody gives way for them, then chunks of prompts fill the
 pass up to its row limit, the oldest first; a waiting sequence joins as soon as pages for its prompt
 are free, those that begin alike one after the other. They share pages (`engine/prompt_pages.py`):
@@ -17,6 +18,7 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from windlass.engine.answer_lengths import OutputLengths
+from windlass.engine.bursts import Turns
 from windlass.engine.drafting import Drafting
 from windlass.engine.prompt_pages import Known, PromptPages
 from windlass.engine.request import Request
@@ -39,6 +41,13 @@ class Starts(Protocol):
     def start(self, queued: QueuedSequence) -> Sequence: ...
 
 
+class Decoding(NamedTuple):
+    """Who decodes in a pass, and what is guessed of what they go on with."""
+
+    turns: Turns
+    drafting: Drafting | None = None
+
+
 class Admission:
     """Owns the waiting and running sequences and their pages."""
 
@@ -50,20 +59,21 @@ class Admission:
         max_rows: int,
         long_rope_after: int | None,
         mixed_prefill_rows: int | None = None,
-        drafting: Drafting | None = None,
+        decoding: Decoding | None = None,
     ) -> None:
         """`long_rope_after`: sequences that may outgrow this many tokens use LongRoPE's long
         factors; None for other models. `mixed_prefill_rows`: prompt rows of a pass in which
         sequences decode, at most; None for no bound, 0 for waves: all prompts that there are pages
-        for, then decoding to the last end. `drafting`: guesses what decoding sequences go on
-        with."""
+        for, then decoding to the last end. `decoding`: all in every pass, without guesses, if
+        None."""
         assert max_rows >= max_num_seqs + CHUNK_TOKENS, "a pass must hold all sequences and a chunk"
         self._kv = kv
         self._max_num_seqs = max_num_seqs
         self._max_rows = max_rows
         self._mixed_prefill_rows = mixed_prefill_rows
-        self._drafting = drafting
-        self._most_drafts = most_drafts(max_num_seqs, drafting.most) if drafting else 0
+        self.turns, self._drafting = decoding or Decoding(Turns())
+        most = self._drafting.most if self._drafting else 0
+        self._most_drafts = most_drafts(max_num_seqs, most)
         self.lengths = OutputLengths()
         self._is_filling = False  # a wave takes in prompts
         self.prompt_pages = PromptPages(kv, long_rope_after=long_rope_after)
@@ -104,8 +114,11 @@ class Admission:
                 self._is_filling = bool(rows)
             if rows:
                 return rows
-        # oldest first, at the cost of the youngest, which is in its prompt from then on
-        decoding = [c for c in list(self.running) if not c.in_prompt and self._grow(c)]
+        decoding: list[Sequence] = []
+        while not decoding and (able := {c.number: c for c in self.running if not c.in_prompt}):
+            turn = [able[number] for number in self.turns.choose(list(able))]
+            # oldest first, at the cost of the youngest, which is in its prompt from then on
+            decoding = [c for c in turn if not c.in_prompt and self._grow(c)]
         room = self._max_rows
         for following, sequence in zip(range(len(decoding))[::-1], decoding, strict=True):
             rows.append(self._generated(sequence, room - following))  # a row for each that follows
