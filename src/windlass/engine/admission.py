@@ -25,7 +25,7 @@ from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
 from windlass.engine.waiting_queue import WaitingQueue
 from windlass.kvcache.kv_cache import KvCache
-from windlass.schedule.batch import CHUNK_TOKENS, Segment, most_drafts
+from windlass.schedule.batch import CHUNK_TOKENS, Segment, fitting_rows, most_drafts
 
 
 class ScheduledSequence(NamedTuple):
@@ -150,7 +150,7 @@ class Admission:
         needed -= self.prompt_pages.num_held(known)
         kept = sum(map(self._may_want, self.running))
         fits = needed + kept <= self._kv.num_free_pages and self._kv.has_free_state
-        return fits and _fitting(left, room) > 0
+        return fits and fitting_rows(left, room) > 0
 
     def _may_want(self, sequence: Sequence) -> float:
         """Pages kept free for a running sequence, so that a newcomer does not drive it out at once:
@@ -205,7 +205,7 @@ class Admission:
         """Rows of generated tokens: one, or several after a preemption, and drafted ones."""
         first = sequence.num_computed
         last = min(sequence.num_tokens, first + room)
-        row = self._row(sequence, first, last, is_prompt=False)
+        row = _row(self.prompt_pages, sequence, (first, last), is_prompt=False)
         if self._drafting is None or last < sequence.num_tokens:
             return row
         # nobody gives way for a guess: there is still a chunk for prompts, a page for each
@@ -217,29 +217,13 @@ class Admission:
         """Adds the next chunk of a prompt and returns its number of rows. What rows before it have
         computed, here or earlier, is done."""
         self.prompt_pages.skip(sequence)
-        count = _fitting(sequence.num_prompt - sequence.num_computed, room)
+        count = fitting_rows(sequence.num_prompt - sequence.num_computed, room)
         if count:
             first = sequence.num_computed
-            rows.append(self._row(sequence, first, first + count, is_prompt=True))
+            span = (first, first + count)
+            rows.append(_row(self.prompt_pages, sequence, span, is_prompt=True))
             self.prompt_pages.fill(sequence, first, first + count)
         return count
-
-    def _row(
-        self, sequence: Sequence, first: int, last: int, *, is_prompt: bool
-    ) -> ScheduledSequence:
-        is_scored = is_prompt and sequence.scores_prompt
-        segment = Segment(
-            sequence=sequence.number,
-            token_ids=sequence.tokens(first, last),
-            first_position=first,
-            pages=tuple(sequence.pages),
-            state_slot=sequence.state_slot,
-            is_prompt=is_prompt,
-            long_rope=self.prompt_pages.long_rope(sequence.queued),
-            wants_logits=last == sequence.num_tokens,
-            targets=sequence.request.prompt_token_ids[first + 1 : last + 1] if is_scored else (),
-        )
-        return ScheduledSequence(sequence, segment)
 
     def check(self) -> None:
         """Pages are held by running sequences only, and by several only where their prompts
@@ -254,9 +238,24 @@ class Admission:
         )
 
 
-def _fitting(left: int, room: int) -> int:
-    """Prompt rows that fit: all that is left, or up to a multiple of CHUNK_TOKENS."""
-    return left if left <= room else room // CHUNK_TOKENS * CHUNK_TOKENS
+def _row(
+    prompts: PromptPages, sequence: Sequence, span: tuple[int, int], *, is_prompt: bool
+) -> ScheduledSequence:
+    """The sequence's rows at positions from the first of `span` up to its last."""
+    first, last = span
+    is_scored = is_prompt and sequence.scores_prompt
+    segment = Segment(
+        sequence=sequence.number,
+        token_ids=sequence.tokens(first, last),
+        first_position=first,
+        pages=tuple(sequence.pages),
+        state_slot=sequence.state_slot,
+        is_prompt=is_prompt,
+        long_rope=prompts.long_rope(sequence.queued),
+        wants_logits=last == sequence.num_tokens,
+        targets=sequence.request.prompt_token_ids[first + 1 : last + 1] if is_scored else (),
+    )
+    return ScheduledSequence(sequence, segment)
 
 
 def _with_drafts(

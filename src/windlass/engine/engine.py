@@ -153,7 +153,7 @@ class Engine:
         self._pass_s += seconds
         took = self._meter.add(
             batch.segments,
-            self._readings(),
+            _readings(self._parts),
             passes=len(passes),
             output_tokens=sum(len(delta.token_ids) for delta in result.deltas),
             seconds=seconds,
@@ -254,11 +254,6 @@ class Engine:
         found = self._expectation
         return found.compare(self.plan, work, phases, is_warm=is_warm) if found else None
 
-    def _readings(self) -> Readings:
-        store = self._weights.stats()
-        busy_s = self._parts.device.busy_s
-        return Readings(store.bytes_read, busy_s, store.wait_s, self._tracer.seconds)
-
     def check(self) -> None:
         """Invariants of all stores; cheap enough for tests after every step."""
         self._admission.check()
@@ -274,6 +269,11 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _readings(parts: EngineParts) -> Readings:
+    store = parts.weights.stats()
+    return Readings(store.bytes_read, parts.device.busy_s, store.wait_s, parts.tracer.seconds)
 
 
 def _join(outcomes: list[Outcome]) -> Outcome:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from windlass.engine.bursts import Turns
 from windlass.perf.op_cost import Seen
 from windlass.plan import Plan
-from windlass.schedule.batch import CHUNK_TOKENS
+from windlass.schedule.batch import fitting_rows
 from windlass.workload import Workload
 
 Ints = npt.NDArray[np.int64]
@@ -138,7 +138,7 @@ class _Composer:
     def _with_prompts(self, counts: list[int], room: int) -> list[int]:
         """Rows with those of prompts: of those that run, then of those that join."""
         for i in np.flatnonzero(self._computed < self._prompt).tolist():
-            counts[i] = _fitting(int(self._prompt[i] - self._computed[i]), room)
+            counts[i] = fitting_rows(int(self._prompt[i] - self._computed[i]), room)
             room -= counts[i]
         return counts + self._join(counts, room)
 
@@ -156,7 +156,7 @@ class _Composer:
             most = self._pages_for(first.prompt + first.output - 1)
             tokens = first.prompt + first.generated
             needed = min(self._pages_for(tokens + 1), most)
-            count = _fitting(first.prompt - first.shared, room)
+            count = fitting_rows(first.prompt - first.shared, room)
             if needed + kept > self._free or not count:
                 break
             if first.shared and not self._is_ready(first.shared, counts, new, rows):
@@ -307,7 +307,3 @@ def _last(most: int, fits: Callable[[int], bool]) -> int:
 
 def _pages(tokens: Ints, page_tokens: int) -> Ints:
     return -(-tokens // page_tokens)
-
-
-def _fitting(left: int, room: int) -> int:
-    return left if left <= room else room // CHUNK_TOKENS * CHUNK_TOKENS
