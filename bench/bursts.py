@@ -47,7 +47,8 @@ def _run(options: argparse.Namespace, folder: Path, num: int, burst: int | None)
          *("-m", str(options.model), "-i", str(folder / "job.jsonl"), "-o", str(output)),
          *("--max-num-seqs", str(num), "--moe-expert-cache-size", str(options.experts)),
          *(() if burst is None else ("--burst-tokens", str(burst))),
-         *("--host-memory", options.host_memory, "--load-mode", "dio", *options.flag)],
+         *("--host-memory", options.host_memory, "--load-mode", "dio",
+           "--expert-usage", "off", *options.flag)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if done.returncode:
