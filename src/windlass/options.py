@@ -42,6 +42,7 @@ class EngineOptions:
     for one that the commands choose (`doctor/kept.py`).
     `routing_trace`: where to record what routers decide; with their inputs where it says so.
     `speculative_config`: what is guessed of the next tokens; results are the same bits without.
+    `burst_tokens`: what a sequence decodes before the next, 0 for all in every pass.
     `plan`: one to replay, or its file; what else is said must agree with it. `model` and
     `tokenizer`: folders, or names on the hub until `hub/locate.py` has found them, each with its
     revision.
@@ -63,6 +64,7 @@ class EngineOptions:
     speculative_config: SpeculativeConfig | None = None
     max_model_len: int | None = None
     schedule: Schedule | None = None
+    burst_tokens: int | None = None
     plan: Plan | Path | None = None
     seed: int = 0
     threads: int | None = None
@@ -94,6 +96,8 @@ class EngineOptions:
             raise UsageError(f"threads: got {self.threads}, allowed 1 or more")
         if self.routing_trace_inputs and self.routing_trace is None:
             raise UsageError("routing_trace_inputs: allowed only with routing_trace")
+        if self.burst_tokens is not None and self.burst_tokens < 0:
+            raise UsageError(f"burst_tokens: got {self.burst_tokens}, allowed 0 or more")
 
 
 def resolve_model(name: str, *, what: str = "model") -> Path:

@@ -72,6 +72,8 @@ class Plan:
     max_num_batched_tokens: int
     micro_batch_tokens: int
     mixed_prefill_tokens: int | None = None  # prompt tokens beside decoding ones; 0: waves
+    burst_tokens: int = 0  # of a sequence before the next, while few decode; 0: all in every pass
+    burst_max_seqs: int = 0  # that few are
     prefix_caching: bool  # whether prompts that begin alike are computed once
     read_threads: int
     schedule: Schedule = "module-based"  # what a pass is: all tokens, or one micro-batch
@@ -100,9 +102,10 @@ class Plan:
     @classmethod
     def from_json(cls, document: object, *, what: str = "plan") -> "Plan":
         """Strict: every value there, of its type, and no other. Reads the flat form too that files
-        had before plans had tiers. UsageError names `what`."""
-        if isinstance(document, Mapping) and "tiers" not in document:
-            document = _with_tiers(document, what)
+        had before plans had tiers, and what they had before bursts. UsageError names `what`."""
+        if isinstance(document, Mapping):
+            document = {**dict.fromkeys(_BURSTS, 0), **document}
+            document = document if "tiers" in document else _with_tiers(document, what)
         own = _values(cls, document, what, nested=("tiers",))
         tiers = own["tiers"] = tuple(
             _read_tier(name, tier, f"{what}: tiers.{name}")
@@ -122,6 +125,7 @@ class Plan:
             f"plan: up to {self.max_num_seqs} sequences and {self.max_num_batched_tokens} tokens"
             f" per pass; a sequence may have {self.max_model_len} tokens; shared prompt prefixes"
             f" {prefixes}",
+            *self._burst_lines(),
             *self._baseline_lines(),
         ]
 
@@ -136,6 +140,16 @@ class Plan:
             + (f", forecast {format_bytes(tier.forecast_bytes)}" if tier.forecast_bytes else ""),
             f"plan: {name}"
             + ", ".join(_held(own) for own in tier.parts if own.part is not Part.FINAL),
+        ]
+
+    def _burst_lines(self) -> list[str]:
+        if not self.burst_tokens:
+            return []
+        few = self.burst_max_seqs
+        return [
+            f"plan: up to {few} sequences decode one after the other, {self.burst_tokens} tokens a"
+            f" turn: one waits for at most {(few - 1) * self.burst_tokens} passes; more than {few}"
+            " decode together"
         ]
 
     def _baseline_lines(self) -> list[str]:
@@ -162,6 +176,9 @@ def _held(own: PartSlots) -> str:
 
 
 # --- reading --------------------------------------------------------------------------------------
+
+
+_BURSTS = ("burst_tokens", "burst_max_seqs")
 
 
 def _read_tier(name: str, document: object, what: str) -> TierPlan:

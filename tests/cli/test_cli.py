@@ -416,6 +416,7 @@ ENGINE = MODEL | {
     "--enable-prefix-caching",
     "--expert-usage",
     "--no-enable-prefix-caching",
+    "--burst-tokens",
 }  # fmt: skip
 OPTIONS = {
     "run-batch": ENGINE | {
@@ -504,6 +505,8 @@ def test_values_become_engine_options() -> None:
             "int8",
             "--schedule",
             "model-based",
+            "--burst-tokens",
+            "0",
             "--plan",
             "p.json",
             "--speculative-config",
@@ -524,6 +527,9 @@ def test_values_become_engine_options() -> None:
     assert (options.generation_config, options.tokenizer) == ("vllm", "tok")
     assert (options.moe_backend, options.kv_cache_dtype) == ("torch", "int8")
     assert (options.schedule, options.plan) == ("model-based", Path("p.json"))
+    assert (options.burst_tokens, engine_options(values()).burst_tokens) == (0, None)
+    with pytest.raises(UsageError, match="burst-tokens"):
+        values("--burst-tokens", "-1")
     plain = engine_options(values())
     assert (plain.model, plain.host_memory, plain.max_model_len) == ("demo", None, None)
     assert engine_options(values("-c", "-1")).max_model_len is None

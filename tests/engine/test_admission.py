@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 
 from admission_machine import PAGE_TOKENS, Machine
 from sequences import PlainStarts
+from windlass.engine.bursts import Turns
+from windlass.prefetch.guard import WindowGuard
 from windlass.schedule.batch import CHUNK_TOKENS
 
 SIZES = st.tuples(st.integers(1, 150), st.integers(1, 90))
@@ -18,12 +20,15 @@ SIZES = st.tuples(st.integers(1, 150), st.integers(1, 90))
     seqs=st.integers(1, 6),
     more_rows=st.integers(0, 70),
     has_states=st.booleans(),
+    bursts=st.sampled_from(((0, 0), (0, 0), (1, 8), (5, 3), (16, 8))),
 )
-def test_everything_ends_whatever_comes(sizes, arrivals, spare, seqs, more_rows, has_states):
+def test_everything_ends_whatever_comes(
+    sizes, arrivals, spare, seqs, more_rows, has_states, bursts
+):
     least = max(-(-(prompt + output) // PAGE_TOKENS) for prompt, output in sizes)
     machine = Machine(
         pages=least + spare, seqs=seqs, rows=seqs + CHUNK_TOKENS + more_rows,
-        states=seqs * has_states,
+        states=seqs * has_states, turns=Turns(*bursts),
     )  # fmt: skip
     todo = sorted(zip(arrivals, sizes, strict=False), key=lambda one: one[0])
     now = 0
@@ -111,6 +116,97 @@ def test_longrope_follows_what_a_choice_could_have_in_any_memory():
     machine.add(8, 8, longest=17)  # would go on if there were more pages
     assert [row.segment.long_rope for row in machine.step()] == [False, True, True]
     assert [row.segment.long_rope for row in machine.step()] == [False, True, True]
+
+
+def _decoders(machine):
+    """Names of those that decode, pass by pass, to the end."""
+    names = []
+    while machine.admission.running or machine.admission.waiting:
+        rows = machine.step()
+        names.append(
+            "".join(r.sequence.request.request_id for r in rows if not r.segment.is_prompt)
+        )
+    return names
+
+
+def test_few_decode_one_after_the_other_in_bursts():
+    """Who ends hands over at once, who is left alone goes on."""
+    machine = Machine(pages=100, seqs=4, rows=128, turns=Turns(4, 3))
+    for name, tokens in (("a", 11), ("b", 4), ("c", 9)):  # the first of them from the prompt
+        machine.add(8, tokens, name=name)
+    assert _decoders(machine)[1:] == [*"aaaa", *"bbb", *"cccc", *"aaaa", *"cccc", *"aa"]
+    assert machine.admission.turns.num_passes == 19
+
+
+def test_whoever_comes_waits_behind_those_who_are_there():
+    machine = Machine(pages=100, seqs=4, rows=128, turns=Turns(3, 4))
+    for name in "ab":
+        machine.add(8, 30, name=name)
+    machine.step()
+    assert [row.sequence.request.request_id for row in machine.step()] == ["a"]
+    machine.add(8, 30, name="c")
+    rows = machine.step()  # its prompt does not wait
+    assert [row.segment.is_prompt for row in rows] == [False, True]
+    assert "".join(_decoders(machine)).startswith("abbbcccaaabbb")
+
+
+def test_more_than_few_decode_together():
+    machine = Machine(pages=100, seqs=4, rows=128, turns=Turns(3, 2))
+    for name, tokens in (("a", 9), ("b", 9), ("c", 3)):
+        machine.add(8, tokens, name=name)
+    assert _decoders(machine)[1:] == ["abc", "abc", *"aaa", *"bbb", *"aaa", *"bbb"]
+
+
+def test_a_turn_without_pages_goes_to_the_next_at_once():
+    """The youngest has the turn, finds no page, and gives way."""
+    machine = Machine(pages=4, seqs=2, rows=128, turns=Turns(12, 2))
+    machine.add(PAGE_TOKENS, 2 * PAGE_TOKENS + 1, name="a")
+    machine.add(PAGE_TOKENS, PAGE_TOKENS + 1, name="b")
+    assert _decoders(machine)[1:] == [*"a" * 16, "", *"b" * 8]
+    assert machine.admission.num_preemptions == 1
+
+
+def _turns(passes, *, lockstep_s, burst_s, handover_s=0.0, nums=(4,)):
+    """Passes of so many sequences, one number after the other, on a clock that says what a token
+    takes, and what the first pass of a turn takes more; how often each sequence decoded."""
+    turns = Turns(16, 4, WindowGuard(window=2))
+    counts = dict.fromkeys(range(max(nums)), 0)
+    for at in range(passes):
+        num = nums[at * len(nums) // passes]
+        chosen = turns.choose(range(num))
+        for one in chosen:
+            counts[one] += 1
+        is_burst = len(chosen) == 1
+        noise = 1 + 0.01 * (at % 3)
+        seconds = (burst_s if is_burst else lockstep_s) * len(chosen) * noise
+        seconds += handover_s * (is_burst and turns.left == 15)
+        turns.took(len(chosen), seconds)
+    return turns, counts
+
+
+def test_bursts_that_win_go_on_and_lockstep_is_tried_ever_more_rarely():
+    turns, counts = _turns(10_000, lockstep_s=1.3, burst_s=1.0)
+    assert not turns.have_lost and turns.num_passes > 9_800
+    assert max(counts.values()) - min(counts.values()) <= 16, "a trial takes no turn away"
+
+
+def test_bursts_that_lose_are_given_up():
+    turns, _ = _turns(10_000, lockstep_s=1.0, burst_s=1.3)
+    assert turns.have_lost and turns.num_passes < 2_000, "of 34,000 tokens"
+    turns, _ = _turns(10_000, lockstep_s=1.0, burst_s=0.9, handover_s=4.0)
+    assert turns.have_lost, "what a sequence reads when its turn comes counts"
+    turns, _ = _turns(10_000, lockstep_s=1.0, burst_s=0.9, handover_s=0.5)
+    assert not turns.have_lost
+
+
+def test_more_than_few_are_neither_measured_nor_in_turn():
+    turns, counts = _turns(1_000, lockstep_s=1.0, burst_s=1.3, nums=(6,))
+    assert set(counts.values()) == {1_000} and turns.num_passes == 0 and not turns.have_lost
+
+
+def test_numbers_of_sequences_that_change_decide_nothing():
+    turns, _ = _turns(2_000, lockstep_s=1.0, burst_s=1.3, nums=(4, 3) * 40)
+    assert not turns.have_lost and turns.num_passes > 1_900
 
 
 def test_separate_passes_come_in_waves():

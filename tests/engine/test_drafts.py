@@ -12,6 +12,7 @@ from admission_machine import PAGE_TOKENS, Machine
 from drafters import Eager, Oracle
 from planning import SPECS, sizes_of
 from sequences import PlainStarts
+from windlass.engine.bursts import Turns
 from windlass.engine.draft_costs import Chances, RowCost, most_useful
 from windlass.engine.drafting import Drafting
 from windlass.engine.drafts import Guess, PromptLookup, bytes_per_known_token
@@ -258,13 +259,14 @@ class _Positions:
     more_rows=st.integers(0, 70),
     most=st.integers(1, 16),
     mixed=st.sampled_from((None, 64)),
+    bursts=st.sampled_from(((0, 0), (0, 0), (5, 4))),
 )
-def test_everything_ends_whatever_is_guessed(sizes, spare, seqs, more_rows, most, mixed):
+def test_everything_ends_whatever_is_guessed(sizes, spare, seqs, more_rows, most, mixed, bursts):
     least = max(-(-(prompt + output) // PAGE_TOKENS) for prompt, output in sizes)
     drafting = Eager(most, _Positions)
     machine = Machine(
         pages=least + spare, seqs=seqs, rows=seqs + CHUNK_TOKENS + more_rows,
-        mixed_prefill_rows=mixed, drafting=drafting,
+        mixed_prefill_rows=mixed, drafting=drafting, turns=Turns(*bursts),
     )  # fmt: skip
     for size in sizes:
         machine.add(*size)

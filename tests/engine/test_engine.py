@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,10 +16,13 @@ import windlass.build.checkpoint_sizes as model_module
 from engines import engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
 from families import VOCAB
+from planning import machine
+from windlass.build.open import open_engine
 from windlass.checkpoint.views import make_views
 from windlass.engine.sampling import Sampled
 from windlass.engine.sequence import LogprobLog
 from windlass.errors import BudgetError
+from windlass.options import EngineOptions
 from windlass.units import MIB
 from windlass.weights import store as weights
 
@@ -222,6 +226,37 @@ def test_preemptions_are_counted(folder):
 
 
 # --- LongRoPE -------------------------------------------------------------------------------------
+
+
+def test_bursts_are_counted_measured_unless_asked_for_and_change_no_token(folder):
+    jobs = [request(f"r{i}", p, max_tokens=60, n=1 + i) for i, p in enumerate(prompts((5, 70)))]
+
+    def run(**options):
+        with engine_for(folder, **options) as engine:
+            found = run_all(engine, jobs)
+            texts = {name: [c.token_ids for c in one.outputs] for name, one in found.items()}
+            return texts, engine.stats(), engine.plan
+
+    texts, plain, plan = run(burst_tokens=0)
+    assert plain.burst_passes == 0 and plain.passes < 70
+    again, asked, _ = run(burst_tokens=8)
+    assert again == texts and asked.burst_passes > 150 and not asked.bursts_have_lost
+    planned = replace(plan, burst_tokens=8, burst_max_seqs=3)
+    with engine_for(folder, plan=planned) as engine:
+        again = {n: [c.token_ids for c in o.outputs] for n, o in run_all(engine, jobs).items()}
+        assert again == texts and 0 < engine.stats().burst_passes < asked.burst_passes
+
+
+def test_bursts_are_planned_by_rates_that_were_measured(folder):
+    slow = machine(disk=1e-3)
+    options = EngineOptions(
+        model=str(folder), moe_expert_cache_size="4", max_num_seqs=4, max_model_len=64,
+        host_memory=16 * 1024 * MIB,
+    )  # fmt: skip
+    for profile, is_planned in ((slow, False), (replace(slow, source="measured"), True)):
+        assert profile.is_assumed != is_planned
+        with open_engine(options, profile=profile) as engine:
+            assert (engine.plan.burst_tokens > 0) == is_planned
 
 
 def test_longrope_does_not_depend_on_memory(tmp_path):

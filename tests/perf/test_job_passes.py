@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from admission_machine import PAGE_TOKENS, Machine
 from sequences import PlainStarts
 from sharing_machine import Machine as Sharing
-from windlass.engine.admission import Admission
+from windlass.engine.bursts import Turns
 from windlass.perf.job_passes import Limits, compose
 from windlass.perf.op_cost import Seen, seen_by
 from windlass.schedule.batch import CHUNK_TOKENS
@@ -18,10 +18,10 @@ SIZES = st.tuples(st.integers(1, 150), st.integers(1, 90))
 
 def _engine_passes(sizes, limits):
     """(decode rows, positions they see, prompt rows, positions, logits) of each pass."""
-    machine = Machine(pages=limits.num_pages, seqs=limits.max_seqs, rows=limits.max_rows)
-    machine.admission = Admission(
-        machine.kv, max_num_seqs=limits.max_seqs, max_rows=limits.max_rows, long_rope_after=None,
+    machine = Machine(
+        pages=limits.num_pages, seqs=limits.max_seqs, rows=limits.max_rows,
         mixed_prefill_rows=limits.mixed_prefill_rows,
+        turns=Turns(limits.burst_tokens, limits.burst_max_seqs),
     )  # fmt: skip
     for prompt, output in sizes:
         machine.add(prompt, output)
@@ -44,10 +44,13 @@ def _engine_passes(sizes, limits):
 @given(
     st.lists(SIZES, min_size=1, max_size=14), st.integers(1, 8), st.integers(0, 200),
     st.integers(0, 60), st.sampled_from((None, None, 0, 64, 128)),
+    st.sampled_from(((0, 0), (1, 8), (5, 3), (16, 8))),
 )  # fmt: skip
-def test_the_same_passes_as_the_engine(sizes, seqs, more_rows, more_pages, mixed):
+def test_the_same_passes_as_the_engine(sizes, seqs, more_rows, more_pages, mixed, bursts):
     least = max(-(-(p + o - 1) // PAGE_TOKENS) for p, o in sizes)
-    limits = Limits(seqs + CHUNK_TOKENS + more_rows, seqs, least + more_pages, PAGE_TOKENS, mixed)
+    limits = Limits(
+        seqs + CHUNK_TOKENS + more_rows, seqs, least + more_pages, PAGE_TOKENS, mixed, *bursts
+    )
     expected = _engine_passes(sizes, limits)
     at = 0
     for run in compose(Workload(*zip(*sizes, strict=True)), limits):
@@ -94,3 +97,6 @@ def test_equal_passes_are_one_run():
     runs = list(compose(Workload.from_lengths(64, 1000, 8), Limits(1024, 8, 10_000, 32)))
     assert sum(run.repeats for run in runs) == 1000
     assert len(runs) == 2
+    limits = Limits(1024, 8, 10_000, 32, burst_tokens=16, burst_max_seqs=8)
+    bursts = list(compose(Workload.from_lengths(64, 1000, 8), limits))
+    assert sum(run.repeats for run in bursts) == 8 * 999 + 1 and len(bursts) == 8 * 63 + 1

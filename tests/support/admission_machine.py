@@ -6,7 +6,8 @@ import torch
 
 from sequences import PlainStarts
 from windlass.device.host_memory import HostAllocator
-from windlass.engine.admission import Admission
+from windlass.engine.admission import Admission, Decoding
+from windlass.engine.bursts import Turns
 from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
 from windlass.kvcache.kv_cache import KvCache, PagedShape, StateShape
@@ -21,17 +22,22 @@ _NOBODY: Any = None
 class Machine:
     """Admission over a small store; a pass gives every row that wants logits a token."""
 
-    def __init__(self, *, pages, seqs, rows, states=0, long_rope_after=None, **more):
+    def __init__(
+        self, *, pages, seqs, rows, states=0, long_rope_after=None, mixed_prefill_rows=None,
+        turns=None, drafting=None,
+    ):  # fmt: skip
         shapes = [PagedShape(1, 4, 4)] + [StateShape(((1, 1), (1, 1, 1)))] * bool(states)
         self.kv = KvCache(
             shapes, HostAllocator(), dtype=torch.float32, num_pages=pages, page_tokens=PAGE_TOKENS,
             state_slots=states,
         )  # fmt: skip
         self.admission = Admission(
-            self.kv, max_num_seqs=seqs, max_rows=rows, long_rope_after=long_rope_after, **more
-        )
+            self.kv, max_num_seqs=seqs, max_rows=rows, long_rope_after=long_rope_after,
+            mixed_prefill_rows=mixed_prefill_rows, decoding=Decoding(turns or Turns(), drafting),
+        )  # fmt: skip
         self.rows = rows
         self.finished: list[Sequence] = []
+        self.waited: dict[int, int] = {}  # passes since a sequence that can decode last did
 
     def add(self, num_prompt, max_output, *, name="r", longest=None):
         """Tokens are their positions."""
@@ -52,9 +58,12 @@ class Machine:
         assert all(row.segment.num_tokens for row in rows), "an empty segment"
         assert len({id(row.sequence) for row in rows}) == len(rows) <= len(admission.running)
         self.take(rows)
+        turns = admission.turns
+        most = max(0, turns.max_seqs - 1) * turns.burst_tokens
         for sequence in decoding:
-            was_preempted = sequence.in_prompt
-            assert was_preempted or sequence.num_computed > before[id(sequence)], "stands still"
+            stood = not sequence.in_prompt and sequence.num_computed == before[id(sequence)]
+            self.waited[sequence.number] = self.waited.get(sequence.number, 0) + 1 if stood else 0
+            assert self.waited[sequence.number] <= most, "stands still"
         return rows
 
     def take(self, rows):

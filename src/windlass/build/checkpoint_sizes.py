@@ -130,6 +130,7 @@ def wanted_of(options: EngineOptions, model: CheckpointFolder) -> PlanConstraint
         micro_batch_tokens=options.micro_batch_size,
         max_model_len=options.max_model_len,
         schedule=options.schedule,
+        burst_tokens=options.burst_tokens,
         prefix_caching=options.enable_prefix_caching,
     )
 

@@ -17,8 +17,9 @@ from windlass.device.host_memory import (
     resident_bytes,
     return_freed_memory,
 )
-from windlass.engine.admission import Admission
+from windlass.engine.admission import Admission, Decoding
 from windlass.engine.drafting import Drafting
+from windlass.engine.bursts import Turns
 from windlass.engine.engine import Engine, EngineParts, EngineSetup
 from windlass.engine.request_rules import RequestRules
 from windlass.engine.tokenizer import Tokenizer
@@ -54,10 +55,11 @@ from windlass.options import (
 from windlass.params import SamplingParams
 from windlass.plan import Plan
 from windlass.perf.sizes import Backend, Problem
-from windlass.planner.budget import (PlanConstraints, make_plan)
+from windlass.planner.budget import PlanConstraints
 from windlass.perf.sizes import Sizes
-from windlass.planner.choose import Chosen, choose_plan
+from windlass.planner.choose import Chosen, choose_plan, plain_plan
 from windlass.planner.validate import validate_plan
+from windlass.prefetch.guard import WindowGuard
 from windlass.runtime.host import HostRuntime, Machine
 from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec
 from windlass.trace import Tracer
@@ -68,6 +70,7 @@ from windlass.workload import Job
 _DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
 # Left free below the limit of a memory cgroup: page tables and buffers of the kernel count too
 _LIMIT_MARGIN = 32 * MIB
+_BURST_STRETCHES = 2  # of passes, that bursts and lockstep are compared over
 
 
 _logger = logging.getLogger(__name__)
@@ -178,6 +181,7 @@ def _setup(
         ),
         fingerprint=_fingerprint(model, tokenizer, options, backend),
         expectation=EngineExpectation(chosen),
+        keeps_bursts=options.burst_tokens is not None,
     )
 
 
@@ -197,9 +201,10 @@ def _choose(by: _Choice, job: Job | None) -> Chosen:
         validate_plan(replayed, problem.spec, problem.sizes, wanted, most)
         return Chosen(problem=problem, plan=replayed, workload=job.workload if job else None)
     budget = options.host_memory or default_budget()
+    if problem.profile.is_assumed and wanted.burst_tokens is None:
+        wanted = replace(wanted, burst_tokens=0)  # bursts rest on rates of the disk, measured ones
     if job is None:
-        plan = make_plan(problem.spec, problem.sizes, budget, wanted)
-        return Chosen(problem=problem, plan=plan)
+        return plain_plan(problem, budget, wanted)
     before = resident_bytes()
 
     def growth() -> int:
@@ -247,13 +252,14 @@ def _assemble(
         foresight,
     )
     drafting = None if setup.speculative is None else Drafting.of(setup.speculative)
+    guard = None if setup.keeps_bursts else WindowGuard(window=_BURST_STRETCHES)
     admission = Admission(
         kv,
         max_num_seqs=plan.max_num_seqs,
         max_rows=plan.max_num_batched_tokens,
         long_rope_after=_long_rope_after(spec),
         mixed_prefill_rows=plan.mixed_prefill_tokens,
-        drafting=drafting,
+        decoding=Decoding(Turns(plan.burst_tokens, plan.burst_max_seqs, guard), drafting),
     )
 
     return Engine(

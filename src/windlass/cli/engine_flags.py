@@ -97,6 +97,10 @@ ENGINE_FLAGS = (
          help="module-based (default: each expert once per pass over all of its rows) or "
          "model-based (every micro-batch through all layers by itself, as other programs do it; "
          "for comparison, results are the same)"),
+    Flag(name="burst-tokens", read=integer(0), metavar="N", group=_BATCHING,
+         help="sequences decode one after the other, N tokens a turn; 0: all in every pass "
+         "(default: planned, bursts for few sequences that wait for reads, and given up where they "
+         "measure slower; N is kept); results are the same bits"),
     Flag(name="plan", read=Path, metavar="FILE", group=_MEMORY,
          help="replay a plan that an earlier run wrote (FILE.plan.json beside its output): the "
          "same values, or an error where they do not fit"),

@@ -16,6 +16,7 @@ from windlass.cli.flags import Command, Flag, integer
 from windlass.cli.output import drop_output
 from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
 from windlass.cli.summary import (
+    burst_lines,
     draft_lines,
     phase_json,
     phase_lines,
@@ -208,6 +209,7 @@ def _summary_lines(summary: "Summary", options: "JobOptions") -> list[str]:
             f"{format_bytes(stats.bytes_read / seconds)}/s; {weights_words(stats)}",
             *prefetch_lines(stats),
             *draft_lines(stats),
+            *burst_lines(stats),
             f"memory: {format_bytes(stats.peak_rss_bytes)} at the peak",
             f"plan: {options.plan_file}",
         ]
@@ -255,6 +257,8 @@ def _summary_json(
             "prefix_cache_queries": stats.prefix_cache_queries,
             "prefix_cache_hits": stats.prefix_cache_hits,
             "passes": stats.passes,
+            "burst_passes": stats.burst_passes,
+            "bursts_have_lost": stats.bursts_have_lost,
             **weights_json(stats),
             "weights_wait_time": stats.wait_s,
             "pass_time": stats.pass_s,

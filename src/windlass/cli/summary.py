@@ -56,6 +56,16 @@ def draft_lines(stats: EngineStats) -> list[str]:
     ]
 
 
+def burst_lines(stats: EngineStats) -> list[str]:
+    """How sequences took turns; nothing where none did."""
+    if not stats.burst_passes:
+        return []
+    line = f"bursts: in {stats.burst_passes} passes one sequence decoded while others waited"
+    if stats.bursts_have_lost:
+        line += "; all together brought more tokens/s, so that bursts were given up"
+    return [line]
+
+
 def weights_json(stats: EngineStats) -> dict[str, Any]:
     """Counters of weights, for programs."""
     prefetch = {

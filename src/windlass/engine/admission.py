@@ -1,6 +1,7 @@
 """Which rows the next pass computes: admission by key/value pages. Knows counts, no tensors.
 
-Decode rows of running sequences go first, at least one of each and guesses of what follows
+Decode rows of running sequences go first, at least one of each whose turn it is (all, or one of
+few: `engine/bursts.py`; who waits keeps its pages), and guesses of what follows
 (`engine/drafting.py`) as far as nobody gives way for them, then chunks of prompts fill the
 pass up to its row limit, the oldest first; a waiting sequence joins as soon as pages for its prompt
 are free, those that begin alike one after the other. They share pages (`engine/prompt_pages.py`):
@@ -17,13 +18,14 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from windlass.engine.answer_lengths import OutputLengths
+from windlass.engine.bursts import Turns
 from windlass.engine.drafting import Drafting
 from windlass.engine.prompt_pages import Known, PromptPages
 from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
 from windlass.engine.waiting_queue import WaitingQueue
 from windlass.kvcache.kv_cache import KvCache
-from windlass.schedule.batch import CHUNK_TOKENS, Segment, most_drafts
+from windlass.schedule.batch import CHUNK_TOKENS, Segment, fitting_rows, most_drafts
 
 
 class ScheduledSequence(NamedTuple):
@@ -39,6 +41,13 @@ class Starts(Protocol):
     def start(self, queued: QueuedSequence) -> Sequence: ...
 
 
+class Decoding(NamedTuple):
+    """Who decodes in a pass, and what is guessed of what they go on with."""
+
+    turns: Turns
+    drafting: Drafting | None = None
+
+
 class Admission:
     """Owns the waiting and running sequences and their pages."""
 
@@ -50,20 +59,21 @@ class Admission:
         max_rows: int,
         long_rope_after: int | None,
         mixed_prefill_rows: int | None = None,
-        drafting: Drafting | None = None,
+        decoding: Decoding | None = None,
     ) -> None:
         """`long_rope_after`: sequences that may outgrow this many tokens use LongRoPE's long
         factors; None for other models. `mixed_prefill_rows`: prompt rows of a pass in which
         sequences decode, at most; None for no bound, 0 for waves: all prompts that there are pages
-        for, then decoding to the last end. `drafting`: guesses what decoding sequences go on
-        with."""
+        for, then decoding to the last end. `decoding`: all in every pass, without guesses, if
+        None."""
         assert max_rows >= max_num_seqs + CHUNK_TOKENS, "a pass must hold all sequences and a chunk"
         self._kv = kv
         self._max_num_seqs = max_num_seqs
         self._max_rows = max_rows
         self._mixed_prefill_rows = mixed_prefill_rows
-        self._drafting = drafting
-        self._most_drafts = most_drafts(max_num_seqs, drafting.most) if drafting else 0
+        self.turns, self._drafting = decoding or Decoding(Turns())
+        most = self._drafting.most if self._drafting else 0
+        self._most_drafts = most_drafts(max_num_seqs, most)
         self.lengths = OutputLengths()
         self._is_filling = False  # a wave takes in prompts
         self.prompt_pages = PromptPages(kv, long_rope_after=long_rope_after)
@@ -104,8 +114,11 @@ class Admission:
                 self._is_filling = bool(rows)
             if rows:
                 return rows
-        # oldest first, at the cost of the youngest, which is in its prompt from then on
-        decoding = [c for c in list(self.running) if not c.in_prompt and self._grow(c)]
+        decoding: list[Sequence] = []
+        while not decoding and (able := {c.number: c for c in self.running if not c.in_prompt}):
+            turn = [able[number] for number in self.turns.choose(list(able))]
+            # oldest first, at the cost of the youngest, which is in its prompt from then on
+            decoding = [c for c in turn if not c.in_prompt and self._grow(c)]
         room = self._max_rows
         for following, sequence in zip(range(len(decoding))[::-1], decoding, strict=True):
             rows.append(self._generated(sequence, room - following))  # a row for each that follows
@@ -137,7 +150,7 @@ class Admission:
         needed -= self.prompt_pages.num_held(known)
         kept = sum(map(self._may_want, self.running))
         fits = needed + kept <= self._kv.num_free_pages and self._kv.has_free_state
-        return fits and _fitting(left, room) > 0
+        return fits and fitting_rows(left, room) > 0
 
     def _may_want(self, sequence: Sequence) -> float:
         """Pages kept free for a running sequence, so that a newcomer does not drive it out at once:
@@ -192,7 +205,7 @@ class Admission:
         """Rows of generated tokens: one, or several after a preemption, and drafted ones."""
         first = sequence.num_computed
         last = min(sequence.num_tokens, first + room)
-        row = self._row(sequence, first, last, is_prompt=False)
+        row = _row(self.prompt_pages, sequence, (first, last), is_prompt=False)
         if self._drafting is None or last < sequence.num_tokens:
             return row
         # nobody gives way for a guess: there is still a chunk for prompts, a page for each
@@ -204,29 +217,13 @@ class Admission:
         """Adds the next chunk of a prompt and returns its number of rows. What rows before it have
         computed, here or earlier, is done."""
         self.prompt_pages.skip(sequence)
-        count = _fitting(sequence.num_prompt - sequence.num_computed, room)
+        count = fitting_rows(sequence.num_prompt - sequence.num_computed, room)
         if count:
             first = sequence.num_computed
-            rows.append(self._row(sequence, first, first + count, is_prompt=True))
+            span = (first, first + count)
+            rows.append(_row(self.prompt_pages, sequence, span, is_prompt=True))
             self.prompt_pages.fill(sequence, first, first + count)
         return count
-
-    def _row(
-        self, sequence: Sequence, first: int, last: int, *, is_prompt: bool
-    ) -> ScheduledSequence:
-        is_scored = is_prompt and sequence.scores_prompt
-        segment = Segment(
-            sequence=sequence.number,
-            token_ids=sequence.tokens(first, last),
-            first_position=first,
-            pages=tuple(sequence.pages),
-            state_slot=sequence.state_slot,
-            is_prompt=is_prompt,
-            long_rope=self.prompt_pages.long_rope(sequence.queued),
-            wants_logits=last == sequence.num_tokens,
-            targets=sequence.request.prompt_token_ids[first + 1 : last + 1] if is_scored else (),
-        )
-        return ScheduledSequence(sequence, segment)
 
     def check(self) -> None:
         """Pages are held by running sequences only, and by several only where their prompts
@@ -241,9 +238,24 @@ class Admission:
         )
 
 
-def _fitting(left: int, room: int) -> int:
-    """Prompt rows that fit: all that is left, or up to a multiple of CHUNK_TOKENS."""
-    return left if left <= room else room // CHUNK_TOKENS * CHUNK_TOKENS
+def _row(
+    prompts: PromptPages, sequence: Sequence, span: tuple[int, int], *, is_prompt: bool
+) -> ScheduledSequence:
+    """The sequence's rows at positions from the first of `span` up to its last."""
+    first, last = span
+    is_scored = is_prompt and sequence.scores_prompt
+    segment = Segment(
+        sequence=sequence.number,
+        token_ids=sequence.tokens(first, last),
+        first_position=first,
+        pages=tuple(sequence.pages),
+        state_slot=sequence.state_slot,
+        is_prompt=is_prompt,
+        long_rope=prompts.long_rope(sequence.queued),
+        wants_logits=last == sequence.num_tokens,
+        targets=sequence.request.prompt_token_ids[first + 1 : last + 1] if is_scored else (),
+    )
+    return ScheduledSequence(sequence, segment)
 
 
 def _with_drafts(

@@ -51,6 +51,7 @@ class EngineSetup:
     fingerprint: Mapping[str, object]
     expectation: Expectation | None = None
     speculative: SpeculativeConfig | None = None
+    keeps_bursts: bool = False  # whatever is measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,13 +153,15 @@ class Engine:
         self._pass_s += seconds
         took = self._meter.add(
             batch.segments,
-            self._readings(),
+            _readings(self._parts),
             passes=len(passes),
             output_tokens=sum(len(delta.token_ids) for delta in result.deltas),
             seconds=seconds,
         )
         if self._parts.drafting is not None:
             self._parts.drafting.passed(batch.segments, took)
+        if not took.prompt_tokens:
+            self._admission.turns.took(took.output_tokens, seconds)
         self._tracer.counter("rows", rows=batch.num_tokens)
         self._tracer.counter("disk", bytes=self._weights.stats().bytes_read)
         return result
@@ -218,7 +221,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Totals so far; between two steps."""
-        prompts = self._admission.prompt_pages
+        prompts, turns = self._admission.prompt_pages, self._admission.turns
         return EngineStats(
             passes=self._passes,
             prompt_tokens=self._prompt_tokens,
@@ -229,6 +232,8 @@ class Engine:
             running=len(self._admission.running),
             waiting=len(self._admission.waiting),
             num_preemptions=self._admission.num_preemptions,
+            burst_passes=turns.num_passes,
+            bursts_have_lost=turns.have_lost,
             phases=dict(self._meter.phases),
             prefix_cache_queries=prompts.num_asked if self.plan.prefix_caching else 0,
             prefix_cache_hits=prompts.num_found,
@@ -249,11 +254,6 @@ class Engine:
         found = self._expectation
         return found.compare(self.plan, work, phases, is_warm=is_warm) if found else None
 
-    def _readings(self) -> Readings:
-        store = self._weights.stats()
-        busy_s = self._parts.device.busy_s
-        return Readings(store.bytes_read, busy_s, store.wait_s, self._tracer.seconds)
-
     def check(self) -> None:
         """Invariants of all stores; cheap enough for tests after every step."""
         self._admission.check()
@@ -269,6 +269,11 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _readings(parts: EngineParts) -> Readings:
+    store = parts.weights.stats()
+    return Readings(store.bytes_read, parts.device.busy_s, store.wait_s, parts.tracer.seconds)
 
 
 def _join(outcomes: list[Outcome]) -> Outcome:

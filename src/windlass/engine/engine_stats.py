@@ -34,6 +34,8 @@ class EngineStats:
     running: int
     waiting: int
     num_preemptions: int = 0  # sequences that gave their pages back, to be computed again
+    burst_passes: int = 0  # in which one sequence decoded while others waited
+    bursts_have_lost: bool = False  # all together had brought more tokens per second
     prefix_cache_queries: int = 0  # prompt tokens that other sequences might have computed
     prefix_cache_hits: int = 0  # of these, tokens that they had computed
     speculation: str = ""  # whether reading ahead by forecasts pays, in words

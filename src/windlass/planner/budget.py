@@ -54,6 +54,7 @@ class PlanConstraints:
     kv_pages: int | None = None
     schedule: Schedule | None = None
     mixed_prefill_tokens: int | None = None
+    burst_tokens: int | None = None  # 0: lockstep
     prefix_caching: bool = True
 
     @classmethod
@@ -256,6 +257,8 @@ class _Draft:
             max_num_batched_tokens=rows,
             micro_batch_tokens=wanted.micro_batch_tokens or _MICRO_ROWS,
             mixed_prefill_tokens=wanted.mixed_prefill_tokens,
+            burst_tokens=wanted.burst_tokens or 0,
+            burst_max_seqs=seqs if wanted.burst_tokens else 0,
             # a recurrent state is that of a sequence's last token: none is kept of a prefix
             prefix_caching=wanted.prefix_caching and not sizes.state_bytes,
             read_threads=_READ_THREADS,

@@ -9,6 +9,7 @@ from windlass.perf.estimate import Estimate
 from windlass.perf.sizes import Problem
 from windlass.plan import Plan
 from windlass.planner.budget import PlanConstraints, make_plan
+from windlass.planner.bursts import with_bursts
 from windlass.planner.search import Candidate, search
 from windlass.units import format_seconds
 from windlass.workload import USUAL_OUTPUT, Job, Workload
@@ -80,7 +81,15 @@ def choose_plan(
         plan = _again(problem, host_memory, wanted, best)
         if plan is not None:
             return Chosen(problem=problem, plan=plan, workload=job.workload, estimate=best.estimate)
-    return Chosen(problem=problem, plan=make_plan(problem.spec, problem.sizes, host_memory, wanted))
+    return plain_plan(problem, host_memory, wanted)
+
+
+def plain_plan(problem: Problem, host_memory: int, wanted: PlanConstraints) -> Chosen:
+    """By plain rules, for whatever comes. BudgetError where nothing fits."""
+    plan = make_plan(problem.spec, problem.sizes, host_memory, wanted)
+    if wanted.burst_tokens is None:
+        plan = with_bursts(problem, plan, None)
+    return Chosen(problem=problem, plan=plan)
 
 
 def _again(
@@ -96,6 +105,7 @@ def _again(
         kv_pages=plan.host.kv_pages,
     )
     try:
-        return make_plan(problem.spec, problem.sizes, host_memory, values)
+        again = make_plan(problem.spec, problem.sizes, host_memory, values)
     except BudgetError:
         return None
+    return replace(again, burst_tokens=plan.burst_tokens, burst_max_seqs=plan.burst_max_seqs)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from windlass.ids import Part
-from windlass.models.spec import ModelSpec
 from windlass.perf.estimate import Estimate
 from windlass.perf.flops import num_parameters
 from windlass.perf.sizes import Problem, Sizes
 from windlass.plan import PART_WORDS, Plan
 from windlass.planner.budget import PlanConstraints
+from windlass.planner.bursts import MOST_SEQS, find_bursts
 from windlass.planner.frozen_gpu_plan import DeviceReport, report_device
 from windlass.planner.search import Candidate, search
 from windlass.units import GIB, format_bytes, format_seconds
@@ -121,7 +121,7 @@ class Explanation:
         best = self.best.estimate.total_s
         return ["alternatives, the best first:"] + [
             f"  {format_seconds(one.estimate.total_s)}"
-            f" (+{100 * (one.estimate.total_s / best - 1):.1f} %): {_choices(one.plan)}"
+            f" ({100 * (one.estimate.total_s / best - 1):+.1f} %): {_choices(one.plan)}"
             for one in self.alternatives
         ]
 
@@ -154,7 +154,7 @@ def explain(
         device=None
         if profile.device is None
         else report_device(problem, workload, host_memory, device_memory),
-        notes=_notes(best.plan, spec, workload),
+        notes=_notes(problem, best.plan, workload),
     )
 
 
@@ -226,11 +226,15 @@ def _choices(plan: Plan) -> str:
         f"{plan.max_num_seqs} sequences, {plan.max_num_batched_tokens} tokens, attention by"
         f" {plan.micro_batch_tokens}, KV cache of {plan.host.kv_pages * plan.page_tokens} tokens,"
         f" experts resident {experts.slots} of {experts.num_parts}"
+        + (f", bursts of {plan.burst_tokens} tokens" if plan.burst_tokens else "")
     )
 
 
-def _notes(plan: Plan, spec: ModelSpec, workload: Workload) -> tuple[str, ...]:
-    notes = spec.limits()
+def _notes(problem: Problem, plan: Plan, workload: Workload) -> tuple[str, ...]:
+    notes = problem.spec.limits()
+    bursts = find_bursts(problem, plan, workload)
+    if bursts is not None and (plan.burst_tokens or bursts.num_sequences <= MOST_SEQS):
+        notes += (bursts.line(plan),)
     if workload.longest > plan.max_model_len:
         notes += (
             f"sequences longer than {plan.max_model_len} tokens do not fit and count as that long",

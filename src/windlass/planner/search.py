@@ -24,6 +24,7 @@ from windlass.planner.budget import (
     PlanConstraints,
     make_plan,
 )
+from windlass.planner.bursts import with_bursts
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.units import round_up
 from windlass.workload import Workload
@@ -87,7 +88,16 @@ def search(
         """Of plans as fast, the one that holds fewer pages, which must be touched before use."""
         return max(one.estimate.total_s, _AS_FAST * least), one.plan.host.kv_pages
 
-    return sorted(found, key=rank)
+    found.sort(key=rank)
+    if wanted.burst_tokens is None:
+        found = [_with_bursts(problem, one, work) for one in found]
+    return found
+
+
+def _with_bursts(problem: Problem, one: Candidate, work: Workload) -> Candidate:
+    """As it decodes best, which the estimate does not know and did not rank by."""
+    plan = with_bursts(problem, one.plan, work)
+    return one if plan == one.plan else Candidate(plan, estimate(problem, plan, work))
 
 
 class _Machine:

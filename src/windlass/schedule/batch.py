@@ -11,6 +11,11 @@ CHUNK_TOKENS = (
 MOST_CAPTURED = 16
 
 
+def fitting_rows(left: int, room: int) -> int:
+    """Of a prompt in a pass: all that is left of it, or up to a multiple of CHUNK_TOKENS."""
+    return left if left <= room else room // CHUNK_TOKENS * CHUNK_TOKENS
+
+
 def most_drafts(sequences: int, each: int) -> int:
     """Drafted tokens of a pass of up to `sequences`, `each` of one: logits are kept for so many."""
     return min(sequences * each, max(MOST_CAPTURED, sequences))
