@@ -60,16 +60,16 @@ def _measure(forecast: ExpertForecast, shape: argparse.Namespace) -> dict[str, f
             counts = np.bincount(ids.ravel(), minlength=experts)
             told = RoutedTokens(layer, batch, counts, ids, scores, None, x_TD)
             timer.time("observe", lambda told=told: forecast.observe(told))  # type: ignore[misc]
-            pieces = 0
-            while timer.time("say" if _is_saying(forecast) else "learn", forecast.work):
-                pieces += 1
+            while True:
+                name = "say" if _is_saying(forecast) else "learn"
+                if not timer.time(name, forecast.work):
+                    timer.seconds[name].pop()  # there was nothing left
+                    break
         timer.time("end", lambda x=x_TD: forecast.end(x))  # type: ignore[misc]
-    found = {f"{name}_us": 1e6 * float(np.median(all_s)) for name, all_s in timer.seconds.items()}
-    # of later passes: all that follows from a layer
+    known = {name: all_s for name, all_s in timer.seconds.items() if all_s}
+    found = {f"{name}_us": 1e6 * float(np.median(all_s)) for name, all_s in known.items()}
     for name in ("say", "learn"):
-        layers = (_PASSES - 2) * shape.layers
-        count = len(timer.seconds.get(name, [])) * layers / (_PASSES * shape.layers)
-        found[f"{name}_of_a_layer"] = count / layers
+        found[f"{name}_of_a_layer"] = len(known.get(name, [])) / (_PASSES * shape.layers)
     return {name: round(value, 2) for name, value in found.items()}
 
 

@@ -3,8 +3,8 @@ each sequence used lately elsewhere.
 
 Off the critical path: `observe` copies a few rows and queues; products with matrices and changes of
 them wait for `work`. For each layer of 2048 dimensions and 128 experts and one token, on two shared
-cores (`bench/forecast_cost.py`): 0.05 ms for `observe`, 0.03 ms for begin and end; 0.2 ms for each
-of five forecasts and 0.4 ms for each of six lessons, when there is time.
+cores (`bench/forecast_cost.py`): 0.05 ms for `observe`, 0.04 ms for begin and end; 0.3 ms for each
+of five forecasts and 0.5 ms for each of as many lessons, when there is time.
 
 n tokens of a pass that are looked at (at most `MOST_TOKENS`), D hidden, E experts of a layer.
 """
