@@ -16,8 +16,8 @@ from windlass.schedule.observer import RoutedTokens
 
 HALF_LIVES = (8.0, 16.0, 64.0)  # tokens of a sequence; the shared usage, of 4096, stands beside
 # Of a pass; of more, what all use is as good or better (hits of 12 layers of 64 experts, half of
-# them resident, by sequence and by what all use: 8 rows 82.8 and 83.0 %, 16: 78.8 and 78.7, 32: 70.0
-# and 70.5, 64: 61.5 and 62.1), and costs nothing.
+# them resident, by sequence and by what all use: 8 rows 82.8 and 83.0 %, 16: 78.8 and 78.7, 32:
+# 70.0 and 70.5, 64: 61.5 and 62.1), and costs nothing.
 MOST_SEQUENCES = 16
 _REMEMBERED = 64
 _LEFT_H = 0.5 ** (1.0 / np.array(HALF_LIVES))
