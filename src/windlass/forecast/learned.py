@@ -1,0 +1,252 @@
+"""The forecast of experts that is used by default: gates that learn where they have spoken, what
+each sequence used lately elsewhere.
+
+Off the critical path: `observe` copies a few rows and queues; products with matrices and changes of
+them wait for `work`. For each layer of 2048 dimensions and 128 experts and one token, on two shared
+cores (`bench/forecast_cost.py`): 0.05 ms for `observe`, 0.04 ms for begin and end; 0.3 ms for each
+of five forecasts and 0.5 ms for each of as many lessons, when there is time.
+
+n tokens of a pass that are looked at (at most `MOST_TOKENS`), D hidden, E experts of a layer.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from windlass.forecast.gate import (
+    BY_WORTH,
+    FIXED,
+    MOST_TOKENS,
+    Gate,
+    Source,
+    gate_bytes,
+    make_gate,
+    normalised,
+    targets,
+)
+from windlass.forecast.interface import CERTAIN, Candidates, ExpertTable, likely
+from windlass.forecast.pace import Pace
+from windlass.forecast.selection import Singles, logits_of
+from windlass.forecast.sequence_usage import SequenceUsage, usage_bytes
+from windlass.forecast.states import PassStates
+from windlass.models.spec import Norm
+from windlass.schedule.batch import Batch
+from windlass.schedule.observer import RoutedTokens, RouterWeights
+
+STEP = 0.3  # 0.2 to 0.4 are as good; 0.1 and 0.8 lose a point or two of recall
+WORTH_A_READ = 0.4  # probability of a use
+_SURE = CERTAIN - 1e-3  # no forecast of a gate is certain
+
+
+class _Due(NamedTuple):
+    """What the routing of a layer teaches of a source."""
+
+    source: Source
+    layer: int
+    seen: PassStates
+    last: PassStates | None
+
+
+class _Following(NamedTuple):
+    """What follows from a layer's routing, always the same."""
+
+    ahead: list[tuple[Source, int]]  # layers that it foretells, the next one at the end
+    better: set[int]  # those, which are foretold no worse from here
+    has_next: bool  # whether it foretells itself
+    sources: list[Source]  # that learn from it
+
+
+class LearnedForecast:
+    """Implements `ExpertForecast` and `RouterReader`.
+
+    A piece of `work` is one product with a matrix, or one change of one: first what is said of the
+    next layers, then of the next token, then of the rest of this one; then what is learnt. What is
+    said of a layer that has passed is dropped unsaid, and usage stands in its place; lessons wait
+    until the next pass, and the oldest are dropped when more than those of a pass have come. Passes
+    of many tokens are learnt from, but not foretold: they use most experts anyway.
+    """
+
+    wants_states = True
+
+    def __init__(
+        self,
+        table: ExpertTable,
+        hidden: int,
+        *,
+        limit_bytes: int | None = None,
+        is_fixed: bool = False,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        """`limit_bytes`: of all that it holds; decides what it foretells from (`sources_within`).
+        `is_fixed`: gates stay the routers' own matrices. With a `clock` (seconds) the next layer is
+        foretold at once, waited for or not, where that takes little of a layer's time; without one
+        nothing depends on time."""
+        self.sources = sources_within(table, hidden, limit_bytes, is_fixed=is_fixed)
+        self.wants_scores = not is_fixed
+        self.threshold = WORTH_A_READ
+        self._table = table
+        self._step = 0.0 if is_fixed else STEP
+        self._usage = SequenceUsage(table)
+        self.outlook = self._usage.outlook
+        self._norm: Norm | None = None  # until a router is known
+        self._gates: dict[tuple[Source, int], Gate] = {}
+        self._follows: dict[int, _Following] = {}
+        self._index = {layer: i for i, layer in enumerate(table.layers)}
+        self._pass: PassStates | None = None
+        self._last: PassStates | None = None  # the one before it
+        # what is to be said, the most urgent at the end
+        self._ahead: list[tuple[Source, int]] = []
+        self._next: list[int] = []
+        self._start: list[int] = []
+        self._lessons: deque[_Due] = deque(maxlen=len(self.sources) * len(table.layers))
+        self._pace = Pace(clock)
+
+    def set_router(self, router: RouterWeights) -> None:
+        layer, layers = router.layer, self._table.layers
+        self._norm = router.norm
+        for source in self.sources:
+            if layer in targets(self._table, source):
+                gate = make_gate(router, source, is_first=layer == layers[0], step=self._step)
+                self._gates[source, layer] = gate
+        self._follows.clear()
+
+    # --- told of a pass ---------------------------------------------------------------------------
+
+    def begin(self, batch: Batch, embedded_TD: Any) -> None:
+        last = self._last = self._pass
+        seen = self._pass = PassStates(batch, last, self._normalised)
+        foretold = self.outlook.next.copy() if seen.is_foretold else None
+        self._usage.begin(batch)
+        if foretold is not None and last is not None:
+            for layer in self._table.layers:
+                if (Source.TOKEN_BEFORE, layer) in last.foretold:
+                    part = self._table.slice(layer)
+                    self.outlook.now[part] = foretold[part]
+        self._ahead, self._next, self._start = [], [], []
+        if embedded_TD is None or self._norm is None or Source.START not in self.sources:
+            return
+        if seen.begin(np.asarray(embedded_TD), last) and seen.is_whole:
+            gates = self._gates
+            self._start = [at for at in reversed(self._table.layers) if (Source.START, at) in gates]
+
+    def observe(self, tokens: RoutedTokens) -> None:
+        self._usage.observe(tokens)
+        seen, layer = self._pass, tokens.layer
+        if seen is None or self._norm is None or tokens.residual_TD is None:
+            return
+        seen.observe(tokens)
+        self._queue(seen, layer)
+        self._pace.layer_done()
+        if self._ahead and self._pace.has_time:
+            self.work()
+
+    def end(self, final_TD: Any) -> None:
+        self._usage.end()
+        self._pace.pass_done()
+        if self._pass is not None and final_TD is not None and self._norm is not None:
+            self._pass.end(np.asarray(final_TD))
+
+    def candidates(self, layer: int) -> Candidates:
+        return likely(self.outlook, layer, at_least=self.threshold)
+
+    # --- what was put off -------------------------------------------------------------------------
+
+    def work(self) -> bool:
+        seen = self._pass
+        if seen is None:
+            return False
+        if self._ahead:
+            with self._pace.forecast():
+                source, layer = self._ahead.pop()
+                self._say(seen, source, layer, seen.states(self._states_of(source, layer)))
+        elif self._next:
+            layer = self._next.pop()
+            x_nD = seen.states(layer)
+            self._say(seen, Source.TOKEN_BEFORE, layer, None if x_nD is None else x_nD[seen.ends_n])
+        elif self._start:
+            self._say(seen, Source.START, self._start.pop(), seen.start_n2D)
+        elif self._lessons:
+            self._learn(self._lessons.popleft())
+        else:
+            return False
+        return True
+
+    def _normalised(self, x_nD: Singles) -> Singles:
+        assert self._norm is not None, "states before any router was known"
+        return normalised(self._norm, x_nD)
+
+    def _states_of(self, source: Source, layer: int) -> int:
+        """The layer whose states `source` reads to foretell this one."""
+        return self._table.layers[self._index[layer] - source.layers_before]
+
+    def _queue(self, seen: PassStates, layer: int) -> None:
+        """What follows from `layer` having routed."""
+        follows = self._follows.get(layer)
+        if follows is None:
+            follows = self._follows[layer] = self._following(layer)
+        if seen.is_whole:
+            self._ahead = list(follows.ahead)
+            self._start = [at for at in self._start if at > layer and at not in follows.better]
+        if seen.ends_n is not None and follows.has_next:
+            self._next.append(layer)
+        self._lessons.extend(_Due(source, layer, seen, self._last) for source in follows.sources)
+
+    def _following(self, layer: int) -> "_Following":
+        index, layers = self._index[layer], self._table.layers
+        ahead = [
+            (source, layers[index + source.layers_before])
+            for source in reversed(FIXED)
+            if index + source.layers_before < len(layers)
+        ]
+        ahead = [asked for asked in ahead if asked in self._gates]
+        sources = [source for source in self.sources if (source, layer) in self._gates]
+        better = {at for _, at in ahead}
+        return _Following(ahead, better, Source.TOKEN_BEFORE in sources, sources)
+
+    def _learn(self, due: "_Due") -> None:
+        source, layer, seen, last = due
+        lesson = seen.lesson(source, layer, self._states_of(source, layer), last)
+        if lesson is None:
+            return
+        gate, scores_nE = self._gates[source, layer], lesson.scores_nE
+        logits_nE = None if scores_nE is None else logits_of(gate.routing, scores_nE)
+        used_nE = np.zeros((len(lesson.x_nD), self._table.num_experts[layer]), bool)
+        used_nE[np.arange(len(used_nE))[:, None], lesson.ids_nA] = True
+        gate.learn(lesson.x_nD, lesson.foretold, logits_nE, used_nE)
+
+    def _say(self, seen: PassStates, source: Source, layer: int, x_nD: Singles | None) -> None:
+        assert x_nD is not None, "asked of states that were not seen"
+        gate, outlook = self._gates[source, layer], self.outlook
+        rate_nE = self._usage.chances(layer) if gate.has_rates else None
+        foretold = seen.foretold[source, layer] = gate.foretell(x_nD, rate_nE)
+        chances_E = 1.0 - (1.0 - foretold.said.chances_TE).prod(0)
+        into = outlook.next if source is Source.TOKEN_BEFORE else outlook.now
+        np.minimum(chances_E, _SURE, out=into[self._table.slice(layer)])
+        outlook.version += 1
+
+
+def forecast_bytes(table: ExpertTable, hidden: int, sources: Sequence[Source] = BY_WORTH) -> int:
+    """What a forecast holds that foretells from `sources` (none: `SequenceUsage`), at `hidden`
+    dimensions: matrices, states and choices of three passes, uses of sequences."""
+    held = usage_bytes(table) + gate_bytes(table, hidden, sources)
+    if sources:
+        of_a_token = (len(table.layers) + 3) * hidden * 4 + (len(sources) + 3) * len(table) * 8
+        held += 3 * MOST_TOKENS * of_a_token
+    return held
+
+
+def sources_within(
+    table: ExpertTable, hidden: int, limit_bytes: int | None, *, is_fixed: bool = False
+) -> tuple[Source, ...]:
+    """What fits, without a limit all: the token's start goes first, what is nearest last. A fixed
+    gate has one matrix for all of its own."""
+    if is_fixed:
+        least = forecast_bytes(table, hidden, FIXED[:1])
+        return FIXED if limit_bytes is None or least <= limit_bytes else ()
+    for count in range(len(BY_WORTH), 0, -1):
+        sources = BY_WORTH[:count]
+        if limit_bytes is None or forecast_bytes(table, hidden, sources) <= limit_bytes:
+            return sources
+    return ()
