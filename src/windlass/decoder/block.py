@@ -52,12 +52,23 @@ def routing_inputs(
     k: Kernels, spec: ModelSpec, moe: Moe, w: Tensors, x_TD: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the experts of a block read, and what its router does: perhaps the same tensor."""
-    name = "expert_norm" if has_own_norms(moe.shared) else "post_norm"
-    h_TD = _norm(k, spec, w, name, x_TD)
+    h_TD = _norm(k, spec, w, _expert_norm(moe), x_TD)
     if moe.router_norm is None:
         return h_TD, h_TD
-    weight_D = floats_or_none(w, "router.norm.weight", multiplier=moe.router_norm)
+    name, multiplier = routing_norm(moe)
+    weight_D = floats_or_none(w, f"{name}.weight", multiplier=multiplier)
     return h_TD, k.normalise(spec.norm, weight_D, None, x_TD)
+
+
+def routing_norm(moe: Moe) -> tuple[str, float]:
+    """The norm before the router, and what its weights are times."""
+    if moe.router_norm is None:
+        return _expert_norm(moe), 1.0
+    return "router.norm", moe.router_norm
+
+
+def _expert_norm(moe: Moe) -> str:
+    return "expert_norm" if has_own_norms(moe.shared) else "post_norm"
 
 
 def has_own_norms(shared: Shared | None) -> bool:

@@ -4,8 +4,9 @@ sequence. The simplest forecast, and the one that needs nothing but counts."""
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from windlass.forecast.interface import CERTAIN, Candidates, ExpertTable, Outlook, likely
+from windlass.forecast.interface import CERTAIN, Candidates, ExpertTable, Floats, Outlook, likely
 from windlass.ids import Part, WeightKey
 from windlass.schedule.batch import Batch
 from windlass.schedule.observer import RoutedTokens
@@ -18,10 +19,46 @@ _RESCALE_AT = 1e12
 _LIKELY = 0.5  # a read for an expert less likely than this would more often be wasted than used
 
 
+class SharedUsage:
+    """Share of all tokens that each expert of each layer gets, recent tokens counting more."""
+
+    def __init__(self, table: ExpertTable) -> None:
+        self._table = table
+        self.shares: Floats = table.uniform.copy()
+        self._counts = np.zeros(len(table))
+        self._tokens = [0.0] * len(table.num_experts)
+        # Instead of shrinking all old counts, new ones weigh more and more.
+        self._weight = [1.0] * len(table.num_experts)
+
+    def add(self, layer: int, counts_E: NDArray[np.int64]) -> None:
+        """Tokens that `layer` has routed, by expert."""
+        part = self._table.slice(layer)
+        count = float(counts_E.sum()) / self._table.top_k
+        self._weight[layer] *= 2.0 ** (count / _HALF_LIFE_TOKENS)
+        weight, own = self._weight[layer], self._counts[part]
+        own += counts_E * weight
+        self._tokens[layer] += count * weight
+        if weight > _RESCALE_AT:
+            own /= weight
+            self._tokens[layer] /= weight
+            self._weight[layer] = weight = 1.0
+        into, prior = self.shares[part], _PRIOR_TOKENS * weight
+        np.add(own, prior * self._table.uniform[part], out=into)
+        into /= self._tokens[layer] + prior
+        np.minimum(into, 1.0, out=into)
+
+
+def of_tokens(chances: Floats, num_tokens: int) -> Floats:
+    """That any of so many tokens, taken as independent, uses an expert that each uses with these
+    probabilities."""
+    merged = chances.copy() if num_tokens == 1 else 1.0 - (1.0 - chances) ** num_tokens
+    merged[merged > CERTAIN] = 1.0
+    return merged
+
+
 class UsageForecast:
-    """Share of tokens that each expert of each layer gets, recent tokens counting more, and from it
-    the probability that a pass of as many tokens as the current one uses the expert. Implements
-    `ExpertForecast`."""
+    """The probability that a pass of as many tokens as the current one uses an expert, by its share
+    of all tokens. Implements `ExpertForecast`."""
 
     wants_scores = False
     wants_states = False
@@ -29,13 +66,9 @@ class UsageForecast:
     def __init__(self, table: ExpertTable) -> None:
         self._table = table
         self.outlook = Outlook(table)
-        self._counts = np.zeros(len(table))
-        self._tokens = [0.0] * len(table.num_experts)
-        # Instead of shrinking all old counts, new ones weigh more and more.
-        self._weight = [1.0] * len(table.num_experts)
+        self._shared = SharedUsage(table)
         self._num_tokens = 1
         self.outlook.next = self.outlook.usage = self.outlook.now  # one for all passes
-        self._refresh_all()
 
     def probability(self, key: WeightKey) -> float:
         """That such a pass uses `key`: for an expert one of the outlook's, else 1."""
@@ -47,20 +80,11 @@ class UsageForecast:
         """A pass starts; its tokens are taken as independent."""
         if batch.num_tokens != self._num_tokens:
             self._num_tokens = batch.num_tokens
-            self._refresh_all()
+            self._refresh(slice(None))
 
     def observe(self, tokens: RoutedTokens) -> None:
-        layer, counts_E = tokens.layer, np.asarray(tokens.counts_E)
-        count = float(counts_E.sum()) / self._table.top_k
-        self._weight[layer] *= 2.0 ** (count / _HALF_LIFE_TOKENS)
-        weight, own = self._weight[layer], self._counts[self._table.slice(layer)]
-        own += counts_E * weight
-        self._tokens[layer] += count * weight
-        if weight > _RESCALE_AT:
-            own /= weight
-            self._tokens[layer] /= weight
-            self._weight[layer] = 1.0
-        self._refresh(layer)
+        self._shared.add(tokens.layer, np.asarray(tokens.counts_E))
+        self._refresh(self._table.slice(tokens.layer))
 
     def end(self, final_TD: Any = None) -> None:
         pass
@@ -71,17 +95,6 @@ class UsageForecast:
     def candidates(self, layer: int) -> Candidates:
         return likely(self.outlook, layer, at_least=_LIKELY)
 
-    def _refresh_all(self) -> None:
-        for layer in self._table.layers:
-            self._refresh(layer)
-
-    def _refresh(self, layer: int) -> None:
-        part = self._table.slice(layer)
-        into, prior = self.outlook.now[part], _PRIOR_TOKENS * self._weight[layer]
-        np.add(self._counts[part], prior * self._table.uniform[part], out=into)
-        into /= self._tokens[layer] + prior
-        np.minimum(into, 1.0, out=into)
-        if self._num_tokens != 1:
-            into[:] = 1.0 - (1.0 - into) ** self._num_tokens
-        into[into > CERTAIN] = 1.0
+    def _refresh(self, part: slice) -> None:
+        self.outlook.now[part] = of_tokens(self._shared.shares[part], self._num_tokens)
         self.outlook.version += 1

@@ -12,20 +12,21 @@ from typing import NamedTuple
 import torch
 
 from windlass.decoder import block as math
+from windlass.decoder.router import router_weights
 from windlass.decoder.score import RunningLogprobs
 from windlass.device.base import Allocator
 from windlass.forecast.interface import ExpertForecast
 from windlass.ids import Part, WeightKey
 from windlass.kernels.interface import Kernels
 from windlass.kvcache.kv_cache import KvCache
-from windlass.models.spec import ModelSpec
+from windlass.models.spec import ModelSpec, Moe
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.attention_metadata import AttentionMetadata, attention_metadata
 from windlass.runtime.capture import LayerCapture
 from windlass.runtime.layer_ops import LayerOps, RoutedRows
 from windlass.runtime.routing_report import RoutingReport
 from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
-from windlass.schedule.observer import RoutingObserver
+from windlass.schedule.observer import RouterReader, RoutingObserver
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.tensors import Tensors, plain
 from windlass.trace import Tracer
@@ -76,11 +77,12 @@ class Machine:
 @dataclass(frozen=True, slots=True)
 class Foresight:
     """Who expects uses of experts, who hints at them (None: nothing is read beside computation,
-    `Plan.overlap`), and who else is told of routing."""
+    `Plan.overlap`), who else is told of routing, and who wants the routers' weights."""
 
     forecast: ExpertForecast
     prefetcher: Prefetcher | None
     observers: tuple[RoutingObserver, ...] = ()
+    router_readers: tuple[RouterReader, ...] = ()
 
     def words(self) -> str:
         """Whether speculation pays, for people; empty where that is not known."""
@@ -117,6 +119,8 @@ class HostRuntime:
         )
         self._capture = LayerCapture(spec, self._blocks, kernels, weights, tracer)
         self._batch: Batch | None = None
+        self._router_readers = foresight.router_readers
+        self._unread = {i for i, block in enumerate(spec.blocks) if isinstance(block.ffn, Moe)}
         self._metadata: Mapping[int, AttentionMetadata] = {}
         self._outputs: torch.Tensor | None = None
 
@@ -188,6 +192,11 @@ class HostRuntime:
         self._blocks.attention(layer, weights.tensors, hidden[part], metadata)
 
     def enter_experts(self, layer: int, weights: Lease, hidden: torch.Tensor) -> Routed:
+        if self._router_readers and layer in self._unread:
+            self._unread.remove(layer)
+            router = router_weights(self._spec, layer, weights.tensors)
+            for reader in self._router_readers:
+                reader.set_router(router)
         routed = self._blocks.route(layer, weights.tensors, hidden)
         counts = routed.counts()
         self._routing.tell(layer, routed, hidden)

@@ -6,6 +6,7 @@ T tokens of a pass, E experts of a layer, A experts of a token, D hidden.
 
 from typing import Any, NamedTuple, Protocol
 
+from windlass.models.spec import Moe, Norm
 from windlass.schedule.batch import Batch
 
 
@@ -23,6 +24,27 @@ class RoutedTokens(NamedTuple):
     scores_TE: Any = None  # fp32, as `Kernels.route` defines them
     h_TD: Any = None  # fp32: what the router read
     residual_TD: Any = None  # fp32: the hidden states before the router's norm
+
+
+class RouterWeights(NamedTuple):
+    """What a layer's router multiplies: its logits are those of the residual stream, normalised
+    as `norm` does without weights, times `weight_DE` plus `bias_E`. fp32; whoever gets them may
+    keep them."""
+
+    layer: int
+    moe: Moe
+    norm: Norm
+    weight_DE: Any
+    bias_E: Any
+    select_bias_E: Any  # added to the scores for the choice only; None where there is none
+
+
+class RouterReader(Protocol):
+    """Wants the weights of all routers."""
+
+    def set_router(self, router: RouterWeights) -> None:
+        """Of a layer, once, before the layer's first `observe`."""
+        ...
 
 
 class RoutingObserver(Protocol):

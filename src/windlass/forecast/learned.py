@@ -1,0 +1,219 @@
+"""The forecast of experts that is used by default: gates that learn where they have spoken, what each
+sequence used lately elsewhere.
+
+Off the critical path: `observe` copies a few rows and queues; products with matrices and changes of
+them wait for `work`. One token at 2048 dimensions and 128 experts, one shared core: see
+`bench/forecast_cost.py`.
+
+n tokens of a pass that are looked at (at most `MOST_TOKENS`), D hidden, E experts of a layer.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from windlass.forecast.gate import (
+    BY_WORTH,
+    FIXED,
+    MOST_TOKENS,
+    Gate,
+    Source,
+    gate_bytes,
+    make_gate,
+    normalised,
+    targets,
+)
+from windlass.forecast.interface import CERTAIN, Candidates, ExpertTable, likely
+from windlass.forecast.pace import Pace
+from windlass.forecast.selection import Singles, logits_of
+from windlass.forecast.sequence_usage import SequenceUsage, usage_bytes
+from windlass.forecast.states import Lesson, PassStates, Seen
+from windlass.models.spec import Norm
+from windlass.schedule.batch import Batch
+from windlass.schedule.observer import RoutedTokens, RouterWeights
+
+STEP = 0.3  # 0.2 to 0.4 are as good; 0.1 and 0.8 lose a point or two of recall
+WORTH_A_READ = 0.4  # probability of a use
+_SURE = CERTAIN - 1e-3  # no forecast of a gate is certain
+
+
+class LearnedForecast:
+    """Implements `ExpertForecast` and `RouterReader`.
+
+    A piece of `work` is one product with a matrix, or one change of one: first what is said of the
+    next layers, then of the next token, then of the rest of this one; then what is learnt. What is
+    said of a layer that has passed is dropped unsaid, and usage stands in its place; lessons wait
+    until the next pass, and the oldest are dropped when more than those of a pass have come. Passes
+    of many tokens are learnt from, but not foretold: they use most experts anyway.
+    """
+
+    wants_states = True
+
+    def __init__(
+        self,
+        table: ExpertTable,
+        hidden: int,
+        *,
+        limit_bytes: int | None = None,
+        is_fixed: bool = False,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        """`limit_bytes`: of all that it holds; decides what it foretells from (`sources_within`).
+        `is_fixed`: gates stay the routers' own matrices. With a `clock` (seconds) the next layer is
+        foretold at once, waited for or not, where that takes little of a layer's time; without one
+        nothing depends on time."""
+        self.sources = sources_within(table, hidden, limit_bytes, is_fixed=is_fixed)
+        self.wants_scores = not is_fixed
+        self.threshold = WORTH_A_READ
+        self._table = table
+        self._step = 0.0 if is_fixed else STEP
+        self._usage = SequenceUsage(table)
+        self.outlook = self._usage.outlook
+        self._norm: Norm | None = None  # until a router is known
+        self._gates: dict[tuple[Source, int], Gate] = {}
+        self._index = {layer: i for i, layer in enumerate(table.layers)}
+        self._pass: PassStates | None = None
+        # what is to be said, the most urgent at the end
+        self._ahead: list[tuple[Source, int]] = []
+        self._next: list[int] = []
+        self._start: list[int] = []
+        self._lessons: deque[tuple[Gate, Lesson]] = deque(
+            maxlen=len(self.sources) * len(table.layers)
+        )
+        self._pace = Pace(clock)
+
+    def set_router(self, router: RouterWeights) -> None:
+        layer, is_first = router.layer, router.layer == self._table.layers[0]
+        self._norm = router.norm
+        for source in self.sources:
+            if layer in targets(self._table, source):
+                gate = make_gate(router, source, is_first=is_first, step=self._step)
+                self._gates[source, layer] = gate
+
+    # --- told of a pass ---------------------------------------------------------------------------
+
+    def begin(self, batch: Batch, embedded_TD: Any) -> None:
+        self._usage.begin(batch)
+        seen = self._pass = PassStates(batch, self._pass)
+        self._ahead, self._next, self._start = [], [], []
+        if seen.is_foretold:
+            self.outlook.now[:] = self.outlook.next
+        if embedded_TD is None or self._norm is None or Source.START not in self.sources:
+            return
+        embedded_nD = normalised(self._norm, np.asarray(embedded_TD)[seen.rows_n])
+        if seen.begin(embedded_nD) and seen.is_whole:
+            self._start = list(reversed(self._table.layers))
+
+    def observe(self, tokens: RoutedTokens) -> None:
+        self._usage.observe(tokens)
+        seen, layer = self._pass, tokens.layer
+        if seen is None or self._norm is None or tokens.residual_TD is None:
+            return
+        rows_n = seen.rows_n
+        used_nE = np.zeros((len(rows_n), self._table.num_experts[layer]), bool)
+        np.put_along_axis(used_nE, np.asarray(tokens.ids_TA)[rows_n], True, 1)
+        scores_nE = None if tokens.scores_TE is None else np.asarray(tokens.scores_TE)[rows_n]
+        x_nD = normalised(self._norm, np.asarray(tokens.residual_TD)[rows_n])
+        seen.seen[layer] = Seen(x_nD, scores_nE, used_nE)
+        self._queue(seen, layer)
+        self._pace.layer_done()
+        if self._ahead and self._pace.has_time:
+            self.work()
+
+    def end(self, final_TD: Any) -> None:
+        self._pace.pass_done()
+        seen, norm = self._pass, self._norm
+        if seen is not None:
+            is_known = final_TD is not None and norm is not None
+            seen.end(normalised(norm, np.asarray(final_TD)[seen.rows_n]) if is_known else None)
+
+    def candidates(self, layer: int) -> Candidates:
+        return likely(self.outlook, layer, at_least=self.threshold)
+
+    # --- what was put off -------------------------------------------------------------------------
+
+    def work(self) -> bool:
+        seen = self._pass
+        if seen is None:
+            return False
+        if self._ahead:
+            source, layer = self._ahead.pop()
+            with self._pace.forecast():
+                self._say(seen, source, layer, seen.seen[self._states_of(source, layer)].x_nD)
+        elif self._next:
+            layer = self._next.pop()
+            self._say(seen, Source.TOKEN_BEFORE, layer, seen.seen[layer].x_nD[seen.ends_n])
+        elif self._start:
+            assert seen.start_n2D is not None, "asked of a start that was not seen"
+            self._say(seen, Source.START, self._start.pop(), seen.start_n2D)
+        elif self._lessons:
+            gate, lesson = self._lessons.popleft()
+            scores_nE = lesson.scores_nE
+            logits_nE = None if scores_nE is None else logits_of(gate.routing, scores_nE)
+            gate.learn(lesson.x_nD, lesson.foretold, logits_nE, lesson.used_nE)
+        else:
+            return False
+        return True
+
+    def _states_of(self, source: Source, layer: int) -> int:
+        """The layer whose states `source` reads to foretell this one."""
+        return self._table.layers[self._index[layer] - source.layers_before]
+
+    def _queue(self, seen: PassStates, layer: int) -> None:
+        """What follows from `layer` having routed."""
+        index, layers = self._index[layer], self._table.layers
+        if seen.is_whole:
+            ahead = [
+                (source, layers[index + source.layers_before])
+                for source in reversed(FIXED)
+                if index + source.layers_before < len(layers)
+            ]
+            self._ahead = [asked for asked in ahead if asked in self._gates]
+            better = {at for _, at in self._ahead}
+            self._start = [at for at in self._start if at > layer and at not in better]
+        if seen.ends_n is not None and (Source.TOKEN_BEFORE, layer) in self._gates:
+            self._next.append(layer)
+        for source in self.sources:
+            gate = self._gates.get((source, layer))
+            if gate is None:
+                continue
+            lesson = seen.lesson(source, layer, self._states_of(source, layer))
+            if lesson is not None:
+                self._lessons.append((gate, lesson))
+
+    def _say(self, seen: PassStates, source: Source, layer: int, x_nD: Singles) -> None:
+        gate, outlook = self._gates[source, layer], self.outlook
+        rate_nE = self._usage.chances(layer) if gate.has_rates else None
+        foretold = seen.foretold[source, layer] = gate.foretell(x_nD, rate_nE)
+        chances_nE = gate.chances(foretold)
+        chances_E = 1.0 - (1.0 - chances_nE).prod(0)
+        into = outlook.next if source is Source.TOKEN_BEFORE else outlook.now
+        np.minimum(chances_E, _SURE, out=into[self._table.slice(layer)])
+        outlook.version += 1
+
+
+def forecast_bytes(table: ExpertTable, hidden: int, sources: Sequence[Source] = BY_WORTH) -> int:
+    """What a forecast holds that foretells from `sources` (none: `SequenceUsage`), at `hidden`
+    dimensions: matrices, states and choices of two passes, uses of sequences."""
+    held = usage_bytes(table) + gate_bytes(table, hidden, sources)
+    if sources:
+        of_a_token = (len(table.layers) + 3) * hidden * 4 + (len(sources) + 3) * len(table) * 8
+        held += 2 * MOST_TOKENS * of_a_token
+    return held
+
+
+def sources_within(
+    table: ExpertTable, hidden: int, limit_bytes: int | None, *, is_fixed: bool = False
+) -> tuple[Source, ...]:
+    """What fits, without a limit all: the token's start goes first, what is nearest last. A fixed
+    gate has one matrix for all of its own."""
+    if is_fixed:
+        least = forecast_bytes(table, hidden, FIXED[:1])
+        return FIXED if limit_bytes is None or least <= limit_bytes else ()
+    for count in range(len(BY_WORTH), 0, -1):
+        sources = BY_WORTH[:count]
+        if limit_bytes is None or forecast_bytes(table, hidden, sources) <= limit_bytes:
+            return sources
+    return ()

@@ -1,0 +1,76 @@
+"""Routers as forecasts read them: with the norm before them, they say of a layer's own states what the
+router itself says, in every family."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
+from windlass.build import open as build
+from windlass.forecast.gate import Source, make_gate, normalised
+from windlass.forecast.learned import LearnedForecast
+from windlass.forecast.selection import is_relative, logits_of, margins
+from windlass.runtime.host import Foresight
+from windlass.schedule.batch import Batch
+from windlass.schedule.observer import RoutedTokens, RouterWeights
+
+
+class OwnStates:
+    """Implements `RouterReader` and `RoutingObserver`: what each router says of its own states, by
+    its weights."""
+
+    wants_scores = True
+
+    def __init__(self) -> None:
+        self.routers: dict[int, RouterWeights] = {}
+        self.num_tokens = 0
+
+    def set_router(self, router: RouterWeights) -> None:
+        assert router.layer not in self.routers, "read twice"
+        self.routers[router.layer] = router
+
+    def begin(self, batch: Batch, embedded_TD: Any) -> None:
+        pass
+
+    def observe(self, tokens: RoutedTokens) -> None:
+        router = self.routers[tokens.layer]
+        moe, ids_TA = router.moe, np.asarray(tokens.ids_TA)
+        x_TD = normalised(router.norm, np.asarray(tokens.residual_TD))
+        gate = make_gate(router, Source.ONE_BEFORE, is_first=False, step=0.0)
+        found_TE = gate.foretell(x_TD).logits_TE
+        true_TE = logits_of(moe.routing, np.asarray(tokens.scores_TE))
+        if is_relative(moe.routing):
+            found_TE, true_TE = (z - z.mean(-1, keepdims=True) for z in (found_TE, true_TE))
+        np.testing.assert_allclose(found_TE, true_TE, rtol=2e-3, atol=2e-3)
+        chosen_TE = margins(moe, found_TE, router.select_bias_E) > 0
+        assert (chosen_TE.sum(-1) == moe.top_k).all()
+        assert np.take_along_axis(chosen_TE, ids_TA, 1).all(), "the control is not 100 %"
+        self.num_tokens += len(ids_TA)
+
+    def end(self, final_TD: Any) -> None:
+        pass
+
+
+@contextmanager
+def foreseen_by(*readers: OwnStates | LearnedForecast) -> Iterator[None]:
+    """Engines that are opened meanwhile tell `readers` of routers and of routing."""
+
+    def foresight(*parts: Any) -> Foresight:
+        return replace(Foresight(*parts), observers=readers, router_readers=readers)
+
+    with mock.patch.object(build, "Foresight", foresight):
+        yield
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folded_routers_say_of_own_states_what_routers_say(family, tmp_path):
+    make_model(family, tmp_path)
+    own = OwnStates()
+    with foreseen_by(own), engine_for(tmp_path, moe_backend="torch") as engine:
+        run_all(engine, [request("0", prompts([40])[0], max_tokens=3)])
+    assert own.num_tokens == 42 * len(own.routers) and own.routers
