@@ -35,4 +35,4 @@ def test_the_forecast_follows_a_change_of_topic_and_stays_finite():
         forecast.observe(told(0, {1: 1000}, 4))
     assert forecast.probability(expert(0, 1)) > 0.9
     assert forecast.probability(expert(0, 0)) < 0.1
-    assert forecast._weight[0] <= 1e12
+    assert forecast._shared._weight[0] <= 1e12

@@ -12,8 +12,8 @@ import pytest
 
 from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
 from windlass.build import open as build
-from windlass.forecast.gate import Source, make_gate, normalised
 from windlass.forecast.learned import LearnedForecast
+from windlass.forecast.recall import RouterControl
 from windlass.forecast.selection import is_relative, logits_of, margins
 from windlass.runtime.host import Foresight
 from windlass.schedule.batch import Batch
@@ -27,11 +27,12 @@ class OwnStates:
     wants_scores = True
 
     def __init__(self) -> None:
+        self.control = RouterControl()
         self.routers: dict[int, RouterWeights] = {}
         self.num_tokens = 0
 
     def set_router(self, router: RouterWeights) -> None:
-        assert router.layer not in self.routers, "read twice"
+        self.control.set_router(router)
         self.routers[router.layer] = router
 
     def begin(self, batch: Batch, embedded_TD: Any) -> None:
@@ -40,9 +41,7 @@ class OwnStates:
     def observe(self, tokens: RoutedTokens) -> None:
         router = self.routers[tokens.layer]
         moe, ids_TA = router.moe, np.asarray(tokens.ids_TA)
-        x_TD = normalised(router.norm, np.asarray(tokens.residual_TD))
-        gate = make_gate(router, Source.ONE_BEFORE, is_first=False, step=0.0)
-        found_TE = gate.foretell(x_TD).logits_TE
+        found_TE = self.control.logits(tokens)
         true_TE = logits_of(moe.routing, np.asarray(tokens.scores_TE))
         if is_relative(moe.routing):
             found_TE, true_TE = (z - z.mean(-1, keepdims=True) for z in (found_TE, true_TE))

@@ -2,19 +2,31 @@
 it is, by what came of it. A source that knows nothing, or lies, ends at the base rate and passes no
 threshold.
 
-T tokens, E experts.
+T tokens, E experts, k features of a forecast.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from windlass.forecast.interface import Floats
 
+Numbers = NDArray[np.floating]
+
 _LEFT = 0.5 ** (1.0 / 512.0)  # by token: what came counts half after 512
 _PRIOR = 4.0  # how firmly the first guess is held, in observations
 _HELD = 1.0  # so much of it for good
 _LONGEST_STEP = 1.0
 _LEAST = 1e-3  # of a rate of use
+
+
+class Said(NamedTuple):
+    """Probabilities of use, what they were computed of, and the mean distance."""
+
+    features_kTE: Floats
+    chances_TE: Floats
+    distance: float
 
 
 class Calibration:
@@ -30,43 +42,40 @@ class Calibration:
         self._scale = 0.0
         self._num_tokens = 0.0
 
-    def chances(self, margin_TE: NDArray[np.floating], rate_TE: Floats | None) -> Floats:
-        """Of use. `rate_TE`: where the calibration has rates."""
-        weights = self._weights
-        scale = self._scale or float(np.abs(margin_TE).mean()) or 1.0
-        said_TE = weights[0] + weights[1] * _squashed(margin_TE / scale)
+    def say(self, margin_TE: Numbers, rate_TE: Floats | None) -> Said:
+        """Of tokens with these margins; `rate_TE`: where the calibration has rates."""
+        size_TE = np.abs(margin_TE)
+        distance = float(size_TE.sum()) / size_TE.size or 1.0
+        scale = self._scale or distance
+        features_kTE = np.empty((len(self._weights), *margin_TE.shape))
+        features_kTE[0] = 1.0
+        np.divide(margin_TE, size_TE + scale, out=features_kTE[1])
         if rate_TE is not None:
-            said_TE += weights[2] * _log_odds(rate_TE)
-        return 1.0 / (1.0 + np.exp(-np.clip(said_TE, -30.0, 30.0)))
+            rate_TE = np.minimum(np.maximum(rate_TE, _LEAST), 1.0 - _LEAST)
+            np.log(rate_TE / (1.0 - rate_TE), out=features_kTE[2])
+        odds_n = np.exp(self._weights @ features_kTE.reshape(len(self._weights), -1))
+        chances_TE = (odds_n / (1.0 + odds_n)).reshape(margin_TE.shape)
+        return Said(features_kTE, chances_TE, distance)
 
-    def learn(
-        self, margin_TE: NDArray[np.floating], rate_TE: Floats | None, used_TE: NDArray[np.bool_]
-    ) -> None:
-        """What became of tokens with these margins and rates."""
-        self._rescale(margin_TE)
-        said_TE = self.chances(margin_TE, rate_TE)
-        features = [np.ones(margin_TE.size), _squashed(margin_TE / self._scale).ravel()]
-        if rate_TE is not None:
-            features.append(_log_odds(rate_TE).ravel())
-        x = np.stack(features)
-        error, weight = (used_TE - said_TE).ravel(), (said_TE * (1.0 - said_TE)).ravel()
-        self._precision *= _LEFT ** len(margin_TE)
-        self._precision += (x * weight) @ x.T
-        step = np.linalg.solve(self._precision + self._floor, x @ error)
-        self._weights += np.clip(step, -_LONGEST_STEP, _LONGEST_STEP)
+    def learn(self, said: Said, used_TE: NDArray[np.bool_]) -> None:
+        """What became of tokens."""
+        num = len(used_TE)
+        left = _LEFT**num
+        self._num_tokens = self._num_tokens * left + num
+        scale = self._scale or said.distance
+        self._scale = scale + (said.distance - scale) * num / self._num_tokens
+        chances = said.chances_TE.ravel()
+        x_kn = said.features_kTE.reshape(len(self._weights), -1)
+        self._precision *= left
+        self._precision += (x_kn * (chances - chances * chances)) @ x_kn.T
+        self._step(self._precision + self._floor, x_kn @ (used_TE.ravel() - chances))
 
-    def _rescale(self, margin_TE: NDArray[np.floating]) -> None:
-        """Follows the mean distance."""
-        mean, num = float(np.abs(margin_TE).mean()) or 1.0, len(margin_TE)
-        old = self._scale or mean
-        self._num_tokens = self._num_tokens * _LEFT**num + num
-        self._scale = old + (mean - old) * num / self._num_tokens
-
-
-def _squashed(margin_TE: NDArray[np.floating]) -> NDArray[np.floating]:
-    return margin_TE / (1.0 + np.abs(margin_TE))
-
-
-def _log_odds(rate_TE: Floats) -> Floats:
-    rate_TE = np.clip(rate_TE, _LEAST, 1.0 - _LEAST)
-    return np.log(rate_TE / (1.0 - rate_TE))
+    def _step(self, precision: Floats, gradient: Floats) -> None:
+        step = np.linalg.solve(precision, gradient)
+        slope = float(self._weights[1])
+        if slope + step[1] < 0.0:  # whoever is wrong by more than chance is not believed at all
+            others = [i for i in range(len(gradient)) if i != 1]
+            step[1] = -slope
+            given = gradient[others] - precision[others, 1] * step[1]
+            step[others] = np.linalg.solve(precision[np.ix_(others, others)], given)
+        self._weights += np.minimum(np.maximum(step, -_LONGEST_STEP), _LONGEST_STEP)

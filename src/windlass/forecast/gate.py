@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from windlass.forecast.calibration import Calibration
+from windlass.forecast.calibration import Calibration, Said
 from windlass.forecast.interface import ExpertTable, Floats
 from windlass.forecast.selection import Singles, is_relative, margins
 from windlass.models.spec import LayerNorm, Norm
@@ -75,12 +75,12 @@ def normalised(norm: Norm, x_TD: Singles) -> Singles:
 
 
 class Foretold(NamedTuple):
-    """Logits of a layer's router, which update of the matrix they are from, and how often each
-    expert was used lately, where that is asked."""
+    """Logits of a layer's router, which update of the matrix they are from, and what use of each
+    expert follows from them."""
 
     logits_TE: Singles
     version: int
-    rate_TE: Floats | None
+    said: Said
 
 
 class Gate:
@@ -104,12 +104,10 @@ class Gate:
         self.calibration = Calibration(has_rates=has_rates)
 
     def foretell(self, x_TD: Singles, rate_TE: Floats | None = None) -> Foretold:
-        """Of states, normalised; `rate_TE` where the gate has rates."""
-        return Foretold(self._logits(x_TD), self._version, rate_TE)
-
-    def chances(self, foretold: Foretold) -> Floats:
-        """That each token uses each expert (T, E)."""
-        return self.calibration.chances(self._margins(foretold.logits_TE), foretold.rate_TE)
+        """Of states, normalised. `rate_TE`: of use, where the gate has rates."""
+        logits_TE = self._logits(x_TD)
+        margin_TE = margins(self._moe, logits_TE, self._select_bias_E)
+        return Foretold(logits_TE, self._version, self.calibration.say(margin_TE, rate_TE))
 
     def learn(
         self,
@@ -121,8 +119,7 @@ class Gate:
         """What came of states: the logits, where anything is learnt of them, and the choice.
         `foretold`: what was said of them, if anything."""
         if foretold is not None:
-            margin_TE = self._margins(foretold.logits_TE)
-            self.calibration.learn(margin_TE, foretold.rate_TE, used_TE)
+            self.calibration.learn(foretold.said, used_TE)
         if not self._step or logits_TE is None:
             return
         if foretold is not None and foretold.version == self._version:
@@ -130,15 +127,12 @@ class Gate:
         else:
             error_TE = logits_TE - self._logits(x_TD)
         if self._is_relative:
-            error_TE -= error_TE.mean(-1, keepdims=True)
+            error_TE -= error_TE.sum(-1, keepdims=True) / error_TE.shape[1]
         self._turn(x_TD, error_TE)
         self._version += 1
 
     def _logits(self, x_TD: Singles) -> Singles:
         return _product(x_TD, self._weight_DE) + self._bias_E
-
-    def _margins(self, logits_TE: Singles) -> Singles:
-        return margins(self._moe, logits_TE, self._select_bias_E)
 
     def _turn(self, x_TD: Singles, error_TE: Singles) -> None:
         """One step of normalised least squares for all tokens together; stable however alike they
@@ -175,7 +169,7 @@ def _rows_of_a_call(num_tokens: int, num_experts: int) -> int:
 
 def _product(x_TD: Singles, weight_DE: Singles) -> Singles:
     if len(x_TD) == 1:
-        product: Singles = np.einsum("d,de->e", x_TD[0], weight_DE)[None]
+        product: Singles = np.einsum("td,de->te", x_TD, weight_DE)
         return product
     step = _rows_of_a_call(len(x_TD), weight_DE.shape[1])
     parts = range(0, len(weight_DE), step)

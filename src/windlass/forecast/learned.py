@@ -10,7 +10,7 @@ n tokens of a pass that are looked at (at most `MOST_TOKENS`), D hidden, E exper
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from windlass.forecast.interface import CERTAIN, Candidates, ExpertTable, likely
 from windlass.forecast.pace import Pace
 from windlass.forecast.selection import Singles, logits_of
 from windlass.forecast.sequence_usage import SequenceUsage, usage_bytes
-from windlass.forecast.states import Lesson, PassStates, Seen
+from windlass.forecast.states import PassStates, Seen
 from windlass.models.spec import Norm
 from windlass.schedule.batch import Batch
 from windlass.schedule.observer import RoutedTokens, RouterWeights
@@ -37,6 +37,15 @@ from windlass.schedule.observer import RoutedTokens, RouterWeights
 STEP = 0.3  # 0.2 to 0.4 are as good; 0.1 and 0.8 lose a point or two of recall
 WORTH_A_READ = 0.4  # probability of a use
 _SURE = CERTAIN - 1e-3  # no forecast of a gate is certain
+
+
+class _Due(NamedTuple):
+    """What the routing of a layer teaches of a source."""
+
+    source: Source
+    layer: int
+    seen: PassStates
+    last: PassStates | None
 
 
 class LearnedForecast:
@@ -75,13 +84,12 @@ class LearnedForecast:
         self._gates: dict[tuple[Source, int], Gate] = {}
         self._index = {layer: i for i, layer in enumerate(table.layers)}
         self._pass: PassStates | None = None
+        self._last: PassStates | None = None  # the one before it
         # what is to be said, the most urgent at the end
         self._ahead: list[tuple[Source, int]] = []
         self._next: list[int] = []
         self._start: list[int] = []
-        self._lessons: deque[tuple[Gate, Lesson]] = deque(
-            maxlen=len(self.sources) * len(table.layers)
-        )
+        self._lessons: deque[_Due] = deque(maxlen=len(self.sources) * len(table.layers))
         self._pace = Pace(clock)
 
     def set_router(self, router: RouterWeights) -> None:
@@ -96,14 +104,15 @@ class LearnedForecast:
 
     def begin(self, batch: Batch, embedded_TD: Any) -> None:
         self._usage.begin(batch)
-        seen = self._pass = PassStates(batch, self._pass)
+        last = self._last = self._pass
+        seen = self._pass = PassStates(batch, last)
         self._ahead, self._next, self._start = [], [], []
         if seen.is_foretold:
             self.outlook.now[:] = self.outlook.next
         if embedded_TD is None or self._norm is None or Source.START not in self.sources:
             return
         embedded_nD = normalised(self._norm, np.asarray(embedded_TD)[seen.rows_n])
-        if seen.begin(embedded_nD) and seen.is_whole:
+        if seen.begin(embedded_nD, last) and seen.is_whole:
             self._start = list(reversed(self._table.layers))
 
     def observe(self, tokens: RoutedTokens) -> None:
@@ -113,7 +122,7 @@ class LearnedForecast:
             return
         rows_n = seen.rows_n
         used_nE = np.zeros((len(rows_n), self._table.num_experts[layer]), bool)
-        np.put_along_axis(used_nE, np.asarray(tokens.ids_TA)[rows_n], True, 1)
+        used_nE[np.arange(len(rows_n))[:, None], np.asarray(tokens.ids_TA)[rows_n]] = True
         scores_nE = None if tokens.scores_TE is None else np.asarray(tokens.scores_TE)[rows_n]
         x_nD = normalised(self._norm, np.asarray(tokens.residual_TD)[rows_n])
         seen.seen[layer] = Seen(x_nD, scores_nE, used_nE)
@@ -125,9 +134,8 @@ class LearnedForecast:
     def end(self, final_TD: Any) -> None:
         self._pace.pass_done()
         seen, norm = self._pass, self._norm
-        if seen is not None:
-            is_known = final_TD is not None and norm is not None
-            seen.end(normalised(norm, np.asarray(final_TD)[seen.rows_n]) if is_known else None)
+        if seen is not None and norm is not None and final_TD is not None:
+            seen.final_nD = normalised(norm, np.asarray(final_TD)[seen.rows_n])
 
     def candidates(self, layer: int) -> Candidates:
         return likely(self.outlook, layer, at_least=self.threshold)
@@ -149,10 +157,7 @@ class LearnedForecast:
             assert seen.start_n2D is not None, "asked of a start that was not seen"
             self._say(seen, Source.START, self._start.pop(), seen.start_n2D)
         elif self._lessons:
-            gate, lesson = self._lessons.popleft()
-            scores_nE = lesson.scores_nE
-            logits_nE = None if scores_nE is None else logits_of(gate.routing, scores_nE)
-            gate.learn(lesson.x_nD, lesson.foretold, logits_nE, lesson.used_nE)
+            self._learn(self._lessons.popleft())
         else:
             return False
         return True
@@ -175,20 +180,26 @@ class LearnedForecast:
             self._start = [at for at in self._start if at > layer and at not in better]
         if seen.ends_n is not None and (Source.TOKEN_BEFORE, layer) in self._gates:
             self._next.append(layer)
-        for source in self.sources:
-            gate = self._gates.get((source, layer))
-            if gate is None:
-                continue
-            lesson = seen.lesson(source, layer, self._states_of(source, layer))
-            if lesson is not None:
-                self._lessons.append((gate, lesson))
+        self._lessons.extend(
+            _Due(source, layer, seen, self._last)
+            for source in self.sources
+            if (source, layer) in self._gates
+        )
+
+    def _learn(self, due: "_Due") -> None:
+        source, layer, seen, last = due
+        lesson = seen.lesson(source, layer, self._states_of(source, layer), last)
+        if lesson is None:
+            return
+        gate, scores_nE = self._gates[source, layer], lesson.scores_nE
+        logits_nE = None if scores_nE is None else logits_of(gate.routing, scores_nE)
+        gate.learn(lesson.x_nD, lesson.foretold, logits_nE, lesson.used_nE)
 
     def _say(self, seen: PassStates, source: Source, layer: int, x_nD: Singles) -> None:
         gate, outlook = self._gates[source, layer], self.outlook
         rate_nE = self._usage.chances(layer) if gate.has_rates else None
         foretold = seen.foretold[source, layer] = gate.foretell(x_nD, rate_nE)
-        chances_nE = gate.chances(foretold)
-        chances_E = 1.0 - (1.0 - chances_nE).prod(0)
+        chances_E = 1.0 - (1.0 - foretold.said.chances_TE).prod(0)
         into = outlook.next if source is Source.TOKEN_BEFORE else outlook.now
         np.minimum(chances_E, _SURE, out=into[self._table.slice(layer)])
         outlook.version += 1
@@ -196,11 +207,11 @@ class LearnedForecast:
 
 def forecast_bytes(table: ExpertTable, hidden: int, sources: Sequence[Source] = BY_WORTH) -> int:
     """What a forecast holds that foretells from `sources` (none: `SequenceUsage`), at `hidden`
-    dimensions: matrices, states and choices of two passes, uses of sequences."""
+    dimensions: matrices, states and choices of three passes, uses of sequences."""
     held = usage_bytes(table) + gate_bytes(table, hidden, sources)
     if sources:
         of_a_token = (len(table.layers) + 3) * hidden * 4 + (len(sources) + 3) * len(table) * 8
-        held += 2 * MOST_TOKENS * of_a_token
+        held += 3 * MOST_TOKENS * of_a_token
     return held
 
 

@@ -10,16 +10,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from windlass.forecast.gate import Source, make_gate, normalised
 from windlass.forecast.interface import ExpertForecast, Floats
+from windlass.forecast.selection import margins
 from windlass.schedule.batch import Batch
-from windlass.schedule.observer import RoutedTokens
+from windlass.schedule.observer import RoutedTokens, RouterWeights
 
 WIDTHS = (1.0, 1.5, 2.0, 3.0)  # experts read ahead, in those that are used
 _BINS = 10
 _MOST_LAYERS_AHEAD = 3
 START = "start"  # of the pass
 BEFORE = "before"  # the pass: in the one before it, once the same layer has routed
-OWN = "own"  # what the layer itself reads, by the router as the forecast knows it: the control
+OWN = "own"  # the layer itself: the control
 
 
 class Recall:
@@ -65,6 +67,31 @@ class Recall:
         return float(np.abs(chances - uses).sum() / counts.sum())
 
 
+class RouterControl:
+    """What routers say of their own states, by the weights that forecasts are given. Implements
+    `RouterReader`."""
+
+    def __init__(self) -> None:
+        self._routers: dict[int, RouterWeights] = {}
+
+    def set_router(self, router: RouterWeights) -> None:
+        assert router.layer not in self._routers, f"the router of layer {router.layer}: read twice"
+        self._routers[router.layer] = router
+
+    def logits(self, tokens: RoutedTokens) -> Floats:
+        """(T, E)"""
+        router = self._routers[tokens.layer]
+        x_TD = normalised(router.norm, np.asarray(tokens.residual_TD))
+        gate = make_gate(router, Source.ONE_BEFORE, is_first=False, step=0.0)
+        return gate.foretell(x_TD).logits_TE.astype(np.float64)
+
+    def chances(self, tokens: RoutedTokens) -> Floats:
+        """Of one token (E): 1 of what is chosen by them, else 0."""
+        router = self._routers[tokens.layer]
+        found_TE = margins(router.moe, self.logits(tokens), router.select_bias_E)
+        return (found_TE[0] > 0).astype(np.float64)
+
+
 class _Guess(NamedTuple):
     horizon: int | str
     chance_E: Floats
@@ -81,8 +108,8 @@ class RecallMeter:
         counts: Callable[[Batch], bool] = lambda batch: batch.num_tokens == 1,
         own: Callable[[RoutedTokens], Floats] | None = None,
     ) -> None:
-        """`own`: what the forecast would say (E) of a layer that reads one token, had it its own
-        states: `OWN` must be 1, or states, weights or the selection are not as they should be."""
+        """`own`: what is known of a layer by its own states (`RouterControl.chances`): recall of
+        `OWN` must be 1, or states, weights or the selection are not as they should be."""
         self.by_layer: dict[tuple[int | str, int], Recall] = {}
         self.wants_scores = forecast.wants_scores
         self._forecast = forecast

@@ -17,6 +17,7 @@ from windlass.models.spec import (
 )
 
 Singles = NDArray[np.float32]
+Numbers = NDArray[np.floating]
 
 _LEAST_PROBABILITY = 1e-30
 _SATURATED = 15.0  # logits beyond are as good as certain, and sigmoids of fp32 no longer tell them
@@ -40,7 +41,7 @@ def is_relative(routing: Routing) -> bool:
     return not isinstance(routing, SigmoidTopK)
 
 
-def margins(moe: Moe, logits_TE: Singles, select_bias_E: Singles | None) -> Singles:
+def margins(moe: Moe, logits_TE: Numbers, select_bias_E: Singles | None) -> Numbers:
     """How far each expert is above (or below) what it takes to be chosen. Of what decides: scores
     where a bias or groups compare them, else logits."""
     groups = getattr(moe.routing, "groups", NoGroups())
@@ -54,23 +55,24 @@ def margins(moe: Moe, logits_TE: Singles, select_bias_E: Singles | None) -> Sing
     return choice_TE - _threshold(choice_TE, moe.top_k)
 
 
-def _scores(routing: Routing, logits_TE: Singles) -> Singles:
+def _scores(routing: Routing, logits_TE: Numbers) -> Numbers:
     if isinstance(routing, SigmoidTopK):
         return 1.0 / (1.0 + np.exp(-logits_TE))
     exp_TE = np.exp(logits_TE - logits_TE.max(-1, keepdims=True))
     return exp_TE / exp_TE.sum(-1, keepdims=True)
 
 
-def _threshold(choice_TE: Singles, kept: int) -> Singles:
+def _threshold(choice_TE: Numbers, kept: int) -> Numbers:
     """(T, 1): midway between the last that is chosen and the first that is not."""
     size = choice_TE.shape[1]
     if kept >= size:
         return choice_TE.min(-1, keepdims=True) - 1.0
     sorted_TE = np.partition(choice_TE, (size - kept - 1, size - kept), -1)
-    return 0.5 * (sorted_TE[:, size - kept - 1, None] + sorted_TE[:, size - kept, None])
+    below = size - kept - 1
+    return 0.5 * (sorted_TE[:, below : below + 1] + sorted_TE[:, below + 1 : below + 2])
 
 
-def _grouped(top_k: int, groups: RoutingGroups, choice_TE: Singles) -> Singles:
+def _grouped(top_k: int, groups: RoutingGroups, choice_TE: Numbers) -> Numbers:
     """Experts of a group that is not kept lack at least what their group lacks."""
     num_tokens, size = choice_TE.shape
     choice_TGe = choice_TE.reshape(num_tokens, groups.num, -1)

@@ -34,6 +34,7 @@ class _Sequences(NamedTuple):
     of_T: NDArray[np.int64]
     gain_HT: Floats
     left_SH1: Floats
+    goes_on_alone: bool  # each by one token
 
 
 def usage_bytes(table: ExpertTable) -> int:
@@ -81,8 +82,9 @@ class SequenceUsage:
             self._learn(layer, part, self._pass, np.asarray(tokens.ids_TA))
         outlook = self.outlook
         outlook.now[part] = counts_E > 0
-        outlook.usage[part] = self._merged(part, 1)
-        outlook.next[part] = self._merged(part, 0)
+        later = outlook.usage[part] = self._merged(part, 1)
+        is_alike = self._pass is not None and self._pass.goes_on_alone
+        outlook.next[part] = later if is_alike else self._merged(part, 0)
         outlook.version += 1
 
     def end(self, final_TD: Any = None) -> None:
@@ -109,7 +111,10 @@ class SequenceUsage:
         later_T = num_S.cumsum()[of_T] - 1 - np.arange(len(of_T))  # tokens behind each
         gain_HT = (1.0 - _LEFT_H)[:, None] * _LEFT_H[:, None] ** later_T
         left_SH = _LEFT_H ** num_S[:, None]
-        return _Sequences(slots_S, num_S, next_S, of_T, gain_HT, left_SH[:, :, None])
+        goes_on_alone = bool((next_S == 1).all())
+        return _Sequences(
+            slots_S, num_S, next_S, of_T, gain_HT, left_SH[:, :, None], goes_on_alone
+        )
 
     def _slot(self, segment: Segment) -> int:
         """Of the segment's sequence, which is new where it begins again."""

@@ -24,11 +24,6 @@ class Seen(NamedTuple):
     scores_nE: Singles | None
     used_nE: NDArray[np.bool_]
 
-    def rows(self, places: Places) -> "Seen":
-        """Of some tokens."""
-        scores_nE = None if self.scores_nE is None else self.scores_nE[places]
-        return Seen(self.x_nD[places], scores_nE, self.used_nE[places])
-
 
 class Lesson(NamedTuple):
     """States, what was foretold of them (None: nothing), and what came."""
@@ -40,21 +35,23 @@ class Lesson(NamedTuple):
 
 
 class PassStates:
-    """Of one pass, which knows the pass before it only while it is under way."""
+    """Of one pass."""
 
     def __init__(self, batch: Batch, last: "PassStates | None") -> None:
-        """`last`: the pass before it."""
+        """`last`: the pass before it, where there is one; also below."""
         self.rows_n = _sample(batch)
         self.is_whole = len(self.rows_n) == batch.num_tokens
         sequences, positions = batch.sequences, batch.positions
         names = [(sequences[row], positions[row]) for row in self.rows_n.tolist()]
-        known = last._place if last is not None else {}
+        known = {} if last is None else last._place
         self._place = {name: i for i, name in enumerate(names)}
-        self._last = last
         # places in the last pass of the tokens before these; -1 where that was not looked at
         self._before_n = np.array([known.get((seq, at - 1), -1) for seq, at in names])
         self._followers = (self._before_n >= 0).nonzero()[0]
+        self._all_follow = len(self._followers) == len(names)
         self.ends_n = self._ends(batch)
+        # whether the last pass foretold these tokens: one for each that ended
+        self.is_foretold = self.is_whole and self._are_ends_of(last, np.sort(self._before_n))
         self.seen: dict[int, Seen] = {}
         self.foretold: dict[tuple[Source, int], Foretold] = {}
         self.start_n2D: Singles | None = None
@@ -68,17 +65,12 @@ class PassStates:
             return None
         return np.searchsorted(self.rows_n, ends)
 
-    @property
-    def is_foretold(self) -> bool:
-        """Whether its tokens are those that the last pass foretold: one for each that ended."""
-        last = self._last
-        if last is None or last.ends_n is None:
-            return False
-        return self.is_whole and np.array_equal(np.sort(self._before_n), last.ends_n)
+    @staticmethod
+    def _are_ends_of(last: "PassStates | None", places: Places) -> bool:
+        return last is not None and last.ends_n is not None and np.array_equal(places, last.ends_n)
 
-    def begin(self, embedded_nD: Singles) -> bool:
+    def begin(self, embedded_nD: Singles, last: "PassStates | None") -> bool:
         """Takes the normalised embeddings; whether anything follows from them."""
-        last = self._last
         if last is None or last.final_nD is None or not len(self._followers):
             return False
         before_nD = last.final_nD[self._before_n]
@@ -86,35 +78,31 @@ class PassStates:
         self.start_n2D = np.concatenate((embedded_nD, before_nD), axis=1)
         return True
 
-    def end(self, final_nD: Singles | None) -> None:
-        """Takes the normalised states that leave the last layer."""
-        self.final_nD = final_nD
-        self._last = None
-
-    def lesson(self, source: Source, layer: int, before: int) -> Lesson | None:
+    def lesson(
+        self, source: Source, layer: int, before: int, last: "PassStates | None"
+    ) -> Lesson | None:
         """What the routing of `layer` teaches of `source`, whose states are those of layer
         `before`; None if they were not seen."""
         own, foretold = self.seen[layer], self.foretold.get((source, layer))
         if source.layers_before:
-            if before not in self.seen:
-                return None
-            return Lesson(self.seen[before].x_nD, foretold, own.scores_nE, own.used_nE)
-        rows, last = self._followers, self._last
-        if last is None or not len(rows):
+            x_nD = self.seen[before].x_nD if before in self.seen else None
+            return None if x_nD is None else Lesson(x_nD, foretold, own.scores_nE, own.used_nE)
+        if last is None or not len(self._followers):
             return None
-        own = own.rows(rows)
+        rows = slice(None) if self._all_follow else self._followers
         if source is Source.START:
             if self.start_n2D is None:
                 return None
-            is_all = len(rows) == len(self.rows_n)
-            x_nD = self.start_n2D[rows]
-            return Lesson(x_nD, foretold if is_all else None, own.scores_nE, own.used_nE)
-        if layer not in last.seen:
-            return None
-        places = self._before_n[rows]
-        is_said = last.ends_n is not None and np.array_equal(places, last.ends_n)
-        foretold = last.foretold.get((source, layer)) if is_said else None
-        return Lesson(last.seen[layer].x_nD[places], foretold, own.scores_nE, own.used_nE)
+            x_nD, foretold = self.start_n2D[rows], foretold if self._all_follow else None
+        else:
+            if layer not in last.seen:
+                return None
+            places = self._before_n[rows]
+            x_nD = last.seen[layer].x_nD[places]
+            is_said = self._are_ends_of(last, places)
+            foretold = last.foretold.get((source, layer)) if is_said else None
+        scores_nE = None if own.scores_nE is None else own.scores_nE[rows]
+        return Lesson(x_nD, foretold, scores_nE, own.used_nE[rows])
 
 
 def _sample(batch: Batch) -> Places:
