@@ -80,8 +80,16 @@ def _is_saying(forecast: ExpertForecast) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    for name, value in (("hidden", 2048), ("experts", 128), ("top-k", 8), ("layers", 8), ("tokens", 1)):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    for name, value in (
+        ("hidden", 2048),
+        ("experts", 128),
+        ("top-k", 8),
+        ("layers", 8),
+        ("tokens", 1),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value)
     shape = parser.parse_args()
     table = ExpertTable([shape.experts] * shape.layers, shape.top_k)

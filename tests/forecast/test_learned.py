@@ -68,7 +68,9 @@ class World:
         return np.array(rows)
 
     def _routed(self, layer: int, passing: Batch, x_TD: np.ndarray) -> RoutedTokens:
-        read_TD = self.chance.normal(0, 1, x_TD.shape).astype(np.float32) if self.is_random else x_TD
+        read_TD = (
+            self.chance.normal(0, 1, x_TD.shape).astype(np.float32) if self.is_random else x_TD
+        )
         rms = np.sqrt((read_TD**2).mean(-1, keepdims=True) + 1e-6)
         logits = read_TD / rms @ self.weights[layer]
         scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -79,6 +81,7 @@ class World:
 
 def tell(forecast: LearnedForecast | RecallMeter | SequenceUsage, told: Told) -> None:
     """Arrays are overwritten as soon as they have been told of."""
+
     def once(array: np.ndarray) -> np.ndarray:
         given.append(array.copy())
         return given[-1]
@@ -221,12 +224,15 @@ def test_prompts_are_learnt_from_by_a_sample_and_not_foretold():
     states = forecast._pass
     assert states is not None and len(states.rows_n) == MOST_TOKENS
     assert {789} <= set(states.rows_n.tolist()), "the token that others follow"
-    assert all(seen.x_nD.shape == (MOST_TOKENS, HIDDEN) for seen in states.seen.values())
+    assert all(seen.residual_nD.shape == (MOST_TOKENS, HIDDEN) for seen in states._seen.values())
     drain(forecast)
     assert forecast._gates[Source.ONE_BEFORE, 2]._version == 1
-    assert forecast.outlook.now[EXPERTS:].tolist() == (told.layers[1].counts_E > 0).tolist() + (
-        told.layers[2].counts_E > 0
-    ).tolist() + (told.layers[3].counts_E > 0).tolist()
+    assert (
+        forecast.outlook.now[EXPERTS:].tolist()
+        == (told.layers[1].counts_E > 0).tolist()
+        + (told.layers[2].counts_E > 0).tolist()
+        + (told.layers[3].counts_E > 0).tolist()
+    )
 
 
 def test_the_next_pass_begins_with_what_was_foretold_of_it():
@@ -317,5 +323,5 @@ def test_memory_does_not_grow_with_passes():
             forecast.work()
         kept = {id(one): one for due in forecast._lessons for one in (due.seen, due.last) if one}
         assert len(kept) <= 3
-        held = sum(one.x_nD.nbytes for each in kept.values() for one in each.seen.values())
+        held = sum(one.residual_nD.nbytes for each in kept.values() for one in each._seen.values())
         assert held <= 3 * MOST_TOKENS * HIDDEN * 4 * len(TABLE.layers)

@@ -61,7 +61,9 @@ def test_a_prompt_in_one_step_is_its_tokens_one_by_one():
     tell(whole, batch(segment(7, 40, 0)), ids)
     for i in range(40):
         tell(single, batch(segment(7, 1, i)), ids[i : i + 1])
-    tell(cut, batch(segment(7, 25, 0, ends=False), segment(8, 3, 0)), np.vstack((ids[:25], ids[:3])))
+    tell(
+        cut, batch(segment(7, 25, 0, ends=False), segment(8, 3, 0)), np.vstack((ids[:25], ids[:3]))
+    )
     tell(cut, batch(segment(7, 15, 25)), ids[25:])
     expected = by_token(table.uniform, ids)
     for forecast in (whole, single, cut):

@@ -29,7 +29,7 @@ from windlass.forecast.interface import CERTAIN, Candidates, ExpertTable, likely
 from windlass.forecast.pace import Pace
 from windlass.forecast.selection import Singles, logits_of
 from windlass.forecast.sequence_usage import SequenceUsage, usage_bytes
-from windlass.forecast.states import PassStates, Seen
+from windlass.forecast.states import PassStates
 from windlass.models.spec import Norm
 from windlass.schedule.batch import Batch
 from windlass.schedule.observer import RoutedTokens, RouterWeights
@@ -93,49 +93,48 @@ class LearnedForecast:
         self._pace = Pace(clock)
 
     def set_router(self, router: RouterWeights) -> None:
-        layer, is_first = router.layer, router.layer == self._table.layers[0]
+        layer, layers = router.layer, self._table.layers
         self._norm = router.norm
         for source in self.sources:
             if layer in targets(self._table, source):
-                gate = make_gate(router, source, is_first=is_first, step=self._step)
+                gate = make_gate(router, source, is_first=layer == layers[0], step=self._step)
                 self._gates[source, layer] = gate
 
     # --- told of a pass ---------------------------------------------------------------------------
 
     def begin(self, batch: Batch, embedded_TD: Any) -> None:
-        self._usage.begin(batch)
         last = self._last = self._pass
-        seen = self._pass = PassStates(batch, last)
+        seen = self._pass = PassStates(batch, last, self._normalised)
+        foretold = self.outlook.next.copy() if seen.is_foretold else None
+        self._usage.begin(batch)
+        if foretold is not None and last is not None:
+            for layer in self._table.layers:
+                if (Source.TOKEN_BEFORE, layer) in last.foretold:
+                    part = self._table.slice(layer)
+                    self.outlook.now[part] = foretold[part]
         self._ahead, self._next, self._start = [], [], []
-        if seen.is_foretold:
-            self.outlook.now[:] = self.outlook.next
         if embedded_TD is None or self._norm is None or Source.START not in self.sources:
             return
-        embedded_nD = normalised(self._norm, np.asarray(embedded_TD)[seen.rows_n])
-        if seen.begin(embedded_nD, last) and seen.is_whole:
-            self._start = list(reversed(self._table.layers))
+        if seen.begin(np.asarray(embedded_TD), last) and seen.is_whole:
+            gates = self._gates
+            self._start = [at for at in reversed(self._table.layers) if (Source.START, at) in gates]
 
     def observe(self, tokens: RoutedTokens) -> None:
         self._usage.observe(tokens)
         seen, layer = self._pass, tokens.layer
         if seen is None or self._norm is None or tokens.residual_TD is None:
             return
-        rows_n = seen.rows_n
-        used_nE = np.zeros((len(rows_n), self._table.num_experts[layer]), bool)
-        used_nE[np.arange(len(rows_n))[:, None], np.asarray(tokens.ids_TA)[rows_n]] = True
-        scores_nE = None if tokens.scores_TE is None else np.asarray(tokens.scores_TE)[rows_n]
-        x_nD = normalised(self._norm, np.asarray(tokens.residual_TD)[rows_n])
-        seen.seen[layer] = Seen(x_nD, scores_nE, used_nE)
+        seen.observe(tokens)
         self._queue(seen, layer)
         self._pace.layer_done()
         if self._ahead and self._pace.has_time:
             self.work()
 
     def end(self, final_TD: Any) -> None:
+        self._usage.end()
         self._pace.pass_done()
-        seen, norm = self._pass, self._norm
-        if seen is not None and norm is not None and final_TD is not None:
-            seen.final_nD = normalised(norm, np.asarray(final_TD)[seen.rows_n])
+        if self._pass is not None and final_TD is not None and self._norm is not None:
+            self._pass.end(np.asarray(final_TD))
 
     def candidates(self, layer: int) -> Candidates:
         return likely(self.outlook, layer, at_least=self.threshold)
@@ -147,20 +146,24 @@ class LearnedForecast:
         if seen is None:
             return False
         if self._ahead:
-            source, layer = self._ahead.pop()
             with self._pace.forecast():
-                self._say(seen, source, layer, seen.seen[self._states_of(source, layer)].x_nD)
+                source, layer = self._ahead.pop()
+                self._say(seen, source, layer, seen.states(self._states_of(source, layer)))
         elif self._next:
             layer = self._next.pop()
-            self._say(seen, Source.TOKEN_BEFORE, layer, seen.seen[layer].x_nD[seen.ends_n])
+            x_nD = seen.states(layer)
+            self._say(seen, Source.TOKEN_BEFORE, layer, None if x_nD is None else x_nD[seen.ends_n])
         elif self._start:
-            assert seen.start_n2D is not None, "asked of a start that was not seen"
             self._say(seen, Source.START, self._start.pop(), seen.start_n2D)
         elif self._lessons:
             self._learn(self._lessons.popleft())
         else:
             return False
         return True
+
+    def _normalised(self, x_nD: Singles) -> Singles:
+        assert self._norm is not None, "states before any router was known"
+        return normalised(self._norm, x_nD)
 
     def _states_of(self, source: Source, layer: int) -> int:
         """The layer whose states `source` reads to foretell this one."""
@@ -193,9 +196,12 @@ class LearnedForecast:
             return
         gate, scores_nE = self._gates[source, layer], lesson.scores_nE
         logits_nE = None if scores_nE is None else logits_of(gate.routing, scores_nE)
-        gate.learn(lesson.x_nD, lesson.foretold, logits_nE, lesson.used_nE)
+        used_nE = np.zeros((len(lesson.x_nD), self._table.num_experts[layer]), bool)
+        used_nE[np.arange(len(used_nE))[:, None], lesson.ids_nA] = True
+        gate.learn(lesson.x_nD, lesson.foretold, logits_nE, used_nE)
 
-    def _say(self, seen: PassStates, source: Source, layer: int, x_nD: Singles) -> None:
+    def _say(self, seen: PassStates, source: Source, layer: int, x_nD: Singles | None) -> None:
+        assert x_nD is not None, "asked of states that were not seen"
         gate, outlook = self._gates[source, layer], self.outlook
         rate_nE = self._usage.chances(layer) if gate.has_rates else None
         foretold = seen.foretold[source, layer] = gate.foretell(x_nD, rate_nE)

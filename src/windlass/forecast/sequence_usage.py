@@ -18,7 +18,7 @@ HALF_LIVES = (8.0, 16.0, 64.0)  # tokens of a sequence; the shared usage, of 409
 MOST_SEQUENCES = 64  # of a pass; of more, their average is as good
 _REMEMBERED = 2 * MOST_SEQUENCES
 _LEFT_H = 0.5 ** (1.0 / np.array(HALF_LIVES))
-_LEAST, _MOST = 1e-3, 1.0 - 1e-3  # what a token can cost whoever was sure
+_LEAST = 1e-3  # of a probability: bounds what a token can cost whoever was sure
 # Tokens after which a half life's log loss counts half, and what losses are times: larger follows
 # the best half life more closely, to no gain (hits on real routing: 60.5 % of 0.1, 60.4 of 1).
 _LOSS_LEFT = 0.5 ** (1.0 / 64.0)
@@ -34,12 +34,12 @@ class _Sequences(NamedTuple):
     of_T: NDArray[np.int64]
     gain_HT: Floats
     left_SH1: Floats
-    goes_on_alone: bool  # each by one token
+    are_single: bool  # one token of each
 
 
 def usage_bytes(table: ExpertTable) -> int:
     """What `SequenceUsage` holds."""
-    return 8 * len(table) * (_REMEMBERED * (len(HALF_LIVES) + 1) + 5)
+    return 8 * len(table) * (_REMEMBERED * (len(HALF_LIVES) + 1) + 6)
 
 
 class SequenceUsage:
@@ -58,37 +58,51 @@ class SequenceUsage:
         self._last = np.full(_REMEMBERED, -1)  # position, by slot
         self._rates = np.zeros((_REMEMBERED, len(HALF_LIVES), len(table)))
         self._chances = np.zeros((_REMEMBERED, len(table)))  # of one token
-        self._losses = np.zeros((len(table.num_experts), len(HALF_LIVES) + 1))
+        self._losses = np.zeros((len(table.layers), len(HALF_LIVES) + 1))
         self._num_segments = self._num_tokens = 1
         self._pass: _Sequences | None = None  # None: too many, only what all text uses is known
+        self._routed: dict[int, NDArray[np.int64]] = {}  # ids by layer, of a pass of single tokens
         self.threshold = 0.5  # probability of a use that is worth a read ahead
 
     def begin(self, batch: Batch, embedded_TD: Any = None) -> None:
         segments = batch.segments
+        self._routed.clear()
         self._num_segments, self._num_tokens = len(segments), batch.num_tokens
         self._pass = self._sequences(segments) if len(segments) <= MOST_SEQUENCES else None
         every = slice(None)
         self.outlook.now[:] = self._merged(every, None)
+        self.outlook.next[:] = self._merged(every, 0)
         self.outlook.usage[:] = self._merged(every, 1)
         self.outlook.version += 1
 
     def observe(self, tokens: RoutedTokens) -> None:
         layer, counts_E = tokens.layer, np.asarray(tokens.counts_E)
-        part = self._table.slice(layer)
-        self._shared.add(layer, counts_E)
+        part, outlook = self._table.slice(layer), self.outlook
+        outlook.now[part] = counts_E > 0
+        outlook.version += 1
         if tokens.ids_TA is None:
             self._pass = None
-        elif self._pass is not None:
-            self._learn(layer, part, self._pass, np.asarray(tokens.ids_TA))
-        outlook = self.outlook
-        outlook.now[part] = counts_E > 0
-        later = outlook.usage[part] = self._merged(part, 1)
-        is_alike = self._pass is not None and self._pass.goes_on_alone
-        outlook.next[part] = later if is_alike else self._merged(part, 0)
-        outlook.version += 1
+        if self._pass is None:
+            self._shared.add(layer, counts_E)
+        elif self._pass.are_single:
+            # what follows waits for the end of the pass: all layers at once, in little more time
+            self._routed[layer] = np.array(tokens.ids_TA)
+            return
+        else:
+            self._learn_prompts(layer, self._pass, np.asarray(tokens.ids_TA))
+            self._shared.add(layer, counts_E)
+        outlook.usage[part] = self._merged(part, 1)
+        outlook.next[part] = self._merged(part, 0)
 
     def end(self, final_TD: Any = None) -> None:
-        pass
+        routed, layers = self._routed, self._table.layers
+        if len(routed) == len(layers):
+            self._learn_tokens(slice(0, len(layers)))
+        else:
+            for layer in routed:
+                index = layers.index(layer)
+                self._learn_tokens(slice(index, index + 1))
+        routed.clear()
 
     def work(self) -> bool:
         return False
@@ -110,11 +124,9 @@ class SequenceUsage:
         of_T = np.arange(len(segments)).repeat(num_S)
         later_T = num_S.cumsum()[of_T] - 1 - np.arange(len(of_T))  # tokens behind each
         gain_HT = (1.0 - _LEFT_H)[:, None] * _LEFT_H[:, None] ** later_T
-        left_SH = _LEFT_H ** num_S[:, None]
-        goes_on_alone = bool((next_S == 1).all())
-        return _Sequences(
-            slots_S, num_S, next_S, of_T, gain_HT, left_SH[:, :, None], goes_on_alone
-        )
+        left_SH1 = _LEFT_H[:, None] ** num_S[:, None, None]
+        are_single = len(of_T) == len(segments)
+        return _Sequences(slots_S, num_S, next_S, of_T, gain_HT, left_SH1, are_single)
 
     def _slot(self, segment: Segment) -> int:
         """Of the segment's sequence, which is new where it begins again."""
@@ -129,42 +141,57 @@ class SequenceUsage:
         self._last[known] = segment.first_position + segment.num_tokens - 1
         return known
 
-    def _learn(
-        self, layer: int, part: slice, seen: _Sequences, ids_TA: NDArray[np.int64]
-    ) -> None:
+    def _learn_tokens(self, layers: slice) -> None:
+        """What one token of each sequence used in these layers with experts, one or all."""
+        seen, table = self._pass, self._table
+        assert seen is not None, "tokens of no pass"
+        which = table.layers[layers]
+        part = slice(table.slice(which[0]).start, table.slice(which[-1]).stop)
+        slots_S = seen.slots_S
+        used_SE = np.zeros((len(slots_S), part.stop - part.start))
+        for layer in which:
+            places_SA = self._routed[layer] + (table.first[layer] - part.start)
+            used_SE[np.arange(len(slots_S))[:, None], places_SA] = 1.0
+        rates_SHE = self._rates[slots_S, :, part]
+        self._weigh(layers, part, rates_SHE, used_SE)
+        rates_SHE += seen.gain_HT[:, :1] * (used_SE[:, None] - rates_SHE)
+        self._keep(layers, part, slots_S, rates_SHE)
+        self._shared.add_range(layers, part, used_SE.sum(0))
+
+    def _learn_prompts(self, layer: int, seen: _Sequences, ids_TA: NDArray[np.int64]) -> None:
+        """What several tokens of sequences used in a layer, in one step."""
+        part, index = self._table.slice(layer), self._table.layers.index(layer)
         num, size = len(seen.slots_S), part.stop - part.start
         places = (seen.of_T[:, None] * size + ids_TA).ravel()
-        rates_SHE = self._rates[seen.slots_S, :, part]
-        if len(seen.of_T) == num:  # one token of each
-            used_SE = np.zeros(num * size)
-            used_SE[places] = 1.0
-            used_SE = used_SE.reshape(num, size)
-            self._weigh(layer, rates_SHE, self._shared.shares[part], used_SE)
-            added_SHE = seen.gain_HT[:, :1] * used_SE[:, None]
-        else:
-            added_SHE = np.stack(
-                [
-                    np.bincount(places, gain_T.repeat(ids_TA.shape[1]), num * size)
-                    for gain_T in seen.gain_HT
-                ]
-            ).reshape(-1, num, size).swapaxes(0, 1)
-        rates_SHE *= seen.left_SH1
-        rates_SHE += added_SHE
-        self._rates[seen.slots_S, :, part] = rates_SHE
-        weights = np.exp(_SHARPNESS * (self._losses[layer].min() - self._losses[layer]))
-        weights /= weights.sum()
-        chances_SE = weights[:-1] @ rates_SHE
-        chances_SE += weights[-1] * self._shared.shares[part]
-        self._chances[seen.slots_S, part] = chances_SE
+        rates_SHE = self._rates[seen.slots_S, :, part] * seen.left_SH1
+        for i, gain_T in enumerate(seen.gain_HT):
+            added = np.bincount(places, gain_T.repeat(ids_TA.shape[1]), num * size)
+            rates_SHE[:, i] += added.reshape(num, size)
+        self._keep(slice(index, index + 1), part, seen.slots_S, rates_SHE)
 
-    def _weigh(self, layer: int, rates_SHE: Floats, shares_E: Floats, used_SE: Floats) -> None:
-        """Adds what this use cost each half life: nats of a token, on average."""
-        said = np.empty((len(rates_SHE), rates_SHE.shape[1] + 1, rates_SHE.shape[2]))
-        said[:, :-1], said[:, -1] = rates_SHE, shares_E
-        hit = np.abs(said - (1.0 - used_SE[:, None]))  # the probability of what came
-        cost = -np.log(np.clip(hit, _LEAST, _MOST, out=hit))
-        self._losses[layer] *= _LOSS_LEFT
-        self._losses[layer] += cost.sum(-1).mean(0)
+    def _weigh(self, layers: slice, part: slice, rates_SHE: Floats, used_SE: Floats) -> None:
+        """Adds what this use cost each half life: nats of a token, on average over sequences."""
+        shape = (len(rates_SHE), rates_SHE.shape[1] + 1, rates_SHE.shape[2])
+        spared = np.empty(shape)  # the probability of what did not come
+        spared[:, :-1], spared[:, -1] = rates_SHE, self._shared.shares[part]
+        np.abs(spared - used_SE[:, None], out=spared)
+        came = np.log(np.minimum(np.maximum(1.0 - spared, _LEAST), 1.0 - _LEAST)).mean(0)
+        first = np.array([self._table.first[layer] for layer in self._table.layers[layers]])
+        cost_LH = -np.add.reduceat(came, first - first[0], axis=1).T
+        self._losses[layers] = self._losses[layers] * _LOSS_LEFT + cost_LH
+
+    def _keep(
+        self, layers: slice, part: slice, slots_S: NDArray[np.int64], rates_SHE: Floats
+    ) -> None:
+        """New averages, and what follows from them and the weights of half lives."""
+        self._rates[slots_S, :, part] = rates_SHE
+        losses = self._losses[layers]
+        weights_LH = np.exp(_SHARPNESS * (losses.min(1, keepdims=True) - losses))
+        weights_LH /= weights_LH.sum(1, keepdims=True)
+        spread = [self._table.num_experts[layer] for layer in self._table.layers[layers]]
+        weights_HE = weights_LH.repeat(spread, 0).T
+        chances_SE = np.einsum("she,he->se", rates_SHE, weights_HE[:-1])
+        self._chances[slots_S, part] = chances_SE + weights_HE[-1] * self._shared.shares[part]
 
     def _merged(self, part: slice, num_tokens: int | None) -> Floats:
         """That any token uses an expert, of a pass with so many tokens of each sequence; None: as
@@ -174,11 +201,13 @@ class SequenceUsage:
             total = self._num_segments if num_tokens == 1 else self._num_tokens
             return of_tokens(self._shared.shares[part], total)
         chances_SE = self._chances[seen.slots_S, part]
-        if len(chances_SE) == 1 and num_tokens == 1:
-            merged = chances_SE[0]
+        if num_tokens == 1:
+            num_S = np.ones(1, np.int64)
         else:
             num_S = seen.num_tokens_S if num_tokens is None else seen.next_tokens_S
-            spared = 1.0 - chances_SE
-            merged = 1.0 - (spared if num_tokens == 1 else spared ** num_S[:, None]).prod(0)
+        if len(chances_SE) == 1 and num_S[0] == 1:
+            merged = chances_SE[0]
+        else:
+            merged = 1.0 - ((1.0 - chances_SE) ** num_S[:, None]).prod(0)
         merged[merged > CERTAIN] = 1.0
         return merged

@@ -1,9 +1,10 @@
 """What a forecast keeps of a pass: states and choices of a few of its tokens, and what was foretold
 of them.
 
-T tokens of a pass, n of them looked at, D hidden, E experts of a layer.
+T tokens of a pass, n of them looked at, D hidden, E experts of a layer, A experts of a token.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,17 +13,18 @@ from numpy.typing import NDArray
 from windlass.forecast.gate import MOST_TOKENS, Foretold, Source
 from windlass.forecast.selection import Singles
 from windlass.schedule.batch import Batch
+from windlass.schedule.observer import RoutedTokens
 
 Places = NDArray[np.int64]
 
 
 class Seen(NamedTuple):
-    """A layer of a pass: what its router read, normalised, and what it said. Scores where they are
-    wanted."""
+    """A layer of a pass: what its router read before its norm, what it said (where that is wanted),
+    and whom it chose. Copies."""
 
-    x_nD: Singles
+    residual_nD: Singles
     scores_nE: Singles | None
-    used_nE: NDArray[np.bool_]
+    ids_nA: Places
 
 
 class Lesson(NamedTuple):
@@ -31,14 +33,19 @@ class Lesson(NamedTuple):
     x_nD: Singles
     foretold: Foretold | None
     scores_nE: Singles | None
-    used_nE: NDArray[np.bool_]
+    ids_nA: Places
 
 
 class PassStates:
     """Of one pass."""
 
-    def __init__(self, batch: Batch, last: "PassStates | None") -> None:
-        """`last`: the pass before it, where there is one; also below."""
+    def __init__(
+        self, batch: Batch, last: "PassStates | None", normalise: Callable[[Singles], Singles]
+    ) -> None:
+        """`last`: the pass before it, where there is one; also below. `normalise`: as norms before
+        routers do, without their weights; done when states are first asked for."""
+        self._normalise = normalise
+        self._states: dict[int, Singles] = {}
         self.rows_n = _sample(batch)
         self.is_whole = len(self.rows_n) == batch.num_tokens
         sequences, positions = batch.sequences, batch.positions
@@ -52,10 +59,10 @@ class PassStates:
         self.ends_n = self._ends(batch)
         # whether the last pass foretold these tokens: one for each that ended
         self.is_foretold = self.is_whole and self._are_ends_of(last, np.sort(self._before_n))
-        self.seen: dict[int, Seen] = {}
+        self._seen: dict[int, Seen] = {}
         self.foretold: dict[tuple[Source, int], Foretold] = {}
         self.start_n2D: Singles | None = None
-        self.final_nD: Singles | None = None
+        self._final_nD: Singles | None = None
 
     def _ends(self, batch: Batch) -> Places | None:
         """Places of the tokens that others will follow; None if parts of prompts will, or they are
@@ -69,24 +76,46 @@ class PassStates:
     def _are_ends_of(last: "PassStates | None", places: Places) -> bool:
         return last is not None and last.ends_n is not None and np.array_equal(places, last.ends_n)
 
-    def begin(self, embedded_nD: Singles, last: "PassStates | None") -> bool:
-        """Takes the normalised embeddings; whether anything follows from them."""
-        if last is None or last.final_nD is None or not len(self._followers):
+    def begin(self, embedded_TD: Singles, last: "PassStates | None") -> bool:
+        """Takes the embeddings of all tokens; whether anything follows from them."""
+        if last is None or last._final_nD is None or not len(self._followers):
             return False
-        before_nD = last.final_nD[self._before_n]
+        before_nD = self._normalise(last._final_nD)[self._before_n]
         before_nD[self._before_n < 0] = 0.0
+        embedded_nD = self._normalise(embedded_TD[self.rows_n])
         self.start_n2D = np.concatenate((embedded_nD, before_nD), axis=1)
         return True
+
+    def observe(self, tokens: RoutedTokens) -> None:
+        """Takes what a layer routed."""
+        rows_n, scores_TE = self.rows_n, tokens.scores_TE
+        self._seen[tokens.layer] = Seen(
+            np.asarray(tokens.residual_TD)[rows_n],
+            None if scores_TE is None else np.asarray(scores_TE)[rows_n],
+            np.asarray(tokens.ids_TA)[rows_n],
+        )
+
+    def end(self, final_TD: Singles) -> None:
+        """Takes what leaves the last layer."""
+        self._final_nD = final_TD[self.rows_n]
+
+    def states(self, layer: int) -> Singles | None:
+        """What the router of `layer` read, normalised; None if that was not seen."""
+        if layer not in self._states:
+            if layer not in self._seen:
+                return None
+            self._states[layer] = self._normalise(self._seen[layer].residual_nD)
+        return self._states[layer]
 
     def lesson(
         self, source: Source, layer: int, before: int, last: "PassStates | None"
     ) -> Lesson | None:
         """What the routing of `layer` teaches of `source`, whose states are those of layer
         `before`; None if they were not seen."""
-        own, foretold = self.seen[layer], self.foretold.get((source, layer))
+        own, foretold = self._seen[layer], self.foretold.get((source, layer))
         if source.layers_before:
-            x_nD = self.seen[before].x_nD if before in self.seen else None
-            return None if x_nD is None else Lesson(x_nD, foretold, own.scores_nE, own.used_nE)
+            x_nD = self.states(before)
+            return None if x_nD is None else Lesson(x_nD, foretold, own.scores_nE, own.ids_nA)
         if last is None or not len(self._followers):
             return None
         rows = slice(None) if self._all_follow else self._followers
@@ -95,14 +124,14 @@ class PassStates:
                 return None
             x_nD, foretold = self.start_n2D[rows], foretold if self._all_follow else None
         else:
-            if layer not in last.seen:
+            last_nD, places = last.states(layer), self._before_n[rows]
+            if last_nD is None:
                 return None
-            places = self._before_n[rows]
-            x_nD = last.seen[layer].x_nD[places]
             is_said = self._are_ends_of(last, places)
-            foretold = last.foretold.get((source, layer)) if is_said else None
+            x_nD, foretold = last_nD[places], last.foretold.get((source, layer))
+            foretold = foretold if is_said else None
         scores_nE = None if own.scores_nE is None else own.scores_nE[rows]
-        return Lesson(x_nD, foretold, scores_nE, own.used_nE[rows])
+        return Lesson(x_nD, foretold, scores_nE, own.ids_nA[rows])
 
 
 def _sample(batch: Batch) -> Places:

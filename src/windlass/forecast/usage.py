@@ -26,26 +26,34 @@ class SharedUsage:
         self._table = table
         self.shares: Floats = table.uniform.copy()
         self._counts = np.zeros(len(table))
-        self._tokens = [0.0] * len(table.num_experts)
+        self._first = np.array([table.first[layer] for layer in table.layers])
+        self._spread = np.array([table.num_experts[layer] for layer in table.layers])
+        self._index = {layer: i for i, layer in enumerate(table.layers)}
+        self._tokens = np.zeros(len(table.layers))
         # Instead of shrinking all old counts, new ones weigh more and more.
-        self._weight = [1.0] * len(table.num_experts)
+        self._weight = np.ones(len(table.layers))
 
     def add(self, layer: int, counts_E: NDArray[np.int64]) -> None:
         """Tokens that `layer` has routed, by expert."""
-        part = self._table.slice(layer)
-        count = float(counts_E.sum()) / self._table.top_k
-        self._weight[layer] *= 2.0 ** (count / _HALF_LIFE_TOKENS)
-        weight, own = self._weight[layer], self._counts[part]
-        own += counts_E * weight
-        self._tokens[layer] += count * weight
-        if weight > _RESCALE_AT:
-            own /= weight
-            self._tokens[layer] /= weight
-            self._weight[layer] = weight = 1.0
-        into, prior = self.shares[part], _PRIOR_TOKENS * weight
-        np.add(own, prior * self._table.uniform[part], out=into)
-        into /= self._tokens[layer] + prior
-        np.minimum(into, 1.0, out=into)
+        index = self._index[layer]
+        self.add_range(slice(index, index + 1), self._table.slice(layer), counts_E)
+
+    def add_range(self, layers: slice, part: slice, counts: NDArray[Any]) -> None:
+        """The same of some of the layers with experts, whose experts have the places `part`."""
+        first, spread = self._first[layers], self._spread[layers]
+        added = np.add.reduceat(counts, first - first[0]) / self._table.top_k
+        self._weight[layers] *= 2.0 ** (added / _HALF_LIFE_TOKENS)
+        weight = self._weight[layers]
+        self._counts[part] += counts * weight.repeat(spread)
+        self._tokens[layers] += added * weight
+        if weight.max() > _RESCALE_AT:
+            self._counts[part] /= weight.repeat(spread)
+            self._tokens[layers] /= weight
+            self._weight[layers] = weight = np.ones(len(weight))
+        prior = _PRIOR_TOKENS * weight
+        shares = self._counts[part] + prior.repeat(spread) * self._table.uniform[part]
+        shares /= (self._tokens[layers] + prior).repeat(spread)
+        np.minimum(shares, 1.0, out=self.shares[part])
 
 
 def of_tokens(chances: Floats, num_tokens: int) -> Floats:
