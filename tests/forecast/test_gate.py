@@ -52,7 +52,7 @@ def test_one_token_is_one_step_of_normalised_least_squares(routing):
 
 def test_many_tokens_alike_do_not_overshoot():
     gate = make_gate(router(), Source.ONE_BEFORE, is_first=False, step=0.4)
-    x = states(1) + 0.01 * states(16)
+    x = (states(1) + 0.01 * states(16)).astype(np.float32)
     true = np.tile(CHANCE.normal(0, 1, EXPERTS).astype(np.float32), (16, 1))
     true -= true.mean(-1, keepdims=True)
     misses = []

@@ -1,5 +1,5 @@
-"""The whole forecast on a world whose next layers can be foretold: hidden states wander, routers read
-them, and each layer turns them a little."""
+"""The whole forecast on a world whose next layers can be foretold: hidden states wander, routers
+read them, and each layer turns them a little."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from test_sequence_usage import batch, segment
+from routing import passing, segment
 from windlass.forecast.gate import BY_WORTH, FIXED, MOST_TOKENS, Source
 from windlass.forecast.interface import CERTAIN, ExpertTable
 from windlass.forecast.learned import LearnedForecast, forecast_bytes, sources_within
@@ -28,7 +28,7 @@ MOE = Moe(
 
 
 class Told(NamedTuple):
-    passing: Batch
+    one_pass: Batch
     embedded_TD: np.ndarray
     layers: list[RoutedTokens]
     final_TD: np.ndarray
@@ -50,14 +50,14 @@ class World:
             bias = np.zeros(EXPERTS, np.float32)
             yield RouterWeights(layer, MOE, RmsNorm(eps=1e-6), self.weights[layer], bias, None)
 
-    def tell(self, passing: Batch) -> Told:
-        x_TD = np.concatenate([self._embedded(one) for one in passing.segments])
+    def tell(self, one_pass: Batch) -> Told:
+        x_TD = np.concatenate([self._embedded(one) for one in one_pass.segments])
         embedded, layers = x_TD.astype(np.float32), []
         for layer in range(len(SIZES)):
             x_TD = x_TD @ self.turns[layer]
             if SIZES[layer]:
-                layers.append(self._routed(layer, passing, x_TD.astype(np.float32)))
-        return Told(passing, embedded, layers, x_TD.astype(np.float32))
+                layers.append(self._routed(layer, one_pass, x_TD.astype(np.float32)))
+        return Told(one_pass, embedded, layers, x_TD.astype(np.float32))
 
     def _embedded(self, segment) -> np.ndarray:
         rows = []
@@ -67,7 +67,7 @@ class World:
             self.states[segment.sequence] = rows[-1]
         return np.array(rows)
 
-    def _routed(self, layer: int, passing: Batch, x_TD: np.ndarray) -> RoutedTokens:
+    def _routed(self, layer: int, one_pass: Batch, x_TD: np.ndarray) -> RoutedTokens:
         read_TD = (
             self.chance.normal(0, 1, x_TD.shape).astype(np.float32) if self.is_random else x_TD
         )
@@ -76,7 +76,7 @@ class World:
         scores = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         ids = np.argsort(-scores, 1)[:, :TOP_K]
         counts = np.bincount(ids.ravel(), minlength=EXPERTS)
-        return RoutedTokens(layer, passing, counts, ids, scores, None, x_TD)
+        return RoutedTokens(layer, one_pass, counts, ids, scores, None, x_TD)
 
 
 def tell(forecast: LearnedForecast | RecallMeter | SequenceUsage, told: Told) -> None:
@@ -87,7 +87,7 @@ def tell(forecast: LearnedForecast | RecallMeter | SequenceUsage, told: Told) ->
         return given[-1]
 
     given: list[np.ndarray] = []
-    forecast.begin(told.passing, once(told.embedded_TD))
+    forecast.begin(told.one_pass, once(told.embedded_TD))
     for tokens in told.layers:
         forecast.observe(
             tokens._replace(
@@ -103,7 +103,7 @@ def tell(forecast: LearnedForecast | RecallMeter | SequenceUsage, told: Told) ->
 
 def decode(world: World, forecast: LearnedForecast | RecallMeter, steps: range) -> None:
     for i in steps:
-        tell(forecast, world.tell(batch(segment(0, 1, i))))
+        tell(forecast, world.tell(passing(segment(0, 1, i))))
 
 
 def forecast_of(world: World, **options) -> LearnedForecast:
@@ -147,8 +147,8 @@ def test_a_source_that_says_nothing_passes_no_threshold():
     meter = RecallMeter(forecast)
     decode(world, meter, range(1, 150))
     assert forecast.outlook.next.max() < forecast.threshold
-    tell_layers = world.tell(batch(segment(0, 1, 150)))
-    forecast.begin(tell_layers.passing, tell_layers.embedded_TD)
+    tell_layers = world.tell(passing(segment(0, 1, 150)))
+    forecast.begin(tell_layers.one_pass, tell_layers.embedded_TD)
     forecast.observe(tell_layers.layers[0])
     drain(forecast)
     assert not len(forecast.candidates(0).places)
@@ -159,8 +159,8 @@ def test_what_is_far_off_is_foretold_before_it_comes_and_by_value():
     world = World()
     forecast = forecast_of(world)
     decode(world, RecallMeter(forecast), range(1, 120))
-    told = world.tell(batch(segment(0, 1, 120)))
-    forecast.begin(told.passing, told.embedded_TD)
+    told = world.tell(passing(segment(0, 1, 120)))
+    forecast.begin(told.one_pass, told.embedded_TD)
     drain(forecast)
     forecast.observe(told.layers[0])
     now, version = forecast.outlook.now, forecast.outlook.version
@@ -185,10 +185,10 @@ def test_tokens_of_several_sequences_are_foretold_apart_and_merged():
     forecast = forecast_of(world)
     meter = RecallMeter(forecast, counts=lambda _: True)
     for i in range(1, 60):
-        both = batch(segment(0, 1, i), segment(1, 1, 7 + i), segment(2, 1, 40 + i))
+        both = passing(segment(0, 1, i), segment(1, 1, 7 + i), segment(2, 1, 40 + i))
         tell(meter, world.tell(both))
-    told = world.tell(batch(segment(0, 1, 60), segment(1, 1, 67)))
-    forecast.begin(told.passing, told.embedded_TD)
+    told = world.tell(passing(segment(0, 1, 60), segment(1, 1, 67)))
+    forecast.begin(told.one_pass, told.embedded_TD)
     forecast.observe(told.layers[0])
     assert forecast.work()
     gate = forecast._gates[Source.ONE_BEFORE, 2]
@@ -206,7 +206,7 @@ def test_rows_of_a_sequence_that_are_drafts_follow_each_other():
     forecast = forecast_of(world)
     at = 1
     for i in range(60):
-        tell(forecast, world.tell(batch(replace(segment(0, 3, at), is_prompt=False))))
+        tell(forecast, world.tell(passing(replace(segment(0, 3, at), is_prompt=False))))
         drain(forecast)
         at += 1 + i % 3
     assert forecast._gates[Source.TOKEN_BEFORE, 4]._version > 50
@@ -216,8 +216,8 @@ def test_rows_of_a_sequence_that_are_drafts_follow_each_other():
 def test_prompts_are_learnt_from_by_a_sample_and_not_foretold():
     world = World()
     forecast = forecast_of(world)
-    told = world.tell(batch(segment(0, 700, 0, ends=False), segment(1, 90, 0)))
-    forecast.begin(told.passing, told.embedded_TD)
+    told = world.tell(passing(segment(0, 700, 0, ends=False), segment(1, 90, 0)))
+    forecast.begin(told.one_pass, told.embedded_TD)
     for tokens in told.layers:
         forecast.observe(tokens)
         assert not forecast._ahead and not forecast._start
@@ -242,10 +242,10 @@ def test_the_next_pass_begins_with_what_was_foretold_of_it():
     foretold = forecast.outlook.next.copy()
     usage = SequenceUsage(TABLE)
     assert not np.allclose(foretold, usage.outlook.next)
-    forecast.begin(batch(segment(0, 1, 40)), None)
+    forecast.begin(passing(segment(0, 1, 40)), None)
     assert forecast.outlook.now.tolist() == foretold.tolist()
     forecast.end(None)
-    forecast.begin(batch(segment(5, 1, 33)), None)  # another sequence: nothing was foretold of it
+    forecast.begin(passing(segment(5, 1, 33)), None)  # another sequence: nothing was foretold of it
     assert forecast.outlook.now.tolist() != foretold.tolist()
 
 
@@ -253,7 +253,7 @@ def test_work_that_is_never_done_is_dropped():
     world = World()
     forecast = forecast_of(world)
     for i in range(1, 40):
-        tell(forecast, world.tell(batch(segment(0, 1, i))))
+        tell(forecast, world.tell(passing(segment(0, 1, i))))
     most = len(BY_WORTH) * len(TABLE.layers)
     assert len(forecast._lessons) == most
     assert len(forecast._ahead) + len(forecast._next) + len(forecast._start) <= most
@@ -270,8 +270,8 @@ def test_a_clock_makes_the_next_layer_foretold_at_once_where_layers_are_slow():
 
         forecast = forecast_of(world, clock=clock)
         for i in range(1, 60):
-            told = world.tell(batch(segment(0, 1, i)))
-            forecast.begin(told.passing, told.embedded_TD)
+            told = world.tell(passing(segment(0, 1, i)))
+            forecast.begin(told.one_pass, told.embedded_TD)
             for tokens in told.layers:
                 now[0] += layer_s
                 forecast.observe(tokens)
@@ -286,10 +286,10 @@ def test_without_states_or_routers_it_is_usage():
     world = World()
     plain, bare, usage = LearnedForecast(TABLE, HIDDEN), forecast_of(world), SequenceUsage(TABLE)
     for i in range(1, 30):
-        told = world.tell(batch(segment(0, 1, i)))
+        told = world.tell(passing(segment(0, 1, i)))
         for forecast in (plain, usage):
             tell(forecast, told)
-        bare.begin(told.passing, None)
+        bare.begin(told.one_pass, None)
         for tokens in told.layers:
             bare.observe(tokens._replace(residual_TD=None))
         bare.end(None)
@@ -302,7 +302,7 @@ def test_what_fits_is_kept_in_order_of_worth():
     table = ExpertTable([128] * 48, 8)
     whole = forecast_bytes(table, 2048)
     assert sources_within(table, 2048, None) == BY_WORTH == sources_within(table, 2048, whole)
-    kept = [BY_WORTH]
+    kept: list[tuple[Source, ...]] = [BY_WORTH]
     while kept[-1]:
         least = forecast_bytes(table, 2048, kept[-1])
         kept.append(sources_within(table, 2048, least - 1))
@@ -317,7 +317,7 @@ def test_memory_does_not_grow_with_passes():
     world = World()
     forecast = forecast_of(world)
     for i in range(1, 30):
-        many = batch(*(segment(100 * i + s, 1, i) for s in range(MOST_TOKENS)))
+        many = passing(*(segment(100 * i + s, 1, i) for s in range(MOST_TOKENS)))
         tell(forecast, world.tell(many))
         for _ in range(i % 5):
             forecast.work()

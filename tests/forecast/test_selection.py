@@ -51,6 +51,7 @@ def test_what_is_above_zero_is_what_is_chosen(routing, has_bias, size, top_k):
     chosen = np.zeros(found.shape, bool)
     np.put_along_axis(chosen, routes.ids_TA.numpy(), True, 1)
     assert ((found > 0) == chosen).all()
+    assert routes.scores_TE is not None
     recovered = logits_of(routing, routes.scores_TE.numpy())
     if is_relative(routing):
         recovered, logits = (z - z.mean(-1, keepdims=True) for z in (recovered, logits))

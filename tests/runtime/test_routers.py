@@ -1,6 +1,7 @@
-"""Routers as forecasts read them: with the norm before them, they say of a layer's own states what the
-router itself says, in every family."""
+"""Routers as forecasts read them: with the norm before them, they say of a layer's own states what
+the router itself says, in every family."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,10 +13,13 @@ import pytest
 
 from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
 from windlass.build import open as build
+from windlass.forecast.gate import Source
+from windlass.forecast.interface import ExpertTable
 from windlass.forecast.learned import LearnedForecast
 from windlass.forecast.recall import RouterControl
 from windlass.forecast.selection import is_relative, logits_of, margins
-from windlass.runtime.host import Foresight
+from windlass.models.registry import read_spec
+from windlass.runtime.host import HostRuntime
 from windlass.schedule.batch import Batch
 from windlass.schedule.observer import RoutedTokens, RouterWeights
 
@@ -25,6 +29,7 @@ class OwnStates:
     its weights."""
 
     wants_scores = True
+    wants_states = True
 
     def __init__(self) -> None:
         self.control = RouterControl()
@@ -59,10 +64,12 @@ class OwnStates:
 def foreseen_by(*readers: OwnStates | LearnedForecast) -> Iterator[None]:
     """Engines that are opened meanwhile tell `readers` of routers and of routing."""
 
-    def foresight(*parts: Any) -> Foresight:
-        return replace(Foresight(*parts), observers=readers, router_readers=readers)
+    def runtime(*parts: Any) -> HostRuntime:
+        *others, foresight = parts
+        told = replace(foresight, observers=readers, router_readers=readers)
+        return HostRuntime(*others, told)
 
-    with mock.patch.object(build, "Foresight", foresight):
+    with mock.patch.object(build, "HostRuntime", runtime):
         yield
 
 
@@ -73,3 +80,20 @@ def test_folded_routers_say_of_own_states_what_routers_say(family, tmp_path):
     with foreseen_by(own), engine_for(tmp_path, moe_backend="torch") as engine:
         run_all(engine, [request("0", prompts([40])[0], max_tokens=3)])
     assert own.num_tokens == 42 * len(own.routers) and own.routers
+
+
+def test_a_forecast_learns_from_an_engine_at_no_bits_expense(tmp_path):
+    make_model("qwen3_moe", tmp_path)
+    spec, _ = read_spec(json.loads((tmp_path / "config.json").read_text()))
+    forecast = LearnedForecast(ExpertTable.of(spec), spec.hidden_size)
+    requests = [request(f"{i}", prompts([20 + i])[0], max_tokens=12) for i in range(2)]
+    found = []
+    for readers in ((), (forecast,)):
+        with foreseen_by(*readers), engine_for(tmp_path, moe_backend="torch") as engine:
+            results = run_all(engine, requests)
+        found.append([results[one.request_id].outputs[0].token_ids for one in requests])
+    assert found[0] == found[1]
+    while forecast.work():
+        pass
+    turned = {source for (source, _), gate in forecast._gates.items() if gate._version}
+    assert turned == {Source.ONE_BEFORE, Source.START, Source.TOKEN_BEFORE}, "of two layers"

@@ -21,6 +21,20 @@ def rows(count: int, *, is_prompt: bool = False) -> Batch:
     return make_batch(segments, micro_batch_tokens=1 << 20)
 
 
+def segment(sequence: int, count: int, first: int, *, ends: bool = True) -> Segment:
+    """Tokens of a sequence from position `first` on: of its prompt, where they are several or the
+    first. `ends`: another token follows, not more of the prompt."""
+    return Segment(
+        sequence=sequence, token_ids=(0,) * count, first_position=first, pages=(), state_slot=-1,
+        is_prompt=count > 1 or not first, long_rope=False, wants_logits=ends,
+    )  # fmt: skip
+
+
+def passing(*segments: Segment) -> Batch:
+    """A pass over them."""
+    return make_batch(list(segments), micro_batch_tokens=1 << 20)
+
+
 def told(layer: int, counts: Mapping[int, int], num_experts: int) -> RoutedTokens:
     """So many tokens of each expert."""
     counts_E = np.zeros(num_experts, np.int64)

@@ -229,7 +229,7 @@ def _assemble(
     )  # fmt: skip
     opened.callback(weights.close)
     if outfit.recorder is not None and outfit.recorder.wants_states:
-        outfit.recorder.add_routers(read_routers(spec, weights, machine.kernels))
+        outfit.recorder.add_routers(read_routers(spec, weights))
     kv = KvCache(
         cache_shapes(spec),
         device,

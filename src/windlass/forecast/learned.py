@@ -1,5 +1,5 @@
-"""The forecast of experts that is used by default: gates that learn where they have spoken, what each
-sequence used lately elsewhere.
+"""The forecast of experts that is used by default: gates that learn where they have spoken, what
+each sequence used lately elsewhere.
 
 Off the critical path: `observe` copies a few rows and queues; products with matrices and changes of
 them wait for `work`. One token at 2048 dimensions and 128 experts, one shared core: see

@@ -83,13 +83,15 @@ class RouterControl:
         router = self._routers[tokens.layer]
         x_TD = normalised(router.norm, np.asarray(tokens.residual_TD))
         gate = make_gate(router, Source.ONE_BEFORE, is_first=False, step=0.0)
-        return gate.foretell(x_TD).logits_TE.astype(np.float64)
+        logits_TE: Floats = gate.foretell(x_TD).logits_TE.astype(np.float64)
+        return logits_TE
 
     def chances(self, tokens: RoutedTokens) -> Floats:
         """Of one token (E): 1 of what is chosen by them, else 0."""
         router = self._routers[tokens.layer]
         found_TE = margins(router.moe, self.logits(tokens), router.select_bias_E)
-        return (found_TE[0] > 0).astype(np.float64)
+        chosen_E: Floats = (found_TE[0] > 0).astype(np.float64)
+        return chosen_E
 
 
 class _Guess(NamedTuple):
@@ -112,6 +114,7 @@ class RecallMeter:
         `OWN` must be 1, or states, weights or the selection are not as they should be."""
         self.by_layer: dict[tuple[int | str, int], Recall] = {}
         self.wants_scores = forecast.wants_scores
+        self.wants_states = forecast.wants_states
         self._forecast = forecast
         self._counts = counts
         self._own = own

@@ -27,11 +27,13 @@ def logits_of(routing: Routing, scores_TE: Singles) -> Singles:
     """Logits that give these scores; those of a softmax up to a number for each token."""
     match routing:
         case SoftmaxTopK():
-            return np.log(np.maximum(scores_TE, _LEAST_PROBABILITY))
+            logs_TE: Singles = np.log(np.maximum(scores_TE, _LEAST_PROBABILITY))
+            return logs_TE
         case SigmoidTopK():
             rest_TE = np.maximum(1.0 - scores_TE, _LEAST_PROBABILITY)
             odds_TE = np.maximum(scores_TE, _LEAST_PROBABILITY) / rest_TE
-            return np.clip(np.log(odds_TE), -_SATURATED, _SATURATED)
+            clipped_TE: Singles = np.clip(np.log(odds_TE), -_SATURATED, _SATURATED)
+            return clipped_TE
         case _:
             return scores_TE.copy()
 
@@ -57,18 +59,21 @@ def margins(moe: Moe, logits_TE: Numbers, select_bias_E: Singles | None) -> Numb
 
 def _scores(routing: Routing, logits_TE: Numbers) -> Numbers:
     if isinstance(routing, SigmoidTopK):
-        return 1.0 / (1.0 + np.exp(-logits_TE))
-    exp_TE = np.exp(logits_TE - logits_TE.max(-1, keepdims=True))
-    return exp_TE / exp_TE.sum(-1, keepdims=True)
+        scores_TE: Numbers = 1.0 / (1.0 + np.exp(-logits_TE))
+        return scores_TE
+    scores_TE = np.exp(logits_TE - logits_TE.max(-1, keepdims=True))
+    scores_TE /= scores_TE.sum(-1, keepdims=True)
+    return scores_TE
 
 
 def _threshold(choice_TE: Numbers, kept: int) -> Numbers:
     """(T, 1): midway between the last that is chosen and the first that is not."""
     size = choice_TE.shape[1]
-    if kept >= size:
-        return choice_TE.min(-1, keepdims=True) - 1.0
-    sorted_TE = np.partition(choice_TE, (size - kept - 1, size - kept), -1)
     below = size - kept - 1
+    if below < 0:
+        least_T1: Numbers = choice_TE.min(-1, keepdims=True)
+        return least_T1 - 1.0
+    sorted_TE = np.partition(choice_TE, (below, below + 1), -1)
     return 0.5 * (sorted_TE[:, below : below + 1] + sorted_TE[:, below + 1 : below + 2])
 
 

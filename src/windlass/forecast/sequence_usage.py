@@ -86,7 +86,7 @@ class SequenceUsage:
             self._shared.add(layer, counts_E)
         elif self._pass.are_single:
             # what follows waits for the end of the pass: all layers at once, in little more time
-            self._routed[layer] = np.array(tokens.ids_TA)
+            self._routed[layer] = np.asarray(tokens.ids_TA).copy()
             return
         else:
             self._learn_prompts(layer, self._pass, np.asarray(tokens.ids_TA))
@@ -120,7 +120,8 @@ class SequenceUsage:
     def _sequences(self, segments: tuple[Segment, ...]) -> _Sequences:
         slots_S = np.array([self._slot(segment) for segment in segments])
         num_S = np.array([segment.num_tokens for segment in segments])
-        next_S = np.array([1 if s.wants_logits else s.num_tokens for s in segments])
+        # what ends a prompt is followed by one token; guesses by as many
+        next_S = np.array([1 if s.is_prompt and s.wants_logits else s.num_tokens for s in segments])
         of_T = np.arange(len(segments)).repeat(num_S)
         later_T = num_S.cumsum()[of_T] - 1 - np.arange(len(of_T))  # tokens behind each
         gain_HT = (1.0 - _LEFT_H)[:, None] * _LEFT_H[:, None] ** later_T
@@ -210,4 +211,5 @@ class SequenceUsage:
         else:
             merged = 1.0 - ((1.0 - chances_SE) ** num_S[:, None]).prod(0)
         merged[merged > CERTAIN] = 1.0
-        return merged
+        result: Floats = merged
+        return result

@@ -50,8 +50,8 @@ class PassStates:
         self.is_whole = len(self.rows_n) == batch.num_tokens
         sequences, positions = batch.sequences, batch.positions
         names = [(sequences[row], positions[row]) for row in self.rows_n.tolist()]
-        known = {} if last is None else last._place
-        self._place = {name: i for i, name in enumerate(names)}
+        known: dict[tuple[int, int], int] = {} if last is None else last._place
+        self._place: dict[tuple[int, int], int] = {name: i for i, name in enumerate(names)}
         # places in the last pass of the tokens before these; -1 where that was not looked at
         self._before_n = np.array([known.get((seq, at - 1), -1) for seq, at in names])
         self._followers = (self._before_n >= 0).nonzero()[0]
@@ -67,9 +67,10 @@ class PassStates:
     def _ends(self, batch: Batch) -> Places | None:
         """Places of the tokens that others will follow; None if parts of prompts will, or they are
         too many."""
-        ends = batch.logit_rows
-        if len(ends) != len(batch.segments) or len(ends) > MOST_TOKENS:
+        segments = batch.segments
+        if len(segments) > MOST_TOKENS or not all(one.wants_logits for one in segments):
             return None
+        ends = np.cumsum([one.num_tokens for one in segments]) - 1
         return np.searchsorted(self.rows_n, ends)
 
     @staticmethod
@@ -139,6 +140,6 @@ def _sample(batch: Batch) -> Places:
     total = batch.num_tokens
     if total <= MOST_TOKENS:
         return np.arange(total)
-    ends = np.array(batch.logit_rows, np.int64)[:MOST_TOKENS]
+    ends = np.array(batch.logit_rows[-MOST_TOKENS:], np.int64)
     others = np.setdiff1d(np.linspace(0, total - 1, MOST_TOKENS, dtype=np.int64), ends)
     return np.sort(np.concatenate((ends, others[: MOST_TOKENS - len(ends)])))
