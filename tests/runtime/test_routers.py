@@ -64,10 +64,9 @@ class OwnStates:
 def foreseen_by(*readers: OwnStates | LearnedForecast) -> Iterator[None]:
     """Engines that are opened meanwhile tell `readers` of routers and of routing."""
 
-    def runtime(*parts: Any) -> HostRuntime:
-        *others, foresight = parts
+    def runtime(spec: Any, machine: Any, weights: Any, kv: Any, foresight: Any) -> HostRuntime:
         told = replace(foresight, observers=readers, router_readers=readers)
-        return HostRuntime(*others, told)
+        return HostRuntime(spec, machine, weights, kv, told)
 
     with mock.patch.object(build, "HostRuntime", runtime):
         yield
