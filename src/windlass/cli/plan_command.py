@@ -58,11 +58,11 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     from windlass.planner.explain import explain
 
     with ExitStack() as opened:
-        options, measured = _options(values, opened)
+        options, measured = options_to_plan(values, opened)
         model = read_model(options, opened)
         wanted = wanted_of(options, model)
         check_constraints(wanted, model.spec)  # before the machine is measured
-        profile, backend = _machine(values, options, model, measured)
+        profile, backend = machine_to_plan(values, options, model, measured)
         sizes = sizes_of(model, options, backend)
         workload = _workload(values, options, model)
         budget = _budget(values, profile)
@@ -87,7 +87,9 @@ def _check(values: Mapping[str, Any]) -> None:
         raise UsageError("--device-memory: allowed with a --machine that has a GPU")
 
 
-def _options(values: Mapping[str, Any], opened: ExitStack) -> tuple[EngineOptions, Path | None]:
+def options_to_plan(
+    values: Mapping[str, Any], opened: ExitStack
+) -> tuple[EngineOptions, Path | None]:
     """The engine to plan for, and its checkpoint where weights are here. Of a configuration without
     weights, an engine of random ones; of weights on the hub, one whose files have headers alone."""
     defaults = {flag.key: flag.default for flag in ENGINE_FLAGS if flag.name in _WITHOUT}
@@ -106,7 +108,7 @@ def _options(values: Mapping[str, Any], opened: ExitStack) -> tuple[EngineOption
     return replace(options, load_format="dummy"), None
 
 
-def _machine(
+def machine_to_plan(
     values: Mapping[str, Any],
     options: EngineOptions,
     model: "CheckpointFolder",
