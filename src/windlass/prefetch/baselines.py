@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from windlass.forecast.interface import ExpertTable, Floats
 from windlass.ids import Part, WeightKey
@@ -23,19 +22,17 @@ class QuotaPool(ExpertPool):
         """`slots`: of the whole cache, None for one pool."""
         super().__init__(table)
         self._quota = None if slots is None else max(1, slots // max(1, len(table.layers)))
-        self._layer = 0  # of the expert that enters
+        self._gives = [True] * self._num_layers  # whether a layer may lose an expert now
 
     def victim(self, entering: WeightKey, layers: int | None) -> WeightKey | None:
-        self._layer = entering.layer
+        if self._quota is not None:
+            self._gives = (self._in_layer > self._quota).tolist()
+            if not any(self._gives):
+                self._gives[entering.layer] = True
         return super().victim(entering, layers)
 
-    def _above_floor(self) -> NDArray[np.bool_]:
-        if self._quota is None:
-            return self._may_go
-        wide = self._in_layer > self._quota
-        if not wide.any():
-            wide[self._layer] = True
-        return self._may_go & np.repeat(wide, self._table.num_experts)
+    def is_starved(self, layer: int) -> bool:
+        return not self._gives[layer]
 
 
 class LeastRecentlyUsed(QuotaPool):
