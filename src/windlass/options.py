@@ -29,9 +29,10 @@ _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 # Who expects uses of experts, and who of them is given up; `forecast/registry.py` and
 # `prefetch/registry.py` make them
-EXPERT_FORECASTS = ("usage", "off")
+EXPERT_FORECASTS = ("learned", "finemoe", "moe-infinity", "gate", "usage", "off")
 EXPERT_CACHE_POLICIES = (
-    "next-use", "lru", "lfu", "lfru", "mrs", "farthest", "lru-pool", "lfu-pool", "lfru-pool",
+    "next-use", "lru", "lfu", "lfru", "mrs", "finemoe", "moe-infinity", "farthest", "lru-pool",
+    "lfu-pool", "lfru-pool",
 )  # fmt: skip
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8")
 

@@ -41,7 +41,7 @@ def test_belady_of_a_cyclic_scan_freezes_a_set_or_moves_one_slot():
 
 
 def test_what_a_layer_needs_is_served_together():
-    """One access after the other, of 0, 1 and then 1, 2, LRU would lose 1 to 0 before it is used."""
+    """One after the other, of 0, 1 and then 1, 2, LRU would lose 1 to 0 before it is used."""
     ids = np.array([[[0, 1]], [[1, 2]]] * 30)
     trace = trace_of(ids, 3)
     assert belady(trace, 2).forced == pytest.approx(61 / 120)
@@ -53,7 +53,7 @@ def test_what_a_layer_needs_is_served_together():
 
 @pytest.mark.parametrize("slots", [6, 14])
 def test_belady_misses_no_more_than_any_policy(slots):
-    trace = trace_of(topical_ids(5, 120, 2, 10, 2), 10)
+    trace = trace_of(topical_ids(5, 50, 2, 10, 2), 10)
     found = belady(trace, slots)
     assert found.belady <= found.forced
     for name in POLICIES:
@@ -74,9 +74,9 @@ def test_who_knows_all_never_waits_for_a_link_that_takes_no_time():
     assert counts.values["seconds"].sum() == pytest.approx(60 * 3 * 1.108, rel=1e-6)
 
 
-@pytest.mark.parametrize("rho", [0.7, 3.0, 12.0])
+@pytest.mark.parametrize("rho", [0.7, 6.0])
 def test_the_oracle_is_never_slower_than_any_policy(rho):
-    trace = trace_of(topical_ids(7, 80, 3, 10, 2), 10)
+    trace = trace_of(topical_ids(7, 40, 3, 10, 2), 10)
     best = min(
         seconds_of(trace, 12, rho, oracle(trace, sees)).values["seconds"].sum()
         for sees in (1, None)
@@ -87,7 +87,7 @@ def test_the_oracle_is_never_slower_than_any_policy(rho):
 
 
 def test_an_oracle_that_sees_further_is_faster_where_the_link_binds():
-    trace = trace_of(topical_ids(8, 120, 4, 10, 2), 10)
+    trace = trace_of(topical_ids(8, 60, 4, 10, 2), 10)
     seconds = [
         seconds_of(trace, 16, 6.0, oracle(trace, sees)).values["seconds"].sum()
         for sees in (1, 2, 4)

@@ -58,7 +58,7 @@ def test_on_demand_a_token_takes_its_computation_and_its_misses():
 @pytest.mark.parametrize("policy", ["next-use", "lfru", "lru-pool"])
 @pytest.mark.parametrize("rho", [0.6, 4.0])
 def test_every_byte_is_demanded_useful_or_wasted(policy, rho):
-    trace = trace_of(topical_ids(2, 120, 3, 10, 2), 10)
+    trace = trace_of(topical_ids(2, 70, 3, 10, 2), 10)
     eager = Eager(trace.table())
     chosen = choose_policy(policy, eager.outlook, 12)
     by = Deciders(eager, *chosen, prefetcher=Prefetcher)
@@ -66,11 +66,12 @@ def test_every_byte_is_demanded_useful_or_wasted(policy, rho):
     counts = run.run()
     found = measure(trace, counts, num_bytes=8 << 20, layer_slots=4)
     total = {name: values.sum() for name, values in counts.values.items()}
-    assert total["issued"] > 50 and total["used"] > 10 and found.wasted_bytes > 0
+    assert total["issued"] > 30 and total["used"] > 10 and found.wasted_bytes > 0
     assert found.bytes == pytest.approx(
         found.demand_bytes + found.useful_bytes + found.wasted_bytes
     )
-    assert found.bytes * found.tokens == run.weights.cache.stats().bytes_read - _warmed(run)
+    read = run.weights.cache.stats().bytes_read - _warmed(run)
+    assert found.bytes * found.tokens == pytest.approx(read)
     assert 0 <= found.good < total["used"] / total["issued"] <= 1
     assert (found.prefetch_hits > 0) == (found.good > 0) == (rho < 1)  # else nothing is in time
     assert found.hits * total["requests"] == pytest.approx(total["hits"])
@@ -110,7 +111,9 @@ def test_warm_is_when_hits_stay_near_what_they_are_later():
     trace = trace_of(np.zeros((400, 1, 1), int), 1)
     found = measure(trace, counted([0] * 100 + [8] * 300), num_bytes=1, layer_slots=1)
     assert 95 <= found.warm_after <= 100
-    few = measure(trace_of(np.zeros((50, 1, 1), int), 1), counted([8] * 50), num_bytes=1, layer_slots=1)
+    few = measure(
+        trace_of(np.zeros((50, 1, 1), int), 1), counted([8] * 50), num_bytes=1, layer_slots=1
+    )
     assert few.warm_after is None
 
 

@@ -20,15 +20,19 @@ def written(path, trace, *, inputs=False):
     """`trace` as a file; layers 0 and 2 of three have experts."""
     header = TraceHeader(
         model=trace.model, stamp="s", num_layers=3, hidden_size=4, inputs=inputs,
-        layers=tuple(TracedLayer(i, trace.num_experts[0], trace.top_k, "SoftmaxTopK") for i in (0, 2)),
+        layers=tuple(
+            TracedLayer(i, trace.num_experts[0], trace.top_k, "SoftmaxTopK") for i in (0, 2)
+        ),
     )  # fmt: skip
     writer = TraceWriter(path, header)
     states = np.ones if inputs else lambda *_: None
     for number, rows in enumerate(trace.passes):
         writer.add(
             TracedPass(
-                number=number, sequences_T=trace.sequences_R[rows],
-                positions_T=trace.positions_R[rows], is_prompt_T=trace.is_prompt_R[rows],
+                number=number,
+                sequences_T=trace.sequences_R[rows],
+                positions_T=trace.positions_R[rows],
+                is_prompt_T=trace.is_prompt_R[rows],
                 layers=tuple(
                     TracedRouting(
                         own.ids_RA[rows], own.scores_RE[rows], states((len(rows), 4), np.float32)

@@ -4,9 +4,10 @@ import json
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
-
 from test_routing_trace import written
+
 from machines import machine
 from planning import SPECS, round_sizes
 from traces import topical_ids, trace_of
@@ -14,13 +15,15 @@ from windlass.cli import main
 from windlass.errors import UsageError
 from windlass.forecast.interface import ExpertTable
 from windlass.forecast.registry import ForecastSetting, choose_forecast
+from windlass.options import EXPERT_FORECASTS
 from windlass.perf.sizes import Problem
 from windlass.prefetch.registry import choose_policy
 from windlass.replay.machine import check_model, profiled_machine
 from windlass.replay.metrics import measure
 from windlass.replay.page import chart, page
 from windlass.replay.run import Deciders, TraceRun, ratio_machine
-from windlass.replay.study import NamedMachine, StudyWishes, study
+from windlass.replay.study import NamedMachine, StudyWishes, forecast_of, study
+from windlass.replay.trace_file import Router
 
 
 def a_trace(num_rows=60, **more):
@@ -192,9 +195,15 @@ def test_the_command_says_and_writes_what_it_found(tmp_path, capsys):
         (["{trace}", "--oracle", "0"], "--oracle: got '0'"),
         (["{trace}", "--expert-forecast", "luck"], "--expert-forecast: got 'luck', allowed"),
         (["{trace}", "--expert-cache-policy", "lru,fifo"], "got 'fifo', allowed next-use"),
+        (
+            ["{trace}", "--expert-forecast", "off,gate"],
+            "expert-forecast: got gate for a trace without hidden states: record it with",
+        ),
         (["{trace}", "--machine", "this"], "--machine: allowed together with --model"),
-        (["{trace}", "--machine", "laptop", "--model", "demo"],
-         "model: got demo for a trace of tiny: 144 experts in 6 layers, top 4, the trace has 20"),
+        (
+            ["{trace}", "--machine", "laptop", "--model", "demo"],
+            "model: got demo for a trace of tiny: 144 experts in 6 layers, top 4, the trace has 20",
+        ),
         (["{trace}", "--prompts", "{text}"], "--prompts: "),
     ],
 )
@@ -231,3 +240,46 @@ def test_a_machine_with_a_profile_takes_milliseconds():
         found.append(metrics)
     assert found[0].token_s < found[1].token_s
     assert found[1].bytes > found[0].bytes > 0
+
+
+def stateful_trace(num_rows):
+    """Routers that choose by a state, which is nearly the same in the next layer and another in the
+    next pass."""
+    random = np.random.default_rng(3)
+    table = [random.standard_normal((10, 16)).astype(np.float32) for _ in range(2)]
+    states = random.standard_normal((num_rows, 1, 16))
+    x_RLD = (states + 0.1 * random.standard_normal((num_rows, 2, 16))).astype(np.float32)
+    x_RLD /= np.sqrt((x_RLD**2).mean(-1, keepdims=True))
+    scores = np.stack([x_RLD[:, i] @ table[i].T for i in range(2)], 1)
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    scores /= scores.sum(-1, keepdims=True)
+    trace = trace_of(np.argsort(-scores, 2)[:, :, :2], 10, num_prompt=1)
+    zeros = np.zeros(10, np.float32)
+    return replace(
+        trace, embedded_RD=x_RLD[:, 0], final_RD=x_RLD[:, 1], routings=("SoftmaxTopK",) * 2,
+        routers=tuple(Router(own, zeros, zeros) for own in table),
+        layers=tuple(
+            replace(own, scores_RE=scores[:, i], residual_RD=x_RLD[:, i])
+            for i, own in enumerate(trace.layers)
+        ),
+    )  # fmt: skip
+
+
+def test_all_forecasts_replay_a_trace_with_states_and_a_gate_foretells_what_it_should():
+    trace = stateful_trace(90)
+    wishes = StudyWishes(
+        forecasts=EXPERT_FORECASTS, policies=("next-use",), resident=(0.3,),
+        machines=ratio(trace, 0.6), guards=False,
+    )  # fmt: skip
+    found = study(trace, wishes)
+    recall = {name: one.means["1"]["recall_1k"] for name, one in found.foretold.items()}
+    assert min(recall["gate"], recall["learned"]) > 0.8 > recall["usage"]
+    hits = {run.forecast: run.metrics for run in found.runs}
+    assert hits["gate"].hits > hits["usage"].hits + 0.05
+    assert hits["off"].prefetch_hits == 0 < hits["gate"].prefetch_hits
+
+
+def test_a_router_of_a_kind_that_nobody_knows_is_refused():
+    trace = replace(stateful_trace(4), routings=("Dice", "Dice"))
+    with pytest.raises(UsageError, match="got Dice of layer 0, allowed SoftmaxTopK"):
+        forecast_of(trace, "gate")

@@ -4,6 +4,7 @@ that a run recorded."""
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,8 @@ FLAGS = (
          f" {_OFF},usage). {_OFF}: nothing is read ahead, what is kept goes by usage"),
     Flag(name="expert-cache-policy", read=several(choice(*EXPERT_CACHE_POLICIES)),
          default=("next-use", "lfru"), metavar="NAMES", group=_WHAT,
-         help=f"who is given up: {', '.join(EXPERT_CACHE_POLICIES)} (default: next-use,lfru). Plain names"
-         " give each layer its share, -pool is one for all; next-use always is"),
+         help=f"who is given up: {', '.join(EXPERT_CACHE_POLICIES)} (default: next-use,lfru). lru,"
+         " lfu, lfru and mrs give each layer its share, all others are one pool"),
     Flag(name="resident", read=several(share), default=(0.2, 0.33, 0.5), metavar="SHARES",
          group=_WHAT, help="experts in memory, of all (default: 20%,33%,50%)"),
     Flag(name="oracle", read=several(_sees), default=(1, None), metavar="LAYERS", group=_WHAT,
@@ -102,6 +103,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
 
 
 def _trace(values: Mapping[str, Any]) -> "RoutingTrace":
+    from windlass.forecast.registry import WITH_STATES
     from windlass.replay.routing_trace import read_trace
     from windlass.replay.trace_file import Trace
 
@@ -110,7 +112,7 @@ def _trace(values: Mapping[str, Any]) -> "RoutingTrace":
         say_line(f"replay: {values['file']}: its last {file.cut_bytes} bytes are no whole pass")
     if not len(file):
         raise UsageError(f"{values['file']}: a routing trace without a whole pass")
-    trace = read_trace(file)
+    trace = read_trace(file, with_states=not set(WITH_STATES).isdisjoint(values["expert_forecast"]))
     if values["max_num_seqs"] is not None:
         trace = trace.lockstep(values["max_num_seqs"])
     return trace.first(values["passes"])
@@ -122,7 +124,7 @@ def _machines(values: Mapping[str, Any], trace: "RoutingTrace") -> list["NamedMa
 
     if values["machine"] is None:
         return [
-            NamedMachine(f"rho {rho:g}", rho, lambda slots, rho=rho: ratio_machine(trace, slots, rho))
+            NamedMachine(f"rho {rho:g}", rho, partial(ratio_machine, trace, rho=rho))
             for rho in values["rho"]
         ]  # fmt: skip
     from windlass.planner.budget import READ_THREADS
@@ -134,7 +136,7 @@ def _machines(values: Mapping[str, Any], trace: "RoutingTrace") -> list["NamedMa
     return [
         NamedMachine(
             problem.profile.name, None,
-            lambda slots: profiled_machine(problem, slots, read_threads=READ_THREADS),
+            partial(profiled_machine, problem, read_threads=READ_THREADS),
         )
     ]  # fmt: skip
 

@@ -12,6 +12,7 @@ from windlass.prefetch.baselines import (
     RecentScores,
 )
 from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
+from windlass.prefetch.paper_pools import FineMoePool, MoeInfinityPool
 from windlass.prefetch.policies import FarthestNextUse
 from windlass.schedule.observer import RoutingObserver
 from windlass.weights.eviction import EvictionPolicy
@@ -38,6 +39,14 @@ def _farthest(outlook: Outlook, slots: int) -> ChosenPolicy:
     return ChosenPolicy(FarthestNextUse(num_layers, probability=usage.probability), (usage,))
 
 
+def _finemoe(outlook: Outlook, slots: int) -> ChosenPolicy:
+    return ChosenPolicy(FineMoePool(outlook))
+
+
+def _moe_infinity(outlook: Outlook, slots: int) -> ChosenPolicy:
+    return ChosenPolicy(MoeInfinityPool(outlook))
+
+
 def _mrs(outlook: Outlook, slots: int) -> ChosenPolicy:
     policy = RecentScores(outlook.table, slots)
     return ChosenPolicy(policy, (policy,))
@@ -59,6 +68,8 @@ POLICIES: Mapping[str, Callable[[Outlook, int], ChosenPolicy]] = {
     "lfu": _counting(LeastFrequentlyUsed, per_layer=True),
     "lfru": _counting(LeastFrequentRecent, per_layer=True),
     "mrs": _mrs,
+    "finemoe": _finemoe,
+    "moe-infinity": _moe_infinity,
     "farthest": _farthest,
     "lru-pool": _counting(LeastRecentlyUsed, per_layer=False),
     "lfu-pool": _counting(LeastFrequentlyUsed, per_layer=False),

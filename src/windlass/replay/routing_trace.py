@@ -30,8 +30,9 @@ class LayerRows:
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class RoutingTrace:
     """`layers`: one for each layer of the model, None where it has no experts. `num_experts`: 0
-    there. `passes`: rows of each, in the order of the batch. `routers` in the order of the layers
-    with experts; states and routers are there in a trace with inputs."""
+    there. `passes`: rows of each, in the order of the batch. `routings` (names of classes in
+    `models/spec.py`) and `routers` in the order of the layers with experts; states and routers are
+    there in a trace with inputs."""
 
     model: str
     num_experts: tuple[int, ...]
@@ -43,6 +44,7 @@ class RoutingTrace:
     passes: tuple[Rows, ...]
     embedded_RD: NDArray[np.floating[Any]] | None = None
     final_RD: NDArray[np.floating[Any]] | None = None
+    routings: tuple[str, ...] = ()
     routers: tuple[Router, ...] = ()
 
     @property
@@ -124,6 +126,7 @@ def read_trace(trace: Trace, *, with_states: bool = False) -> RoutingTrace:
         passes=tuple(np.split(np.arange(counts[-1]), counts[:-1])),
         embedded_RD=_join([one.embedded_TD for one in passes]) if with_states else None,
         final_RD=_join([one.final_TD for one in passes]) if with_states else None,
+        routings=tuple(own.routing for own in header.layers),
         routers=trace.routers if with_states else (),
     )
 

@@ -6,12 +6,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from windlass.errors import UsageError
-from windlass.forecast.registry import OFF, ForecastSetting, choose_forecast
+from windlass.forecast.interface import ExpertForecast
+from windlass.forecast.registry import OFF, WITH_STATES, ForecastSetting, choose_forecast
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.prefetch.registry import choose_policy
 from windlass.replay.bounds import Misses, belady, oracle
 from windlass.replay.foretold import Foretold, measure_forecast
 from windlass.replay.metrics import Metrics, measure
+from windlass.replay.routers import are_logits, tell_routers
 from windlass.replay.routing_trace import RoutingTrace
 from windlass.replay.run import ClockedMachine, Deciders, TraceRun, guarded
 
@@ -129,18 +131,20 @@ def check_wishes(trace: RoutingTrace, wishes: StudyWishes) -> None:
             " with tokens that were generated"
         )
     for name in wishes.forecasts:
-        states = choose_forecast(name, setting_of(trace)).wants_states
-        if states and not trace.has_states:
+        if name in WITH_STATES and not trace.has_states:
             raise UsageError(
                 f"expert-forecast: got {name} for a trace without hidden states: record it with"
                 " --routing-trace-inputs"
             )
 
 
-def setting_of(trace: RoutingTrace) -> ForecastSetting:
-    """What a forecast of the trace is made from."""
+def forecast_of(trace: RoutingTrace, name: str) -> ExpertForecast:
+    """The forecast of that name, for the model of the trace."""
     hidden = 0 if trace.embedded_RD is None else trace.embedded_RD.shape[1]
-    return ForecastSetting(trace.table(), hidden)
+    setting = ForecastSetting(trace.table(), hidden, are_logits=are_logits(trace))
+    forecast = choose_forecast(name, setting)
+    tell_routers(forecast, trace)
+    return forecast
 
 
 def slots_of(trace: RoutingTrace, share: float) -> int:
@@ -178,7 +182,7 @@ def study(
         ]  # fmt: skip
         bounds.append(Bound(share, slots, belady(trace, slots), min(causal, default=None)))
     foretold = {
-        name: measure_forecast(trace, choose_forecast(name, setting_of(trace)))
+        name: measure_forecast(trace, forecast_of(trace, name))
         for name in wishes.forecasts if name != OFF
     }  # fmt: skip
     return Study(trace, tuple(runs), tuple(bounds), foretold)
@@ -189,7 +193,7 @@ def _deciders(
 ) -> Iterator[tuple[str, str, Deciders]]:
     for name in wishes.forecasts:
         for policy_name in wishes.policies:
-            forecast = choose_forecast(name, setting_of(trace))
+            forecast = forecast_of(trace, name)
             policy, observers = choose_policy(policy_name, forecast.outlook, slots)
             yield (
                 name,
