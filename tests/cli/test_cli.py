@@ -438,7 +438,12 @@ OPTIONS = {
     "plan": (ENGINE - {"--plan", "--trace", "--routing-trace", "--routing-trace-inputs",
                        "--load-format", "--generation-config"}) | {
         "--workload", "-i", "--prompt-len", "--output-len", "--num-requests", "--machine",
-        "--device-memory", "--json",
+        "--device-memory", "--replay", "--json",
+    },
+    "replay": {
+        "--expert-forecast", "--expert-cache-policy", "--resident", "--oracle", "--max-num-seqs",
+        "-np", "--passes", "--guard", "--no-guard", "--prompts", "--rho", "--machine", "--model",
+        "-m", "-hf", "--hf-repo", "--json", "--page", "--config",
     },
     "doctor": MODEL | {
         "--fresh", "--json", "--threads", "-t", "--moe-backend", "--dtype",

@@ -18,6 +18,8 @@ from windlass.options import EngineOptions, default_params, resolve_model
 if TYPE_CHECKING:
     from windlass.checkpoint.folder import CheckpointFolder
     from windlass.hardware.profile import HardwareProfile
+    from windlass.planner.one_sequence import OneSequence
+    from windlass.replay.routing_trace import RoutingTrace
     from windlass.workload import Workload
 
 _JOB, _MACHINE = "workload", "machine"
@@ -42,6 +44,9 @@ FLAGS = (
          "machine, measured once)"),
     Flag(name="device-memory", read=size, metavar="SIZE", group=_MACHINE,
          help="memory of the machine's GPU that may be used (default: 90 % of it)"),
+    Flag(name="replay", read=Path, metavar="FILE", group=_JOB,
+         help="what --routing-trace of an earlier run of this model wrote: how much memory for how "
+         "many tokens/s, one answer at a time"),
     Flag(name="json", read=None, default=False, group="records",
          help="print one line of JSON instead"),
     *(flag for flag in ENGINE_FLAGS if flag.name not in _WITHOUT),
@@ -56,8 +61,10 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     from windlass.perf.sizes import Problem
     from windlass.planner.budget import check_constraints
     from windlass.planner.explain import explain
+    from windlass.planner.one_sequence import one_sequence
 
     with ExitStack() as opened:
+        trace = None if values["replay"] is None else _trace(values["replay"])
         options, measured = options_to_plan(values, opened)
         model = read_model(options, opened)
         wanted = wanted_of(options, model)
@@ -70,11 +77,31 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
             Problem(model.spec, sizes, profile), workload, budget, wanted,
             device_memory=values["device_memory"],
         )  # fmt: skip
+        single = None
+        if trace is not None:
+            problem = Problem(model.spec, sizes, profile)
+            single = one_sequence(
+                trace,
+                problem,
+                lambda text: say_line(f"plan: {text}"),
+                read_threads=found.best.plan.read_threads,
+            )
         if values["json"]:
-            print(json.dumps(found.to_json()))
+            print(json.dumps(found.to_json() | _named(single)))
         else:
-            print("\n".join(found.lines()))
+            print("\n".join([*found.lines(), *([] if single is None else ["", *single.lines()])]))
     return 0
+
+
+def _trace(path: Path) -> "RoutingTrace":
+    from windlass.replay.routing_trace import read_trace
+    from windlass.replay.trace_file import Trace
+
+    return read_trace(Trace(path), with_states=True)
+
+
+def _named(single: "OneSequence | None") -> dict[str, Any]:
+    return {} if single is None else {"one_sequence": single.to_json()}
 
 
 def _check(values: Mapping[str, Any]) -> None:

@@ -110,8 +110,6 @@ def _trace(values: Mapping[str, Any]) -> "RoutingTrace":
     file = Trace(values["file"])
     if file.cut_bytes:
         say_line(f"replay: {values['file']}: its last {file.cut_bytes} bytes are no whole pass")
-    if not len(file):
-        raise UsageError(f"{values['file']}: a routing trace without a whole pass")
     trace = read_trace(file, with_states=not set(WITH_STATES).isdisjoint(values["expert_forecast"]))
     if values["max_num_seqs"] is not None:
         trace = trace.lockstep(values["max_num_seqs"])

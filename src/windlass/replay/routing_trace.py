@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from windlass.errors import UsageError
 from windlass.forecast.interface import ExpertTable
 from windlass.replay.trace_file import Router, Trace
 
@@ -99,8 +100,11 @@ def _in_lockstep(sequences: Sequence[Rows], is_prompt_R: NDArray[np.bool_]) -> l
 
 
 def read_trace(trace: Trace, *, with_states: bool = False) -> RoutingTrace:
-    """All of a file. `with_states`: also what routers read, where the file has it."""
+    """All of a file. `with_states`: also what routers read, where the file has it. UsageError where
+    it has no whole pass."""
     header, passes = trace.header, list(trace)
+    if not passes:
+        raise UsageError(f"{trace.path}: a routing trace without a whole pass")
     num_experts, layers = (
         [0] * header.num_layers,
         list[LayerRows | None]([None] * header.num_layers),

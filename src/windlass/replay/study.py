@@ -32,7 +32,8 @@ class NamedMachine:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyWishes:
     """`resident`: shares of all experts. `sees`: layers ahead that oracles know, None for all.
-    `guards`: reading ahead is left out while it does not pay. `domains`: of sequences."""
+    `guards`: reading ahead is left out while it does not pay. `with_recall`: what forecasts
+    foretell is counted, too. `domains`: of sequences."""
 
     forecasts: Sequence[str]
     policies: Sequence[str]
@@ -40,6 +41,7 @@ class StudyWishes:
     machines: Sequence[NamedMachine]
     sees: Sequence[int | None] = ()
     guards: bool = True
+    with_recall: bool = True
     domains: Mapping[int, str] | None = None
 
 
@@ -183,7 +185,7 @@ def study(
         bounds.append(Bound(share, slots, belady(trace, slots), min(causal, default=None)))
     foretold = {
         name: measure_forecast(trace, forecast_of(trace, name))
-        for name in wishes.forecasts if name != OFF
+        for name in wishes.forecasts if wishes.with_recall and name != OFF
     }  # fmt: skip
     return Study(trace, tuple(runs), tuple(bounds), foretold)
 
