@@ -97,6 +97,7 @@ def test_every_layer_gets_its_share_back_after_a_prompt_that_one_took_all_of():
         for key in keys:
             if key not in resident:
                 victim = policy.victim(key, None)
+                assert victim is not None
                 policy.discard(victim)
                 resident.remove(victim)
                 resident.add(key)

@@ -3,48 +3,10 @@
 import numpy as np
 import pytest
 
-from traces import trace_of, uniform_ids
+from traces import layer_of, trace_of, uniform_ids, written
 from windlass.replay.router import TraceRouter
 from windlass.replay.routing_trace import read_trace
-from windlass.replay.trace_file import (
-    Trace,
-    TracedLayer,
-    TracedPass,
-    TracedRouting,
-    TraceHeader,
-    TraceWriter,
-)
-
-
-def written(path, trace, *, inputs=False):
-    """`trace` as a file; layers 0 and 2 of three have experts."""
-    header = TraceHeader(
-        model=trace.model, stamp="s", num_layers=3, hidden_size=4, inputs=inputs,
-        layers=tuple(
-            TracedLayer(i, trace.num_experts[0], trace.top_k, "SoftmaxTopK") for i in (0, 2)
-        ),
-    )  # fmt: skip
-    writer = TraceWriter(path, header)
-    states = np.ones if inputs else lambda *_: None
-    for number, rows in enumerate(trace.passes):
-        writer.add(
-            TracedPass(
-                number=number,
-                sequences_T=trace.sequences_R[rows],
-                positions_T=trace.positions_R[rows],
-                is_prompt_T=trace.is_prompt_R[rows],
-                layers=tuple(
-                    TracedRouting(
-                        own.ids_RA[rows], own.scores_RE[rows], states((len(rows), 4), np.float32)
-                    )
-                    for own in trace.layers
-                ),
-                embedded_TD=states((len(rows), 4), np.float32),
-                final_TD=states((len(rows), 4), np.float32),
-            )  # fmt: skip
-        )
-    writer.close()
-    return path
+from windlass.replay.trace_file import Trace
 
 
 @pytest.mark.parametrize("inputs", [False, True])
@@ -54,7 +16,7 @@ def test_a_file_is_read_as_it_was_written(inputs, tmp_path):
     read = read_trace(Trace(path), with_states=True)
     assert read.num_experts == (6, 0, 6) and read.top_k == 2 and read.layers[1] is None
     assert [rows.tolist() for rows in read.passes] == [rows.tolist() for rows in trace.passes]
-    assert np.array_equal(read.layers[2].ids_RA, trace.layers[1].ids_RA)
+    assert np.array_equal(layer_of(read, 2).ids_RA, layer_of(trace, 1).ids_RA)
     assert read.has_states == inputs
     assert read_trace(Trace(path)).has_states is False
     assert read.table().layers == (0, 2)

@@ -2,15 +2,15 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from test_routing_trace import written
 
 from machines import machine
 from planning import SPECS, round_sizes
-from traces import topical_ids, trace_of
+from traces import layer_of, topical_ids, trace_of, written
 from windlass.cli import main
 from windlass.errors import UsageError
 from windlass.forecast.interface import ExpertTable
@@ -32,8 +32,7 @@ def a_trace(num_rows=60, **more):
 
 def ratio(trace, *rhos):
     return [
-        NamedMachine(f"rho {rho:g}", rho, lambda slots, rho=rho: ratio_machine(trace, slots, rho))
-        for rho in rhos
+        NamedMachine(f"rho {rho:g}", rho, partial(ratio_machine, trace, rho=rho)) for rho in rhos
     ]
 
 
@@ -232,11 +231,12 @@ def test_a_machine_with_a_profile_takes_milliseconds():
     for slots in (len(table), len(table) // 3):
         forecast = choose_forecast("off", ForecastSetting(table, 0))
         by = Deciders(forecast, *choose_policy("lru", forecast.outlook, slots))
-        run = TraceRun(trace, profiled_machine(problem, slots, read_threads=4), by)
+        profiled = profiled_machine(problem, slots, read_threads=4)
+        run, op_cost = TraceRun(trace, profiled, by), profiled.op_cost
         metrics = measure(trace, run.run(), num_bytes=run.machine.num_bytes, layer_slots=1.0)
         # what takes time is computation, reading and drawing a token
         rest_s = metrics.token_s - metrics.stall_s - run.lanes["host"].busy_s / metrics.tokens
-        assert rest_s >= run.machine.op_cost.sample_s(1)
+        assert rest_s >= op_cost.sample_s(1)
         found.append(metrics)
     assert found[0].token_s < found[1].token_s
     assert found[1].bytes > found[0].bytes > 0
@@ -259,8 +259,8 @@ def stateful_trace(num_rows):
         trace, embedded_RD=x_RLD[:, 0], final_RD=x_RLD[:, 1], routings=("SoftmaxTopK",) * 2,
         routers=tuple(Router(own, zeros, zeros) for own in table),
         layers=tuple(
-            replace(own, scores_RE=scores[:, i], residual_RD=x_RLD[:, i])
-            for i, own in enumerate(trace.layers)
+            replace(layer_of(trace, i), scores_RE=scores[:, i], residual_RD=x_RLD[:, i])
+            for i in range(2)
         ),
     )  # fmt: skip
 

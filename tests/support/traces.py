@@ -6,6 +6,13 @@ import numpy as np
 
 from windlass.ids import Part, WeightKey
 from windlass.replay.routing_trace import LayerRows, RoutingTrace
+from windlass.replay.trace_file import (
+    TracedLayer,
+    TracedPass,
+    TracedRouting,
+    TraceHeader,
+    TraceWriter,
+)
 from windlass.weights.eviction import EvictionPolicy
 
 
@@ -84,3 +91,43 @@ def cache_hits(
         for key in needed:
             policy.add(key)
     return hits / requests
+
+
+def layer_of(trace: RoutingTrace, layer: int) -> LayerRows:
+    own = trace.layers[layer]
+    assert own is not None
+    return own
+
+
+def _routing(own: LayerRows, rows, residual_TD) -> TracedRouting:
+    assert own.scores_RE is not None
+    return TracedRouting(own.ids_RA[rows], own.scores_RE[rows], residual_TD)
+
+
+def written(path, trace, *, inputs=False):
+    """`trace` as a file; layers 0 and 2 of three have experts."""
+    header = TraceHeader(
+        model=trace.model, stamp="s", num_layers=3, hidden_size=4, inputs=inputs,
+        layers=tuple(
+            TracedLayer(i, trace.num_experts[0], trace.top_k, "SoftmaxTopK") for i in (0, 2)
+        ),
+    )  # fmt: skip
+    writer = TraceWriter(path, header)
+    states = np.ones if inputs else lambda *_: None
+    for number, rows in enumerate(trace.passes):
+        writer.add(
+            TracedPass(
+                number=number,
+                sequences_T=trace.sequences_R[rows],
+                positions_T=trace.positions_R[rows],
+                is_prompt_T=trace.is_prompt_R[rows],
+                layers=tuple(
+                    _routing(own, rows, states((len(rows), 4), np.float32))
+                    for own in (layer_of(trace, 0), layer_of(trace, 1))
+                ),
+                embedded_TD=states((len(rows), 4), np.float32),
+                final_TD=states((len(rows), 4), np.float32),
+            )  # fmt: skip
+        )
+    writer.close()
+    return path
