@@ -49,6 +49,9 @@ class EngineOptions:
     for one that the commands choose (`doctor/kept.py`).
     `routing_trace`: where to record what routers decide; with their inputs where it says so.
     `speculative_config`: what is guessed of the next tokens; results are the same bits without.
+    `expert_forecast`, `expert_cache_policy`: names (`EXPERT_FORECASTS`, `EXPERT_CACHE_POLICIES`) of
+    who expects uses of experts and who gives them up; `expert_map_store`: where FineMoE's maps are
+    kept from run to run.
     `plan`: one to replay, or its file; what else is said must agree with it. `model` and
     `tokenizer`: folders, or names on the hub until `hub/locate.py` has found them, each with its
     revision.
@@ -82,6 +85,9 @@ class EngineOptions:
     generation_config: Literal["auto", "vllm"] = "auto"
     strict: bool = False
     expert_usage: Path | Literal["auto", "off"] = "off"
+    expert_forecast: str = "usage"
+    expert_cache_policy: str = "next-use"
+    expert_map_store: Path | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -93,12 +99,16 @@ class EngineOptions:
             ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("generation_config", ("auto", "vllm")),
             ("schedule", (None, *SCHEDULES)),
+            ("expert_forecast", EXPERT_FORECASTS),
+            ("expert_cache_policy", EXPERT_CACHE_POLICIES),
         ):
             if (value := getattr(self, name)) not in allowed:
                 listed = ", ".join(one for one in allowed if one is not None)
                 raise UsageError(f"{name}: got {value!r}, allowed {listed}")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads: got {self.threads}, allowed 1 or more")
+        if self.expert_map_store is not None and self.expert_forecast != "finemoe":
+            raise UsageError("expert_map_store: allowed with expert_forecast finemoe")
         if self.routing_trace_inputs and self.routing_trace is None:
             raise UsageError("routing_trace_inputs: allowed only with routing_trace")
 

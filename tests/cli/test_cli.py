@@ -414,7 +414,7 @@ ENGINE = MODEL | {
     "--routing-trace", "--routing-trace-inputs",
     "--speculative-config",
     "--enable-prefix-caching",
-    "--expert-usage",
+    "--expert-usage", "--expert-forecast", "--expert-cache-policy", "--expert-map-store",
     "--no-enable-prefix-caching",
 }  # fmt: skip
 OPTIONS = {
@@ -436,7 +436,8 @@ OPTIONS = {
         "--seed", "-s", "--json",
     },
     "plan": (ENGINE - {"--plan", "--trace", "--routing-trace", "--routing-trace-inputs",
-                       "--load-format", "--generation-config"}) | {
+                       "--expert-cache-policy", "--expert-map-store", "--load-format",
+                       "--generation-config"}) | {
         "--workload", "-i", "--prompt-len", "--output-len", "--num-requests", "--machine",
         "--device-memory", "--replay", "--json",
     },

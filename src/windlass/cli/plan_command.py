@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _JOB, _MACHINE = "workload", "machine"
 # Flags of an engine that say nothing about a plan that is yet to be made
 _WITHOUT = (
-    "plan", "trace", "routing-trace", "routing-trace-inputs", "load-format", "generation-config",
+    "plan", "trace", "routing-trace", "routing-trace-inputs", "expert-cache-policy",
+    "expert-map-store", "load-format", "generation-config",
 )  # fmt: skip
 _PROMPT, _OUTPUT, _REQUESTS = 512, 128, 256
 _SHARE = 0.8  # of the memory of a machine that is not this one (MoE-Lightning, artifact)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from windlass.errors import UsageError
+from windlass.forecast.gate_shares import LOGIT_ROUTINGS
 from windlass.forecast.interface import ExpertForecast
 from windlass.forecast.learned import LearnedForecast
 from windlass.models.spec import (
@@ -29,13 +30,12 @@ _ROUTINGS: Mapping[str, Routing] = {
     "SigmoidTopK": SigmoidTopK(renorm_eps=None),
     "SparseMixer": SparseMixer(jitter_eps=0.01),
 }
-_LOGITS = ("TopKSoftmax", "SparseMixer")  # whose scores are logits
 _EPS = 1e-6  # of the mean square that the residual stream is divided by
 
 
 def are_logits(trace: RoutingTrace) -> bool:
     """Whether the scores of a trace are logits."""
-    return any(name in _LOGITS for name in trace.routings)
+    return any(isinstance(_ROUTINGS.get(name), LOGIT_ROUTINGS) for name in trace.routings)
 
 
 def tell_routers(forecast: ExpertForecast, trace: RoutingTrace) -> None:
