@@ -27,6 +27,13 @@ _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
+# Who expects uses of experts, and who of them is given up; `forecast/registry.py` and
+# `prefetch/registry.py` make them
+EXPERT_FORECASTS = ("learned", "finemoe", "moe-infinity", "gate", "usage", "off")
+EXPERT_CACHE_POLICIES = (
+    "next-use", "lru", "lfu", "lfru", "mrs", "finemoe", "moe-infinity", "farthest", "lru-pool",
+    "lfu-pool", "lfru-pool",
+)  # fmt: skip
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8")
 
 
@@ -43,6 +50,9 @@ class EngineOptions:
     `routing_trace`: where to record what routers decide; with their inputs where it says so.
     `speculative_config`: what is guessed of the next tokens; results are the same bits without.
     `burst_tokens`: what a sequence decodes before the next, 0 for all in every pass.
+    `expert_forecast`, `expert_cache_policy`: names (`EXPERT_FORECASTS`, `EXPERT_CACHE_POLICIES`) of
+    who expects uses of experts and who gives them up; `expert_map_store`: where FineMoE's maps are
+    kept from run to run.
     `plan`: one to replay, or its file; what else is said must agree with it. `model` and
     `tokenizer`: folders, or names on the hub until `hub/locate.py` has found them, each with its
     revision.
@@ -77,6 +87,9 @@ class EngineOptions:
     generation_config: Literal["auto", "vllm"] = "auto"
     strict: bool = False
     expert_usage: Path | Literal["auto", "off"] = "off"
+    expert_forecast: str = "usage"
+    expert_cache_policy: str = "next-use"
+    expert_map_store: Path | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -88,12 +101,16 @@ class EngineOptions:
             ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("generation_config", ("auto", "vllm")),
             ("schedule", (None, *SCHEDULES)),
+            ("expert_forecast", EXPERT_FORECASTS),
+            ("expert_cache_policy", EXPERT_CACHE_POLICIES),
         ):
             if (value := getattr(self, name)) not in allowed:
                 listed = ", ".join(one for one in allowed if one is not None)
                 raise UsageError(f"{name}: got {value!r}, allowed {listed}")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads: got {self.threads}, allowed 1 or more")
+        if self.expert_map_store is not None and self.expert_forecast != "finemoe":
+            raise UsageError("expert_map_store: allowed with expert_forecast finemoe")
         if self.routing_trace_inputs and self.routing_trace is None:
             raise UsageError("routing_trace_inputs: allowed only with routing_trace")
         if self.burst_tokens is not None and self.burst_tokens < 0:

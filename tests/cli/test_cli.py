@@ -414,7 +414,7 @@ ENGINE = MODEL | {
     "--routing-trace", "--routing-trace-inputs",
     "--speculative-config",
     "--enable-prefix-caching",
-    "--expert-usage",
+    "--expert-usage", "--expert-forecast", "--expert-cache-policy", "--expert-map-store",
     "--no-enable-prefix-caching",
     "--burst-tokens",
 }  # fmt: skip
@@ -437,9 +437,15 @@ OPTIONS = {
         "--seed", "-s", "--json",
     },
     "plan": (ENGINE - {"--plan", "--trace", "--routing-trace", "--routing-trace-inputs",
-                       "--load-format", "--generation-config"}) | {
+                       "--expert-cache-policy", "--expert-map-store", "--load-format",
+                       "--generation-config"}) | {
         "--workload", "-i", "--prompt-len", "--output-len", "--num-requests", "--machine",
-        "--device-memory", "--json",
+        "--device-memory", "--replay", "--json",
+    },
+    "replay": {
+        "--expert-forecast", "--expert-cache-policy", "--resident", "--oracle", "--max-num-seqs",
+        "-np", "--passes", "--guard", "--no-guard", "--prompts", "--rho", "--machine", "--model",
+        "-m", "-hf", "--hf-repo", "--json", "--page", "--config",
     },
     "doctor": MODEL | {
         "--fresh", "--json", "--threads", "-t", "--moe-backend", "--dtype",

@@ -20,6 +20,8 @@ from windlass.device.host_memory import (
 from windlass.device.processors import default_threads, quota_note
 from windlass.engine.drafts import bytes_per_known_token
 from windlass.errors import UsageError
+from windlass.forecast.interface import ExpertTable
+from windlass.forecast.learned import forecast_bytes
 from windlass.ids import Part
 from windlass.checkpoint.reader import Checkpoint, WeightSource
 from windlass.kvcache.kv_cache import (
@@ -104,9 +106,17 @@ def sizes_of(model: CheckpointFolder, options: EngineOptions, backend: Backend) 
         state_bytes=state_bytes(shapes),
         backend=backend,
         weight_kinds=weight_kinds(model.layout, tensors),
+        forecast_bytes=_forecast_bytes(model.spec, options),
         drafts=guessed.num_speculative_tokens if guessed else 0,
         draft_bytes_per_token=bytes_per_known_token(guessed) if guessed else 0,
     )
+
+
+def _forecast_bytes(spec: ModelSpec, options: EngineOptions) -> int:
+    """What gates that foretell experts hold, where they are asked for."""
+    if options.expert_forecast not in ("learned", "gate"):
+        return 0
+    return forecast_bytes(ExpertTable.of(spec), spec.hidden_size)
 
 
 def _embedding(model: CheckpointFolder) -> TensorInfo:

@@ -2,6 +2,7 @@
 runs: put together from options."""
 
 import logging
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -9,21 +10,23 @@ from typing import NamedTuple
 from windlass.build.recording import open_recorder
 from windlass.checkpoint.folder import CheckpointFolder
 from windlass.errors import UsageError
+from windlass.forecast.finemoe import FineMoeForecast, MapFile
+from windlass.forecast.gate_shares import are_logits
 from windlass.forecast.interface import ExpertForecast, ExpertTable
 from windlass.forecast.kept_usage import KeptUsage
-from windlass.forecast.usage import UsageForecast
+from windlass.forecast.learned import LearnedForecast
+from windlass.forecast.registry import ForecastSetting, choose_forecast
 from windlass.ids import Part
 from windlass.options import EngineOptions, checkpoint_stamp
 from windlass.plan import Plan
-from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.prefetch.guard import WindowGuard
 from windlass.prefetch.prefetcher import Prefetcher
+from windlass.prefetch.registry import ChosenPolicy, choose_policy
 from windlass.replay.recorder import RoutingRecorder
 from windlass.runtime.host import Foresight
 from windlass.schedule.observer import RoutingObserver
 from windlass.schedule.passes import PassShape
 from windlass.weights.cache import WeightCache
-from windlass.weights.eviction import EvictionPolicy
 
 _logger = logging.getLogger(__name__)
 
@@ -32,17 +35,19 @@ class Outfit(NamedTuple):
     """What is made before the weights are: the store needs the policy, the prefetcher the store."""
 
     forecast: ExpertForecast
-    policy: EvictionPolicy
+    chosen: ChosenPolicy
     usage: KeptUsage | None
     recorder: RoutingRecorder | None
 
     def foresight(self, plan: Plan, shape: PassShape, cache: WeightCache) -> Foresight:
         """What the runtime is given; what earlier runs used most begins to be read."""
         observers: list[RoutingObserver] = [
-            one for one in (self.usage, self.recorder) if one is not None
+            *self.chosen.observers,
+            *(one for one in (self.usage, self.recorder) if one is not None),
         ]
+        readers = (self.forecast,) if isinstance(self.forecast, LearnedForecast) else ()
         if not plan.overlap:
-            return Foresight(self.forecast, None, tuple(observers))
+            return Foresight(self.forecast, None, tuple(observers), readers)
         prefetcher = Prefetcher(
             shape,
             cache,
@@ -51,7 +56,7 @@ class Outfit(NamedTuple):
             guard=WindowGuard(),
         )
         prefetcher.fill()
-        return Foresight(self.forecast, prefetcher, tuple(observers))
+        return Foresight(self.forecast, prefetcher, tuple(observers), readers)
 
 
 def make_outfit(
@@ -64,9 +69,20 @@ def make_outfit(
     if isinstance(options.expert_usage, Path) and slots < len(table):
         usage = KeptUsage(options.expert_usage, checkpoint_stamp(model.folder), table)
         opened.callback(_save, usage)
-    forecast = UsageForecast(table)
-    policy = ExpectedNextUse(forecast.outlook, floor=floor_of(table, slots))
-    return Outfit(forecast, policy, usage, open_recorder(options, model, opened))
+    maps = options.expert_map_store
+    setting = ForecastSetting(
+        table,
+        model.spec.hidden_size,
+        are_logits=are_logits(model.spec),
+        limit_bytes=plan.host.forecast_bytes,
+        clock=time.perf_counter,
+        maps=None if maps is None else MapFile(maps, checkpoint_stamp(model.folder)),
+    )
+    forecast = choose_forecast(options.expert_forecast, setting)
+    if isinstance(forecast, FineMoeForecast):
+        opened.callback(forecast.close)
+    chosen = choose_policy(options.expert_cache_policy, forecast.outlook, slots)
+    return Outfit(forecast, chosen, usage, open_recorder(options, model, opened))
 
 
 def _save(usage: KeptUsage) -> None:

@@ -229,7 +229,7 @@ def _assemble(
     shape = pass_shape(spec, model.layout)
     outfit = make_outfit(options, model, plan, opened)
     weights = WeightStore(
-        model.layout, model.source, Carrier(device), plan.host.slots, policy=outfit.policy,
+        model.layout, model.source, Carrier(device), plan.host.slots, policy=outfit.chosen.policy,
         tracer=tracer,
     )  # fmt: skip
     opened.callback(weights.close)

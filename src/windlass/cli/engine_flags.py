@@ -11,7 +11,14 @@ from windlass.errors import UsageError
 from windlass.formats import METHODS
 from windlass.hub.locate import locate
 from windlass.models.registry import read_spec
-from windlass.options import KV_CACHE_DTYPES, EngineOptions, read_config, resolve_model
+from windlass.options import (
+    EXPERT_CACHE_POLICIES,
+    EXPERT_FORECASTS,
+    KV_CACHE_DTYPES,
+    EngineOptions,
+    read_config,
+    resolve_model,
+)
 from windlass.plan import SCHEDULES
 from windlass.speculative import SpeculativeConfig
 
@@ -83,6 +90,17 @@ ENGINE_FLAGS = (
     Flag(name="expert-usage", read=_usage_file, default="auto", metavar="FILE", group=_MEMORY,
          help="where to keep how often each expert is used, counts alone, so that the next run "
          "reads those first: auto (the user's cache folder), off or a file"),
+    Flag(name="expert-forecast", read=choice(*EXPERT_FORECASTS), default="usage", metavar="NAME",
+         group=_MEMORY, help="who expects which experts come: usage (what each sequence used "
+         "lately, default), learned (gates that learn), gate (the same, not learning), finemoe and "
+         "moe-infinity (as in their papers), off (nothing is read ahead but what is certain); "
+         "results are the same bits with any"),
+    Flag(name="expert-cache-policy", read=choice(*EXPERT_CACHE_POLICIES), default="next-use",
+         metavar="NAME", group=_MEMORY, help="which experts are given up, to compare: "
+         + ", ".join(EXPERT_CACHE_POLICIES) + " (default: next-use)"),
+    Flag(name="expert-map-store", read=Path, metavar="FILE", group=_MEMORY,
+         help="where to keep finemoe's expert maps, which tell of prompts, from run to run "
+         "(default: nowhere)"),
     Flag(name="kv-cache-dtype", read=choice(*KV_CACHE_DTYPES), default="auto", metavar="TYPE",
          group=_MEMORY,
          help="keys and values in memory: auto (the checkpoint's type), bfloat16, float16, float32 "

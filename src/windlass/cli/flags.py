@@ -228,6 +228,23 @@ def choice(*allowed: str) -> Callable[[str], str]:
     return read
 
 
+def several(read: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Reads values with commas between them; of equal ones the first."""
+
+    def read_all(text: str) -> tuple[Any, ...]:
+        return tuple(dict.fromkeys(read(one.strip()) for one in text.split(",")))
+
+    return read_all
+
+
+def share(text: str) -> float:
+    """`33%` or `0.33`."""
+    value = number(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 < value <= 1:
+        raise UsageError(f"value: got {text!r}, allowed more than 0% to 100%")
+    return value
+
+
 def size(text: str) -> int:
     return parse_bytes(text, what="value")
 

@@ -18,12 +18,15 @@ from windlass.options import EngineOptions, default_params, resolve_model
 if TYPE_CHECKING:
     from windlass.checkpoint.folder import CheckpointFolder
     from windlass.hardware.profile import HardwareProfile
+    from windlass.planner.one_sequence import OneSequence
+    from windlass.replay.routing_trace import RoutingTrace
     from windlass.workload import Workload
 
 _JOB, _MACHINE = "workload", "machine"
 # Flags of an engine that say nothing about a plan that is yet to be made
 _WITHOUT = (
-    "plan", "trace", "routing-trace", "routing-trace-inputs", "load-format", "generation-config",
+    "plan", "trace", "routing-trace", "routing-trace-inputs", "expert-cache-policy",
+    "expert-map-store", "load-format", "generation-config",
 )  # fmt: skip
 _PROMPT, _OUTPUT, _REQUESTS = 512, 128, 256
 _SHARE = 0.8  # of the memory of a machine that is not this one (MoE-Lightning, artifact)
@@ -42,6 +45,9 @@ FLAGS = (
          "machine, measured once)"),
     Flag(name="device-memory", read=size, metavar="SIZE", group=_MACHINE,
          help="memory of the machine's GPU that may be used (default: 90 % of it)"),
+    Flag(name="replay", read=Path, metavar="FILE", group=_JOB,
+         help="what --routing-trace of an earlier run of this model wrote: how much memory for how "
+         "many tokens/s, one answer at a time"),
     Flag(name="json", read=None, default=False, group="records",
          help="print one line of JSON instead"),
     *(flag for flag in ENGINE_FLAGS if flag.name not in _WITHOUT),
@@ -56,13 +62,15 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     from windlass.perf.sizes import Problem
     from windlass.planner.budget import check_constraints
     from windlass.planner.explain import explain
+    from windlass.planner.one_sequence import one_sequence
 
     with ExitStack() as opened:
-        options, measured = _options(values, opened)
+        trace = None if values["replay"] is None else _trace(values["replay"])
+        options, measured = options_to_plan(values, opened)
         model = read_model(options, opened)
         wanted = wanted_of(options, model)
         check_constraints(wanted, model.spec)  # before the machine is measured
-        profile, backend = _machine(values, options, model, measured)
+        profile, backend = machine_to_plan(values, options, model, measured)
         sizes = sizes_of(model, options, backend)
         workload = _workload(values, options, model)
         budget = _budget(values, profile)
@@ -70,11 +78,31 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
             Problem(model.spec, sizes, profile), workload, budget, wanted,
             device_memory=values["device_memory"],
         )  # fmt: skip
+        single = None
+        if trace is not None:
+            problem = Problem(model.spec, sizes, profile)
+            single = one_sequence(
+                trace,
+                problem,
+                lambda text: say_line(f"plan: {text}"),
+                read_threads=found.best.plan.read_threads,
+            )
         if values["json"]:
-            print(json.dumps(found.to_json()))
+            print(json.dumps(found.to_json() | _named(single)))
         else:
-            print("\n".join(found.lines()))
+            print("\n".join([*found.lines(), *([] if single is None else ["", *single.lines()])]))
     return 0
+
+
+def _trace(path: Path) -> "RoutingTrace":
+    from windlass.replay.routing_trace import read_trace
+    from windlass.replay.trace_file import Trace
+
+    return read_trace(Trace(path), with_states=True)
+
+
+def _named(single: "OneSequence | None") -> dict[str, Any]:
+    return {} if single is None else {"one_sequence": single.to_json()}
 
 
 def _check(values: Mapping[str, Any]) -> None:
@@ -87,7 +115,9 @@ def _check(values: Mapping[str, Any]) -> None:
         raise UsageError("--device-memory: allowed with a --machine that has a GPU")
 
 
-def _options(values: Mapping[str, Any], opened: ExitStack) -> tuple[EngineOptions, Path | None]:
+def options_to_plan(
+    values: Mapping[str, Any], opened: ExitStack
+) -> tuple[EngineOptions, Path | None]:
     """The engine to plan for, and its checkpoint where weights are here. Of a configuration without
     weights, an engine of random ones; of weights on the hub, one whose files have headers alone."""
     defaults = {flag.key: flag.default for flag in ENGINE_FLAGS if flag.name in _WITHOUT}
@@ -106,7 +136,7 @@ def _options(values: Mapping[str, Any], opened: ExitStack) -> tuple[EngineOption
     return replace(options, load_format="dummy"), None
 
 
-def _machine(
+def machine_to_plan(
     values: Mapping[str, Any],
     options: EngineOptions,
     model: "CheckpointFolder",

@@ -19,7 +19,7 @@ from windlass.schedule.batch import CHUNK_TOKENS, most_drafts
 from windlass.units import MIB, format_bytes, round_up
 
 PAGE_TOKENS = 32
-_READ_THREADS = 4
+READ_THREADS = 4
 _SEQS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 _ROWS = (8192, 4096, 2048, 1024, 512, 256, 128)  # a pass has room for all sequences and a chunk
 _MICRO_ROWS = 1024  # of a call of attention
@@ -261,7 +261,7 @@ class _Draft:
             burst_max_seqs=seqs if wanted.burst_tokens else 0,
             # a recurrent state is that of a sequence's last token: none is kept of a prefix
             prefix_caching=wanted.prefix_caching and not sizes.state_bytes,
-            read_threads=_READ_THREADS,
+            read_threads=READ_THREADS,
             schedule=wanted.schedule or "module-based",
         )
 

@@ -1,0 +1,87 @@
+"""Whoever expects experts and whoever gives them up: the engine gives the same bits, and replay finds
+the engine's hits."""
+
+import pytest
+
+from engines import engine_for, make_model, prompts, request, run_all
+from windlass.errors import UsageError
+from windlass.ids import Part
+from windlass.options import EXPERT_CACHE_POLICIES, EXPERT_FORECASTS, EngineOptions
+from windlass.prefetch.registry import choose_policy
+from windlass.replay.routing_trace import read_trace
+from windlass.replay.run import Deciders, TraceRun, ratio_machine
+from windlass.replay.study import forecast_of
+from windlass.replay.trace_file import Trace
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    make_model("qwen3_moe", path)
+    return path
+
+
+def answers(model, lengths=(12,), **options):
+    """Tokens and log-probabilities, and what the weight cache counted."""
+    options = {"moe_expert_cache_size": "3", "max_num_seqs": 2, **options}
+    with engine_for(model, **options) as engine:
+        asked = [
+            request(f"r{i}", prompt, max_tokens=10, logprobs=2)
+            for i, prompt in enumerate(prompts(lengths))
+        ]
+        results = run_all(engine, asked)
+        stats = engine.stats().weights
+    said = {
+        name: (one.outputs[0].token_ids, repr(one.outputs[0].logprobs))
+        for name, one in results.items()
+    }
+    return said, stats
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return answers(model, (12, 7))[0]
+
+
+@pytest.mark.parametrize("name", EXPERT_FORECASTS)
+def test_answers_are_the_same_whoever_expects_experts(name, model, plain, tmp_path):
+    options = {"expert_map_store": tmp_path / "maps"} if name == "finemoe" else {}
+    assert answers(model, (12, 7), expert_forecast=name, **options)[0] == plain
+    assert (tmp_path / "maps").exists() == bool(options)
+
+
+@pytest.mark.parametrize("name", EXPERT_CACHE_POLICIES)
+def test_answers_are_the_same_whoever_gives_experts_up(name, model, plain):
+    assert answers(model, (12, 7), expert_cache_policy=name)[0] == plain
+
+
+@pytest.mark.parametrize("policy", ["next-use", "lru", "mrs"])
+def test_replay_finds_the_hits_of_the_engine(policy, model, tmp_path):
+    path = tmp_path / "t"
+    _, stats = answers(
+        model, expert_forecast="off", expert_cache_policy=policy, routing_trace=path,
+        max_num_seqs=1,
+    )  # fmt: skip
+    trace = read_trace(Trace(path))
+    slots = 3 * len(trace.table().layers)
+    forecast = forecast_of(trace, "off")
+    by = Deciders(forecast, *choose_policy(policy, forecast.outlook, slots))
+    values = TraceRun(trace, ratio_machine(trace, slots, 3.0), by).run().values
+    assert values["requests"].sum() == stats.requests[Part.EXPERT]
+    engine_hits = stats.hits[Part.EXPERT] / stats.requests[Part.EXPERT]
+    replayed = values["hits"].sum() / values["requests"].sum()
+    # what the engine reads ahead for certain may or may not be in time
+    assert replayed == pytest.approx(engine_hits, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"expert_forecast": "luck"}, "expert_forecast: got 'luck', allowed learned"),
+        ({"expert_cache_policy": "fifo"}, "expert_cache_policy: got 'fifo', allowed next-use"),
+        ({"expert_map_store": "x"}, "expert_map_store: allowed with expert_forecast finemoe"),
+    ],
+)
+def test_names_that_nobody_has_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        EngineOptions(**options)
