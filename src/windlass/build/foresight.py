@@ -21,7 +21,7 @@ from windlass.options import EngineOptions, checkpoint_stamp
 from windlass.plan import Plan
 from windlass.prefetch.guard import WindowGuard
 from windlass.prefetch.prefetcher import Prefetcher
-from windlass.prefetch.registry import ChosenPolicy, choose_policy
+from windlass.prefetch.registry import DEFAULT_POLICY, ChosenPolicy, choose_policy
 from windlass.replay.recorder import RoutingRecorder
 from windlass.runtime.host import Foresight
 from windlass.schedule.observer import RoutingObserver
@@ -77,12 +77,19 @@ def make_outfit(
         limit_bytes=plan.host.forecast_bytes,
         clock=time.perf_counter,
         maps=None if maps is None else MapFile(maps, checkpoint_stamp(model.folder)),
+        earlier=usage,
     )
     forecast = choose_forecast(options.expert_forecast, setting)
     if isinstance(forecast, FineMoeForecast):
         opened.callback(forecast.close)
     chosen = choose_policy(options.expert_cache_policy, forecast.outlook, slots)
     return Outfit(forecast, chosen, usage, open_recorder(options, model, opened))
+
+
+def follows_sequences(options: EngineOptions) -> bool:
+    """Whether experts stay because their sequence used them."""
+    by_usage = options.expert_forecast not in ("finemoe", "moe-infinity")
+    return by_usage and options.expert_cache_policy == DEFAULT_POLICY
 
 
 def _save(usage: KeptUsage) -> None:

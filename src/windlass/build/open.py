@@ -36,7 +36,7 @@ from windlass.weights.store import WeightStore
 from windlass.weights.transfer import Carrier
 from windlass.checkpoint.folder import (CheckpointFolder, read_model)
 from windlass.build.expected import EngineExpectation
-from windlass.build.foresight import make_outfit
+from windlass.build.foresight import follows_sequences, make_outfit
 from windlass.build.routers import read_routers
 from windlass.build.checkpoint_sizes import wanted_of
 from windlass.build.checkpoint_sizes import useful_threads
@@ -201,8 +201,10 @@ def _choose(by: _Choice, job: Job | None) -> Chosen:
         validate_plan(replayed, problem.spec, problem.sizes, wanted, most)
         return Chosen(problem=problem, plan=replayed, workload=job.workload if job else None)
     budget = options.host_memory or default_budget()
-    if problem.profile.is_assumed and wanted.burst_tokens is None:
-        wanted = replace(wanted, burst_tokens=0)  # bursts rest on rates of the disk, measured ones
+    # bursts rest on rates of the disk, measured ones, and on experts that stay with a sequence
+    may_burst = not problem.profile.is_assumed and follows_sequences(options)
+    if wanted.burst_tokens is None and not may_burst:
+        wanted = replace(wanted, burst_tokens=0)
     if job is None:
         return plain_plan(problem, budget, wanted)
     before = resident_bytes()

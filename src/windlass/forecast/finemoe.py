@@ -86,6 +86,7 @@ class FineMoeForecast:
     experts of a layer share alike. `close` must be called."""
 
     wants_scores = True
+    threshold: float | None = None
     wants_states = True
 
     def __init__(

@@ -98,6 +98,10 @@ class ExpertForecast(Protocol):
     @property
     def outlook(self) -> Outlook: ...
 
+    threshold: float | None
+    """Probability of a use that is worth a read ahead; None where candidates are chosen otherwise.
+    Whoever knows the link may raise it for a while."""
+
     def begin(self, batch: Batch, embedded_TD: Any) -> None:
         """A pass over `batch` begins. `embedded_TD`: its rows as they enter the first layer, fp32;
         None where nobody wants states, or there are none."""

@@ -41,6 +41,11 @@ class KeptUsage:
         return float(self._earlier[self._table.slice(first)].sum()) / self._table.top_k
 
     @property
+    def counts(self) -> Floats:
+        """Tokens of each expert, of earlier runs."""
+        return self._earlier
+
+    @property
     def shares(self) -> Floats:
         """Share of the tokens of earlier runs that used each expert; zeros where there were
         none."""

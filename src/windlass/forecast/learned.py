@@ -26,7 +26,7 @@ from windlass.forecast.gate import (
     normalised,
     targets,
 )
-from windlass.forecast.interface import CERTAIN, Candidates, ExpertTable, likely
+from windlass.forecast.interface import CERTAIN, Candidates, ExpertTable, Floats, likely
 from windlass.forecast.pace import Pace
 from windlass.forecast.selection import Singles, logits_of
 from windlass.forecast.sequence_usage import SequenceUsage, usage_bytes
@@ -85,7 +85,7 @@ class LearnedForecast:
         nothing depends on time."""
         self.sources = sources_within(table, hidden, limit_bytes, is_fixed=is_fixed)
         self.wants_scores = not is_fixed
-        self.threshold = WORTH_A_READ
+        self.threshold: float | None = WORTH_A_READ
         self._table = table
         self._step = 0.0 if is_fixed else STEP
         self._usage = SequenceUsage(table)
@@ -102,6 +102,10 @@ class LearnedForecast:
         self._start: list[int] = []
         self._lessons: deque[_Due] = deque(maxlen=len(self.sources) * len(table.layers))
         self._pace = Pace(clock)
+
+    def seed(self, counts: Floats, num_tokens: float) -> None:
+        """What earlier runs saw (`SharedUsage.seed`); before the first pass."""
+        self._usage.seed(counts, num_tokens)
 
     def set_router(self, router: RouterWeights) -> None:
         layer, layers = router.layer, self._table.layers
@@ -149,7 +153,7 @@ class LearnedForecast:
             self._pass.end(np.asarray(final_TD))
 
     def candidates(self, layer: int) -> Candidates:
-        return likely(self.outlook, layer, at_least=self.threshold)
+        return likely(self.outlook, layer, at_least=self.threshold or 1.0)
 
     # --- what was put off -------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from windlass.forecast.finemoe import FineMoeForecast, FineMoeSettings, MapFile
 from windlass.forecast.interface import ExpertForecast, ExpertTable
+from windlass.forecast.kept_usage import KeptUsage
 from windlass.forecast.learned import LearnedForecast
 from windlass.forecast.moe_infinity import MoeInfinityForecast
 from windlass.forecast.sequence_usage import SequenceUsage
@@ -25,13 +26,17 @@ class ForecastSetting(NamedTuple):
     limit_bytes: int | None = None
     clock: Callable[[], float] | None = None
     maps: MapFile | None = None
+    earlier: KeptUsage | None = None  # what runs before this one used
 
 
 def _learned(setting: ForecastSetting, *, is_fixed: bool = False) -> ExpertForecast:
-    return LearnedForecast(
+    forecast = LearnedForecast(
         setting.table, setting.hidden_size, limit_bytes=setting.limit_bytes, is_fixed=is_fixed,
         clock=setting.clock,
     )  # fmt: skip
+    if setting.earlier is not None:
+        forecast.seed(setting.earlier.counts, setting.earlier.tokens)
+    return forecast
 
 
 def _gate(setting: ForecastSetting) -> ExpertForecast:
@@ -51,7 +56,10 @@ def _moe_infinity(setting: ForecastSetting) -> ExpertForecast:
 
 
 def _usage(setting: ForecastSetting) -> ExpertForecast:
-    return SequenceUsage(setting.table)
+    forecast = SequenceUsage(setting.table)
+    if setting.earlier is not None:
+        forecast.seed(setting.earlier.counts, setting.earlier.tokens)
+    return forecast
 
 
 def _off(setting: ForecastSetting) -> ExpertForecast:

@@ -65,7 +65,11 @@ class SequenceUsage:
         self._num_segments = self._num_tokens = 1
         self._pass: _Sequences | None = None  # None: too many, only what all text uses is known
         self._routed: dict[int, NDArray[np.int64]] = {}  # ids by layer, of a pass of single tokens
-        self.threshold = 0.5  # probability of a use that is worth a read ahead
+        self.threshold: float | None = 0.5
+
+    def seed(self, counts: Floats, num_tokens: float) -> None:
+        """What earlier runs saw (`SharedUsage.seed`); before the first pass."""
+        self._shared.seed(counts, num_tokens)
 
     def begin(self, batch: Batch, embedded_TD: Any = None) -> None:
         segments = batch.segments
@@ -111,7 +115,7 @@ class SequenceUsage:
         return False
 
     def candidates(self, layer: int) -> Candidates:
-        return likely(self.outlook, layer, at_least=self.threshold)
+        return likely(self.outlook, layer, at_least=self.threshold or 1.0)
 
     def chances(self, layer: int) -> Floats:
         """That the next token of each sequence of the pass uses each expert (S, E)."""

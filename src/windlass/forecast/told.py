@@ -25,6 +25,7 @@ class ToldForecast:
         self._forecast = forecast
         self._all = (forecast, *observers)
         self._proposes = proposes
+        self.threshold: float | None = None
         self.wants_scores = any(one.wants_scores for one in self._all)
         self.wants_states = forecast.wants_states
 

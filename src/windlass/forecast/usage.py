@@ -15,6 +15,7 @@ from windlass.schedule.observer import RoutedTokens
 _PRIOR_TOKENS = 64.0
 # Tokens after which an observation counts half: usage drifts with the topic of the text.
 _HALF_LIFE_TOKENS = 4096.0
+_MOST_SEEDED = 1024.0  # tokens of earlier runs: other text, perhaps of another topic
 _RESCALE_AT = 1e12
 _LIKELY = 0.5  # a read for an expert less likely than this would more often be wasted than used
 
@@ -32,6 +33,13 @@ class SharedUsage:
         self._tokens = np.zeros(len(table.layers))
         # Instead of shrinking all old counts, new ones weigh more and more.
         self._weight = np.ones(len(table.layers))
+
+    def seed(self, counts: Floats, num_tokens: float) -> None:
+        """What earlier runs saw: tokens by expert, and how many there were. They count for less
+        than as many new ones would."""
+        layers = slice(0, len(self._first))
+        scale = min(1.0, _MOST_SEEDED / max(1.0, num_tokens))
+        self.add_range(layers, slice(0, len(self._table)), counts * scale)
 
     def add(self, layer: int, counts_E: NDArray[np.int64]) -> None:
         """Tokens that `layer` has routed, by expert."""
@@ -70,6 +78,7 @@ class UsageForecast:
 
     wants_scores = False
     wants_states = False
+    threshold: float | None = None
 
     def __init__(self, table: ExpertTable) -> None:
         self._table = table

@@ -19,6 +19,11 @@ from windlass.weights.hints import Hint
 # Hints kept ahead of the pass, and those of the layer that the last of them is in: more than the
 # link can read during one layer.
 _HORIZON = 64
+# Where the link has five times a pass's computation to move, a wrong read displaces a demanded one:
+# only what is likelier than this is read ahead (by simulation, docs/forecast.md).
+_FAR_BEHIND = 5 / 6  # of a pass is waiting
+_SURE = 0.7
+_NEW_SHARE = 1 / 16  # of the average that a pass is
 
 
 class Prefetcher:
@@ -60,7 +65,9 @@ class Prefetcher:
         self._layer = 0
         self._is_complete = False  # everything has a slot for good and is there
         self._guard = guard
-        self._began = 0.0
+        self._began = self._waited = 0.0
+        self._waiting = 0.0  # share of decoding passes that waits for weights, lately
+        self._threshold = forecast.threshold
         used = np.zeros(0, np.int64) if usage is None else usage.nonzero()[0]
         self._to_fill = used if usage is None else used[np.argsort(-usage[used], kind="stable")]
 
@@ -70,13 +77,20 @@ class Prefetcher:
 
     def begin(self, now: float) -> None:
         """A pass begins; seconds."""
-        self._began = now
+        self._began, self._waited = now, self._weights.waited_s
 
     def end(self, batch: Batch, now: float) -> None:
         """The pass over `batch` has ended. Passes that only decode, as many sequences, are
         compared."""
-        if self._guard is not None and not any(segment.is_prompt for segment in batch.segments):
+        if any(segment.is_prompt for segment in batch.segments) or now <= self._began:
+            return
+        if self._guard is not None:
             self._guard.add(len(batch.segments), now - self._began)
+        share = (self._weights.waited_s - self._waited) / (now - self._began)
+        self._waiting += _NEW_SHARE * (share - self._waiting)
+        if self._threshold is not None:
+            is_behind = self._waiting > _FAR_BEHIND
+            self._forecast.threshold = max(self._threshold, _SURE if is_behind else 0.0)
 
     def enter(self, layer: int) -> None:
         """The pass enters `layer`; the head counts as one more layer. Layers come in order."""

@@ -140,8 +140,7 @@ class HostRuntime:
         arriving = self._weights.arrivals(keys)
         while True:
             group = arriving.next_ready(group_size)
-            if not group and self._forecast.work():
-                self._prefetcher.update()
+            if not group and self._works():
                 continue
             if not group:
                 lease = next(arriving, None)
@@ -149,6 +148,14 @@ class HostRuntime:
                     return
                 group = [lease, *arriving.ready(group_size - 1)]
             yield group
+
+    def _works(self) -> bool:
+        """Does a piece of the forecast's arithmetic, and hints at what follows from it."""
+        before = self._forecast.outlook.version
+        has_worked = self._forecast.work()
+        if self._prefetcher is not None and self._forecast.outlook.version != before:
+            self._prefetcher.update()
+        return has_worked
 
     def prefetch(self, layer: int) -> None:
         if self._prefetcher is not None:

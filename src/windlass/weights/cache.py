@@ -75,6 +75,11 @@ class WeightCache:
         """Slots of this kind that nothing has. A hint: it may change at any moment."""
         return self._resident.num_free(part)
 
+    @property
+    def waited_s(self) -> float:
+        """Seconds that callers have waited."""
+        return self._wait_s
+
     def stats(self) -> StoreStats:
         with self._changed:
             return StoreStats(
