@@ -1,5 +1,5 @@
-"""Whoever expects experts and whoever gives them up: the engine gives the same bits, and replay finds
-the engine's hits."""
+"""Whoever expects experts and whoever gives them up: the engine gives the same bits, and replay
+finds the engine's hits."""
 
 import pytest
 
