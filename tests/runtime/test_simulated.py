@@ -15,6 +15,7 @@ from planning import SPECS
 from routing import CountingRouter
 from windlass.checkpoint.part_reads import Read, make_part_reads
 from windlass.forecast.interface import ExpertTable
+from windlass.forecast.registry import FORECASTS
 from windlass.forecast.usage import UsageForecast
 from windlass.ids import DISK_TO_HOST, Part
 from windlass.models.spec import Block, Ffn, Moe, TopKSoftmax
@@ -225,7 +226,9 @@ def test_the_clock_does_what_the_device_does(
 
 
 def _note_routing(monkeypatch):
-    """What the forecast of the engine observes: rows per expert, layer by layer."""
+    """What the forecast of the engine observes: rows per expert, layer by layer. It is one that
+    needs no more than that, as the clock's."""
+    monkeypatch.setitem(FORECASTS, "usage", lambda setting: UsageForecast(setting.table))
     routed = []
     observe = UsageForecast.observe
 

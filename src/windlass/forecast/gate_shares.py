@@ -30,7 +30,7 @@ def shares_of(scores_TE: Any, *, are_logits: bool) -> Rows:
     """A router's distribution (T, E), each row with the sum 1: the softmax of logits; softmaxed
     scores as they are; sigmoids divided by their sum, without the bias of the choice, which is not
     part of the scores."""
-    given_TE: Rows = np.array(scores_TE, np.float32)  # a copy
+    given_TE: Rows = np.asarray(scores_TE).astype(np.float32)  # a copy
     if are_logits:
         given_TE = np.exp(given_TE - given_TE.max(1, keepdims=True))
     total_T = given_TE.sum(1, keepdims=True)

@@ -1,6 +1,6 @@
 """Forecasts by name, for the engine and for replay."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 from windlass.forecast.finemoe import FineMoeForecast, FineMoeSettings, MapFile
@@ -66,7 +66,7 @@ def _off(setting: ForecastSetting) -> ExpertForecast:
     return ToldForecast(_usage(setting), proposes=False)
 
 
-FORECASTS: Mapping[str, Callable[[ForecastSetting], ExpertForecast]] = {
+FORECASTS: dict[str, Callable[[ForecastSetting], ExpertForecast]] = {
     "learned": _learned,
     "finemoe": _finemoe,
     "moe-infinity": _moe_infinity,
