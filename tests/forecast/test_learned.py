@@ -171,6 +171,7 @@ def test_what_is_far_off_is_foretold_before_it_comes_and_by_value():
     assert changed == {2}, "the next layer with experts comes first"
     drain(forecast)
     places, values = forecast.candidates(0)
+    assert forecast.threshold is not None
     assert len(places) and (now[places] >= forecast.threshold).all() and now.max() <= 1
     ahead = TABLE.layer_of[places] > 0
     assert (now[places][ahead] < CERTAIN).all() and not now[EXPERTS:].max() > CERTAIN

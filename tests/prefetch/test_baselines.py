@@ -130,6 +130,7 @@ class Certain:
     """A forecast that takes every use for certain."""
 
     wants_scores = wants_states = False
+    threshold: float | None = None
 
     def __init__(self, table):
         self.outlook = Outlook(table)

@@ -111,6 +111,7 @@ class _OracleForecast:
 
     wants_scores = False
     wants_states = False
+    threshold: float | None = None
 
     def __init__(self, uses: NextUses) -> None:
         self.outlook = Outlook(uses.table)
