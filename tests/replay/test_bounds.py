@@ -64,6 +64,8 @@ def test_belady_misses_no_more_than_any_policy(slots):
 def test_shares_of_the_gap_add_up():
     shares = Misses(belady=0.2, forced=0.25).shares(0.4)
     assert shares == pytest.approx({"gap": 0.5, "admission": 0.25, "victim": 0.75})
+    unforced = Misses(belady=0.2, forced=0.5).shares(0.4)
+    assert unforced == pytest.approx({"gap": 0.5, "admission": None, "victim": None})
     assert Misses(0.0, 0.0).shares(0.0) == {"gap": None, "admission": None, "victim": None}
 
 

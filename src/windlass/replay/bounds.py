@@ -64,12 +64,15 @@ class Misses:
 
     def shares(self, causal: float) -> dict[str, float | None]:
         """Of the misses of a causal policy (a share of requests, too): what knowing the future
-        saves, and of that what is admission and what the choice of victims."""
+        saves, and of that what is admission and what the choice of victims. None where there is
+        nothing, or where the policy was not forced: of a layer that needs most of the slots, what
+        has been computed gives way to what has not."""
         saved = causal - self.belady
+        is_split = saved > 0 and self.forced <= causal
         return {
             "gap": saved / causal if causal > 0 else None,
-            "admission": (self.forced - self.belady) / saved if saved > 0 else None,
-            "victim": (causal - self.forced) / saved if saved > 0 else None,
+            "admission": (self.forced - self.belady) / saved if is_split else None,
+            "victim": (causal - self.forced) / saved if is_split else None,
         }
 
 

@@ -272,10 +272,15 @@ def _bound_line(bound: Bound) -> str:
     if bound.causal is None:
         return text
     shares = misses.shares(bound.causal)
-    if shares["admission"] is None or shares["victim"] is None or shares["gap"] is None:
+    if shares["gap"] is None:
+        return text
+    text += (
+        f"; the best on demand {100 * (1 - bound.causal):.1f} %: of its misses"
+        f" {100 * shares['gap']:.0f} % could be saved"
+    )
+    if shares["admission"] is None or shares["victim"] is None:
         return text
     return (
-        f"{text}; the best on demand {100 * (1 - bound.causal):.1f} %: of its misses"
-        f" {100 * shares['gap']:.0f} % could be saved, {100 * shares['victim']:.0f} % of that by"
-        f" the choice of victims and {100 * shares['admission']:.0f} % by not keeping what is read"
+        f"{text}, {100 * shares['victim']:.0f} % of that by the choice of victims and"
+        f" {100 * shares['admission']:.0f} % by not keeping what is read"
     )
