@@ -22,7 +22,7 @@ from windlass.kvcache.kv_cache import KvCache
 from windlass.models.spec import ModelSpec, Moe
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.attention_metadata import AttentionMetadata, attention_metadata
-from windlass.runtime.capture import LayerCapture
+from windlass.runtime.capture import ComputedBlock, LayerCapture
 from windlass.runtime.layer_ops import LayerOps, RoutedRows
 from windlass.runtime.routing_report import RoutingReport
 from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
@@ -39,11 +39,9 @@ _SCORE_BYTES = 8 << 20  # of logits that only a score is taken of
 class _Rows(NamedTuple):
     """Rows of a layer on their way through its experts."""
 
-    routed: RoutedRows
     counts: dict[int, int]  # rows of each expert that has any
-    outputs: torch.Tensor  # (T * A, D) by place
-    shared_TD: torch.Tensor | None
-    at_end: Tensors  # of the block
+    block: ComputedBlock
+    is_replayed: bool
 
 
 class _DenseRows(NamedTuple):
@@ -139,14 +137,13 @@ class HostRuntime:
             return
         arriving = self._weights.arrivals(keys)
         while True:
-            group = arriving.next_ready(group_size)
-            if not group and self._works():
-                continue
+            if not arriving.has_ready:
+                arriving.release()
+                while not arriving.has_ready and self._works():
+                    pass
+            group = arriving.group(group_size)
             if not group:
-                lease = next(arriving, None)
-                if lease is None:
-                    return
-                group = [lease, *arriving.ready(group_size - 1)]
+                return
             yield group
 
     def _works(self) -> bool:
@@ -193,24 +190,38 @@ class HostRuntime:
             self._routing.captured(layer, done.routed)
         return done is not None
 
+    def replay_block(self, layer: int) -> Routed | None:
+        done = self._capture.block(layer)
+        if done is None:
+            return None
+        self._read_router(layer, done.at_end)
+        return self._routed(layer, done, is_replayed=True)
+
     def attention(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:
         part = slice(rows.first_token, rows.first_token + rows.num_tokens)
         metadata = self._metadata[rows.first_token]
         self._blocks.attention(layer, weights.tensors, hidden[part], metadata)
 
     def enter_experts(self, layer: int, weights: Lease, hidden: torch.Tensor) -> Routed:
+        self._read_router(layer, weights.tensors)
+        routed = self._blocks.route(layer, weights.tensors, hidden)
+        shared_TD = self._blocks.shared(layer, weights.tensors, hidden, routed)
+        at_end = self._blocks.output_tensors(weights.tensors)
+        outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
+        done = ComputedBlock(hidden, routed, shared_TD, at_end, outputs)
+        return self._routed(layer, done, is_replayed=False)
+
+    def _read_router(self, layer: int, block: Tensors) -> None:
         if self._router_readers and layer in self._unread:
             self._unread.remove(layer)
-            router = router_weights(self._spec, layer, weights.tensors)
+            router = router_weights(self._spec, layer, block)
             for reader in self._router_readers:
                 reader.set_router(router)
-        routed = self._blocks.route(layer, weights.tensors, hidden)
-        counts = routed.counts()
-        self._routing.tell(layer, routed, hidden)
-        shared = self._blocks.shared(layer, weights.tensors, hidden, routed)
-        outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
-        at_end = self._blocks.output_tensors(weights.tensors)
-        return Routed(tuple(counts), _Rows(routed, counts, outputs, shared, at_end))
+
+    def _routed(self, layer: int, done: ComputedBlock, *, is_replayed: bool) -> Routed:
+        counts = done.routed.counts()
+        self._routing.tell(layer, done.routed, done.hidden_TD)
+        return Routed(tuple(counts), _Rows(counts, done, is_replayed))
 
     def _expert_outputs(self, *shape: int) -> torch.Tensor:
         """Memory of one layer's expert outputs, the same for all layers of a pass."""
@@ -221,13 +232,19 @@ class HostRuntime:
 
     def experts(self, layer: int, group: Sequence[Lease], routed: Routed) -> None:
         data: _Rows = routed.data
+        block = data.block
         experts = {lease.key.index: lease.tensors for lease in group}
-        rows = sum(data.counts[expert] for expert in experts)
-        self._blocks.experts(layer, experts, data.routed, data.outputs, rows)
+        if not (data.is_replayed and self._capture.experts(layer, experts, block)):
+            rows = sum(data.counts[expert] for expert in experts)
+            self._blocks.experts(layer, experts, block.routed, block.outputs, rows)
 
     def leave_experts(self, layer: int, hidden: torch.Tensor, routed: Routed) -> None:
         data: _Rows = routed.data
-        self._blocks.combine(layer, data.at_end, hidden, data.routed, data.outputs, data.shared_TD)
+        block = data.block
+        if not (data.is_replayed and self._capture.combine(layer, block)):
+            self._blocks.combine(
+                layer, block.at_end, hidden, block.routed, block.outputs, block.shared_TD
+            )
 
     def enter_dense(self, layer: int, weights: Lease, hidden: torch.Tensor) -> _DenseRows:
         at_end = self._blocks.output_tensors(weights.tensors)
