@@ -65,7 +65,7 @@ class WeightCache:
     @property
     def keeps_all(self) -> bool:
         """Whether all kinds of parts have slots for all their keys (the embedding aside)."""
-        return all(self.fits(part) for part in self._resident.parts)
+        return self._resident.fits_all
 
     def holds(self, key: WeightKey) -> bool:
         """Whether `key` is resident or under way. A hint: it may change at any moment."""
@@ -115,13 +115,21 @@ class WeightCache:
                 assert len(watched) == demand.under_way + len(demand.ready), "a demand lost a part"
 
     def pinned(self, keys: Iterable[WeightKey]) -> list[Entry] | None:
-        """Of `keys`, if all are in memory for good: nothing is ever evicted."""
-        if not self.keeps_all:
+        """Of `keys`, if all are in memory for good: no part of their kinds is ever evicted."""
+        keys = tuple(keys)
+        if not all(self.fits(part) for part in {key.part for key in keys}):
             return None
         with self._changed:
             entries = [self._resident.entries.get(key) for key in keys]
             there = [entry for entry in entries if entry is not None and entry.ticket is None]
             return there if len(there) == len(entries) else None
+
+    def use_pinned(self, key: WeightKey) -> None:
+        """`key`, there for good, is used without a lease."""
+        with self._changed:
+            self._requests[key.part] += 1
+            self._hits[key.part] += 1
+            self._policy.note_use(key)
 
     def count_hits(self, part: Part, count: int) -> None:
         """Parts that were used without a lease, because they are there for good."""
@@ -140,6 +148,7 @@ class WeightCache:
             self._queue.raise_error()
             self._requests[key.part] += 1
             self._hits[key.part] += 1
+            self._resident.set_busy(entry)
             return self._take(entry)
 
     def begin(self, keys: Iterable[WeightKey]) -> Demand:
@@ -148,9 +157,10 @@ class WeightCache:
             demand = Demand()
             keys = tuple(keys)
             self._feed.settle(keys)
+            entries = self._resident.entries
             for key in keys:
                 self._requests[key.part] += 1
-                entry = self._resident.entries.get(key)
+                entry = entries.get(key)
                 if entry is None:
                     demand.waiting.append(key)
                 else:
@@ -162,14 +172,20 @@ class WeightCache:
 
     def next(self, demand: Demand) -> Entry | None:
         """The next part of `demand`, leased, waiting for it; None when the demand is over."""
+        group = self.group(demand, 1)
+        return group[0] if group else None
+
+    def group(self, demand: Demand, limit: int) -> list[Entry]:
+        """What `demand` need not wait for, at most `limit`, and at least one, waiting for it;
+        leased. Empty when the demand is over."""
         with self._changed:
             while True:
                 self._queue.raise_error()
                 if demand.ready:
-                    return self._take_ready(demand)
+                    return self.ready(demand, limit)
                 if demand.is_over:
                     self.abandon(demand)
-                    return None
+                    return []
                 self._feed.pump()
                 if demand.ready or (not demand.under_way and self._feed.unblock(demand)):
                     continue
@@ -180,9 +196,11 @@ class WeightCache:
     def ready(self, demand: Demand, limit: int) -> list[Entry]:
         """What `demand` need not wait for, at most `limit`, leased."""
         with self._changed:
-            entries: list[Entry] = []
-            while demand.ready and len(entries) < limit:
-                entries.append(self._take_ready(demand))
+            held, ready, entries = self._resident.entries, demand.ready, list[Entry]()
+            while ready and len(entries) < limit:
+                entry = held[ready.popleft()]
+                entry.demands.remove(demand)
+                entries.append(self._take(entry))
             return entries
 
     def release(self, entries: Sequence[Entry]) -> None:
@@ -191,7 +209,7 @@ class WeightCache:
             is_any_idle = False
             for entry in entries:
                 entry.leases -= 1
-                if entry.is_idle:
+                if not entry.leases and not entry.demands and entry.ticket is None:
                     self._resident.set_idle(entry)
                     is_any_idle = True
             if is_any_idle:
@@ -218,14 +236,9 @@ class WeightCache:
                     self._queue.cancel(entry.ticket)
             self._feed.pump()
 
-    def _take_ready(self, demand: Demand) -> Entry:
-        entry = self._resident.entries[demand.ready.popleft()]
-        entry.demands.remove(demand)
-        return self._take(entry)
-
     def _take(self, entry: Entry) -> Entry:
-        self._resident.set_busy(entry)
         self._policy.note_use(entry.key)
         entry.leases += 1
-        self._feed.take(entry)
+        if entry.prefetched_bytes:
+            self._feed.take(entry)
         return entry

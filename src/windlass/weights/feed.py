@@ -73,7 +73,7 @@ class Feed:
                 if not self.begin_first(demand):
                     break
         blocked: set[Part] = set()
-        while len(self._hints) and (hint := self._hints.first(blocked)) is not None:
+        while (hint := self._hints.first(blocked)) is not None:
             key, priority = hint.key, _priority_of(hint)
             if key not in self._resident.entries:
                 if not self._queue.has_room(priority):
@@ -86,11 +86,13 @@ class Feed:
     def begin_first(self, demand: Demand) -> bool:
         """Begins to read the first waiting key of `demand`; False if there is no slot for it."""
         key = demand.waiting[0]
-        entry = self._resident.entries.get(key) or self._resident.start(
-            key, None, priority=Priority.DEMAND, on_done=self._arrived
-        )
+        entry = self._resident.entries.get(key)
         if entry is None:
-            return False
+            entry = self._resident.start(
+                key, None, priority=Priority.DEMAND, on_done=self._arrived
+            )
+            if entry is None:
+                return False
         demand.waiting.popleft()
         self.watch(entry, demand)
         return True
@@ -121,9 +123,11 @@ class Feed:
             self._resident.set_busy(entry)
             demand.ready.append(entry.key)
             return
-        if self._speculative.pop(entry.key, None) is not None:
+        if entry.key in self._speculative:
+            del self._speculative[entry.key]
             self.late.add(entry.ticket.num_bytes)
-        self._queue.promote(entry.ticket, Priority.DEMAND)
+        if entry.ticket.priority:
+            self._queue.promote(entry.ticket, Priority.DEMAND)
         demand.under_way += 1
 
     def take(self, entry: Entry) -> None:
