@@ -174,7 +174,8 @@ def _row(name: str, code: str, runs: list[dict[str, Any]]) -> list[str]:
     few = next(cache for cache in runs[0] if cache.isdigit())
 
     def middle(cache: str, field: str) -> float:
-        return statistics.median(run[cache][field] for run in runs)
+        values: list[float] = [run[cache][field] for run in runs]
+        return statistics.median(values)
 
     cells = [f"{name}, {code}", f"{middle(few, 'less_wait_ms'):.2f}", "", ""]
     if "None" in runs[0]:

@@ -101,11 +101,11 @@ class Capture(Protocol):
     def run(
         self, key: object, body: Callable[[], _Result], *, continues: bool = False
     ) -> _Result | None:
-        """What the `body` of `key` (a layer, or a piece of one) computes, which only calls kernels and decides nothing by what tensors
-        contain: by running it, or by replaying what it did for an earlier pass, and then its result
-        is that of then with new contents. None, and nothing is computed, where it cannot be
-        captured because it does more than that. `continues`: results of the last run are read, and
-        last as long as this one's."""
+        """What the `body` of `key` (a layer, or a piece of one) computes, which only calls kernels
+        and decides nothing by what tensors contain: by running it, or by replaying what it did for
+        an earlier pass, and then its result is that of then with new contents. None, and nothing is
+        computed, where it cannot be captured because it does more than that. `continues`: results
+        of the last run are read, and last as long as this one's."""
         ...
 
     def experts(self, num_experts: int) -> CapturedExperts:

@@ -174,9 +174,7 @@ class LayerCapture:
         ffn = self._spec.blocks[layer].ffn
         if isinstance(ffn, Moe):
             _, routed, shared_TD, _, outputs = self._compute_block(layer, block, now)
-            self._blocks.experts(
-                layer, dict(enumerate(others)), routed, outputs, outputs.shape[0]
-            )
+            self._blocks.experts(layer, dict(enumerate(others)), routed, outputs, outputs.shape[0])
             self._blocks.combine(layer, block, hidden, routed, outputs, shared_TD)
             return ComputedLayer(routed)
         self._attend(layer, block, now)

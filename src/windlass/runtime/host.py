@@ -23,7 +23,7 @@ from windlass.models.spec import ModelSpec, Moe
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.attention_metadata import AttentionMetadata, attention_metadata
 from windlass.runtime.capture import ComputedBlock, LayerCapture
-from windlass.runtime.layer_ops import LayerOps, RoutedRows
+from windlass.runtime.layer_ops import LayerOps
 from windlass.runtime.routing_report import RoutingReport
 from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
 from windlass.schedule.observer import RouterReader, RoutingObserver

@@ -58,11 +58,9 @@ def run_pass(rt: Runtime, shape: PassShape, batch: Batch) -> Outcome:
 
 
 def _layer(rt: Runtime, layer: int, shape: LayerShape, hidden: Any, batch: Batch) -> None:
-    if shape.network == "experts":
-        routed = rt.replay_block(layer)
-        if routed is not None:
-            _experts(rt, layer, hidden, routed)
-            return
+    if shape.network == "experts" and (replayed := rt.replay_block(layer)) is not None:
+        _experts(rt, layer, hidden, replayed)
+        return
     with rt.lease(WeightKey(Part.BLOCK, layer)) as weights:
         if shape.has_attention:
             for rows in batch.micro_batches:

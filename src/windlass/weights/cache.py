@@ -114,10 +114,9 @@ class WeightCache:
                 watched = [e for e in self._resident.entries.values() if demand in e.demands]
                 assert len(watched) == demand.under_way + len(demand.ready), "a demand lost a part"
 
-    def pinned(self, keys: Iterable[WeightKey]) -> list[Entry] | None:
+    def pinned(self, keys: Sequence[WeightKey]) -> list[Entry] | None:
         """Of `keys`, if all are in memory for good: no part of their kinds is ever evicted."""
-        keys = tuple(keys)
-        if not all(self.fits(part) for part in {key.part for key in keys}):
+        if not all(self.fits(key.part) for key in keys):
             return None
         with self._changed:
             entries = [self._resident.entries.get(key) for key in keys]
@@ -127,8 +126,7 @@ class WeightCache:
     def use_pinned(self, key: WeightKey) -> None:
         """`key`, there for good, is used without a lease."""
         with self._changed:
-            self._requests[key.part] += 1
-            self._hits[key.part] += 1
+            self.count_hits(key.part, 1)
             self._policy.note_use(key)
 
     def count_hits(self, part: Part, count: int) -> None:
@@ -157,10 +155,9 @@ class WeightCache:
             demand = Demand()
             keys = tuple(keys)
             self._feed.settle(keys)
-            entries = self._resident.entries
             for key in keys:
                 self._requests[key.part] += 1
-                entry = entries.get(key)
+                entry = self._resident.entries.get(key)
                 if entry is None:
                     demand.waiting.append(key)
                 else:
@@ -172,8 +169,7 @@ class WeightCache:
 
     def next(self, demand: Demand) -> Entry | None:
         """The next part of `demand`, leased, waiting for it; None when the demand is over."""
-        group = self.group(demand, 1)
-        return group[0] if group else None
+        return next(iter(self.group(demand, 1)), None)
 
     def group(self, demand: Demand, limit: int) -> list[Entry]:
         """What `demand` need not wait for, at most `limit`, and at least one, waiting for it;
@@ -196,9 +192,9 @@ class WeightCache:
     def ready(self, demand: Demand, limit: int) -> list[Entry]:
         """What `demand` need not wait for, at most `limit`, leased."""
         with self._changed:
-            held, ready, entries = self._resident.entries, demand.ready, list[Entry]()
-            while ready and len(entries) < limit:
-                entry = held[ready.popleft()]
+            entries: list[Entry] = []
+            while demand.ready and len(entries) < limit:
+                entry = self._resident.entries[demand.ready.popleft()]
                 entry.demands.remove(demand)
                 entries.append(self._take(entry))
             return entries
@@ -220,21 +216,7 @@ class WeightCache:
         """Ends `demand`; what it has not taken may be evicted, what has not begun is not read.
         Idempotent."""
         with self._changed:
-            if demand not in self._feed.demands:
-                return
-            self._feed.demands.remove(demand)
-            if demand.is_over:
-                return
-            demand.waiting.clear()
-            demand.ready.clear()
-            demand.under_way = 0
-            for entry in [e for e in self._resident.entries.values() if demand in e.demands]:
-                entry.demands.remove(demand)
-                if entry.is_idle:
-                    self._resident.set_idle(entry)
-                elif entry.ticket is not None and not entry.demands:
-                    self._queue.cancel(entry.ticket)
-            self._feed.pump()
+            self._feed.abandon(demand)
 
     def _take(self, entry: Entry) -> Entry:
         self._policy.note_use(entry.key)

@@ -88,9 +88,7 @@ class Feed:
         key = demand.waiting[0]
         entry = self._resident.entries.get(key)
         if entry is None:
-            entry = self._resident.start(
-                key, None, priority=Priority.DEMAND, on_done=self._arrived
-            )
+            entry = self._resident.start(key, None, priority=Priority.DEMAND, on_done=self._arrived)
             if entry is None:
                 return False
         demand.waiting.popleft()
@@ -129,6 +127,24 @@ class Feed:
         if entry.ticket.priority:
             self._queue.promote(entry.ticket, Priority.DEMAND)
         demand.under_way += 1
+
+    def abandon(self, demand: Demand) -> None:
+        """Ends `demand`: what it has not taken is kept for it no more. Idempotent."""
+        if demand not in self.demands:
+            return
+        self.demands.remove(demand)
+        if demand.is_over:
+            return
+        demand.waiting.clear()
+        demand.ready.clear()
+        demand.under_way = 0
+        for entry in [e for e in self._resident.entries.values() if demand in e.demands]:
+            entry.demands.remove(demand)
+            if entry.is_idle:
+                self._resident.set_idle(entry)
+            elif entry.ticket is not None and not entry.demands:
+                self._queue.cancel(entry.ticket)
+        self.pump()
 
     def take(self, entry: Entry) -> None:
         """`entry` is used."""

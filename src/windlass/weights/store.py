@@ -116,7 +116,7 @@ class WeightStore:
 
     # --- what callers use -------------------------------------------------------------------------
 
-    def pinned(self, keys: Iterable[WeightKey]) -> list[StoredTensors] | None:
+    def pinned(self, keys: Sequence[WeightKey]) -> list[StoredTensors] | None:
         """Tensors of `keys`, valid as long as the store, if all are in memory for good (their kinds
         have slots for all) and views of their slots."""
         with self._changed:
@@ -214,7 +214,8 @@ class WeightStore:
         entry.content = _Content(known)
         into = self._memory_of(entry)
         copies = [
-            Copy(source, into.part(at, source.num_bytes), known.label) for source, at in known.ranges
+            Copy(source, into.part(at, source.num_bytes), known.label)
+            for source, at in known.ranges
         ]
         return self._queue.enqueue(self._route, copies, priority=priority, on_done=on_done)
 

@@ -38,12 +38,13 @@ class Carrier:
         return Link(self.depth or self.device.num_lanes + 1, size)
 
 
-class _Changed(_thread.RLock):  # type: ignore[misc]  # a condition's own `with` is Python
-    """A lock, and the wait for a change, where mostly nobody waits."""
+class _Changed(_thread.RLock):  # type: ignore[misc]  # final in words only
+    """A lock, and the wait for a change, where mostly nobody waits. (Entering a condition calls
+    Python, entering its lock does not.)"""
 
     def __init__(self) -> None:
         super().__init__()
-        self._condition = threading.Condition(self)  # type: ignore[arg-type]
+        self._condition = threading.Condition(self)
         self._waiting = 0
 
     def wait(self) -> None:

@@ -45,7 +45,9 @@ class Linears:
 _Words = c.c_int64 * (c.sizeof(lib.Network) // 8)
 _MATRICES = lib.Network.matrices.offset // 8  # the word that they begin with
 _MATRIX = c.sizeof(lib.Matrix) // 8
-_POINTERS = [getattr(lib.Matrix, name).offset // 8 for name in ("codes", "scales", "zeros", "groups")]
+_POINTERS = [
+    getattr(lib.Matrix, name).offset // 8 for name in ("codes", "scales", "zeros", "groups")
+]
 
 
 class Network:
@@ -57,7 +59,7 @@ class Network:
         matrices = [_single(w[name]) if name in w else None for name in _FFN]
         stored = [plain_or_none(w, f"{name}_bias") for name in _FFN]
         biases = [None if b is None else floats(b) for b in stored]
-        self._kept = (matrices, biases)
+        self._kept: object = (matrices, biases)
         self.has_copies = any(m is not None and m.copy is not None for m in matrices)
         self.is_plain = not self.has_copies and all(b is None for b in biases)
         self._words = _Words()
@@ -70,7 +72,7 @@ class Network:
                 continue
             at = _MATRICES + i * _MATRIX
             self._words[i] = self.address + 8 * at
-            self._words[at : at + _MATRIX] = (c.c_int64 * _MATRIX).from_buffer(m)[:]
+            c.memmove(self.address + 8 * at, c.addressof(m), 8 * _MATRIX)
             self._outside += [at + word for word in _POINTERS if self._words[at + word]]
             self.width = m.n  # of the last
 
@@ -89,7 +91,7 @@ class Network:
                 words[i] += address - self.address
         for i in self._outside:
             words[i] += num_bytes
-        new._outside, new._kept, new.width = self._outside, (), self.width
+        new._outside, new._kept, new.width = self._outside, None, self.width
         new.is_plain, new.has_copies = True, False
         return new
 
