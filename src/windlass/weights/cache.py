@@ -182,9 +182,10 @@ class WeightCache:
                 if demand.is_over:
                     self.abandon(demand)
                     return []
-                self._feed.pump()
-                if demand.ready or (not demand.under_way and self._feed.unblock(demand)):
-                    continue
+                if demand.waiting:
+                    self._feed.pump()
+                    if demand.ready or (not demand.under_way and self._feed.unblock(demand)):
+                        continue
                 begin = self._mover.now()
                 self._changed.wait()
                 self._wait_s += self._mover.now() - begin

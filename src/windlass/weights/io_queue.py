@@ -118,6 +118,7 @@ class _Line(Generic[B]):
         self._heap: list[tuple[int, int, Ticket[B]]] = []
         self._pushed = 0
         self._depths = [link.depth_of(priority) for priority in Priority]
+        self._steps = [link.block_of(priority) for priority in Priority]
 
     def is_full(self, priority: Priority) -> bool:
         """Whether nothing of `priority` may be sent now."""
@@ -147,11 +148,15 @@ class _Line(Generic[B]):
             return head.priority > priority
         return priority == Priority.DEMAND or not self.is_full(priority)
 
-    def cut(self, whole: B, priority: Priority) -> list[B]:
-        size, step = whole.num_bytes, self.link.block_of(priority)
-        if size <= step:
-            return [whole]
-        return [whole.part(i, min(step, size - i)) for i in range(0, size, step)]
+    def cut(self, pieces: Sequence[B], priority: Priority) -> list[B]:
+        step = self._steps[priority]
+        if all([piece.num_bytes <= step for piece in pieces]):
+            return list(pieces)
+        return [
+            piece.part(i, min(step, piece.num_bytes - i))
+            for piece in pieces
+            for i in range(0, piece.num_bytes, step)
+        ]
 
     def sent(self, num_bytes: int) -> None:
         self.blocks_in_flight += 1
@@ -239,7 +244,7 @@ class IoQueue(ABC, Generic[B]):
         owners (parts, rows of tables), so a single listener could not tell whose has ended."""
         assert not self._closed, "submitted to a closed queue"
         line = self._lines[route]
-        blocks = [block for piece in pieces for block in line.cut(piece, priority)]
+        blocks = line.cut(pieces, priority)
         ticket = Ticket(route, priority, blocks, on_done)
         if line.num_queued:
             line.push(ticket)
