@@ -172,8 +172,7 @@ class HostRuntime:
             if self._prefetcher is not None:
                 self._prefetcher.begin(self._weights.now())
             self._routing.begin(batch, hidden)
-            if not self._routing.wants_states:
-                hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
+            hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
 
     def _embedding(self, token_ids: Sequence[int]) -> torch.Tensor:
@@ -185,6 +184,8 @@ class HostRuntime:
             return plain(lease.tensors, "weight")[ids_T]
 
     def replay(self, layer: int) -> bool:
+        if self._routing.wants_states:
+            return False  # a layer in one piece does not show them
         done = self._capture.layer(layer)
         if done is not None and done.routed is not None:
             self._routing.captured(layer, done.routed)
