@@ -24,7 +24,7 @@ from windlass.models.spec import (
     Rope,
     SwiGlu,
 )
-from windlass.tensors import INT8_ZERO, PagedRows, StoredTensors
+from windlass.tensors import INT8_ZERO, PagedRows, StoredTensors, plain
 from windlass.units import round_up
 
 TORCH = TorchKernels()
@@ -128,15 +128,16 @@ def network(
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_network_is_found_where_its_tensors_lie(native, has_bias):
     """Structures of a part that is laid out alike are moved, unless they hold copies."""
-    made = network(24, 40, torch.bfloat16, 0, has_bias)
+    whole = network(24, 40, torch.bfloat16, 0, has_bias)
+    made = {name: plain(whole, name) for name in whole}
     size = round_up(sum(t.nbytes for t in made.values()), 64)
     memory = torch.zeros(3 * size, dtype=torch.uint8)
     slots = []
     for slot in range(3):
         at, own = slot * size, StoredTensors()
         for name, t in made.items():
-            own[name] = memory[at : at + t.nbytes].view(t.dtype).view(t.shape)
-            own[name].copy_(t + slot)
+            own[name] = here = memory[at : at + t.nbytes].view(t.dtype).view(t.shape)
+            here.copy_(t + slot)
             at += t.nbytes
         slots.append(own)
     first = slots[0]

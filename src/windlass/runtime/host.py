@@ -87,6 +87,23 @@ class Foresight:
         return self.prefetcher.words() if self.prefetcher is not None else ""
 
 
+class _Routers:
+    """Hands the weights of each layer's router out, when its block is first there."""
+
+    def __init__(self, spec: ModelSpec, readers: Sequence[RouterReader]) -> None:
+        self._spec = spec
+        self._readers = readers
+        layers = {i for i, block in enumerate(spec.blocks) if isinstance(block.ffn, Moe)}
+        self._unread = layers if readers else set()
+
+    def read(self, layer: int, block: Tensors) -> None:
+        if layer in self._unread:
+            self._unread.remove(layer)
+            router = router_weights(self._spec, layer, block)
+            for reader in self._readers:
+                reader.set_router(router)
+
+
 class HostRuntime:
     """Implements `Runtime` on a machine that is given."""
 
@@ -117,8 +134,7 @@ class HostRuntime:
         )
         self._capture = LayerCapture(spec, self._blocks, kernels, weights, tracer)
         self._batch: Batch | None = None
-        self._router_readers = foresight.router_readers
-        self._unread = {i for i, block in enumerate(spec.blocks) if isinstance(block.ffn, Moe)}
+        self._routers = _Routers(spec, foresight.router_readers)
         self._metadata: Mapping[int, AttentionMetadata] = {}
         self._outputs: torch.Tensor | None = None
 
@@ -195,7 +211,7 @@ class HostRuntime:
         done = self._capture.block(layer)
         if done is None:
             return None
-        self._read_router(layer, done.at_end)
+        self._routers.read(layer, done.at_end)
         return self._routed(layer, done, is_replayed=True)
 
     def attention(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:
@@ -204,20 +220,13 @@ class HostRuntime:
         self._blocks.attention(layer, weights.tensors, hidden[part], metadata)
 
     def enter_experts(self, layer: int, weights: Lease, hidden: torch.Tensor) -> Routed:
-        self._read_router(layer, weights.tensors)
+        self._routers.read(layer, weights.tensors)
         routed = self._blocks.route(layer, weights.tensors, hidden)
         shared_TD = self._blocks.shared(layer, weights.tensors, hidden, routed)
         at_end = self._blocks.output_tensors(weights.tensors)
         outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
         done = ComputedBlock(hidden, routed, shared_TD, at_end, outputs)
         return self._routed(layer, done, is_replayed=False)
-
-    def _read_router(self, layer: int, block: Tensors) -> None:
-        if self._router_readers and layer in self._unread:
-            self._unread.remove(layer)
-            router = router_weights(self._spec, layer, block)
-            for reader in self._router_readers:
-                reader.set_router(router)
 
     def _routed(self, layer: int, done: ComputedBlock, *, is_replayed: bool) -> Routed:
         counts = done.routed.counts()

@@ -110,18 +110,12 @@ class WeightCache:
         with self._changed:
             self._queue.check()
             self._resident.check()
-            for demand in self._feed.demands:
-                watched = [e for e in self._resident.entries.values() if demand in e.demands]
-                assert len(watched) == demand.under_way + len(demand.ready), "a demand lost a part"
+            self._feed.check()
 
     def pinned(self, keys: Sequence[WeightKey]) -> list[Entry] | None:
         """Of `keys`, if all are in memory for good: no part of their kinds is ever evicted."""
-        if not all(self.fits(key.part) for key in keys):
-            return None
         with self._changed:
-            entries = [self._resident.entries.get(key) for key in keys]
-            there = [entry for entry in entries if entry is not None and entry.ticket is None]
-            return there if len(there) == len(entries) else None
+            return self._resident.pinned(keys)
 
     def use_pinned(self, key: WeightKey) -> None:
         """`key`, there for good, is used without a lease."""

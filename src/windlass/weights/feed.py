@@ -160,6 +160,12 @@ class Feed:
         parts = {f"prefetch_{name}": own.parts for name, own in kinds.items()}
         return parts | {f"prefetch_{name}_bytes": own.num_bytes for name, own in kinds.items()}
 
+    def check(self) -> None:
+        """No demand has lost a part."""
+        for demand in self.demands:
+            watched = [e for e in self._resident.entries.values() if demand in e.demands]
+            assert len(watched) == demand.under_way + len(demand.ready), "a demand lost a part"
+
     def _begin_hinted(self, hint: Hint, priority: Priority) -> bool:
         entry = self._resident.start(
             hint.key, hint.turn - self._now, priority=priority, on_done=self._arrived

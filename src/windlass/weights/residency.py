@@ -111,6 +111,14 @@ class Residency:
         """Entries of one kind."""
         return [entry for entry in self.entries.values() if entry.key.part == part]
 
+    def pinned(self, keys: Sequence[WeightKey]) -> list[Entry] | None:
+        """Of `keys`, if all are resident and of kinds that fit."""
+        if not all(self.fits(key.part) for key in keys):
+            return None
+        entries = [self.entries.get(key) for key in keys]
+        there = [entry for entry in entries if entry is not None and entry.ticket is None]
+        return there if len(there) == len(entries) else None
+
     def loading(self) -> list[tuple[Entry, Ticket[Any]]]:
         """Entries under way, in the order in which they were begun."""
         return [(e, e.ticket) for e in self.entries.values() if e.ticket is not None]
