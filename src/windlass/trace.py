@@ -5,8 +5,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,19 +31,14 @@ class Tracer:
         if self._file is not None:
             self._file.write("[")
 
-    @contextmanager
-    def span(self, name: str, lane: str = "compute", **args: Any) -> Iterator[None]:
+    def span(self, name: str, lane: str = "compute", **args: Any) -> AbstractContextManager[None]:
         """Times the body on `lane`; `args` are shown with the span."""
-        outer, self.current = self.current, name
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
-            end = time.perf_counter()
-            self.current = outer
-            self.seconds[name] += end - begin
-            if self._file is not None:
-                self.record(name, lane, begin, end, **args)
+        return _Span(self, name, lane, args)
+
+    @property
+    def writes(self) -> bool:
+        """Whether there is a file."""
+        return self._file is not None
 
     def record(self, name: str, lane: str, begin: float, end: float, **args: Any) -> None:
         """Adds a finished span; `begin` and `end` are `time.perf_counter()` seconds."""
@@ -85,6 +79,26 @@ class Tracer:
         assert self._file is not None, "only called with an open file"
         separator = "\n" if self._file.tell() == 1 else ",\n"
         self._file.write(separator + json.dumps(event))
+
+
+class _Span:
+    """A context manager by hand: there are dozens in a pass of one token."""
+
+    __slots__ = ("_tracer", "_name", "_lane", "_args", "_outer", "_begin")
+
+    def __init__(self, tracer: Tracer, name: str, lane: str, args: dict[str, Any]) -> None:
+        self._tracer, self._name, self._lane, self._args = tracer, name, lane, args
+
+    def __enter__(self) -> None:
+        self._outer, self._tracer.current = self._tracer.current, self._name
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        end, tracer = time.perf_counter(), self._tracer
+        tracer.current = self._outer
+        tracer.seconds[self._name] += end - self._begin
+        if tracer.writes:
+            tracer.record(self._name, self._lane, self._begin, end, **self._args)
 
 
 def _open(path: Path) -> TextIO:

@@ -135,6 +135,29 @@ def test_every_range_of_rows_is_what_the_quantiser_meant(stored: Stored) -> None
         assert torch.equal(dequantise(packed, first, last), stored.meant[first:last])
 
 
+def test_what_is_laid_out_alike_is_read_where_it_lies(stored: Stored) -> None:
+    """Tensors of another slot are made of those of the first, of any format."""
+    rows, width = stored.meant.shape
+    key = WeightKey(Part.EXPERT, 0, 0)
+    pieces = packed_pieces("w", "x.weight", stored.scheme, RowSet(rows, width, 0, rows))
+    source = Checkpoint(stored.path, mode="buffered")
+    part_reads = make_part_reads(key, Layout({key: tuple(pieces)}, ()), source.tensors)
+    size = part_reads.num_bytes
+    memory = torch.full((3 * size,), 255, dtype=torch.uint8)
+    for read in part_reads.reads:
+        into = memory[2 * size + read.at : 2 * size + read.at + read.num_bytes]
+        source.read(read.file, read.offset, memoryview(into.numpy().data))
+    source.close()
+    memory[:size].copy_(memory[2 * size :])  # for the checks of the first
+    first = make_views(part_reads, memory[:size]).tensors
+    memory[:size].fill_(255)
+    moved = first.moved(size).moved(size)
+    assert list(moved) == ["w"] and len(moved) == 1 and "w" in moved
+    found = moved["w"]
+    assert isinstance(found, Packed)
+    assert torch.equal(dequantise(found, 0, rows), stored.meant)
+
+
 def test_transposed_rows(stored: Stored) -> None:
     turned = stored.whole().t()
     assert turned.shape == stored.meant.shape[::-1]

@@ -24,7 +24,8 @@ from windlass.models.spec import (
     Rope,
     SwiGlu,
 )
-from windlass.tensors import INT8_ZERO, PagedRows, StoredTensors
+from windlass.tensors import INT8_ZERO, PagedRows, StoredTensors, plain
+from windlass.units import round_up
 
 TORCH = TorchKernels()
 THREADS = (1, 2, 3)
@@ -122,6 +123,32 @@ def network(
         w["gate_bias"], w["up_bias"] = torch.randn(inner).to(dtype), torch.randn(inner).to(dtype)
         w["down_bias"] = torch.randn(width).to(dtype)
     return w
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_network_is_found_where_its_tensors_lie(native, has_bias):
+    """Structures of a part that is laid out alike are moved, unless they hold copies."""
+    whole = network(24, 40, torch.bfloat16, 0, has_bias)
+    made = {name: plain(whole, name) for name in whole}
+    size = round_up(sum(t.nbytes for t in made.values()), 64)
+    memory = torch.zeros(3 * size, dtype=torch.uint8)
+    slots = []
+    for slot in range(3):
+        at, own = slot * size, StoredTensors()
+        for name, t in made.items():
+            own[name] = here = memory[at : at + t.nbytes].view(t.dtype).view(t.shape)
+            here.copy_(t + slot)
+            at += t.nbytes
+        slots.append(own)
+    first = slots[0]
+    x = torch.randn(3, 24)
+    for order in ((1, 0, 2), (2, 1)):
+        for slot in order:
+            moved = first.moved(slot * size)
+            got = native.expert_ffn(x, moved, SwiGlu())
+            assert torch.equal(got, native.expert_ffn(x, slots[slot], SwiGlu()))
+            assert torch.equal(got, native.expert_ffn(x, moved, SwiGlu()))
+    assert bool(first.moved(0)._derived) == (not has_bias)
 
 
 @few(40)

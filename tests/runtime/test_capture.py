@@ -9,6 +9,7 @@ import torch
 
 from backends import LIBRARY, NATIVE, kernels_of
 from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
+from windlass.ids import Part, WeightKey
 from windlass.kernels.cpu.native_capture import NativeCapture
 from windlass.kernels.interface import AttentionWork
 from windlass.models.spec import RmsNorm
@@ -22,15 +23,15 @@ pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"the native li
 
 
 @pytest.fixture
-def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Layers that were replayed, and not computed anew."""
-    layers: list[int] = []
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Layers, and keys of blocks, that were replayed and not computed anew."""
+    layers: list[object] = []
     run = NativeCapture.run
 
-    def watched(capture, layer, body):
+    def watched(capture, key, body, **more):
         before = capture.num_replayed
-        result = run(capture, layer, body)
-        layers.extend([layer] * (capture.num_replayed - before))
+        result = run(capture, key, body, **more)
+        layers.extend([key] * (capture.num_replayed - before))
         return result
 
     monkeypatch.setattr(NativeCapture, "run", watched)
@@ -84,10 +85,18 @@ def test_so_do_options(options, tmp_path, monkeypatch, replayed):
     assert got == answers(tmp_path, **options)
 
 
-def test_weights_that_may_be_evicted_are_not_replayed(tmp_path, replayed):
-    make_model("mixtral", tmp_path)
-    answers(tmp_path, moe_expert_cache_size="2")
-    assert not replayed
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gemma4_text", "gpt_oss", "lfm2_moe"])
+def test_of_layers_whose_experts_may_be_evicted_the_blocks_are(
+    family, tmp_path, monkeypatch, replayed
+):
+    make_model(family, tmp_path)
+    got = answers(tmp_path, moe_expert_cache_size="1")
+    with_experts = [one for one in replayed if isinstance(one, WeightKey)]
+    assert with_experts and {one.part for one in with_experts} == {Part.BLOCK}
+    assert not {one.layer for one in with_experts} & {*replayed}
+    replayed.clear()
+    monkeypatch.setattr(batches, "MOST_CAPTURED", 0)
+    assert got == answers(tmp_path, moe_expert_cache_size="1") and not replayed
 
 
 def test_captures_hold_for_later_jobs(tmp_path, replayed):

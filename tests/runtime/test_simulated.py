@@ -65,6 +65,9 @@ class Recorder:
     def replay(self, layer):
         return self._inner.replay(layer)
 
+    def replay_block(self, layer):
+        return self._inner.replay_block(layer)
+
     def attention(self, layer, weights, hidden, rows):
         self._inner.attention(layer, weights, hidden, rows)
         self._op("attention", layer, rows.first_token, rows.num_tokens)

@@ -185,7 +185,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(is_rare=st.integers(0, 3))
     def close(self, is_rare):
         if not is_rare:
-            self.queue._closed = self.queue.is_over = True
+            self.queue._closed = self.queue._is_over = self.queue.is_over = True
 
     @invariant()
     def promises(self):

@@ -103,6 +103,29 @@ def test_resident_parts_come_first_then_in_arrival_order():
     store.close()
 
 
+def test_what_is_there_comes_at_once_and_what_arrives_together_too():
+    device = FakeDevice(manual=True, num_lanes=40)
+    store, tensors = make_store(device, slots=8)
+    first = store.arrivals(experts(0, [1, 3]))
+    device.complete_all()
+    assert len(first.all()) == 2
+    first.close()
+    arriving = store.arrivals(experts(0, [0, 1, 2, 3]))
+    assert arriving.has_ready
+    assert [lease.key.index for lease in arriving.group(8)] == [1, 3]
+    assert not arriving.has_ready
+    device.complete_all()
+    late = arriving.group(8)
+    assert {lease.key.index for lease in late} == {0, 2}
+    for lease in late:
+        assert_is_expert(lease, tensors)
+    assert arriving.group(8) == []
+    again = store.arrivals(experts(0, [0, 1, 2, 3]))
+    assert [len(again.group(3)) for _ in range(3)] == [3, 1, 0]
+    store.check()
+    store.close()
+
+
 def test_nothing_is_visible_before_it_arrived():
     device = FakeDevice(manual=True)
     store, tensors = make_store(device)

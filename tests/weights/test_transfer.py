@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fakes import FakeDevice, FakeSource
 from windlass.checkpoint.part_reads import Read
-from windlass.device.base import Copy, DeviceMemory
+from windlass.device.base import Copy, DeviceMemory, FileRange
 from windlass.device.cpu import CpuDevice
 from windlass.errors import CheckpointError
 from windlass.ids import DISK_TO_HOST, HOST, Route
@@ -278,6 +278,31 @@ def test_a_cpu_copies_within_its_memory():
     device.submit(Copy(source, into, "within"), errors.append)
     device.close()
     assert errors == [None] and int(into.data.sum()) == 7 * PAGE
+
+
+def test_one_woken_thread_wakes_the_next():
+    """Copies that were submitted together are made by all threads, and each once."""
+    gate = threading.Barrier(4, timeout=10)  # nobody goes on before all four read
+
+    class Together(FakeSource):
+        def read(self, file: str, offset: int, into: memoryview) -> None:
+            gate.wait()
+            super().read(file, offset, into)
+
+    device = CpuDevice(4)
+    into = device.allocate(8 * PAGE)
+    source = Together({"data": DATA})
+    for _ in range(3):
+        errors: list[Exception | None] = []
+        for i in range(8):
+            copy = Copy(FileRange(source, "fake", i * PAGE, PAGE), into.part(i * PAGE, PAGE), "x")
+            device.submit(copy, errors.append)
+        device.synchronize()
+        assert errors == [None] * 8
+        assert torch.equal(into.data.view(torch.float32), DATA[: 8 * 1024])
+        into.data.zero_()
+    assert device.busy_s > 0
+    device.close()
 
 
 def test_reader_threads_end_with_the_device_and_a_bug_in_a_source_is_reported():

@@ -28,11 +28,10 @@ class Read(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One canonical tensor inside a slot, or one tensor of a packed matrix. `at` is any byte
-    offset; `tensor` its name on disk."""
+    """One canonical tensor inside a part, or one tensor of a packed matrix. `at`: any byte offset
+    from where the part's tensors begin."""
 
     name: str
-    tensor: str
     at: int
     num_bytes: int
     dtype: str
@@ -44,10 +43,13 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class PartReads:
-    """Everything needed to fetch one part. `num_bytes` of slot are filled."""
+    """Everything needed to fetch one part. `num_bytes` of slot are filled. Parts of the same
+    `placements` differ by where they begin in their slots alone. `tensors`: their names on disk."""
 
     reads: tuple[Read, ...]
+    begin: int
     placements: tuple[Placement, ...]
+    tensors: tuple[str, ...]
     num_bytes: int
 
 
@@ -65,27 +67,34 @@ def make_part_reads(key: WeightKey, layout: Layout, tensors: Mapping[str, Tensor
     pieces = layout.parts[key]
     ranges = [_range_of(key, piece, tensors) for piece in pieces]
     reads = merge_ranges(ranges, gap_bytes=_MERGE_GAP_BYTES)
-    placements = []
-    for piece, span in zip(pieces, ranges, strict=True):
-        read = next(
-            r
-            for r in reads
-            if r.file == span.file and r.offset <= span.begin and span.end <= r.offset + r.num_bytes
+    places = [_place_of(span, reads) for span in ranges]
+    begin = min(places)
+    placements = tuple(
+        Placement(
+            name=piece.name,
+            at=at - begin,
+            num_bytes=span.end - span.begin,
+            dtype=tensors[piece.tensor].dtype,
+            shape=piece.shape,
+            ops=piece.ops,
+            role=piece.role,
+            packed=piece.packed,
         )
-        placements.append(
-            Placement(
-                name=piece.name,
-                tensor=piece.tensor,
-                at=read.at + span.begin - read.offset,
-                num_bytes=span.end - span.begin,
-                dtype=tensors[piece.tensor].dtype,
-                shape=piece.shape,
-                ops=piece.ops,
-                role=piece.role,
-                packed=piece.packed,
-            )
-        )
-    return PartReads(reads, tuple(placements), sum(read.num_bytes for read in reads))
+        for piece, span, at in zip(pieces, ranges, places, strict=True)
+    )
+    names = tuple(piece.tensor for piece in pieces)
+    return PartReads(reads, begin, placements, names, sum(read.num_bytes for read in reads))
+
+
+def _place_of(span: ByteRange, reads: Iterable[Read]) -> int:
+    """Where in the slot `span` begins."""
+    return next(
+        read.at + span.begin - read.offset
+        for read in reads
+        if read.file == span.file
+        and read.offset <= span.begin
+        and span.end <= read.offset + read.num_bytes
+    )
 
 
 def merge_ranges(ranges: Iterable[ByteRange], *, gap_bytes: int) -> tuple[Read, ...]:

@@ -68,11 +68,12 @@ def make_views(part_reads: PartReads, memory: torch.Tensor, *, is_known: bool = 
     parts: dict[str, dict[Role, torch.Tensor]] = {}
     shapes: dict[str, PackedShape] = {}
     has_copies = False
-    for place in part_reads.placements:
-        stored = memory[place.at : place.at + place.num_bytes]
+    for place, tensor_name in zip(part_reads.placements, part_reads.tensors, strict=True):
+        at = part_reads.begin + place.at
+        stored = memory[at : at + place.num_bytes]
         if _says_nothing(place):
             if not is_known:
-                _check_nothing(place, _canonical(stored.clone(), place))
+                _check_nothing(place, tensor_name, _canonical(stored.clone(), place))
             continue
         if stored.storage_offset() % ITEM_BYTES[place.dtype]:
             stored = stored.clone()
@@ -133,11 +134,11 @@ def _says_nothing(place: Placement) -> bool:
     return place.role == "zero bias" or (place.role == "zeros" and has_no_zeros)
 
 
-def _check_nothing(place: Placement, tensor: torch.Tensor) -> None:
+def _check_nothing(place: Placement, name: str, tensor: torch.Tensor) -> None:
     if place.packed is None:
         if tensor.any():
             raise CheckpointError(
-                f"tensor {place.tensor}: got a bias with {int(tensor.count_nonzero())} numbers that"
+                f"tensor {name}: got a bias with {int(tensor.count_nonzero())} numbers that"
                 " are not 0, allowed all 0 in a model without biases"
             )
         return
@@ -149,7 +150,7 @@ def _check_nothing(place: Placement, tensor: torch.Tensor) -> None:
         found = torch.cat((bytes_of & 15, bytes_of >> 4)) if bits == 4 else bytes_of
         codes = sorted(set(found.flatten().tolist()))
         raise CheckpointError(
-            f"tensor {place.tensor}: got zero points of {_listed(codes)}, allowed all"
+            f"tensor {name}: got zero points of {_listed(codes)}, allowed all"
             f" {middle - 1} or all {middle} where config.json says sym = true"
         )
 

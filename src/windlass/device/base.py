@@ -41,37 +41,47 @@ class FileRange:
         return type(self)(self.source, self.file, self.offset + begin, num_bytes)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class DeviceMemory:
-    """Memory of `device`: a contiguous uint8 tensor inside what `allocate` gave."""
+    """Memory of `device`: `num_bytes` from `begin` on of the contiguous uint8 tensor `whole`, all
+    of it by default, inside what `allocate` gave."""
 
-    device: "Device"
-    data: torch.Tensor
+    __slots__ = ("device", "whole", "begin", "num_bytes")
+
+    def __init__(
+        self, device: "Device", whole: torch.Tensor, begin: int = 0, num_bytes: int | None = None
+    ) -> None:
+        self.device = device
+        self.whole = whole
+        self.begin = begin
+        self.num_bytes = whole.numel() if num_bytes is None else num_bytes
 
     @property
     def tier(self) -> str:
         return self.device.name
 
     @property
-    def num_bytes(self) -> int:
-        return self.data.numel()
+    def data(self) -> torch.Tensor:
+        """As a tensor, made anew."""
+        return self.whole[self.begin : self.begin + self.num_bytes]
 
     def part(self, begin: int, num_bytes: int) -> Self:
         """`num_bytes` of it from `begin` on."""
-        return type(self)(self.device, self.data[begin : begin + num_bytes])
+        return type(self)(self.device, self.whole, self.begin + begin, num_bytes)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Copy:
-    """Bytes to move, as many as the source has, between places that do not overlap."""
+    """Bytes to move, as many as the source has, between places that do not overlap. `label`: shown
+    in the trace."""
 
-    source: FileRange | DeviceMemory
-    destination: DeviceMemory
-    label: str  # shown in the trace
+    __slots__ = ("source", "destination", "label", "num_bytes")
 
-    @property
-    def num_bytes(self) -> int:
-        return self.source.num_bytes
+    def __init__(
+        self, source: FileRange | DeviceMemory, destination: DeviceMemory, label: str
+    ) -> None:
+        self.source = source
+        self.destination = destination
+        self.label = label
+        self.num_bytes = source.num_bytes
 
     @property
     def route(self) -> Route:

@@ -3,7 +3,7 @@
 import mmap
 import threading
 import time
-from queue import SimpleQueue
+from collections import deque
 
 import torch
 
@@ -22,8 +22,11 @@ class CpuDevice(HostAllocator):
     def __init__(self, num_threads: int, *, tracer: Tracer | None = None) -> None:
         assert num_threads >= 1, f"num_threads: got {num_threads}, allowed at least 1"
         self._tracer = tracer or Tracer()
-        self._jobs: SimpleQueue[tuple[Copy, Done] | None] = SimpleQueue()
-        self._changed = threading.Condition()
+        self._jobs: deque[tuple[Copy, Done]] = deque()
+        self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
+        self._idle: list[threading.Lock] = []  # of threads that wait, to be released
+        self._is_waking = False  # a thread that was woken has not looked yet
         self._under_way = 0
         self._reading = 0  # threads that read now, since `_since` at least one
         self._since = self._busy_s = 0.0
@@ -46,7 +49,7 @@ class CpuDevice(HostAllocator):
 
     @property
     def busy_s(self) -> float:
-        with self._changed:
+        with self._lock:
             running = time.perf_counter() - self._since if self._reading else 0.0
             return self._busy_s + running
 
@@ -59,55 +62,82 @@ class CpuDevice(HostAllocator):
         return DeviceMemory(self, torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes])
 
     def submit(self, copy: Copy, done: Done) -> None:
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise RuntimeError(f"copy of {copy.label} submitted to a closed device")
             self._under_way += 1
-        self._jobs.put((copy, done))
+            self._jobs.append((copy, done))
+            self._wake()
 
     def synchronize(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._under_way == 0)
+        with self._lock:
+            self._ended.wait_for(lambda: self._under_way == 0)
 
     def close(self) -> None:
-        with self._changed:
+        with self._lock:
             if self._closed:
                 return
             self._closed = True
-        for _ in self._threads:
-            self._jobs.put(None)  # behind every copy already submitted
+            self._wake()
         for thread in self._threads:
             thread.join()
 
+    def _wake(self) -> None:
+        """Has one more thread look for a job. It wakes the next by itself: whoever submits a dozen
+        copies pays for one switch of threads, not for a dozen."""
+        if self._idle and not self._is_waking:
+            self._is_waking = True
+            self._idle.pop().release()
+
+    def _next_job(self, sleep: threading.Lock) -> tuple[Copy, Done] | None:
+        """The next copy, waiting for it; None at the end. `sleep`: the thread's own, held."""
+        while True:
+            with self._lock:
+                if self._jobs:
+                    job = self._jobs.popleft()
+                    if self._jobs:
+                        self._wake()
+                    self._since = self._since if self._reading else time.perf_counter()
+                    self._reading += 1
+                    return job
+                if self._closed:
+                    self._wake()
+                    return None
+                self._idle.append(sleep)
+            sleep.acquire()
+            self._is_waking = False
+
     def _serve(self, lane: str) -> None:
-        while (job := self._jobs.get()) is not None:
+        sleep = threading.Lock()
+        sleep.acquire()
+        while (job := self._next_job(sleep)) is not None:
             copy, done = job
             error: Exception | None = None
-            with self._changed:
-                begin = time.perf_counter()
-                self._since = self._since if self._reading else begin
-                self._reading += 1
+            begin = time.perf_counter()
             try:
                 _make(copy)
             except Exception as caught:  # noqa: BLE001  thread boundary: `done` hands it on
                 error = caught
-            with self._changed:
-                end = time.perf_counter()
+            end = time.perf_counter()
+            with self._lock:
                 self._reading -= 1
                 self._busy_s += 0.0 if self._reading else end - self._since
-            self._tracer.record(copy.label, lane, begin, end, bytes=copy.num_bytes)
+            if self._tracer.writes:
+                self._tracer.record(copy.label, lane, begin, end, bytes=copy.num_bytes)
             try:
                 done(error)
             finally:
-                with self._changed:
+                with self._lock:
                     self._under_way -= 1
-                    self._changed.notify_all()
+                    if not self._under_way:
+                        self._ended.notify_all()
 
 
 def _make(copy: Copy) -> None:
     """Moves the bytes, on the caller's thread."""
-    source, into = copy.source, copy.destination.data
+    source, into = copy.source, copy.destination
     if isinstance(source, FileRange):
-        source.source.read(source.file, source.offset, into.numpy().data)
+        view = into.whole.numpy().data[into.begin : into.begin + into.num_bytes]
+        source.source.read(source.file, source.offset, view)
     else:
-        into.copy_(source.data)
+        into.data.copy_(source.data)

@@ -5,6 +5,7 @@ I intermediate, H query heads, K key/value heads, d head dim, v value dim, N row
 P pages, B tokens of a page, S sequences.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
@@ -80,19 +81,35 @@ class Routes(NamedTuple):
 _Result = TypeVar("_Result")
 
 
+class CapturedExperts(Mapping[int, Tensors]):
+    """Experts of a layer for a captured call of `Kernels.experts`; those held when it is replayed
+    are computed."""
+
+    @abstractmethod
+    def hold(self, experts: Mapping[int, Tensors]) -> None:
+        """These from now on, in place of others."""
+
+
 class Capture(Protocol):
-    """Captures the layers of a pass and replays them for later ones: of as many rows, each of
+    """Captures layers of a pass and replays them for later ones: of as many rows, each of
     another sequence, whose hidden states, attention metadata and weights lie where they lay."""
 
     def begin(self, work: AttentionWork) -> None:
         """A pass begins, and this is what its rows attend to."""
         ...
 
-    def run(self, layer: int, body: Callable[[], _Result]) -> _Result | None:
-        """What `body` computes, which only calls kernels and decides nothing by what tensors
-        contain: by running it, or by replaying what it did for an earlier pass, and then its result
-        is that of then with new contents. None, and nothing is computed, where it cannot be
-        captured because it does more than that."""
+    def run(
+        self, key: object, body: Callable[[], _Result], *, continues: bool = False
+    ) -> _Result | None:
+        """What the `body` of `key` (a layer, or a piece of one) computes, which only calls kernels
+        and decides nothing by what tensors contain: by running it, or by replaying what it did for
+        an earlier pass, and then its result is that of then with new contents. None, and nothing is
+        computed, where it cannot be captured because it does more than that. `continues`: results
+        of the last run are read, and last as long as this one's."""
+        ...
+
+    def experts(self, num_experts: int) -> CapturedExperts:
+        """Room for the experts of a layer; it holds none."""
         ...
 
     def empty(self, *shape: int) -> torch.Tensor:

@@ -1,13 +1,13 @@
-"""Layers that are captured once and replayed: with a few tokens and all weights in memory, saying
-what is to be computed takes as long as computing it."""
+"""Layers, or their blocks, that are captured once and replayed: with a few tokens and weights in
+memory, saying what is to be computed takes as long as computing it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from windlass.ids import Part, WeightKey
-from windlass.kernels.interface import Capture, Kernels
+from windlass.kernels.interface import Capture, CapturedExperts, Kernels
 from windlass.models.spec import Ffn, ModelSpec, Moe
 from windlass.runtime.attention_metadata import AttentionMetadata
 from windlass.runtime.layer_ops import LayerOps, RoutedRows
@@ -21,6 +21,16 @@ class ComputedLayer(NamedTuple):
     """What a layer tells of itself."""
 
     routed: RoutedRows | None  # of layers with experts; valid until the next layer
+
+
+class ComputedBlock(NamedTuple):
+    """The rows of a layer that are on their way to its experts; valid until the next layer."""
+
+    hidden_TD: torch.Tensor
+    routed: RoutedRows
+    shared_TD: torch.Tensor | None
+    at_end: Tensors  # of the block, all that its end needs; of a replayed one, all it has
+    outputs: torch.Tensor  # (T * A, D) by place, of the experts
 
 
 class LayerCapture:
@@ -41,7 +51,8 @@ class LayerCapture:
         self._kernels = kernels
         self._weights = weights
         self._tracer = tracer
-        self._pinned: dict[int, list[Tensors]] = {}  # weights of layers that are there for good
+        self._layers: dict[int, list[Tensors]] = {}  # weights of layers that are there for good
+        self._alone: dict[int, Tensors] = {}  # and of blocks, where experts are not
         self._passes: dict[int, _Pass] = {}  # by their number of tokens
         self._pass: _Pass | None = None  # under way, if it can be captured
 
@@ -51,7 +62,7 @@ class LayerCapture:
         """A pass begins: where its hidden states and the attention metadata of its micro-batches
         are from now on."""
         self._pass = None
-        if not self._weights.cache.keeps_all or not is_capturable(batch):
+        if not self._weights.cache.fits(Part.BLOCK) or not is_capturable(batch):
             return hidden, metadata
         (now,) = metadata.values()
         now = now._replace(work=now.work.by_row())  # as many tiles as rows, whoever has them
@@ -68,7 +79,7 @@ class LayerCapture:
         """See `Runtime.replay`; None where nothing was computed."""
         if self._pass is None:
             return None
-        parts = self._pinned.get(layer) or self._pin(layer)
+        parts = self._layers.get(layer) or self._pin(layer)
         if parts is None:
             return None
         now = self._pass
@@ -84,6 +95,56 @@ class LayerCapture:
             self._weights.cache.count_hits(Part.EXPERT, int(used))
         return done
 
+    def block(self, layer: int) -> ComputedBlock | None:
+        """See `Runtime.replay_block`; None where nothing was computed."""
+        now = self._pass
+        if now is None:
+            return None
+        key = WeightKey(Part.BLOCK, layer)
+        block = self._alone.get(layer)
+        if block is None:
+            found = self._weights.pinned((key,))
+            if found is None:
+                return None
+            block = self._alone[layer] = found[0]
+        with self._tracer.span("block", layer=layer, rows=now.num_tokens):
+            done = now.capture.run(key, lambda: self._compute_block(layer, block, now))
+        if done is not None:
+            self._weights.cache.use_pinned(key)
+        return done
+
+    def experts(self, layer: int, experts: Mapping[int, Tensors], rows: ComputedBlock) -> bool:
+        """Some experts of the layer whose `block` was replayed; False where nothing was
+        computed."""
+        assert self._pass is not None, "experts of another pass"
+        held = self._pass.experts.get(layer)
+        if held is None:
+            num = rows.routed.groups.counts_E.shape[0]
+            held = self._pass.experts[layer] = self._pass.capture.experts(num)
+        held.hold(experts)
+        places = rows.outputs.shape[0]
+        return self._continue(
+            ("experts", layer),
+            lambda: self._blocks.experts(layer, held, rows.routed, rows.outputs, places),
+        )
+
+    def combine(self, layer: int, rows: ComputedBlock) -> bool:
+        """The end of that layer; False where nothing was computed."""
+        hidden, routed, shared_TD, at_end, outputs = rows
+        return self._continue(
+            ("combine", layer),
+            lambda: self._blocks.combine(layer, at_end, hidden, routed, outputs, shared_TD),
+        )
+
+    def _continue(self, key: object, body: Callable[[], None]) -> bool:
+        assert self._pass is not None, "a piece of another pass"
+
+        def done() -> bool:
+            body()
+            return True
+
+        return bool(self._pass.capture.run(key, done, continues=True))
+
     def end(self) -> None:
         """The pass has ended: what replays took is charged to the spans of their capture."""
         if self._pass is not None:
@@ -91,39 +152,47 @@ class LayerCapture:
                 self._tracer.seconds[name] += seconds
 
     def _pin(self, layer: int) -> list[Tensors] | None:
-        """Block, and network or experts."""
+        """Block, and network or experts, where none of them may be evicted."""
         ffn = self._spec.blocks[layer].ffn
         keys = [WeightKey(Part.BLOCK, layer)]
         if isinstance(ffn, Moe):
+            if not self._weights.cache.fits(Part.EXPERT):
+                return None
             keys += [WeightKey(Part.EXPERT, layer, expert) for expert in range(ffn.num_experts)]
         elif ffn is not None:
             keys.append(WeightKey(Part.FFN, layer))
         found = self._weights.pinned(keys)
         if found is None:
             return None
-        self._pinned[layer] = [*found]
-        return self._pinned[layer]
+        self._layers[layer] = [*found]
+        return self._layers[layer]
 
     def _compute(self, layer: int, parts: Sequence[Tensors], now: "_Pass") -> ComputedLayer:
         """What the schedule does, but for all experts at once: those without rows cost nothing."""
         block, *others = parts
         hidden = now.hidden_TD
-        own = self._spec.blocks[layer]
-        if own.attention is not None:
-            self._blocks.attention(layer, block, hidden, now.metadata)
-        ffn = own.ffn
+        ffn = self._spec.blocks[layer].ffn
+        if isinstance(ffn, Moe):
+            _, routed, shared_TD, _, outputs = self._compute_block(layer, block, now)
+            self._blocks.experts(layer, dict(enumerate(others)), routed, outputs, outputs.shape[0])
+            self._blocks.combine(layer, block, hidden, routed, outputs, shared_TD)
+            return ComputedLayer(routed)
+        self._attend(layer, block, now)
         if isinstance(ffn, Ffn):
             normed = self._blocks.ffn_input(block, hidden)
             self._blocks.dense(layer, others[0], block, hidden, normed)
-        if not isinstance(ffn, Moe):
-            return ComputedLayer(None)
-        routed = self._blocks.route(layer, block, hidden)
-        shared_TD = self._blocks.shared(layer, block, hidden, routed)
-        outputs = now.capture.empty(now.num_tokens * ffn.top_k, hidden.shape[1])
-        experts = dict(enumerate(others))
-        self._blocks.experts(layer, experts, routed, outputs, now.num_tokens * ffn.top_k)
-        self._blocks.combine(layer, block, hidden, routed, outputs, shared_TD)
-        return ComputedLayer(routed)
+        return ComputedLayer(None)
+
+    def _compute_block(self, layer: int, block: Tensors, now: "_Pass") -> ComputedBlock:
+        self._attend(layer, block, now)
+        routed = self._blocks.route(layer, block, now.hidden_TD)
+        shared_TD = self._blocks.shared(layer, block, now.hidden_TD, routed)
+        outputs = now.capture.empty(routed.groups.order.shape[0], now.hidden_TD.shape[1])
+        return ComputedBlock(now.hidden_TD, routed, shared_TD, block, outputs)
+
+    def _attend(self, layer: int, block: Tensors, now: "_Pass") -> None:
+        if self._spec.blocks[layer].attention is not None:
+            self._blocks.attention(layer, block, now.hidden_TD, now.metadata)
 
 
 class _Pass:
@@ -135,6 +204,7 @@ class _Pass:
         self.capture = capture
         self.hidden_TD = hidden_TD
         self.metadata = metadata
+        self.experts: dict[int, CapturedExperts] = {}  # by layer
         capture.begin(metadata.work)
 
     @property

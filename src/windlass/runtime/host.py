@@ -22,8 +22,8 @@ from windlass.kvcache.kv_cache import KvCache
 from windlass.models.spec import ModelSpec, Moe
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.attention_metadata import AttentionMetadata, attention_metadata
-from windlass.runtime.capture import LayerCapture
-from windlass.runtime.layer_ops import LayerOps, RoutedRows
+from windlass.runtime.capture import ComputedBlock, LayerCapture
+from windlass.runtime.layer_ops import LayerOps
 from windlass.runtime.routing_report import RoutingReport
 from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
 from windlass.schedule.observer import RouterReader, RoutingObserver
@@ -39,11 +39,9 @@ _SCORE_BYTES = 8 << 20  # of logits that only a score is taken of
 class _Rows(NamedTuple):
     """Rows of a layer on their way through its experts."""
 
-    routed: RoutedRows
     counts: dict[int, int]  # rows of each expert that has any
-    outputs: torch.Tensor  # (T * A, D) by place
-    shared_TD: torch.Tensor | None
-    at_end: Tensors  # of the block
+    block: ComputedBlock
+    is_replayed: bool
 
 
 class _DenseRows(NamedTuple):
@@ -89,6 +87,23 @@ class Foresight:
         return self.prefetcher.words() if self.prefetcher is not None else ""
 
 
+class _Routers:
+    """Hands the weights of each layer's router out, when its block is first there."""
+
+    def __init__(self, spec: ModelSpec, readers: Sequence[RouterReader]) -> None:
+        self._spec = spec
+        self._readers = readers
+        layers = {i for i, block in enumerate(spec.blocks) if isinstance(block.ffn, Moe)}
+        self._unread = layers if readers else set()
+
+    def read(self, layer: int, block: Tensors) -> None:
+        if layer in self._unread:
+            self._unread.remove(layer)
+            router = router_weights(self._spec, layer, block)
+            for reader in self._readers:
+                reader.set_router(router)
+
+
 class HostRuntime:
     """Implements `Runtime` on a machine that is given."""
 
@@ -119,8 +134,7 @@ class HostRuntime:
         )
         self._capture = LayerCapture(spec, self._blocks, kernels, weights, tracer)
         self._batch: Batch | None = None
-        self._router_readers = foresight.router_readers
-        self._unread = {i for i, block in enumerate(spec.blocks) if isinstance(block.ffn, Moe)}
+        self._routers = _Routers(spec, foresight.router_readers)
         self._metadata: Mapping[int, AttentionMetadata] = {}
         self._outputs: torch.Tensor | None = None
 
@@ -139,14 +153,13 @@ class HostRuntime:
             return
         arriving = self._weights.arrivals(keys)
         while True:
-            group = arriving.next_ready(group_size)
-            if not group and self._works():
-                continue
+            if not arriving.has_ready:
+                arriving.release()
+                while not arriving.has_ready and self._works():
+                    pass
+            group = arriving.group(group_size)
             if not group:
-                lease = next(arriving, None)
-                if lease is None:
-                    return
-                group = [lease, *arriving.ready(group_size - 1)]
+                return
             yield group
 
     def _works(self) -> bool:
@@ -175,8 +188,7 @@ class HostRuntime:
             if self._prefetcher is not None:
                 self._prefetcher.begin(self._weights.now())
             self._routing.begin(batch, hidden)
-            if not self._routing.wants_states:
-                hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
+            hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
 
     def _embedding(self, token_ids: Sequence[int]) -> torch.Tensor:
@@ -188,10 +200,19 @@ class HostRuntime:
             return plain(lease.tensors, "weight")[ids_T]
 
     def replay(self, layer: int) -> bool:
+        if self._routing.wants_states:
+            return False  # a layer in one piece does not show them
         done = self._capture.layer(layer)
         if done is not None and done.routed is not None:
             self._routing.captured(layer, done.routed)
         return done is not None
+
+    def replay_block(self, layer: int) -> Routed | None:
+        done = self._capture.block(layer)
+        if done is None:
+            return None
+        self._routers.read(layer, done.at_end)
+        return self._routed(layer, done, is_replayed=True)
 
     def attention(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:
         part = slice(rows.first_token, rows.first_token + rows.num_tokens)
@@ -199,18 +220,18 @@ class HostRuntime:
         self._blocks.attention(layer, weights.tensors, hidden[part], metadata)
 
     def enter_experts(self, layer: int, weights: Lease, hidden: torch.Tensor) -> Routed:
-        if self._router_readers and layer in self._unread:
-            self._unread.remove(layer)
-            router = router_weights(self._spec, layer, weights.tensors)
-            for reader in self._router_readers:
-                reader.set_router(router)
+        self._routers.read(layer, weights.tensors)
         routed = self._blocks.route(layer, weights.tensors, hidden)
-        counts = routed.counts()
-        self._routing.tell(layer, routed, hidden)
-        shared = self._blocks.shared(layer, weights.tensors, hidden, routed)
-        outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
+        shared_TD = self._blocks.shared(layer, weights.tensors, hidden, routed)
         at_end = self._blocks.output_tensors(weights.tensors)
-        return Routed(tuple(counts), _Rows(routed, counts, outputs, shared, at_end))
+        outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
+        done = ComputedBlock(hidden, routed, shared_TD, at_end, outputs)
+        return self._routed(layer, done, is_replayed=False)
+
+    def _routed(self, layer: int, done: ComputedBlock, *, is_replayed: bool) -> Routed:
+        counts = done.routed.counts()
+        self._routing.tell(layer, done.routed, done.hidden_TD)
+        return Routed(tuple(counts), _Rows(counts, done, is_replayed))
 
     def _expert_outputs(self, *shape: int) -> torch.Tensor:
         """Memory of one layer's expert outputs, the same for all layers of a pass."""
@@ -221,13 +242,19 @@ class HostRuntime:
 
     def experts(self, layer: int, group: Sequence[Lease], routed: Routed) -> None:
         data: _Rows = routed.data
+        block = data.block
         experts = {lease.key.index: lease.tensors for lease in group}
-        rows = sum(data.counts[expert] for expert in experts)
-        self._blocks.experts(layer, experts, data.routed, data.outputs, rows)
+        if not (data.is_replayed and self._capture.experts(layer, experts, block)):
+            rows = sum(data.counts[expert] for expert in experts)
+            self._blocks.experts(layer, experts, block.routed, block.outputs, rows)
 
     def leave_experts(self, layer: int, hidden: torch.Tensor, routed: Routed) -> None:
         data: _Rows = routed.data
-        self._blocks.combine(layer, data.at_end, hidden, data.routed, data.outputs, data.shared_TD)
+        block = data.block
+        if not (data.is_replayed and self._capture.combine(layer, block)):
+            self._blocks.combine(
+                layer, block.at_end, hidden, block.routed, block.outputs, block.shared_TD
+            )
 
     def enter_dense(self, layer: int, weights: Lease, hidden: torch.Tensor) -> _DenseRows:
         at_end = self._blocks.output_tensors(weights.tensors)

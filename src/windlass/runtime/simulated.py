@@ -239,6 +239,9 @@ class SimulatedRuntime:
     def replay(self, layer: int) -> bool:
         return False  # the same work and reads, but for calls that cost nothing: see costs.py
 
+    def replay_block(self, layer: int) -> None:
+        return None
+
     # --- a pass -----------------------------------------------------------------------------------
 
     def begin(self, batch: Batch) -> None:

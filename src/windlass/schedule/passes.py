@@ -11,7 +11,7 @@ from typing import Any, Literal
 from windlass.ids import Part, WeightKey
 from windlass.models.spec import Block, ModelSpec, Moe
 from windlass.schedule.batch import Batch
-from windlass.schedule.runtime import Outcome, Runtime
+from windlass.schedule.runtime import Outcome, Routed, Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,9 @@ def run_pass(rt: Runtime, shape: PassShape, batch: Batch) -> Outcome:
 
 
 def _layer(rt: Runtime, layer: int, shape: LayerShape, hidden: Any, batch: Batch) -> None:
+    if shape.network == "experts" and (replayed := rt.replay_block(layer)) is not None:
+        _experts(rt, layer, hidden, replayed)
+        return
     with rt.lease(WeightKey(Part.BLOCK, layer)) as weights:
         if shape.has_attention:
             for rows in batch.micro_batches:
@@ -67,10 +70,14 @@ def _layer(rt: Runtime, layer: int, shape: LayerShape, hidden: Any, batch: Batch
         elif shape.network == "dense":
             normed = rt.enter_dense(layer, weights, hidden)
     if shape.network == "experts":
-        keys = [WeightKey(Part.EXPERT, layer, expert) for expert in routed.experts]
-        for group in rt.arrivals(keys):
-            rt.experts(layer, group, routed)
-        rt.leave_experts(layer, hidden, routed)
+        _experts(rt, layer, hidden, routed)
     elif shape.network == "dense":
         with rt.lease(WeightKey(Part.FFN, layer)) as weights:
             rt.dense(layer, weights, hidden, normed)
+
+
+def _experts(rt: Runtime, layer: int, hidden: Any, routed: Routed) -> None:
+    keys = [WeightKey(Part.EXPERT, layer, expert) for expert in routed.experts]
+    for group in rt.arrivals(keys):
+        rt.experts(layer, group, routed)
+    rt.leave_experts(layer, hidden, routed)

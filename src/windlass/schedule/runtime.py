@@ -43,6 +43,11 @@ class Runtime(Protocol):
         to."""
         ...
 
+    def replay_block(self, layer: int) -> Routed | None:
+        """The same of all that comes before the experts of `layer`, if the block's weights are in
+        memory for good. None: nothing is done."""
+        ...
+
     def lease(self, key: WeightKey) -> AbstractContextManager[Any]:
         """The part's weights, waiting for them if need be."""
         ...

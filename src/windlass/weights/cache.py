@@ -65,7 +65,7 @@ class WeightCache:
     @property
     def keeps_all(self) -> bool:
         """Whether all kinds of parts have slots for all their keys (the embedding aside)."""
-        return all(self.fits(part) for part in self._resident.parts)
+        return self._resident.fits_all
 
     def holds(self, key: WeightKey) -> bool:
         """Whether `key` is resident or under way. A hint: it may change at any moment."""
@@ -110,18 +110,18 @@ class WeightCache:
         with self._changed:
             self._queue.check()
             self._resident.check()
-            for demand in self._feed.demands:
-                watched = [e for e in self._resident.entries.values() if demand in e.demands]
-                assert len(watched) == demand.under_way + len(demand.ready), "a demand lost a part"
+            self._feed.check()
 
-    def pinned(self, keys: Iterable[WeightKey]) -> list[Entry] | None:
-        """Of `keys`, if all are in memory for good: nothing is ever evicted."""
-        if not self.keeps_all:
-            return None
+    def pinned(self, keys: Sequence[WeightKey]) -> list[Entry] | None:
+        """Of `keys`, if all are in memory for good: no part of their kinds is ever evicted."""
         with self._changed:
-            entries = [self._resident.entries.get(key) for key in keys]
-            there = [entry for entry in entries if entry is not None and entry.ticket is None]
-            return there if len(there) == len(entries) else None
+            return self._resident.pinned(keys)
+
+    def use_pinned(self, key: WeightKey) -> None:
+        """`key`, there for good, is used without a lease."""
+        with self._changed:
+            self.count_hits(key.part, 1)
+            self._policy.note_use(key)
 
     def count_hits(self, part: Part, count: int) -> None:
         """Parts that were used without a lease, because they are there for good."""
@@ -140,6 +140,7 @@ class WeightCache:
             self._queue.raise_error()
             self._requests[key.part] += 1
             self._hits[key.part] += 1
+            self._resident.set_busy(entry)
             return self._take(entry)
 
     def begin(self, keys: Iterable[WeightKey]) -> Demand:
@@ -162,17 +163,23 @@ class WeightCache:
 
     def next(self, demand: Demand) -> Entry | None:
         """The next part of `demand`, leased, waiting for it; None when the demand is over."""
+        return next(iter(self.group(demand, 1)), None)
+
+    def group(self, demand: Demand, limit: int) -> list[Entry]:
+        """What `demand` need not wait for, at most `limit`, and at least one, waiting for it;
+        leased. Empty when the demand is over."""
         with self._changed:
             while True:
                 self._queue.raise_error()
                 if demand.ready:
-                    return self._take_ready(demand)
+                    return self.ready(demand, limit)
                 if demand.is_over:
                     self.abandon(demand)
-                    return None
-                self._feed.pump()
-                if demand.ready or (not demand.under_way and self._feed.unblock(demand)):
-                    continue
+                    return []
+                if demand.waiting:
+                    self._feed.pump()
+                    if demand.ready or (not demand.under_way and self._feed.unblock(demand)):
+                        continue
                 begin = self._mover.now()
                 self._changed.wait()
                 self._wait_s += self._mover.now() - begin
@@ -182,7 +189,9 @@ class WeightCache:
         with self._changed:
             entries: list[Entry] = []
             while demand.ready and len(entries) < limit:
-                entries.append(self._take_ready(demand))
+                entry = self._resident.entries[demand.ready.popleft()]
+                entry.demands.remove(demand)
+                entries.append(self._take(entry))
             return entries
 
     def release(self, entries: Sequence[Entry]) -> None:
@@ -191,7 +200,7 @@ class WeightCache:
             is_any_idle = False
             for entry in entries:
                 entry.leases -= 1
-                if entry.is_idle:
+                if not entry.leases and not entry.demands and entry.ticket is None:
                     self._resident.set_idle(entry)
                     is_any_idle = True
             if is_any_idle:
@@ -202,30 +211,11 @@ class WeightCache:
         """Ends `demand`; what it has not taken may be evicted, what has not begun is not read.
         Idempotent."""
         with self._changed:
-            if demand not in self._feed.demands:
-                return
-            self._feed.demands.remove(demand)
-            if demand.is_over:
-                return
-            demand.waiting.clear()
-            demand.ready.clear()
-            demand.under_way = 0
-            for entry in [e for e in self._resident.entries.values() if demand in e.demands]:
-                entry.demands.remove(demand)
-                if entry.is_idle:
-                    self._resident.set_idle(entry)
-                elif entry.ticket is not None and not entry.demands:
-                    self._queue.cancel(entry.ticket)
-            self._feed.pump()
-
-    def _take_ready(self, demand: Demand) -> Entry:
-        entry = self._resident.entries[demand.ready.popleft()]
-        entry.demands.remove(demand)
-        return self._take(entry)
+            self._feed.abandon(demand)
 
     def _take(self, entry: Entry) -> Entry:
-        self._resident.set_busy(entry)
         self._policy.note_use(entry.key)
         entry.leases += 1
-        self._feed.take(entry)
+        if entry.prefetched_bytes:
+            self._feed.take(entry)
         return entry

@@ -73,7 +73,7 @@ class Feed:
                 if not self.begin_first(demand):
                     break
         blocked: set[Part] = set()
-        while len(self._hints) and (hint := self._hints.first(blocked)) is not None:
+        while (hint := self._hints.first(blocked)) is not None:
             key, priority = hint.key, _priority_of(hint)
             if key not in self._resident.entries:
                 if not self._queue.has_room(priority):
@@ -86,11 +86,11 @@ class Feed:
     def begin_first(self, demand: Demand) -> bool:
         """Begins to read the first waiting key of `demand`; False if there is no slot for it."""
         key = demand.waiting[0]
-        entry = self._resident.entries.get(key) or self._resident.start(
-            key, None, priority=Priority.DEMAND, on_done=self._arrived
-        )
+        entry = self._resident.entries.get(key)
         if entry is None:
-            return False
+            entry = self._resident.start(key, None, priority=Priority.DEMAND, on_done=self._arrived)
+            if entry is None:
+                return False
         demand.waiting.popleft()
         self.watch(entry, demand)
         return True
@@ -121,10 +121,30 @@ class Feed:
             self._resident.set_busy(entry)
             demand.ready.append(entry.key)
             return
-        if self._speculative.pop(entry.key, None) is not None:
+        if entry.key in self._speculative:
+            del self._speculative[entry.key]
             self.late.add(entry.ticket.num_bytes)
-        self._queue.promote(entry.ticket, Priority.DEMAND)
+        if entry.ticket.priority:
+            self._queue.promote(entry.ticket, Priority.DEMAND)
         demand.under_way += 1
+
+    def abandon(self, demand: Demand) -> None:
+        """Ends `demand`: what it has not taken is kept for it no more. Idempotent."""
+        if demand not in self.demands:
+            return
+        self.demands.remove(demand)
+        if demand.is_over:
+            return
+        demand.waiting.clear()
+        demand.ready.clear()
+        demand.under_way = 0
+        for entry in [e for e in self._resident.entries.values() if demand in e.demands]:
+            entry.demands.remove(demand)
+            if entry.is_idle:
+                self._resident.set_idle(entry)
+            elif entry.ticket is not None and not entry.demands:
+                self._queue.cancel(entry.ticket)
+        self.pump()
 
     def take(self, entry: Entry) -> None:
         """`entry` is used."""
@@ -139,6 +159,12 @@ class Feed:
         }  # fmt: skip
         parts = {f"prefetch_{name}": own.parts for name, own in kinds.items()}
         return parts | {f"prefetch_{name}_bytes": own.num_bytes for name, own in kinds.items()}
+
+    def check(self) -> None:
+        """No demand has lost a part."""
+        for demand in self.demands:
+            watched = [e for e in self._resident.entries.values() if demand in e.demands]
+            assert len(watched) == demand.under_way + len(demand.ready), "a demand lost a part"
 
     def _begin_hinted(self, hint: Hint, priority: Priority) -> bool:
         entry = self._resident.start(

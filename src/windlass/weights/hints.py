@@ -39,6 +39,8 @@ class HintQueue:
 
     def first(self, blocked: Collection[Part]) -> Hint | None:
         """The foremost hint whose kind is not in `blocked`."""
+        if not self._ranks:
+            return None
         best: Hint | None = None
         for part, heap in self._heaps.items():
             while heap and self._ranks.get(heap[0].key) != heap[0].rank:

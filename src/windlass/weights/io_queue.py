@@ -102,7 +102,7 @@ class Ticket(Generic[B]):
         self.route = route
         self.priority = priority
         self.state = TicketState.QUEUED
-        self.num_bytes = sum(block.num_bytes for block in blocks)
+        self.num_bytes = sum([block.num_bytes for block in blocks])
         self._blocks = blocks[::-1]  # not yet issued; the next is last
         self._left = len(blocks)  # not yet arrived
         self._on_done = on_done
@@ -117,10 +117,12 @@ class _Line(Generic[B]):
         self.blocks_in_flight = self.bytes_in_flight = 0
         self._heap: list[tuple[int, int, Ticket[B]]] = []
         self._pushed = 0
+        self._depths = [link.depth_of(priority) for priority in Priority]
+        self._steps = [link.block_of(priority) for priority in Priority]
 
     def is_full(self, priority: Priority) -> bool:
         """Whether nothing of `priority` may be sent now."""
-        return self.blocks_in_flight >= self.link.depth_of(priority)
+        return self.blocks_in_flight >= self._depths[priority]
 
     @property
     def num_queued(self) -> int:
@@ -146,9 +148,15 @@ class _Line(Generic[B]):
             return head.priority > priority
         return priority == Priority.DEMAND or not self.is_full(priority)
 
-    def cut(self, whole: B, priority: Priority) -> list[B]:
-        size, step = whole.num_bytes, self.link.block_of(priority)
-        return [whole.part(i, min(step, size - i)) for i in range(0, size, step)]
+    def cut(self, pieces: Sequence[B], priority: Priority) -> list[B]:
+        step = self._steps[priority]
+        if all([piece.num_bytes <= step for piece in pieces]):
+            return list(pieces)
+        return [
+            piece.part(i, min(step, piece.num_bytes - i))
+            for piece in pieces
+            for i in range(0, piece.num_bytes, step)
+        ]
 
     def sent(self, num_bytes: int) -> None:
         self.blocks_in_flight += 1
@@ -186,6 +194,7 @@ class IoQueue(ABC, Generic[B]):
         self._listener: Listener | None = None
         self._error: Exception | None = None
         self._closed = False
+        self._is_over = False  # failed or closed
 
     @abstractmethod
     def _move(self, ticket: Ticket[B], block: B) -> None:
@@ -235,10 +244,16 @@ class IoQueue(ABC, Generic[B]):
         owners (parts, rows of tables), so a single listener could not tell whose has ended."""
         assert not self._closed, "submitted to a closed queue"
         line = self._lines[route]
-        blocks = [block for piece in pieces for block in line.cut(piece, priority)]
+        blocks = line.cut(pieces, priority)
         ticket = Ticket(route, priority, blocks, on_done)
-        line.push(ticket)
-        self._issue(line)
+        if line.num_queued:
+            line.push(ticket)
+            self._issue(line)
+        else:
+            self._issue_of(ticket, line)
+            if ticket._blocks:
+                line.push(ticket)
+            self._issued()
         return ticket
 
     def promote(self, ticket: Ticket[B], priority: Priority) -> None:
@@ -292,6 +307,7 @@ class IoQueue(ABC, Generic[B]):
                     self._listener.pump()
             except Exception as caught:  # noqa: BLE001  thread boundary: raised at every waiter
                 self._error = self._error or caught
+                self._is_over = True
             if self._is_over:
                 self.changed.notify_all()
 
@@ -303,22 +319,23 @@ class IoQueue(ABC, Generic[B]):
             if not self._is_over and head is not None:
                 assert line.is_full(head.priority), "a block waits although the link has room"
 
-    @property
-    def _is_over(self) -> bool:
-        return self._error is not None or self._closed
-
     def _from_disk(self) -> list[_Line[B]]:
         return [line for route, line in self._lines.items() if route.source == DISK]
 
     def _issue(self, line: _Line[B]) -> None:
-        while not self._is_over and (ticket := line.head()) is not None:
-            if line.is_full(ticket.priority):
+        while (ticket := line.head()) is not None:
+            self._issue_of(ticket, line)
+            if ticket._blocks:
                 break
+        self._issued()
+
+    def _issue_of(self, ticket: Ticket[B], line: _Line[B]) -> None:
+        """Blocks of the most urgent ticket, as many as fit."""
+        while ticket._blocks and not self._is_over and not line.is_full(ticket.priority):
             block = ticket._blocks.pop()
             ticket.state = TicketState.STARTED
             line.sent(block.num_bytes)
             self._move(ticket, block)
-        self._issued()
 
     def _end(self, ticket: Ticket[B]) -> None:
         if ticket.state is not TicketState.CANCELLED:

@@ -2,6 +2,7 @@
 of bytes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -78,6 +79,7 @@ class Residency:
         self._places: dict[WeightKey, int] = {}
         self._held = np.zeros(0, bool)
         self._fitting = {part for part, own in slots.items() if own.num_slots == num_keys[part]}
+        self.fits_all = len(self._fitting) == len(slots)
 
     def __contains__(self, part: Part) -> bool:
         """Whether this kind of part has slots at all."""
@@ -109,6 +111,14 @@ class Residency:
         """Entries of one kind."""
         return [entry for entry in self.entries.values() if entry.key.part == part]
 
+    def pinned(self, keys: Sequence[WeightKey]) -> list[Entry] | None:
+        """Of `keys`, if all are resident and of kinds that fit."""
+        if not all(self.fits(key.part) for key in keys):
+            return None
+        entries = [self.entries.get(key) for key in keys]
+        there = [entry for entry in entries if entry is not None and entry.ticket is None]
+        return there if len(there) == len(entries) else None
+
     def loading(self) -> list[tuple[Entry, Ticket[Any]]]:
         """Entries under way, in the order in which they were begun."""
         return [(e, e.ticket) for e in self.entries.values() if e.ticket is not None]
@@ -128,7 +138,7 @@ class Residency:
             return None
         entry = self.entries[key] = Entry(key, slot)
         self._note(key, is_held=True)
-        entry.ticket = self._mover.fetch(entry, priority=priority, on_done=lambda: on_done(entry))
+        entry.ticket = self._mover.fetch(entry, priority=priority, on_done=partial(on_done, entry))
         return entry
 
     def remove(self, entry: Entry) -> None:
@@ -139,12 +149,12 @@ class Residency:
 
     def set_idle(self, entry: Entry) -> None:
         """`entry` may be evicted, unless its kind fits: then nothing ever has to go."""
-        if not self.fits(entry.key.part):
+        if entry.key.part not in self._fitting:
             self._policy.add(entry.key)
 
     def set_busy(self, entry: Entry) -> None:
         """`entry` may not be evicted."""
-        if not self.fits(entry.key.part):
+        if entry.key.part not in self._fitting:
             self._policy.discard(entry.key)
 
     def check(self) -> None:
@@ -171,7 +181,7 @@ class Residency:
         slot = own.allocate()
         if slot is None and (victim := self._policy.victim(key, layers)) is not None:
             self._policy.discard(victim)
-            self.remove(self.entries[victim])
+            slot = self.entries.pop(victim).slot
+            self._note(victim, is_held=False)
             self.evictions += 1
-            slot = own.allocate()
         return slot

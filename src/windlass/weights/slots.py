@@ -9,7 +9,7 @@ class Slots:
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self._free = list(range(num_slots - 1, -1, -1))  # the lowest first: touches least memory
-        self._held: set[int] = set()
+        self._is_held = [False] * num_slots
 
     @property
     def num_free(self) -> int:
@@ -20,24 +20,25 @@ class Slots:
         if not self._free:
             return None
         slot = self._free.pop()
-        self._held.add(slot)
+        self._is_held[slot] = True
         return slot
 
     def free(self, slot: int) -> None:
         """Gives a held slot back."""
-        assert slot in self._held, f"slot {slot} is not held"
-        self._held.remove(slot)
+        assert self._is_held[slot], f"slot {slot} is not held"
+        self._is_held[slot] = False
         self._free.append(slot)
 
     def held(self) -> frozenset[int]:
         """Numbers of the held slots."""
-        return frozenset(self._held)
+        return frozenset(slot for slot, is_held in enumerate(self._is_held) if is_held)
 
     def check(self) -> None:
         """Every slot is either free or held, once."""
         assert len(set(self._free)) == len(self._free), "a slot is free twice"
-        assert not self._held.intersection(self._free), "a slot is free and held"
-        assert self._held.union(self._free) == set(range(self.num_slots)), "a slot is lost"
+        held = self.held()
+        assert not held.intersection(self._free), "a slot is free and held"
+        assert held.union(self._free) == set(range(self.num_slots)), "a slot is lost"
 
 
 class Arena(Slots):
@@ -48,9 +49,9 @@ class Arena(Slots):
         assert memory.num_bytes >= slot_bytes * num_slots, (memory.num_bytes, slot_bytes, num_slots)
         super().__init__(num_slots)
         self.slot_bytes = slot_bytes
-        self._memory = memory
+        self._slots = [memory.part(i * slot_bytes, slot_bytes) for i in range(num_slots)]
 
     def memory_of(self, slot: int) -> DeviceMemory:
         """The memory of a held slot: `slot_bytes`."""
-        assert slot in self._held, f"slot {slot} is not held"
-        return self._memory.part(slot * self.slot_bytes, self.slot_bytes)
+        assert self._is_held[slot], f"slot {slot} is not held"
+        return self._slots[slot]

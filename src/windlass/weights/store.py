@@ -6,14 +6,15 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 
-from windlass.checkpoint.part_reads import PartReads, make_part_reads, slot_bytes
+from windlass.checkpoint.layout import ITEM_BYTES
+from windlass.checkpoint.part_reads import PartReads, Placement, make_part_reads, slot_bytes
 from windlass.checkpoint.reader import WeightSource
 from windlass.checkpoint.views import copied_bytes, make_views
-from windlass.device.base import Copy, DeviceMemory
+from windlass.device.base import Copy, DeviceMemory, FileRange
 from windlass.ids import DISK, Part, Route, WeightKey
 from windlass.models.names import Layout
 from windlass.tensors import StoredTensors, Tensors
@@ -26,14 +27,35 @@ from windlass.weights.residency import Entry, num_slots
 from windlass.weights.row_reader import RowReader
 from windlass.weights.slots import Arena
 from windlass.weights.stats import StoreStats
-from windlass.weights.transfer import Carrier, TransferQueue, file_copies
+from windlass.weights.transfer import Carrier, TransferQueue
+
+_NONE: Tensors = {}
+_LARGEST_ITEM = max(ITEM_BYTES.values())
+
+
+@dataclass(slots=True)
+class _Geometry:
+    """Of parts whose tensors lie alike: those of one of them, and where they begin in the arena.
+    Nobody reads them; those of the others are made of them."""
+
+    tensors: StoredTensors | None = None
+    begin: int = 0
+
+
+class _Known(NamedTuple):
+    """What a part is, wherever it lies."""
+
+    part_reads: PartReads
+    geometry: _Geometry
+    ranges: list[tuple[FileRange, int]]  # its reads, and where in the slot they go
+    label: str
 
 
 @dataclass(slots=True)
 class _Content:
     """What lies in an entry's slot."""
 
-    part_reads: PartReads
+    known: _Known
     tensors: StoredTensors | None = None  # made at the first lease
 
 
@@ -67,8 +89,8 @@ class WeightStore:
             part: Arena(device.allocate(sizes[part] * count), sizes[part], count)
             for part, count in given.items()
         }
-        carriers = {Route(DISK, device.name): disk}
-        self._queue = TransferQueue(carriers, tracer=tracer)
+        self._route = Route(DISK, device.name)
+        self._queue = TransferQueue({self._route: disk}, tracer=tracer)
         self._changed = self._queue.changed
         self.cache = WeightCache(
             num_keys,
@@ -86,15 +108,17 @@ class WeightStore:
                 info = source.tensors[piece.tensor]
                 assert not piece.ops and piece.shape == info.shape, f"{key}: rows of {piece}"
                 self._rows[key] = RowReader(info, source, self._queue, device)
-        self._known: set[WeightKey] = set()  # that were in a slot before
+        self._known: dict[WeightKey, _Known] = {}
+        self._geometries: dict[tuple[Part, tuple[Placement, ...]], _Geometry] = {}
+        self._seen: set[WeightKey] = set()  # parts whose tensors were made, and checked, before
         self._dropped: deque[tuple[Demand, list[Lease]]] = deque()
         self._rows_wait_s = 0.0
 
     # --- what callers use -------------------------------------------------------------------------
 
-    def pinned(self, keys: Iterable[WeightKey]) -> list[StoredTensors] | None:
-        """Tensors of `keys`, valid as long as the store, if all are in memory for good and views of
-        their slots."""
+    def pinned(self, keys: Sequence[WeightKey]) -> list[StoredTensors] | None:
+        """Tensors of `keys`, valid as long as the store, if all are in memory for good (their kinds
+        have slots for all) and views of their slots."""
         with self._changed:
             entries = self.cache.pinned(keys)
             if entries is None:
@@ -152,38 +176,58 @@ class WeightStore:
     def _next(self, demand: Demand) -> "Lease | None":
         """The next part of `demand`, waiting for it; None when it is over."""
         with self._changed:
-            self._tidy()
+            if self._dropped:
+                self._tidy()
             entry = self.cache.next(demand)
             return None if entry is None else self._lease(entry)
 
     def _ready(self, demand: Demand, limit: int) -> "list[Lease]":
         """Leases of what `demand` need not wait for, at most `limit`."""
-        with self._changed:
-            return [self._lease(entry) for entry in self.cache.ready(demand, limit)]
+        return [self._lease(entry) for entry in self.cache.ready(demand, limit)]
 
     def _lease(self, entry: Entry) -> "Lease":
-        return Lease(self, entry, self._tensors_of(entry))
+        tensors: StoredTensors | None = entry.content.tensors
+        return Lease(self, entry, self._tensors_of(entry) if tensors is None else tensors)
 
     def _tensors_of(self, entry: Entry) -> StoredTensors:
         content: _Content = entry.content
         if content.tensors is not None:
             return content.tensors
-        memory = self._memory_of(entry).data
-        is_known = entry.key in self._known
-        tensors, has_copies = make_views(content.part_reads, memory, is_known=is_known)
-        self._known.add(entry.key)
-        if not has_copies:  # copies are outside the budget's slots: they end with the lease
-            content.tensors = tensors
-        return tensors
+        part_reads, alike, _, _ = content.known
+        memory = self._memory_of(entry)
+        moved_by = memory.begin + part_reads.begin - alike.begin
+        if entry.key in self._seen and alike.tensors is not None and not moved_by % _LARGEST_ITEM:
+            content.tensors = alike.tensors.moved(moved_by)
+            return content.tensors
+        views = make_views(part_reads, memory.data, is_known=entry.key in self._seen)
+        self._seen.add(entry.key)
+        if not views.has_copies:  # copies are outside the budget's slots: they end with the lease
+            content.tensors = views.tensors
+            if alike.tensors is None:
+                alike.tensors, alike.begin = views.tensors.moved(0), memory.begin + part_reads.begin
+        return views.tensors
 
     def fetch(
         self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]
     ) -> Ticket[Copy]:
-        part_reads = make_part_reads(entry.key, self._layout, self._source.tensors)
-        entry.content = _Content(part_reads)
+        known = self._known.get(entry.key) or self._learn(entry.key)
+        entry.content = _Content(known)
         into = self._memory_of(entry)
-        copies = file_copies(self._source, part_reads.reads, into, str(entry.key))
-        return self._queue.submit(copies, priority=priority, on_done=on_done)
+        copies = [
+            Copy(source, into.part(at, source.num_bytes), known.label)
+            for source, at in known.ranges
+        ]
+        return self._queue.enqueue(self._route, copies, priority=priority, on_done=on_done)
+
+    def _learn(self, key: WeightKey) -> _Known:
+        part_reads = make_part_reads(key, self._layout, self._source.tensors)
+        geometry = self._geometries.setdefault((key.part, part_reads.placements), _Geometry())
+        ranges = [
+            (FileRange(self._source, read.file, read.offset, read.num_bytes), read.at)
+            for read in part_reads.reads
+        ]
+        known = self._known[key] = _Known(part_reads, geometry, ranges, str(key))
+        return known
 
     def now(self) -> float:
         """Seconds, for the time that callers wait."""
@@ -227,7 +271,7 @@ class Lease:
     def _end(self) -> Entry | None:
         """What is to be released, once."""
         entry, self._entry = self._entry, None
-        self._tensors = {}
+        self._tensors = _NONE
         return entry
 
     def __enter__(self) -> Self:
@@ -256,18 +300,12 @@ class Arrivals:
         return self
 
     def __next__(self) -> "Lease":
-        self._release()
+        self.release()
         lease = self._store._next(self._demand)
         if lease is None:
             raise StopIteration
         self._leases.append(lease)
         return lease
-
-    def next_ready(self, limit: int) -> "list[Lease]":
-        """Up to `limit` leases of parts that need no waiting, perhaps none; what was leased before
-        is released."""
-        self._release()
-        return self.ready(limit)
 
     def ready(self, limit: int) -> "list[Lease]":
         """Up to `limit` further leases, of parts that need no waiting; released with the one that
@@ -276,6 +314,17 @@ class Arrivals:
         self._leases += more
         return more
 
+    def group(self, limit: int) -> "list[Lease]":
+        """Leases of all parts that need no waiting, at most `limit`, and at least of one, waiting
+        for it; the last group is released. Empty when no part is left."""
+        store = self._store
+        with store._changed:
+            self.release()
+            if store._dropped:
+                store._tidy()
+            self._leases = [store._lease(one) for one in store.cache.group(self._demand, limit)]
+        return self._leases
+
     def all(self) -> "list[Lease]":
         """Leases of all that are left, waiting for them: each keeps its slot, so there must be
         enough. Released with the next call of `next` or `close`."""
@@ -283,16 +332,28 @@ class Arrivals:
             self._leases.append(lease)
         return list(self._leases)
 
+    @property
+    def has_ready(self) -> bool:
+        """Whether the next part needs no waiting. It may change at any moment, for the better."""
+        return bool(self._demand.ready)
+
+    def release(self) -> None:
+        """Releases the current leases."""
+        if not self._leases:
+            return
+        entries = []
+        for lease in self._leases:
+            entry, lease._entry, lease._tensors = lease._entry, None, _NONE
+            if entry is not None:
+                entries.append(entry)
+        self._leases = []
+        self._store.cache.release(entries)
+
     def close(self) -> None:
         """Releases the current leases and demands the rest no more. Idempotent."""
-        self._release()
-        self._store.cache.abandon(self._demand)
-
-    def _release(self) -> None:
-        entries = [entry for lease in self._leases if (entry := lease._end()) is not None]
-        self._leases.clear()
-        if entries:
-            self._store.cache.release(entries)
+        with self._store._changed:
+            self.release()
+            self._store.cache.abandon(self._demand)
 
     def __del__(self) -> None:
         # The collector may run inside the store itself, so the store cleans up when it next can.

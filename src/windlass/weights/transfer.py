@@ -1,6 +1,7 @@
 """Routes between files and memories of devices: an `IoQueue` whose blocks are the devices' copies.
 Knows files and bytes, not weights."""
 
+import _thread
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,28 +38,50 @@ class Carrier:
         return Link(self.depth or self.device.num_lanes + 1, size)
 
 
+class _Changed(_thread.RLock):  # type: ignore[misc]  # final in words only
+    """A lock, and the wait for a change, where mostly nobody waits. (Entering a condition calls
+    Python, entering its lock does not.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._condition = threading.Condition(self)
+        self._waiting = 0
+
+    def wait(self) -> None:
+        self._waiting += 1
+        try:
+            self._condition.wait()
+        finally:
+            self._waiting -= 1
+
+    def notify_all(self) -> None:
+        if self._waiting:
+            self._condition.notify_all()
+
+
 class TransferQueue(IoQueue[Copy]):
     """Makes copies along the routes that have a carrier. Callbacks run on the devices' threads."""
 
     def __init__(self, carriers: Mapping[Route, Carrier], *, tracer: Tracer | None = None) -> None:
         self._carriers = dict(carriers)
         self._tracer = tracer or Tracer()
-        self._condition = threading.Condition(threading.RLock())
-        super().__init__(self._condition, {r: one.link for r, one in carriers.items()})
+        super().__init__(_Changed(), {r: one.link for r, one in carriers.items()})
 
     def submit(
         self, copies: Sequence[Copy], *, priority: Priority, on_done: Callable[[], None]
     ) -> Ticket[Copy]:
         """Queues `copies`, all of one route, and starts what fits."""
-        (route,) = {copy.route for copy in copies}
+        route = copies[0].route
+        assert len(copies) == 1 or all(copy.route == route for copy in copies), "one route"
         return self.enqueue(route, copies, priority=priority, on_done=on_done)
 
     def close(self) -> None:
         """Issues nothing more and returns when nothing is in flight. Takes the lock; idempotent."""
-        with self._condition:
-            self._closed = True
-            self._condition.notify_all()
-            self._condition.wait_for(lambda: not self.bytes_in_flight)
+        with self.changed:
+            self._is_over = self._closed = True
+            self.changed.notify_all()
+            while self.bytes_in_flight:
+                self.changed.wait()
             for line in self._lines.values():
                 line.clear()
 
@@ -67,8 +90,9 @@ class TransferQueue(IoQueue[Copy]):
         self._carriers[ticket.route].device.submit(block, done)
 
     def _issued(self) -> None:
-        mib = self.bytes_in_flight / MIB
-        self._tracer.counter("transfers", queued=self.num_queued, mib_in_flight=mib)
+        if self._tracer.writes:
+            mib = self.bytes_in_flight / MIB
+            self._tracer.counter("transfers", queued=self.num_queued, mib_in_flight=mib)
 
 
 def file_copies(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from windlass.kernels.cpu import library as lib
-from windlass.kernels.cpu.prepared import Linears, Network
+from windlass.kernels.cpu.prepared import Linears, NativeExperts, Network
 from windlass.units import round_up
 
 _LINE_FLOATS = 16  # that results begin at multiples of
@@ -54,9 +54,14 @@ class Scratch:
         self._blocks: list[torch.Tensor] = []  # never freed or moved: calls point into them
         self._block = self._used = 0  # the one in use, and its floats that are taken
 
-    def rewind(self) -> None:
-        """The next layer begins."""
-        self._block = self._used = 0
+    @property
+    def place(self) -> tuple[int, int]:
+        """The first that is not taken."""
+        return self._block, self._used
+
+    def rewind(self, place: tuple[int, int]) -> None:
+        """What lies from `place` on is over."""
+        self._block, self._used = place
 
     def empty(self, *shape: int) -> torch.Tensor:
         """(shape) fp32, until the next layer."""
@@ -76,4 +81,4 @@ def _has_copies(keep: object) -> bool:
         return any(_has_copies(one) for one in keep)
     if isinstance(keep, lib.Matrix):
         return keep.copy is not None
-    return isinstance(keep, Linears | Network) and keep.has_copies
+    return isinstance(keep, Linears | Network | NativeExperts) and keep.has_copies

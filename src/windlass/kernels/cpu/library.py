@@ -42,10 +42,16 @@ class Product(c.Structure):
 
 class Expert(c.Structure):
     _fields_ = [
-        ("gate", c.POINTER(Matrix)), ("up", c.POINTER(Matrix)), ("down", c.POINTER(Matrix)),
+        ("gate", _ptr), ("up", _ptr), ("down", _ptr),  # to a Matrix each
         ("gate_bias", _ptr), ("up_bias", _ptr), ("down_bias", _ptr),
         ("rows", _ptr), ("places", _ptr), ("num_rows", _i64),
     ]  # fmt: skip
+
+
+class Network(c.Structure):
+    """An expert, and the matrices that it points to."""
+
+    _fields_ = [("expert", Expert), ("matrices", Matrix * 3)]
 
 
 class Tile(c.Structure):

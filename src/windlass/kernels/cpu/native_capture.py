@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from windlass.kernels.cpu import library as lib
 from windlass.kernels.cpu.capture_calls import CapturedCalls
+from windlass.kernels.cpu.prepared import NativeExperts
 from windlass.kernels.cpu.session import Session
 from windlass.kernels.cpu.tiles import Tiles
 from windlass.kernels.interface import AttentionWork
@@ -18,6 +19,7 @@ from windlass.kernels.interface import AttentionWork
 _Result = TypeVar("_Result")
 _TRIES = 3  # of a layer: what is derived from its weights is made at the first
 _MOST_LABELS = 16
+_BEGIN = (0, 0)  # of the scratch
 
 
 class _Layer(NamedTuple):
@@ -26,6 +28,7 @@ class _Layer(NamedTuple):
     captured: CapturedCalls
     calls: "c.Array[lib.Call]"
     result: object
+    end: tuple[int, int]  # of its results, in the scratch
 
 
 class NativeCapture:
@@ -37,30 +40,42 @@ class NativeCapture:
         self._labels: list[str] = []
         self._seconds = (c.c_double * _MOST_LABELS)()
         self._tiles = Tiles()
-        self._layers: dict[int, _Layer] = {}
-        self._tries: Counter[int] = Counter()
-        self.num_replayed = 0  # layers
+        self._layers: dict[object, _Layer] = {}
+        self._tries: Counter[object] = Counter()
+        self._end: tuple[int, int] | None = None  # of the results of the last run, if it is kept
+        self.num_replayed = 0  # layers, or pieces of them
 
     def begin(self, work: AttentionWork) -> None:
         self._tiles.replace(work)
 
-    def run(self, layer: int, body: Callable[[], _Result]) -> _Result | None:
-        known = self._layers.get(layer)
+    def run(
+        self, key: object, body: Callable[[], _Result], *, continues: bool = False
+    ) -> _Result | None:
+        known = self._layers.get(key)
         if known is not None:
             self.num_replayed += 1
+            self._end = known.end
             run = self._session.library.wl_run
             lib.check(run(known.calls, len(known.calls), self._seconds), "a replayed layer")
             return cast("_Result", known.result)
-        if self._tries[layer] == _TRIES:
+        if continues and self._end is None:
+            return body()  # reads results of calls that are not kept: the next time, perhaps
+        if self._tries[key] == _TRIES:
             return None
-        self._tries[layer] += 1
+        self._tries[key] += 1
         captured = CapturedCalls(self._index)
-        self._session.scratch.rewind()
+        scratch = self._session.scratch
+        scratch.rewind(self._end if continues and self._end is not None else _BEGIN)
         with self._session.capturing(captured, self._tiles), _Watch() as watch:
             result = body()
+        self._end = None
         if captured.is_complete and not watch.has_computed:
-            self._layers[layer] = _Layer(captured, captured.calls(), result)
+            self._end = scratch.place
+            self._layers[key] = _Layer(captured, captured.calls(), result, self._end)
         return result
+
+    def experts(self, num_experts: int) -> NativeExperts:
+        return NativeExperts(num_experts)
 
     def empty(self, *shape: int) -> torch.Tensor:
         return self._session.scratch.empty(*shape)

@@ -8,7 +8,7 @@ import torch
 
 from windlass.kernels.cpu import library as lib
 from windlass.kernels.cpu.matrices import elements_together, heads_of
-from windlass.kernels.cpu.prepared import Linears, network_of, prepared
+from windlass.kernels.cpu.prepared import Linears, NativeExperts, network_of, prepared
 from windlass.kernels.cpu.session import Session
 from windlass.kernels.interface import ExpertGroups
 from windlass.models.spec import Activation, ClampedSwiGlu, GeGlu, ReluSquared, SwiGlu
@@ -72,7 +72,7 @@ def expert_ffn(
     """See `Kernels.expert_ffn`."""
     x_ND = elements_together(x_ND)
     network = network_of(w)
-    out_ND = session.empty(x_ND.shape[0], network.struct.down.contents.n)
+    out_ND = session.empty(x_ND.shape[0], network.width)
     one = (lib.Expert * 1)(network.struct)
     one[0].num_rows = x_ND.shape[0]
     session.call(
@@ -94,17 +94,15 @@ def experts(
     """See `Kernels.experts`."""
     x_TD = elements_together(x_TD)
     num_experts = groups.counts_E.shape[0]
-    table = (c.c_void_p * num_experts)()
-    networks = []
-    for expert, w in weights.items():
-        network = network_of(w)
-        networks.append(network)
-        table[expert] = network.address
+    if not isinstance(weights, NativeExperts):
+        held = NativeExperts(num_experts)
+        held.hold(weights)
+        weights = held
     session.call(
         "wl_routed",
-        x_TD.data_ptr(), x_TD.stride(0), out.data_ptr(), out.stride(0), table, num_experts,
+        x_TD.data_ptr(), x_TD.stride(0), out.data_ptr(), out.stride(0), weights.table, num_experts,
         groups.counts_E.data_ptr(), groups.rows.data_ptr(), groups.order.data_ptr(),
-        *_activation(activation), session.precision, keep=networks,
+        *_activation(activation), session.precision, keep=weights,
     )  # fmt: skip
 
 
