@@ -155,7 +155,7 @@ class HostRuntime:
         while True:
             if not arriving.has_ready:
                 arriving.release()
-                while not arriving.has_ready and self._works():
+                while arriving.must_wait and self._works():
                     pass
             group = arriving.group(group_size)
             if not group:

@@ -333,6 +333,11 @@ class Arrivals:
         return list(self._leases)
 
     @property
+    def must_wait(self) -> bool:
+        """Whether parts are still to come, and none is there."""
+        return not self._demand.ready and not self._demand.is_over
+
+    @property
     def has_ready(self) -> bool:
         """Whether the next part needs no waiting. It may change at any moment, for the better."""
         return bool(self._demand.ready)
