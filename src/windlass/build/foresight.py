@@ -38,6 +38,7 @@ class Outfit(NamedTuple):
     chosen: ChosenPolicy
     usage: KeptUsage | None
     recorder: RoutingRecorder | None
+    is_guarded: bool  # whether reading ahead is left when it does not pay
 
     def foresight(self, plan: Plan, shape: PassShape, cache: WeightCache) -> Foresight:
         """What the runtime is given; what earlier runs used most begins to be read."""
@@ -53,7 +54,7 @@ class Outfit(NamedTuple):
             cache,
             self.forecast,
             usage=None if self.usage is None else self.usage.shares,
-            guard=WindowGuard(),
+            guard=WindowGuard() if self.is_guarded else None,
         )
         prefetcher.fill()
         return Foresight(self.forecast, prefetcher, tuple(observers), readers)
@@ -83,7 +84,10 @@ def make_outfit(
     if isinstance(forecast, FineMoeForecast):
         opened.callback(forecast.close)
     chosen = choose_policy(options.expert_cache_policy, forecast.outlook, slots)
-    return Outfit(forecast, chosen, usage, open_recorder(options, model, opened))
+    recorder = open_recorder(options, model, opened)
+    # the systems of the papers have no guard: who compares with them wants them as they are
+    is_guarded = options.expert_forecast in ("learned", "gate", "usage")
+    return Outfit(forecast, chosen, usage, recorder, is_guarded)
 
 
 def follows_sequences(options: EngineOptions) -> bool:

@@ -30,7 +30,7 @@ from windlass.schedule.observer import RouterReader, RoutingObserver
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.tensors import Tensors, plain
 from windlass.trace import Tracer
-from windlass.weights.store import Lease, WeightStore
+from windlass.weights.store import Arrivals, Lease, WeightStore
 
 _EMBED = WeightKey(Part.EMBED)
 _SCORE_BYTES = 8 << 20  # of logits that only a score is taken of
@@ -155,20 +155,21 @@ class HostRuntime:
         while True:
             if not arriving.has_ready:
                 arriving.release()
-                while arriving.must_wait and self._works():
-                    pass
+                self._work(arriving)
             group = arriving.group(group_size)
             if not group:
                 return
             yield group
 
-    def _works(self) -> bool:
-        """Does a piece of the forecast's arithmetic, and hints at what follows from it."""
-        before = self._forecast.outlook.version
-        has_worked = self._forecast.work()
-        if self._prefetcher is not None and self._forecast.outlook.version != before:
+    def _work(self, arriving: Arrivals) -> None:
+        """The forecast's arithmetic, as long as there is nothing to compute; then hints at what
+        follows from it."""
+        outlook = self._forecast.outlook
+        before = outlook.version
+        while arriving.must_wait and self._forecast.work():
+            pass
+        if self._prefetcher is not None and outlook.version != before:
             self._prefetcher.update()
-        return has_worked
 
     def prefetch(self, layer: int) -> None:
         if self._prefetcher is not None:
