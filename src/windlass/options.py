@@ -87,7 +87,7 @@ class EngineOptions:
     generation_config: Literal["auto", "vllm"] = "auto"
     strict: bool = False
     expert_usage: Path | Literal["auto", "off"] = "off"
-    expert_forecast: str = "usage"
+    expert_forecast: str = "learned"
     expert_cache_policy: str = "next-use"
     expert_map_store: Path | None = None
 

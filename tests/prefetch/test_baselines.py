@@ -131,6 +131,7 @@ class Certain:
 
     wants_scores = wants_states = False
     threshold: float | None = None
+    speculates: bool = True
 
     def __init__(self, table):
         self.outlook = Outlook(table)

@@ -90,9 +90,9 @@ ENGINE_FLAGS = (
     Flag(name="expert-usage", read=_usage_file, default="auto", metavar="FILE", group=_MEMORY,
          help="where to keep how often each expert is used, counts alone, so that the next run "
          "reads those first: auto (the user's cache folder), off or a file"),
-    Flag(name="expert-forecast", read=choice(*EXPERT_FORECASTS), default="usage", metavar="NAME",
-         group=_MEMORY, help="who expects which experts come: usage (what each sequence used "
-         "lately, default), learned (gates that learn), gate (the same, not learning), finemoe and "
+    Flag(name="expert-forecast", read=choice(*EXPERT_FORECASTS), default="learned", metavar="NAME",
+         group=_MEMORY, help="who expects which experts come: learned (gates that learn, default), "
+         "gate (the same, not learning), usage (what each sequence used lately), finemoe and "
          "moe-infinity (as in their papers), off (nothing is read ahead but what is certain); "
          "results are the same bits with any"),
     Flag(name="expert-cache-policy", read=choice(*EXPERT_CACHE_POLICIES), default="next-use",

@@ -87,6 +87,7 @@ class FineMoeForecast:
 
     wants_scores = True
     threshold: float | None = None
+    speculates: bool = True
     wants_states = True
 
     def __init__(

@@ -98,6 +98,9 @@ class ExpertForecast(Protocol):
     @property
     def outlook(self) -> Outlook: ...
 
+    speculates: bool
+    """Whether candidates are asked for at present: what serves nothing else may be left out."""
+
     threshold: float | None
     """Probability of a use that is worth a read ahead; None where candidates are chosen otherwise.
     Whoever knows the link may raise it for a while."""

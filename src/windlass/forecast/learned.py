@@ -86,6 +86,7 @@ class LearnedForecast:
         self.sources = sources_within(table, hidden, limit_bytes, is_fixed=is_fixed)
         self.wants_scores = not is_fixed
         self.threshold: float | None = WORTH_A_READ
+        self.speculates = True
         self._table = table
         self._step = 0.0 if is_fixed else STEP
         self._usage = SequenceUsage(table)
@@ -130,6 +131,8 @@ class LearnedForecast:
                     self.outlook.now[part] = foretold[part]
         self._ahead, self._next, self._start = [], [], []
         if embedded_TD is None or self._norm is None or Source.START not in self.sources:
+            return
+        if not self.speculates:
             return
         if seen.begin(np.asarray(embedded_TD), last) and seen.is_whole:
             gates = self._gates
@@ -190,12 +193,15 @@ class LearnedForecast:
         follows = self._follows.get(layer)
         if follows is None:
             follows = self._follows[layer] = self._following(layer)
-        if seen.is_whole:
+        if seen.is_whole and self.speculates:
             self._ahead = list(follows.ahead)
             self._start = [at for at in self._start if at > layer and at not in follows.better]
         if seen.ends_n is not None and follows.has_next:
             self._next.append(layer)
-        self._lessons.extend(_Due(source, layer, seen, self._last) for source in follows.sources)
+        sources = follows.sources
+        if not self.speculates:  # what is kept goes by the next token, and by nothing else
+            sources = [source for source in sources if source is Source.TOKEN_BEFORE]
+        self._lessons.extend(_Due(source, layer, seen, self._last) for source in sources)
 
     def _following(self, layer: int) -> "_Following":
         index, layers = self._index[layer], self._table.layers

@@ -28,6 +28,7 @@ class MoeInfinityForecast:
 
     wants_scores = False
     threshold: float | None = None
+    speculates: bool = True
     wants_states = False
 
     def __init__(self, table: ExpertTable, *, capacity: int = 1000, matches: int = 1) -> None:

@@ -66,6 +66,7 @@ class SequenceUsage:
         self._pass: _Sequences | None = None  # None: too many, only what all text uses is known
         self._routed: dict[int, NDArray[np.int64]] = {}  # ids by layer, of a pass of single tokens
         self.threshold: float | None = 0.5
+        self.speculates = True
 
     def seed(self, counts: Floats, num_tokens: float) -> None:
         """What earlier runs saw (`SharedUsage.seed`); before the first pass."""

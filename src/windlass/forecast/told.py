@@ -26,6 +26,7 @@ class ToldForecast:
         self._all = (forecast, *observers)
         self._proposes = proposes
         self.threshold: float | None = None
+        self.speculates = proposes
         self.wants_scores = any(one.wants_scores for one in self._all)
         self.wants_states = forecast.wants_states
 

@@ -79,6 +79,7 @@ class UsageForecast:
     wants_scores = False
     wants_states = False
     threshold: float | None = None
+    speculates: bool = True
 
     def __init__(self, table: ExpertTable) -> None:
         self._table = table

@@ -78,6 +78,8 @@ class Prefetcher:
     def begin(self, now: float) -> None:
         """A pass begins; seconds."""
         self._began, self._waited = now, self._weights.waited_s
+        if self._guard is not None:
+            self._forecast.speculates = self._guard.is_on
 
     def end(self, batch: Batch, now: float) -> None:
         """The pass over `batch` has ended. Passes that only decode, as many sequences, are

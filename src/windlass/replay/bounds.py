@@ -115,6 +115,7 @@ class _OracleForecast:
     wants_scores = False
     wants_states = False
     threshold: float | None = None
+    speculates: bool = True
 
     def __init__(self, uses: NextUses) -> None:
         self.outlook = Outlook(uses.table)
