@@ -100,6 +100,12 @@ bench-prediction: setup
 bench-prefetcher: setup
 	$(BIN)/python bench/prefetcher.py
 
+# One sequence on the trained models of bench/forecast_models.py. OLD=<src folder of other code>
+bench-latency: setup
+	for name in demo model-12x64; do $(BIN)/python bench/latency.py --model out/forecast/$$name-padded \
+	  --prompts out/forecast/$$(echo $$name | sed s/model-//).prompts.jsonl --settings learned off off/lfru finemoe/finemoe \
+	  --json bench/results/latency-$$name.json $(if $(OLD),--src $(OLD)); done
+
 # OLD=<src folder of other code>: both in turn
 bench-decode: setup
 	$(BIN)/python bench/decode_from_disk.py $(if $(OLD),--src $(OLD))
