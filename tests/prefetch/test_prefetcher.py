@@ -226,8 +226,9 @@ def test_hints_come_in_order_and_a_stuck_kind_does_not_hold_up_others():
 
 def test_what_its_layer_does_not_need_is_hinted_at_no_more():
     queue = HintQueue()
-    for hint in (Hint(0, expert(1, 0), 5), Hint(1, expert(1, 1), 5), Hint(2, expert(2, 0), 6)):
-        queue.add(hint)
+    queue.add(Hint(0, expert(1, 0), 5))
+    queue.add(Hint(1, expert(1, 1), 5))
+    queue.add(Hint(2, expert(2, 0), 6))
     queue.add(Hint(3, expert(1, 2), 9))  # of the next pass
     queue.settle(1, {expert(1, 1)}, 5)
     left = []
