@@ -222,3 +222,26 @@ def test_hints_come_in_order_and_a_stuck_kind_does_not_hold_up_others():
     assert queue.first(()) == Hint(0, expert(2, 1), 0) and len(queue) == 1, "the last one holds"
     queue.drop(expert(2, 1))
     assert queue.first(()) is None and not len(queue)
+
+
+def test_what_its_layer_does_not_need_is_hinted_at_no_more():
+    queue = HintQueue()
+    queue.add(Hint(0, expert(1, 0), 5))
+    queue.add(Hint(1, expert(1, 1), 5))
+    queue.add(Hint(2, expert(2, 0), 6))
+    queue.add(Hint(3, expert(1, 2), 9))  # of the next pass
+    queue.settle(1, {expert(1, 1)}, 5)
+    left = []
+    while (hint := queue.first(())) is not None:
+        left.append(hint.key)
+        queue.drop(hint.key)
+    assert left == [expert(1, 1), expert(2, 0), expert(1, 2)]
+
+
+def test_hints_that_change_their_rank_for_ever_take_no_more_memory():
+    queue = HintQueue()
+    queue.add(Hint(0, expert(0, 0), 1))
+    for number in range(10_000):  # the foremost stays, so that nothing behind it comes up
+        queue.add(Hint(1 + number, expert(1, number % 8), 1, is_certain=False))
+    assert len(queue) == 9 and len(queue._heaps[Part.EXPERT]) < 200
+    assert queue.first(()) == Hint(0, expert(0, 0), 1)

@@ -10,7 +10,7 @@ import torch
 from backends import LIBRARY
 from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
 from recorder import RoutingRecorder, Seen, observed_by
-from windlass.forecast.sequence_usage import SequenceUsage
+from windlass.forecast.usage import UsageForecast
 from windlass.kernels.cpu.native_capture import NativeCapture
 from windlass.models.registry import read_spec
 from windlass.models.spec import Moe, SigmoidTopK, SoftmaxTopK
@@ -60,7 +60,7 @@ def test_without_scores_the_rest_is_the_same(tmp_path):
     make_model("mixtral", tmp_path)
     whole, bare = RoutingRecorder(), RoutingRecorder(wants_scores=False)
     run(tmp_path, whole)
-    run(tmp_path, bare)
+    run(tmp_path, bare, expert_forecast="usage")  # which wants none itself
     assert whole.seen.keys() == bare.seen.keys()
     for token, seen in bare.seen.items():
         assert seen.scores_E is None
@@ -145,7 +145,7 @@ def test_prompts_beside_answers_keep_their_tokens(schedule, tmp_path):
 def test_the_forecast_hears_nothing_of_captured_layers_observers_do(tmp_path, monkeypatch):
     make_model("mixtral", tmp_path)
     told = []
-    monkeypatch.setattr(SequenceUsage, "observe", lambda self, tokens: told.append(tokens.layer))
+    monkeypatch.setattr(UsageForecast, "observe", lambda self, tokens: told.append(tokens.layer))
     recorder = RoutingRecorder(wants_scores=False)
     run(tmp_path, recorder, moe_backend="cpu")
     heard = told[:]

@@ -172,7 +172,10 @@ def test_the_clock_does_what_the_device_does(
     """Copies answer in their order: only while the caller waits, and `blocks` of them during each
     operation. Layers that are repeated have no operations of their own: none is here."""
     monkeypatch.setattr(batches, "MOST_CAPTURED", 0)
-    options = dict(moe_expert_cache_size=slots, micro_batch_size=64, schedule=schedule)
+    options = dict(
+        moe_expert_cache_size=slots, micro_batch_size=64, schedule=schedule,
+        expert_forecast="usage",
+    )  # fmt: skip
     if not overlap:
         with engine_for(checkpoint, **options) as engine:
             options["plan"] = replace(engine.plan, overlap=False)

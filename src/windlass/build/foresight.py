@@ -16,6 +16,7 @@ from windlass.forecast.interface import ExpertForecast, ExpertTable
 from windlass.forecast.kept_usage import KeptUsage
 from windlass.forecast.learned import LearnedForecast
 from windlass.forecast.registry import ForecastSetting, choose_forecast
+from windlass.forecast.usage import UsageForecast
 from windlass.ids import Part
 from windlass.options import EngineOptions, checkpoint_stamp
 from windlass.plan import Plan
@@ -80,7 +81,10 @@ def make_outfit(
         maps=None if maps is None else MapFile(maps, checkpoint_stamp(model.folder)),
         earlier=usage,
     )
-    forecast = choose_forecast(options.expert_forecast, setting)
+    if slots >= len(table):  # all stay: nothing is to be foretold
+        forecast: ExpertForecast = UsageForecast(table)
+    else:
+        forecast = choose_forecast(_useful(options, plan), setting)
     if isinstance(forecast, FineMoeForecast):
         opened.callback(forecast.close)
     chosen = choose_policy(options.expert_cache_policy, forecast.outlook, slots)
@@ -88,6 +92,14 @@ def make_outfit(
     # the systems of the papers have no guard: who compares with them wants them as they are
     is_guarded = options.expert_forecast in ("learned", "gate", "usage")
     return Outfit(forecast, chosen, usage, recorder, is_guarded)
+
+
+def _useful(options: EngineOptions, plan: Plan) -> str:
+    """The forecast that was asked for. Gates foretell few sequences, for which the plan has room;
+    of many, usage says as much."""
+    asked = options.expert_forecast
+    has_room = asked not in ("learned", "gate") or plan.host.forecast_bytes
+    return asked if has_room else "usage"
 
 
 def follows_sequences(options: EngineOptions) -> bool:

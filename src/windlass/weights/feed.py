@@ -57,14 +57,14 @@ class Feed:
     def settle(self, keys: Sequence[WeightKey]) -> None:
         """`keys` are demanded: of experts, all that their layer needs now. What was guessed of that
         layer besides is given up, at the border of a block."""
-        if not self._speculative or not keys or keys[0].part is not Part.EXPERT:
+        if not keys or keys[0].part is not Part.EXPERT:
             return
         layer, needed = keys[0].layer, frozenset(keys)
+        self._hints.settle(layer, needed, self._now)
         for hint in list(self._speculative.values()):
-            if hint.key.layer == layer and hint.turn <= self._now and hint.key not in needed:
-                self._hints.drop(hint.key)
-                if not hint.is_certain:
-                    self._give_up(hint.key)
+            is_guess = hint.key.layer == layer and hint.turn <= self._now and not hint.is_certain
+            if is_guess and hint.key not in needed:
+                self._give_up(hint.key)
 
     def pump(self) -> None:
         """Starts whatever slots and link have room for."""

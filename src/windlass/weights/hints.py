@@ -1,10 +1,12 @@
 """What will be wanted soon, in order, kind by kind. Names only, no torch."""
 
-from collections.abc import Collection
-from heapq import heappop, heappush
+from collections.abc import Collection, Container
+from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 from windlass.ids import Part, WeightKey
+
+_MOST_STALE = 64
 
 
 class Hint(NamedTuple):
@@ -24,26 +26,38 @@ class HintQueue:
 
     def __init__(self) -> None:
         self._heaps: dict[Part, list[Hint]] = {}
-        self._ranks: dict[WeightKey, float] = {}  # of hints that hold
+        self._hints: dict[WeightKey, Hint] = {}  # that hold
 
     def __len__(self) -> int:
-        return len(self._ranks)
+        return len(self._hints)
 
     def add(self, hint: Hint) -> None:
-        self._ranks[hint.key] = hint.rank
-        heappush(self._heaps.setdefault(hint.key.part, []), hint)
+        self._hints[hint.key] = hint
+        heap = self._heaps.setdefault(hint.key.part, [])
+        heappush(heap, hint)
+        if len(heap) > 4 * len(self._hints) + _MOST_STALE:  # those that hold no more lie in it yet
+            heap[:] = [one for one in self._hints.values() if one.key.part is hint.key.part]
+            heapify(heap)
 
     def drop(self, key: WeightKey) -> None:
         """`key` is hinted at no more; unknown keys are fine."""
-        self._ranks.pop(key, None)
+        self._hints.pop(key, None)
+
+    def settle(self, layer: int, needed: Container[WeightKey], now: int) -> None:
+        """Experts of `layer` that are not `needed` are hinted at no more, unless for a turn after
+        `now`."""
+        for key, hint in list(self._hints.items()):
+            is_guess = key.part is Part.EXPERT and key.layer == layer and hint.turn <= now
+            if is_guess and key not in needed:
+                del self._hints[key]
 
     def first(self, blocked: Collection[Part]) -> Hint | None:
         """The foremost hint whose kind is not in `blocked`."""
-        if not self._ranks:
+        if not self._hints:
             return None
         best: Hint | None = None
         for part, heap in self._heaps.items():
-            while heap and self._ranks.get(heap[0].key) != heap[0].rank:
+            while heap and self._hints.get(heap[0].key) is not heap[0]:
                 heappop(heap)
             if heap and part not in blocked and (best is None or heap[0].rank < best.rank):
                 best = heap[0]
