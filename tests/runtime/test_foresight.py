@@ -1,10 +1,14 @@
 """Whoever expects experts and whoever gives them up: the engine gives the same bits, and replay
 finds the engine's hits."""
 
+import numpy as np
 import pytest
 
 from engines import engine_for, make_model, prompts, request, run_all
 from windlass.errors import UsageError
+from windlass.forecast.interface import Candidates
+from windlass.forecast.registry import FORECASTS
+from windlass.forecast.sequence_usage import SequenceUsage
 from windlass.ids import Part
 from windlass.options import EXPERT_CACHE_POLICIES, EXPERT_FORECASTS, EngineOptions
 from windlass.prefetch.registry import choose_policy
@@ -53,6 +57,35 @@ def test_answers_are_the_same_whoever_expects_experts(name, model, plain, tmp_pa
 @pytest.mark.parametrize("name", EXPERT_CACHE_POLICIES)
 def test_answers_are_the_same_whoever_gives_experts_up(name, model, plain):
     assert answers(model, (12, 7), expert_cache_policy=name)[0] == plain
+
+
+class Liar(SequenceUsage):
+    """Is sure of what did not come lately, and wants all of it read; or says whatever it likes."""
+
+    def __init__(self, table, *, is_random):
+        super().__init__(table)
+        self._random = np.random.default_rng(0) if is_random else None
+
+    def begin(self, batch, embedded_TD=None):
+        super().begin(batch, embedded_TD)
+        for told in (self.outlook.now, self.outlook.next, self.outlook.usage):
+            told[:] = 1 - told if self._random is None else self._random.random(len(told))
+
+    def candidates(self, layer):
+        chances = self.outlook.now
+        return Candidates(np.arange(len(chances)), chances + 1.0)
+
+
+@pytest.mark.parametrize("is_random", [False, True])
+def test_answers_are_the_same_with_a_forecast_that_lies(is_random, model, plain, monkeypatch):
+    made = []
+    monkeypatch.setitem(
+        FORECASTS, "usage",
+        lambda setting: made.append(Liar(setting.table, is_random=is_random)) or made[-1],
+    )  # fmt: skip
+    found, stats = answers(model, (12, 7), expert_forecast="usage")
+    assert found == plain and made
+    assert stats.prefetch_issued > stats.prefetch_used, "it was believed, and wrong"
 
 
 @pytest.mark.parametrize("policy", ["next-use", "lru", "mrs"])
