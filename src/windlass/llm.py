@@ -340,7 +340,7 @@ def _converted(name: str, value: Any) -> Any:
         return SpeculativeConfig.read(value)
     if name == "expert_usage" and value in ("auto", "off"):
         return value
-    is_path = name in ("trace", "routing_trace", "plan", "expert_usage")
+    is_path = name in ("trace", "routing_trace", "plan", "expert_usage", "expert_map_store")
     return Path(value) if is_path and isinstance(value, str) else value
 
 

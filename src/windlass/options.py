@@ -113,8 +113,25 @@ class EngineOptions:
             raise UsageError("expert_map_store: allowed with expert_forecast finemoe")
         if self.routing_trace_inputs and self.routing_trace is None:
             raise UsageError("routing_trace_inputs: allowed only with routing_trace")
+        if not isinstance(self.speculative_config, SpeculativeConfig | None):
+            raise UsageError(
+                f"speculative_config: got {self.speculative_config!r}, allowed an object as"
+                " {'method': 'ngram'}"
+            )
+        self._check_files()
         if self.burst_tokens is not None and self.burst_tokens < 0:
             raise UsageError(f"burst_tokens: got {self.burst_tokens}, allowed 0 or more")
+
+    def _check_files(self) -> None:
+        """Each file that is written has a place of its own."""
+        names = ("trace", "routing_trace", "expert_usage", "expert_map_store")
+        taken: dict[Path, str] = {}
+        for name in names:
+            path = getattr(self, name)
+            if not isinstance(path, Path):
+                continue
+            if (other := taken.setdefault(path.resolve(), name)) != name:
+                raise UsageError(f"{name}: got {str(path)!r}, which {other} names too")
 
 
 def resolve_model(name: str, *, what: str = "model") -> Path:

@@ -143,7 +143,7 @@ class Plan:
         ]
 
     def _burst_lines(self) -> list[str]:
-        if not self.burst_tokens:
+        if not self.burst_tokens or self.burst_max_seqs < 2:
             return []
         few = self.burst_max_seqs
         return [

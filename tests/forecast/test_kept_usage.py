@@ -12,6 +12,7 @@ from windlass.errors import UsageError
 from windlass.forecast.interface import ExpertTable
 from windlass.forecast.kept_usage import KeptUsage
 from windlass.ids import Part
+from windlass.options import EngineOptions
 
 TABLE = ExpertTable([4, 0, 4], top_k=2)
 
@@ -46,10 +47,14 @@ def test_a_file_of_another_model_counts_as_none_and_a_foreign_one_is_an_error(tm
     assert KeptUsage(path, "another", TABLE).tokens == 0
     assert KeptUsage(path, "m", ExpertTable([4, 0, 5], top_k=2)).tokens == 0
     document = json.loads(path.read_text())
-    path.write_text(json.dumps(document | {"counts": [-1.0] * 8}))
-    assert KeptUsage(path, "m", TABLE).tokens == 0
+    spoilt: tuple[object, ...] = (
+        [-1.0] * 8, ["1"] * 7 + ["x"], {}, [[1], [2, 3]], [10**400] * 8, [1e999] * 8,
+    )  # fmt: skip
+    for counts in spoilt:
+        path.write_text(json.dumps(document | {"counts": counts}))
+        assert KeptUsage(path, "m", TABLE).tokens == 0
     path.write_text('{"prompts": []}')
-    with pytest.raises(UsageError, match="no such file; delete it"):
+    with pytest.raises(UsageError, match="no file of usage: delete it"):
         KeptUsage(path, "m", TABLE)
     path.write_text("{")
     with pytest.raises(UsageError, match="cannot read"):
@@ -81,3 +86,18 @@ def test_the_next_run_begins_with_what_the_last_one_used_most_and_answers_the_sa
     assert len(counts) % 8 == 0 and len(held) == len(counts) // 2, "the pool is full"
     rest = counts[[place for place in range(len(counts)) if place not in held]]
     assert counts[sorted(held)].min() >= rest.max()
+
+
+def test_files_that_are_written_have_places_of_their_own(tmp_path):
+    with pytest.raises(UsageError, match="which routing_trace names too"):
+        EngineOptions(routing_trace=tmp_path / "a", expert_usage=tmp_path / "b" / ".." / "a")
+    EngineOptions(routing_trace=tmp_path / "a", expert_usage=tmp_path / "b")
+
+
+def test_a_store_of_maps_in_no_possible_place_is_refused_before_anything_runs(tmp_path):
+    model = tmp_path / "model"
+    make_model("mixtral", model)
+    (tmp_path / "file").write_text("")
+    options = {"expert_forecast": "finemoe", "expert_map_store": tmp_path / "file" / "maps"}
+    with pytest.raises(UsageError, match="expert_map_store: got"):
+        engine_for(model, moe_expert_cache_size="4", **options)

@@ -34,7 +34,7 @@ def test_more_memory_is_faster_and_each_size_says_what_it_takes(monkeypatch):
     told: list[str] = []
     # two at once were recorded, one after the other is replayed
     two = trace(TABLE.num_experts[0], sequences=[0, 1] * 12)
-    found = one_sequence(two, problem, told.append, read_threads=4)
+    found = one_sequence(two, problem, told.append, read_threads=4, forecast="learned")
     assert len(told) == 3 and found.passes == 18
     assert [one.resident for one in found.sizes] == [0.2, 0.5, 1.0], "6 of 128 do not hold a token"
     speeds = [one.tokens_per_s for one in found.sizes]
@@ -51,7 +51,7 @@ def test_more_memory_is_faster_and_each_size_says_what_it_takes(monkeypatch):
 def test_a_trace_of_another_model_is_refused():
     problem = Problem(SPEC, round_sizes(SPEC), machine())
     with pytest.raises(UsageError, match="for a trace of tiny: 128 experts in 2 layers, top 8"):
-        one_sequence(trace(32), problem, lambda text: None, read_threads=4)
+        one_sequence(trace(32), problem, lambda text: None, read_threads=4, forecast="learned")
 
 
 def test_the_command_refuses_a_file_that_is_no_trace(tmp_path, capsys):

@@ -204,6 +204,10 @@ def test_the_command_says_and_writes_what_it_found(tmp_path, capsys):
             "model: got demo for a trace of tiny: 144 experts in 6 layers, top 4, the trace has 20",
         ),
         (["{trace}", "--prompts", "{text}"], "--prompts: "),
+        (["{trace}", "--json", "{trace}"], "--json: got"),
+        (["{trace}", "--json", "{no}", "--page", "{no}"], "--page: got"),
+        (["{trace}", "--page", "{text}/x"], "there is no such folder"),
+        (["{trace}", "--machine", "t4", "--model", "demo", "--rho", "9"], "--rho: allowed without"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments, message, tmp_path, capsys):

@@ -78,13 +78,11 @@ class Liar(SequenceUsage):
 
 @pytest.mark.parametrize("is_random", [False, True])
 def test_answers_are_the_same_with_a_forecast_that_lies(is_random, model, plain, monkeypatch):
-    made = []
     monkeypatch.setitem(
-        FORECASTS, "usage",
-        lambda setting: made.append(Liar(setting.table, is_random=is_random)) or made[-1],
-    )  # fmt: skip
+        FORECASTS, "usage", lambda setting: Liar(setting.table, is_random=is_random)
+    )
     found, stats = answers(model, (12, 7), expert_forecast="usage")
-    assert found == plain and made
+    assert found == plain
     assert stats.prefetch_issued > stats.prefetch_used, "it was believed, and wrong"
 
 

@@ -20,6 +20,7 @@ from windlass.device.host_memory import (
 from windlass.device.processors import default_threads, quota_note
 from windlass.engine.drafts import bytes_per_known_token
 from windlass.errors import UsageError
+from windlass.forecast.finemoe import FineMoeSettings
 from windlass.forecast.interface import ExpertTable
 from windlass.forecast.learned import forecast_bytes
 from windlass.ids import Part
@@ -94,7 +95,9 @@ def sizes_of(model: CheckpointFolder, options: EngineOptions, backend: Backend) 
         )
     slots = slot_bytes(model.layout, tensors)
     return Sizes(
-        process_bytes=resident_bytes() + copied_bytes(model.layout, tensors),
+        process_bytes=(
+            resident_bytes() + copied_bytes(model.layout, tensors) + _maps_bytes(model.spec, options)
+        ),
         slot_bytes=slots,
         num_parts=Counter(key.part for key in model.layout.parts),
         bytes_per_token=bytes_per_token(shapes, CACHE_DTYPES[kept_in]),
@@ -110,6 +113,13 @@ def sizes_of(model: CheckpointFolder, options: EngineOptions, backend: Backend) 
         drafts=guessed.num_speculative_tokens if guessed else 0,
         draft_bytes_per_token=bytes_per_known_token(guessed) if guessed else 0,
     )
+
+
+def _maps_bytes(spec: ModelSpec, options: EngineOptions) -> int:
+    """What the papers' systems hold of earlier passes: fp32, and once more while it is searched."""
+    if options.expert_forecast not in ("finemoe", "moe-infinity"):
+        return 0
+    return 2 * 4 * FineMoeSettings().capacity * (len(ExpertTable.of(spec)) + spec.hidden_size)
 
 
 def _forecast_bytes(spec: ModelSpec, options: EngineOptions) -> int:

@@ -2,6 +2,7 @@
 runs: put together from options."""
 
 import logging
+import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -72,6 +73,8 @@ def make_outfit(
         usage = KeptUsage(options.expert_usage, checkpoint_stamp(model.folder), table)
         opened.callback(_save, usage)
     maps = options.expert_map_store
+    if maps is not None:
+        _prepare_folder(maps)
     setting = ForecastSetting(
         table,
         model.spec.hidden_size,
@@ -86,7 +89,7 @@ def make_outfit(
     else:
         forecast = choose_forecast(_useful(options, plan), setting)
     if isinstance(forecast, FineMoeForecast):
-        opened.callback(forecast.close)
+        opened.callback(_close, forecast)
     chosen = choose_policy(options.expert_cache_policy, forecast.outlook, slots)
     recorder = open_recorder(options, model, opened)
     # the systems of the papers have no guard: who compares with them wants them as they are
@@ -106,6 +109,23 @@ def follows_sequences(options: EngineOptions) -> bool:
     """Whether experts stay because their sequence used them."""
     by_usage = options.expert_forecast not in ("finemoe", "moe-infinity")
     return by_usage and options.expert_cache_policy == DEFAULT_POLICY
+
+
+def _prepare_folder(path: Path) -> None:
+    """Found before anything runs rather than at its end."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"expert_map_store: got {str(path)!r}: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"expert_map_store: got {str(path)!r}: its folder is not writable")
+
+
+def _close(forecast: FineMoeForecast) -> None:
+    try:
+        forecast.close()
+    except UsageError as error:  # as of usage
+        _logger.warning("%s", error)
 
 
 def _save(usage: KeptUsage) -> None:

@@ -86,6 +86,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
                 problem,
                 lambda text: say_line(f"plan: {text}"),
                 read_threads=found.best.plan.read_threads,
+                forecast=options.expert_forecast,
             )
         if values["json"]:
             print(json.dumps(found.to_json() | _named(single)))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _WHAT, _WHERE = "what is tried", "machine"
 _EVERYTHING, _THIS, _OFF = "all", "this", "off"
+_RHO = (4.0,)
 
 
 def _positive(text: str) -> float:
@@ -60,7 +61,7 @@ FLAGS = (
     Flag(name="prompts", read=Path, metavar="FILE", group=_WHAT,
          help="the job that was recorded: what its custom_ids begin with, up to the first -, is the"
          " domain of each sequence, and recovery after a change is measured"),
-    Flag(name="rho", read=several(_positive), default=(4.0,), metavar="NUMBERS", group=_WHERE,
+    Flag(name="rho", read=several(_positive), default=_RHO, metavar="NUMBERS", group=_WHERE,
          help="machines by ratio: what the link takes for the experts of a token, over what their"
          " layer takes to compute (default: 4; a disk of 3 GB/s beside a CPU: 10 to 15)"),
     Flag(name="machine", metavar="NAME|FILE", group=_WHERE,
@@ -80,6 +81,9 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         raise UsageError("FILE is missing: a trace that --routing-trace wrote")
     if (values["machine"] is None) != (values["model"] is None):
         raise UsageError("--machine: allowed together with --model")
+    if values["rho"] != _RHO and values["machine"] is not None:
+        raise UsageError("--rho: allowed without --machine, which says what the link takes")
+    _check_files(values)
     from windlass.replay.page import page
     from windlass.replay.study import StudyWishes, study
 
@@ -100,6 +104,20 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     if values["page"] is not None:
         _write(values["page"], page(found, f"Replay of {values['file'].name}"))
     return 0
+
+
+def _check_files(values: Mapping[str, Any]) -> None:
+    """Nothing that is read is written over, and nothing twice; found before anything runs."""
+    read = {Path(values[name]).resolve() for name in ("file", "prompts") if values[name]}
+    for name in ("json", "page"):
+        path = values[name]
+        if path is None:
+            continue
+        if path.resolve() in read:
+            raise UsageError(f"--{name}: got {str(path)!r}, which another option names")
+        read.add(path.resolve())
+        if not path.absolute().parent.is_dir():
+            raise UsageError(f"--{name}: got {str(path)!r}: there is no such folder")
 
 
 def _trace(values: Mapping[str, Any]) -> "RoutingTrace":

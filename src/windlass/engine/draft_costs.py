@@ -17,7 +17,7 @@ WINDOW = 8  # passes that are compared
 _MOST_WINDOWS = 128
 _FIRST_PATIENCE, _FIRST_TRUST, _SETTLING = 2, 4, 1  # windows
 # Break-even chance of a guess where nothing is read, and where passes only wait for reads: replayed
-# traces of two trained models with 20 to 50 % of their experts in memory (docs/forecast.md).
+# traces of two trained models with 20 to 50 % of their experts in memory (docs/batch.md).
 _COST_IN_MEMORY, _COST_OF_LINK = 0.5, 0.93
 _MUCH = 0.85  # of the rate without: a trial ends early
 # Share of what a row is believed to cost: with less chance nothing is tried.

@@ -93,14 +93,16 @@ class KeptUsage:
             raise UsageError(f"expert-usage: cannot read {self._path}: {error}") from error
         if not isinstance(document, dict) or document.get("format") != _FORMAT:
             raise UsageError(
-                f"expert-usage: got {self._path}, which is no such file; delete it, or name another"
+                f"expert-usage: {self._path} is no file of usage: delete it, or name another"
             )
         is_ours = (
             document.get("version") == _VERSION
             and document.get("model") == self._model
             and document.get("num_experts") == list(self._table.num_experts)
         )
-        counts = np.array(document.get("counts") if is_ours else [], dtype=np.float64)
-        if counts.shape != empty.shape or not (counts >= 0).all():
+        try:
+            counts = np.array(document.get("counts") if is_ours else [], dtype=np.float64)
+        except (ValueError, TypeError, OverflowError):
             return empty
-        return counts
+        is_sound = counts.shape == empty.shape and np.isfinite(counts).all() and (counts >= 0).all()
+        return counts if is_sound else empty

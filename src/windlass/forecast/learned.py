@@ -123,6 +123,8 @@ class LearnedForecast:
         last = self._last = self._pass
         seen = self._pass = PassStates(batch, last, self._normalised)
         foretold = self.outlook.next.copy() if seen.is_foretold else None
+        while self._lessons and self._lessons[0].seen is not last:
+            self._lessons.popleft()  # of passes before the last one nothing is held
         self._usage.begin(batch)
         if foretold is not None and last is not None:
             for layer in self._table.layers:

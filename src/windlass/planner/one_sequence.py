@@ -54,13 +54,20 @@ class OneSequence:
 
 
 def one_sequence(
-    trace: RoutingTrace, problem: Problem, tell: Callable[[str], None], *, read_threads: int
+    trace: RoutingTrace,
+    problem: Problem,
+    tell: Callable[[str], None],
+    *,
+    read_threads: int,
+    forecast: str,
 ) -> OneSequence:
-    """Of the trace's sequences, one after the other. UsageError where it is of another model."""
+    """Of the trace's sequences, one after the other, by `forecast`; by usage where that is the
+    default and the trace has no states for it. UsageError where the trace is of another model."""
     check_model(trace, problem, problem.spec.family)
     layers = len(trace.table().layers)
     trace = trace.lockstep(1).first(max(_FEWEST_PASSES, _MOST_LAYERS // layers))
-    forecast = "learned" if trace.has_states else "usage"
+    if forecast == "learned" and not trace.has_states:
+        forecast = "usage"
     of = partial(profiled_machine, problem, read_threads=read_threads)
     wishes = StudyWishes(
         forecasts=(forecast,), policies=("next-use",), resident=_possible(trace),

@@ -37,11 +37,11 @@ class WindowGuard:
 
     def words(self) -> str:
         """What was found, for people; empty where nothing was."""
-        share = 100 * abs(1 - exp(-self.gain))
+        share = f" {100 * abs(1 - exp(-self.gain)):.0f} %" if len(self._ratios) > 2 else ""
         if self.verdict == "pays":
-            return f"passes take {share:.0f} % less time with it"
+            return f"passes take{share} less time with it"
         if self.verdict == "loses":
-            return f"off, as passes took {share:.0f} % more time with it"
+            return f"off, as passes took{share} more time with it"
         return ""
 
     def add(self, kind: object, seconds: float) -> None:

@@ -23,6 +23,7 @@ _HORIZON = 64
 # only what is likelier than this is read ahead (by simulation, docs/forecast.md).
 _FAR_BEHIND = 5 / 6  # of a pass is waiting
 _SURE = 0.7
+_SOME_DAY = 1 << 60  # a turn that never passes
 _NEW_SHARE = 1 / 16  # of the average that a pass is
 
 
@@ -87,7 +88,8 @@ class Prefetcher:
         if any(segment.is_prompt for segment in batch.segments) or now <= self._began:
             return
         if self._guard is not None:
-            self._guard.add(len(batch.segments), now - self._began)
+            has_guesses = batch.num_tokens > len(batch.segments)
+            self._guard.add((len(batch.segments), has_guesses), now - self._began)
         share = (self._weights.waited_s - self._waited) / (now - self._began)
         self._waiting += _NEW_SHARE * (share - self._waiting)
         if self._threshold is not None:
@@ -131,9 +133,9 @@ class Prefetcher:
         self._to_fill = self._to_fill[~self._held[self._to_fill]]
         most = free if self._pass < 0 else min(free, _HORIZON)
         places = self._to_fill[:most].tolist()
-        some_day = self._turn(self._layer) + 1_000_000 * self._num_stops
         return [
-            Hint(2e18 + i, self._table.keys[place], some_day, is_certain=False)
+            # doubles of this size are 256 apart
+            Hint(2e18 + 1024 * i, self._table.keys[place], _SOME_DAY, is_certain=False)
             for i, place in enumerate(places)
         ]
 
