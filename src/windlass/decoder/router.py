@@ -3,7 +3,7 @@
 Shapes: D hidden, E experts.
 """
 
-import torch
+import numpy as np
 
 from windlass.decoder.block import routing_norm
 from windlass.kernels.dequantise import dequantise
@@ -25,17 +25,17 @@ def router_weights(spec: ModelSpec, layer: int, w: Tensors) -> RouterWeights:
         w_ED = dequantise(matrix, 0, matrix.shape[0])
     else:
         w_ED = plain(w, "router.weight").float()
-    bias_E = torch.zeros(len(w_ED))
+    bias_E = np.zeros(len(w_ED), np.float32)
     if (norm_bias_D := plain_or_none(w, f"{name}.bias")) is not None:
-        bias_E += w_ED @ norm_bias_D.float()
+        bias_E += (w_ED @ norm_bias_D.float()).numpy()
     if (own_bias_E := plain_or_none(w, "router.bias")) is not None:
-        bias_E += own_bias_E.float()
+        bias_E += own_bias_E.float().numpy()
     select_E = plain_or_none(w, "router.select_bias")
     return RouterWeights(
         layer,
         moe,
         spec.norm,
         (w_ED * scale_D).t().contiguous().numpy(),
-        bias_E.numpy(),
+        bias_E,
         None if select_E is None else select_E.float().clone().numpy(),
     )
