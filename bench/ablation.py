@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from limits import bench_folder, run_limited
-from machine import describe, set_threads, table, write
+from limits import run_bench, run_limited
+from machine import describe, set_threads, table
 from offload import Job
 
 from windlass.checkpoint.synthetic import preset, write_random_checkpoint
@@ -315,10 +315,7 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    options = _parse()
-    with bench_folder(options.dir) as folder:
-        document = bench(options, folder)
-    write(document, options.json)
+    run_bench(_parse(), bench)
 
 
 if __name__ == "__main__":

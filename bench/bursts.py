@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from limits import bench_folder
-from machine import ROOT, Others, describe, table, write
+from limits import run_bench
+from machine import ROOT, Others, describe, table
 
 from windlass.options import read_config
 from windlass.units import format_bytes
@@ -139,10 +139,7 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    options = _parse()
-    with bench_folder(options.dir) as folder:
-        document = bench(options, folder)
-    write(document, options.json)
+    run_bench(_parse(), bench)
 
 
 if __name__ == "__main__":

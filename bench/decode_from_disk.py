@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from limits import bench_folder
-from machine import ROOT, Others, describe, table, write
+from limits import run_bench
+from machine import ROOT, Others, describe, table
 from offload import Job
 
 from windlass.checkpoint.synthetic import preset, write_random_checkpoint
@@ -152,10 +152,7 @@ def _cells(name: str, one: dict[str, float]) -> list[str]:
 
 
 def main() -> None:
-    options = _parse()
-    with bench_folder(options.dir) as folder:
-        document = bench(options, folder)
-    write(document, options.json)
+    run_bench(_parse(), bench)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limits import bench_folder, run_limited
-from machine import ROOT, describe, table, write
+from limits import run_bench, run_limited
+from machine import ROOT, describe, table
 
 from windlass.models.registry import read_spec
 from windlass.models.spec import Moe
@@ -172,10 +172,7 @@ def _cells(medians: dict[str, dict[str, float]]) -> list[list[str]]:
 
 
 def main() -> None:
-    options = _parse()
-    with bench_folder(options.dir) as folder:
-        document = bench(options, folder)
-    write(document, options.json)
+    run_bench(_parse(), bench)
 
 
 if __name__ == "__main__":

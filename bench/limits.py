@@ -1,18 +1,20 @@
 """Runs a command inside a memory cgroup of its own, version 1 or 2, where this user may make one.
 Without, a budget is only a promise; with it, the kernel ends whoever breaks it. Linux."""
 
+import argparse
 import os
 import resource
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from machine import Others
+from machine import Others, write
 
 from windlass.device.host_memory import HostAllocator, available_bytes
 
@@ -131,3 +133,12 @@ def bench_folder(kept: Path | None) -> Iterator[Path]:
     else:
         with tempfile.TemporaryDirectory(prefix="windlass-bench-") as folder:
             yield Path(folder)
+
+
+def run_bench(
+    options: argparse.Namespace, bench: Callable[[argparse.Namespace, Path], dict[str, Any]]
+) -> None:
+    """Runs `bench` in the folder that `options.dir` says, and writes what came of it."""
+    with bench_folder(options.dir) as folder:
+        document = bench(options, folder)
+    write(document, options.json)

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from limits import Ran, bench_folder, run_limited
-from machine import Rates, describe, head, measure_rates, set_threads, table, write
+from limits import Ran, run_bench, run_limited
+from machine import Rates, describe, head, measure_rates, set_threads, table
 from spans import rows_histogram, totals
 
 from windlass.checkpoint.part_reads import Read
@@ -331,10 +331,7 @@ def _limits(rates: Rates, model_bytes: int, disk_s: list[float], flops: int) -> 
 
 
 def main() -> None:
-    options = _parse()
-    with bench_folder(options.dir) as folder:
-        document = bench(options, folder)
-    write(document, options.json)
+    run_bench(_parse(), bench)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from windlass.forecast.learned import LearnedForecast
 from windlass.forecast.registry import ForecastSetting, choose_forecast
 from windlass.forecast.usage import UsageForecast
 from windlass.ids import Part
-from windlass.options import EngineOptions, checkpoint_stamp
+from windlass.options import EngineOptions
 from windlass.plan import Plan
 from windlass.prefetch.guard import WindowGuard
 from windlass.prefetch.prefetcher import Prefetcher
@@ -63,14 +63,14 @@ class Outfit(NamedTuple):
 
 
 def make_outfit(
-    options: EngineOptions, model: CheckpointFolder, plan: Plan, opened: ExitStack
+    options: EngineOptions, model: CheckpointFolder, plan: Plan, stamp: str, opened: ExitStack
 ) -> Outfit:
-    """As `options` say. What has to be closed is left to `opened`."""
+    """As `options` say. `stamp`: the checkpoint's. What has to be closed is left to `opened`."""
     table = ExpertTable.of(model.spec)
     slots = plan.host.of(Part.EXPERT).slots
     usage = None
     if isinstance(options.expert_usage, Path) and slots < len(table):
-        usage = KeptUsage(options.expert_usage, checkpoint_stamp(model.folder), table)
+        usage = KeptUsage(options.expert_usage, stamp, table)
         opened.callback(_save, usage)
     maps = options.expert_map_store
     if maps is not None:
@@ -81,7 +81,7 @@ def make_outfit(
         are_logits=are_logits(model.spec),
         limit_bytes=plan.host.forecast_bytes,
         clock=time.perf_counter,
-        maps=None if maps is None else MapFile(maps, checkpoint_stamp(model.folder)),
+        maps=None if maps is None else MapFile(maps, stamp),
         earlier=usage,
     )
     if slots >= len(table):  # all stay: nothing is to be foretold
@@ -91,7 +91,7 @@ def make_outfit(
     if isinstance(forecast, FineMoeForecast):
         opened.callback(_close, forecast)
     chosen = choose_policy(options.expert_cache_policy, forecast.outlook, slots)
-    recorder = open_recorder(options, model, opened)
+    recorder = open_recorder(options, model, stamp, opened)
     # the systems of the papers have no guard: who compares with them wants them as they are
     is_guarded = options.expert_forecast in ("learned", "gate", "usage")
     return Outfit(forecast, chosen, usage, recorder, is_guarded)

@@ -229,7 +229,7 @@ def _assemble(
     plan, spec, tracer = setup.plan, model.spec, machine.tracer
     assert not (plan.prefix_caching and plan.host.state_slots), "no state is kept of a prompt's prefix"
     shape = pass_shape(spec, model.layout)
-    outfit = make_outfit(options, model, plan, opened)
+    outfit = make_outfit(options, model, plan, str(setup.fingerprint["model"]), opened)
     weights = WeightStore(
         model.layout, model.source, Carrier(device), plan.host.slots, policy=outfit.chosen.policy,
         tracer=tracer,

@@ -4,7 +4,7 @@ import logging
 from contextlib import ExitStack
 
 from windlass.checkpoint.folder import CheckpointFolder
-from windlass.options import EngineOptions, checkpoint_stamp, model_name
+from windlass.options import EngineOptions, model_name
 from windlass.replay.recorder import RoutingRecorder, trace_header
 from windlass.replay.trace_file import TraceWriter
 
@@ -12,7 +12,7 @@ _logger = logging.getLogger(__name__)
 
 
 def open_recorder(
-    options: EngineOptions, model: CheckpointFolder, opened: ExitStack
+    options: EngineOptions, model: CheckpointFolder, stamp: str, opened: ExitStack
 ) -> RoutingRecorder | None:
     """What writes `options.routing_trace`, if that is named; `opened` closes it. UsageError if the
     file cannot be made. Says (level WARNING) what it holds."""
@@ -22,7 +22,7 @@ def open_recorder(
     header = trace_header(
         model.spec,
         model=model_name(model.folder),
-        stamp=checkpoint_stamp(model.folder),
+        stamp=stamp,
         inputs=inputs,
     )
     writer = TraceWriter(path, header)

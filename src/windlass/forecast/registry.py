@@ -29,14 +29,19 @@ class ForecastSetting(NamedTuple):
     earlier: KeptUsage | None = None  # what runs before this one used
 
 
+def _seeded(forecast: LearnedForecast | SequenceUsage, setting: ForecastSetting) -> ExpertForecast:
+    """With what earlier runs used."""
+    if setting.earlier is not None:
+        forecast.seed(setting.earlier.counts, setting.earlier.tokens)
+    return forecast
+
+
 def _learned(setting: ForecastSetting, *, is_fixed: bool = False) -> ExpertForecast:
     forecast = LearnedForecast(
         setting.table, setting.hidden_size, limit_bytes=setting.limit_bytes, is_fixed=is_fixed,
         clock=setting.clock,
     )  # fmt: skip
-    if setting.earlier is not None:
-        forecast.seed(setting.earlier.counts, setting.earlier.tokens)
-    return forecast
+    return _seeded(forecast, setting)
 
 
 def _gate(setting: ForecastSetting) -> ExpertForecast:
@@ -57,9 +62,7 @@ def _moe_infinity(setting: ForecastSetting) -> ExpertForecast:
 
 def _usage(setting: ForecastSetting) -> ExpertForecast:
     forecast = SequenceUsage(setting.table)
-    if setting.earlier is not None:
-        forecast.seed(setting.earlier.counts, setting.earlier.tokens)
-    return forecast
+    return _seeded(forecast, setting)
 
 
 def _off(setting: ForecastSetting) -> ExpertForecast:
