@@ -22,8 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from limits import bench_folder
-from machine import ROOT, Others, describe, table, write
+from limits import run_bench
+from machine import ROOT, Others, describe, table
 
 from windlass.checkpoint.synthetic import preset, write_random_checkpoint
 
@@ -226,9 +226,7 @@ def main() -> None:
     if options.measure:
         print(json.dumps(_measure(*json.loads(options.measure))))
         return
-    with bench_folder(options.dir) as folder:
-        document = bench(options, folder)
-    write(document, options.json)
+    run_bench(options, bench)
 
 
 if __name__ == "__main__":

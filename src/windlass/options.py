@@ -34,6 +34,10 @@ EXPERT_CACHE_POLICIES = (
     "next-use", "lru", "lfu", "lfru", "mrs", "finemoe", "moe-infinity", "farthest", "lru-pool",
     "lfu-pool", "lfru-pool",
 )  # fmt: skip
+_COUNTS = (
+    "host_memory", "max_num_seqs", "max_num_batched_tokens", "micro_batch_size", "max_model_len",
+    "threads", "burst_tokens", "seed",
+)  # fmt: skip
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8")
 
 
@@ -107,6 +111,10 @@ class EngineOptions:
             if (value := getattr(self, name)) not in allowed:
                 listed = ", ".join(one for one in allowed if one is not None)
                 raise UsageError(f"{name}: got {value!r}, allowed {listed}")
+        for name in _COUNTS:
+            count = getattr(self, name)
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+                raise UsageError(f"{name}: got {count!r}, allowed a whole number")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads: got {self.threads}, allowed 1 or more")
         if self.expert_map_store is not None and self.expert_forecast != "finemoe":

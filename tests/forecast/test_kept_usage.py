@@ -92,6 +92,9 @@ def test_files_that_are_written_have_places_of_their_own(tmp_path):
     with pytest.raises(UsageError, match="which routing_trace names too"):
         EngineOptions(routing_trace=tmp_path / "a", expert_usage=tmp_path / "b" / ".." / "a")
     EngineOptions(routing_trace=tmp_path / "a", expert_usage=tmp_path / "b")
+    for value in ("4", 4.0, True):
+        with pytest.raises(UsageError, match="burst_tokens: got .*, allowed a whole number"):
+            EngineOptions(burst_tokens=value)  # type: ignore[arg-type]
 
 
 def test_a_store_of_maps_in_no_possible_place_is_refused_before_anything_runs(tmp_path):
