@@ -66,6 +66,7 @@ class Prefetcher:
         self._layer = 0
         self._is_complete = False  # everything has a slot for good and is there
         self._guard = guard
+        self._batch: Batch | None = None  # of the pass under way
         self._began = self._waited = 0.0
         self._waiting = 0.0  # share of decoding passes that waits for weights, lately
         self._threshold = forecast.threshold
@@ -76,16 +77,18 @@ class Prefetcher:
         """What the guard has found, for people."""
         return self._guard.words() if self._guard is not None else ""
 
-    def begin(self, now: float) -> None:
-        """A pass begins; seconds."""
+    def begin(self, batch: Batch, now: float) -> None:
+        """A pass over `batch` begins; seconds."""
+        self._batch = batch
         self._began, self._waited = now, self._weights.waited_s
         if self._guard is not None:
             self._forecast.speculates = self._guard.is_on
 
-    def end(self, batch: Batch, now: float) -> None:
-        """The pass over `batch` has ended. Passes that only decode, as many sequences, are
+    def end(self, now: float) -> None:
+        """The pass has ended. Passes that only decode, as many sequences, are
         compared."""
-        if any(segment.is_prompt for segment in batch.segments) or now <= self._began:
+        batch = self._batch
+        if batch is None or now <= self._began or any(one.is_prompt for one in batch.segments):
             return
         if self._guard is not None:
             has_guesses = batch.num_tokens > len(batch.segments)

@@ -133,7 +133,6 @@ class HostRuntime:
             wants_scores=routing.wants_scores,
         )
         self._capture = LayerCapture(spec, self._blocks, kernels, weights, tracer)
-        self._batch: Batch | None = None
         self._routers = _Routers(spec, foresight.router_readers)
         self._metadata: Mapping[int, AttentionMetadata] = {}
         self._outputs: torch.Tensor | None = None
@@ -185,9 +184,8 @@ class HostRuntime:
                 for micro in batch.micro_batches
             }
             hidden = math.embed(self._spec, self._embedding(tokens))
-            self._batch = batch
             if self._prefetcher is not None:
-                self._prefetcher.begin(self._weights.now())
+                self._prefetcher.begin(batch, self._weights.now())
             self._routing.begin(batch, hidden)
             hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
@@ -300,6 +298,6 @@ class HostRuntime:
     def finish(self, final: _Final) -> Outcome:
         self._outputs = None
         self._capture.end()
-        if self._prefetcher is not None and self._batch is not None:
-            self._prefetcher.end(self._batch, self._weights.now())
+        if self._prefetcher is not None:
+            self._prefetcher.end(self._weights.now())
         return Outcome(final.logits_RV, final.scores.logprobs())

@@ -254,7 +254,7 @@ class SimulatedRuntime:
         else:
             self._read_rows(batch.num_tokens)
         if self._prefetcher is not None:
-            self._prefetcher.begin(self.clock.now)
+            self._prefetcher.begin(batch, self.clock.now)
         self._forecast.begin(batch, self._router.begin(batch))
         self._do(self._costs.embed(batch), "embed")
 
@@ -297,8 +297,8 @@ class SimulatedRuntime:
         self._do(self._costs.head(weights.key.index, self._num_logits), "head")
 
     def finish(self, final: None) -> Outcome:
-        if self._prefetcher is not None and self._batch is not None:
-            self._prefetcher.end(self._batch, self.clock.now)
+        if self._prefetcher is not None:
+            self._prefetcher.end(self.clock.now)
         return Outcome(None, None)
 
     def _do(self, work: LaneWork, label: str) -> None:
