@@ -50,7 +50,7 @@ test-native: $(STAMP)
 	$(BIN)/python native/tests/run.py
 
 test-all: setup
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
+	HYPOTHESIS_PROFILE=new $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
 
 # What `make test` reaches of src/ in its own processes, a figure to look at now and then. Takes twice
 # as long. The one test that counts seconds would count those of the tracing.

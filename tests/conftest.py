@@ -12,11 +12,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read once, when torch is 
 
 import pytest
 import torch
+from hypothesis import settings
 
 from backends import NATIVE, kernels_of
 from windlass.kernels.reference import TorchKernels
 
 torch.set_num_threads(1)
+
+# The same examples in every run: a failure is that of a change. `make test-all` takes new ones.
+settings.register_profile("fixed", derandomize=True)
+settings.register_profile("new")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 @pytest.fixture(scope="module", params=["torch", *NATIVE])
