@@ -61,7 +61,8 @@ def search(
     context: int | None = None,
 ) -> list[Candidate]:
     """A few plans within the budget, the soonest to end first with all sequences decoded together;
-    whether each then decodes in bursts is decided last. What `wanted` fixes is kept. Sequences longer than fits count as long as fits: the engine refuses or shortens them.
+    whether each then decodes in bursts is decided last. What `wanted` fixes is kept. Sequences
+    longer than fits count as long as fits: the engine refuses or shortens them.
 
     `context`: tokens that one sequence must be able to have, also where the workload has none as
     long. Raises BudgetError where nothing fits, as `make_plan` does.
