@@ -182,7 +182,7 @@ class Callers(RuleBasedStateMachine):
             self.filler, policy=FarthestNextUse(LAYERS) if is_farthest else LeastRecentlyUsed(),
         )  # fmt: skip
         self.filler.on_evict = self._may_go
-        self.filler.on_begin = lambda key: self.hinted.pop(key, None)
+        self.filler.on_begin = self._begun
         self.held = self.cache.track(ALL_KEYS)
         self.visits: list[Visit] = []
         self.leases: list[Entry] = []
@@ -190,6 +190,9 @@ class Callers(RuleBasedStateMachine):
         self.now = self.rank = 0
         self.requests: Counter[Part] = Counter()
         self.hits: Counter[Part] = Counter()
+
+    def _begun(self, key: WeightKey) -> None:
+        self.hinted.pop(key, None)
 
     def _may_go(self, entry: Entry) -> None:
         assert entry not in self.leases, f"{entry.key} was evicted under a lease"
