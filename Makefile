@@ -12,12 +12,13 @@ endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_OUT := out/demo
+FORECAST := out/forecast
 NATIVE := src/windlass/kernels/cpu/libwindlass_cpu.so
 NATIVE_SOURCES := $(wildcard native/*.py native/CMakeLists.txt native/include/*.h native/src/*)
 PYTHON_FILES := src tests bench scripts demo native setup.py
 
 .PHONY: setup native demo test test-all test-native coverage lint types format wheel wheel-test bench bench-kernels \
-  bench-peers bench-ablation bench-prediction bench-prefetcher bench-decode bench-drafts golden \
+  bench-peers bench-ablation bench-prediction bench-prefetcher bench-latency bench-decode bench-drafts golden \
   mutate test-gpu bench-gpu clean
 
 setup: $(STAMP) native
@@ -101,12 +102,32 @@ bench-prefetcher: setup
 	$(BIN)/python bench/prefetcher.py
 
 # One sequence on the trained models of bench/forecast_models.py. OLD=<src folder of other code>
-bench-latency: setup
-	for name in demo model-12x64; do $(BIN)/python bench/latency.py --model out/forecast/$$name-padded \
-	  --prompts out/forecast/$$(echo $$name | sed s/model-//).prompts.jsonl --settings learned off off/lfru finemoe/finemoe \
-	  --json bench/results/latency-$$name.json $(if $(OLD),--src $(OLD)); done
+# One sequence with experts on disk, of the demo model and of a larger one that is trained for it (half
+# an hour, once; the text comes from Debian packages), both with experts of 2 MiB.
+bench-latency: $(foreach name,demo 12x64,$(FORECAST)/$(name)-padded/config.json $(FORECAST)/$(name).trace)
+	for name in demo 12x64; do \
+	  $(BIN)/python bench/latency.py --model $(FORECAST)/$$name-padded --prompts $(FORECAST)/$$name.prompts.jsonl \
+	    --settings learned off off/lfru finemoe/finemoe --json bench/results/latency-$$name.json $(if $(OLD),--src $(OLD)) \
+	  || exit; done
 
-# OLD=<src folder of other code>: both in turn
+build/demo-data/heldout.jsonl: | setup
+	$(BIN)/python demo/data.py
+
+$(FORECAST)/model-12x64/config.json: build/demo-data/heldout.jsonl
+	$(BIN)/python demo/larger.py --out $(@D)
+
+$(FORECAST)/demo-padded/config.json: | setup
+	$(BIN)/python bench/forecast_models.py demo $(@D)
+
+$(FORECAST)/12x64-padded/config.json: $(FORECAST)/model-12x64/config.json
+	$(BIN)/python bench/forecast_models.py $(<D) $(@D)
+
+$(FORECAST)/demo.trace: build/demo-data/heldout.jsonl
+	$(BIN)/python bench/forecast_traces.py demo $@
+
+$(FORECAST)/12x64.trace: $(FORECAST)/model-12x64/config.json
+	$(BIN)/python bench/forecast_traces.py $(<D) $@
+
 bench-decode: setup
 	$(BIN)/python bench/decode_from_disk.py $(if $(OLD),--src $(OLD))
 
