@@ -124,11 +124,12 @@ class SamplingParams:
             _integer("seed", self.seed)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, -1)
-        if self.prompt_logprobs not in (None, 0) or self.prompt_logprobs is False:
-            raise UsageError(
-                f"prompt_logprobs: got {self.prompt_logprobs!r}, allowed None, or 0 for those of"
-                " the prompt's own tokens: others are not supported yet"
-            )
+        if type(self.prompt_logprobs) is bool or self.prompt_logprobs not in (None, 0, 1):
+            raise _wrong(
+                "prompt_logprobs", self.prompt_logprobs,
+                "None, 0 for those of the prompt's own tokens, 1 for the likeliest beside each:"
+                " more are not supported",
+            )  # fmt: skip
 
     def _check_length(self) -> None:
         if self.max_tokens is not None:

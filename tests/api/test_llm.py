@@ -322,7 +322,7 @@ def test_logits_that_are_not_finite_fail_their_row_with_a_code(
 
         def broken(runtime: Runtime, shape: PassShape, batch: Batch) -> Outcome:
             outcome = run_pass(runtime, shape, batch)
-            return Outcome(outcome.logits * float("nan"), outcome.logprobs)
+            return replace(outcome, logits=outcome.logits * float("nan"))
 
         monkeypatch.setattr("windlass.engine.engine.run_pass", broken)
         (result,) = llm.generate(["w5 w6"], SHORT, on_error="return")

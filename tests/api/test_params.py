@@ -57,7 +57,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(field: str, value: Any) -> 
 @pytest.mark.parametrize(
     "given",
     [
-        {"prompt_logprobs": 1}, {"prompt_logprobs": -1}, {"prompt_logprobs": False},
+        {"prompt_logprobs": 2}, {"prompt_logprobs": -1}, {"prompt_logprobs": False},
         {"bad_words": ["x"]}, {"structured_outputs": {"json": {}}},
         {"thinking_token_budget": 5}, {"flat_logprobs": True}, {"extra_args": {"a": 1}},
         {"repetition_detection": object()}, {"stream_interval": 2}, {"logprob_token_ids": [1]},

@@ -175,7 +175,7 @@ def test_chat_refuses_and_names_the_field(
         ({"prompt": ["a", 3]}, "prompt"),
         ({"prompt": [True]}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
-        ({"echo": True}, "echo"),
+        ({"echo": "yes"}, "echo"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
         ({"logprobs": True}, "logprobs"),

@@ -7,7 +7,7 @@ from sequences import PlainStarts
 from windlass.device.host_memory import HostAllocator
 from windlass.engine.admission import Admission
 from windlass.engine.request import Request
-from windlass.engine.sequence import QueuedSequence, Sequence
+from windlass.engine.sequence import PromptScore, QueuedSequence, Sequence
 from windlass.kvcache.kv_cache import KvCache, PagedShape
 from windlass.kvcache.pages import block_keys
 from windlass.params import SamplingParams
@@ -112,7 +112,8 @@ class Machine:
         seen = [cell for page in segment.pages for cell in self.cells[page]]
         assert seen[:last] == values[:last], "a row reads what another sequence wrote"
         if sequence.scores_prompt and segment.is_prompt:
-            sequence.prompt_logprobs.update(dict.fromkeys(range(segment.first_position, last), 0.0))
+            places = range(segment.first_position, last)
+            sequence.prompt_logprobs.update(dict.fromkeys(places, PromptScore(0.0, 0, 0.0)))
 
     def _draw(self, sequence):
         tokens = [*sequence.request.prompt_token_ids, *sequence.output_ids]

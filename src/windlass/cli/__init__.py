@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from windlass import __version__
-from windlass.cli import doctor, generate, quantize, replay, run_batch, synth
+from windlass.cli import doctor, generate, quantize, replay, run_batch, serve, synth
 from windlass.cli import plan_command as plan
 from windlass.cli.engine_flags import refuse_known, translate_known
 from windlass.cli.flags import (
@@ -23,8 +23,8 @@ from windlass.cli.signals import EXIT_INTERRUPTED, terminable
 from windlass.errors import UsageError, WindlassError
 
 COMMANDS: tuple[Command, ...] = (
-    run_batch.COMMAND, generate.COMMAND, plan.COMMAND, doctor.COMMAND, quantize.COMMAND,
-    synth.COMMAND, replay.COMMAND,
+    run_batch.COMMAND, serve.COMMAND, generate.COMMAND, plan.COMMAND, doctor.COMMAND,
+    quantize.COMMAND, synth.COMMAND, replay.COMMAND,
 )  # fmt: skip
 EXIT_FAILED, EXIT_USAGE = 1, 2
 

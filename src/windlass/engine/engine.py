@@ -24,7 +24,7 @@ from windlass.engine.outputs import RequestOutput
 from windlass.engine.phase_meter import PhaseMeter, Readings
 from windlass.engine.request import Delta, Request, StepResult, joined
 from windlass.engine.request_rules import RequestRules
-from windlass.engine.sequence import Sequence
+from windlass.engine.sequence import PromptScore, Sequence
 from windlass.engine.tokenizer import Tokenizer
 from windlass.errors import RequestError
 from windlass.params import SamplingParams
@@ -170,7 +170,7 @@ class Engine:
         finished: list[RequestOutput] = []
         deltas: list[Delta] = []
         taken = 0
-        scores: Iterator[float] = iter(outcome.logprobs.tolist())
+        scores = _prompt_scores(outcome)
         for sequence, segment in rows:
             drafts = segment.token_ids[segment.num_tokens - segment.num_drafts :]
             sequence.num_computed += segment.num_tokens - len(drafts)
@@ -271,6 +271,12 @@ class Engine:
         self.close()
 
 
+def _prompt_scores(outcome: Outcome) -> Iterator[PromptScore]:
+    """Of all targets, in segment order."""
+    columns = outcome.logprobs, outcome.best, outcome.best_logprobs
+    return map(PromptScore, *(column.tolist() for column in columns))
+
+
 def _readings(parts: EngineParts) -> Readings:
     store = parts.weights.stats()
     return Readings(store.bytes_read, parts.device.busy_s, store.wait_s, parts.tracer.seconds)
@@ -280,8 +286,12 @@ def _join(outcomes: list[Outcome]) -> Outcome:
     """Of passes one after the other, as of one."""
     if len(outcomes) == 1:
         return outcomes[0]
-    logits = torch.cat([outcome.logits for outcome in outcomes])
-    return Outcome(logits, torch.cat([outcome.logprobs for outcome in outcomes]))
+    return Outcome(
+        torch.cat([outcome.logits for outcome in outcomes]),
+        torch.cat([outcome.logprobs for outcome in outcomes]),
+        torch.cat([outcome.best for outcome in outcomes]),
+        torch.cat([outcome.best_logprobs for outcome in outcomes]),
+    )
 
 
 def _close_aside(resources: ExitStack) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from windlass.engine.outputs import RequestOutput
+from windlass.engine.outputs import LogprobsOfStep, RequestOutput
 from windlass.params import SamplingParams
 
 # What fronts keep in the engine, times its capacity: a freed place is never left empty.
@@ -13,31 +13,41 @@ WINDOW = 2
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt, already tokenised. `seed_key` is a stable name (a `custom_id`) from which seeds
-    of unseeded requests are derived, so that order and restarts change nothing."""
+    of unseeded requests are derived, so that order and restarts change nothing. `wants_deltas`:
+    somebody looks at log-probabilities before the end."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     seed_key: str
+    wants_deltas: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New text and tokens of one choice of a request in one step."""
+    """New text and tokens of one choice of a request in one step. `logprobs`: of each token, where
+    the request wants any. The last one has a `finish_reason` and a `stop_reason`."""
 
     request_id: str
     index: int
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[LogprobsOfStep, ...] = ()
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
 
 
 def joined(deltas: Sequence[Delta]) -> Delta:
     """Of one choice, one after the other, as one."""
-    first = deltas[0]
+    last = deltas[-1]
     if len(deltas) == 1:
-        return first
-    tokens = (token for one in deltas for token in one.token_ids)
-    return replace(first, text="".join(one.text for one in deltas), token_ids=tuple(tokens))
+        return last
+    return replace(
+        last,
+        text="".join(one.text for one in deltas),
+        token_ids=tuple(token for one in deltas for token in one.token_ids),
+        logprobs=tuple(step for one in deltas for step in one.logprobs),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@ the engine. Knows pages as numbers, no tensors but the row of logits it is given
 
 from array import array
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -43,6 +44,14 @@ class QueuedSequence:
         """Whether its pass gives log-probabilities of the prompt: those of all sequences are
         one."""
         return self.request.params.prompt_logprobs is not None and self.index == 0
+
+
+class PromptScore(NamedTuple):
+    """Log-probability of a prompt's token, and the likeliest one in its place."""
+
+    logprob: float
+    best: int
+    best_logprob: float
 
 
 class LogprobLog:
@@ -96,7 +105,7 @@ class Sequence:
     stop_reason: str | int | None = None
     cumulative_logprob: float = 0.0
     logprobs: LogprobLog = field(default_factory=LogprobLog)
-    prompt_logprobs: dict[int, float] = field(default_factory=dict)  # of the token at a position
+    prompt_logprobs: dict[int, PromptScore] = field(default_factory=dict)  # by position
 
     @property
     def request(self) -> Request:
@@ -136,11 +145,17 @@ class Sequence:
         sampled = self.sampler.sample(logits_V)
         token = sampled.token_id
         self.output_ids.append(token)
+        logprobs: tuple[LogprobsOfStep, ...] = ()
         if sampled.logprob is not None:
             self.cumulative_logprob += sampled.logprob
             self.logprobs.add(sampled)
+            if self.request.wants_deltas:
+                logprobs = (sampled.as_logprobs(tokenizer),)
         new_text = self._decide(token)
-        return Delta(self.request.request_id, self.queued.index, new_text, (token,))
+        return Delta(
+            self.request.request_id, self.queued.index, new_text, (token,), logprobs,
+            self.finish_reason, self.stop_reason,
+        )  # fmt: skip
 
     def _decide(self, token: int) -> str:
         """Sets `finish_reason` where the token ends the sequence; returns the text to show.
@@ -167,15 +182,21 @@ class Sequence:
         return new_text
 
     def prompt_output(self, tokenizer: Tokenizer) -> tuple[LogprobsOfStep | None, ...] | None:
-        """Of each prompt token but the first, which follows nothing; None if not asked for. Ranks
-        are not known."""
+        """Of each prompt token but the first, which follows nothing; None if not asked for. Beside
+        it the likeliest token, where one is asked for; a rank is known of that alone."""
         if not self.scores_prompt:
             return None
-        found = self.prompt_logprobs
-        return tuple(
-            Sampled(token, found[place]).as_logprobs(tokenizer) if place else None
-            for place, token in enumerate(self.request.prompt_token_ids)
-        )
+        has_best = bool(self.request.params.prompt_logprobs)
+        steps: list[LogprobsOfStep | None] = []
+        for place, token in enumerate(self.request.prompt_token_ids):
+            if not place:
+                steps.append(None)
+                continue
+            found = self.prompt_logprobs[place]
+            rank = 1 if found.best == token else None
+            top = ((found.best, found.best_logprob, 1),) if has_best else ()
+            steps.append(Sampled(token, found.logprob, rank, top).as_logprobs(tokenizer))
+        return tuple(steps)
 
     def output(self, tokenizer: Tokenizer) -> CompletionOutput:
         """The sequence as it stands."""

@@ -9,7 +9,7 @@ import atexit
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol
 
@@ -65,9 +65,13 @@ class Service:
         """Raises RequestError if the request can never run here."""
         self._engine.validate(request)
 
-    def open(self, *, deltas: bool = False) -> "Stream":
-        """A stream without requests. `deltas`: whether it brings new text as it comes."""
-        return Stream(self, self._loop, deltas=deltas)
+    def open(
+        self, *, deltas: bool = False, on_change: Callable[[], None] | None = None
+    ) -> "Stream":
+        """A stream without requests. `deltas`: whether it brings new text as it comes. `on_change`:
+        called, on the engine's thread and under its lock, when there is something to take, for
+        those who must not wait in `take`; it must return at once."""
+        return Stream(self, self._loop, deltas=deltas, on_change=on_change)
 
     def submit(self, request: Request) -> "Stream":
         """A stream of this request alone, with deltas. Raises RequestError if it cannot run here,
@@ -79,6 +83,11 @@ class Service:
     def abort(self, request_id: str) -> None:
         """Nothing more comes of a request; unknown ids are ignored, it may just have ended."""
         self._loop.abort([request_id])
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What a step raised, which ended the service."""
+        return self._loop.failure
 
     def stats(self) -> EngineStats:
         """The engine's counters: of now, or of a moment before the pass under way."""
@@ -99,10 +108,18 @@ class Stream:
     """What comes of the requests that were submitted to it. For one thread at a time. Its memory
     grows with what nobody takes."""
 
-    def __init__(self, service: Service, loop: "_Loop", *, deltas: bool) -> None:
+    def __init__(
+        self,
+        service: Service,
+        loop: "_Loop",
+        *,
+        deltas: bool,
+        on_change: Callable[[], None] | None = None,
+    ) -> None:
         self._service = service  # which must not be dropped while this is read
         self._loop = loop
         self.wants_deltas = deltas
+        self.on_change = on_change or _nothing_to_call
         self.open_ids: set[str] = set()  # of requests that have not ended
         self.deltas: list[Delta] = []  # that nobody has taken
         self.finished: list[RequestOutput] = []
@@ -138,12 +155,21 @@ class Stream:
         if self.open_ids:
             raise UsageError(f"service: closed while {len(self.open_ids)} requests were open")
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the service has ended: nothing more comes."""
+        return self._loop.is_over
+
     def close(self) -> None:
         """Aborts what has not ended. Calling it again does nothing."""
         self._loop.abort(list(self.open_ids))
 
 
 _NOTHING = StepResult((), ())
+
+
+def _nothing_to_call() -> None:
+    pass
 
 
 class _Loop:
@@ -212,6 +238,14 @@ class _Loop:
                 raise failure
             return came
 
+    @property
+    def is_over(self) -> bool:
+        return self._is_over
+
+    @property
+    def failure(self) -> BaseException | None:
+        return self._failure
+
     def stats(self) -> EngineStats:
         if not self._stepping.acquire(blocking=False):
             return self._stats
@@ -263,6 +297,8 @@ class _Loop:
             self._close_error = error
         with self._changed:
             self._is_over = True
+            for stream in set(self._streams.values()):
+                stream.on_change()
             self._changed.notify_all()
 
     def _has_pass(self) -> bool:
@@ -290,26 +326,29 @@ class _Loop:
 
     def _deliver(self, result: StepResult) -> None:
         with self._changed:
-            num = 0
+            told: set[Stream] = set()
             for delta in result.deltas:
                 stream = self._streams.get(delta.request_id)
                 if stream is not None and stream.wants_deltas:
                     stream.deltas.append(delta)
-                    num += 1
+                    told.add(stream)
             for output in result.finished:
                 stream = self._streams.pop(output.request_id, None)
                 if stream is not None:  # else aborted in this very step
                     stream.finished.append(output)
                     stream.open_ids.discard(output.request_id)
-                    num += 1
-            if num:
+                    told.add(stream)
+            for stream in told:
+                stream.on_change()
+            if told:
                 self._changed.notify_all()
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self._failure = error
-            for stream in self._streams.values():
+            for stream in set(self._streams.values()):
                 stream.failure = error
                 stream.open_ids.clear()
+                stream.on_change()
             self._streams.clear()
             self._changed.notify_all()

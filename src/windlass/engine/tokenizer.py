@@ -67,6 +67,8 @@ class Tokenizer:
         self.eos_token_ids: tuple[int, ...] = tuple(sorted(ids))
         self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
         self.digest = digest
+        self._named = named
+        self._templates = dict(templates)
         self._chat = ChatTemplate(templates, named)
         self._decoders = _decoder_types(backend)
         self._anchor = self._find_anchor()
@@ -111,6 +113,16 @@ class Tokenizer:
         """Text of a whole sequence; for text that grows use `TextStream`."""
         text: str = self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
         return text
+
+    def facts(self) -> dict[str, Any]:
+        """What another program must know of it: names of special tokens, the chat template."""
+        return {
+            "tokenizer_class": "windlass",
+            "vocab_size": self.vocab_size,
+            "eos_token_ids": list(self.eos_token_ids),
+            "chat_template": self._templates.get("default"),
+            **{name: self._named.get(name) for name in _NAMES},
+        }
 
     def render_chat(
         self,

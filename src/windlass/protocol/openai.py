@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from windlass.engine.text_limits import most_chars
 from windlass.errors import RequestError, UsageError, WindlassError
 from windlass.params import SamplingParams
+from windlass.protocol.delivery import Delivery, echo_logprobs, read_delivery
 from windlass.protocol.fields import only, optional, refuse_unknown, shorten
 from windlass.protocol.messages import read_messages, read_tools
 
@@ -31,20 +32,17 @@ _NO_EFFECT = (
 )  # fmt: skip
 # Fields at the values with which they ask for nothing, and why other values are refused.
 _NOTHING: dict[str, tuple[tuple[object, ...], str]] = {
-    "stream": ((False,), "allowed only false: results are delivered whole"),
-    "stream_options": ((), "allowed only with stream"),
     "response_format": (({"type": "text"},), "allowed only {'type': 'text'}: constrained decoding"
                         " is not supported"),
-    "echo": ((False,), "allowed only false: not supported, the prompt is not repeated"),
     "use_beam_search": ((False,), "allowed only false: not supported"),
     "length_penalty": ((1, 1.0), "allowed only 1, without beam search"),
     "priority": ((0,), "allowed only 0: rows of a job are equal"),
     "truncate_prompt_tokens": ((), "not supported: no prompt is cut"),
-    "return_token_ids": ((False,), "allowed only false: not supported"),
     "return_tokens_as_token_ids": ((False,), "allowed only false: not supported"),
     "vllm_xargs": (({},), "not supported"),
 }  # fmt: skip
 _NOTHING_CHAT: dict[str, tuple[tuple[object, ...], str]] = {
+    "echo": ((False,), "not supported in chat: allowed only false"),
     "add_special_tokens": ((False,), "allowed only false: the template writes special tokens"),
     "continue_final_message": ((False,), "allowed only false: not supported"),
     "include_reasoning": ((True,), "allowed only true: nothing is taken out of answers"),
@@ -53,13 +51,14 @@ _NOTHING_CHAT: dict[str, tuple[tuple[object, ...], str]] = {
     "function_call": (("none", "auto"), "not supported, allowed tools"),
     "documents": (([],), "not supported, allowed in chat_template_kwargs"),
 }
-_COMMON = (*_SAMPLING, *_NO_EFFECT, *_NOTHING, "model", "max_tokens", "logprobs", "best_of")
+_COMMON = (*_SAMPLING, *_NO_EFFECT, *_NOTHING, "model", "max_tokens", "logprobs", "best_of",
+           "stream", "stream_options", "return_token_ids")  # fmt: skip
 _CHAT = frozenset(
     (*_COMMON, *_NOTHING_CHAT, "messages", "max_completion_tokens", "top_logprobs", "tools",
      "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "add_generation_prompt",
      "reasoning_effort")
 )  # fmt: skip
-_COMPLETION = frozenset((*_COMMON, "prompt", "add_special_tokens"))
+_COMPLETION = frozenset((*_COMMON, "prompt", "add_special_tokens", "echo"))
 _TEMPLATE_OWN = ("messages", "conversation", "tools", "add_generation_prompt", "tokenize",
                  "chat_template", "return_dict", "return_tensors")  # fmt: skip
 
@@ -86,6 +85,8 @@ class ChatTokenizer(Protocol):
         now: int | None = None,
     ) -> str: ...
 
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
@@ -104,10 +105,19 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt of a body. A completions body may hold several."""
+    """One prompt of a body. A completions body may hold several. `echo`: what its answer begins
+    with, where the body has that."""
 
     token_ids: tuple[int, ...]
     params: SamplingParams
+    echo: "Echo | None" = None
+
+
+class Echo(NamedTuple):
+    """A prompt as text, and its first token, of which nothing else is known."""
+
+    text: str
+    first: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +127,25 @@ class ApiRequest:
     endpoint: Endpoint
     model: str
     prompts: tuple[Prompt, ...]
+    delivery: Delivery = Delivery()
 
 
-def parse_body(endpoint: Endpoint, body: Mapping[str, Any], model: ServedModel) -> ApiRequest:
+def parse_body(
+    endpoint: Endpoint, body: Mapping[str, Any], model: ServedModel, *, may_stream: bool = False
+) -> ApiRequest:
     """Checks a body and turns it into tokens. Raises RequestError (also for a wrong model, with
     code `model_not_found`)."""
     is_chat = endpoint is Endpoint.CHAT
-    _check_model(body, model)
+    check_model(body, model)
     _refuse_unsupported(body, is_chat=is_chat)
+    delivery = read_delivery(body, may_stream=may_stream)
     params = _sampling_params(body, model.default_params, is_chat=is_chat)
+    if delivery.echo and params.logprobs is not None:
+        if delivery.stream:
+            raise RequestError("echo: with logprobs, allowed only without stream", param="echo")
+        params = replace(params, prompt_logprobs=echo_logprobs(params.logprobs))
     limit = _Limit(
-        asked=_max_tokens(body, is_chat=is_chat),
+        asked=_max_tokens(body, is_chat=is_chat, least=0 if delivery.echo else 1),
         default=model.default_params.max_tokens,
         in_all=model.max_model_len,
         why=model.limited_by and f", {model.limited_by}",
@@ -141,12 +159,28 @@ def parse_body(endpoint: Endpoint, body: Mapping[str, Any], model: ServedModel) 
             param=field,
             code="context_length_exceeded",
         )
-    prompts = [_chat_prompt(body, model)] if is_chat else _prompts(body, model)
+    prompts = [prompt_of_chat(body, model)] if is_chat else _prompts(body, model)
     _check_sequences(len(prompts), params.n)
     return ApiRequest(
         endpoint=endpoint,
         model=model.names[0],
-        prompts=tuple(Prompt(tuple(ids), _fit(params, limit, len(ids), field)) for ids in prompts),
+        prompts=tuple(
+            Prompt(
+                tuple(ids),
+                _fit(params, limit, len(ids), field),
+                _echo(ids, model.tokenizer) if delivery.echo else None,
+            )
+            for ids in prompts
+        ),
+        delivery=delivery._replace(has_output=limit.asked != 0),
+    )
+
+
+def _echo(token_ids: Sequence[int], tokenizer: ChatTokenizer) -> Echo:
+    first, whole = token_ids[:1], token_ids
+    return Echo(
+        tokenizer.decode(whole, skip_special_tokens=False),
+        tokenizer.decode(first, skip_special_tokens=False),
     )
 
 
@@ -167,7 +201,8 @@ def text_chars(endpoint: Endpoint, body: Mapping[str, Any]) -> int:
     return sum(sizes) if chat else max(sizes)
 
 
-def _check_model(body: Mapping[str, Any], model: ServedModel) -> None:
+def check_model(body: Mapping[str, Any], model: ServedModel) -> None:
+    """Raises RequestError where the body names another model."""
     name = optional(body, "model", str)
     if name is not None and name not in model.names:
         raise RequestError(
@@ -236,13 +271,13 @@ def _logprobs(body: Mapping[str, Any], name: str) -> int | None:
     return number
 
 
-def _max_tokens(body: Mapping[str, Any], *, is_chat: bool) -> int | None:
-    """The length the body asks for, None if it does not say."""
+def _max_tokens(body: Mapping[str, Any], *, is_chat: bool, least: int) -> int | None:
+    """The length the body asks for, at least `least`; None if it does not say."""
     names = ("max_completion_tokens", "max_tokens") if is_chat else ("max_tokens",)
     given = {name: value for name in names if (value := optional(body, name, int)) is not None}
     for name, value in given.items():
-        if value < 1:
-            raise RequestError(f"{name}: got {value}, allowed at least 1", param=name)
+        if value < least:
+            raise RequestError(f"{name}: got {value}, allowed at least {least}", param=name)
     if len(set(given.values())) > 1:
         raise RequestError(
             "max_tokens: differs from max_completion_tokens, its newer name: give one",
@@ -251,7 +286,8 @@ def _max_tokens(body: Mapping[str, Any], *, is_chat: bool) -> int | None:
     return next(iter(given.values()), None)
 
 
-def _chat_prompt(body: Mapping[str, Any], model: ServedModel) -> list[int]:
+def prompt_of_chat(body: Mapping[str, Any], model: ServedModel) -> list[int]:
+    """Ids of the body's conversation by the chat template. Raises RequestError."""
     messages, tools = read_messages(body), read_tools(body)
     variables = optional(body, "chat_template_kwargs", dict)
     effort = optional(body, "reasoning_effort", str)
@@ -303,7 +339,7 @@ def _encoded(text: str, model: ServedModel, field: str, *, special: bool) -> lis
 def _prompts(body: Mapping[str, Any], model: ServedModel) -> list[list[int]]:
     prompt = body.get("prompt")
     special = optional(body, "add_special_tokens", bool)
-    if isinstance(prompt, str) or _is_ids(prompt):
+    if isinstance(prompt, str) or is_token_ids(prompt):
         prompt = [prompt]
     if not isinstance(prompt, list) or not prompt:
         raise RequestError(
@@ -314,7 +350,7 @@ def _prompts(body: Mapping[str, Any], model: ServedModel) -> list[list[int]]:
     for i, item in enumerate(prompt):
         if isinstance(item, str):
             result.append(_encoded(item, model, "prompt", special=special is not False))
-        elif _is_ids(item):
+        elif is_token_ids(item):
             result.append(item)
         else:
             raise RequestError(
@@ -323,7 +359,8 @@ def _prompts(body: Mapping[str, Any], model: ServedModel) -> list[list[int]]:
     return result
 
 
-def _is_ids(value: object) -> bool:
+def is_token_ids(value: object) -> bool:
+    """Whether `value` is a list of integers, not empty."""
     return isinstance(value, list) and bool(value) and all(type(i) is int for i in value)
 
 
@@ -353,6 +390,6 @@ def _fit(params: SamplingParams, limit: _Limit, num_prompt: int, field: str) -> 
         own = rest if field == "messages" else COMPLETION_MAX_TOKENS
         length = min(rest, limit.default or own)
     try:
-        return replace(params, max_tokens=length)
+        return replace(params, max_tokens=max(1, length))  # the prompt alone: one is computed
     except UsageError as error:
         raise _as_request_error(error) from error

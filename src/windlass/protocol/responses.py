@@ -6,61 +6,104 @@ from typing import Any
 
 from windlass.engine.outputs import CompletionOutput, Logprob, LogprobsOfStep, RequestOutput
 from windlass.errors import RequestError
-from windlass.protocol.openai import ApiRequest, Endpoint
+from windlass.protocol.delivery import Delivery
+from windlass.protocol.openai import ApiRequest, Echo, Endpoint, Prompt
 
 _LOWEST = -9999.0  # JSON has no -inf; vLLM's and OpenAI's stand-in
 
 
 def response_body(
-    request: ApiRequest, outputs: Sequence[RequestOutput], *, key: str, created: int
+    request: ApiRequest,
+    outputs: Sequence[RequestOutput],
+    *,
+    key: str,
+    created: int,
 ) -> dict[str, Any]:
     """The body of a 200. `outputs` are in the order of `request.prompts`; `key` ends the id."""
-    is_chat = request.endpoint is Endpoint.CHAT
+    is_chat, delivery = request.endpoint is Endpoint.CHAT, request.delivery
     choices: list[dict[str, Any]] = []
     for prompt, output in zip(request.prompts, outputs, strict=True):
+        top = prompt.params.logprobs
         for choice in sorted(output.outputs, key=lambda each: each.index):
-            top = prompt.params.logprobs
-            shaped = _chat_choice(choice, top) if is_chat else _completion_choice(choice, top)
+            if is_chat:
+                shaped = _chat_choice(choice, top)
+            else:
+                shaped = _completion_choice(choice, prompt, output, delivery)
+            if delivery.token_ids:
+                shaped |= {"prompt_token_ids": list(output.prompt_token_ids)} if not is_chat else {}
+                shaped["token_ids"] = list(choice.token_ids)
             choices.append({"index": len(choices), **shaped})
-    num_prompt = sum(len(output.prompt_token_ids) for output in outputs)
-    num_generated = sum(len(c.token_ids) for output in outputs for c in output.outputs)
-    return {
-        "id": ("chatcmpl-" if is_chat else "cmpl-") + key,
+    body: dict[str, Any] = {
+        "id": id_of(request.endpoint, key),
         "object": "chat.completion" if is_chat else "text_completion",
         "created": created,
         "model": request.model,
         "choices": choices,
-        "usage": {
-            "prompt_tokens": num_prompt,
-            "completion_tokens": num_generated,
-            "total_tokens": num_prompt + num_generated,
-        },
+        "usage": usage_of(request, outputs),
+    }
+    if delivery.token_ids and is_chat:
+        body["prompt_token_ids"] = list(outputs[0].prompt_token_ids)
+    return body
+
+
+def id_of(endpoint: Endpoint, key: str) -> str:
+    return ("chatcmpl-" if endpoint is Endpoint.CHAT else "cmpl-") + key
+
+
+def usage_of(request: ApiRequest, outputs: Sequence[RequestOutput]) -> dict[str, int]:
+    """Of all prompts together."""
+    num_generated = sum(len(c.token_ids) for output in outputs for c in output.outputs)
+    return usage(
+        sum(len(output.prompt_token_ids) for output in outputs),
+        num_generated if request.delivery.has_output else 0,
+    )
+
+
+def usage(num_prompt: int, num_generated: int) -> dict[str, int]:
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt + num_generated,
+    }
+
+
+def error_body(
+    error: RequestError | str, *, kind: str = "invalid_request_error", code: str | None = None
+) -> dict[str, Any]:
+    """OpenAI's shape of an error."""
+    is_known = isinstance(error, RequestError)
+    return {
+        "error": {
+            "message": str(error),
+            "type": kind,
+            "param": error.param if isinstance(error, RequestError) else None,
+            "code": error.code if is_known and code is None else code,  # type: ignore[union-attr]
+        }
     }
 
 
 def error_response(error: RequestError) -> tuple[int, dict[str, Any]]:
     """HTTP status and body of a refused request."""
-    status = 404 if error.code == "model_not_found" else 400
-    return status, {
-        "error": {
-            "message": str(error),
-            "type": "invalid_request_error",
-            "param": error.param,
-            "code": error.code,
-        }
-    }
+    return 404 if error.code == "model_not_found" else 400, error_body(error)
 
 
 def _chat_choice(choice: CompletionOutput, top: int | None) -> dict[str, Any]:
     logprobs = None
     if top is not None and choice.logprobs is not None:
-        steps = zip(choice.token_ids, choice.logprobs, strict=True)
-        logprobs = {"content": [_chat_step(token, step, top) for token, step in steps]}
+        logprobs = chat_logprobs(choice.token_ids, choice.logprobs, top)
     return {
         "message": {"role": "assistant", "content": choice.text},
         "logprobs": logprobs,
         "finish_reason": choice.finish_reason,
     }
+
+
+def chat_logprobs(
+    token_ids: Sequence[int], steps: Sequence[LogprobsOfStep], top: int
+) -> dict[str, Any]:
+    """Log-probabilities of a chat answer's tokens."""
+    pairs = zip(token_ids, steps, strict=True)
+    return {"content": [_chat_step(token, step, top) for token, step in pairs]}
 
 
 def _chat_step(token: int, step: LogprobsOfStep, top: int) -> dict[str, Any]:
@@ -78,34 +121,73 @@ def _candidate(token: int, candidate: Logprob) -> dict[str, Any]:
     }
 
 
-def _completion_choice(choice: CompletionOutput, top: int | None) -> dict[str, Any]:
-    logprobs = None
-    if top is not None and choice.logprobs is not None:
-        logprobs = _completion_logprobs(choice, top)
-    return {"text": choice.text, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+def _completion_choice(
+    choice: CompletionOutput, prompt: Prompt, output: RequestOutput, delivery: Delivery
+) -> dict[str, Any]:
+    logprobs, echo = None, prompt.echo
+    text = choice.text if delivery.has_output else ""
+    if prompt.params.logprobs is not None and choice.logprobs is not None:
+        writer = CompletionLogprobs(prompt.params.logprobs)
+        if echo is not None:
+            writer.add_prompt(echo, output.prompt_token_ids, output.prompt_logprobs or ())
+        if delivery.has_output:
+            writer.add(choice.token_ids, choice.logprobs)
+        logprobs = writer.take()
+    return {
+        "text": text if echo is None else echo.text + text,
+        "logprobs": logprobs,
+        "finish_reason": choice.finish_reason if delivery.has_output else "length",
+    }
 
 
-def _completion_logprobs(choice: CompletionOutput, top: int) -> dict[str, Any]:
-    tokens, values, tops, offsets = [], [], [], []
-    offset = 0  # where the character begins that the token begins or goes on with
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token, step in zip(choice.token_ids, choice.logprobs or (), strict=True):
-        best = dict(_best(step)[:top])
+class CompletionLogprobs:
+    """Log-probabilities of a completion in OpenAI's four lists, piece by piece."""
+
+    def __init__(self, top: int) -> None:
+        self._top = top
+        self._offset = 0  # where the character begins that the token begins or goes on with
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._lists: dict[str, list[Any]] = self._empty()
+
+    def add_prompt(
+        self, echo: Echo, token_ids: Sequence[int], steps: Sequence[LogprobsOfStep | None]
+    ) -> None:
+        """The prompt: its first token follows nothing."""
+        self._add(echo.first, echo.first.encode(), None, None)
+        self.add(token_ids[1:], [step or {} for step in steps[1:]])
+
+    def add(self, token_ids: Sequence[int], steps: Sequence[LogprobsOfStep]) -> None:
+        """One step for each token."""
+        for token, step in zip(token_ids, steps, strict=True):
+            own = step[token]
+            name, data = _name(token, own), _bytes(token, own)
+            self._add(name, data, _finite(own.logprob), self._by_text(token, step))
+
+    def _add(
+        self, name: str, data: bytes, logprob: float | None, top: dict[str, float] | None
+    ) -> None:
+        lists = self._lists
+        lists["tokens"].append(name)
+        lists["token_logprobs"].append(logprob)
+        lists["top_logprobs"].append(top)
+        lists["text_offset"].append(self._offset)
+        self._offset += len(self._decoder.decode(data))
+
+    def take(self) -> dict[str, list[Any]]:
+        """What was added since the last call."""
+        lists, self._lists = self._lists, self._empty()
+        return lists
+
+    def _by_text(self, token: int, step: LogprobsOfStep) -> dict[str, float]:
+        best = dict(_best(step)[: self._top])
         best.setdefault(token, step[token])
         by_text: dict[str, float] = {}
         for i, candidate in best.items():  # different ids may share a text: the likelier stays
             by_text.setdefault(_name(i, candidate), _finite(candidate.logprob))
-        tokens.append(_name(token, step[token]))
-        values.append(_finite(step[token].logprob))
-        tops.append(by_text)
-        offsets.append(offset)
-        offset += len(decoder.decode(_bytes(token, step[token])))
-    return {
-        "tokens": tokens,
-        "token_logprobs": values,
-        "top_logprobs": tops,
-        "text_offset": offsets,
-    }
+        return by_text
+
+    def _empty(self) -> dict[str, list[Any]]:
+        return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 
 def _best(step: LogprobsOfStep) -> list[tuple[int, Logprob]]:

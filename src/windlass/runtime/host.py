@@ -300,4 +300,4 @@ class HostRuntime:
         self._capture.end()
         if self._prefetcher is not None:
             self._prefetcher.end(self._weights.now())
-        return Outcome(final.logits_RV, final.scores.logprobs())
+        return Outcome(final.logits_RV, final.scores.logprobs(), *final.scores.best())

@@ -299,7 +299,7 @@ class SimulatedRuntime:
     def finish(self, final: None) -> Outcome:
         if self._prefetcher is not None:
             self._prefetcher.end(self.clock.now)
-        return Outcome(None, None)
+        return Outcome(None, None, None, None)
 
     def _do(self, work: LaneWork, label: str) -> None:
         """The caller waits for `work`."""

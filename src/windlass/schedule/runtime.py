@@ -19,11 +19,13 @@ class Routed:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a pass gives: logits (rows wanted, vocabulary), and the log-probability of each target
-    in segment order."""
+    """What a pass gives: logits (rows wanted, vocabulary); and of each target, in segment order,
+    its log-probability, the likeliest token in its place and the log-probability of that."""
 
     logits: Any
     logprobs: Any
+    best: Any
+    best_logprobs: Any
 
 
 class Runtime(Protocol):

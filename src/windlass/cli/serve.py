@@ -1,0 +1,146 @@
+"""`windlass serve`: an OpenAI-compatible server of one model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options, say_line
+from windlass.cli.flags import Command, Flag, integer, number, size
+from windlass.cli.summary import plan_lines
+from windlass.doctor.kept import kept_profile, with_kept_usage
+from windlass.errors import UsageError
+from windlass.hub.locate import locate
+from windlass.options import model_name, resolve_model
+from windlass.units import format_bytes
+
+if TYPE_CHECKING:
+    from windlass.engine.engine import Engine
+    from windlass.server.state import Loaded
+
+_SERVER = "server"
+_MIB = 1 << 20
+
+
+def _seconds(text: str) -> float:
+    """At least 0; -1 for never."""
+    value = number(text)
+    if value < 0 and value != -1:
+        raise UsageError(f"value: got {text}, allowed 0 or more, or -1 for never")
+    return value
+
+
+def _port(text: str) -> int:
+    value = integer(0)(text)
+    if value > 65535:
+        raise UsageError(f"value: got {text}, allowed 0 to 65535")
+    return value
+
+
+MODEL = Flag(name="checkpoint", metavar="MODEL", help="the model, as --model has it")
+FLAGS = (
+    Flag(name="host", metavar="ADDRESS", default="127.0.0.1", group=_SERVER,
+         help="where to listen: 127.0.0.1, this machine alone (default); 0.0.0.0, all networks, "
+         "wants --api-key"),
+    Flag(name="port", read=_port, metavar="N", default=8000, group=_SERVER,
+         help="default 8000; 0: any that is free"),
+    Flag(name="api-key", metavar="KEY", group=_SERVER,
+         help="what clients must send as a bearer token; several with commas"),
+    Flag(name="served-model-name", aliases=("-a", "--alias"), metavar="NAME", group=_SERVER,
+         help="the name requests may use and answers carry; several with commas (default: the "
+         "model's)"),
+    Flag(name="sse-ping-interval", read=_seconds, metavar="S", default=15.0, group=_SERVER,
+         help="seconds of silence after which a stream gets a comment, so that clients do not give "
+         "up while a long prompt is read (default 15; -1: none)"),
+    Flag(name="max-requests", read=integer(1), metavar="N", default=256, group=_SERVER,
+         help="requests under way or waiting; more get status 429 (default 256)"),
+    Flag(name="max-body-size", read=size, metavar="SIZE", default=64 * _MIB, group=_SERVER,
+         help="longest request (default 64MiB)"),
+    Flag(name="shutdown-timeout", read=_seconds, metavar="S", default=30.0, group=_SERVER,
+         help="seconds that answers get to end after SIGTERM (default 30)"),
+    *(flag for flag in ENGINE_FLAGS),
+    CONFIG_FLAG,
+)  # fmt: skip
+
+
+def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
+    try:
+        from windlass.server.run import Address, serve
+        from windlass.server.state import Loaded, ServerLimits, make_state
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("windlass"):
+            raise
+        raise UsageError(
+            f"serve: {error.name} is not installed: pip install 'windlass[server]'"
+        ) from error
+
+    keys = tuple(key for key in (values["api_key"] or "").split(",") if key)
+    if values["api_key"] is not None and not keys:
+        raise UsageError("--api-key: got an empty key")
+    values = {**values, "model": _model(values)}
+    located = locate(engine_options(values))
+    names = _names(values["served_model_name"], located.options.model, values["model"])
+    ping, drain = values["sse_ping_interval"], values["shutdown_timeout"]
+    limits = ServerLimits(
+        ping_s=None if ping < 0 else max(ping, 0.1),
+        body_bytes=values["max_body_size"],
+        answers=values["max_requests"],
+        drain_s=float("inf") if drain < 0 else drain,
+    )
+
+    def load(note: Callable[[str], None]) -> "Loaded":
+        from windlass.build.open import open_engine
+        from windlass.engine.service import Service
+        from windlass.protocol.openai import ServedModel
+
+        def downloaded(done: int, total: int) -> None:
+            note(f"downloading, {format_bytes(done)} of {format_bytes(total)}")
+
+        options = with_kept_usage(located.with_weights(say_line, downloaded))
+        note("opening the checkpoint, planning memory")
+        engine = open_engine(options, profile=kept_profile(options))
+        for line in plan_lines(engine):
+            say_line(line)
+        served = ServedModel(
+            names, engine.tokenizer, engine.max_model_len, engine.default_params,
+            limited_by=engine.limited_by,
+        )  # fmt: skip
+        return Loaded(Service(engine), served, engine.tokenizer, _facts(engine))
+
+    address = Address(host=values["host"], port=values["port"], keys=keys)
+    serve(make_state(names, limits), address, load, say=say_line)
+    return 0
+
+
+def _model(values: Mapping[str, Any]) -> str:
+    given: str | None = values["checkpoint"]
+    named: str = values["model"]
+    if given is not None and named not in ("demo", given):
+        raise UsageError(f"--model: got {named!r} beside {given!r}, allowed one of them")
+    return given if given is not None else named
+
+
+def _names(given: str | None, folder: str, typed: str) -> tuple[str, ...]:
+    if given is not None:
+        names = tuple(dict.fromkeys(name.strip() for name in given.split(",") if name.strip()))
+        if not names:
+            raise UsageError("--served-model-name: got an empty name")
+        return names
+    return tuple(dict.fromkeys((model_name(resolve_model(folder)), typed)))
+
+
+def _facts(engine: "Engine") -> dict[str, Any]:
+    """Where the model runs, for `/health`."""
+    return {
+        "max_model_len": engine.max_model_len,
+        "max_num_seqs": engine.plan.max_num_seqs,
+        "tiers": {tier.name: {"total_bytes": tier.total_bytes} for tier in engine.plan.tiers},
+        "plan": engine.plan.lines(),
+    }
+
+
+COMMAND = Command(
+    name="serve",
+    help="Serve a model to OpenAI's clients over HTTP.",
+    flags=FLAGS,
+    run=run,
+    positional=MODEL,
+)

@@ -1,0 +1,114 @@
+"""Pieces of a streamed answer: OpenAI's chunks, from deltas. Knows no HTTP, no engine."""
+
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from windlass.engine.request import Delta
+from windlass.protocol.openai import ApiRequest, Endpoint
+from windlass.protocol.responses import CompletionLogprobs, chat_logprobs, id_of, usage
+
+NOTHING: Mapping[str, object] = MappingProxyType({})
+
+
+class ChunkWriter:
+    """The chunks of one answer, each as JSON text. Choice `c` of prompt `p` is number p n + c."""
+
+    def __init__(self, request: ApiRequest, *, key: str, created: int) -> None:
+        self._request = request
+        self._is_chat = request.endpoint is Endpoint.CHAT
+        head = {
+            "id": id_of(request.endpoint, key),
+            "object": "chat.completion.chunk" if self._is_chat else "text_completion",
+            "created": created,
+            "model": request.model,
+        }
+        self._head = json.dumps(head, separators=(",", ":"))[:-1] + ',"choices":'
+        self._num_prompt = sum(len(prompt.token_ids) for prompt in request.prompts)
+        self._num_generated = 0
+        self._begun: set[int] = set()  # choices that have a chunk
+        self._logprobs: dict[int, CompletionLogprobs] = {}
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens so far, of all choices."""
+        return self._num_generated
+
+    def begin(self) -> list[str]:
+        """Of chat: the role of each choice, before there is any text. Else nothing."""
+        if not self._is_chat:
+            return []
+        count = sum(prompt.params.n for prompt in self._request.prompts)
+        return [self._begin(number) for number in range(count)]
+
+    def _begin(self, number: int) -> str:
+        self._begun.add(number)
+        delta = {"role": "assistant", "content": ""}
+        found = {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
+        if self._request.delivery.token_ids and not number:
+            ids = list(self._request.prompts[0].token_ids)
+            return self._chunk([found], prompt_token_ids=ids)
+        return self._chunk([found])
+
+    def chunk(self, prompt: int, delta: Delta) -> str:
+        """What one step brought to a choice of prompt number `prompt`."""
+        params = self._request.prompts[prompt].params
+        number = prompt * params.n + delta.index
+        has_output = self._request.delivery.has_output
+        self._num_generated += len(delta.token_ids) if has_output else 0
+        choice: dict[str, Any] = {"index": number}
+        if self._is_chat:
+            choice["delta"] = {"content": delta.text} if delta.text else {}
+            wanted = params.logprobs
+            choice["logprobs"] = (
+                None if wanted is None else chat_logprobs(delta.token_ids, delta.logprobs, wanted)
+            )
+        else:
+            choice |= self._completion(prompt, number, delta)
+        choice["finish_reason"] = delta.finish_reason if has_output else "length"
+        if delta.stop_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
+        if self._request.delivery.token_ids:
+            choice["token_ids"] = list(delta.token_ids) if has_output else []
+        return self._chunk([choice])
+
+    def _completion(self, prompt: int, number: int, delta: Delta) -> dict[str, Any]:
+        own = self._request.prompts[prompt]
+        is_first = number not in self._begun
+        self._begun.add(number)
+        text = delta.text if self._request.delivery.has_output else ""
+        if own.echo is not None and is_first:
+            text = own.echo.text + text
+        found: dict[str, Any] = {"text": text, "logprobs": None}
+        if own.params.logprobs is not None:
+            writer = self._logprobs.setdefault(number, CompletionLogprobs(own.params.logprobs))
+            if self._request.delivery.has_output:
+                writer.add(delta.token_ids, delta.logprobs)
+            found["logprobs"] = writer.take()
+        if self._request.delivery.token_ids and is_first:
+            found["prompt_token_ids"] = list(own.token_ids)
+        return found
+
+    def usage(self) -> str:
+        """The last chunk, where the body wants it."""
+        return self._text([], usage(self._num_prompt, self._num_generated))
+
+    def _chunk(self, choices: list[dict[str, Any]], **more: object) -> str:
+        delivery = self._request.delivery
+        if delivery.continuous_usage:
+            return self._text(choices, usage(self._num_prompt, self._num_generated), more)
+        has_usage = delivery.include_usage
+        return self._text(choices, None, more, has_usage=has_usage)
+
+    def _text(
+        self,
+        choices: list[dict[str, Any]],
+        counted: dict[str, int] | None,
+        more: Mapping[str, object] = NOTHING,
+        *,
+        has_usage: bool = True,
+    ) -> str:
+        end = f',"usage":{json.dumps(counted)}' if has_usage else ""
+        rest = "".join(f",{json.dumps(name)}:{json.dumps(value)}" for name, value in more.items())
+        return f"{self._head}{json.dumps(choices)}{end}{rest}}}"

@@ -1,0 +1,1 @@
+"""The HTTP server. Its event loop never touches torch; the engine's thread never sees HTTP."""

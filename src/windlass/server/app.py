@@ -1,0 +1,86 @@
+"""The ASGI application: paths to handlers, every failure to OpenAI's shape."""
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from windlass.protocol.openai import Endpoint
+from windlass.server import model_routes as own
+from windlass.server.errors import HttpError
+from windlass.server.gate import Gate
+from windlass.server.openai_routes import answer
+from windlass.server.state import ServerState
+
+_LOG = logging.getLogger("windlass.server")
+Handler = Callable[[ServerState, Request], Awaitable[Response]]
+
+
+def make_app(state: ServerState, *, keys: Sequence[str] = (), host: str = "127.0.0.1") -> Starlette:
+    """Serves `state`. `keys`: one of them is asked of every client; without any, only programs of
+    this machine are served (`gate.py`). `host`: what the server listens at."""
+    routes: dict[str, tuple[str, Handler]] = {
+        "/health": ("GET", own.health),
+        "/version": ("GET", own.version),
+        "/metrics": ("GET", own.metrics),
+        "/v1/stats": ("GET", own.stats),
+        "/v1/models": ("GET", own.models),
+        "/v1/models/{name:path}": ("GET", own.model),
+        "/tokenize": ("POST", own.tokenize),
+        "/detokenize": ("POST", own.detokenize),
+        "/tokenizer_info": ("GET", own.tokenizer_info),
+        Endpoint.CHAT: ("POST", _answering(Endpoint.CHAT)),
+        Endpoint.COMPLETIONS: ("POST", _answering(Endpoint.COMPLETIONS)),
+    }
+    return Starlette(
+        routes=[
+            Route(path, _bound(handler, state), methods=[method])
+            for path, (method, handler) in routes.items()
+        ],
+        middleware=[Middleware(Gate, keys=keys, host=host)],
+        exception_handlers={
+            HttpError: _told,
+            HTTPException: _told_by_router,
+            Exception: _unexpected,
+        },
+    )
+
+
+def _answering(endpoint: Endpoint) -> Handler:
+    return lambda state, request: answer(state, endpoint, request)
+
+
+def _bound(handler: Handler, state: ServerState) -> Callable[[Request], Awaitable[Response]]:
+    async def run(request: Request) -> Response:
+        return await handler(state, request)
+
+    return run
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HttpError)
+    return error.response()
+
+
+async def _told_by_router(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    where = f"{request.method} {request.url.path}"
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        methods = sorted(headers.get("Allow", "other methods").split(", "))
+        message = f"{where}: allowed {', '.join(methods)}"
+    elif error.status_code == 404:
+        message = f"{where}: there is no such path"
+    else:
+        message = str(error.detail)
+    return HttpError(error.status_code, message, headers=headers).response()
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    _LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return HttpError(500, f"internal error: {type(error).__name__}: {error}").response()
