@@ -370,6 +370,21 @@ def test_one_source_goes_off_alone_and_comes_back():
     assert not forecast.words(), "all are on again"
 
 
+def test_a_source_on_trial_is_heard_and_not_believed():
+    world = World()
+    forecast = forecast_of(world)
+    at = follow(world, forecast, 1, 20)
+    forecast._guards.of(Source.START).is_on = False
+    told = world.tell(passing(segment(0, 1, at)))
+    forecast.begin(told.one_pass, told.embedded_TD)
+    before, version = forecast.outlook.now.copy(), forecast.outlook.version
+    drain(forecast)
+    assert forecast.outlook.now.tolist() == before.tolist() and forecast.outlook.version == version
+    states = forecast._pass
+    assert states is not None
+    assert {layer for source, layer in states.claims if source is Source.START} == {0, 2, 3, 4}
+
+
 @pytest.mark.parametrize("is_fixed", [False, True])
 def test_where_nothing_can_be_foretold_nothing_is_computed(is_fixed):
     world = World(is_random=True)
