@@ -55,6 +55,22 @@ def test_noise_changes_nothing():
     assert not guard.is_on
 
 
+def test_one_bad_window_decides_nothing_several_do():
+    guard = SourceGuard(window=WINDOW)
+    speak(guard, 0.3, 5 * WINDOW)
+    assert all(speak(guard, -0.3, WINDOW)) and all(speak(guard, 0.3, 5 * WINDOW))
+    speak(guard, -0.4, 3 * WINDOW + 1)
+    assert not guard.is_on
+
+
+def test_what_still_learns_is_taught_but_not_believed():
+    guard = SourceGuard(window=WINDOW)
+    for gain, is_on in ((-0.9, True), (-0.6, False), (-0.3, False), (0.3, True)):
+        assert all(speak(guard, gain, WINDOW))
+        guard.turn()
+        assert guard.is_on == is_on and guard.speaks
+
+
 def test_a_pass_in_which_nothing_was_said_counts_for_nothing():
     guard = SourceGuard(window=WINDOW)
     for _ in range(20 * WINDOW):

@@ -4,6 +4,7 @@ and compares probabilities; knows no states and no clock.
 E experts of a layer, P passes of a window.
 """
 
+from collections import deque
 from collections.abc import Collection, Sequence
 from math import sqrt
 
@@ -15,6 +16,7 @@ from windlass.forecast.interface import Floats
 
 WINDOW = 64  # passes
 _LONGEST_WAIT = 32  # windows between two trials
+_WINDOWS = 4  # that what is on is judged by
 _LEAST_GAIN = 0.01  # of the log loss of what stood: less is not worth any arithmetic
 _NOISE = 2.0  # standard errors
 _LEAST = 1e-3  # of a probability: bounds what one expert can cost whoever was sure
@@ -23,13 +25,13 @@ _LEAST = 1e-3  # of a probability: bounds what one expert can cost whoever was s
 class SourceGuard:
     """Of one source, which begins on. Each pass in which it spoke is compared by itself: the log
     loss of what was expected of the same layers before it spoke, and of what it said. It goes off
-    after a window in which it surely saved less than `_LEAST_GAIN` of that, and comes back after
-    one in which it surely saved more; where noise leaves that open, it stays as it is. The first
-    window after silence decides nothing, nor does one that was surely better than the one before:
-    it is still learning.
+    where it surely saved less than `_LEAST_GAIN` of that in the last windows, four at most: one of
+    another domain decides nothing. It comes back after a window in which it surely saved more;
+    where noise leaves that open, it stays as it is. The first window after silence decides nothing.
 
     Off, it is neither asked nor taught, but for trials of two windows, after 1 window, 2, 4, at
-    last every 32, in which it is not believed. So whoever becomes good, with a window of learning,
+    last every 32, in which it is not believed; they go on as long as each window is surely better
+    than the one before: it is still learning. So whoever becomes good, with a window of learning,
     is back within 36 windows (2,304 passes), and sooner where it went off lately.
     """
 
@@ -38,7 +40,8 @@ class SourceGuard:
         self.is_on = True  # what it says is believed
         self.speaks = True  # it is asked and taught: on, or on trial
         self._window = window
-        self._gain: float | None = None  # in the last window; None after silence
+        self._last: float | None = None  # gain in the last window; None after silence
+        self._windows: deque[Floats] = deque(maxlen=_WINDOWS)  # since it came on
         self._stood = self._said = 0.0  # nats of the pass under way
         self._passes: list[tuple[float, float]] = []
         self._wait = 1  # windows until the next trial
@@ -61,18 +64,21 @@ class SourceGuard:
         self._stood = self._said = 0.0
 
     def _end_window(self) -> None:
-        stood_P, said_P = np.array(self._passes).T
+        passes_P2 = np.array(self._passes)
         self._passes.clear()
-        gain_P = (stood_P - said_P) / stood_P.mean()
-        noise = _NOISE * float(gain_P.std(ddof=1)) / sqrt(len(gain_P))
-        last, self._gain = self._gain, float(gain_P.mean())
+        gain, noise = _gain(passes_P2)
+        last, self._last = self._last, gain
         if last is None:
             return
-        self.is_on = self._gain + (noise if self.is_on else -noise) > _LEAST_GAIN
+        if not self.is_on:
+            self._windows.clear()
+        self._windows.append(passes_P2)
+        of_all, doubt = _gain(np.concatenate(self._windows))
+        self.is_on = of_all + (doubt if self.is_on else -doubt) > _LEAST_GAIN
         if self.is_on:
             self._wait = 1
-        elif self._gain - noise <= last:
-            self.speaks, self._gain = False, None
+        elif gain - noise <= last:
+            self.speaks, self._last = False, None
             self._left = self._wait * self._window
             self._wait = min(_LONGEST_WAIT, 2 * self._wait)
 
@@ -114,6 +120,12 @@ def _name(source: Source) -> str:
     if source is Source.TOKEN_BEFORE:
         return "of the next token"
     return f"{source.layers_before} layer{'s' if source.layers_before > 1 else ''} ahead"
+
+
+def _gain(passes_P2: Floats) -> tuple[float, float]:
+    """Share of the log loss of what stood that was saved, and how far that is noise."""
+    saved_P = (passes_P2[:, 0] - passes_P2[:, 1]) / passes_P2[:, 0].mean()
+    return float(saved_P.mean()), _NOISE * float(saved_P.std(ddof=1)) / sqrt(len(saved_P))
 
 
 def _log_loss(chances_E: Floats, used_E: NDArray[np.bool_]) -> float:
