@@ -111,7 +111,7 @@ class Unhurried(LearnedForecast):
 @pytest.mark.parametrize("is_random", [False, True])
 def test_gates_that_lie_are_switched_off_and_say_so(is_random, model, monkeypatch):
     """The contrary of what they believe, or anything."""
-    plain, _ = answers(model, (12, 7), max_tokens=20)
+    plain, _ = answers(model, (12, 7), max_tokens=36)
     random, honest = np.random.default_rng(0), Gate.foretell
 
     def lie(gate, x_TD, rate_TE=None):
@@ -124,7 +124,7 @@ def test_gates_that_lie_are_switched_off_and_say_so(is_random, model, monkeypatc
     # it goes by seconds: how long passes take here shall decide nothing
     monkeypatch.setattr(foresight, "WindowGuard", lambda: None)
     monkeypatch.setitem(FORECASTS, "learned", Unhurried)
-    found, stats = answers(model, (12, 7), max_tokens=20)
+    found, stats = answers(model, (12, 7), max_tokens=36)
     assert found == plain
     assert stats.forecast_sources == (
         "forecasts on: none; off, no better than without them: 1 layer ahead, of the next token,"
