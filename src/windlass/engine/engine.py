@@ -68,6 +68,7 @@ class EngineParts:
     tracer: Tracer
     resources: ExitStack
     speculation: Callable[[], str] = str  # whether it pays, in words
+    forecast_sources: Callable[[], str] = str  # which are on and off, in words
 
 
 class Engine:
@@ -238,6 +239,7 @@ class Engine:
             prefix_cache_queries=prompts.num_asked if self.plan.prefix_caching else 0,
             prefix_cache_hits=prompts.num_found,
             speculation=self._parts.speculation(),
+            forecast_sources=self._parts.forecast_sources(),
             drafts=self._parts.drafting.stats() if self._parts.drafting else None,
         )
 
