@@ -58,9 +58,9 @@ class Recorder:
         self._notes.append(("release", key))
 
     def arrivals(self, keys):
-        for group in self._inner.arrivals(keys):
-            self._notes.append(("arrived", *(one.key for one in group)))
-            yield group
+        for arrived in self._inner.arrivals(keys):
+            self._notes.append(("arrived", *(one.key for one in arrived)))
+            yield arrived
 
     def replay(self, layer):
         return self._inner.replay(layer)
@@ -68,28 +68,33 @@ class Recorder:
     def replay_block(self, layer):
         return self._inner.replay_block(layer)
 
-    def attention(self, layer, weights, hidden, rows):
-        self._inner.attention(layer, weights, hidden, rows)
-        self._op("attention", layer, rows.first_token, rows.num_tokens)
+    def attend(self, layer, weights, hidden, rows):
+        begun = self._inner.attend(layer, weights, hidden, rows)
+        self._op("attend", layer, rows.first_token, rows.num_tokens)
+        return begun
 
-    def enter_experts(self, layer, weights, hidden):
-        routed = self._inner.enter_experts(layer, weights, hidden)
-        self._op("route", layer, routed.experts)
+    def attended(self, layer, weights, hidden, rows, begun):
+        self._inner.attended(layer, weights, hidden, rows, begun)
+        self._notes.append(("attended", layer, rows.first_token))
+
+    def enter_experts(self, layer, weights, hidden, group):
+        routed = self._inner.enter_experts(layer, weights, hidden, group)
+        self._op("route", layer, group.first_token, routed.experts)
         return routed
 
-    def experts(self, layer, group, routed):
-        self._inner.experts(layer, group, routed)
-        self._op("experts", layer, *(one.key.index for one in group))
+    def experts(self, layer, arrived, routed):
+        self._inner.experts(layer, arrived, routed)
+        self._op("experts", layer, *(one.key.index for one in arrived))
 
-    def leave_experts(self, layer, hidden, routed):
-        self._inner.leave_experts(layer, hidden, routed)
+    def leave_experts(self, layer, routed):
+        self._inner.leave_experts(layer, routed)
         self._op("combine", layer)
 
-    def enter_dense(self, layer, weights, hidden):
-        return self._inner.enter_dense(layer, weights, hidden)
+    def enter_dense(self, layer, weights, hidden, group):
+        return self._inner.enter_dense(layer, weights, hidden, group)
 
-    def dense(self, layer, weights, hidden, normed):
-        self._inner.dense(layer, weights, hidden, normed)
+    def dense(self, layer, weights, normed):
+        self._inner.dense(layer, weights, normed)
         self._op("dense", layer)
 
     def enter_head(self, hidden, batch):
@@ -257,9 +262,10 @@ def test_lanes_serve_in_order_and_chains_run_beside_each_other():
         LaneJob("device", 1.0),
         ((LaneJob("link", 2.0), LaneJob("host", 3.0)), (LaneJob("link", 1.0),)),
     )
-    lanes.start(work, "a")
-    lanes.start(LaneWork(LaneJob("device", 4.0)), "b")
-    lanes.finish()
+    waits = lanes.start(work, "a"), lanes.start(LaneWork(LaneJob("device", 4.0)), "b")
+    waits[1]()
+    assert clock.now == 4.0  # others go on
+    waits[0]()
     spans = {(span.lane, span.label, span.begin, span.end) for span in lanes.spans}
     assert spans == {
         ("link", "a", 0.0, 2.0), ("link", "a", 2.0, 3.0), ("host", "a", 2.0, 5.0),

@@ -48,34 +48,41 @@ class RecordingRuntime:
 
     def arrivals(self, keys):
         last_first = keys[::-1]
-        for group in (last_first[:1], last_first[1:]):
-            self.held += group
-            yield group
-            for key in group:
+        for arrived in (last_first[:1], last_first[1:]):
+            self.held += arrived
+            yield arrived
+            for key in arrived:
                 self.held.remove(key)
 
-    def attention(self, layer, weights, hidden, rows):
+    def attend(self, layer, weights, hidden, rows):
         assert weights == WeightKey(Part.BLOCK, layer) and weights in self.held
-        self.calls.append(("attention", layer, rows.first_token, rows.num_tokens))
+        self.calls.append(("attend", layer, rows.first_token, rows.num_tokens))
+        return layer, rows.first_token
 
-    def enter_experts(self, layer, weights, hidden):
+    def attended(self, layer, weights, hidden, rows, begun):
+        assert weights == WeightKey(Part.BLOCK, layer) and weights in self.held
+        assert begun == (layer, rows.first_token)
+        self.calls.append(("attended", layer, rows.first_token))
+
+    def enter_experts(self, layer, weights, hidden, group):
         assert weights in self.held
-        self.calls.append(("route", layer))
+        self.calls.append(("route", layer, group.first_token, group.num_tokens))
         return Routed(self.routed, None)
 
-    def experts(self, layer, group, routed):
-        assert all(key in self.held for key in group)
-        self.calls.append(("experts", layer, *(key.index for key in group)))
+    def experts(self, layer, arrived, routed):
+        assert all(key in self.held for key in arrived)
+        self.calls.append(("experts", layer, *(key.index for key in arrived)))
 
-    def leave_experts(self, layer, hidden, routed):
+    def leave_experts(self, layer, routed):
         self.calls.append(("combine", layer))
 
-    def enter_dense(self, layer, weights, hidden):
-        return "normed"
+    def enter_dense(self, layer, weights, hidden, group):
+        assert weights in self.held
+        return group.first_token, group.num_tokens
 
-    def dense(self, layer, weights, hidden, normed):
+    def dense(self, layer, weights, normed):
         assert weights == WeightKey(Part.FFN, layer) and weights in self.held
-        self.calls.append(("dense", layer))
+        self.calls.append(("dense", layer, *normed))
 
     def enter_head(self, hidden, batch):
         return "final"
@@ -108,13 +115,17 @@ def test_a_pass_runs_attention_by_micro_batch_and_each_expert_once():
     assert runtime.calls == [
         ("begin", 160),
         ("prefetch", 0),
-        ("attention", 0, 0, 100),
-        ("attention", 0, 100, 60),
-        ("dense", 0),
+        ("attend", 0, 0, 100),
+        ("attend", 0, 100, 60),
+        ("attended", 0, 0),
+        ("attended", 0, 100),
+        ("dense", 0, 0, 160),
         ("prefetch", 1),
-        ("attention", 1, 0, 100),
-        ("attention", 1, 100, 60),
-        ("route", 1),
+        ("attend", 1, 0, 100),
+        ("attend", 1, 100, 60),
+        ("attended", 1, 0),
+        ("attended", 1, 100),
+        ("route", 1, 0, 160),
         ("experts", 1, 6),
         ("experts", 1, 4, 1),
         ("combine", 1),
@@ -131,8 +142,8 @@ def test_layers_with_half_a_block_compute_that_half():
     run_pass(runtime, PassShape(halves, 0), batch)
     assert not runtime.held
     assert [call for call in runtime.calls if call[0] != "prefetch"] == [
-        ("begin", 64), ("attention", 0, 0, 64), ("route", 1), ("experts", 1, 4),
-        ("experts", 1, 0), ("combine", 1), ("dense", 2),
+        ("begin", 64), ("attend", 0, 0, 64), ("attended", 0, 0), ("route", 1, 0, 64),
+        ("experts", 1, 4), ("experts", 1, 0), ("combine", 1), ("dense", 2, 0, 64),
     ]  # fmt: skip
 
 
@@ -148,7 +159,8 @@ def test_a_replayed_layer_is_not_computed_again():
     runtime = RecordingRuntime(experts=(0,), replayed=(0, 2))
     run_pass(runtime, PassShape((EXPERTS, DENSE, EXPERTS), 1), batch)
     assert [call for call in runtime.calls if call[0] != "prefetch"] == [
-        ("begin", 64), ("attention", 1, 0, 64), ("dense", 1), ("head", 0),
+        ("begin", 64), ("attend", 1, 0, 64), ("attended", 1, 0), ("dense", 1, 0, 64),
+        ("head", 0),
     ]  # fmt: skip
 
 

@@ -72,6 +72,7 @@ class Outlook:
         self.now: Floats = table.uniform.copy()
         self.next: Floats = table.uniform.copy()
         self.usage: Floats = table.uniform.copy()
+        self.open_layer: int | None = None
         self.version = 0
 
 

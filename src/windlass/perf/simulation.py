@@ -29,7 +29,7 @@ from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.clock import Clock, Lanes, Span
 from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
-from windlass.schedule.batch import Batch, Segment, make_batch
+from windlass.schedule.batch import Batch, RowGroup, Segment, make_batch
 from windlass.schedule.observer import RoutedTokens
 from windlass.schedule.passes import PassShape, run_pass
 
@@ -55,8 +55,8 @@ class UniformRouter:
     def end(self) -> None:
         return None
 
-    def route(self, layer: int, batch: Batch) -> RoutedTokens:
-        return RoutedTokens(layer, batch, self.counts(layer, batch.num_tokens))
+    def route(self, layer: int, batch: Batch, group: RowGroup) -> RoutedTokens:
+        return RoutedTokens(layer, batch, self.counts(layer, group.num_tokens))
 
     def counts(self, layer: int, num_rows: int) -> NDArray[np.int64]:
         """(E) rows of each expert."""

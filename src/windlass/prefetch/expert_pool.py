@@ -47,14 +47,17 @@ class ExpertPool(ABC):
         only what has a larger one makes room."""
         return -np.inf
 
+    def turn_of(self, key: WeightKey) -> int:
+        """The layer that the pass is in when it uses `key`."""
+        return key.layer if key.layer >= 0 else self._num_layers - 1
+
     def used(self, place: int) -> None:  # noqa: B027  most kinds of pools want to know
         """The expert at this place is used now."""
 
     # --- the policy -------------------------------------------------------------------------------
 
     def note_use(self, key: WeightKey) -> None:
-        layer = key.layer if key.layer >= 0 else self._num_layers - 1
-        self.now += (layer - self.now) % self._num_layers
+        self.now += (self.turn_of(key) - self.now) % self._num_layers
         if key.part is Part.EXPERT:
             self.used(self._table.place(key))
         else:
@@ -140,7 +143,7 @@ class ExpectedNextUse(ExpertPool):
     """Gives up the expert whose next use is expected last: in `E = d + (1 - p0) * L / pbar` layers,
     where its next turn comes in d layers and has the probability p0 of a use, and each of the turns
     that follow, one every L layers, has pbar. Where all are certain it is the streaming order: what
-    was just used goes first.
+    was just used goes first; not while other groups of the pass are still to use the layer.
 
     p0 is the outlook's `now` for turns of the pass under way, its `next` for those of the next
     pass; pbar is its `usage`.
@@ -158,6 +161,11 @@ class ExpectedNextUse(ExpertPool):
         # layers until the turn of each expert, seen from each layer
         self._turns = [(outlook.table.layer_of - now) % layers for now in range(layers)]
 
+    def turn_of(self, key: WeightKey) -> int:
+        # the next block is used before the last group has left the layer
+        at = self._outlook.open_layer
+        return super().turn_of(key) if at is None else at
+
     def used(self, place: int) -> None:
         self._used_at[place] = self.now
         self._known = None
@@ -174,6 +182,7 @@ class ExpectedNextUse(ExpertPool):
             np.subtract(1.0, outlook.now[first:], out=losses[first:])
             np.subtract(1.0, outlook.next[:first], out=losses[:first])
             is_used = self._used_at[part] == self.now
+            is_used &= outlook.open_layer is None  # else the turn is not over
             losses[part][is_used] = 1.0 - outlook.next[part][is_used]
             np.maximum(outlook.usage, _LEAST_USAGE, out=self._later)
             np.divide(self._num_layers, self._later, out=self._later)
