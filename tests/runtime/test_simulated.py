@@ -23,6 +23,7 @@ from windlass.perf.frozen_gpu_tiers import GpuRates, LayerShape, Share, layer_se
 from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
+from windlass.runtime.layer_ops import RoutedRows
 from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
 from windlass.schedule import batch as batches
 from windlass.schedule.batch import Segment, make_batch
@@ -154,10 +155,10 @@ def checkpoint(request, tmp_path_factory):
     return path
 
 
-# blocks, slots, schedule, overlap
-SETTINGS = [(0, "2", "module-based", True), (1, "3", "model-based", True),
-            (3, "1", "module-based", True), (0, "64", "module-based", True),
-            (1, "4", "module-based", False)]  # fmt: skip
+# blocks, slots, schedule, overlap, groups
+SETTINGS = [(0, "2", "module-based", True, 1), (1, "3", "model-based", True, 1),
+            (3, "1", "module-based", True, 1), (0, "64", "module-based", True, 3),
+            (1, "4", "module-based", False, 1), (1, "2", "module-based", True, 2)]  # fmt: skip
 # Families with other kinds of layers get all settings, the rest two each, in turn.
 OF_OTHER_LAYERS = ("deepseek_v3", "gpt_oss", "ernie4_5_moe", "qwen3_next")
 COMPARED = [
@@ -169,17 +170,19 @@ COMPARED = [
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "blocks", "slots", "schedule", "overlap"), COMPARED, indirect=["checkpoint"]
+    ("checkpoint", "blocks", "slots", "schedule", "overlap", "groups"),
+    COMPARED,
+    indirect=["checkpoint"],
 )
 def test_the_clock_does_what_the_device_does(
-    checkpoint, monkeypatch, blocks, slots, schedule, overlap
+    checkpoint, monkeypatch, blocks, slots, schedule, overlap, groups
 ):
     """Copies answer in their order: only while the caller waits, and `blocks` of them during each
     operation. Layers that are repeated have no operations of their own: none is here."""
     monkeypatch.setattr(batches, "MOST_CAPTURED", 0)
     options = dict(
         moe_expert_cache_size=slots, micro_batch_size=64, schedule=schedule,
-        expert_forecast="usage",
+        expert_forecast="usage", batch_groups=groups,
     )  # fmt: skip
     if not overlap:
         with engine_for(checkpoint, **options) as engine:
@@ -237,18 +240,17 @@ def test_the_clock_does_what_the_device_does(
 
 
 def _note_routing(monkeypatch):
-    """What the forecast of the engine observes: rows per expert, layer by layer. It is one that
-    needs no more than that, as the clock's."""
+    """What the engine routes: rows per expert, layer by layer, group by group. Its forecast is one
+    that needs no more than that, as the clock's."""
     monkeypatch.setitem(FORECASTS, "usage", lambda setting: UsageForecast(setting.table))
     routed = []
-    observe = UsageForecast.observe
+    counts = RoutedRows.counts
 
-    def observed(self, tokens):
-        counts = enumerate(tokens.counts_E.tolist())
-        routed.append({expert: count for expert, count in counts if count})
-        observe(self, tokens)
+    def noted(self):
+        routed.append(counts(self))
+        return routed[-1]
 
-    monkeypatch.setattr(UsageForecast, "observe", observed)
+    monkeypatch.setattr(RoutedRows, "counts", noted)
     return routed
 
 
@@ -309,8 +311,39 @@ def _device_rates(**changes):
 )  # fmt: skip
 def test_the_schedule_on_a_device_reaches_its_closed_form(rates, share, binds):
     """A decode pass of layers that are alike, in the steady state."""
-    layers, context = 6, 640
-    share = Share(context=context, micro=100, **share)
+    share = Share(context=CONTEXT, micro=100, **share)
+    seconds, worked, _ = _decode_pass(rates, share)
+    expected = LAYERS * layer_seconds(SHAPE, rates, share)
+    assert seconds == pytest.approx(expected, rel=0.12)
+    assert max(worked, key=worked.__getitem__) == binds
+    assert seconds >= max(worked.values()) * (1 - 1e-9)
+
+
+def test_attention_of_one_group_hides_behind_the_experts_of_another():
+    """Where the host's attention takes as long as the device's experts, two groups take little more
+    than either. With slots for a layer's experts they read what one group reads, with fewer each
+    reads again what had to go."""
+    rates = _device_rates(
+        down=1e12, up=1e12, dense=lambda rows: 1e15, expert=lambda rows: 40e12, host_attention=1e11
+    )
+    share = Share(context=CONTEXT, micro=100, sequences=800, host_attention=1.0)
+    alone, worked, read = _decode_pass(rates, share)
+    assert alone == pytest.approx(worked["host"] + worked["device"], rel=0.1)
+    beside, lanes, again = _decode_pass(rates, share, groups=2, expert_slots=8)
+    assert lanes["host"] == pytest.approx(worked["host"])
+    assert max(lanes.values()) <= beside < 0.7 * alone
+    assert again == read
+    for groups in (2, 4):
+        *_, again = _decode_pass(rates, share, groups=groups, expert_slots=4)
+        assert again == read + (groups - 1) * LAYERS * (8 - 4) * SHAPE.expert
+
+
+LAYERS, CONTEXT = 6, 640
+
+
+def _decode_pass(rates, share, *, groups=1, expert_slots=None):
+    """Seconds of a pass, of each lane in it, and bytes read, after the first two."""
+    layers, context = LAYERS, CONTEXT
     moe = Moe(num_experts=8, top_k=2, routing=TopKSoftmax(), expert=Ffn(intermediate=8))
     block = Block(attention=SPECS["olmoe-1b-7b"].blocks[0].attention, ffn=moe)
     spec = replace(SPECS["olmoe-1b-7b"], blocks=(block,) * layers)
@@ -319,7 +352,7 @@ def test_the_schedule_on_a_device_reaches_its_closed_form(rates, share, binds):
     lanes = Lanes(Clock(), DEVICE_LANES)
     moving = 16 if share.on_disk else 4  # the disk works ahead into slots
     slots = {
-        Part.EXPERT: moving + round(share.resident * 8 * layers),
+        Part.EXPERT: expert_slots or moving + round(share.resident * 8 * layers),
         Part.BLOCK: max(2, round(share.resident * layers)), Part.FINAL: 1, Part.EMBED: 1,
     }  # fmt: skip
     sizes = {Part.EXPERT: SHAPE.expert, Part.BLOCK: SHAPE.attention}
@@ -332,25 +365,21 @@ def test_the_schedule_on_a_device_reaches_its_closed_form(rates, share, binds):
         lanes, costs, SimulatedParts(num_keys, slots, reads),
         policy=pool(forecast, slots), depth=8,
     )  # fmt: skip
-    each = share.sequences * 2 // 8
     prefetcher = Prefetcher(shape, weights.cache, forecast)
     runtime = SimulatedRuntime(
         lanes, costs, weights, prefetcher=prefetcher, forecast=forecast,
-        router=CountingRouter(lambda layer, rows: dict.fromkeys(range(8), each), 8),
+        router=CountingRouter(lambda layer, rows: dict.fromkeys(range(8), rows * 2 // 8), 8),
     )  # fmt: skip
     segment = Segment(
         sequence=0, token_ids=(0,), first_position=context - 1, pages=(), state_slot=-1,
         is_prompt=False, long_rope=False, wants_logits=False,
     )  # fmt: skip
-    batch = make_batch([segment] * share.sequences, micro_batch_tokens=100)
+    batch = make_batch([segment] * share.sequences, micro_batch_tokens=100, groups=groups)
     for _ in range(2):
         run_pass(runtime, shape, batch)
-    begin, busy = lanes.clock.now, lanes.busy()
+    begin, busy, read = lanes.clock.now, lanes.busy(), weights.cache.stats().bytes_read
     for _ in range(3):
         run_pass(runtime, shape, batch)
-    seconds = (lanes.clock.now - begin) / 3
     worked = {lane: (end - busy[lane]) / 3 for lane, end in lanes.busy().items()}
-    expected = layers * layer_seconds(SHAPE, rates, share)
-    assert seconds == pytest.approx(expected, rel=0.12)
-    assert max(worked, key=worked.__getitem__) == binds
-    assert seconds >= max(worked.values()) * (1 - 1e-9)
+    read = weights.cache.stats().bytes_read - read
+    return (lanes.clock.now - begin) / 3, worked, read / 3

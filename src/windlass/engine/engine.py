@@ -137,7 +137,9 @@ class Engine:
             return StepResult((), ())
         with self._tracer.span("pass", lane="engine", segments=len(rows)):
             batch = make_batch(
-                [row.segment for row in rows], micro_batch_tokens=self.plan.micro_batch_tokens
+                [row.segment for row in rows],
+                micro_batch_tokens=self.plan.micro_batch_tokens,
+                groups=self.plan.groups,
             )
             passes = passes_of(batch, self.plan.schedule)
             runtime, shape = self._parts.runtime, self._parts.shape

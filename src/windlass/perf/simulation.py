@@ -126,12 +126,14 @@ def _keeps_all(plan: Plan, sizes: Sizes) -> bool:
     )
 
 
-def _slots_of(plan: Plan, sizes: Sizes, parts: Mapping[Part, int]) -> dict[Part, int]:
+def _slots_of(plan: Plan, sizes: Sizes, sample: Sample) -> dict[Part, int]:
     """The plan's slots for the sample: the share that stays, and those on their way."""
     slots: dict[Part, int] = {}
-    for part, count in parts.items():
+    # those of a layer stay until its last group has passed, however many layers there are
+    again = max(ExpertTable.of(sample.spec).num_experts) if plan.groups > 1 else 0
+    for part, count in _parts_of(sample, sizes).items():
         whole, given = sizes.num_parts[part], plan.host.slots.get(part, 0)
-        moving = min(given, _PIPELINE_SLOTS if part is Part.EXPERT else 2)
+        moving = min(given, 2 if part is not Part.EXPERT else _PIPELINE_SLOTS + again)
         kept = (given - moving) * count / whole
         slots[part] = count if given >= whole else min(count, moving + int(kept))
     return slots
@@ -164,7 +166,7 @@ class ClockedModel:
         self.lanes = Lanes(Clock(), ("disk", "host"), keeps_spans=keeps_spans)
         parts = _parts_of(sample, sizes)
         reads = {part: (Read("", 0, size, 0),) for part, size in sizes.slot_bytes.items()}
-        slots = _slots_of(plan, sizes, parts)
+        slots = _slots_of(plan, sizes, sample)
         floor = floor_of(table, slots.get(Part.EXPERT, 0))
         policy = ExpectedNextUse(forecast.outlook, floor=floor)
         self._weights = SimulatedWeights(
@@ -188,7 +190,8 @@ class ClockedModel:
 
     def run(self, one: PassRun) -> Timed:
         """One pass like `one`; times are those of the whole model."""
-        batch = batch_of(one, micro_batch_tokens=self._plan.micro_batch_tokens)
+        plan = self._plan
+        batch = batch_of(one, micro_batch_tokens=plan.micro_batch_tokens, groups=plan.groups)
         begin, busy = self.lanes.clock.now, self.lanes.busy()
         read = self._weights.cache.stats().bytes_read
         run_pass(self._runtime, self._shape, batch)
@@ -203,7 +206,7 @@ class ClockedModel:
         )
 
 
-def batch_of(one: PassRun, *, micro_batch_tokens: int) -> Batch:
+def batch_of(one: PassRun, *, micro_batch_tokens: int, groups: int = 1) -> Batch:
     """Rows as many as those of `one`, that see as many positions on average."""
     seen, segments = one.seen, []
     if seen.decode_rows:
@@ -217,7 +220,7 @@ def batch_of(one: PassRun, *, micro_batch_tokens: int) -> Batch:
             count = min(length, seen.prompt_rows - at)
             segments.append(_segment(first, count, is_prompt=True))
     logits = [replace(s, wants_logits=i < one.num_logits) for i, s in enumerate(segments)]
-    return make_batch(logits, micro_batch_tokens=micro_batch_tokens)
+    return make_batch(logits, micro_batch_tokens=micro_batch_tokens, groups=groups)
 
 
 def _segment(first: int, count: int, *, is_prompt: bool) -> Segment:

@@ -163,12 +163,18 @@ class ExpectedNextUse(ExpertPool):
 
     def turn_of(self, key: WeightKey) -> int:
         # the next block is used before the last group has left the layer
-        at = self._outlook.open_layer
+        at = self._outlook.layer
         return super().turn_of(key) if at is None else at
 
+    def victim(self, entering: WeightKey, layers: int | None) -> WeightKey | None:
+        if self._outlook.layer is not None:
+            self.now += (self._outlook.layer - self.now) % self._num_layers
+        return super().victim(entering, layers)
+
     def used(self, place: int) -> None:
-        self._used_at[place] = self.now
-        self._known = None
+        if not self._outlook.is_open:  # else another group may use it in the same turn
+            self._used_at[place] = self.now
+            self._known = None
 
     def changed(self) -> bool:
         return self._known != (self.now, self._outlook.version)
@@ -182,7 +188,6 @@ class ExpectedNextUse(ExpertPool):
             np.subtract(1.0, outlook.now[first:], out=losses[first:])
             np.subtract(1.0, outlook.next[:first], out=losses[:first])
             is_used = self._used_at[part] == self.now
-            is_used &= outlook.open_layer is None  # else the turn is not over
             losses[part][is_used] = 1.0 - outlook.next[part][is_used]
             np.maximum(outlook.usage, _LEAST_USAGE, out=self._later)
             np.divide(self._num_layers, self._later, out=self._later)

@@ -152,7 +152,7 @@ class HostRuntime:
 
     def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[list[Lease]]:
         at_once = self._weights.cache.group_size
-        settles = self._routing.is_complete  # no other group is to route the layer
+        settles = not self._forecast.outlook.is_open  # no other group is to route the layer
         if self._prefetcher is None:
             for first in range(0, len(keys), at_once):
                 arriving = self._weights.arrivals(keys[first : first + at_once], settles=settles)
@@ -180,6 +180,7 @@ class HostRuntime:
             self._prefetcher.update()
 
     def prefetch(self, layer: int) -> None:
+        self._routing.enter(layer)
         if self._prefetcher is not None:
             self._prefetcher.enter(layer)
 

@@ -7,7 +7,13 @@ from typing import NamedTuple
 import torch
 
 from windlass.decoder import block as math
-from windlass.decoder.attention import CosSin, attention_output, project, value_width
+from windlass.decoder.attention import (
+    CosSin,
+    Projected,
+    attention_output,
+    project,
+    value_width,
+)
 from windlass.decoder.moe import dense_ffn, route, shared_expert
 from windlass.decoder.recurrent import recurrent_attention
 from windlass.decoder.rope import RopeTable
@@ -161,11 +167,36 @@ class LayerOps:
         x_TD: torch.Tensor,
         metadata: AttentionMetadata,
     ) -> None:
+        got = self._project(layer, attention, w, x_TD, metadata)
+        o_THv = self._attend(layer, attention, w, got, metadata)
+        y_TD = attention_output(self._kernels, attention, w, o_THv, got.gate_THv)
+        math.add_attention(self._kernels, self._spec, layer, w, x_TD, y_TD)
+
+    def _project(
+        self,
+        layer: int,
+        attention: Gqa | Mla,
+        w: Tensors,
+        x_TD: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> Projected:
+        """Queries of the rows, whose keys and values are written."""
         h_TD = math.attention_input(self._kernels, self._spec, w, x_TD)
         cos_sin = None if attention.rope is None else self._cos_sin(metadata, attention.rope)
         got = project(self._kernels, attention, self._spec.norm, w, h_TD, cos_sin)
         for store, x_TKd in zip(self._kv.stored(layer), (got.key_TKd, got.value_TKv), strict=False):
             self._kernels.write_rows(store, metadata.pages, metadata.offsets, x_TKd)
+        return got
+
+    def _attend(
+        self,
+        layer: int,
+        attention: Gqa | Mla,
+        w: Tensors,
+        got: Projected,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """What the queries find, by head: (T, H, v)."""
         gqa = attention if isinstance(attention, Gqa) else None
         options = AttentionOptions(
             scale=attention.scale,
@@ -174,9 +205,7 @@ class LayerOps:
             sinks_H=floats_or_none(w, "sinks") if gqa and gqa.sinks else None,
         )
         keys, values = self._kv.paged(layer)
-        o_THv = self._kernels.attention(got.q_THd, keys, values, metadata.work, options)
-        y_TD = attention_output(self._kernels, attention, w, o_THv, got.gate_THv)
-        math.add_attention(self._kernels, self._spec, layer, w, x_TD, y_TD)
+        return self._kernels.attention(got.q_THd, keys, values, metadata.work, options)
 
     def _cos_sin(self, metadata: AttentionMetadata, rope: Rope) -> CosSin:
         if rope not in metadata.tables:

@@ -15,47 +15,46 @@ class RoutedGroups:
     """Of one pass at a time, whose groups come in order, layer by layer."""
 
     def __init__(self, outlook: Outlook) -> None:
-        """`outlook` knows which layer other groups are still to route."""
+        """`outlook` is told where the groups of a pass are."""
         self._outlook = outlook
-        self._num_routed = 0  # groups
-        self._rows: dict[str, NDArray[np.generic]] = {}  # of the pass so far, kept for all layers
+        self._batch: Batch | None = None  # of the pass under way, if that has several
+        self._num_routed = 0  # groups, of the layer that is open
+        self._rows: dict[str, NDArray[np.generic]] = {}  # of all groups, kept for all layers
         self._counts_E = np.zeros(0, np.int64)
 
-    @property
-    def are_complete(self) -> bool:
-        """Whether no layer is between two groups."""
-        return not self._num_routed
-
-    def begin(self) -> None:
+    def begin(self, batch: Batch) -> None:
         """A pass begins."""
+        self._batch = batch if len(batch.groups) > 1 else None
         self._num_routed = 0
         self._rows = {}
-        self._open(None)
+        self._outlook.layer, self._outlook.is_open = None, False
 
-    def add(self, batch: Batch, tokens: RoutedTokens) -> RoutedTokens | None:
-        """The next group of `batch` has routed `tokens`: those of all groups, after the last one.
-        Arrays of one group alone are handed on as they are."""
-        if len(batch.groups) == 1:
+    def enter(self, layer: int) -> None:
+        """The last group comes to `layer`; the head counts as one more."""
+        if self._batch is not None:
+            self._outlook.layer = layer if layer < len(self._outlook.table.num_experts) else None
+            self._outlook.version += 1
+
+    def add(self, tokens: RoutedTokens) -> RoutedTokens | None:
+        """The next group has routed `tokens`: those of all groups, after the last one. Arrays of
+        one group alone are handed on as they are."""
+        batch = self._batch
+        if batch is None:
             return tokens
         group = batch.groups[self._num_routed]
         counts_E = np.asarray(tokens.counts_E)
         self._counts_E = self._counts_E + counts_E if self._num_routed else counts_E.copy()
-        for name in _BY_ROW:
-            if getattr(tokens, name) is not None:
-                rows = np.asarray(getattr(tokens, name))
-                whole = self._whole(name, (batch.num_tokens, *rows.shape[1:]), rows.dtype)
-                whole[group.first_token : group.first_token + group.num_tokens] = rows
+        given = [name for name in _BY_ROW if getattr(tokens, name) is not None]
+        for name in given:
+            rows = np.asarray(getattr(tokens, name))
+            whole = self._whole(name, (batch.num_tokens, *rows.shape[1:]), rows.dtype)
+            whole[group.first_token : group.first_token + group.num_tokens] = rows
         self._num_routed = (self._num_routed + 1) % len(batch.groups)
-        self._open(None if self.are_complete else tokens.layer)
-        if not self.are_complete:
+        self._outlook.is_open = self._num_routed > 0
+        self._outlook.version += 1
+        if self._outlook.is_open:
             return None
-        given = {name: self._rows[name] for name in _BY_ROW if getattr(tokens, name) is not None}
-        return tokens._replace(batch=batch, counts_E=self._counts_E, **given)
-
-    def _open(self, layer: int | None) -> None:
-        if self._outlook.open_layer != layer:
-            self._outlook.open_layer = layer
-            self._outlook.version += 1
+        return tokens._replace(counts_E=self._counts_E, **{name: self._rows[name] for name in given})
 
     def _whole(
         self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]

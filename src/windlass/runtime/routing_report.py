@@ -23,17 +23,16 @@ class RoutingReport:
         self._groups = RoutedGroups(forecast.outlook)
         self._batch: Batch | None = None
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether no layer is between two groups."""
-        return self._groups.are_complete
-
     def begin(self, batch: Batch, embedded_TD: Any) -> None:
         """A pass begins."""
         self._batch = batch
-        self._groups.begin()
+        self._groups.begin(batch)
         for one in (self._forecast, *self._observers):
             one.begin(batch, embedded_TD)
+
+    def enter(self, layer: int) -> None:
+        """The last group of the pass comes to `layer`, or to the head."""
+        self._groups.enter(layer)
 
     def captured(self, layer: int, routed: RoutedRows) -> None:
         """A captured layer was computed; its residual stream has gone on since."""
@@ -44,8 +43,7 @@ class RoutingReport:
 
     def tell(self, layer: int, routed: RoutedRows, residual_TD: Any) -> None:
         """`layer` has routed `residual_TD`, the rows of the next group of the pass."""
-        assert self._batch is not None, "routing outside a pass"
-        tokens = self._groups.add(self._batch, self._tokens(layer, routed, residual_TD))
+        tokens = self._groups.add(self._tokens(layer, routed, residual_TD))
         if tokens is None:
             return
         for one in (self._forecast, *self._observers):

@@ -231,7 +231,7 @@ class SimulatedRuntime:
 
     def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[list[Entry]]:
         arriving = self._weights.arrivals(
-            keys, in_sets=self._prefetcher is None, settles=self._groups.are_complete
+            keys, in_sets=self._prefetcher is None, settles=not self._forecast.outlook.is_open
         )
         arrived = next(arriving, None)  # its demands come before what the forecast wants
         has_worked = False
@@ -244,6 +244,7 @@ class SimulatedRuntime:
             arrived = next(arriving, None)
 
     def prefetch(self, layer: int) -> None:
+        self._groups.enter(layer)
         if self._prefetcher is not None:
             self._prefetcher.enter(layer)
 
@@ -256,7 +257,7 @@ class SimulatedRuntime:
     # --- a pass -----------------------------------------------------------------------------------
 
     def begin(self, batch: Batch) -> None:
-        self._groups.begin()
+        self._groups.begin(batch)
         self._num_logits = len(batch.logit_rows) + len(batch.scored_rows)
         self._batch = batch
         if self._weights.cache.fits(Part.EMBED):
@@ -291,7 +292,7 @@ class SimulatedRuntime:
         assert self._batch is not None, "a layer outside a pass"
         tokens = self._router.route(layer, self._batch, group)
         counts = {e: n for e, n in enumerate(np.asarray(tokens.counts_E).tolist()) if n}
-        if (of_all := self._groups.add(self._batch, tokens)) is not None:
+        if (of_all := self._groups.add(tokens)) is not None:
             self._forecast.observe(of_all)
         self._do(self._costs.route(layer, group.num_tokens), "route")
         return Routed(tuple(counts), _Rows(group.num_tokens, counts))
