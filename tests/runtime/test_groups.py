@@ -2,6 +2,7 @@
 told; what they read."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from deferred import deferred
 from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
 from recorder import RoutingRecorder, observed_by
+from windlass.schedule.observer import RoutedTokens
 from windlass.speculative import SpeculativeConfig
 
 LENGTHS = (90, 3, 33, 150)
@@ -72,7 +74,7 @@ def test_many_that_decode_do_so_in_groups(family, tmp_path):
 def test_of_a_pass_in_groups_every_token_is_told_of_once_per_layer(tmp_path):
     """And with the same bits, whoever wants scores and states."""
     make_model("deepseek_v3", tmp_path, dtype=torch.bfloat16)
-    told = {}
+    told: dict[int, Any] = {}
     for groups in (1, 3):
         recorder, states = RoutingRecorder(), _States()
         with observed_by(recorder, states):
@@ -90,12 +92,14 @@ def test_of_a_pass_in_groups_every_token_is_told_of_once_per_layer(tmp_path):
 class _States(RoutingRecorder):
     """Keeps the residual stream before each router, and counts."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(wants_states=True)
-        self.rows = []
+        self.rows: list[torch.Tensor] = []
 
-    def observe(self, tokens):
-        self.rows += [torch.as_tensor(rows).clone() for rows in (tokens.residual_TD, tokens.counts_E)]
+    def observe(self, tokens: RoutedTokens) -> None:
+        self.rows += [
+            torch.as_tensor(rows).clone() for rows in (tokens.residual_TD, tokens.counts_E)
+        ]
 
 
 def test_prompts_in_groups_share_prefixes_drafts_and_scores(tmp_path):
@@ -108,12 +112,13 @@ def test_prompts_in_groups_share_prefixes_drafts_and_scores(tmp_path):
     scored = replace(requests[0], params=replace(requests[0].params, prompt_logprobs=0))
     requests.append(replace(scored, request_id="scored"))
     guess = SpeculativeConfig(method="ngram", num_speculative_tokens=2)
-    options = dict(max_num_batched_tokens=512, speculative_config=guess)
+    options: dict[str, Any] = dict(max_num_batched_tokens=512, speculative_config=guess)
     found = {}
     for groups in (1, 2, 3):
-        with deferred(seed=groups), engine_for(
-            tmp_path, micro_batch_size=64, batch_groups=groups, **options
-        ) as engine:
+        with (
+            deferred(seed=groups),
+            engine_for(tmp_path, micro_batch_size=64, batch_groups=groups, **options) as engine,
+        ):
             results = run_all(engine, requests)
             found[groups] = _bits(results), results["scored"].prompt_logprobs
             stats = engine.stats()

@@ -2,7 +2,7 @@
 processor may be."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -52,7 +52,7 @@ class DeferredRuntime(HostRuntime):
         weights: Lease,
         hidden: torch.Tensor,
         rows: MicroBatch,
-        begun: Callable[[], None],
+        begun: Any,
     ) -> None:
         begun()
         self._begun -= 1

@@ -2,7 +2,7 @@
 between them. Of a large model a few layers stand for all. Seconds."""
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import log2
 

@@ -41,14 +41,7 @@ _NATIVE_GROUPS = 1024  # of k with scales of their own, in a matrix with activat
 
 
 def activation_bytes(
-    spec: ModelSpec,
-    backend: Backend,
-    *,
-    rows: int,
-    micro_rows: int,
-    seqs: int,
-    page_tokens: int,
-    groups: int = 1,
+    spec: ModelSpec, backend: Backend, *, rows: int, micro_rows: int, seqs: int, page_tokens: int
 ) -> int:
     """Bytes that a pass over `rows` rows allocates at most, with attention over `micro_rows` at a
     time and logits of `seqs` rows, of sequences or guesses."""
@@ -68,15 +61,19 @@ def activation_bytes(
     )
     # the outputs of experts wait by place, in memory that all layers share
     kept = (2 + max(_top_k(block.ffn) for block in spec.blocks)) * rows * width
-    if groups > 1:  # what they route is put together for whoever learns from it
-        routing = max(_routing(b.ffn) for b in spec.blocks if isinstance(b.ffn, Moe))
-        kept += rows * (2 * width + routing)
     phases = (attention, rows * network, seqs * (3 * spec.vocab_size + 2 * width))
     scratch = _TORCH_BYTES
     if is_native:
         scratch = _native_scratch_bytes(spec, backend.threads, rows)
         scratch += _captured_bytes(spec, min(seqs, MOST_CAPTURED), page_tokens)
     return round(_SLACK * _F32 * (kept + max(phases))) + scratch + _PROCESS_BYTES
+
+
+def gathered_bytes(spec: ModelSpec, rows: int) -> int:
+    """What a pass over `rows` rows in several groups keeps besides: what they have routed, put
+    together for whoever learns from it (runtime/routed_groups.py)."""
+    routing = max((_routing(b.ffn) for b in spec.blocks if isinstance(b.ffn, Moe)), default=0)
+    return round(_SLACK * _F32 * rows * (2 * spec.hidden_size + routing))
 
 
 def _more_norms(block: Block) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from windlass.ids import Part
 from windlass.models.spec import ModelSpec, Moe
 from windlass.perf.sizes import Sizes
 from windlass.plan import HOST, PART_WORDS, PartSlots, Plan, Schedule, TierPlan
-from windlass.planner.activations import activation_bytes
+from windlass.planner.activations import activation_bytes, gathered_bytes
 from windlass.schedule.batch import CHUNK_TOKENS, most_drafts
 from windlass.units import MIB, format_bytes, round_up
 
@@ -213,12 +213,12 @@ class _Draft:
     def _activations(self, seqs: int, rows: int) -> int:
         micro = self._micro_rows(seqs)
         is_model_based = self._wanted.schedule == "model-based"
-        return activation_bytes(
+        gathered = gathered_bytes(self._spec, rows) if (self._wanted.groups or 1) > 1 else 0
+        return gathered + activation_bytes(
             self._spec,
             self._sizes.backend,
             rows=min(rows, micro) if is_model_based else rows,
             micro_rows=micro,
-            groups=self._wanted.groups or 1,
             seqs=seqs + most_drafts(seqs, self._sizes.drafts),
             page_tokens=PAGE_TOKENS,
         )

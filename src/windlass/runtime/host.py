@@ -95,6 +95,14 @@ def _of(hidden: torch.Tensor, rows: MicroBatch | RowGroup) -> torch.Tensor:
     return hidden[rows.first_token : rows.first_token + rows.num_tokens]
 
 
+def _embedding(store: WeightStore, memory: Allocator, ids: Sequence[int]) -> torch.Tensor:
+    """(T, D) in the stored type: of the resident table, or just those rows from disk."""
+    if not store.cache.fits(Part.EMBED):
+        return store.read_rows(_EMBED, ids)
+    with store.lease(_EMBED) as lease:
+        return plain(lease.tensors, "weight")[memory.tensor(ids, dtype=torch.int64)]
+
+
 class _Routers:
     """Hands the weights of each layer's router out, when its block is first there."""
 
@@ -193,20 +201,12 @@ class HostRuntime:
                 micro.first_token: attention_metadata(micro, self._kv.page_tokens, self._memory)
                 for micro in batch.micro_batches
             }
-            hidden = math.embed(self._spec, self._embedding(tokens))
+            hidden = math.embed(self._spec, _embedding(self._weights, self._memory, tokens))
             if self._prefetcher is not None:
                 self._prefetcher.begin(batch, self._weights.now())
             self._routing.begin(batch, hidden)
             hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
-
-    def _embedding(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """(T, D) in the stored type: of the resident table, or just those rows from disk."""
-        if not self._weights.cache.fits(Part.EMBED):
-            return self._weights.read_rows(_EMBED, token_ids)
-        with self._weights.lease(_EMBED) as lease:
-            ids_T = self._memory.tensor(token_ids, dtype=torch.int64)
-            return plain(lease.tensors, "weight")[ids_T]
 
     def replay(self, layer: int) -> bool:
         if self._routing.wants_states:
@@ -288,17 +288,11 @@ class HostRuntime:
         self._routing.end(hidden)
         rows, scored = batch.logit_rows, batch.scored_rows
         with self._weights.lease(WeightKey(Part.FINAL)) as lease:
-            h_RD, h_SD = (self._final_norm(lease, hidden, which) for which in (rows, scored))
+            h_RD, h_SD = (self._blocks.final_norm(lease.tensors, hidden, r) for r in (rows, scored))
             bias_V = plain(lease.tensors, "head_bias").clone() if self._spec.head_bias else None
         logits_RV = h_RD.new_empty(len(rows), self._spec.vocab_size)
         scores = RunningLogprobs(batch.targets, self._memory)
         return _Final(h_RD, logits_RV, bias_V, scores, h_SD, 0)
-
-    def _final_norm(self, final: Lease, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        if len(rows) == hidden.shape[0]:  # all of them: rows come in their order
-            return math.final_norm(self._kernels, self._spec, final.tensors, hidden)
-        picked = hidden[rows]
-        return math.final_norm(self._kernels, self._spec, final.tensors, picked) if rows else picked
 
     def head(self, weights: Lease, final: _Final) -> None:
         w_VD = weights.tensors["weight"]

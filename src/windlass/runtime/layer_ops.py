@@ -1,7 +1,7 @@
 """What a layer computes, module by module, on weights that are given. Knows keys and values and
 where rows are, not where weights come from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -148,6 +148,13 @@ class LayerOps:
         with self._tracer.span("dense", layer=layer, rows=hidden.shape[0]):
             y_TD = dense_ffn(self._kernels, ffn, w, normed)
             math.add_network(self._kernels, self._spec, layer, block, hidden, y_TD)
+
+    def final_norm(self, w: Tensors, hidden: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Those rows before the head, normed."""
+        if len(rows) == hidden.shape[0]:  # all of them: rows come in their order
+            return math.final_norm(self._kernels, self._spec, w, hidden)
+        picked = hidden[rows]
+        return math.final_norm(self._kernels, self._spec, w, picked) if rows else picked
 
     def fill_tables(self, metadata: AttentionMetadata) -> None:
         """Cos and sin of all kinds of rotary positions that the model has."""

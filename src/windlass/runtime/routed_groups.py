@@ -1,6 +1,8 @@
 """Puts together what the groups of a pass route. Whoever learns from routing is told of a layer
 once, of all rows in the order of the batch, however many groups there were."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -44,17 +46,19 @@ class RoutedGroups:
         group = batch.groups[self._num_routed]
         counts_E = np.asarray(tokens.counts_E)
         self._counts_E = self._counts_E + counts_E if self._num_routed else counts_E.copy()
-        given = [name for name in _BY_ROW if getattr(tokens, name) is not None]
-        for name in given:
+        given: dict[str, Any] = {}
+        for name in _BY_ROW:
+            if getattr(tokens, name) is None:
+                continue
             rows = np.asarray(getattr(tokens, name))
-            whole = self._whole(name, (batch.num_tokens, *rows.shape[1:]), rows.dtype)
+            given[name] = whole = self._whole(name, (batch.num_tokens, *rows.shape[1:]), rows.dtype)
             whole[group.first_token : group.first_token + group.num_tokens] = rows
         self._num_routed = (self._num_routed + 1) % len(batch.groups)
         self._outlook.is_open = self._num_routed > 0
         self._outlook.version += 1
         if self._outlook.is_open:
             return None
-        return tokens._replace(counts_E=self._counts_E, **{name: self._rows[name] for name in given})
+        return tokens._replace(counts_E=self._counts_E, **given)
 
     def _whole(
         self, name: str, shape: tuple[int, ...], dtype: np.dtype[np.generic]

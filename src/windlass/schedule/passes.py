@@ -9,7 +9,7 @@ this one, so that it may go on beside their experts (CGOPipe of MoE-Lightning). 
 attends before those behind it in every layer: its keys and values are theirs to read.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -101,7 +101,7 @@ def _layers_in_groups(
 
 def _layer(
     rt: Runtime, layer: int, shape: LayerShape, hidden: Any, groups: Sequence[RowGroup]
-) -> Iterator[None]:
+) -> Generator[None, None, None]:
     """A layer, group by group. Stops after each group's attention has begun, and between the groups
     as they leave the layer. Its block is leased from the first attention until the last group has
     been routed: two blocks at once, where groups are in two layers."""
