@@ -18,8 +18,13 @@ class ExpertPool(ABC):
     expert's loss matters. A layer keeps `floor` experts that may be evicted while others have more,
     so that no layer starves."""
 
-    def __init__(self, table: ExpertTable, *, floor: int = 0) -> None:
+    def __init__(
+        self, table: ExpertTable, *, floor: int = 0, groups: Outlook | None = None
+    ) -> None:
+        """`groups` knows in which layer a pass in several groups is: the next block is used before
+        the last of them has left the layer."""
         self._table = table
+        self._groups = groups
         self._floor = floor
         self._num_layers = len(table.num_experts)
         self._others = FarthestNextUse(self._num_layers)
@@ -47,17 +52,16 @@ class ExpertPool(ABC):
         only what has a larger one makes room."""
         return -np.inf
 
-    def turn_of(self, key: WeightKey) -> int:
-        """The layer that the pass is in when it uses `key`."""
-        return key.layer if key.layer >= 0 else self._num_layers - 1
-
     def used(self, place: int) -> None:  # noqa: B027  most kinds of pools want to know
         """The expert at this place is used now."""
 
     # --- the policy -------------------------------------------------------------------------------
 
     def note_use(self, key: WeightKey) -> None:
-        self.now += (self.turn_of(key) - self.now) % self._num_layers
+        layer = None if self._groups is None else self._groups.layer
+        if layer is None:
+            layer = key.layer if key.layer >= 0 else self._num_layers - 1
+        self.now += (layer - self.now) % self._num_layers
         if key.part is Part.EXPERT:
             self.used(self._table.place(key))
         else:
@@ -90,6 +94,8 @@ class ExpertPool(ABC):
     def victim(self, entering: WeightKey, layers: int | None) -> WeightKey | None:
         if entering.part is not Part.EXPERT:
             return self._others.victim(entering, layers)
+        if self._groups is not None and self._groups.layer is not None:
+            self.now += (self._groups.layer - self.now) % self._num_layers
         place = self._foremost(is_demand=layers is None)
         if place is None:
             return None
@@ -150,7 +156,7 @@ class ExpectedNextUse(ExpertPool):
     """
 
     def __init__(self, outlook: Outlook, *, floor: int = 0) -> None:
-        super().__init__(outlook.table, floor=floor)
+        super().__init__(outlook.table, floor=floor, groups=outlook)
         self._outlook = outlook
         self._used_at = np.full(len(outlook.table), -1, np.int64)
         self._known: tuple[int, int] | None = None  # the state that `_losses` are of
@@ -160,16 +166,6 @@ class ExpectedNextUse(ExpertPool):
         layers = self._num_layers
         # layers until the turn of each expert, seen from each layer
         self._turns = [(outlook.table.layer_of - now) % layers for now in range(layers)]
-
-    def turn_of(self, key: WeightKey) -> int:
-        # the next block is used before the last group has left the layer
-        at = self._outlook.layer
-        return super().turn_of(key) if at is None else at
-
-    def victim(self, entering: WeightKey, layers: int | None) -> WeightKey | None:
-        if self._outlook.layer is not None:
-            self.now += (self._outlook.layer - self.now) % self._num_layers
-        return super().victim(entering, layers)
 
     def used(self, place: int) -> None:
         if not self._outlook.is_open:  # else another group may use it in the same turn

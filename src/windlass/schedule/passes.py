@@ -105,31 +105,37 @@ def _layer(
     """A layer, group by group. Stops after each group's attention has begun, and between the groups
     as they leave the layer. Its block is leased from the first attention until the last group has
     been routed: two blocks at once, where groups are in two layers."""
-    with ExitStack() as held, ExitStack() as block:
-        weights = block.enter_context(rt.lease(WeightKey(Part.BLOCK, layer)))
-        begun: list[list[Any]] = []
-        for group in groups:
-            attending = group.micro_batches if shape.has_attention else ()
-            begun.append([rt.attend(layer, weights, hidden, rows) for rows in attending])
-            yield
-        ffn = None
-        for group, attention in zip(groups, begun, strict=True):
-            for rows, one in zip(group.micro_batches, attention, strict=False):
-                rt.attended(layer, weights, hidden, rows, one)
-            if shape.network == "experts":
-                entered = rt.enter_experts(layer, weights, hidden, group)
-            elif shape.network == "dense":
-                entered = rt.enter_dense(layer, weights, hidden, group)
-            if group is groups[-1]:
-                block.close()
-            if shape.network == "experts":
-                _experts(rt, layer, entered)
-            elif shape.network == "dense":
-                if ffn is None:
-                    ffn = held.enter_context(rt.lease(WeightKey(Part.FFN, layer)))
-                rt.dense(layer, ffn, entered)
-            if group is not groups[-1]:
+    ffn = None
+
+    def rest(entered: Any) -> None:
+        nonlocal ffn
+        if shape.network == "experts":
+            _experts(rt, layer, entered)
+        elif shape.network == "dense":
+            if ffn is None:
+                ffn = held.enter_context(rt.lease(WeightKey(Part.FFN, layer)))
+            rt.dense(layer, ffn, entered)
+
+    with ExitStack() as held:  # the dense network, for all groups
+        with rt.lease(WeightKey(Part.BLOCK, layer)) as weights:
+            begun: list[list[Any]] = []
+            for group in groups:
+                attending = group.micro_batches if shape.has_attention else ()
+                begun.append([rt.attend(layer, weights, hidden, rows) for rows in attending])
                 yield
+            for group, attention in zip(groups, begun, strict=True):
+                for rows, one in zip(group.micro_batches, attention, strict=False):
+                    rt.attended(layer, weights, hidden, rows, one)
+                entered = None
+                if shape.network == "experts":
+                    entered = rt.enter_experts(layer, weights, hidden, group)
+                elif shape.network == "dense":
+                    entered = rt.enter_dense(layer, weights, hidden, group)
+                if group is groups[-1]:
+                    break
+                rest(entered)
+                yield
+        rest(entered)
 
 
 def _experts(rt: Runtime, layer: int, routed: Routed) -> None:
