@@ -94,8 +94,9 @@ class ExpertPool(ABC):
     def victim(self, entering: WeightKey, layers: int | None) -> WeightKey | None:
         if entering.part is not Part.EXPERT:
             return self._others.victim(entering, layers)
-        if self._groups is not None and self._groups.layer is not None:
-            self.now += (self._groups.layer - self.now) % self._num_layers
+        at = None if self._groups is None else self._groups.layer  # once: another thread sets it
+        if at is not None:
+            self.now += (at - self.now) % self._num_layers
         place = self._foremost(is_demand=layers is None)
         if place is None:
             return None
