@@ -136,9 +136,9 @@ class Engine:
             assert not self._open, "requests wait, but nothing can run"
             return StepResult((), ())
         with self._tracer.span("pass", lane="engine", segments=len(rows)):
-            batch = make_batch(
-                [row.segment for row in rows], micro_batch_tokens=self.plan.micro_batch_tokens
-            )
+            micro, groups = self.plan.micro_batch_tokens, self.plan.groups
+            segments = [row.segment for row in rows]
+            batch = make_batch(segments, micro_batch_tokens=micro, groups=groups)
             passes = passes_of(batch, self.plan.schedule)
             runtime, shape = self._parts.runtime, self._parts.shape
             try:
