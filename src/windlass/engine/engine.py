@@ -19,6 +19,7 @@ from windlass.engine.admission import Admission, ScheduledSequence
 from windlass.engine.drafting import Drafting
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.expectation import Check, Expectation
+from windlass.engine.layer_drafts import LayerDrafts
 from windlass.engine.open_requests import OpenRequests
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.phase_meter import PhaseMeter, Readings
@@ -64,6 +65,7 @@ class EngineParts:
     weights: WeightStore
     admission: Admission
     drafting: Drafting | None
+    layer_drafts: LayerDrafts | None = None
     device: Device
     tracer: Tracer
     resources: ExitStack
@@ -130,6 +132,7 @@ class Engine:
     def step(self) -> StepResult:
         """One pass and the tokens it brings."""
         begin = time.perf_counter()
+        has_filled = self._draft()
         rows = self._admission.compose(self._open)
         if not rows:
             assert not self._open, "requests wait, but nothing can run"
@@ -149,6 +152,8 @@ class Engine:
             self._passes += len(passes)
             with self._tracer.span("sample", rows=len(outcome.logits)):
                 result = self._take(rows, outcome)
+            if self._parts.layer_drafts is not None:
+                self._parts.layer_drafts.keep(rows, outcome.states)
         seconds = time.perf_counter() - begin
         self._pass_s += seconds
         took = self._meter.add(
@@ -158,13 +163,26 @@ class Engine:
             output_tokens=sum(len(delta.token_ids) for delta in result.deltas),
             seconds=seconds,
         )
-        if self._parts.drafting is not None:
+        if self._parts.drafting is not None and not has_filled:
             self._parts.drafting.passed(batch.segments, took)
         if not took.prompt_tokens:
             self._admission.turns.took(took.output_tokens, seconds)
         self._tracer.counter("rows", rows=batch.num_tokens)
         self._tracer.counter("disk", bytes=self._weights.stats().bytes_read)
         return result
+
+    def _draft(self) -> bool:
+        """The layer that drafts, over what the last pass computed. Whether prompts were among
+        it."""
+        drafts = self._parts.layer_drafts
+        if drafts is None:
+            return False
+        try:
+            with self._tracer.span("draft", lane="engine"), torch.inference_mode():
+                return drafts.run()
+        except BaseException:
+            self._admission.restart()
+            raise
 
     def _take(self, rows: list[ScheduledSequence], outcome: Outcome) -> StepResult:
         finished: list[RequestOutput] = []
@@ -281,7 +299,9 @@ def _join(outcomes: list[Outcome]) -> Outcome:
     if len(outcomes) == 1:
         return outcomes[0]
     logits = torch.cat([outcome.logits for outcome in outcomes])
-    return Outcome(logits, torch.cat([outcome.logprobs for outcome in outcomes]))
+    has_states = outcomes[0].states is not None
+    states = torch.cat([outcome.states for outcome in outcomes]) if has_states else None
+    return Outcome(logits, torch.cat([outcome.logprobs for outcome in outcomes]), states)
 
 
 def _close_aside(resources: ExitStack) -> None:

@@ -10,6 +10,7 @@ from windlass.models.shapes import (
     Shapes,
     attention_shapes,
     block_shapes,
+    draft_shapes,
     ffn_shapes,
     final_shapes,
     moe_shapes,
@@ -48,9 +49,12 @@ def block_flops_per_token(spec: ModelSpec, layer: int, *, context: int = 0) -> i
 
 
 def attention_matrices(spec: ModelSpec, layer: int) -> int:
-    """Elements of the matrices around attention; 0 where there is none."""
+    """Elements of the matrices around attention, and before it of what joins the rows of a block
+    that drafts; 0 where there is none."""
     attention = spec.blocks[layer].attention
-    return 0 if attention is None else _matrices(attention_shapes(attention, spec.hidden_size))
+    joins = _matrices(draft_shapes(spec)) if spec.blocks[layer].drafts else 0
+    own = 0 if attention is None else _matrices(attention_shapes(attention, spec.hidden_size))
+    return own + joins
 
 
 def shared_matrices(spec: ModelSpec, layer: int) -> int:

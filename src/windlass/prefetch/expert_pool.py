@@ -53,7 +53,7 @@ class ExpertPool(ABC):
     # --- the policy -------------------------------------------------------------------------------
 
     def note_use(self, key: WeightKey) -> None:
-        layer = key.layer if key.layer >= 0 else self._num_layers - 1
+        layer = key.layer if 0 <= key.layer < self._num_layers else self._num_layers - 1
         self.now += (layer - self.now) % self._num_layers
         if key.part is Part.EXPERT:
             self.used(self._table.place(key))

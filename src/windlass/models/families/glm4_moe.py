@@ -1,4 +1,4 @@
-"""GLM-4.5 and GLM-4.6. Layers for multi-token prediction are not used."""
+"""GLM-4.5 and GLM-4.6."""
 
 from windlass.models.config import Config
 from windlass.models.families.common import (
@@ -10,7 +10,7 @@ from windlass.models.families.common import (
     model,
     sigmoid_topk,
 )
-from windlass.models.families.tensor_names import qwen_names
+from windlass.models.families.tensor_names import qwen_names, with_nextn
 from windlass.models.names import NameMap
 from windlass.models.rope_config import read_rope, rotary_dim
 from windlass.models.spec import Ffn, ModelSpec
@@ -33,4 +33,4 @@ def read(config: Config) -> tuple[ModelSpec, NameMap]:
             Ffn(intermediate=config.size("intermediate_size")),
         ),
     )
-    return spec, qwen_names(spec)
+    return spec, with_nextn(qwen_names(spec))

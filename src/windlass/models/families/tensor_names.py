@@ -1,6 +1,7 @@
 """Names of tensors as most checkpoints have them, for families to put together."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from windlass.models.names import NameMap, Reshape, Take, TensorSource, TensorSources, Transpose
 from windlass.models.spec import Mla, ModelSpec, Moe
@@ -29,6 +30,14 @@ NORMS: TensorSources = {
     "input_norm.bias": at("input_layernorm.bias"),
     "post_norm.weight": at("post_attention_layernorm.weight"),
     "post_norm.bias": at("post_attention_layernorm.bias"),
+}
+
+# A layer that predicts further tokens, in the checkpoints of DeepSeek-V3 and those like it
+NEXTN: TensorSources = {
+    "embed_norm.weight": at("enorm.weight"),
+    "state_norm.weight": at("hnorm.weight"),
+    "join.weight": at("eh_proj.weight"),
+    "draft_norm.weight": at("shared_head.norm.weight"),
 }
 
 GQA: TensorSources = {
@@ -149,6 +158,11 @@ def name_map(
         final=FINAL,
         head=HEAD,
     )
+
+
+def with_nextn(names: NameMap) -> NameMap:
+    """The same of a family whose checkpoints may have a layer that predicts further tokens."""
+    return replace(names, block={**names.block, **NEXTN})
 
 
 def qwen_moe_names(shared: str = "shared_experts") -> TensorSources:
