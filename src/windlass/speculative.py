@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from windlass.errors import UsageError
 
 METHODS = ("ngram", "mtp")
-_MOST_DRAFTED = {"ngram": 16, "mtp": 1}  # tokens of a draft
+MOST_DRAFTED = 16  # tokens of a draft
 _USUALLY_DRAFTED = {"ngram": 4, "mtp": 1}
 _LONGEST_NGRAM = 16
 _ORDERS = (1, 3)  # tokens that must be alike, where nothing is said
@@ -31,7 +31,8 @@ class SpeculativeConfig:
             raise _wrong("method", self.method, ", ".join(METHODS))
         if self.method == "mtp" and (self.prompt_lookup_max or self.prompt_lookup_min):
             raise UsageError(
-                "speculative_config: prompt_lookup_max, prompt_lookup_min: allowed with method ngram"
+                "speculative_config: prompt_lookup_max, prompt_lookup_min: allowed with method"
+                " ngram alone"
             )
         drafted = self.num_speculative_tokens or _USUALLY_DRAFTED[self.method]
         object.__setattr__(self, "num_speculative_tokens", drafted)
@@ -39,7 +40,9 @@ class SpeculativeConfig:
         most = self.prompt_lookup_max or self.prompt_lookup_min or _ORDERS[1]
         object.__setattr__(self, "prompt_lookup_min", least)
         object.__setattr__(self, "prompt_lookup_max", most)
-        _check("num_speculative_tokens", drafted, 1, _MOST_DRAFTED[self.method])
+        if self.method == "mtp" and drafted != 1:
+            raise _wrong("num_speculative_tokens", drafted, "1 with method mtp")
+        _check("num_speculative_tokens", drafted, 1, MOST_DRAFTED)
         _check("prompt_lookup_max", most, 1, _LONGEST_NGRAM)
         _check("prompt_lookup_min", least, 1, most)
 
@@ -65,7 +68,7 @@ class SpeculativeConfig:
         if "method" not in given:
             raise UsageError(f"speculative_config: method is missing: allowed {', '.join(METHODS)}")
         for name, most in (
-            ("num_speculative_tokens", max(_MOST_DRAFTED.values())),
+            ("num_speculative_tokens", MOST_DRAFTED),
             ("prompt_lookup_max", _LONGEST_NGRAM), ("prompt_lookup_min", _LONGEST_NGRAM),
         ):  # fmt: skip
             if name in given:

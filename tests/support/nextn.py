@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from engines import write_tokenizer
-from families import CASES, make_checkpoint, rewrite_config
+from families import make_checkpoint, rewrite_config
 
 LAYERS = 3  # of the model; the layer behind them predicts
 
@@ -36,15 +36,22 @@ class Nextn(NamedTuple):
         own.model.layers, own.model.config.num_hidden_layers = own.model.layers[LAYERS:], 1
         own.model.norm.weight.data = self.around["shared_head.norm"]
         eps = own.model.norm.variance_epsilon
-        parts = []
-        for rows, norm in ((own.model.embed_tokens(ids[1:]), "enorm"), (self.states(ids)[:-1], "hnorm")):
-            parts.append(rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps) * self.around[norm])
+
+        def normed(rows: torch.Tensor, name: str) -> torch.Tensor:
+            return rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + eps) * self.around[name]
+
+        parts = (
+            normed(own.model.embed_tokens(ids[1:]), "enorm"),
+            normed(self.states(ids)[:-1], "hnorm"),
+        )
         joined = torch.cat(parts, -1) @ self.around["eh_proj"].T
         found: torch.Tensor = own(inputs_embeds=joined[None], use_cache=False).logits[0]
         return found
 
 
-def make_nextn(family: str, path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Nextn:
+def make_nextn(
+    family: str, path: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Nextn:
     """Saves a random checkpoint in `path`, with a tokenizer beside it."""
     model = make_checkpoint(family, path, seed=seed, dtype=dtype, num_hidden_layers=LAYERS + 1)
     width = model.config.hidden_size

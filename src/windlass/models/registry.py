@@ -37,7 +37,6 @@ from windlass.models.families import (
     solar_open,
 )
 from windlass.models.families.common import Family
-from windlass.models.families.tensor_names import NEXTN
 from windlass.models.known_types import DENSE, MOE
 from windlass.models.names import NameMap
 from windlass.models.quantization_config import read_quantization
@@ -137,8 +136,7 @@ def read_description(config: Mapping[str, Any], *, drafts: bool = False) -> Mode
 
 def _with_drafts(spec: ModelSpec, names: NameMap, settings: Config) -> ModelSpec:
     """The first layer for multi-token prediction has experts, as the last ones before it."""
-    is_known = set(NEXTN) <= set(names.block)
-    if not is_known or settings.get("num_nextn_predict_layers", int, 0) < 1:
+    if not names.join or settings.get("num_nextn_predict_layers", int, 0) < 1:
         raise UsageError(
             "speculative_config: method: got 'mtp', allowed ngram for this checkpoint:"
             f" {settings.where} describes no layer for multi-token prediction that is known"

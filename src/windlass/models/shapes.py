@@ -52,13 +52,11 @@ def block_shapes(spec: ModelSpec, layer: int) -> Shapes:
         shapes |= attention_shapes(block.attention, hidden)
     if isinstance(block.ffn, Moe):
         shapes |= moe_shapes(block.ffn, hidden)
-    if block.drafts:
-        shapes |= draft_shapes(spec)
     return shapes | ({"output_scale": (1,)} if block.output_scale else {})
 
 
-def draft_shapes(spec: ModelSpec) -> Shapes:
-    """What a block that drafts has around it: norms of embedding and state, the matrix that joins
+def join_shapes(spec: ModelSpec) -> Shapes:
+    """Part `join`, of a block that drafts: norms of embedding and state, the matrix that joins
     them, and the norm before the head."""
     norms = [_norm(spec, name) for name in ("embed_norm", "state_norm", "draft_norm")]
     join = {"join.weight": (spec.hidden_size, 2 * spec.hidden_size)}

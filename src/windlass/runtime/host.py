@@ -95,7 +95,8 @@ class _Routers:
     def __init__(self, spec: ModelSpec, readers: Sequence[RouterReader]) -> None:
         self._spec = spec
         self._readers = readers
-        layers = {i for i, block in enumerate(spec.trunk.blocks) if isinstance(block.ffn, Moe)}
+        blocks = spec.trunk.blocks
+        layers = {i for i, block in enumerate(blocks) if isinstance(block.ffn, Moe)}
         self._unread = layers if readers else set()
 
     def read(self, layer: int, block: Tensors) -> None:
@@ -294,7 +295,8 @@ class HostRuntime:
     def enter_draft_head(self, weights: Lease, hidden: torch.Tensor, batch: Batch) -> _Final:
         assert not self._spec.head_bias, "no family that drafts has a bias of the head"
         h_RD = hidden[batch.logit_rows]
-        h_RD = math.draft_norm(self._kernels, self._spec, weights.tensors, h_RD) if len(h_RD) else h_RD
+        if batch.logit_rows:
+            h_RD = math.draft_norm(self._kernels, self._spec, weights.tensors, h_RD)
         logits_RV = h_RD.new_empty(len(h_RD), self._spec.vocab_size)
         scores = RunningLogprobs([], self._memory)
         return _Final(h_RD, logits_RV, None, scores, h_RD[:0], drafts=True)

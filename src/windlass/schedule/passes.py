@@ -41,7 +41,8 @@ class PassShape:
     def whole(self) -> "PassShape":
         """As if the layer that drafts were the last of each pass: what it costs where it runs over
         all rows, the head for guesses aside."""
-        return self if self.draft is None else PassShape((*self.layers, self.draft), self.num_head_chunks)
+        behind = () if self.draft is None else (self.draft,)
+        return PassShape((*self.layers, *behind), self.num_head_chunks)
 
 
 def _layer_shape(block: Block) -> LayerShape:
@@ -70,10 +71,11 @@ def run_draft(rt: DraftRuntime, shape: PassShape, batch: Batch, states: Any) -> 
     what follows `batch.logit_rows`. Nothing of it is foreseen; it is read when it is wanted."""
     assert shape.draft is not None, "the model has no layer that drafts"
     layer = len(shape.layers)
-    with rt.lease(WeightKey(Part.BLOCK, layer)) as weights:
+    with rt.lease(WeightKey(Part.JOIN, layer)) as weights:
         hidden = rt.join(weights, states, batch)
-        if not rt.replay(layer):
-            _layer(rt, layer, shape.draft, hidden, batch)
+    if not rt.replay(layer):
+        _layer(rt, layer, shape.draft, hidden, batch)
+    with rt.lease(WeightKey(Part.JOIN, layer)) as weights:
         final = rt.enter_draft_head(weights, hidden, batch)
     if batch.logit_rows:
         _head(rt, shape, final)

@@ -100,7 +100,7 @@ class DraftRuntime(Runtime, Protocol):
 
     def join(self, weights: Any, states: Any, batch: Batch) -> Any:
         """Embeds the tokens and joins them with the states of those before -> hidden states of the
-        layer that drafts, whose block is given."""
+        layer that drafts."""
         ...
 
     def enter_draft_head(self, weights: Any, hidden: Any, batch: Batch) -> Any:

@@ -12,7 +12,7 @@ from windlass.models.families.common import (
     model,
     sigmoid_topk,
 )
-from windlass.models.families.tensor_names import mla_names, qwen_names, with_nextn
+from windlass.models.families.tensor_names import JOIN, mla_names, qwen_names
 from windlass.models.names import NameMap
 from windlass.models.spec import Ffn, ModelSpec
 
@@ -49,4 +49,4 @@ def latent_model(
             num_dense=num_dense,
         ),
     )
-    return spec, with_nextn(qwen_names(spec, attention=mla_names(attention)))
+    return spec, replace(qwen_names(spec, attention=mla_names(attention)), join=JOIN)

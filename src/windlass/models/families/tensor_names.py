@@ -1,7 +1,6 @@
 """Names of tensors as most checkpoints have them, for families to put together."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from windlass.models.names import NameMap, Reshape, Take, TensorSource, TensorSources, Transpose
 from windlass.models.spec import Mla, ModelSpec, Moe
@@ -32,8 +31,8 @@ NORMS: TensorSources = {
     "post_norm.bias": at("post_attention_layernorm.bias"),
 }
 
-# A layer that predicts further tokens, in the checkpoints of DeepSeek-V3 and those like it
-NEXTN: TensorSources = {
+# Of a layer that predicts further tokens, in the checkpoints of DeepSeek-V3 and those like it
+JOIN: TensorSources = {
     "embed_norm.weight": at("enorm.weight"),
     "state_norm.weight": at("hnorm.weight"),
     "join.weight": at("eh_proj.weight"),
@@ -158,11 +157,6 @@ def name_map(
         final=FINAL,
         head=HEAD,
     )
-
-
-def with_nextn(names: NameMap) -> NameMap:
-    """The same of a family whose checkpoints may have a layer that predicts further tokens."""
-    return replace(names, block={**names.block, **NEXTN})
 
 
 def qwen_moe_names(shared: str = "shared_experts") -> TensorSources:
