@@ -154,6 +154,20 @@ def test_the_layer_runs_while_its_guesses_are_wanted(case, said):
     assert stats.drafts is not None and stats.drafts.passes_without > 20
 
 
+def test_nobody_is_told_of_what_the_layer_routes(case, said, tmp_path):
+    """A trace of routing, with what routers read, is that without guesses."""
+    asked = [request(f"{i}", text, max_tokens=5) for i, text in enumerate(prompts([70, 9]))]
+    traces = []
+    for config in (None, CONFIG):
+        file = tmp_path / f"{config is None}.trace"
+        answers(
+            case.path, asked, speculative_config=config, routing_trace=file,
+            routing_trace_inputs=True, moe_expert_cache_size="4", expert_usage="off",
+        )  # fmt: skip
+        traces.append(file.read_bytes())
+    assert said and traces[0] == traces[1]
+
+
 def test_a_layer_that_fails_takes_nothing_with_it(case, monkeypatch):
     one = request("a", prompts([6])[0], max_tokens=20, logprobs=1)
     plain, _ = answers(case.path, [one])
@@ -189,7 +203,7 @@ def test_weights_may_be_packed(tmp_path, monkeypatch):
     """Matrices of the layer's block in fp8 as all others, what joins its rows not."""
     make_nextn("glm4_moe", tmp_path)
     file = tmp_path / "model.safetensors"
-    stored = {}
+    stored: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(file).items():
         if name.endswith(PACKED):
             found, _ = fp8_block()(tensor)

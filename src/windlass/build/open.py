@@ -64,7 +64,7 @@ from windlass.planner.choose import Chosen, choose_plan, plain_plan
 from windlass.planner.validate import validate_plan
 from windlass.prefetch.draft_experts import DraftExperts
 from windlass.prefetch.guard import WindowGuard
-from windlass.runtime.host import HostRuntime, Machine
+from windlass.runtime.host import DraftingHostRuntime, HostRuntime, Machine
 from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec, Moe
 from windlass.trace import Tracer
 from windlass.units import MIB, format_bytes
@@ -251,16 +251,11 @@ def _assemble(
         state_slots=plan.host.state_slots,
     )
     foresight = outfit.foresight(plan, shape, weights.cache)
-    runtime = HostRuntime(
-        spec,
-        machine,
-        weights,
-        kv,
-        foresight,
-    )
+    kind = DraftingHostRuntime if spec.drafts else HostRuntime
+    runtime = kind(spec, machine, weights, kv, foresight)
     drafting = None if setup.speculative is None else Drafting.of(setup.speculative)
     layer_drafts = None
-    if spec.drafts:
+    if isinstance(runtime, DraftingHostRuntime):
         assert drafting is not None, "a layer that drafts is read where it is asked for alone"
         layer_drafts = LayerDrafts(
             runtime, shape, drafting, micro_batch_tokens=plan.micro_batch_tokens

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -132,7 +132,7 @@ class Engine:
     def step(self) -> StepResult:
         """One pass and the tokens it brings."""
         begin = time.perf_counter()
-        has_filled = self._draft()
+        has_filled = _draft(self._parts)
         rows = self._admission.compose(self._open)
         if not rows:
             assert not self._open, "requests wait, but nothing can run"
@@ -143,12 +143,8 @@ class Engine:
             )
             passes = passes_of(batch, self.plan.schedule)
             runtime, shape = self._parts.runtime, self._parts.shape
-            try:
-                with torch.inference_mode():
-                    outcome = _join([run_pass(runtime, shape, one) for one in passes])
-            except BaseException:
-                self._admission.restart()
-                raise
+            with _or_restart(self._admission):
+                outcome = _join([run_pass(runtime, shape, one) for one in passes])
             self._passes += len(passes)
             with self._tracer.span("sample", rows=len(outcome.logits)):
                 result = self._take(rows, outcome)
@@ -170,19 +166,6 @@ class Engine:
         self._tracer.counter("rows", rows=batch.num_tokens)
         self._tracer.counter("disk", bytes=self._weights.stats().bytes_read)
         return result
-
-    def _draft(self) -> bool:
-        """The layer that drafts, over what the last pass computed. Whether prompts were among
-        it."""
-        drafts = self._parts.layer_drafts
-        if drafts is None:
-            return False
-        try:
-            with self._tracer.span("draft", lane="engine"), torch.inference_mode():
-                return drafts.run()
-        except BaseException:
-            self._admission.restart()
-            raise
 
     def _take(self, rows: list[ScheduledSequence], outcome: Outcome) -> StepResult:
         finished: list[RequestOutput] = []
@@ -287,6 +270,25 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+@contextmanager
+def _or_restart(admission: Admission) -> Iterator[None]:
+    """Computes; after a failure all that run are computed again."""
+    try:
+        with torch.inference_mode():
+            yield
+    except BaseException:
+        admission.restart()
+        raise
+
+
+def _draft(parts: EngineParts) -> bool:
+    """The layer that drafts, over what the last pass computed. Whether prompts were among it."""
+    if parts.layer_drafts is None:
+        return False
+    with parts.tracer.span("draft", lane="engine"), _or_restart(parts.admission):
+        return parts.layer_drafts.run()
 
 
 def _readings(parts: EngineParts) -> Readings:

@@ -108,8 +108,7 @@ class _Routers:
 
 
 class HostRuntime:
-    """Implements `DraftRuntime` on a machine that is given. Nobody is told of what a layer that
-    drafts routes: it is no part of the pass that forecasts are of."""
+    """Implements `Runtime` on a machine that is given."""
 
     def __init__(
         self,
@@ -120,7 +119,6 @@ class HostRuntime:
         foresight: Foresight,
     ) -> None:
         self._spec = spec
-        self._num_layers = len(spec.trunk.blocks)  # of a pass
         self._kernels = kernels = machine.kernels
         self._memory = machine.memory
         self._tracer = tracer = machine.tracer
@@ -190,21 +188,15 @@ class HostRuntime:
             hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
 
-    def join(self, weights: Lease, states: torch.Tensor, batch: Batch) -> torch.Tensor:
-        with self._tracer.span("embed", rows=batch.num_tokens):
-            embedded = self._embed(batch)
-            hidden = math.join(self._kernels, self._spec, weights.tensors, embedded, states)
-            hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
-            return hidden
-
     def _embed(self, batch: Batch) -> torch.Tensor:
         """Hidden states of the batch's tokens; where they are, for attention."""
-        tokens = [token for segment in batch.segments for token in segment.token_ids]
         self._metadata = {
             micro.first_token: attention_metadata(micro, self._kv.page_tokens, self._memory)
             for micro in batch.micro_batches
         }
-        return math.embed(self._spec, self._embedding(tokens))
+        return math.embed(
+            self._spec, self._embedding([t for s in batch.segments for t in s.token_ids])
+        )
 
     def _embedding(self, token_ids: Sequence[int]) -> torch.Tensor:
         """(T, D) in the stored type: of the resident table, or just those rows from disk."""
@@ -218,7 +210,7 @@ class HostRuntime:
         if self._routing.wants_states:
             return False  # a layer in one piece does not show them
         done = self._capture.layer(layer)
-        if done is not None and done.routed is not None and layer < self._num_layers:
+        if done is not None and done.routed is not None:
             self._routing.captured(layer, done.routed)
         return done is not None
 
@@ -245,8 +237,7 @@ class HostRuntime:
 
     def _routed(self, layer: int, done: ComputedBlock, *, is_replayed: bool) -> Routed:
         counts = done.routed.counts()
-        if layer < self._num_layers:
-            self._routing.tell(layer, done.routed, done.hidden_TD)
+        self._routing.tell(layer, done.routed, done.hidden_TD)
         return Routed(tuple(counts), _Rows(counts, done, is_replayed))
 
     def _expert_outputs(self, *shape: int) -> torch.Tensor:
@@ -285,21 +276,9 @@ class HostRuntime:
         with self._weights.lease(WeightKey(Part.FINAL)) as lease:
             h_RD, h_SD = (self._final_norm(lease, hidden, which) for which in (rows, scored))
             bias_V = plain(lease.tensors, "head_bias").clone() if self._spec.head_bias else None
-            states_TD = None
-            if self._spec.drafts:
-                states_TD = math.final_norm(self._kernels, self._spec, lease.tensors, hidden)
         logits_RV = h_RD.new_empty(len(rows), self._spec.vocab_size)
         scores = RunningLogprobs(batch.targets, self._memory)
-        return _Final(h_RD, logits_RV, bias_V, scores, h_SD, states_TD)
-
-    def enter_draft_head(self, weights: Lease, hidden: torch.Tensor, batch: Batch) -> _Final:
-        assert not self._spec.head_bias, "no family that drafts has a bias of the head"
-        h_RD = hidden[batch.logit_rows]
-        if batch.logit_rows:
-            h_RD = math.draft_norm(self._kernels, self._spec, weights.tensors, h_RD)
-        logits_RV = h_RD.new_empty(len(h_RD), self._spec.vocab_size)
-        scores = RunningLogprobs([], self._memory)
-        return _Final(h_RD, logits_RV, None, scores, h_RD[:0], drafts=True)
+        return _Final(h_RD, logits_RV, bias_V, scores, h_SD)
 
     def _final_norm(self, final: Lease, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
         if len(rows) == hidden.shape[0]:  # all of them: rows come in their order
@@ -330,3 +309,30 @@ class HostRuntime:
         if self._prefetcher is not None and not final.drafts:
             self._prefetcher.end(self._weights.now())
         return Outcome(final.logits_RV, final.scores.logprobs(), final.states_TD)
+
+
+class DraftingHostRuntime(HostRuntime):
+    """Implements `DraftRuntime`, where the last block of the model drafts. Nobody is told of what
+    that layer routes: it is no part of the pass that forecasts are of."""
+
+    def enter_head(self, hidden: torch.Tensor, batch: Batch) -> _Final:
+        final = super().enter_head(hidden, batch)
+        with self._weights.lease(WeightKey(Part.FINAL)) as lease:
+            final.states_TD = math.final_norm(self._kernels, self._spec, lease.tensors, hidden)
+        return final
+
+    def join(self, weights: Lease, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+        with self._tracer.span("embed", rows=batch.num_tokens):
+            embedded = self._embed(batch)
+            hidden = math.join(self._kernels, self._spec, weights.tensors, embedded, states)
+            hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
+            return hidden
+
+    def enter_draft_head(self, weights: Lease, hidden: torch.Tensor, batch: Batch) -> _Final:
+        assert not self._spec.head_bias, "no family that drafts has a bias of the head"
+        h_RD = hidden[batch.logit_rows]
+        if batch.logit_rows:
+            h_RD = math.draft_norm(self._kernels, self._spec, weights.tensors, h_RD)
+        logits_RV = h_RD.new_empty(len(h_RD), self._spec.vocab_size)
+        scores = RunningLogprobs([], self._memory)
+        return _Final(h_RD, logits_RV, None, scores, h_RD[:0], drafts=True)
