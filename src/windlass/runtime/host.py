@@ -190,13 +190,9 @@ class HostRuntime:
 
     def _embed(self, batch: Batch) -> torch.Tensor:
         """Hidden states of the batch's tokens; where they are, for attention."""
-        self._metadata = {
-            micro.first_token: attention_metadata(micro, self._kv.page_tokens, self._memory)
-            for micro in batch.micro_batches
-        }
-        return math.embed(
-            self._spec, self._embedding([t for s in batch.segments for t in s.token_ids])
-        )
+        self._metadata = _metadata_of(batch, self._kv.page_tokens, self._memory)
+        tokens = [token for segment in batch.segments for token in segment.token_ids]
+        return math.embed(self._spec, self._embedding(tokens))
 
     def _embedding(self, token_ids: Sequence[int]) -> torch.Tensor:
         """(T, D) in the stored type: of the resident table, or just those rows from disk."""
@@ -309,6 +305,16 @@ class HostRuntime:
         if self._prefetcher is not None and not final.drafts:
             self._prefetcher.end(self._weights.now())
         return Outcome(final.logits_RV, final.scores.logprobs(), final.states_TD)
+
+
+def _metadata_of(
+    batch: Batch, page_tokens: int, memory: Allocator
+) -> Mapping[int, AttentionMetadata]:
+    """Of its micro-batches, by their first token."""
+    return {
+        micro.first_token: attention_metadata(micro, page_tokens, memory)
+        for micro in batch.micro_batches
+    }
 
 
 class DraftingHostRuntime(HostRuntime):
