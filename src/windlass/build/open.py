@@ -22,6 +22,7 @@ from windlass.engine.admission import Admission, Decoding
 from windlass.engine.drafting import Drafting
 from windlass.engine.bursts import Turns
 from windlass.engine.engine import Engine, EngineParts, EngineSetup
+from windlass.engine.layer_drafts import LayerDrafts
 from windlass.engine.request_rules import RequestRules
 from windlass.engine.tokenizer import Tokenizer
 from windlass.engine.tokenizer import load as load_tokenizer
@@ -29,11 +30,13 @@ from windlass.errors import UsageError
 from windlass.forecast.learned import source_words
 from windlass.hardware.assumed import assumed_profile
 from windlass.hardware.profile import HardwareProfile
+from windlass.ids import Part
 from windlass.kernels.interface import Kernels
 from windlass.kernels.select import choose_kernels
 from windlass.kvcache.kv_cache import (
     KvCache,
 )
+from windlass.weights.eviction import EvictionPolicy
 from windlass.weights.store import WeightStore
 from windlass.weights.transfer import Carrier
 from windlass.checkpoint.folder import (CheckpointFolder, read_model)
@@ -61,9 +64,10 @@ from windlass.planner.budget import PlanConstraints
 from windlass.perf.sizes import Sizes
 from windlass.planner.choose import Chosen, choose_plan, plain_plan
 from windlass.planner.validate import validate_plan
+from windlass.prefetch.draft_experts import DraftExperts
 from windlass.prefetch.guard import WindowGuard
-from windlass.runtime.host import HostRuntime, Machine
-from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec
+from windlass.runtime.host import DraftingHostRuntime, HostRuntime, Machine
+from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec, Moe
 from windlass.trace import Tracer
 from windlass.units import MIB, format_bytes
 from windlass.version import VERSION
@@ -233,7 +237,8 @@ def _assemble(
     shape = pass_shape(spec, model.layout)
     outfit = make_outfit(options, model, plan, str(setup.fingerprint["model"]), opened)
     weights = WeightStore(
-        model.layout, model.source, Carrier(device), plan.host.slots, policy=outfit.chosen.policy,
+        model.layout, model.source, Carrier(device), plan.host.slots,
+        policy=_with_drafts(outfit.chosen.policy, spec, plan.host.of(Part.EXPERT).slots),
         tracer=tracer,
     )  # fmt: skip
     opened.callback(weights.close)
@@ -248,14 +253,15 @@ def _assemble(
         state_slots=plan.host.state_slots,
     )
     foresight = outfit.foresight(plan, shape, weights.cache)
-    runtime = HostRuntime(
-        spec,
-        machine,
-        weights,
-        kv,
-        foresight,
-    )
+    kind = DraftingHostRuntime if spec.drafts else HostRuntime
+    runtime = kind(spec, machine, weights, kv, foresight)
     drafting = None if setup.speculative is None else Drafting.of(setup.speculative)
+    layer_drafts = None
+    if isinstance(runtime, DraftingHostRuntime):
+        assert drafting is not None, "a layer that drafts is read where it is asked for alone"
+        layer_drafts = LayerDrafts(
+            runtime, shape, drafting, micro_batch_tokens=plan.micro_batch_tokens
+        )
     guard = None if setup.keeps_bursts else WindowGuard(window=_BURST_STRETCHES)
     admission = Admission(
         kv,
@@ -274,6 +280,7 @@ def _assemble(
             weights=weights,
             admission=admission,
             drafting=drafting,
+            layer_drafts=layer_drafts,
             device=device,
             tracer=tracer,
             resources=opened.pop_all(),
@@ -281,6 +288,14 @@ def _assemble(
             forecast_sources=partial(source_words, outfit.forecast),
         ),
     )
+
+
+def _with_drafts(policy: EvictionPolicy, spec: ModelSpec, slots: int) -> EvictionPolicy:
+    """`policy`, which knows the layers of a pass, where there is one more."""
+    if not spec.drafts:
+        return policy
+    share = max(1, slots // sum(isinstance(block.ffn, Moe) for block in spec.blocks))
+    return DraftExperts(policy, len(spec.blocks) - 1, slots=slots, share=share)
 
 
 def _known_cache_dtype(plan: Plan) -> Any:

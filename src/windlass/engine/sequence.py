@@ -140,6 +140,12 @@ class Sequence:
         assert first >= before, "a row is a prompt row or a generated row"
         return tuple(self.output_ids[first - before : last - before])
 
+    def following(self, first: int, last: int) -> tuple[int, ...]:
+        """The tokens behind those at positions from `first` up to `last`."""
+        prompt, before = self.request.prompt_token_ids, self.num_prompt - 1
+        generated = self.output_ids[max(0, first - before) : max(0, last - before)]
+        return prompt[first + 1 : last + 1] + tuple(generated)
+
     def advance(self, logits_V: torch.Tensor, tokenizer: Tokenizer) -> Delta:
         """Samples the next token of this sequence and decides whether it ends here."""
         sampled = self.sampler.sample(logits_V)
