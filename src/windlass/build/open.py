@@ -21,6 +21,7 @@ from windlass.engine.admission import Admission, Decoding
 from windlass.engine.drafting import Drafting
 from windlass.engine.bursts import Turns
 from windlass.engine.engine import Engine, EngineParts, EngineSetup
+from windlass.engine.grammars import Grammars
 from windlass.engine.request_rules import RequestRules
 from windlass.engine.tokenizer import Tokenizer
 from windlass.engine.tokenizer import load as load_tokenizer
@@ -177,6 +178,7 @@ def _setup(
             eos_token_ids=tokenizer.eos_token_ids,
             seed=options.seed,
             prefix_caching=plan.prefix_caching,
+            grammars=Grammars(tokenizer, model.spec.vocab_size),
             limited_by=model.spec.limited_by if plan.max_model_len == model.spec.max_positions else "",
         ),
         fingerprint=_fingerprint(model, tokenizer, options, backend),

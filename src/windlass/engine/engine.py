@@ -30,7 +30,7 @@ from windlass.errors import RequestError
 from windlass.params import SamplingParams
 from windlass.phases import PhaseStats
 from windlass.plan import Plan
-from windlass.schedule.batch import make_batch, passes_of
+from windlass.schedule.batch import Segment, make_batch, passes_of
 from windlass.schedule.passes import PassShape, run_pass
 from windlass.schedule.runtime import Outcome, Runtime
 from windlass.speculative import SpeculativeConfig
@@ -139,6 +139,9 @@ class Engine:
                 [row.segment for row in rows], micro_batch_tokens=self.plan.micro_batch_tokens
             )
             passes = passes_of(batch, self.plan.schedule)
+            for sequence, segment in rows:
+                if sequence.constraint is not None and segment.wants_logits:
+                    sequence.constraint.prepare(_drafts(segment))  # made while the pass runs
             runtime, shape = self._parts.runtime, self._parts.shape
             try:
                 with torch.inference_mode():
@@ -175,7 +178,7 @@ class Engine:
             outcome.best_logprobs.tolist(),
         )  # fmt: skip
         for sequence, segment in rows:
-            drafts = segment.token_ids[segment.num_tokens - segment.num_drafts :]
+            drafts = _drafts(segment)
             sequence.num_computed += segment.num_tokens - len(drafts)
             for place, _ in enumerate(segment.targets, segment.first_position + 1):
                 sequence.prompt_logprobs[place] = next(scores)
@@ -272,6 +275,11 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _drafts(segment: Segment) -> tuple[int, ...]:
+    """The guesses behind a sequence's last token."""
+    return segment.token_ids[segment.num_tokens - segment.num_drafts :]
 
 
 def _readings(parts: EngineParts) -> Readings:
