@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,10 @@ def test_an_end_counts_whatever_min_tokens_and_ignore_eos_say(engine: Engine) ->
     assert answer(output) == ("a", "stop") and output.outputs[0].token_ids[-1] == END
 
 
+def _eager(oracles: Iterator[partial[Oracle]], config: SpeculativeConfig) -> Eager:
+    return Eager(config.num_speculative_tokens, lambda: next(oracles)())
+
+
 def test_bits_do_not_depend_on_company_guesses_or_memory(
     model: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,10 +166,8 @@ def test_bits_do_not_depend_on_company_guesses_or_memory(
     together = run_all(engine, [*requests, request("free", [1, 2, 3], max_tokens=30)])
     known = {one.prompt_token_ids: alone[one.request_id].outputs[0].token_ids for one in requests}
     for wrong in (0.0, 0.4):
-        seeds = itertools.count()
-        monkeypatch.setattr(Drafting, "of", lambda config: Eager(
-            config.num_speculative_tokens, lambda: Oracle(known, wrong=wrong, seed=next(seeds))
-        ))  # fmt: skip
+        oracles = (partial(Oracle, known, wrong=wrong, seed=seed) for seed in itertools.count())
+        monkeypatch.setattr(Drafting, "of", partial(_eager, oracles))
         with engine_for(model, speculative_config=SpeculativeConfig(method="ngram")) as other:
             guessed = run_all(other, requests)
             drafts = other.stats().drafts
@@ -186,7 +189,8 @@ def test_what_gives_way_goes_on_where_it_was(
     ]  # fmt: skip
     expected = {name: one.outputs for name, one in run_all(engine, requests).items()}
     known = {one.prompt_token_ids: expected[one.request_id][0].token_ids for one in requests}
-    monkeypatch.setattr(Drafting, "of", lambda config: Eager(4, lambda: Oracle(known, wrong=0.3)))
+    oracles = itertools.repeat(partial(Oracle, known, wrong=0.3))
+    monkeypatch.setattr(Drafting, "of", partial(_eager, oracles))
     for config in (None, SpeculativeConfig(method="ngram")):
         with engine_for(model, speculative_config=config) as other:
             kv = other._admission._kv

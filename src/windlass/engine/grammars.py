@@ -52,8 +52,8 @@ class Grammars:
         self.tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
-        self._known: "LLTokenizer | None" = None
-        self._compiled: "OrderedDict[tuple[str, str, bool], LLMatcher]" = OrderedDict()
+        self._known: LLTokenizer | None = None
+        self._compiled: OrderedDict[tuple[str, str, bool], LLMatcher] = OrderedDict()
         self._worker: ThreadPoolExecutor | None = None
 
     def check(self, wanted: StructuredOutputs) -> None:
@@ -206,7 +206,7 @@ class Constraint:
         self._wanted = wanted
         self._mark = wanted.after.encode()
         self._tail: bytes | None = b"" if self._mark else None  # of a text that is still free
-        self._matcher: "LLMatcher | None" = None  # at the sequence's last token
+        self._matcher: LLMatcher | None = None  # at the sequence's last token
         self._future: Future[list[Mask | RequestError]] | None = None
         self._num_taken = 0  # of its masks
         self.is_complete = False

@@ -58,7 +58,9 @@ class ChunkWriter:
             choice["delta"] = {"content": delta.text} if delta.text else {}
             wanted = params.logprobs
             choice["logprobs"] = (
-                None if wanted is None else chat_logprobs(delta.token_ids, delta.logprobs, wanted)
+                None
+                if wanted is None
+                else chat_logprobs(delta.token_ids, delta.logprobs, wanted)
             )
         else:
             choice |= self._completion(prompt, number, delta)

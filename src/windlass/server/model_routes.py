@@ -106,3 +106,5 @@ async def tokenizer_info(state: ServerState, request: Request) -> Response:
     """What lm-eval asks for, so that it needs no tokenizer of its own."""
     tokenizer = state.require().model.tokenizer
     return JSONResponse(tokenizer.facts())
+
+
