@@ -35,6 +35,7 @@ class FakeTokenizer:
 
     takes_tools = False
     tells_time = False
+    vocab_size = BOS + 1
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, at_most: int | None = None
@@ -43,6 +44,9 @@ class FakeTokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(i for i in token_ids if i < 256).decode(errors="replace")
+
+    def facts(self) -> dict[str, Any]:
+        return {"eos_token": None}
 
     def render_chat(
         self,
@@ -160,11 +164,20 @@ class FakeEngine:
             places -= len(running.sequences)
             for index, seq in enumerate(running.sequences):
                 new = seq.tokens[seq.done : seq.done + TOKENS_PER_STEP]
+                if not new:
+                    continue
                 seq.done += len(new)
                 self._generated += len(new)
                 if self._log:
                     self._log.write(b"." * len(new))
-                deltas.append(Delta(request_id, index, self.tokenizer.decode(new), new))
+                top = running.request.params.logprobs if running.request.wants_deltas else None
+                deltas.append(
+                    Delta(
+                        request_id, index, self.tokenizer.decode(new), new,
+                        _fake_logprobs(new, top) or (),
+                        seq.reason if seq.done == len(seq.tokens) else None,
+                    )
+                )  # fmt: skip
             if all(seq.done == len(seq.tokens) for seq in running.sequences):
                 finished.append(self._finish(running))
                 del self._running[request_id]

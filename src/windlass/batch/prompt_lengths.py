@@ -37,6 +37,7 @@ class _Glance:
     def __init__(self, tokenizer: ChatTokenizer) -> None:
         self._tokenizer = tokenizer
         self.render_chat = tokenizer.render_chat
+        self.decode = tokenizer.decode
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, at_most: int | None = None

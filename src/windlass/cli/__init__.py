@@ -23,8 +23,8 @@ from windlass.cli.signals import EXIT_INTERRUPTED, terminable
 from windlass.errors import UsageError, WindlassError
 
 COMMANDS: tuple[Command, ...] = (
-    run_batch.COMMAND, serve.COMMAND, generate.COMMAND, plan.COMMAND, doctor.COMMAND, quantize.COMMAND,
-    synth.COMMAND, replay.COMMAND,
+    run_batch.COMMAND, serve.COMMAND, generate.COMMAND, plan.COMMAND, doctor.COMMAND,
+    quantize.COMMAND, synth.COMMAND, replay.COMMAND,
 )  # fmt: skip
 EXIT_FAILED, EXIT_USAGE = 1, 2
 

@@ -65,7 +65,9 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     try:
         from windlass.server.run import Address, serve
         from windlass.server.state import Loaded, ServerLimits, make_state
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("windlass"):
+            raise
         raise UsageError(
             f"serve: {error.name} is not installed: pip install 'windlass[server]'"
         ) from error
@@ -101,7 +103,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
             names, engine.tokenizer, engine.max_model_len, engine.default_params,
             limited_by=engine.limited_by,
         )  # fmt: skip
-        return Loaded(Service(engine), served, _facts(engine))
+        return Loaded(Service(engine), served, engine.tokenizer, _facts(engine))
 
     address = Address(host=values["host"], port=values["port"], keys=keys)
     serve(make_state(names, limits), address, load, say=say_line)
@@ -109,7 +111,8 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
 
 
 def _model(values: Mapping[str, Any]) -> str:
-    given, named = values["checkpoint"], values["model"]
+    given: str | None = values["checkpoint"]
+    named: str = values["model"]
     if given is not None and named not in ("demo", given):
         raise UsageError(f"--model: got {named!r} beside {given!r}, allowed one of them")
     return given if given is not None else named

@@ -1,11 +1,15 @@
 """Pieces of a streamed answer: OpenAI's chunks, from deltas. Knows no HTTP, no engine."""
 
 import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from windlass.engine.request import Delta
 from windlass.protocol.openai import ApiRequest, Endpoint
 from windlass.protocol.responses import CompletionLogprobs, chat_logprobs, id_of, usage
+
+NOTHING: Mapping[str, object] = MappingProxyType({})
 
 
 class ChunkWriter:
@@ -58,9 +62,7 @@ class ChunkWriter:
             choice["delta"] = {"content": delta.text} if delta.text else {}
             wanted = params.logprobs
             choice["logprobs"] = (
-                None
-                if wanted is None
-                else chat_logprobs(delta.token_ids, delta.logprobs, wanted)
+                None if wanted is None else chat_logprobs(delta.token_ids, delta.logprobs, wanted)
             )
         else:
             choice |= self._completion(prompt, number, delta)
@@ -95,16 +97,17 @@ class ChunkWriter:
     def _chunk(self, choices: list[dict[str, Any]], **more: object) -> str:
         delivery = self._request.delivery
         if delivery.continuous_usage:
-            return self._text(choices, usage(self._num_prompt, self._num_generated), **more)
-        return self._text(choices, None, **more, has_usage=delivery.include_usage)
+            return self._text(choices, usage(self._num_prompt, self._num_generated), more)
+        has_usage = delivery.include_usage
+        return self._text(choices, None, more, has_usage=has_usage)
 
     def _text(
         self,
         choices: list[dict[str, Any]],
         counted: dict[str, int] | None,
+        more: Mapping[str, object] = NOTHING,
         *,
         has_usage: bool = True,
-        **more: object,
     ) -> str:
         end = f',"usage":{json.dumps(counted)}' if has_usage else ""
         rest = "".join(f",{json.dumps(name)}:{json.dumps(value)}" for name, value in more.items())

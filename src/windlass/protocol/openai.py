@@ -70,9 +70,6 @@ class Endpoint(StrEnum):
 class ChatTokenizer(Protocol):
     """What the protocol needs of a tokenizer."""
 
-    @property
-    def vocab_size(self) -> int: ...
-
     def encode(
         self, text: str, *, add_special_tokens: bool = True, at_most: int | None = None
     ) -> list[int]: ...
@@ -88,8 +85,6 @@ class ChatTokenizer(Protocol):
     ) -> str: ...
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
-
-    def facts(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)

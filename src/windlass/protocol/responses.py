@@ -32,7 +32,7 @@ def response_body(
                 shaped |= {"prompt_token_ids": list(output.prompt_token_ids)} if not is_chat else {}
                 shaped["token_ids"] = list(choice.token_ids)
             choices.append({"index": len(choices), **shaped})
-    body = {
+    body: dict[str, Any] = {
         "id": id_of(request.endpoint, key),
         "object": "chat.completion" if is_chat else "text_completion",
         "created": created,

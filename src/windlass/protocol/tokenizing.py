@@ -1,7 +1,7 @@
 """`/tokenize` and `/detokenize`, as vLLM has them: bodies to bodies."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from windlass.errors import RequestError
 from windlass.protocol.fields import optional, refuse_unknown, required, shorten
@@ -9,6 +9,14 @@ from windlass.protocol.openai import ServedModel, check_model, is_token_ids, pro
 
 _TOKENIZE = ("model", "prompt", "messages", "add_special_tokens", "add_generation_prompt", "tools",
              "tool_choice", "chat_template_kwargs", "return_token_strs")  # fmt: skip
+
+
+class WholeTokenizer(Protocol):
+    """What detokenising needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
 
 
 def tokenized(body: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
@@ -30,15 +38,17 @@ def tokenized(body: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
     return {**found, "token_strs": texts}
 
 
-def detokenized(body: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
+def detokenized(
+    body: Mapping[str, Any], model: ServedModel, tokenizer: WholeTokenizer
+) -> dict[str, Any]:
     """The text of `tokens`. Raises RequestError."""
     refuse_unknown(body, ("model", "tokens"))
     check_model(body, model)
-    ids = body.get("tokens")
+    ids: Any = body.get("tokens")
     if not (ids == [] or is_token_ids(ids)):
         raise RequestError(f"tokens: got {shorten(ids)}, allowed token ids", param="tokens")
-    most = model.tokenizer.vocab_size
+    most = tokenizer.vocab_size
     bad = [one for one in ids if not 0 <= one < most]
     if bad:
         raise RequestError(f"tokens: got {bad[0]}, allowed below {most}", param="tokens")
-    return {"prompt": model.tokenizer.decode(ids, skip_special_tokens=False)}
+    return {"prompt": tokenizer.decode(ids, skip_special_tokens=False)}

@@ -83,5 +83,3 @@ async def _told_by_router(request: Request, error: Exception) -> Response:
 async def _unexpected(request: Request, error: Exception) -> Response:
     _LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return HttpError(500, f"internal error: {type(error).__name__}: {error}").response()
-
-

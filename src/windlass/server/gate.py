@@ -73,7 +73,9 @@ class Gate:
             return
         asked = urlsplit("//" + headers.get("host", "localhost")).hostname or ""
         if not (_is_local(asked) or _is_number(asked) or asked == self._host):
-            raise HttpError(403, f"host: got {asked:.80}, allowed this machine's (or use --api-key)")
+            raise HttpError(
+                403, f"host: got {asked:.80}, allowed this machine's (or use --api-key)"
+            )
         if origin is not None and not is_local and urlsplit(origin).hostname != asked:
             raise HttpError(403, f"origin: got {origin:.80}, allowed pages of this machine")
 

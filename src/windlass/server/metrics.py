@@ -46,9 +46,7 @@ class Metrics:
         self.per_token = histogram(
             "request_time_per_output_token_seconds", "Mean seconds per token after it.", _TOKEN_S
         )
-        self.whole = histogram(
-            "e2e_request_latency_seconds", "Seconds of a request.", _REQUEST_S
-        )
+        self.whole = histogram("e2e_request_latency_seconds", "Seconds of a request.", _REQUEST_S)
         self.prompt_tokens = histogram("request_prompt_tokens", "Tokens of a prompt.", _TOKENS)
         self.output_tokens = histogram("request_generation_tokens", "Tokens of an answer.", _TOKENS)
         self.n = histogram("request_params_n", "Answers that a request wants.", _COUNTS)

@@ -6,7 +6,6 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from windlass import __version__
 from windlass.errors import RequestError
 from windlass.protocol.fields import shorten
 from windlass.protocol.tokenizing import detokenized, tokenized
@@ -14,6 +13,7 @@ from windlass.server.bodies import read_object
 from windlass.server.errors import HttpError, refusal
 from windlass.server.metrics import CONTENT_TYPE
 from windlass.server.state import ServerState
+from windlass.version import VERSION
 
 
 async def health(state: ServerState, request: Request) -> Response:
@@ -50,7 +50,7 @@ def _card(state: ServerState, name: str) -> dict[str, Any]:
 
 
 async def version(state: ServerState, request: Request) -> Response:
-    return JSONResponse({"version": __version__})
+    return JSONResponse({"version": VERSION})
 
 
 async def metrics(state: ServerState, request: Request) -> Response:
@@ -97,14 +97,13 @@ async def detokenize(state: ServerState, request: Request) -> Response:
     loaded = state.require()
     body = await read_object(request, state.limits.body_bytes)
     try:
-        return JSONResponse(await asyncio.to_thread(detokenized, body, loaded.model))
+        return JSONResponse(
+            await asyncio.to_thread(detokenized, body, loaded.model, loaded.tokenizer)
+        )
     except RequestError as error:
         return refusal(error)
 
 
 async def tokenizer_info(state: ServerState, request: Request) -> Response:
     """What lm-eval asks for, so that it needs no tokenizer of its own."""
-    tokenizer = state.require().model.tokenizer
-    return JSONResponse(tokenizer.facts())
-
-
+    return JSONResponse(state.require().tokenizer.facts())

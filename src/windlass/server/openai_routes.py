@@ -67,8 +67,12 @@ async def _unless_left(request: Request, found: Answer) -> list[RequestOutput]:
         if not whole.done():
             raise HttpError(499, "the client has left")
         return await whole
+    except HttpError:
+        raise
     except UsageError as error:
         raise HttpError(503, str(error)) from error
+    except Exception as error:
+        raise HttpError(500, f"the engine has ended: {error}") from error
     finally:
         for task in (whole, left):
             task.cancel()

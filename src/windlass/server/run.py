@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -99,7 +100,7 @@ class _Run:
         if self._error is not None:
             raise self._error
 
-    def _listen(self) -> "object":
+    def _listen(self) -> socket.socket:
         try:
             return self._server.config.bind_socket()
         except (OSError, SystemExit) as error:

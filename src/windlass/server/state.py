@@ -5,11 +5,12 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.service import Service
 from windlass.protocol.openai import ServedModel
+from windlass.protocol.tokenizing import WholeTokenizer
 from windlass.server.errors import HttpError
 from windlass.server.metrics import Metrics
 
@@ -26,12 +27,19 @@ class ServerLimits:
     drain_s: float = 30.0
 
 
+class ServedTokenizer(WholeTokenizer, Protocol):
+    """The tokenizer as the server shows it."""
+
+    def facts(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A model that answers. `facts`: where it runs and in what memory, for `/health`."""
 
     service: Service
     model: ServedModel
+    tokenizer: ServedTokenizer
     facts: Mapping[str, Any]
 
 

@@ -1,0 +1,211 @@
+"""`windlass serve` as a process, driven by the openai client over a real socket."""
+
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import openai
+import pytest
+
+from processes import PATIENCE_S
+from windlass import LLM, SamplingParams
+
+QUIET = {"max_retries": 0, "timeout": PATIENCE_S}
+MESSAGES: Any = [{"role": "user", "content": "Tell me of the sea."}]
+
+
+@dataclass
+class Running:
+    process: "subprocess.Popen[str]"
+    port: int
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        settings = {"api_key": "none", **QUIET, **options}
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", **settings)
+
+    def get(self, path: str) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+        with closing(connection):
+            connection.request("GET", path)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[Running]:
+    """A server that is ready; killed at the end, if it has not ended."""
+    command = [sys.executable, "-m", "windlass.cli", "serve", "--port", "0", "--threads", "1"]
+    with subprocess.Popen(
+        [*command, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as process:
+        try:
+            assert process.stderr is not None
+            said, port = [], 0
+            for line in process.stderr:
+                said.append(line)
+                found = re.match(r"listening at http://127\.0\.0\.1:(\d+)", line)
+                port = int(found[1]) if found else port
+                if line.startswith("ready"):
+                    break
+            else:
+                pytest.fail("".join(said))
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            yield Running(process, port)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with serving("demo", "--host-memory", "1GiB", "--max-num-seqs", "8") as running:
+        yield running
+
+
+def test_bits_over_http_are_those_of_the_python_api(server: Running) -> None:
+    """Whatever runs beside: the streams below are under way all the time."""
+    client = server.client()
+    company = [
+        client.completions.create(
+            model="demo", prompt="x", max_tokens=300, stream=True, seed=i,
+            extra_body={"ignore_eos": True},
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    settings: dict[str, Any] = {"max_tokens": 24, "temperature": 0.8, "top_p": 0.9, "seed": 11}
+    chat = client.chat.completions.create(
+        model="demo", messages=MESSAGES, logprobs=True, top_logprobs=2, **settings
+    )
+    plain = client.completions.create(
+        model="demo", prompt="In the beginning", logprobs=2, n=2, **settings
+    )
+    for stream in company:
+        stream.close()
+    with LLM("demo", host_memory="1GiB", threads=1, expert_usage="off") as llm:
+        params = SamplingParams(logprobs=2, **settings)
+        (one,) = llm.chat([MESSAGES], params)
+        (two,) = llm.generate(["In the beginning"], SamplingParams(logprobs=2, n=2, **settings))
+    assert chat.choices[0].message.content == one.outputs[0].text
+    steps = chat.choices[0].logprobs
+    assert steps is not None and steps.content is not None
+    pairs = zip(one.outputs[0].token_ids, one.outputs[0].logprobs or (), strict=True)
+    assert [step.logprob for step in steps.content] == [
+        step[token].logprob for token, step in pairs
+    ]
+    for choice, output in zip(plain.choices, two.outputs, strict=True):
+        assert choice.text == output.text and choice.logprobs is not None
+        pairs = zip(output.token_ids, output.logprobs or (), strict=True)
+        assert choice.logprobs.token_logprobs == [step[token].logprob for token, step in pairs]
+
+
+def test_a_stream_of_the_client(server: Running) -> None:
+    client = server.client()
+    wanted: dict[str, Any] = {"model": "demo", "messages": MESSAGES, "max_tokens": 20, "seed": 3}
+    whole = client.chat.completions.create(**wanted)
+    with client.chat.completions.create(
+        **wanted, stream=True, stream_options={"include_usage": True}
+    ) as stream:
+        chunks = list(stream)
+    text = "".join(one.choices[0].delta.content or "" for one in chunks if one.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+
+
+def test_prompts_are_scored_as_an_evaluation_asks(server: Running) -> None:
+    """lm-eval: log-probabilities of given continuations, and whether they are the likeliest."""
+    client = server.client()
+    ids = [610, 273, 271, 9]
+    greedy = client.completions.create(
+        model="demo", prompt=ids, max_tokens=3, temperature=0, extra_body={"return_token_ids": True}
+    )
+    more = greedy.choices[0].model_extra["token_ids"]  # type: ignore[index]
+    scored = client.completions.create(
+        model="demo", prompt=[[*ids, *more], [*ids, 7, 7]], max_tokens=1, logprobs=1, echo=True,
+        temperature=0, seed=1234,
+    )  # fmt: skip
+    for choice, length, is_greedy in zip(
+        scored.choices, (len(more), 2), (True, False), strict=True
+    ):
+        logs = choice.logprobs
+        assert logs is not None and logs.token_logprobs is not None and logs.top_logprobs
+        assert len(logs.token_logprobs) == len(ids) + length + 1
+        values = logs.token_logprobs[len(ids) : -1]
+        tops = logs.top_logprobs[len(ids) : -1]
+        best = [max(top.values()) for top in tops]
+        assert (values == best) == is_greedy and all(
+            v <= b for v, b in zip(values, best, strict=True)
+        )
+
+
+def test_errors_reach_the_client_as_its_own_classes(server: Running) -> None:
+    client = server.client()
+    with pytest.raises(openai.NotFoundError, match="does not exist"):
+        client.chat.completions.create(model="gpt-4", messages=MESSAGES)
+    with pytest.raises(openai.BadRequestError, match="tokens") as caught:
+        client.completions.create(model="demo", prompt="word " * 5000)
+    assert caught.value.code == "context_length_exceeded"
+    assert [model.id for model in client.models.list()] == ["demo"]
+    assert client.models.retrieve("demo").owned_by == "windlass"
+
+
+def test_a_client_that_leaves_frees_its_rows(server: Running) -> None:
+    stream = server.client().completions.create(
+        model="demo", prompt="x", max_tokens=900, n=4, stream=True,
+        extra_body={"ignore_eos": True},
+    )  # fmt: skip
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + PATIENCE_S
+    while server.get("/v1/stats")[1]["running"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    status, stats = server.get("/v1/stats")
+    assert status == 200 and stats["running"] == stats["open_requests"] == 0
+
+
+def test_a_signal_lets_answers_end_and_then_the_server() -> None:
+    with serving("demo", "--host-memory", "1GiB", "--shutdown-timeout", "60") as server:
+        client = server.client()
+        wanted: Any = {"model": "demo", "prompt": "x", "max_tokens": 150, "stream": True}
+        stream = client.completions.create(**wanted, extra_body={"ignore_eos": True})
+        chunks = iter(stream)
+        next(chunks)
+        server.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + PATIENCE_S
+        while server.get("/health")[0] != 503 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert server.get("/health")[1]["status"] == "draining"
+        rest = list(chunks)
+        assert rest[-1].choices[0].finish_reason == "length"
+        assert server.process.wait(PATIENCE_S) == 0
+
+
+def test_answers_that_take_too_long_end_with_an_error() -> None:
+    with serving("demo", "--host-memory", "1GiB", "--shutdown-timeout", "0") as server:
+        wanted: Any = {"model": "demo", "prompt": "x", "max_tokens": 1000, "stream": True}
+        stream = server.client().completions.create(**wanted, extra_body={"ignore_eos": True})
+        chunks = iter(stream)
+        next(chunks)
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="ended before"):
+            list(chunks)
+        assert server.process.wait(PATIENCE_S) == 0
+
+
+def test_an_address_that_is_taken_is_one_clear_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        found = subprocess.run(
+            [sys.executable, "-m", "windlass.cli", "serve", "--port", str(port)],
+            capture_output=True, text=True, timeout=PATIENCE_S,
+        )  # fmt: skip
+    assert found.returncode == 2
+    assert found.stderr.splitlines()[-1].startswith(f"windlass: port: got 127.0.0.1:{port}")
