@@ -26,6 +26,7 @@ from windlass.errors import JobError, UsageError
 from windlass.files import replace_file, sync_folder, temporary_file
 from windlass.params import SamplingParams
 from windlass.phases import PhaseStats
+from windlass.protocol.answers import AUTO, ParserTokenizer, choose_parsers
 from windlass.protocol.openai import ChatTokenizer, ServedModel
 from windlass.workload import Job
 
@@ -36,13 +37,17 @@ class PlanLike(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
+class JobTokenizer(ChatTokenizer, ParserTokenizer, Protocol):
+    """The tokenizer as a job sees it."""
+
+
 class JobEngine(SteppedEngine, Protocol):
     """The engine as a job sees it."""
 
     @property
     def plan(self) -> PlanLike: ...
     @property
-    def tokenizer(self) -> ChatTokenizer: ...
+    def tokenizer(self) -> JobTokenizer: ...
     @property
     def max_model_len(self) -> int: ...
     @property
@@ -83,6 +88,8 @@ class JobOptions:
     strict: bool = False
     retry_failed: bool = True
     max_retries: int = 2
+    tool_call_parser: str = AUTO
+    reasoning_parser: str = AUTO
 
     @property
     def journal_file(self) -> Path:
@@ -299,6 +306,9 @@ def _runner(
         engine.default_params,
         now=manifest.created,  # a resume on another day must render the same prompts
         limited_by=engine.limited_by,
+        parsers=choose_parsers(
+            engine.tokenizer, options.tool_call_parser, options.reasoning_parser
+        ),
     )
     settings = RunSettings(manifest.created, options.max_retries, WINDOW * engine.capacity)
     return BatchRunner(service, model, ledger, settings)

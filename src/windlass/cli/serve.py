@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options, say_line
 from windlass.cli.flags import Command, Flag, integer, number, size
+from windlass.cli.parser_flags import PARSER_FLAGS
 from windlass.cli.summary import plan_lines
 from windlass.doctor.kept import kept_profile, with_kept_usage
 from windlass.errors import UsageError
@@ -56,6 +57,7 @@ FLAGS = (
          help="longest request (default 64MiB)"),
     Flag(name="shutdown-timeout", read=_seconds, metavar="S", default=30.0, group=_SERVER,
          help="seconds that answers get to end after SIGTERM (default 30)"),
+    *PARSER_FLAGS,
     *(flag for flag in ENGINE_FLAGS),
     CONFIG_FLAG,
 )  # fmt: skip
@@ -89,6 +91,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     def load(note: Callable[[str], None]) -> "Loaded":
         from windlass.build.open import open_engine
         from windlass.engine.service import Service
+        from windlass.protocol.answers import choose_parsers
         from windlass.protocol.openai import ServedModel
 
         def downloaded(done: int, total: int) -> None:
@@ -102,6 +105,9 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         served = ServedModel(
             names, engine.tokenizer, engine.max_model_len, engine.default_params,
             limited_by=engine.limited_by,
+            parsers=choose_parsers(
+                engine.tokenizer, values["tool_call_parser"], values["reasoning_parser"]
+            ),
         )  # fmt: skip
         return Loaded(Service(engine), served, engine.tokenizer, _facts(engine))
 

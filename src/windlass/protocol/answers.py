@@ -1,12 +1,11 @@
 """How the text of a chat answer is read: reasoning, content, calls of tools. Whole answers and
 streams go through the same readers, so they say the same."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from windlass.errors import UsageError
 from windlass.protocol.markup import (
     BLANKS,
     Arguments,
@@ -37,8 +36,10 @@ REASONING_PARSER_NAMES = (AUTO, NONE, *_REASONING)
 class ParserTokenizer(Protocol):
     """What the choice of parsers needs of a tokenizer."""
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str: ...
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, at_most: int | None = None
+    ) -> list[int]: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
     def facts(self) -> dict[str, Any]: ...
 
 
@@ -59,9 +60,7 @@ class AnswerParsers:
 def choose_parsers(
     tokenizer: ParserTokenizer, tools: str = AUTO, reasoning: str = AUTO
 ) -> AnswerParsers:
-    """By the chat template, where a name is `auto`. Raises UsageError for names that are not."""
-    _known("tool-call-parser", tools, TOOL_PARSER_NAMES)
-    _known("reasoning-parser", reasoning, REASONING_PARSER_NAMES)
+    """By the chat template, where a name of those below is `auto`."""
     template = str(tokenizer.facts().get("chat_template") or "")
     is_harmony = "<|channel|>" in template
     found = next((name for mark, name in TOOL_MARKS.items() if mark in template), None)
@@ -78,11 +77,6 @@ def choose_parsers(
     marks += [_THINK, _THINK_END] if thinks == "think" else []
     marks += ["<|message|>"] if _HARMONY in (found, thinks) else []
     return AnswerParsers(found, thinks, any(_is_special(mark, tokenizer) for mark in marks))
-
-
-def _known(flag: str, name: str, allowed: Iterable[str]) -> None:
-    if name not in allowed:
-        raise UsageError(f"--{flag}: got {name!r}, allowed {', '.join(allowed)}")
 
 
 def _is_special(mark: str, tokenizer: ParserTokenizer) -> bool:
@@ -133,7 +127,8 @@ class AnswerReader:
         self._form = form
         self._outer = Incremental(_outer(form))
         self._inner = Incremental(_inner(form))
-        self.num_calls = 0
+        self.num_calls = 0  # that are told
+        self._is_over = False  # of the calls that may be
 
     def push(self, text: str) -> list[Found]:
         """What is new."""
@@ -153,9 +148,10 @@ class AnswerReader:
     def _kept(self, found: list[Found]) -> list[Found]:
         kept: list[Found] = []
         for one in found:
-            self.num_calls += isinstance(one, Call)
-            is_call = isinstance(one, (Call, Arguments))
-            is_too_many = is_call and self.num_calls > 1 and not self._form.is_parallel
+            if isinstance(one, Call):
+                self._is_over = self.num_calls > 0 and not self._form.is_parallel
+                self.num_calls += not self._is_over
+            is_too_many = isinstance(one, (Call, Arguments)) and self._is_over
             is_hidden = isinstance(one, Reasoning) and not self._form.shows_reasoning
             if not (is_too_many or is_hidden):
                 kept.append(one)
