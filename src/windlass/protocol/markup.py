@@ -91,11 +91,13 @@ def until(
                 yield make(before)
             source.take(len(mark))
             return mark
+        held = max((_num_begun(text, mark) for mark in marks), default=0)
         if source.is_over:
+            if make is not Content:  # within markup, which was cut off: its end, most likely
+                source.text = text = text[: len(text) - held]
             if text:
                 yield make(source.take(len(text)))
             return None
-        held = max((_num_begun(text, mark) for mark in marks), default=0)
         if shown := len(text[: len(text) - held].rstrip(trim)):
             yield make(source.take(shown))
         yield None

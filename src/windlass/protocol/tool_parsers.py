@@ -51,6 +51,8 @@ def qwen3_coder(source: Source, tools: Tools) -> Reader:
         if mark == _CALL:
             yield from skip(source, BLANKS)
             if not (yield from begins_with(source, begin)):
+                if _is_cut(source, begin):
+                    return
                 yield Content(_CALL)
                 continue
             source.take(len(begin))
@@ -63,6 +65,8 @@ def qwen3_coder(source: Source, tools: Tools) -> Reader:
         yield from skip(source, BLANKS)
         if (yield from begins_with(source, _CALL_END)):
             source.take(len(_CALL_END))
+        elif _is_cut(source, _CALL_END):
+            return
         yield from skip(source, BLANKS)
 
 
@@ -146,6 +150,11 @@ def forced(source: Source, name: str | None) -> Reader:
         yield from skip(source, BLANKS + "[,]")
         if not (yield from json_call(source)):
             return
+
+
+def _is_cut(source: Source, mark: str) -> bool:
+    """Whether the text ends within the mark that was expected."""
+    return source.is_over and mark.startswith(source.text)
 
 
 def _leave(source: Source, marks: tuple[str, str]) -> Part:

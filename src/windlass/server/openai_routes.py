@@ -119,7 +119,8 @@ def _error_event(message: str) -> str:
 
 
 def _failure(output: RequestOutput) -> JSONResponse:
-    is_own = output.error_code in (NOTHING_ALLOWED, GRAMMAR_FAILED)  # what the request itself asked for
+    # what the request itself asked for
+    is_own = output.error_code in (NOTHING_ALLOWED, GRAMMAR_FAILED)
     kind = "invalid_request_error" if is_own else "server_error"
     body = error_body(str(output.error), kind=kind, code=output.error_code)
     return JSONResponse(body, 400 if is_own else 500)
