@@ -72,7 +72,7 @@ class SamplingParams:
     logprob_token_ids: Sequence[int] | None = None
     prompt_logprob_token_ids: Sequence[int] | None = None
     prompt_logprob_start: int | None = None
-    structured_outputs: StructuredOutputs | None = None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
     logit_bias: Mapping[int, float] = None  # type: ignore[assignment]  # None becomes {}
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
@@ -101,6 +101,13 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def structure(self) -> StructuredOutputs | None:
+        """`structured_outputs`, as it was read."""
+        found = self.structured_outputs
+        assert found is None or isinstance(found, StructuredOutputs), "it was read"
+        return found
 
     def _refuse_unsupported(self) -> None:
         defaults = {field.name: field.default for field in fields(self)}

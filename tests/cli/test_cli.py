@@ -424,6 +424,10 @@ OPTIONS = {
         "--max-retries", "--no-retry-failed", "--json", "--served-model-name", "-a",
         "--alias",
     },
+    "serve": ENGINE | {
+        "--host", "--port", "--api-key", "--served-model-name", "-a", "--alias",
+        "--sse-ping-interval", "--max-requests", "--max-body-size", "--shutdown-timeout",
+    },
     "generate": ENGINE | {
         "--chat", "--system", "--max-tokens", "-n", "--temperature", "--temp", "--top-p", "--top-k",
         "--min-p", "--repetition-penalty", "--stop", "--ignore-eos", "--json",

@@ -202,23 +202,24 @@ def test_what_gives_way_goes_on_where_it_was(
 
 
 def test_a_grammar_that_fails_ends_its_row_alone(engine: Engine) -> None:
-    from windlass.engine import grammars
-
-    bad = wants("bad", {"regex": "[a-z]{20}"})
-    good = wants("good", {"regex": "[a-z]{20}"})
-    for one in (bad, good):
-        engine.add(one)
-    for _ in range(3):
-        assert not engine.step().finished
-    sequence = engine._open["bad"].sequences[0]
-    assert sequence.constraint is not None
-    # as llguidance does it: a matcher that has met a limit stays in its error
-    assert sequence.constraint._matcher is not None
-    sequence.constraint._matcher.consume_token(CHARS.index("7"))
-    results = run_all(engine, [])
-    assert results["bad"].error_code == grammars.GRAMMAR_FAILED == GRAMMAR_FAILED
+    """More keys that may follow than llguidance looks at: it says so behind the first brace."""
+    schema = {"type": "object", "properties": {f"k{i}": {"type": "null"} for i in range(600)}}
+    good = [wants(f"good{i}", {"regex": "[a-z]{20}"}) for i in range(2)]
+    engine.validate(wants("bad", {"json": schema}))
+    alone = {name: one.outputs for name, one in run_all(engine, good).items()}
+    results = run_all(engine, [good[0], wants("bad", {"json": schema}), good[1]])
+    assert results["bad"].error_code == GRAMMAR_FAILED
+    assert results["bad"].error is not None and "2000" in results["bad"].error
     assert results["bad"].outputs[0].finish_reason == "error"
-    assert re.fullmatch("[a-z]{20}", answer(results["good"])[0])
+    assert all(results[name].outputs == outputs for name, outputs in alone.items())
+
+
+def test_grammars_that_explode_are_cut_short(engine: Engine) -> None:
+    """Within a second or so, in a few megabytes, and never the engine's end."""
+    one = wants("big", {"regex": "((a{100}){100}){100}"})
+    output = run_all(engine, [one, wants("good", {"regex": "b{9}"})])
+    assert output["big"].error_code == GRAMMAR_FAILED
+    assert answer(output["good"]) == ("b" * 9, "stop")
 
 
 def test_a_text_may_be_free_up_to_a_mark(engine: Engine) -> None:

@@ -321,9 +321,9 @@ def test_a_job_and_the_python_api_say_the_same(
         assert [call.function.model_dump() for call in message.tool_calls or ()] == calls
     assert results[3]["body"]["choices"][0]["finish_reason"] == "tool_calls"
     with LLM(str(folder), host_memory="1GiB", threads=1, expert_usage="off") as llm:
-        own: Any = {"max_tokens": 150, "seed": 5, "temperature": 0.9}
+        usual: Any = {"max_tokens": 150, "seed": 5, "temperature": 0.9}
         params = [
-            replace(llm.get_default_sampling_params(), **own, structured_outputs=given)
+            replace(llm.get_default_sampling_params(), **usual, structured_outputs=given)
             for given in ({"json": Zoo.model_json_schema()}, {"regex": "[a-z]{4,20} [0-9]+!"})
         ]
         outputs = llm.chat([ASK, ASK], params)

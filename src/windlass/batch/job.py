@@ -20,6 +20,7 @@ from windlass.batch.runner import BatchRunner, RunSettings, Stopping
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.expectation import Check
 from windlass.engine.request import WINDOW
+from windlass.engine.grammars import grammars_bytes
 from windlass.engine.service import Service, SteppedEngine
 from windlass.engine.text_limits import most_chars
 from windlass.errors import JobError, UsageError
@@ -144,10 +145,12 @@ class LeftRows:
         model = ServedModel(names, tokenizer, longest, params, now=now)
         return job_lengths(self.file, self.ledger.open_rows, model)
 
-    def row_bytes(self, max_model_len: int) -> int:
-        """What the largest row takes while it is read and made into tokens."""
+    def row_bytes(self, max_model_len: int, vocab_size: int) -> int:
+        """What the largest row takes while it is read and made into tokens, and grammars, where a
+        row has any."""
         most = most_chars(max_model_len)
-        return max((row.needed_bytes(most) for row in self.file.long_rows), default=0)
+        own = max((row.needed_bytes(most) for row in self.file.long_rows), default=0)
+        return own + (grammars_bytes(vocab_size) if self.file.wants_grammars else 0)
 
 
 def run_job(

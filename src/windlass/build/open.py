@@ -85,8 +85,9 @@ class JobSource(Protocol):
         that name none. `longest`: tokens of the longest sequence that the model allows."""
         ...
 
-    def row_bytes(self, max_model_len: int) -> int:
-        """What the largest request takes beside the engine while it is read and tokenised."""
+    def row_bytes(self, max_model_len: int, vocab_size: int) -> int:
+        """What requests take beside the engine: the largest while it is read and tokenised, and
+        grammars of answers. `vocab_size`: of the tokenizer."""
         ...
 
 
@@ -157,7 +158,8 @@ def _setup(
     wanted = wanted_of(options, model)
     problem = Problem(model.spec, sizes, profile)
     chosen = _choose(_Choice(problem, wanted, options, replayed), job)
-    beside = source.row_bytes(chosen.plan.max_model_len) if source else 0
+    longest_row = chosen.plan.max_model_len
+    beside = source.row_bytes(longest_row, tokenizer.vocab_size) if source else 0
     if beside:  # known only now: texts that no prompt can be so long as are not tokenised
         sizes = replace(sizes, process_bytes=sizes.process_bytes + beside)
         problem = replace(problem, sizes=sizes)

@@ -99,7 +99,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
 
         options = with_kept_usage(located.with_weights(say_line, downloaded))
         note("opening the checkpoint, planning memory")
-        engine = open_engine(options, profile=kept_profile(options))
+        engine = open_engine(options, source=_Clients(), profile=kept_profile(options))
         for line in plan_lines(engine):
             say_line(line)
         served = ServedModel(
@@ -114,6 +114,18 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     address = Address(host=values["host"], port=values["port"], keys=keys)
     serve(make_state(names, limits), address, load, say=say_line)
     return 0
+
+
+class _Clients:
+    """Whoever will ask, for the planner: nothing is known of their prompts."""
+
+    def job(self, tokenizer: object, params: object, longest: int) -> None:
+        return None
+
+    def row_bytes(self, max_model_len: int, vocab_size: int) -> int:
+        from windlass.engine.grammars import grammars_bytes
+
+        return grammars_bytes(vocab_size)
 
 
 def _model(values: Mapping[str, Any]) -> str:

@@ -173,10 +173,7 @@ class Engine:
         finished: list[RequestOutput] = []
         deltas: list[Delta] = []
         taken = 0
-        scores: Iterator[PromptScore] = map(
-            PromptScore, outcome.logprobs.tolist(), outcome.best.tolist(),
-            outcome.best_logprobs.tolist(),
-        )  # fmt: skip
+        scores = _prompt_scores(outcome)
         for sequence, segment in rows:
             drafts = _drafts(segment)
             sequence.num_computed += segment.num_tokens - len(drafts)
@@ -280,6 +277,12 @@ class Engine:
 def _drafts(segment: Segment) -> tuple[int, ...]:
     """The guesses behind a sequence's last token."""
     return segment.token_ids[segment.num_tokens - segment.num_drafts :]
+
+
+def _prompt_scores(outcome: Outcome) -> Iterator[PromptScore]:
+    """Of all targets, in segment order."""
+    columns = outcome.logprobs, outcome.best, outcome.best_logprobs
+    return map(PromptScore, *(column.tolist() for column in columns))
 
 
 def _readings(parts: EngineParts) -> Readings:

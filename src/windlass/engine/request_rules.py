@@ -47,8 +47,8 @@ class RequestRules:
                 f"prompt token ids: allowed 0 to {self.vocab_size - 1}", param="prompt"
             )
         self.sampler(request, 0)  # checks the ids that the parameters name
-        if params.structured_outputs is not None:
-            self.grammars.check(params.structured_outputs)
+        if params.structure is not None:
+            self.grammars.check(params.structure)
 
     def queued(self, request: Request) -> list[QueuedSequence]:
         """The `n` sequences of a request that was checked."""
@@ -77,5 +77,5 @@ class RequestRules:
 
     def constraint(self, request: Request) -> Constraint | None:
         """Of a sequence of a request that was checked."""
-        wanted = request.params.structured_outputs
+        wanted = request.params.structure
         return None if wanted is None else Constraint(self.grammars, wanted)

@@ -4,7 +4,8 @@ Arithmetic is numpy's on the row alone, single-threaded, so that a token depends
 and on (seed, step) and on nothing else: not on the batch, the order of rows or restarts.
 
 Order, as in vLLM: what a grammar allows, allowed ids, min_tokens, logit_bias, penalties,
-temperature, min_p, top_k, top_p, draw. Logprobs are of the raw logits, before all of these (vLLM's default, `raw_logprobs`).
+temperature, min_p, top_k, top_p, draw. Logprobs are of the raw logits, before all of these (vLLM's
+default, `raw_logprobs`).
 Suffix legend: V vocabulary, K tokens that may still be drawn.
 """
 

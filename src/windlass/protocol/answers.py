@@ -1,7 +1,7 @@
 """How the text of a chat answer is read: reasoning, content, calls of tools. Whole answers and
 streams go through the same readers, so they say the same."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -158,19 +158,19 @@ class AnswerReader:
         return kept
 
 
-def _outer(form: AnswerForm) -> "partial[Reader]":
+def _outer(form: AnswerForm) -> Callable[[Source], Reader]:
     if form.parsers.is_harmony:
-        return partial(harmony)
+        return harmony
     if form.parsers.reasoning == "think":
         return partial(_think, is_open=form.is_thinking)
-    return partial(_plain)
+    return _plain
 
 
-def _inner(form: AnswerForm) -> "partial[Reader]":
+def _inner(form: AnswerForm) -> Callable[[Source], Reader]:
     if form.is_forced:
         return partial(forced, name=form.named)
     read = TOOL_PARSERS.get(form.parsers.tools or "")
-    return partial(read, tools=form.tools) if form.tools and read else partial(_plain)
+    return (lambda source: read(source, form.tools)) if form.tools and read else _plain
 
 
 def _plain(source: Source) -> Reader:

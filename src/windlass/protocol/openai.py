@@ -11,6 +11,7 @@ from windlass.errors import RequestError, UsageError
 from windlass.params import SamplingParams
 from windlass.protocol.answers import AnswerForm
 from windlass.protocol.chat import Chat, read_chat
+from windlass.protocol.delivery import Delivery, echo_logprobs, read_delivery
 from windlass.protocol.fields import only, optional, refuse_unknown, shorten
 from windlass.protocol.response_format import read_response_format
 from windlass.protocol.served import ChatTokenizer as ChatTokenizer  # for those who take bodies
@@ -83,17 +84,6 @@ class Echo(NamedTuple):
     first: str
 
 
-class Delivery(NamedTuple):
-    """How a body wants its answer. `has_output`: false where it asks for the prompt alone."""
-
-    stream: bool = False
-    include_usage: bool = False
-    continuous_usage: bool = False
-    echo: bool = False
-    has_output: bool = True
-    token_ids: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class ApiRequest:
     """A checked body. Choice `c` of prompt `p` is number `p * n + c` of the response.
@@ -114,12 +104,12 @@ def parse_body(
     is_chat = endpoint is Endpoint.CHAT
     check_model(body, model)
     _refuse_unsupported(body, is_chat=is_chat)
-    delivery = _delivery(body, may_stream=may_stream)
+    delivery = read_delivery(body, may_stream=may_stream)
     params = _sampling_params(body, model.default_params, is_chat=is_chat)
     if delivery.echo and params.logprobs is not None:
         if delivery.stream:
             raise RequestError("echo: with logprobs, allowed only without stream", param="echo")
-        params = replace(params, prompt_logprobs=_echo_logprobs(params.logprobs))
+        params = replace(params, prompt_logprobs=echo_logprobs(params.logprobs))
     limit = _Limit(
         asked=_max_tokens(body, is_chat=is_chat, least=0 if delivery.echo else 1),
         default=model.default_params.max_tokens,
@@ -161,7 +151,7 @@ def _with_structure(
 ) -> SamplingParams:
     """What the answer must be, by whichever field says it. Marks that are read are shown."""
     wanted = {
-        "structured_outputs": params.structured_outputs,
+        "structured_outputs": params.structure,
         "response_format": read_response_format(body),
         "tool_choice": chat.calls if chat else None,
     }
@@ -178,46 +168,12 @@ def _with_structure(
     return replace(params, structured_outputs=found, skip_special_tokens=shows)
 
 
-def _delivery(body: Mapping[str, Any], *, may_stream: bool) -> Delivery:
-    stream = bool(optional(body, "stream", bool))
-    if stream and not may_stream:
-        raise RequestError(
-            "stream: allowed only false: results are delivered whole", param="stream",
-            code="unsupported_parameter",
-        )  # fmt: skip
-    options = optional(body, "stream_options", dict)
-    if options is not None and not stream:
-        raise RequestError("stream_options: allowed only with stream", param="stream_options")
-    names = ("include_usage", "continuous_usage_stats", "include_obfuscation")
-    refuse_unknown(options or {}, names, where="stream_options.")
-    wants = {name: bool(optional(options or {}, name, bool, where="stream_options."))
-             for name in names}  # fmt: skip
-    return Delivery(
-        stream=stream,
-        include_usage=wants["include_usage"],
-        continuous_usage=wants["continuous_usage_stats"],
-        echo=bool(optional(body, "echo", bool)),
-        token_ids=bool(optional(body, "return_token_ids", bool)),
-    )
-
-
 def _echo(token_ids: Sequence[int], tokenizer: ChatTokenizer) -> Echo:
     first, whole = token_ids[:1], token_ids
     return Echo(
         tokenizer.decode(whole, skip_special_tokens=False),
         tokenizer.decode(first, skip_special_tokens=False),
     )
-
-
-def _echo_logprobs(wanted: int) -> int:
-    """Of the prompt, where the body has `echo`."""
-    if wanted > 1:
-        raise RequestError(
-            f"logprobs: got {wanted} with echo, allowed 0 or 1: of a prompt's tokens only the"
-            " likeliest is known beside the own",
-            param="logprobs",
-        )
-    return wanted
 
 
 def text_chars(endpoint: Endpoint, body: Mapping[str, Any]) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 from windlass.engine.outputs import CompletionOutput, Logprob, LogprobsOfStep, RequestOutput
 from windlass.errors import RequestError
 from windlass.protocol.answers import AnswerForm
-from windlass.protocol.openai import ApiRequest, Delivery, Echo, Endpoint, Prompt
+from windlass.protocol.delivery import Delivery
+from windlass.protocol.openai import ApiRequest, Echo, Endpoint, Prompt
 
 _LOWEST = -9999.0  # JSON has no -inf; vLLM's and OpenAI's stand-in
 

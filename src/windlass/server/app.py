@@ -72,7 +72,8 @@ async def _told_by_router(request: Request, error: Exception) -> Response:
     where = f"{request.method} {request.url.path}"
     headers = dict(error.headers or {})
     if error.status_code == 405:
-        message = f"{where}: allowed {headers.get('Allow', 'other methods')}"
+        methods = sorted(headers.get("Allow", "other methods").split(", "))
+        message = f"{where}: allowed {', '.join(methods)}"
     elif error.status_code == 404:
         message = f"{where}: there is no such path"
     else:

@@ -62,7 +62,7 @@ def _read(endpoint: Endpoint, body: dict[str, Any], loaded: Loaded) -> ApiReques
     RequestError."""
     api = parse_body(endpoint, body, loaded.model, may_stream=True)
     for prompt in api.prompts:
-        if prompt.params.structured_outputs is not None:
+        if prompt.params.structure is not None:
             loaded.service.validate(EngineRequest("", prompt.token_ids, prompt.params, ""))
     return api
 
