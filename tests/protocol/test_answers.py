@@ -177,6 +177,15 @@ def test_reasoning_goes_before_calls():
     assert form(None, "openai").read(final) == Message("A", "Hm.", [])
 
 
+def test_what_is_asked_of_an_answer_begins_behind_reasoning():
+    assert form("hermes", "think", is_thinking=True).free_until == "</think>"
+    assert form("hermes", "think").free_until == form("hermes", is_thinking=True).free_until == ""
+    assert form(None, "openai").free_until == "<|channel|>final<|message|>"
+    forced = form("openai", "openai", is_forced=True, named="now")
+    text = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>{}"
+    assert forced.read(text) == Message("", "Hm.", [("now", "{}")])
+
+
 def test_without_parallel_calls_the_first_is_told():
     text = "Hm. " + hermes("now", {}) + hermes("get_weather", PARIS) + " Done."
     message = form("hermes", is_parallel=False).read(text)

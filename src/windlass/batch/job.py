@@ -19,8 +19,8 @@ from windlass.batch.prompt_lengths import job_lengths
 from windlass.batch.runner import BatchRunner, RunSettings, Stopping
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.expectation import Check
-from windlass.engine.request import WINDOW
 from windlass.engine.grammars import grammars_bytes
+from windlass.engine.request import WINDOW
 from windlass.engine.service import Service, SteppedEngine
 from windlass.engine.text_limits import most_chars
 from windlass.errors import JobError, UsageError

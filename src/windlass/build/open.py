@@ -35,7 +35,7 @@ from windlass.kvcache.kv_cache import (
 )
 from windlass.weights.store import WeightStore
 from windlass.weights.transfer import Carrier
-from windlass.checkpoint.folder import (CheckpointFolder, read_model)
+from windlass.checkpoint.folder import CheckpointFolder, read_model
 from windlass.build.expected import EngineExpectation
 from windlass.build.foresight import follows_sequences, make_outfit
 from windlass.build.routers import read_routers
@@ -131,9 +131,7 @@ def open_engine(
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
             opened.callback(device.close)
-        engine = _assemble(
-            setup, options, model, Machine(kernels, device, tracer), device, opened
-        )
+        engine = _assemble(setup, options, model, Machine(kernels, device, tracer), device, opened)
     return engine
 
 
@@ -168,7 +166,9 @@ def _setup(
     return EngineSetup(
         plan=plan,
         notes=(
-            *model.spec.limits(), *chosen.lines(), *([speculative.line()] if speculative else ())
+            *model.spec.limits(),
+            *chosen.lines(),
+            *([speculative.line()] if speculative else ()),
         ),
         speculative=speculative,
         tokenizer=tokenizer,
@@ -181,7 +181,9 @@ def _setup(
             seed=options.seed,
             prefix_caching=plan.prefix_caching,
             grammars=Grammars(tokenizer, model.spec.vocab_size),
-            limited_by=model.spec.limited_by if plan.max_model_len == model.spec.max_positions else "",
+            limited_by=model.spec.limited_by
+            if plan.max_model_len == model.spec.max_positions
+            else "",
         ),
         fingerprint=_fingerprint(model, tokenizer, options, backend),
         expectation=EngineExpectation(chosen),
@@ -231,7 +233,9 @@ def _assemble(
     """The engine, which takes over what `opened` holds. Nothing made here may hold the engine: one
     that is dropped must end by itself."""
     plan, spec, tracer = setup.plan, model.spec, machine.tracer
-    assert not (plan.prefix_caching and plan.host.state_slots), "no state is kept of a prompt's prefix"
+    assert not (plan.prefix_caching and plan.host.state_slots), (
+        "no state is kept of a prompt's prefix"
+    )
     shape = pass_shape(spec, model.layout)
     outfit = make_outfit(options, model, plan, str(setup.fingerprint["model"]), opened)
     weights = WeightStore(

@@ -7,7 +7,7 @@ anyway adds requests and calls `step`. Results come back as they end.
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -139,9 +139,7 @@ class Engine:
                 [row.segment for row in rows], micro_batch_tokens=self.plan.micro_batch_tokens
             )
             passes = passes_of(batch, self.plan.schedule)
-            for sequence, segment in rows:
-                if sequence.constraint is not None and segment.wants_logits:
-                    sequence.constraint.prepare(_drafts(segment))  # made while the pass runs
+            _prepare_masks(rows)
             runtime, shape = self._parts.runtime, self._parts.shape
             try:
                 with torch.inference_mode():
@@ -272,6 +270,13 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _prepare_masks(rows: Iterable[ScheduledSequence]) -> None:
+    """Has the masks of constrained rows made, while the pass runs."""
+    for sequence, segment in rows:
+        if sequence.constraint is not None and segment.wants_logits:
+            sequence.constraint.prepare(_drafts(segment))
 
 
 def _drafts(segment: Segment) -> tuple[int, ...]:

@@ -62,6 +62,7 @@ _CHAT = frozenset(
 )  # fmt: skip
 _COMPLETION = frozenset((*_COMMON, "prompt", "add_special_tokens", "echo"))
 
+
 class Endpoint(StrEnum):
     CHAT = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
