@@ -3,12 +3,14 @@ batch, guesses and memory are, and a grammar that fails ends its own row."""
 
 import itertools
 import json
+import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import BaseModel, TypeAdapter
 from tokenizers import Tokenizer, decoders, models
@@ -16,9 +18,12 @@ from tokenizers import Tokenizer, decoders, models
 from drafters import Eager, Oracle
 from engines import engine_for, make_model, request, run_all
 from families import VOCAB
+from tokenizers_for_tests import byte_level, metaspace_unigram, sentencepiece_bpe
 from windlass.engine.drafting import Drafting
 from windlass.engine.engine import Engine
+from windlass.engine.grammars import Constraint, Grammars
 from windlass.engine.outputs import GRAMMAR_FAILED, RequestOutput
+from windlass.engine.tokenizer import load
 from windlass.errors import RequestError, UsageError
 from windlass.speculative import SpeculativeConfig
 from windlass.structured import MAX_BYTES, MAX_DEPTH, StructuredOutputs
@@ -287,3 +292,28 @@ def test_a_missing_program_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(RequestError, match=r"windlass\[structured\]"):
         engine.validate(wants("x", {"regex": "not-seen-before"}))
+
+
+@pytest.mark.parametrize(
+    "make", [byte_level, sentencepiece_bpe, metaspace_unigram], ids=lambda make: make.__name__
+)
+def test_any_kind_of_tokenizer_writes_what_the_grammar_says(
+    make: Callable[[], Tokenizer], tmp_path: Path
+) -> None:
+    make().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load(tmp_path)
+    grammars = Grammars(tokenizer, tokenizer.vocab_size + 7)  # models pad their vocabulary
+    chance = random.Random(1)
+    schema, texts = SCHEMAS[7][0], ["né à 東京", "no"]
+    for wanted in [StructuredOutputs(json=schema), StructuredOutputs(choice=texts)] * 5:
+        constraint, data = Constraint(grammars, wanted), b""
+        while not constraint.is_complete:
+            constraint.prepare(())
+            allowed = np.flatnonzero(constraint.allowed())
+            token = int(chance.choice(allowed))
+            constraint.accept(token)
+            data += tokenizer.token_bytes(token)
+        if wanted.kind == "choice":
+            assert data.decode() in texts
+        else:
+            TypeAdapter(SCHEMAS[7][1]).validate_json(data, strict=True)

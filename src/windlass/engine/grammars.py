@@ -165,12 +165,9 @@ def _grammar(wanted: StructuredOutputs) -> str:
 def _as_llguidance(tokenizer: GrammarTokenizer) -> "LLTokenizer":
     from llguidance import LLTokenizer, TokenizerWrapper
 
-    size = tokenizer.vocab_size
-    ends = [one for one in tokenizer.eos_token_ids if one < size]
-    known = _Known(tokenizer, ends[0] if ends else size)
-    return LLTokenizer(
-        TokenizerWrapper(known), n_vocab=size if ends else size + 1, eos_token=ends or [size]
-    )
+    ends = [one for one in tokenizer.eos_token_ids if one < tokenizer.vocab_size]
+    known = _Known(tokenizer, ends)
+    return LLTokenizer(TokenizerWrapper(known), n_vocab=len(known.tokens), eos_token=known.ends)
 
 
 class _Known:
@@ -178,18 +175,21 @@ class _Known:
 
     bos_token_id = None
 
-    def __init__(self, tokenizer: GrammarTokenizer, eos_token_id: int) -> None:
-        self.eos_token_id = eos_token_id
-        self.special_token_ids = sorted(tokenizer.special_ids)
+    def __init__(self, tokenizer: GrammarTokenizer, ends: list[int]) -> None:
+        """`ends`: what ends a text; where there is none, one token more stands for it."""
+        size = tokenizer.vocab_size
+        self.ends = ends or [size]
+        self.eos_token_id = self.ends[0]
+        self.special_token_ids = sorted({*tokenizer.special_ids, *self.ends})
         self.tokens = [
             tokenizer.special_text(one).encode()
             if one in tokenizer.special_ids
             else tokenizer.token_bytes(one)
-            for one in range(tokenizer.vocab_size)
-        ]
+            for one in range(size)
+        ] + [b"<end>"] * (not ends)
         self._tokenizer = tokenizer
-        special = tokenizer.special_ids
-        self._ids = {data: one for one, data in enumerate(self.tokens) if one not in special}
+        ordinary = sorted({*range(size)} - {*self.special_token_ids})
+        self._ids = {self.tokens[one]: one for one in ordinary}
         self._longest = max(map(len, self._ids))
 
     def __call__(self, text: bytes | str) -> list[int]:
