@@ -22,6 +22,7 @@ from windlass.engine.admission import Admission, Decoding
 from windlass.engine.drafting import Drafting
 from windlass.engine.bursts import Turns
 from windlass.engine.engine import Engine, EngineParts, EngineSetup
+from windlass.engine.grammars import Grammars
 from windlass.engine.layer_drafts import LayerDrafts
 from windlass.engine.request_rules import RequestRules
 from windlass.engine.tokenizer import Tokenizer
@@ -39,7 +40,7 @@ from windlass.kvcache.kv_cache import (
 from windlass.weights.eviction import EvictionPolicy
 from windlass.weights.store import WeightStore
 from windlass.weights.transfer import Carrier
-from windlass.checkpoint.folder import (CheckpointFolder, read_model)
+from windlass.checkpoint.folder import CheckpointFolder, read_model
 from windlass.build.expected import EngineExpectation
 from windlass.build.foresight import follows_sequences, make_outfit
 from windlass.build.routers import read_routers
@@ -90,8 +91,9 @@ class JobSource(Protocol):
         that name none. `longest`: tokens of the longest sequence that the model allows."""
         ...
 
-    def row_bytes(self, max_model_len: int) -> int:
-        """What the largest request takes beside the engine while it is read and tokenised."""
+    def row_bytes(self, max_model_len: int, vocab_size: int) -> int:
+        """What requests take beside the engine: the largest while it is read and tokenised, and
+        grammars of answers. `vocab_size`: of the tokenizer."""
         ...
 
 
@@ -135,9 +137,7 @@ def open_engine(
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
             opened.callback(device.close)
-        engine = _assemble(
-            setup, options, model, Machine(kernels, device, tracer), device, opened
-        )
+        engine = _assemble(setup, options, model, Machine(kernels, device, tracer), device, opened)
     return engine
 
 
@@ -162,7 +162,8 @@ def _setup(
     wanted = wanted_of(options, model)
     problem = Problem(model.spec, sizes, profile)
     chosen = _choose(_Choice(problem, wanted, options, replayed), job)
-    beside = source.row_bytes(chosen.plan.max_model_len) if source else 0
+    longest_row = chosen.plan.max_model_len
+    beside = source.row_bytes(longest_row, tokenizer.vocab_size) if source else 0
     if beside:  # known only now: texts that no prompt can be so long as are not tokenised
         sizes = replace(sizes, process_bytes=sizes.process_bytes + beside)
         problem = replace(problem, sizes=sizes)
@@ -171,7 +172,9 @@ def _setup(
     return EngineSetup(
         plan=plan,
         notes=(
-            *model.spec.limits(), *chosen.lines(), *([speculative.line()] if speculative else ())
+            *model.spec.limits(),
+            *chosen.lines(),
+            *([speculative.line()] if speculative else ()),
         ),
         speculative=speculative,
         tokenizer=tokenizer,
@@ -183,7 +186,10 @@ def _setup(
             eos_token_ids=tokenizer.eos_token_ids,
             seed=options.seed,
             prefix_caching=plan.prefix_caching,
-            limited_by=model.spec.limited_by if plan.max_model_len == model.spec.max_positions else "",
+            grammars=Grammars(tokenizer, model.spec.vocab_size),
+            limited_by=model.spec.limited_by
+            if plan.max_model_len == model.spec.max_positions
+            else "",
         ),
         fingerprint=_fingerprint(model, tokenizer, options, backend),
         expectation=EngineExpectation(chosen),
@@ -233,7 +239,9 @@ def _assemble(
     """The engine, which takes over what `opened` holds. Nothing made here may hold the engine: one
     that is dropped must end by itself."""
     plan, spec, tracer = setup.plan, model.spec, machine.tracer
-    assert not (plan.prefix_caching and plan.host.state_slots), "no state is kept of a prompt's prefix"
+    assert not (plan.prefix_caching and plan.host.state_slots), (
+        "no state is kept of a prompt's prefix"
+    )
     shape = pass_shape(spec, model.layout)
     outfit = make_outfit(options, model, plan, str(setup.fingerprint["model"]), opened)
     weights = WeightStore(

@@ -7,7 +7,7 @@ anyway adds requests and calls `step`. Results come back as they end.
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ from windlass.errors import RequestError
 from windlass.params import SamplingParams
 from windlass.phases import PhaseStats
 from windlass.plan import Plan
-from windlass.schedule.batch import make_batch, passes_of
+from windlass.schedule.batch import Segment, make_batch, passes_of
 from windlass.schedule.passes import PassShape, run_pass
 from windlass.schedule.runtime import Outcome, Runtime
 from windlass.speculative import SpeculativeConfig
@@ -143,6 +143,7 @@ class Engine:
             segments = [row.segment for row in rows]
             batch = make_batch(segments, micro_batch_tokens=micro, groups=groups)
             passes = passes_of(batch, self.plan.schedule)
+            _prepare_masks(rows)
             runtime, shape = self._parts.runtime, self._parts.shape
             with _or_restart(self._admission):
                 outcome = _join([run_pass(runtime, shape, one) for one in passes])
@@ -174,7 +175,7 @@ class Engine:
         taken = 0
         scores = _prompt_scores(outcome)
         for sequence, segment in rows:
-            drafts = segment.token_ids[segment.num_tokens - segment.num_drafts :]
+            drafts = _drafts(segment)
             sequence.num_computed += segment.num_tokens - len(drafts)
             for place, _ in enumerate(segment.targets, segment.first_position + 1):
                 sequence.prompt_logprobs[place] = next(scores)
@@ -272,6 +273,18 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _prepare_masks(rows: Iterable[ScheduledSequence]) -> None:
+    """Has the masks of constrained rows made, while the pass runs."""
+    for sequence, segment in rows:
+        if sequence.constraint is not None and segment.wants_logits:
+            sequence.constraint.prepare(_drafts(segment))
+
+
+def _drafts(segment: Segment) -> tuple[int, ...]:
+    """The guesses behind a sequence's last token."""
+    return segment.token_ids[segment.num_tokens - segment.num_drafts :]
 
 
 def _prompt_scores(outcome: Outcome) -> Iterator[PromptScore]:
