@@ -7,6 +7,7 @@ from typing import Protocol, Self
 
 import torch
 
+from windlass.device.streams import OVER, Event, Streams
 from windlass.ids import DISK, Route
 
 # Direct I/O wants file offsets, lengths and addresses on this boundary: the page size, and at
@@ -71,17 +72,22 @@ class DeviceMemory:
 
 class Copy:
     """Bytes to move, as many as the source has, between places that do not overlap. `label`: shown
-    in the trace."""
+    in the trace. `after`: until then the destination may still be read by its device."""
 
-    __slots__ = ("source", "destination", "label", "num_bytes")
+    __slots__ = ("source", "destination", "label", "num_bytes", "after")
 
     def __init__(
-        self, source: FileRange | DeviceMemory, destination: DeviceMemory, label: str
+        self,
+        source: FileRange | DeviceMemory,
+        destination: DeviceMemory,
+        label: str,
+        after: Event = OVER,
     ) -> None:
         self.source = source
         self.destination = destination
         self.label = label
         self.num_bytes = source.num_bytes
+        self.after = after
 
     @property
     def route(self) -> Route:
@@ -90,7 +96,8 @@ class Copy:
     def part(self, begin: int, num_bytes: int) -> Self:
         """The copy of `num_bytes` from `begin` on."""
         source = self.source.part(begin, num_bytes)
-        return type(self)(source, self.destination.part(begin, num_bytes), self.label)
+        into = self.destination.part(begin, num_bytes)
+        return type(self)(source, into, self.label, self.after)
 
 
 Done = Callable[[Exception | None], None]
@@ -98,6 +105,11 @@ Done = Callable[[Exception | None], None]
 
 class Allocator(Protocol):
     """Makes tensors in the memory of one device."""
+
+    @property
+    def streams(self) -> Streams:
+        """What orders work on them."""
+        ...
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """An uninitialised tensor."""

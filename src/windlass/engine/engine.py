@@ -130,6 +130,11 @@ class Engine:
 
     def step(self) -> StepResult:
         """One pass and the tokens it brings."""
+        streams = self._parts.device.streams
+        with streams.on(streams.compute):
+            return self._step()
+
+    def _step(self) -> StepResult:
         begin = time.perf_counter()
         rows = self._admission.compose(self._open)
         if not rows:

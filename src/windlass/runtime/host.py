@@ -1,7 +1,8 @@
 """The runtime that computes: glue between pass, decoder math, weight store and key/value store.
 
 Owns nothing that outlives a pass except the stores it was given. All calls
-come from one thread. The only place where routing is read back to Python.
+come from one thread, on the device's compute stream. With `routing_report.py` the only place where
+the host reads what a pass has computed; each time it waits for an event.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from windlass.decoder import block as math
 from windlass.decoder.router import router_weights
 from windlass.decoder.score import RunningLogprobs
 from windlass.device.base import Allocator
+from windlass.device.streams import Streams
 from windlass.forecast.interface import ExpertForecast
 from windlass.ids import Part, WeightKey
 from windlass.kernels.interface import Kernels
@@ -90,8 +92,9 @@ class Foresight:
 class _Routers:
     """Hands the weights of each layer's router out, when its block is first there."""
 
-    def __init__(self, spec: ModelSpec, readers: Sequence[RouterReader]) -> None:
+    def __init__(self, spec: ModelSpec, streams: Streams, readers: Sequence[RouterReader]) -> None:
         self._spec = spec
+        self._streams = streams
         self._readers = readers
         layers = {i for i, block in enumerate(spec.blocks) if isinstance(block.ffn, Moe)}
         self._unread = layers if readers else set()
@@ -99,7 +102,7 @@ class _Routers:
     def read(self, layer: int, block: Tensors) -> None:
         if layer in self._unread:
             self._unread.remove(layer)
-            router = router_weights(self._spec, layer, block)
+            router = router_weights(self._spec, layer, block, self._streams)
             for reader in self._readers:
                 reader.set_router(router)
 
@@ -118,12 +121,13 @@ class HostRuntime:
         self._spec = spec
         self._kernels = kernels = machine.kernels
         self._memory = machine.memory
+        self._streams = streams = machine.memory.streams
         self._tracer = tracer = machine.tracer
         self._weights = weights
         self._kv = kv
         self._prefetcher = foresight.prefetcher
         self._forecast = foresight.forecast
-        self._routing = routing = RoutingReport(foresight.forecast, foresight.observers)
+        self._routing = routing = RoutingReport(foresight.forecast, foresight.observers, streams)
         self._blocks = LayerOps(
             spec,
             kernels,
@@ -133,7 +137,7 @@ class HostRuntime:
             wants_scores=routing.wants_scores,
         )
         self._capture = LayerCapture(spec, self._blocks, kernels, weights, tracer)
-        self._routers = _Routers(spec, foresight.router_readers)
+        self._routers = _Routers(spec, streams, foresight.router_readers)
         self._metadata: Mapping[int, AttentionMetadata] = {}
         self._outputs: torch.Tensor | None = None
 
@@ -228,8 +232,7 @@ class HostRuntime:
         return self._routed(layer, done, is_replayed=False)
 
     def _routed(self, layer: int, done: ComputedBlock, *, is_replayed: bool) -> Routed:
-        counts = done.routed.counts()
-        self._routing.tell(layer, done.routed, done.hidden_TD)
+        counts = self._routing.tell(layer, done.routed, done.hidden_TD)
         return Routed(tuple(counts), _Rows(counts, done, is_replayed))
 
     def _expert_outputs(self, *shape: int) -> torch.Tensor:
@@ -275,7 +278,7 @@ class HostRuntime:
     def _final_norm(self, final: Lease, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
         if len(rows) == hidden.shape[0]:  # all of them: rows come in their order
             return math.final_norm(self._kernels, self._spec, final.tensors, hidden)
-        picked = hidden[rows]
+        picked = hidden[self._memory.tensor(rows, dtype=torch.int64)]
         return math.final_norm(self._kernels, self._spec, final.tensors, picked) if rows else picked
 
     def head(self, weights: Lease, final: _Final) -> None:
@@ -300,4 +303,5 @@ class HostRuntime:
         self._capture.end()
         if self._prefetcher is not None:
             self._prefetcher.end(self._weights.now())
-        return Outcome(final.logits_RV, final.scores.logprobs(), *final.scores.best())
+        results = final.logits_RV, final.scores.logprobs(), *final.scores.best()
+        return Outcome(*self._streams.on_host(*results))

@@ -28,10 +28,6 @@ class RoutedRows(NamedTuple):
     routes: Routes
     groups: ExpertGroups
 
-    def counts(self) -> dict[int, int]:
-        """Rows of each expert that has any, ascending."""
-        return {expert: n for expert, n in enumerate(self.groups.counts_E.tolist()) if n}
-
 
 class LayerOps:
     """Runs modules of layers; each is a span of the trace."""
@@ -180,7 +176,9 @@ class LayerOps:
 
     def _cos_sin(self, metadata: AttentionMetadata, rope: Rope) -> CosSin:
         if rope not in metadata.tables:
-            found = self._ropes[rope].cos_sin(metadata.positions, long_T=metadata.long_rope)
+            found = self._ropes[rope].cos_sin(
+                metadata.positions, long_T=metadata.long_rope, below=metadata.length
+            )
             metadata.tables[rope] = found
         return metadata.tables[rope]
 
