@@ -8,7 +8,7 @@ import torch
 from windlass.device.base import Copy
 from windlass.device.cpu import CpuDevice
 from windlass.device.lane import Lane
-from windlass.device.streams import OVER, HostStreams
+from windlass.device.streams import OVER, Event, HostStreams
 
 
 class Ends:
@@ -44,10 +44,10 @@ def lane_with(*events: Ends) -> tuple[Lane, Noting]:
     return Lane(streams), streams.down  # type: ignore[return-value]
 
 
-def copy_of(device: CpuDevice, number: int, **options: object) -> Copy:
+def copy_of(device: CpuDevice, number: int, *, after: Event = OVER) -> Copy:
     source, into = device.allocate(4096), device.allocate(4096)
     source.data.fill_(number)
-    return Copy(source, into, f"copy {number}", **options)
+    return Copy(source, into, f"copy {number}", after)
 
 
 @pytest.fixture

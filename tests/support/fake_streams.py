@@ -170,10 +170,15 @@ class Block:
     __slots__ = ("reference", "is_pinned", "log", "lines")
 
     def __init__(self, storage: torch.UntypedStorage, *, is_pinned: bool) -> None:
-        self.reference = StorageWeakRef(storage)  # while it is held no other has the same number
+        # while it is held no other storage has the same number
+        self.reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         self.is_pinned = is_pinned
         self.log: dict[_Access, tuple[int, str]] = {}
         self.lines: set[str] = set()
+
+    @property
+    def is_alive(self) -> bool:
+        return not self.reference.expired()  # type: ignore[no-untyped-call]
 
 
 class Memory:
@@ -187,8 +192,8 @@ class Memory:
     def add(self, tensor: torch.Tensor, *, is_pinned: bool = False) -> Block:
         """Tracks the memory of `tensor` from now on."""
         if len(self._blocks) >= self._next_sweep:
-            alive = {n: b for n, b in self._blocks.items() if not b.reference.expired()}
-            self._blocks, self._next_sweep = alive, len(alive) + _SWEEP
+            self._blocks = {n: one for n, one in self._blocks.items() if one.is_alive}
+            self._next_sweep = len(self._blocks) + _SWEEP
         storage = tensor.untyped_storage()
         block = self._blocks[storage._cdata] = Block(storage, is_pinned=is_pinned)
         return block
@@ -229,7 +234,7 @@ def _word(is_write: bool) -> str:
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """Bytes of its storage from its first to its last."""
     size = tensor.element_size()
-    begin = tensor.storage_offset() * size
+    begin = int(tensor.storage_offset()) * size
     if tensor.is_contiguous():
         return begin, begin + tensor.numel() * size
     steps = zip(tensor.shape, tensor.stride(), strict=True)

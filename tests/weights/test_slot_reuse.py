@@ -67,7 +67,7 @@ def test_a_fetch_that_is_given_up_before_its_first_block_leaves_the_wait_to_the_
         store.cache.hint(0, [Hint(0, EXPERTS[1], 1, True)], [])  # has the link
         given_up = store.arrivals(EXPERTS[2:3])  # has the slot, and not a block under way
         entry = store.cache._resident.entries[EXPERTS[2]]
-        assert entry.slot == slot and entry.ticket.num_bytes > 0
+        assert entry.slot == slot and entry.ticket is not None and entry.ticket.num_bytes > 0
         given_up.close()
         assert EXPERTS[2] not in store.cache._resident.entries
         if forgets:
