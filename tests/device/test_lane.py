@@ -44,10 +44,11 @@ def lane_with(*events: Ends) -> tuple[Lane, Noting]:
     return Lane(streams), streams.down  # type: ignore[return-value]
 
 
-def copy_of(device: CpuDevice, number: int, *, after: Event = OVER) -> Copy:
+def copy_of(device: CpuDevice, number: int, *, last_use: Event = OVER) -> Copy:
     source, into = device.allocate(4096), device.allocate(4096)
     source.data.fill_(number)
-    return Copy(source, into, f"copy {number}", after)
+    into.last_use = last_use
+    return Copy(source, into, f"copy {number}")
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_the_thread_of_a_lane_tells_of_each_copy_when_its_event_has_come(device)
         told.append(error)
         both.release()
 
-    copies = [copy_of(device, 1), copy_of(device, 2, after=last_use)]
+    copies = [copy_of(device, 1), copy_of(device, 2, last_use=last_use)]
     for copy in copies:
         lane.submit(copy, done)
     assert down.waits == [OVER, last_use] and not told
@@ -85,9 +86,9 @@ def test_the_thread_of_a_lane_tells_of_each_copy_when_its_event_has_come(device)
 
 def test_a_part_of_a_copy_waits_as_the_whole_does(device):
     last_use = Ends()
-    whole = copy_of(device, 1, after=last_use)
-    assert whole.part(1024, 512).after is last_use
-    assert copy_of(device, 1).part(0, 4096).after is OVER
+    whole = copy_of(device, 1, last_use=last_use)
+    assert whole.part(1024, 512).destination.last_use is last_use
+    assert copy_of(device, 1).part(0, 4096).destination.last_use is OVER
 
 
 def test_streams_of_the_host_cost_and_change_nothing():

@@ -164,7 +164,7 @@ class FakeCuda:
                     return
                 self._touch(self.order.host, staging, is_pinned=True)
             memory = DeviceMemory(self, staging)
-            copy = Copy(memory, copy.destination, copy.label, copy.after)
+            copy = Copy(memory, copy.destination, copy.label)
         try:
             self._lane.submit(copy, done)
         except Race as race:  # whoever submits has counted the copy already

@@ -10,6 +10,7 @@ import torch
 from fake_cuda import FakeCuda
 from fake_streams import Race
 from fakes import FakeSource, expert_layout, expert_tensors, experts
+from windlass.device.streams import OVER
 from windlass.ids import Part, WeightKey
 from windlass.models.names import Layout, Piece
 from windlass.prefetch.policies import FarthestNextUse
@@ -71,7 +72,7 @@ def test_a_fetch_that_is_given_up_before_its_first_block_leaves_the_wait_to_the_
         given_up.close()
         assert EXPERTS[2] not in store.cache._resident.entries
         if forgets:
-            store._arenas[Part.EXPERT].last_use[slot] = device.streams.down.record()
+            store._arenas[Part.EXPERT]._slots[slot].last_use = OVER
             with pytest.raises(Race, match="a copy on down writes"):
                 store.lease(EXPERTS[3])
         else:

@@ -241,7 +241,7 @@ def _assemble(
     )  # fmt: skip
     opened.callback(weights.close)
     if outfit.recorder is not None and outfit.recorder.wants_states:
-        outfit.recorder.add_routers(read_routers(spec, weights, device.streams))
+        outfit.recorder.add_routers(read_routers(spec, weights, machine.memory.streams))
     kv = KvCache(
         cache_shapes(spec),
         device,
@@ -278,6 +278,7 @@ def _assemble(
             admission=admission,
             drafting=drafting,
             device=device,
+            streams=machine.memory.streams,
             tracer=tracer,
             resources=opened.pop_all(),
             speculation=foresight.words,

@@ -44,13 +44,15 @@ class FileRange:
 
 class DeviceMemory:
     """Memory of `device`: `num_bytes` from `begin` on of the contiguous uint8 tensor `whole`, all
-    of it by default, inside what `allocate` gave."""
+    of it by default, inside what `allocate` gave. `last_use`: the end of the last work that was
+    asked to read it; copies into it begin then."""
 
-    __slots__ = ("device", "whole", "begin", "num_bytes")
+    __slots__ = ("device", "whole", "begin", "num_bytes", "last_use")
 
     def __init__(
         self, device: "Device", whole: torch.Tensor, begin: int = 0, num_bytes: int | None = None
     ) -> None:
+        self.last_use: Event = OVER
         self.device = device
         self.whole = whole
         self.begin = begin
@@ -67,27 +69,24 @@ class DeviceMemory:
 
     def part(self, begin: int, num_bytes: int) -> Self:
         """`num_bytes` of it from `begin` on."""
-        return type(self)(self.device, self.whole, self.begin + begin, num_bytes)
+        part = type(self)(self.device, self.whole, self.begin + begin, num_bytes)
+        part.last_use = self.last_use
+        return part
 
 
 class Copy:
     """Bytes to move, as many as the source has, between places that do not overlap. `label`: shown
-    in the trace. `after`: until then the destination may still be read by its device."""
+    in the trace."""
 
-    __slots__ = ("source", "destination", "label", "num_bytes", "after")
+    __slots__ = ("source", "destination", "label", "num_bytes")
 
     def __init__(
-        self,
-        source: FileRange | DeviceMemory,
-        destination: DeviceMemory,
-        label: str,
-        after: Event = OVER,
+        self, source: FileRange | DeviceMemory, destination: DeviceMemory, label: str
     ) -> None:
         self.source = source
         self.destination = destination
         self.label = label
         self.num_bytes = source.num_bytes
-        self.after = after
 
     @property
     def route(self) -> Route:
@@ -96,8 +95,7 @@ class Copy:
     def part(self, begin: int, num_bytes: int) -> Self:
         """The copy of `num_bytes` from `begin` on."""
         source = self.source.part(begin, num_bytes)
-        into = self.destination.part(begin, num_bytes)
-        return type(self)(source, into, self.label, self.after)
+        return type(self)(source, self.destination.part(begin, num_bytes), self.label)
 
 
 Done = Callable[[Exception | None], None]
@@ -158,7 +156,8 @@ class Device(Allocator, Protocol):
         """Starts `copy`, whose destination is of this device, and returns at once. `done(error or
         None)` is called exactly once, from another thread and never before `submit` has returned to
         a caller that holds a lock `done` needs; in any order among copies. The destination must not
-        be read before, nor the source be changed."""
+        be read before, nor the source be changed. Reads of the destination that were asked for
+        earlier end first (`DeviceMemory.last_use`)."""
         ...
 
     def synchronize(self) -> None:

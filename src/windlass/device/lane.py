@@ -16,12 +16,12 @@ class Lane:
         self._under_way: SimpleQueue[tuple[Event, Done] | None] = SimpleQueue()
 
     def submit(self, copy: Copy, done: Done) -> None:
-        """See `Device.submit`. Begins when `copy.after` has come."""
-        source, down = copy.source, self._streams.down
+        """See `Device.submit`."""
+        source, into, down = copy.source, copy.destination, self._streams.down
         assert isinstance(source, DeviceMemory), f"{copy.label}: a device copies from memory"
-        down.wait(copy.after)
+        down.wait(into.last_use)
         with self._streams.on(down):
-            copy.destination.data.copy_(source.data, non_blocking=True)
+            into.data.copy_(source.data, non_blocking=True)
         self._under_way.put((down.record(), done))
 
     def arrive(self) -> bool:

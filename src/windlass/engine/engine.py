@@ -15,6 +15,7 @@ import torch
 
 from windlass.device.base import Device
 from windlass.device.host_memory import peak_resident_bytes
+from windlass.device.streams import Streams
 from windlass.engine.admission import Admission, ScheduledSequence
 from windlass.engine.drafting import Drafting
 from windlass.engine.engine_stats import EngineStats
@@ -65,6 +66,7 @@ class EngineParts:
     admission: Admission
     drafting: Drafting | None
     device: Device
+    streams: Streams  # of the device that computes
     tracer: Tracer
     resources: ExitStack
     speculation: Callable[[], str] = str  # whether it pays, in words
@@ -130,7 +132,7 @@ class Engine:
 
     def step(self) -> StepResult:
         """One pass and the tokens it brings."""
-        streams = self._parts.device.streams
+        streams = self._parts.streams
         with streams.on(streams.compute):
             return self._step()
 

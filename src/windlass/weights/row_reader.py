@@ -61,11 +61,11 @@ class RowReader:
         reads = merge_ranges(spans, gap_bytes=0)
         label = f"{len(rows)} rows of {self._info.name}"
         over: list[bool] = []
-        last_use = self._device.streams.compute.record()  # the rows before are out by then
+        self._staging.last_use = self._device.streams.compute.record()  # of the rows before
         with self._queue.changed:
             self._queue.raise_error()
             self._queue.submit(
-                file_copies(self._source, reads, self._staging, label, last_use),
+                file_copies(self._source, reads, self._staging, label),
                 priority=Priority.DEMAND,
                 on_done=lambda: over.append(True),
             )

@@ -1,7 +1,6 @@
 """Equal slots, by number, and in one stretch of memory. Knows bytes, not what lies in them."""
 
 from windlass.device.base import ALIGN_BYTES, DeviceMemory
-from windlass.device.streams import OVER, Event
 
 
 class Slots:
@@ -43,15 +42,13 @@ class Slots:
 
 
 class Arena(Slots):
-    """`num_slots` slots of `slot_bytes` in `memory`. `last_use`: of each, the end of the last work
-    that reads what lay in it."""
+    """`num_slots` slots of `slot_bytes` in `memory`."""
 
     def __init__(self, memory: DeviceMemory, slot_bytes: int, num_slots: int) -> None:
         assert slot_bytes > 0 and slot_bytes % ALIGN_BYTES == 0, f"slot_bytes: got {slot_bytes}"
         assert memory.num_bytes >= slot_bytes * num_slots, (memory.num_bytes, slot_bytes, num_slots)
         super().__init__(num_slots)
         self.slot_bytes = slot_bytes
-        self.last_use: list[Event] = [OVER] * num_slots
         self._slots = [memory.part(i * slot_bytes, slot_bytes) for i in range(num_slots)]
 
     def memory_of(self, slot: int) -> DeviceMemory:

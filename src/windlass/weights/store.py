@@ -214,19 +214,18 @@ class WeightStore:
         known = self._known.get(entry.key) or self._learn(entry.key)
         entry.content = _Content(known)
         into = self._memory_of(entry)
-        last_use = self._arenas[entry.key.part].last_use[entry.slot]
         copies = [
-            Copy(source, into.part(at, source.num_bytes), known.label, last_use)
+            Copy(source, into.part(at, source.num_bytes), known.label)
             for source, at in known.ranges
         ]
         return self._queue.enqueue(self._route, copies, priority=priority, on_done=on_done)
 
     def _release(self, entries: Sequence[Entry]) -> None:
         """Gives one lease of each back. What reads them has been asked for, and need not have
-        ended: the next copy into their slots waits for it."""
+        ended: copies into their slots wait for it."""
         end = self._compute.record()
         for entry in entries:
-            self._arenas[entry.key.part].last_use[entry.slot] = end
+            self._memory_of(entry).last_use = end
         self.cache.release(entries)
 
     def _learn(self, key: WeightKey) -> _Known:

@@ -16,7 +16,6 @@ from windlass.device.base import (
     DeviceMemory,
     FileRange,
 )
-from windlass.device.streams import OVER, Event
 from windlass.ids import Route
 from windlass.trace import Tracer
 from windlass.units import MIB
@@ -97,15 +96,14 @@ class TransferQueue(IoQueue[Copy]):
 
 
 def file_copies(
-    source: ByteSource, reads: Iterable[Read], into: DeviceMemory, label: str, after: Event = OVER
+    source: ByteSource, reads: Iterable[Read], into: DeviceMemory, label: str
 ) -> list[Copy]:
-    """`reads` from the files of `source` to their places in `into`, once that is no longer read."""
+    """`reads` from the files of `source` to their places in `into`."""
     return [
         Copy(
             FileRange(source, read.file, read.offset, read.num_bytes),
             into.part(read.at, read.num_bytes),
             label,
-            after,
         )
         for read in reads
     ]
