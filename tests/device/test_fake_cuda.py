@@ -6,6 +6,8 @@ import torch
 
 from fake_cuda import FakeCuda, on_device
 from fake_streams import Deadlock, FakeEvent, Race
+from fakes import FakeSource
+from windlass.device.base import ALIGN_BYTES, Copy, FileRange
 from windlass.kernels.reference import TorchKernels
 
 SEEDS = range(10)
@@ -199,3 +201,28 @@ def test_a_seed_gives_the_same_order_again():
 
     assert moments(3) == moments(3)
     assert len({tuple(moments(seed)) for seed in SEEDS}) > 5
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_memory_of_the_host_may_be_read_into_when_a_copy_has_read_it(waits):
+    """A tier of the host below the device: files are read into its slots again."""
+    device = FakeCuda(name="device", late=1.0)
+    files = FakeSource({"x": torch.arange(2048, dtype=torch.float32)})
+    host, there = device.below.allocate(ALIGN_BYTES), device.allocate(ALIGN_BYTES)
+    ends: list[Exception | None] = []
+    with device.watched():
+        device.below.submit(Copy(FileRange(files, "fake", 0, ALIGN_BYTES), host, "1"), ends.append)
+        device.wait()
+        device.submit(Copy(host, there, "2"), ends.append)
+        if waits:
+            device.synchronize()
+        again = FileRange(files, "fake", ALIGN_BYTES, ALIGN_BYTES)
+        device.below.submit(Copy(again, host, "3"), ends.append)
+        device.below.synchronize()
+        device.synchronize()
+    if waits:
+        assert ends == [None] * 3 and not device.memory.races
+        assert there.data.view(torch.float32)[-1] == 1023
+        assert host.data.view(torch.float32)[0] == 1024
+    else:
+        assert "a read on host writes" in str(ends[1]) and len(device.memory.races) == 1

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fake_streams import Deadlock, FakeStream, Line, Memory, Order, Race, tensors_in
 from fakes import POISON
 from windlass.device.base import ALIGN_BYTES, Copy, DeviceMemory, Done, FileRange
+from windlass.device.host_memory import HostAllocator
 from windlass.device.lane import Lane
 from windlass.device.streams import DeviceStreams, Stream
 from windlass.errors import CheckpointError
@@ -93,11 +94,14 @@ class FakeCuda:
     """Implements `Device`. Weights come from files by way of pinned memory. To be used inside
     `watched`; `wait` takes the place of waiting for another thread."""
 
-    name = HOST  # the one tier there is
     num_lanes = 1
     busy_s = 0.0
 
-    def __init__(self, *, seed: int = 0, late: float = 0.7, without: str = "") -> None:
+    def __init__(
+        self, *, name: str = HOST, seed: int = 0, late: float = 0.7, without: str = ""
+    ) -> None:
+        """`name`: of its tier; the host's where it is the only one."""
+        self.name = name
         self.order = Order(seed=seed, late=late, without=without)
         self.memory = Memory()
         self.streams = FakeStreams(self.order, self.memory, self._maybe_arrive)
@@ -106,6 +110,7 @@ class FakeCuda:
         self._lane = Lane(self.streams)
         self._under_way = 0
         self._failed: deque[tuple[Done, Exception]] = deque()
+        self.below = FakePinned(self)
         self._in_kernel = False
         self._is_quiet = False
         self._operators: dict[Any, _Operator] = {}
@@ -149,22 +154,26 @@ class FakeCuda:
         block = self.memory.find(tensor)
         return block is not None and not block.is_pinned
 
+    def pinned_bytes(self, num_bytes: int) -> torch.Tensor:
+        """Memory of the host that copies reach."""
+        with self._quiet():
+            made = _aligned(num_bytes)
+            self.memory.add(made, is_pinned=True)
+        return made
+
     # --- copies -----------------------------------------------------------------------------------
 
     def submit(self, copy: Copy, done: Done) -> None:
         source = copy.source
         assert copy.destination.num_bytes == copy.num_bytes, f"{copy.label}: other sizes"
         if isinstance(source, FileRange):
-            with self._quiet():
-                staging = _aligned(copy.num_bytes)
-                try:
-                    source.source.read(source.file, source.offset, staging.numpy().data)
-                except CheckpointError as error:
-                    self._failed.append((done, error))
-                    return
-                self._touch(self.order.host, staging, is_pinned=True)
-            memory = DeviceMemory(self, staging)
-            copy = Copy(memory, copy.destination, copy.label)
+            staging = DeviceMemory(self, self.pinned_bytes(copy.num_bytes))
+            try:
+                self.read(Copy(source, staging, copy.label))
+            except CheckpointError as error:
+                self._failed.append((done, error))
+                return
+            copy = Copy(staging, copy.destination, copy.label)
         try:
             self._lane.submit(copy, done)
         except Race as race:  # whoever submits has counted the copy already
@@ -172,14 +181,21 @@ class FakeCuda:
         else:
             self._under_way += 1
 
+    def read(self, copy: Copy) -> None:
+        """Bytes of a file into memory of the host, by the host."""
+        source, into = copy.source, copy.destination
+        assert isinstance(source, FileRange)
+        with self._quiet():
+            self._note(self.order.host, self.order.host.tick(), into.data, "a read", writes=True)
+            source.source.read(source.file, source.offset, into.data.numpy().data)
+
     def wait(self) -> None:
         """Something happens; `Deadlock` where nothing can."""
-        ends = self._under_way + len(self._failed)
-        chosen = self.order.chance.randrange(len(self.order.ready()) + bool(ends) or 1)
-        if ends and not chosen:
-            self._arrive()
-        elif not self.order.step():
+        able: list[Callable[[], object]] = [self.order.step] * len(self.order.ready())
+        able += [end for num, end in self._ends() if num]
+        if not able:
             raise Deadlock("the host waits, and nothing is under way")
+        self.order.chance.choice(able)()
 
     def synchronize(self) -> None:
         while self._under_way or self._failed:
@@ -188,6 +204,13 @@ class FakeCuda:
 
     def close(self) -> None:
         self._lane.close()
+
+    def _ends(self) -> list[tuple[int, Callable[[], None]]]:
+        """How many copies are under way on each link, and how one of them ends."""
+        return [
+            (self._under_way + len(self._failed), self._arrive),
+            (len(self.below.pending), self.below.arrive),
+        ]
 
     def _arrive(self) -> None:
         """A copy has ended, and somebody is told."""
@@ -199,8 +222,11 @@ class FakeCuda:
         self._lane.arrive()
 
     def _maybe_arrive(self) -> None:
-        while (self._under_way or self._failed) and self.order.chance.random() > self.order.late:
-            self._arrive()
+        while self.order.chance.random() > self.order.late:
+            able = [end for num, end in self._ends() if num]
+            if not able:
+                return
+            self.order.chance.choice(able)()
 
     # --- what torch is asked for ------------------------------------------------------------------
 
@@ -347,6 +373,45 @@ class FakeCuda:
             yield
         finally:
             self._is_quiet = before
+
+
+class FakePinned(HostAllocator):
+    """Implements `Device`: memory of the host that copies of a `FakeCuda` reach. What is read from
+    files is there when chance has it, in any order."""
+
+    name = HOST
+    num_lanes = 3
+    busy_s = 0.0
+
+    def __init__(self, above: "FakeCuda") -> None:
+        self._above = above
+        self.allocated_bytes = 0
+        self.pending: list[tuple[Copy, Done]] = []
+
+    def allocate(self, num_bytes: int) -> DeviceMemory:
+        size = round_up(num_bytes, ALIGN_BYTES)
+        self.allocated_bytes += size
+        return DeviceMemory(self, self._above.pinned_bytes(size))
+
+    def submit(self, copy: Copy, done: Done) -> None:
+        self.pending.append((copy, done))
+
+    def arrive(self) -> None:
+        """Some file has been read."""
+        copy, done = self.pending.pop(self._above.order.chance.randrange(len(self.pending)))
+        error: Exception | None = None
+        try:
+            self._above.read(copy)
+        except (CheckpointError, Race) as caught:
+            error = caught
+        done(error)
+
+    def synchronize(self) -> None:
+        while self.pending:
+            self.arrive()
+
+    def close(self) -> None:
+        pass
 
 
 class _Functions(TorchFunctionMode):
