@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +72,10 @@ class EngineParts:
     speculation: Callable[[], str] = str  # whether it pays, in words
     forecast_sources: Callable[[], str] = str  # which are on and off, in words
 
+    def computing(self) -> AbstractContextManager[None]:
+        """What is asked of torch inside is work of the device's compute stream."""
+        return self.streams.on(self.streams.compute)
+
 
 class Engine:
     """Sequences, admission and sampling around one pass."""
@@ -132,13 +136,9 @@ class Engine:
 
     def step(self) -> StepResult:
         """One pass and the tokens it brings."""
-        streams = self._parts.streams
-        with streams.on(streams.compute):
-            return self._step()
-
-    def _step(self) -> StepResult:
         begin = time.perf_counter()
-        rows = self._admission.compose(self._open)
+        with self._parts.computing():  # pages are cleared
+            rows = self._admission.compose(self._open)
         if not rows:
             assert not self._open, "requests wait, but nothing can run"
             return StepResult((), ())
@@ -149,7 +149,7 @@ class Engine:
             passes = passes_of(batch, self.plan.schedule)
             runtime, shape = self._parts.runtime, self._parts.shape
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), self._parts.computing():
                     outcome = _join([run_pass(runtime, shape, one) for one in passes])
             except BaseException:
                 self._admission.restart()
