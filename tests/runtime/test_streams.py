@@ -13,6 +13,7 @@ import torch
 from engines import engine_for, make_model, prompts, request, run_all
 from fake_cuda import FakeCuda, on_device
 from fake_streams import Race
+from windlass.engine.outputs import RequestOutput
 from windlass.engine.request import Request
 from windlass.ids import Part
 from windlass.kernels.reference import TorchKernels
@@ -45,6 +46,10 @@ def _requests() -> list[Request]:
     return some
 
 
+def _found(results: dict[str, RequestOutput]) -> Results:
+    return {name: (one.outputs[0], one.prompt_logprobs) for name, one in results.items()}
+
+
 def _run(
     path: Path, device: FakeCuda | None, count: int = 3, **options: Any
 ) -> tuple[Results, StoreStats]:
@@ -53,12 +58,12 @@ def _run(
     if device is None:
         with engine_for(path, **options) as engine:
             results = run_all(engine, _requests()[:count])
-            return {name: one.outputs[0] for name, one in results.items()}, engine._weights.stats()
+            return _found(results), engine._weights.stats()
     kernels = on_device(device, TorchKernels)
     with device.watched(), engine_for(path, device=device, kernels=kernels, **options) as engine:
         engine._weights._queue.changed.wait = device.wait  # type: ignore[method-assign]
         results = run_all(engine, _requests()[:count])
-        return {name: one.outputs[0] for name, one in results.items()}, engine._weights.stats()
+        return _found(results), engine._weights.stats()
 
 
 @pytest.fixture(scope="module")
