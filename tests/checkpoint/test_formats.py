@@ -55,7 +55,7 @@ def test_bits_do_not_depend_on_budget_batch_or_arrival(
         with engine_for(tmp_path, moe_backend=backend) as engine:
             alone.update(run_all(engine, [one]))
             slots = engine.plan.host.of(Part.EXPERT).slot_bytes or 0
-    options = dict(
+    options: dict[str, Any] = dict(
         moe_expert_cache_size=f"{2 * slots // 1024}KiB", micro_batch_size=64, moe_backend=backend
     )
     device = FakeDevice(seed=1)

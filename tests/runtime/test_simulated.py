@@ -23,7 +23,7 @@ from windlass.perf.frozen_gpu_tiers import GpuRates, LayerShape, Share, layer_se
 from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
-from windlass.runtime.layer_ops import RoutedRows
+from windlass.runtime.routing_report import RoutingReport
 from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
 from windlass.schedule import batch as batches
 from windlass.schedule.batch import Segment, make_batch
@@ -244,13 +244,13 @@ def _note_routing(monkeypatch):
     that needs no more than that, as the clock's."""
     monkeypatch.setitem(FORECASTS, "usage", lambda setting: UsageForecast(setting.table))
     routed = []
-    counts = RoutedRows.counts
+    tell = RoutingReport.tell
 
-    def noted(self):
-        routed.append(counts(self))
+    def told(self, *what):
+        routed.append(tell(self, *what))
         return routed[-1]
 
-    monkeypatch.setattr(RoutedRows, "counts", noted)
+    monkeypatch.setattr(RoutingReport, "tell", told)
     return routed
 
 

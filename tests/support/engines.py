@@ -14,6 +14,7 @@ from windlass.device.base import Device
 from windlass.engine.engine import Engine
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.request import Request
+from windlass.kernels.interface import Kernels
 from windlass.options import EngineOptions
 from windlass.params import SamplingParams
 from windlass.units import MIB
@@ -39,14 +40,16 @@ def write_tokenizer(path: Path) -> None:
     tokenizer.save(str(path / "tokenizer.json"))
 
 
-def engine_for(path: Path, *, device: Device | None = None, **options: Any) -> Engine:
+def engine_for(
+    path: Path, *, device: Device | None = None, kernels: Kernels | None = None, **options: Any
+) -> Engine:
     """An engine with room for everything, unless `options` say otherwise."""
     options.setdefault("host_memory", 16 * 1024 * MIB)
     options.setdefault("max_model_len", 256)
     options.setdefault("max_num_seqs", 8)
     options.setdefault("max_num_batched_tokens", 512)
     options.setdefault("generation_config", "vllm")
-    return open_engine(EngineOptions(model=str(path), **options), device=device)
+    return open_engine(EngineOptions(model=str(path), **options), device=device, kernels=kernels)
 
 
 def request(name: str, prompt: Iterable[int], *, max_tokens: int = 8, **params: Any) -> Request:

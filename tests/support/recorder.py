@@ -65,6 +65,8 @@ def _copy(rows: Any) -> torch.Tensor:
 def observed_by(*observers: RoutingRecorder) -> Iterator[None]:
     """Engines that are opened meanwhile tell `observers` of their routing."""
     with mock.patch.object(
-        host, "RoutingReport", lambda forecast, _=(): RoutingReport(forecast, observers)
+        host,
+        "RoutingReport",
+        lambda forecast, _, streams: RoutingReport(forecast, observers, streams),
     ):
         yield

@@ -13,6 +13,7 @@ from windlass.device.base import Device
 from windlass.device.cpu import CpuDevice
 from windlass.device.host_memory import (
     LARGE_BYTES,
+    HostAllocator,
     available_bytes,
     memory_limits,
     resident_bytes,
@@ -131,7 +132,9 @@ def open_engine(
             " what is freed above %s back to the system",
             torch.get_num_threads(), before, format_bytes(LARGE_BYTES),
         )  # fmt: skip
-        kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
+        memory = device or HostAllocator()
+        with memory.streams.on(memory.streams.compute):  # the BLAS allocates its buffers
+            kernels.linear(memory.zeros(4, 64), memory.zeros(64, 64))
         backend = Backend(kernels.name, threads)
         setup = _setup(options, model, backend, source, profile)
         if device is None:
@@ -251,7 +254,7 @@ def _assemble(
     )  # fmt: skip
     opened.callback(weights.close)
     if outfit.recorder is not None and outfit.recorder.wants_states:
-        outfit.recorder.add_routers(read_routers(spec, weights))
+        outfit.recorder.add_routers(read_routers(spec, weights, machine.memory.streams))
     kv = KvCache(
         cache_shapes(spec),
         device,
@@ -290,6 +293,7 @@ def _assemble(
             drafting=drafting,
             layer_drafts=layer_drafts,
             device=device,
+            streams=machine.memory.streams,
             tracer=tracer,
             resources=opened.pop_all(),
             speculation=foresight.words,

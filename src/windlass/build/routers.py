@@ -3,6 +3,7 @@
 import torch
 
 from windlass.decoder.router import router_weights
+from windlass.device.streams import Streams
 from windlass.ids import Part, WeightKey
 from windlass.models.spec import LayerNorm, ModelSpec, Moe
 from windlass.replay.trace_file import Router
@@ -10,13 +11,18 @@ from windlass.schedule.observer import RouterWeights
 from windlass.weights.store import WeightStore
 
 
-def read_routers(spec: ModelSpec, weights: WeightStore) -> list[Router]:
-    """Of all layers of a pass with experts, in order. Reads their blocks, one at a time."""
+def read_routers(spec: ModelSpec, weights: WeightStore, streams: Streams) -> list[Router]:
+    """Of all layers of a pass with experts, in order. Reads their blocks, one at a time, on the
+    device of `streams`."""
     routers = []
     for layer, block in enumerate(spec.trunk.blocks):
         if isinstance(block.ffn, Moe):
-            with torch.inference_mode(), weights.lease(WeightKey(Part.BLOCK, layer)) as lease:
-                routers.append(_router(router_weights(spec, layer, lease.tensors)))
+            with (
+                streams.on(streams.compute),
+                torch.inference_mode(),
+                weights.lease(WeightKey(Part.BLOCK, layer)) as lease,
+            ):
+                routers.append(_router(router_weights(spec, layer, lease.tensors, streams)))
     return routers
 
 

@@ -97,26 +97,32 @@ class RopeTable:
         self._tables: dict[bool, torch.Tensor] = {}  # long? -> (positions, 2, f)
 
     def cos_sin(
-        self, positions_T: torch.Tensor, *, long_T: torch.Tensor | bool = False
+        self,
+        positions_T: torch.Tensor,
+        *,
+        long_T: torch.Tensor | bool = False,
+        below: int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin (T, f) of each row's position (int64), times the attention factor.
 
         `long_T` says which rows belong to sequences that may outgrow the original context; only
-        LongRoPE looks at it.
+        LongRoPE looks at it. `below`: positions are less than this; where that is not known they
+        are looked at, and a device that has them is waited for.
         """
+        if below is None:
+            below = int(positions_T.max()) + 1 if positions_T.numel() else 0
         if not isinstance(self.rope.scaling, LongRopeScaling):
-            rows = self._rows(positions_T, long=False)
+            rows = self._rows(positions_T, below, long=False)
         elif isinstance(long_T, bool):
-            rows = self._rows(positions_T, long=long_T)
+            rows = self._rows(positions_T, below, long=long_T)
         else:
             # every row is looked up in both: a look-up is cheap, and rows stay in place
-            both = [self._rows(positions_T, long=long) for long in (False, True)]
+            both = [self._rows(positions_T, below, long=long) for long in (False, True)]
             rows = torch.where(long_T[:, None, None], both[1], both[0])
         return rows[:, 0], rows[:, 1]
 
-    def _rows(self, positions_T: torch.Tensor, *, long: bool) -> torch.Tensor:
+    def _rows(self, positions_T: torch.Tensor, needed: int, *, long: bool) -> torch.Tensor:
         table = self._tables.get(long)
-        needed = int(positions_T.max()) + 1 if positions_T.numel() else 0
         if table is None or table.shape[0] < needed:
             table = self._tables[long] = self._grow(table, needed, long=long)
         return table[positions_T]

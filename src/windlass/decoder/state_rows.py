@@ -55,7 +55,8 @@ def convolve(
     # decoding sequences have one row each and go together: sums are elementwise, in tap order
     single = [s for s in segments if s.num_rows == 1]
     if single:
-        rows, slots = [s.first_row for s in single], [s.slot for s in single]
+        rows = x_TC.new_tensor([s.first_row for s in single], dtype=torch.int64)
+        slots = x_TC.new_tensor([s.slot for s in single], dtype=torch.int64)
         window = torch.cat((state[slots], x_TC[rows, :, None]), dim=2)
         out_TC[rows] = _taps(window.unbind(2), taps_CK)
         state[slots] = window[:, :, 1:]

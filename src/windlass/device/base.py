@@ -7,6 +7,7 @@ from typing import Protocol, Self
 
 import torch
 
+from windlass.device.streams import OVER, Event, Streams
 from windlass.ids import DISK, Route
 
 # Direct I/O wants file offsets, lengths and addresses on this boundary: the page size, and at
@@ -43,13 +44,15 @@ class FileRange:
 
 class DeviceMemory:
     """Memory of `device`: `num_bytes` from `begin` on of the contiguous uint8 tensor `whole`, all
-    of it by default, inside what `allocate` gave."""
+    of it by default, inside what `allocate` gave. `last_use`: the end of the last work that was
+    asked to read it; copies into it begin then."""
 
-    __slots__ = ("device", "whole", "begin", "num_bytes")
+    __slots__ = ("device", "whole", "begin", "num_bytes", "last_use")
 
     def __init__(
         self, device: "Device", whole: torch.Tensor, begin: int = 0, num_bytes: int | None = None
     ) -> None:
+        self.last_use: Event = OVER
         self.device = device
         self.whole = whole
         self.begin = begin
@@ -66,7 +69,9 @@ class DeviceMemory:
 
     def part(self, begin: int, num_bytes: int) -> Self:
         """`num_bytes` of it from `begin` on."""
-        return type(self)(self.device, self.whole, self.begin + begin, num_bytes)
+        part = type(self)(self.device, self.whole, self.begin + begin, num_bytes)
+        part.last_use = self.last_use
+        return part
 
 
 class Copy:
@@ -98,6 +103,11 @@ Done = Callable[[Exception | None], None]
 
 class Allocator(Protocol):
     """Makes tensors in the memory of one device."""
+
+    @property
+    def streams(self) -> Streams:
+        """What orders work on them."""
+        ...
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """An uninitialised tensor."""
@@ -146,7 +156,8 @@ class Device(Allocator, Protocol):
         """Starts `copy`, whose destination is of this device, and returns at once. `done(error or
         None)` is called exactly once, from another thread and never before `submit` has returned to
         a caller that holds a lock `done` needs; in any order among copies. The destination must not
-        be read before, nor the source be changed."""
+        be read before, nor the source be changed. Reads of the destination that were asked for
+        earlier end first (`DeviceMemory.last_use`)."""
         ...
 
     def synchronize(self) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from windlass.device.cgroups import PROC, groups_of, lines_of, number_of
+from windlass.device.streams import HostStreams
 from windlass.units import round_up
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
@@ -88,6 +89,8 @@ def return_freed_memory() -> None:
 class HostAllocator:
     """`Allocator` of host memory. Large tensors lie in huge pages of their own: freed, they are
     given back at once, and made, they cost few page faults (4 KiB pages: 15 % of a large pass)."""
+
+    streams = HostStreams()
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         if _is_large(shape, dtype):

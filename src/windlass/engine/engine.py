@@ -8,13 +8,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from windlass.device.base import Device
 from windlass.device.host_memory import peak_resident_bytes
+from windlass.device.streams import Streams
 from windlass.engine.admission import Admission, ScheduledSequence
 from windlass.engine.drafting import Drafting
 from windlass.engine.engine_stats import EngineStats
@@ -67,10 +68,15 @@ class EngineParts:
     drafting: Drafting | None
     layer_drafts: LayerDrafts | None = None
     device: Device
+    streams: Streams  # of the device that computes
     tracer: Tracer
     resources: ExitStack
     speculation: Callable[[], str] = str  # whether it pays, in words
     forecast_sources: Callable[[], str] = str  # which are on and off, in words
+
+    def computing(self) -> AbstractContextManager[None]:
+        """What is asked of torch inside is work of the device's compute stream."""
+        return self.streams.on(self.streams.compute)
 
 
 class Engine:
@@ -133,8 +139,9 @@ class Engine:
     def step(self) -> StepResult:
         """One pass and the tokens it brings."""
         begin = time.perf_counter()
-        has_filled = _draft(self._parts)
-        rows = self._admission.compose(self._open)
+        with self._parts.computing():  # pages are cleared
+            has_filled = _draft(self._parts)
+            rows = self._admission.compose(self._open)
         if not rows:
             assert not self._open, "requests wait, but nothing can run"
             return StepResult((), ())
@@ -145,7 +152,7 @@ class Engine:
             passes = passes_of(batch, self.plan.schedule)
             _prepare_masks(rows)
             runtime, shape = self._parts.runtime, self._parts.shape
-            with _or_restart(self._admission):
+            with _or_restart(self._admission), self._parts.computing():
                 outcome = _join([run_pass(runtime, shape, one) for one in passes])
             self._passes += len(passes)
             with self._tracer.span("sample", rows=len(outcome.logits)):

@@ -77,6 +77,7 @@ class KvCache:
         page_tokens: int,
         state_slots: int,
     ) -> None:
+        self._memory = memory
         self.page_tokens = page_tokens
         self.num_pages = num_pages
         self._keys: dict[int, PagedRows] = {}
@@ -115,9 +116,10 @@ class KvCache:
     def take_pages(self, count: int) -> list[int]:
         """Hands out cleared pages; there must be enough."""
         pages = self.pool.take(count)
+        places = self._memory.tensor(pages, dtype=torch.int64)
         for stores in self._stored.values():
             for store in stores:
-                _clear(store, pages)
+                _clear(store, places)
         return pages
 
     def give_pages(self, pages: Sequence[int]) -> None:
@@ -172,7 +174,7 @@ def _zero_rows(
     return PagedRows(codes, memory.zeros(*rows, dtype=_SCALE))
 
 
-def _clear(store: PagedRows, pages: list[int]) -> None:
+def _clear(store: PagedRows, pages: torch.Tensor) -> None:
     if store.scales_PKB is None:
         store.rows_PKBd[pages] = 0
         return

@@ -21,6 +21,7 @@ class AttentionMetadata(NamedTuple):
     work: AttentionWork
     segments: list[StateSegment]
     tables: dict[Rope, tuple[torch.Tensor, torch.Tensor]]  # cos and sin, filled as layers ask
+    length: int  # of the longest sequence so far: all positions are below
 
 
 def attention_metadata(micro: MicroBatch, page_tokens: int, memory: Allocator) -> AttentionMetadata:
@@ -61,4 +62,5 @@ def attention_metadata(micro: MicroBatch, page_tokens: int, memory: Allocator) -
         work,
         segments,
         {},
+        max(s.first_position + s.num_tokens for s in micro.segments),
     )

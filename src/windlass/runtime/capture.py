@@ -221,5 +221,7 @@ class _Pass:
             for to, new in zip(tables, metadata.tables[rope], strict=True):
                 to.copy_(new)
         self.capture.begin(metadata.work)
-        self.metadata = own._replace(work=metadata.work, segments=metadata.segments)
+        self.metadata = own._replace(
+            work=metadata.work, segments=metadata.segments, length=metadata.length
+        )
         return self.metadata

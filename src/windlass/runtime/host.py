@@ -1,7 +1,8 @@
 """The runtime that computes: glue between pass, decoder math, weight store and key/value store.
 
 Owns nothing that outlives a pass except the stores it was given. All calls
-come from one thread. The only place where routing is read back to Python.
+come from one thread, on the device's compute stream. With `routing_report.py` the only place where
+the host reads what a pass has computed; each time it waits for an event.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from windlass.decoder import block as math
 from windlass.decoder.router import router_weights
 from windlass.decoder.score import RunningLogprobs
 from windlass.device.base import Allocator
+from windlass.device.streams import Streams
 from windlass.forecast.interface import ExpertForecast
 from windlass.ids import Part, WeightKey
 from windlass.kernels.interface import Kernels
@@ -108,8 +110,9 @@ def _embedding(store: WeightStore, memory: Allocator, ids: Sequence[int]) -> tor
 class _Routers:
     """Hands the weights of each layer's router out, when its block is first there."""
 
-    def __init__(self, spec: ModelSpec, readers: Sequence[RouterReader]) -> None:
+    def __init__(self, spec: ModelSpec, streams: Streams, readers: Sequence[RouterReader]) -> None:
         self._spec = spec
+        self._streams = streams
         self._readers = readers
         blocks = spec.trunk.blocks
         layers = {i for i, block in enumerate(blocks) if isinstance(block.ffn, Moe)}
@@ -118,7 +121,7 @@ class _Routers:
     def read(self, layer: int, block: Tensors) -> None:
         if layer in self._unread:
             self._unread.remove(layer)
-            router = router_weights(self._spec, layer, block)
+            router = router_weights(self._spec, layer, block, self._streams)
             for reader in self._readers:
                 reader.set_router(router)
 
@@ -137,12 +140,13 @@ class HostRuntime:
         self._spec = spec
         self._kernels = kernels = machine.kernels
         self._memory = machine.memory
+        self._streams = streams = machine.memory.streams
         self._tracer = tracer = machine.tracer
         self._weights = weights
         self._kv = kv
         self._prefetcher = foresight.prefetcher
         self._forecast = foresight.forecast
-        self._routing = routing = RoutingReport(foresight.forecast, foresight.observers)
+        self._routing = routing = RoutingReport(foresight.forecast, foresight.observers, streams)
         self._blocks = LayerOps(
             spec,
             kernels,
@@ -152,7 +156,7 @@ class HostRuntime:
             wants_scores=routing.wants_scores,
         )
         self._capture = LayerCapture(spec, self._blocks, kernels, weights, tracer)
-        self._routers = _Routers(spec, foresight.router_readers)
+        self._routers = _Routers(spec, streams, foresight.router_readers)
         self._metadata: Mapping[int, AttentionMetadata] = {}
         self._outputs: torch.Tensor | None = None
 
@@ -250,8 +254,7 @@ class HostRuntime:
         return self._routed(layer, done, is_replayed=False)
 
     def _routed(self, layer: int, done: ComputedBlock, *, is_replayed: bool) -> Routed:
-        counts = done.routed.counts()
-        self._routing.tell(layer, done.routed, done.hidden_TD)
+        counts = self._routing.tell(layer, done.routed, done.hidden_TD)
         return Routed(tuple(counts), _Rows(counts, done, is_replayed))
 
     def _expert_outputs(self, places: int, width: int) -> torch.Tensor:
@@ -320,8 +323,11 @@ class HostRuntime:
         self._capture.end()
         if self._prefetcher is not None and not final.drafts:
             self._prefetcher.end(self._weights.now())
-        scores = final.scores
-        return Outcome(final.logits_RV, scores.logprobs(), *scores.best(), final.states_TD)
+        best, best_logprobs = final.scores.best()
+        logits, logprobs, best, best_logprobs = self._streams.on_host(
+            final.logits_RV, final.scores.logprobs(), best, best_logprobs
+        )
+        return Outcome(logits, logprobs, best, best_logprobs, final.states_TD)
 
 
 def _metadata_of(
@@ -353,7 +359,7 @@ class DraftingHostRuntime(HostRuntime):
 
     def enter_draft_head(self, weights: Lease, hidden: torch.Tensor, batch: Batch) -> _Final:
         assert not self._spec.head_bias, "no family that drafts has a bias of the head"
-        h_RD = hidden[batch.logit_rows]
+        h_RD = hidden[self._memory.tensor(batch.logit_rows, dtype=torch.int64)]
         if batch.logit_rows:
             h_RD = math.draft_norm(self._kernels, self._spec, weights.tensors, h_RD)
         logits_RV = h_RD.new_empty(len(h_RD), self._spec.vocab_size)

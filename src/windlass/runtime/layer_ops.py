@@ -34,10 +34,6 @@ class RoutedRows(NamedTuple):
     routes: Routes
     groups: ExpertGroups
 
-    def counts(self) -> dict[int, int]:
-        """Rows of each expert that has any, ascending."""
-        return {expert: n for expert, n in enumerate(self.groups.counts_E.tolist()) if n}
-
 
 class LayerOps:
     """Runs modules of layers; each is a span of the trace."""
@@ -153,7 +149,7 @@ class LayerOps:
         """Those rows before the head, normed."""
         if len(rows) == hidden.shape[0]:  # all of them: rows come in their order
             return math.final_norm(self._kernels, self._spec, w, hidden)
-        picked = hidden[rows]
+        picked = hidden[hidden.new_tensor(rows, dtype=torch.int64)]
         return math.final_norm(self._kernels, self._spec, w, picked) if rows else picked
 
     def fill_tables(self, metadata: AttentionMetadata) -> None:
@@ -216,7 +212,9 @@ class LayerOps:
 
     def _cos_sin(self, metadata: AttentionMetadata, rope: Rope) -> CosSin:
         if rope not in metadata.tables:
-            found = self._ropes[rope].cos_sin(metadata.positions, long_T=metadata.long_rope)
+            found = self._ropes[rope].cos_sin(
+                metadata.positions, long_T=metadata.long_rope, below=metadata.length
+            )
             metadata.tables[rope] = found
         return metadata.tables[rope]
 

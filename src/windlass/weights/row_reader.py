@@ -61,6 +61,7 @@ class RowReader:
         reads = merge_ranges(spans, gap_bytes=0)
         label = f"{len(rows)} rows of {self._info.name}"
         over: list[bool] = []
+        self._staging.last_use = self._device.streams.compute.record()  # of the rows before
         with self._queue.changed:
             self._queue.raise_error()
             self._queue.submit(

@@ -92,6 +92,7 @@ class WeightStore:
         self._route = Route(DISK, device.name)
         self._queue = TransferQueue({self._route: disk}, tracer=tracer)
         self._changed = self._queue.changed
+        self._compute = device.streams.compute
         self.cache = WeightCache(
             num_keys,
             self._arenas,
@@ -220,6 +221,14 @@ class WeightStore:
         ]
         return self._queue.enqueue(self._route, copies, priority=priority, on_done=on_done)
 
+    def _release(self, entries: Sequence[Entry]) -> None:
+        """Gives one lease of each back. What reads them has been asked for, and need not have
+        ended: copies into their slots wait for it."""
+        end = self._compute.record()
+        for entry in entries:
+            self._memory_of(entry).last_use = end
+        self.cache.release(entries)
+
     def _learn(self, key: WeightKey) -> _Known:
         part_reads = make_part_reads(key, self._layout, self._source.tensors)
         geometry = self._geometries.setdefault((key.part, part_reads.placements), _Geometry())
@@ -267,7 +276,7 @@ class Lease:
         """Lets the part be evicted. Idempotent."""
         entry = self._end()
         if entry is not None:
-            self._store.cache.release((entry,))
+            self._store._release((entry,))
 
     def _end(self) -> Entry | None:
         """What is to be released, once."""
@@ -353,7 +362,7 @@ class Arrivals:
             if entry is not None:
                 entries.append(entry)
         self._leases = []
-        self._store.cache.release(entries)
+        self._store._release(entries)
 
     def close(self) -> None:
         """Releases the current leases and demands the rest no more. Idempotent."""
