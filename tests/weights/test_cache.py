@@ -111,6 +111,8 @@ class Wire:
 class Filler:
     """Brings parts into slots, and notes what each slot holds; a read may have any length."""
 
+    route, below = DISK_TO_HOST, None
+
     def __init__(self, link: Wire, slots: dict[Part, Slots]) -> None:
         self.link = link
         self.slots = slots

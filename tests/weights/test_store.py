@@ -26,6 +26,7 @@ from windlass.prefetch.policies import FarthestNextUse
 from windlass.trace import Tracer
 from windlass.weights.hints import Hint
 from windlass.weights.store import Arrivals, Lease, WeightStore
+from windlass.weights.supply import FileSupply
 from windlass.weights.transfer import Carrier
 
 
@@ -34,10 +35,9 @@ def make_store(
 ) -> tuple[WeightStore, dict[str, torch.Tensor]]:
     tensors = expert_tensors(num_layers, num_experts, rows=64, columns=160)  # 5 pages each
     source = FakeSource(tensors, gap_bytes=6)
-    store = WeightStore(
-        expert_layout(tensors), source, Carrier(device, 4096 * 4), {Part.EXPERT: slots},
-        policy=options.pop("policy", FarthestNextUse(num_layers)), **options,
-    )  # fmt: skip
+    supply = FileSupply(expert_layout(tensors), source, Carrier(device, 4096 * 4))
+    policy = options.pop("policy", FarthestNextUse(num_layers))
+    store = WeightStore(supply, {Part.EXPERT: slots}, policy=policy, **options)
     return store, tensors
 
 
@@ -472,13 +472,8 @@ def test_real_files_views_and_rows(tmp_path: Path):
     }
     source = Checkpoint(tmp_path)
     device = CpuDevice(3)
-    store = WeightStore(
-        Layout(parts, ()),
-        source,
-        Carrier(device),
-        {Part.EXPERT: 1, Part.FINAL: 1},
-        policy=FarthestNextUse(1),
-    )
+    supply = FileSupply(Layout(parts, ()), source, Carrier(device))
+    store = WeightStore(supply, {Part.EXPERT: 1, Part.FINAL: 1}, policy=FarthestNextUse(1))
     with store.lease(WeightKey(Part.EXPERT, 0, 1)) as lease:
         assert is_equal(lease.tensors["gate"], fused[1][0::2])
         assert is_equal(lease.tensors["up"], fused[1][1::2].T)
@@ -508,7 +503,8 @@ def test_odd_offsets_are_copied_once_per_lease(tmp_path: Path):
     source = Checkpoint(tmp_path)
     assert (source.tensors["w"].begin) % 4
     device = CpuDevice(1)
-    store = WeightStore(layout, source, Carrier(device), {Part.BLOCK: 1}, policy=FarthestNextUse(1))
+    supply = FileSupply(layout, source, Carrier(device))
+    store = WeightStore(supply, {Part.BLOCK: 1}, policy=FarthestNextUse(1))
     for _ in range(2):
         with store.lease(key) as lease:
             assert is_equal(lease.tensors["w"], weight)
@@ -530,7 +526,8 @@ def test_neighbours_are_one_read_and_strangers_are_not():
     layout = Layout({key: tuple(pieces)}, ())
     assert slot_bytes(layout, source.tensors) == {Part.BLOCK: 8192}
     device = FakeDevice()
-    store = WeightStore(layout, source, Carrier(device), {Part.BLOCK: 1}, policy=FarthestNextUse(1))
+    supply = FileSupply(layout, source, Carrier(device))
+    store = WeightStore(supply, {Part.BLOCK: 1}, policy=FarthestNextUse(1))
     with store.lease(key) as lease:
         for name in "abc":
             assert is_equal(lease.tensors[name], tensors[name])
@@ -575,13 +572,8 @@ def test_a_file_that_shrinks_or_vanishes_during_the_run_is_one_error(tmp_path: P
         path = folder / "model.safetensors"
         save_file(tensors, path)
         source, device = Checkpoint(folder), CpuDevice(2)
-        store = WeightStore(
-            expert_layout(tensors),
-            source,
-            Carrier(device),
-            {Part.EXPERT: 1},
-            policy=FarthestNextUse(2),
-        )
+        supply = FileSupply(expert_layout(tensors), source, Carrier(device))
+        store = WeightStore(supply, {Part.EXPERT: 1}, policy=FarthestNextUse(2))
         store.lease(experts(0, [0])[0]).release()
         if spoil == "shrink":
             with path.open("r+b") as stream:
@@ -611,10 +603,8 @@ def test_the_trace_shows_every_block_on_its_lane(tmp_path: Path):
     save_file(tensors, tmp_path / "model.safetensors")
     tracer = Tracer(tmp_path / "trace.json")
     source, device = Checkpoint(tmp_path), CpuDevice(2, tracer=tracer)
-    store = WeightStore(
-        expert_layout(tensors), source, Carrier(device, 16384), {Part.EXPERT: 2},
-        policy=FarthestNextUse(1), tracer=tracer,
-    )  # fmt: skip
+    supply = FileSupply(expert_layout(tensors), source, Carrier(device, 16384), tracer=tracer)
+    store = WeightStore(supply, {Part.EXPERT: 2}, policy=FarthestNextUse(1))
     for lease in store.arrivals(experts(0, [0, 1])):
         assert_is_expert(lease, tensors)
     store.close()

@@ -35,6 +35,7 @@ from windlass.kvcache.kv_cache import (
     KvCache,
 )
 from windlass.weights.store import WeightStore
+from windlass.weights.supply import FileSupply
 from windlass.weights.transfer import Carrier
 from windlass.checkpoint.folder import (CheckpointFolder, read_model)
 from windlass.build.expected import EngineExpectation
@@ -232,10 +233,8 @@ def _assemble(
     assert not (plan.prefix_caching and plan.host.state_slots), "no state is kept of a prompt's prefix"
     shape = pass_shape(spec, model.layout)
     outfit = make_outfit(options, model, plan, str(setup.fingerprint["model"]), opened)
-    weights = WeightStore(
-        model.layout, model.source, Carrier(device), plan.host.slots, policy=outfit.chosen.policy,
-        tracer=tracer,
-    )  # fmt: skip
+    supply = FileSupply(model.layout, model.source, Carrier(device), tracer=tracer)
+    weights = WeightStore(supply, plan.host.slots, policy=outfit.chosen.policy)
     opened.callback(weights.close)
     if outfit.recorder is not None and outfit.recorder.wants_states:
         outfit.recorder.add_routers(read_routers(spec, weights))

@@ -2,7 +2,7 @@
 no weights. The store that moves bytes and the clock that only counts them share it."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ class WeightCache:
         two experts are to be leased at once."""
         self._policy = policy
         self._resident = Residency(num_keys, slots, mover, policy=policy)
-        self._feed = Feed(self._resident, queue)
+        self._feed = Feed(self._resident, queue, mover)
         self._queue = queue
         queue.listen(self._feed)
         self._changed = queue.changed
@@ -85,6 +85,7 @@ class WeightCache:
             return StoreStats(
                 bytes_read=self._queue.bytes_read,
                 reads=self._queue.num_reads,
+                link_bytes=self._queue.link_bytes,
                 requests=dict(self._requests),
                 hits=dict(self._hits),
                 wait_s=self._wait_s,
@@ -149,6 +150,9 @@ class WeightCache:
         with self._changed:
             demand, keys = Demand(), tuple(keys)
             self._feed.settle(keys if settles else ())
+            below = self._mover.below
+            if below is not None:  # what can be copied at once takes the first slots
+                keys = tuple(sorted(keys, key=lambda key: not below.has(key)))
             for key in keys:
                 self._requests[key.part] += 1
                 entry = self._resident.entries.get(key)
@@ -212,6 +216,39 @@ class WeightCache:
         Idempotent."""
         with self._changed:
             self._feed.abandon(demand)
+
+    # --- what the tier above takes ----------------------------------------------------------------
+
+    def has(self, key: WeightKey) -> bool:
+        """Whether `key` is resident. The lock must be held."""
+        entry = self._resident.entries.get(key)
+        return entry is not None and entry.ticket is None
+
+    def settle(self, keys: Sequence[WeightKey]) -> None:
+        """`keys`: of experts, all that their layer needs now: other guesses of it are given up."""
+        with self._changed:
+            self._feed.settle(keys)
+
+    def tell(self, arrived: Callable[[WeightKey], None]) -> None:
+        """`arrived` is called with each part that becomes resident, under the lock."""
+        self._feed.told.append(arrived)
+
+    def lend(self, key: WeightKey, demand: Demand) -> Entry | None:
+        """`key`, leased for a copy, if it is resident; that ends `demand`, which is of it alone."""
+        with self._changed:
+            if not self.has(key):
+                return None
+            entry = self._resident.entries[key]
+            self._resident.set_busy(entry)
+            self._feed.serve(demand, entry)
+            entry.lent += 1
+            return self._take(entry)
+
+    def take_back(self, entry: Entry) -> None:
+        """What was lent is copied."""
+        with self._changed:
+            entry.lent -= 1
+            self.release((entry,))
 
     def _take(self, entry: Entry) -> Entry:
         self._policy.note_use(entry.key)
