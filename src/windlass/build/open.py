@@ -34,13 +34,11 @@ from windlass.kernels.select import choose_kernels
 from windlass.kvcache.kv_cache import (
     KvCache,
 )
-from windlass.weights.store import WeightStore
-from windlass.weights.supply import FileSupply
-from windlass.weights.transfer import Carrier
 from windlass.checkpoint.folder import (CheckpointFolder, read_model)
 from windlass.build.expected import EngineExpectation
 from windlass.build.foresight import follows_sequences, make_outfit
 from windlass.build.routers import read_routers
+from windlass.build.tiers import Tiers, check_tiers, open_weights
 from windlass.build.checkpoint_sizes import wanted_of
 from windlass.build.checkpoint_sizes import useful_threads
 from windlass.build.checkpoint_sizes import sizes_of
@@ -96,13 +94,16 @@ def open_engine(
     options: EngineOptions,
     *,
     device: Device | None = None,
+    above: Device | None = None,
     kernels: Kernels | None = None,
     source: JobSource | None = None,
     profile: HardwareProfile | None = None,
 ) -> Engine:
     """Everything between options and the first step; nothing is read but headers and tokenizer.
 
-    `device`: where weights and all that passes work on are; the host if None. The engine closes it; so does a failure here.
+    `device`: where weights and all that passes work on are; the host if None. `above`: where they
+    are instead, copied from `device` as they are wanted; the plan that `options` name has a tier of
+    that name. The engine closes both; so does a failure here.
     `kernels`: what computes; as the options say if None.
     `source`: what to plan for. `profile`: the machine it runs on, to be found before kernels are
     chosen here; one like this is assumed if None.
@@ -111,8 +112,9 @@ def open_engine(
     """
     return_freed_memory()
     with ExitStack() as opened:
-        if device is not None:
-            opened.callback(device.close)
+        for own in (device, above):
+            if own is not None:
+                opened.callback(own.close)
         tracer = Tracer(options.trace)
         opened.callback(tracer.close)
         model = read_model(options, opened)
@@ -129,12 +131,13 @@ def open_engine(
         kernels.linear(torch.zeros(4, 64), torch.zeros(64, 64))  # the BLAS allocates its buffers
         backend = Backend(kernels.name, threads)
         setup = _setup(options, model, backend, source, profile)
+        check_tiers(setup.plan, above)
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
             opened.callback(device.close)
-        engine = _assemble(
-            setup, options, model, Machine(kernels, device, tracer), device, opened
-        )
+        machine = Machine(kernels, above or device, tracer)
+        down = profile.down if profile is not None else None
+        engine = _assemble(setup, options, model, machine, Tiers(device, above, down), opened)
     return engine
 
 
@@ -224,7 +227,7 @@ def _assemble(
     options: EngineOptions,
     model: CheckpointFolder,
     machine: Machine,
-    device: Device,
+    tiers: Tiers,
     opened: ExitStack,
 ) -> Engine:
     """The engine, which takes over what `opened` holds. Nothing made here may hold the engine: one
@@ -233,20 +236,19 @@ def _assemble(
     assert not (plan.prefix_caching and plan.host.state_slots), "no state is kept of a prompt's prefix"
     shape = pass_shape(spec, model.layout)
     outfit = make_outfit(options, model, plan, str(setup.fingerprint["model"]), opened)
-    supply = FileSupply(model.layout, model.source, Carrier(device), tracer=tracer)
-    weights = WeightStore(supply, plan.host.slots, policy=outfit.chosen.policy)
+    weights = open_weights(model, plan, tiers, outfit, tracer)
     opened.callback(weights.close)
     if outfit.recorder is not None and outfit.recorder.wants_states:
         outfit.recorder.add_routers(read_routers(spec, weights))
     kv = KvCache(
         cache_shapes(spec),
-        device,
+        machine.memory,
         dtype=CACHE_DTYPES[plan.kv_cache_dtype],
         num_pages=plan.host.kv_pages,
         page_tokens=plan.page_tokens,
         state_slots=plan.host.state_slots,
     )
-    foresight = outfit.foresight(plan, shape, weights.cache)
+    foresight = outfit.foresight(plan, shape, weights)
     runtime = HostRuntime(
         spec,
         machine,
@@ -273,7 +275,7 @@ def _assemble(
             weights=weights,
             admission=admission,
             drafting=drafting,
-            device=device,
+            device=tiers.host,
             tracer=tracer,
             resources=opened.pop_all(),
             speculation=foresight.words,
