@@ -87,6 +87,15 @@ def _part_bytes(engine: Engine, kinds=tuple(Part)) -> int:
     return sum(move.num_bytes for move in moves)
 
 
+def test_experts_lie_alike_on_the_device(model):
+    with model.open({}, {}) as engine:
+        supply = engine._weights.supply
+        experts = supply.layout.keys(Part.EXPERT)
+        found = {supply.part_reads(key).placements for key in experts}
+        assert len(experts) > 8 and len(found) == 1
+        assert all(place.at % 256 == 0 for place in found.pop() if not place.ops)
+
+
 def test_with_room_in_both_tiers_each_link_carries_every_part_once(model):
     with model.open({}, {}) as engine:
         assert _bits(run_all(engine, _requests())) == model.bits

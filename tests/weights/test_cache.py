@@ -534,6 +534,6 @@ class CallersOfTwoTiers(Callers):
 
 
 CallersOfTwoTiers.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None
+    max_examples=25, stateful_step_count=30, deadline=None
 )
 TestCallersOfTwoTiers = CallersOfTwoTiers.TestCase

@@ -78,7 +78,7 @@ def test_leases_hold_the_bytes_of_the_file_whatever_the_slots_of_both_tiers(host
         one.close()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     operations=OPERATIONS, slots=st.integers(1, 12), host_slots=st.integers(1, 12),
     seed=st.integers(0, 9), lru=st.booleans(),
@@ -188,6 +188,66 @@ def test_a_demand_above_makes_a_read_below_urgent(devices):
     assert_is_expert(got[0], tensors)
     assert store.below.stats().prefetch_late == 1
     got[0].release()
+    store.check()
+    store.close()
+
+
+def test_guesses_below_end_when_the_layer_has_routed_and_only_then(devices):
+    host, device = devices
+    store, _ = make_chain(host, device, host_slots=6, slots=1)
+    assert store.below is not None
+    store.below.hint(0, [Hint(i, key, 0, False) for i, key in enumerate(experts(0, range(3)))], [])
+    assert set(host.pending) == {"expert[0][0]"}, "two blocks of a guess are in flight"
+    host.complete(0)
+    host.complete(0)
+    host.complete(0)
+    assert store.below.holds(experts(0, [1])[0])
+    arriving = store.arrivals(experts(0, [0, 1]))  # expert 0 takes the only slot above
+    assert not store.below.stats().prefetch_cancelled, "both are needed"
+    host.complete_all()
+    assert store.below.has(experts(0, [1])[0]) and not store.below.has(experts(0, [2])[0])
+    device.complete_all()
+    arriving.close()
+    store.below.hint(0, [Hint(9, experts(1, [2])[0], 1, False)], [])
+    assert store.below.holds(experts(1, [2])[0])
+    store.below.hint(1, [], [])
+    store.cache.hint(1, [], [])
+    arriving = store.arrivals(experts(1, [0, 1]))
+    assert store.below.stats().prefetch_cancelled == 1
+    host.complete_all()
+    device.complete_all()
+    arriving.close()
+    host.complete_all()
+    device.complete_all()
+    store.check()
+    store.close()
+
+
+def test_a_caller_of_the_lower_tier_waits_for_what_is_lent(devices):
+    host, device = devices
+    store, _ = make_chain(host, device, host_slots=1, slots=1)
+    arriving = store.arrivals(experts(0, [0]))
+    host.complete_all()
+    assert device.pending, "the only slot below is lent"
+    below = store.below
+    assert below is not None
+    demand = below.begin(experts(0, [1]))
+    got: list[WeightKey] = []
+
+    def wait() -> None:
+        entry = below.next(demand)
+        assert entry is not None
+        got.append(entry.key)
+        below.release((entry,))
+
+    thread = in_thread(wait)
+    time.sleep(0.01)
+    device.complete_all()
+    wait_for(lambda: host.pending)
+    host.complete_all()
+    thread.join(60)
+    assert got == experts(0, [1])
+    arriving.close()
     store.check()
     store.close()
 
