@@ -18,6 +18,7 @@ from windlass.errors import UsageError
 from windlass.ids import DISK_TO_HOST, HOST, Part, Route
 from windlass.options import EngineOptions
 from windlass.plan import Plan, TierPlan
+from windlass.weights.tier_supply import TierSupply
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
 TO_DEVICE = Route(HOST, "device")
@@ -36,15 +37,14 @@ def _bits(results):
     """Everything that must be equal, floats included."""
     choices = {name: output.outputs[0] for name, output in results.items()}
     return {
-        name: (one.token_ids, one.cumulative_logprob, one.logprobs)
-        for name, one in choices.items()
+        name: (one.token_ids, one.cumulative_logprob, one.logprobs) for name, one in choices.items()
     }
 
 
 def _tier(tier: TierPlan, name: str, slots: Mapping[Part, int]) -> TierPlan:
     """`tier` with so many slots of some kinds, as many as the checkpoint has of the others."""
     parts = tuple(
-        replace(own, slots=min(slots.get(own.part, 999), own.num_parts), slot_bytes=None)
+        replace(own, slots=min(slots.get(own.part, 999), own.num_parts or 1), slot_bytes=None)
         for own in tier.parts
     )
     return replace(tier, name=name, parts=parts)
@@ -82,6 +82,7 @@ def model(request, tmp_path_factory):
 def _part_bytes(engine: Engine, kinds=tuple(Part)) -> int:
     """Bytes that the tensors of all parts of these kinds take on the device."""
     supply = engine._weights.supply
+    assert isinstance(supply, TierSupply)
     keys = [key for key in supply.layout.parts if key.part in kinds]
     moves = [move for key in keys for move in supply._learn(key)[0].moves]
     return sum(move.num_bytes for move in moves)
@@ -115,7 +116,7 @@ def test_with_all_in_ram_and_few_slots_above_the_disk_is_read_once(model):
     with model.open({}, FEW) as engine:
         assert _bits(run_all(engine, _requests())) == model.bits
         stats = engine.stats().weights
-        own = engine._weights.below.stats()
+        own = engine._weights.supply.below.stats()
         assert stats.link_bytes[TO_DEVICE] > 3 * _part_bytes(engine)
         assert stats.link_bytes[DISK_TO_HOST] <= model.stats.bytes_read * 1.01
         assert own.evictions == 0 and stats.evictions > 0

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from hypothesis import strategies as st
 
-from fakes import FakeDevice, FakeSource, expert_layout, expert_tensors, experts
+from fakes import FakeSource, expert_layout, expert_tensors, experts
+from windlass.device.base import Device
 from windlass.errors import BudgetError
 from windlass.ids import Part, WeightKey
 from windlass.prefetch.policies import FarthestNextUse
@@ -19,19 +20,23 @@ from windlass.weights.transfer import Carrier
 
 
 def make_store(
-    device: FakeDevice, *, num_layers: int = 3, num_experts: int = 4, slots: int = 4, **options
+    device: Device,
+    *,
+    num_layers: int = 3,
+    num_experts: int = 4,
+    slots: int = 4,
+    policy: EvictionPolicy | None = None,
 ) -> tuple[WeightStore, dict[str, torch.Tensor]]:
     tensors = expert_tensors(num_layers, num_experts, rows=64, columns=160)  # 5 pages each
     source = FakeSource(tensors, gap_bytes=6)
     supply = FileSupply(expert_layout(tensors), source, Carrier(device, 4096 * 4))
-    policy = options.pop("policy", FarthestNextUse(num_layers))
-    store = WeightStore(supply, {Part.EXPERT: slots}, policy=policy, **options)
-    return store, tensors
+    policy = policy or FarthestNextUse(num_layers)
+    return WeightStore(supply, {Part.EXPERT: slots}, policy=policy), tensors
 
 
 def make_chain(
-    host: FakeDevice,
-    device: FakeDevice,
+    host: Device,
+    device: Device,
     *,
     host_slots: int,
     slots: int,
@@ -53,8 +58,8 @@ def hint(
     """Hints at `keys`, all at `turn`, in this order behind earlier ones, in all tiers."""
     added = [Hint(1000 * turn + i, key, turn, probability >= 1) for i, key in enumerate(keys)]
     store.cache.hint(now, added, [])
-    if store.below is not None:
-        store.below.hint(now, added, [])
+    if store.supply.below is not None:
+        store.supply.below.hint(now, added, [])
 
 
 def is_equal(found: object, expected: torch.Tensor) -> bool:
@@ -62,7 +67,7 @@ def is_equal(found: object, expected: torch.Tensor) -> bool:
     return isinstance(found, torch.Tensor) and torch.equal(found, expected)
 
 
-def assert_is_expert(lease: Lease, tensors: dict[str, torch.Tensor]) -> None:
+def assert_is_expert(lease: Lease, tensors: Mapping[str, torch.Tensor]) -> None:
     for name in ("gate", "up", "down"):
         expected = tensors[f"{lease.key.layer}.{lease.key.index}.{name}"]
         assert is_equal(lease.tensors[name], expected), (lease.key, name)

@@ -22,7 +22,7 @@ from windlass.weights.chain import Chain
 from windlass.weights.demand import Demand
 from windlass.weights.hints import Hint
 from windlass.weights.io_queue import IoQueue, Link, Priority, Ticket, TicketState
-from windlass.weights.residency import Entry
+from windlass.weights.residency import Below, Entry
 from windlass.weights.slots import Slots
 
 LAYERS = 3
@@ -115,7 +115,7 @@ class Filler:
     """Brings parts into slots, and notes what each slot holds; a read may have any length."""
 
     route = DISK_TO_HOST
-    below: WeightCache | None = None
+    below: Below | None = None
 
     def __init__(self, link: Wire, slots: dict[Part, Slots]) -> None:
         self.link = link
@@ -177,7 +177,7 @@ class UpperFiller(Filler):
     def __init__(self, link: Wire, slots: dict[Part, Slots], lower: Filler, below: WeightCache):
         super().__init__(link, slots)
         self.lower = lower
-        self.below = below
+        self.below = below.feed
         self.chain = Chain(below, link.queue, self.route)
         self.lent: Counter[int] = Counter()  # by id of the entry below
 

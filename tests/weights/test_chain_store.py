@@ -4,6 +4,7 @@ their own, whatever there is room for, in whatever order copies arrive."""
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from windlass.checkpoint.placement import PLACE_BYTES
 from windlass.device.cpu import CpuDevice
 from windlass.errors import BudgetError, CheckpointError
 from windlass.ids import DISK_TO_HOST, HOST, Part, Route, WeightKey
+from windlass.tensors import plain
 from windlass.weights.cache import WeightCache
 from windlass.weights.hints import Hint
 from windlass.weights.io_queue import Priority
@@ -58,9 +60,8 @@ def test_leases_hold_the_bytes_of_the_file_whatever_the_slots_of_both_tiers(host
             seen = []
             for lease in store.arrivals(experts(layer, range(4))):
                 assert_is_expert(lease, tensors)
-                assert all(
-                    tensor.data_ptr() % PLACE_BYTES == 0 for tensor in lease.tensors.values()
-                )
+                for name in lease.tensors:
+                    assert plain(lease.tensors, name).data_ptr() % PLACE_BYTES == 0
                 seen.append(lease.key.index)
             store.check()
             assert sorted(seen) == [0, 1, 2, 3]
@@ -106,11 +107,11 @@ def test_random_operations_keep_the_invariants_and_the_bytes(
 
 def read_below(store: WeightStore, host: FakeDevice, keys: list[WeightKey]) -> WeightCache:
     """Brings `keys` into the lower tier alone."""
-    assert store.below is not None
-    store.below.hint(0, [Hint(i, key, 1) for i, key in enumerate(keys)], [])
+    assert store.supply.below is not None
+    store.supply.below.hint(0, [Hint(i, key, 1) for i, key in enumerate(keys)], [])
     host.complete_all()
-    assert all(map(store.below.holds, keys))
-    return store.below
+    assert all(map(store.supply.below.holds, keys))
+    return store.supply.below
 
 
 def test_a_demand_goes_through_both_tiers_and_what_is_in_ram_comes_first(devices):
@@ -179,14 +180,14 @@ def test_a_demand_above_makes_a_read_below_urgent(devices):
     got: list[Lease] = []
     thread = in_thread(lambda: got.append(store.lease(guessed)))
     wait_for(lambda: store.stats().requests)
-    assert store.below is not None
-    below = {entry.key: ticket for entry, ticket in store.below._resident.loading()}
+    assert store.supply.below is not None
+    below = {entry.key: ticket for entry, ticket in store.supply.below._resident.loading()}
     assert below[guessed].priority is Priority.DEMAND
     host.complete_all()
     device.complete_all()
     thread.join(60)
     assert_is_expert(got[0], tensors)
-    assert store.below.stats().prefetch_late == 1
+    assert store.supply.below.stats().prefetch_late == 1
     got[0].release()
     store.check()
     store.close()
@@ -195,25 +196,26 @@ def test_a_demand_above_makes_a_read_below_urgent(devices):
 def test_guesses_below_end_when_the_layer_has_routed_and_only_then(devices):
     host, device = devices
     store, _ = make_chain(host, device, host_slots=6, slots=1)
-    assert store.below is not None
-    store.below.hint(0, [Hint(i, key, 0, False) for i, key in enumerate(experts(0, range(3)))], [])
+    below = store.supply.below
+    assert below is not None
+    guesses = [Hint(i, key, 0, False) for i, key in enumerate(experts(0, range(3)))]
+    below.hint(0, guesses, [])
     assert set(host.pending) == {"expert[0][0]"}, "two blocks of a guess are in flight"
-    host.complete(0)
-    host.complete(0)
-    host.complete(0)
-    assert store.below.holds(experts(0, [1])[0])
+    for _ in range(3):
+        host.complete(0)
+    assert below.holds(guesses[1].key)
     arriving = store.arrivals(experts(0, [0, 1]))  # expert 0 takes the only slot above
-    assert not store.below.stats().prefetch_cancelled, "both are needed"
+    assert not below.stats().prefetch_cancelled, "both are needed"
     host.complete_all()
-    assert store.below.has(experts(0, [1])[0]) and not store.below.has(experts(0, [2])[0])
+    assert [below.feed.has(hint.key) for hint in guesses] == [True, True, False]
     device.complete_all()
     arriving.close()
-    store.below.hint(0, [Hint(9, experts(1, [2])[0], 1, False)], [])
-    assert store.below.holds(experts(1, [2])[0])
-    store.below.hint(1, [], [])
+    guess = Hint(9, experts(1, [2])[0], 1, False)
+    below.hint(1, [guess], [])
     store.cache.hint(1, [], [])
+    assert below.holds(guess.key)
     arriving = store.arrivals(experts(1, [0, 1]))
-    assert store.below.stats().prefetch_cancelled == 1
+    assert below.stats().prefetch_cancelled == 1
     host.complete_all()
     device.complete_all()
     arriving.close()
@@ -229,7 +231,7 @@ def test_a_caller_of_the_lower_tier_waits_for_what_is_lent(devices):
     arriving = store.arrivals(experts(0, [0]))
     host.complete_all()
     assert device.pending, "the only slot below is lent"
-    below = store.below
+    below = store.supply.below
     assert below is not None
     demand = below.begin(experts(0, [1]))
     got: list[WeightKey] = []
@@ -277,7 +279,7 @@ def test_what_stays_on_the_device_for_good_goes_first_below():
     store, _ = make_chain(host, device, host_slots=2, slots=12)
     with store.lease(experts(0, [0])[0]), store.lease(experts(2, [0])[0]):
         pass
-    below = store.below
+    below = store.supply.below
     assert below is not None
     below.hint(0, [], [])
     demand = below.begin(experts(2, [3]))  # needed later than layer 0, by the order of use
@@ -304,7 +306,7 @@ def test_an_error_of_either_tier_reaches_every_waiter_as_the_same_exception(devi
         except CheckpointError as error:
             caught.append(error)
 
-    threads = [in_thread(lambda key=key: wait(key)) for key in experts(0, [0, 1, 2])]
+    threads = [in_thread(partial(wait, key)) for key in experts(0, [0, 1, 2])]
     wait_for(lambda: store.stats().requests.get(Part.EXPERT, 0) == 3)
     failure = CheckpointError("lost")
     if tier == "device":
@@ -316,7 +318,7 @@ def test_an_error_of_either_tier_reaches_every_waiter_as_the_same_exception(devi
     for thread in threads:
         thread.join(60)
     assert [error is failure for error in caught] == [True] * 3
-    for again in (store.cache, store.below):
+    for again in (store.cache, store.supply.below):
         assert again is not None
         with pytest.raises(CheckpointError) as later:
             again.next(again.begin(experts(0, [3])))
@@ -359,7 +361,7 @@ def test_closing_with_leases_and_copies_under_way_ends_every_waiter(seed):
 
     thread = in_thread(wait)
     time.sleep(0.004 * seed)
-    (store.supply._store if seed % 2 else store).close()
+    store.close()
     store.close()
     thread.join(60)
     assert ends == ["the transfer queue is closed"]

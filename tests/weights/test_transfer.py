@@ -14,8 +14,8 @@ from windlass.device.base import Copy, DeviceMemory, FileRange
 from windlass.device.cpu import CpuDevice
 from windlass.errors import CheckpointError
 from windlass.ids import DISK_TO_HOST, HOST, Route
-from windlass.weights.io_queue import Priority, Ticket, TicketState
 from windlass.units import MIB
+from windlass.weights.io_queue import Priority, Ticket, TicketState
 from windlass.weights.transfer import Carrier, TransferQueue, block_bytes_of, file_copies
 
 PAGE = 4096

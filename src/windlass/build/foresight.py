@@ -59,7 +59,7 @@ class Outfit(NamedTuple):
             self.forecast,
             usage=None if self.usage is None else self.usage.shares,
             guard=WindowGuard() if self.is_guarded else None,
-            below=weights.below,
+            below=weights.supply.below,
         )
         prefetcher.fill()
         return Foresight(self.forecast, prefetcher, tuple(observers), readers)

@@ -17,8 +17,7 @@ from windlass.weights.cache import WeightCache
 from windlass.weights.hints import Hint
 
 # Hints kept ahead of the pass, and those of the layer that the last of them is in: more than the
-# link can read during one layer. In the tier below, what that can read while the tier above does not
-# ask for it.
+# link can read during one layer. In the tier below further ahead: its link is the slower one.
 _HORIZON, _HORIZON_BELOW = 64, 256
 # Where the link has five times a pass's computation to move, a wrong read displaces a demanded one:
 # only what is likelier than this is read ahead (by simulation, docs/forecast.md).
@@ -28,11 +27,11 @@ _SOME_DAY = 1 << 60  # a turn that never passes
 _NEW_SHARE = 1 / 16  # of the average that a pass is
 
 
-class _Tier:
+class Tier:
     """A tier that parts are hinted at in, and what is known of it."""
 
     def __init__(
-        self, cache: WeightCache, keys: list[WeightKey], horizon: int, above: "_Tier | None" = None
+        self, cache: WeightCache, keys: list[WeightKey], horizon: int, above: "Tier | None" = None
     ) -> None:
         self.cache = cache
         self.horizon = horizon
@@ -93,9 +92,9 @@ class Prefetcher:
         self._experts, self._others = np.flatnonzero(is_expert), np.flatnonzero(~is_expert)
         self._first_expert = [*table.first, len(table)]  # of each layer's, and the head's
         keys = [self._keys[i] for i in (*self._experts, *self._others)]
-        self._tiers = [_Tier(weights, keys, _HORIZON)]
+        self._tiers = [Tier(weights, keys, _HORIZON)]
         if below is not None:
-            self._tiers.append(_Tier(below, keys, _HORIZON_BELOW, self._tiers[0]))
+            self._tiers.append(Tier(below, keys, _HORIZON_BELOW, self._tiers[0]))
         self._missing = np.empty(len(keys), bool)
         self._pass = -1
         self._layer = 0
@@ -157,7 +156,7 @@ class Prefetcher:
         if self._tiers[0].to_fill.size:
             self.update()
 
-    def _warm(self, tier: _Tier) -> list[Hint]:
+    def _warm(self, tier: Tier) -> list[Hint]:
         """The most used missing experts, as many as there are free slots: behind everything else,
         and at no time given up."""
         if not tier.to_fill.size:
@@ -175,7 +174,7 @@ class Prefetcher:
             for i, place in enumerate(places)
         ]
 
-    def _certain(self, tier: _Tier) -> list[Hint]:
+    def _certain(self, tier: Tier) -> list[Hint]:
         """Parts that are missing and certain, in the order of their use, to the horizon."""
         many = self._experts.size
         missing, held, outlook = self._missing, tier.there, self._forecast.outlook
@@ -202,7 +201,7 @@ class Prefetcher:
         which, place = divmod(rank, len(self._keys))
         return Hint(rank, self._keys[place], which * self._num_stops + self._stop_of[place])
 
-    def _speculative(self, tier: _Tier) -> list[Hint]:
+    def _speculative(self, tier: Tier) -> list[Hint]:
         """What the forecast proposes and is missing, by its value, behind all that is certain."""
         if self._guard is not None and not self._guard.is_on:
             return []

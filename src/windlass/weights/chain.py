@@ -1,4 +1,4 @@
-"""Parts that come from the tier below: each fetch borrows its part there for as long as it is copied.
+"""Parts that come from the tier below: a fetch borrows its part there for as long as it is copied.
 Knows caches and tickets, no bytes; a clock could use it."""
 
 from collections.abc import Callable, Sequence
@@ -15,13 +15,19 @@ from windlass.weights.residency import Entry
 class _Fetch(Generic[B]):
     """Of one part."""
 
-    __slots__ = ("demand", "pieces", "ticket", "lent")
+    __slots__ = ("pieces", "demand", "ticket", "lent")
 
-    def __init__(self, demand: Demand, pieces: Callable[[Entry], Sequence[B]]) -> None:
-        self.demand = demand
+    def __init__(self, pieces: Callable[[Entry], Sequence[B]]) -> None:
         self.pieces = pieces
-        self.ticket: Ticket[B] | None = None  # while its part is not there
+        self.demand = Demand()  # below, as long as the part is not there
+        self.ticket: Ticket[B] | None = None
         self.lent: Entry | None = None
+
+    def borrow(self, entry: Entry) -> Sequence[B]:
+        """What is to be moved of its part, leased below as `entry`."""
+        self.lent = entry
+        entry.lent += 1
+        return self.pieces(entry)
 
 
 class Chain(Generic[B]):
@@ -38,7 +44,7 @@ class Chain(Generic[B]):
         self.route = route
         self._queue = queue
         self._waiting: dict[WeightKey, _Fetch[B]] = {}  # for their parts
-        below.tell(self._came)
+        below.feed.tell(self._came)
 
     def fetch(
         self,
@@ -50,12 +56,14 @@ class Chain(Generic[B]):
     ) -> Ticket[B]:
         """Begins to copy `key`, demanding it below where it is not there. `pieces`: what is to be
         moved, from where it lies then."""
-        fetch = _Fetch(self.below.begin((key,), settles=False), pieces)
+        fetch = _Fetch(pieces)
         done = partial(self._ended, key, fetch, on_done)
-        pieces_now = self._borrow(key, fetch)
-        if pieces_now is not None:
-            return self._queue.enqueue(self.route, pieces_now, priority=priority, on_done=done)
+        entry = self.below.take_resident(key)
+        if entry is not None:
+            ready = fetch.borrow(entry)
+            return self._queue.enqueue(self.route, ready, priority=priority, on_done=done)
         assert priority is Priority.DEMAND, f"{key}: a hint was not to come before its part"
+        fetch.demand = self.below.begin((key,), settles=False)
         fetch.ticket = self._queue.reserve(self.route, priority=priority, on_done=done)
         self._waiting[key] = fetch
         return fetch.ticket
@@ -64,20 +72,18 @@ class Chain(Generic[B]):
         """What waits for a part below is demanded there, and the part has not come."""
         for key, fetch in self._waiting.items():
             assert fetch.lent is None and not fetch.demand.is_over, f"{key}: lost below"
-            assert not self.below.has(key), f"{key}: came below, and was not copied"
-
-    def _borrow(self, key: WeightKey, fetch: _Fetch[B]) -> Sequence[B] | None:
-        """What is to be moved, if the part is there."""
-        fetch.lent = self.below.lend(key, fetch.demand)
-        return None if fetch.lent is None else fetch.pieces(fetch.lent)
+            assert not self.below.feed.has(key), f"{key}: came below, and was not copied"
 
     def _came(self, key: WeightKey) -> None:
         """`key` is resident below."""
         fetch = self._waiting.pop(key, None)
-        if fetch is not None:
-            pieces = self._borrow(key, fetch)
-            assert pieces is not None and fetch.ticket is not None, f"{key}: said to be there"
-            self._queue.supply(fetch.ticket, pieces)
+        if fetch is None:
+            return
+        # somebody else's read may have brought it before the demand had a slot
+        (entry,) = self.below.ready(fetch.demand, 1) or (self.below.take_resident(key),)
+        assert entry is not None and fetch.ticket is not None, f"{key}: said to be there"
+        self.below.abandon(fetch.demand)
+        self._queue.supply(fetch.ticket, fetch.borrow(entry))
 
     def _ended(self, key: WeightKey, fetch: _Fetch[B], on_done: Callable[[], None]) -> None:
         if fetch.lent is None:
@@ -86,4 +92,5 @@ class Chain(Generic[B]):
         if fetch.lent is None:
             self.below.abandon(fetch.demand)
         else:
-            self.below.take_back(fetch.lent)
+            fetch.lent.lent -= 1
+            self.below.release((fetch.lent,))

@@ -33,11 +33,11 @@ class Feed:
         self._resident = resident
         self._queue = queue
         self._route = mover.route
+        self._hints = HintQueue()
         self._below = mover.below
         if self._below is not None:
-            self._below.tell(self._came_below)
-        self.told: list[Callable[[WeightKey], None]] = []  # called with what becomes resident
-        self._hints = HintQueue()
+            self._below.tell(self._hints.recall)  # `pump` follows
+        self._told: list[Callable[[WeightKey], None]] = []  # called with what becomes resident
         self._now = 0  # layers since the first pass began
         self._speculative: dict[WeightKey, Hint] = {}  # loading because of a hint alone
         self.demands: list[Demand] = []
@@ -72,6 +72,15 @@ class Feed:
             is_guess = hint.key.layer == layer and hint.turn <= self._now and not hint.is_certain
             if is_guess and hint.key not in needed:
                 self._give_up(hint.key)
+
+    def has(self, key: WeightKey) -> bool:
+        """Whether `key` is resident."""
+        entry = self._resident.entries.get(key)
+        return entry is not None and entry.ticket is None
+
+    def tell(self, arrived: Callable[[WeightKey], None]) -> None:
+        """`arrived` is called with each part that becomes resident."""
+        self._told.append(arrived)
 
     def pump(self) -> None:
         """Starts whatever slots and link have room for. A hint waits until its part is in the tier
@@ -158,14 +167,6 @@ class Feed:
                 self._queue.cancel(entry.ticket)
         self.pump()
 
-    def serve(self, demand: Demand, entry: Entry) -> None:
-        """Ends `demand`, of the part `entry` alone, which is there."""
-        if demand in entry.demands:
-            entry.demands.remove(demand)
-        demand.waiting.clear()
-        demand.ready.clear()
-        self.demands.remove(demand)
-
     def take(self, entry: Entry) -> None:
         """`entry` is used."""
         if entry.prefetched_bytes:
@@ -217,12 +218,8 @@ class Feed:
             demand.arrived(entry.key)
         if entry.is_idle:
             self._resident.set_idle(entry)
-        for tell in self.told:
-            tell(entry.key)
-
-    def _came_below(self, key: WeightKey) -> None:
-        """`key` can be copied from the tier below; whoever says so has `pump` called."""
-        self._hints.recall(key)
+        for arrived in self._told:
+            arrived(entry.key)
 
 
 def _priority_of(hint: Hint) -> Priority:

@@ -40,7 +40,7 @@ class Entry:
 
 
 class Below(Protocol):
-    """The cache of the tier that parts come from."""
+    """The tier that parts come from. All calls under the queue's lock."""
 
     def has(self, key: WeightKey) -> bool:
         """Whether `key` is resident, so that it can be copied."""
@@ -65,7 +65,7 @@ class Mover(Protocol):
 
     @property
     def below(self) -> Below | None:
-        """The cache that they come from, if it is one."""
+        """The tier that they come from; None for files."""
         ...
 
     def fetch(
@@ -77,6 +77,11 @@ class Mover(Protocol):
     def now(self) -> float:
         """Seconds, from any beginning."""
         ...
+
+
+def nearest_first(keys: Sequence[WeightKey], below: Below | None) -> Sequence[WeightKey]:
+    """`keys` as they are to be given slots: first those that can be copied at once."""
+    return keys if below is None else sorted(keys, key=lambda key: not below.has(key))
 
 
 def num_slots(num_keys: Mapping[Part, int], wanted: Mapping[Part, int]) -> dict[Part, int]:

@@ -66,7 +66,7 @@ class WeightStore:
         self, supply: Supply, slots: Mapping[Part, int], *, policy: EvictionPolicy
     ) -> None:
         self.supply = supply
-        self.below = supply.below
+        self.below = None if supply.below is None else supply.below.feed
         num_keys = Counter(key.part for key in supply.layout.parts)
         sizes = supply.slot_bytes
         given = num_slots({part: num_keys[part] for part in sizes}, slots)
