@@ -530,7 +530,7 @@ class CallersOfTwoTiers(Callers):
         if hasattr(self, "lower"):
             self.the_lower_tier_holds_what_is_copied_and_nothing_else()
             assert all(entry.is_idle for entry in self.lower_filler.content.values())
-            assert not self.upper_filler.chain._waiting
+            assert not self.upper_filler.chain._waiting and not self.lower.feed.demands
 
 
 CallersOfTwoTiers.TestCase.settings = settings(

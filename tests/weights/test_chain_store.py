@@ -254,6 +254,26 @@ def test_a_caller_of_the_lower_tier_waits_for_what_is_lent(devices):
     store.close()
 
 
+def test_a_busy_disk_does_not_hold_up_the_link_to_the_device(devices):
+    host, device = devices
+    store, _ = make_chain(host, device, host_slots=12, slots=4)
+    demanded, hinted = experts(0, [0, 1])
+    below = read_below(store, host, [demanded, hinted])
+    reading = below.begin(experts(1, range(4)))
+    assert below.feed.has(hinted) and len(host.pending) == 5, "the link is full, and more waits"
+    store.cache.hint(0, [Hint(0, hinted, 1, False)], [])
+    assert set(device.pending) == {str(hinted)}
+    arriving = store.arrivals([demanded])
+    assert set(device.pending) == {str(hinted), str(demanded)}
+    host.complete_all()
+    device.complete_all()
+    arriving.close()
+    below.abandon(reading)
+    assert not below.feed.demands, "what was served is forgotten"
+    store.check()
+    store.close()
+
+
 def test_leaving_a_visit_ends_the_demands_below(devices):
     host, device = devices
     store, _ = make_chain(host, device, host_slots=8, slots=4)
