@@ -117,7 +117,7 @@ def read_below(store: WeightStore, host: FakeDevice, keys: list[WeightKey]) -> W
 def test_a_demand_goes_through_both_tiers_and_what_is_in_ram_comes_first(devices):
     host, device = devices
     store, tensors = make_chain(host, device, host_slots=4, slots=1)
-    read_below(store, host, experts(0, [1]))
+    below = read_below(store, host, experts(0, [1]))
     arriving = store.arrivals(experts(0, [3, 1]))
     assert not host.pending and set(device.pending) == {"expert[0][1]"}
     device.complete_all()
@@ -129,6 +129,7 @@ def test_a_demand_goes_through_both_tiers_and_what_is_in_ram_comes_first(devices
     device.complete_all()
     assert_is_expert(next(arriving), tensors)
     arriving.close()
+    assert not below.feed.demands, "what was served is forgotten"
     store.check()
     store.close()
 
@@ -269,7 +270,6 @@ def test_a_busy_disk_does_not_hold_up_the_link_to_the_device(devices):
     device.complete_all()
     arriving.close()
     below.abandon(reading)
-    assert not below.feed.demands, "what was served is forgotten"
     store.check()
     store.close()
 
