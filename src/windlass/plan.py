@@ -87,6 +87,16 @@ class Plan:
         return next(tier for tier in self.tiers if tier.name == HOST)
 
     @property
+    def above(self) -> TierPlan | None:
+        """The tier of a device above the host, in whose memory passes then work."""
+        return next((tier for tier in self.tiers if tier.name != HOST), None)
+
+    @property
+    def top(self) -> TierPlan:
+        """The tier that passes take weights from."""
+        return self.above or self.host
+
+    @property
     def pass_rows(self) -> int:
         """Most tokens that go through the model together."""
         if self.schedule == "module-based":

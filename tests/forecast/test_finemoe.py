@@ -196,7 +196,7 @@ def test_t3_the_choice_survives_to_the_queue():
     routing = topics.routing([1])
     forecast.begin(rows(1), routing.embedded_TD)
     machine.prefetcher.enter(0)
-    hinted = [key for key in machine.prefetcher._hinted if key.part is Part.EXPERT]
+    hinted = [key for key in machine.prefetcher._tiers[0].hinted if key.part is Part.EXPERT]
     assert len(hinted) == 3 * TOP_K, "top-k of each of the first d layers, of 24 experts"
     for layer in range(3):
         best = np.argsort(-routing.shares_TLE[0, layer])[:TOP_K].tolist()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lru import LeastRecentlyUsed
 from windlass.ids import Part, WeightKey
 from windlass.prefetch.policies import FarthestNextUse
+from windlass.prefetch.tiers import LowerPolicy, UpperPolicy
 from windlass.weights.eviction import EvictionPolicy
 
 
@@ -170,3 +171,35 @@ def test_six_thousand_slots_are_quick():
         policy.add(key)
     per_key_s = (time.process_time() - begin) / len(trace)
     assert per_key_s < 100e-6, f"{per_key_s * 1e6:.0f} us"
+
+
+def test_uses_above_are_what_the_tier_below_goes_by():
+    keys = [WeightKey(Part.BLOCK, layer) for layer in range(4)]
+    lower = LowerPolicy(FarthestNextUse(4), ())
+    upper = UpperPolicy(FarthestNextUse(4), lower)
+    for key in (keys[2], keys[0], keys[3]):  # in whatever order they are copied up
+        lower.note_use(key)
+        lower.add(key)
+    upper.note_use(keys[0])
+    assert lower.victim(keys[1], None) == keys[0], "just used above: comes last"
+    upper.note_use(keys[2])
+    assert lower.victim(keys[1], None) == keys[2]
+    assert keys[0] in lower and keys[1] not in lower
+
+
+def test_below_what_stays_above_for_good_goes_first():
+    blocks = [WeightKey(Part.BLOCK, layer) for layer in range(3)]
+    experts = [WeightKey(Part.EXPERT, layer, 0) for layer in range(3)]
+    policy = LowerPolicy(FarthestNextUse(3), {Part.BLOCK})
+    for key in (*blocks, *experts):
+        policy.add(key)
+    assert policy.victim(WeightKey(Part.BLOCK, 5), 0) != blocks[1]
+    for key in (blocks[1], experts[1]):
+        policy.discard(key)
+        policy.note_use(key)
+        policy.add(key)
+    assert policy.victim(WeightKey(Part.BLOCK, 5), 0) == blocks[1], "even for a hint"
+    assert policy.victim(WeightKey(Part.EXPERT, 0, 9), None) == experts[2]
+    assert blocks[1] in policy
+    policy.discard(blocks[1])
+    assert blocks[1] not in policy and policy.victim(blocks[1], None) == blocks[2]

@@ -109,6 +109,26 @@ def test_with_many_tokens_the_hints_are_the_layers_in_order_and_only_what_is_new
     assert now == 5 and {hint.turn for hint in added} == {7}, "around the pass: the head is 5"
 
 
+def test_the_tier_below_is_hinted_at_further_ahead_and_at_nothing_that_is_above(hinted):
+    model, lower = Model(12, 40, slots=480), Model(12, 40, slots=480)
+    shape = PassShape((LayerShape(True, "experts"),) * 12, 1)
+    below = lower.cache
+    prefetcher = Prefetcher(shape, model.cache, model.forecast, below=below)
+    model.forecast.begin(rows(10_000))
+    for index in (0, 3):
+        model.layer(0, [index])
+    above = [expert(0, index) for index in (0, 3)]
+    assert all(map(model.cache.holds, above)) and not any(map(below.holds, above))
+    model.forecast.begin(rows(10_000))
+    prefetcher.enter(0)
+    (_, first, _), (now, further, dropped) = hinted
+    assert now == 0 and not dropped
+    assert {hint.key.layer for hint in first} == {0, 1}
+    assert {hint.key.layer for hint in further} == set(range(7)), "to the layer of the 256th"
+    assert not {hint.key for hint in further} & {*above, WeightKey(Part.BLOCK, 0)}
+    assert [hint for hint in further if hint.key.layer < 2] == first, "the same hints"
+
+
 def test_with_one_token_only_likely_experts_are_hinted_at(hinted):
     model = Model(3, 8, slots=10)
     for _ in range(200):

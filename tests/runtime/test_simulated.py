@@ -13,7 +13,7 @@ from fakes import FakeDevice
 from frozen_gpu_costs import DEVICE_LANES, DeviceCosts
 from planning import SPECS
 from routing import CountingRouter
-from windlass.checkpoint.part_reads import Read, make_part_reads
+from windlass.checkpoint.part_reads import Read
 from windlass.forecast.interface import ExpertTable
 from windlass.forecast.registry import FORECASTS
 from windlass.forecast.usage import UsageForecast
@@ -220,8 +220,8 @@ def test_the_clock_does_what_the_device_does(
     queue = iter(routed)
     clock = _clock_runtime(
         spec, kept["shape"], EqualCosts(blocks), slots=plan.host.slots,
-        reads=lambda key: make_part_reads(key, store._layout, store._source.tensors).reads,
-        num_keys=Counter(key.part for key in store._layout.parts), depth=device.num_lanes + 1,
+        reads=lambda key: store.supply.part_reads(key).reads,
+        num_keys=Counter(key.part for key in store.supply.layout.parts), depth=device.num_lanes + 1,
         router=CountingRouter(lambda layer, rows: next(queue), num_experts(spec)),
         overlap=overlap,
     )  # fmt: skip

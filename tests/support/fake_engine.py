@@ -237,6 +237,7 @@ def fake_store_stats(passes: int) -> StoreStats:
         **{
             **counts,
             "bytes_read": 1000 * passes,
+            "link_bytes": {},
             "requests": {Part.EXPERT: 8 * passes},
             "hits": {Part.EXPERT: 6 * passes},
             "prefetch_issued": 2 * passes,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from windlass.checkpoint.placement import PLACE_BYTES
 from windlass.device.base import ALIGN_BYTES, Copy, DeviceMemory, Done, FileRange
 from windlass.device.host_memory import HostAllocator
 from windlass.errors import CheckpointError
@@ -80,11 +81,12 @@ class FakeDevice(HostAllocator):
             source, into = copy.source, copy.destination
             assert into.device is self, f"{copy.label}: into memory of another device"
             assert into.num_bytes == copy.num_bytes, f"{copy.label}: {into.num_bytes} bytes"
-            assert into.data.data_ptr() % ALIGN_BYTES == 0, "unaligned memory"
-            assert into.num_bytes % ALIGN_BYTES == 0
             if isinstance(source, FileRange):
+                assert into.data.data_ptr() % ALIGN_BYTES == 0, "unaligned memory"
+                assert into.num_bytes % ALIGN_BYTES == 0
                 assert source.offset % ALIGN_BYTES == 0
             else:
+                assert into.data.data_ptr() % PLACE_BYTES == 0, "unaligned memory"
                 assert not _overlap(source, into), f"{copy.label} reads what it writes"
             for other, _ in self._pending:
                 clash = _overlap(other.destination, into)

@@ -1,6 +1,6 @@
-"""WeightCache alone, over slots and a queue whose blocks arrive when the test says so: several
-callers lease, give back, give up and hint in any order, and what must hold is checked after every
-call, against what whoever fills the slots has seen."""
+"""WeightCache alone, and one over another, over slots and a queue whose blocks arrive when the test
+says so: several callers lease, give back, give up and hint in any order, and what must hold is
+checked after every call, against what whoever fills the slots has seen."""
 
 import random
 from collections import Counter
@@ -14,13 +14,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lru import LeastRecentlyUsed
 from windlass.errors import BudgetError
-from windlass.ids import DISK_TO_HOST, Part, WeightKey
+from windlass.ids import DISK_TO_HOST, HOST, Part, Route, WeightKey
 from windlass.prefetch.policies import FarthestNextUse
+from windlass.prefetch.tiers import LowerPolicy, UpperPolicy
 from windlass.weights.cache import WeightCache
+from windlass.weights.chain import Chain
 from windlass.weights.demand import Demand
 from windlass.weights.hints import Hint
 from windlass.weights.io_queue import IoQueue, Link, Priority, Ticket, TicketState
-from windlass.weights.residency import Entry
+from windlass.weights.residency import Below, Entry
 from windlass.weights.slots import Slots
 
 LAYERS = 3
@@ -30,6 +32,7 @@ KEYS = {
     Part.HEAD: [WeightKey(Part.HEAD, -1, i) for i in range(2)],
 }
 ALL_KEYS = [key for keys in KEYS.values() for key in keys]
+ROUTES = (DISK_TO_HOST, Route(HOST, "device"))
 BLOCK_BYTES = 4096
 DEPTH = 2
 
@@ -57,7 +60,7 @@ class Queue(IoQueue[Bytes]):
     """Its blocks are in flight on `wire` until that delivers them."""
 
     def __init__(self, wire: "Wire") -> None:
-        super().__init__(wire, {DISK_TO_HOST: Link(DEPTH, BLOCK_BYTES)})
+        super().__init__(wire, {route: Link(DEPTH, BLOCK_BYTES) for route in ROUTES})
         self.wire = wire
 
     def _move(self, ticket: Ticket[Bytes], block: Bytes) -> None:
@@ -72,7 +75,7 @@ class Wire:
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance
         self.in_flight: list[tuple[Ticket, int]] = []
-        self.num_bytes = 0
+        self.num_bytes = dict.fromkeys(ROUTES, 0)
         self.others: Callable[[], bool] = lambda: False  # what other callers do meanwhile
         self.queue = Queue(self)
         self._is_notified = False
@@ -103,13 +106,16 @@ class Wire:
     def deliver(self) -> None:
         """Any of the blocks in flight arrives."""
         ticket, num_bytes = self.in_flight.pop(self.chance.randrange(len(self.in_flight)))
-        self.num_bytes += num_bytes
+        self.num_bytes[ticket.route] += num_bytes
         self.queue.arrived(ticket, num_bytes)
         self.queue.raise_error()  # whatever a callback raised
 
 
 class Filler:
     """Brings parts into slots, and notes what each slot holds; a read may have any length."""
+
+    route = DISK_TO_HOST
+    below: Below | None = None
 
     def __init__(self, link: Wire, slots: dict[Part, Slots]) -> None:
         self.link = link
@@ -144,11 +150,15 @@ class Filler:
 
         num_bytes = BLOCK_BYTES * (1 + (7 * entry.key.layer + entry.key.index) % 3)
         self.begun[priority] += 1
-        pieces = [Bytes(num_bytes)]
-        return self.link.queue.enqueue(DISK_TO_HOST, pieces, priority=priority, on_done=done)
+        return self._move(entry.key, [Bytes(num_bytes)], priority, done)
+
+    def _move(
+        self, key: WeightKey, pieces: list[Bytes], priority: Priority, done: Callable[[], None]
+    ) -> Ticket:
+        return self.link.queue.enqueue(self.route, pieces, priority=priority, on_done=done)
 
     def now(self) -> float:
-        return float(self.link.num_bytes)
+        return float(sum(self.link.num_bytes.values()))
 
     def find(self, key: WeightKey) -> Entry | None:
         """What occupies a slot as `key`, there or under way."""
@@ -157,6 +167,38 @@ class Filler:
     def is_resident(self, key: WeightKey) -> bool:
         entry = self.find(key)
         return entry is not None and id(entry) in self.arrived
+
+
+class UpperFiller(Filler):
+    """Brings parts from the slots of `lower`, which must hold them as long as they are copied."""
+
+    route = ROUTES[1]
+
+    def __init__(self, link: Wire, slots: dict[Part, Slots], lower: Filler, below: WeightCache):
+        super().__init__(link, slots)
+        self.lower = lower
+        self.below = below.feed
+        self.chain = Chain(below, link.queue, self.route)
+        self.lent: Counter[int] = Counter()  # by id of the entry below
+
+    def _move(
+        self, key: WeightKey, pieces: list[Bytes], priority: Priority, done: Callable[[], None]
+    ) -> Ticket:
+        borrowed: list[Entry] = []
+
+        def borrow(entry: Entry) -> list[Bytes]:
+            assert self.lower.find(key) is entry and self.lower.is_resident(key)
+            borrowed.append(entry)
+            self.lent[id(entry)] += 1
+            return pieces
+
+        def ended() -> None:
+            for entry in borrowed:
+                assert self.lower.find(key) is entry, f"{key} was evicted while it was copied"
+                self.lent[id(entry)] -= 1
+            done()
+
+        return self.chain.fetch(key, borrow, priority=priority, on_done=ended)
 
 
 class Visit:
@@ -181,6 +223,9 @@ class Callers(RuleBasedStateMachine):
             {part: len(keys) for part, keys in KEYS.items()}, self.slots, self.link.queue,
             self.filler, policy=FarthestNextUse(LAYERS) if is_farthest else LeastRecentlyUsed(),
         )  # fmt: skip
+        self._begin_to_watch()
+
+    def _begin_to_watch(self) -> None:
         self.filler.on_evict = self._may_go
         self.filler.on_begin = self._begun
         self.held = self.cache.track(ALL_KEYS)
@@ -230,6 +275,10 @@ class Callers(RuleBasedStateMachine):
             return False
         visit.left.remove(entry.key)
         self._given(entry)
+        return True
+
+    def _is_at_hand(self, key: WeightKey) -> bool:
+        """Whether a hint at `key` can be followed."""
         return True
 
     # --- what callers do --------------------------------------------------------------------------
@@ -317,8 +366,11 @@ class Callers(RuleBasedStateMachine):
             if self.filler.find(key) is None:
                 self.hinted[key] = turn
         wanted = list(zip(keys, turns, chances, strict=False))
-        hint(self.cache, self.now, wanted, sorted(dropped), rank=self.rank)
+        self._hint(wanted, sorted(dropped))
         self.rank += len(keys)
+
+    def _hint(self, wanted: list[tuple[WeightKey, int, float]], dropped: list[WeightKey]) -> None:
+        hint(self.cache, self.now, wanted, dropped, rank=self.rank)
 
     @precondition(lambda self: self.link.in_flight)
     @rule(count=st.integers(1, 5))
@@ -363,7 +415,8 @@ class Callers(RuleBasedStateMachine):
         assert stats.requests == self.requests
         assert {part: hits for part, hits in stats.hits.items() if hits} == +self.hits
         assert stats.evictions == self.filler.evictions
-        assert stats.bytes_read == self.link.num_bytes
+        assert stats.bytes_read == self.link.num_bytes[DISK_TO_HOST]
+        assert stats.link_bytes == self.link.num_bytes
         assert stats.prefetch_issued == begun[Priority.SOON] + begun[Priority.SPECULATIVE]
         assert stats.prefetch_issued >= stats.prefetch_used + stats.prefetch_cancelled
         assert stats.prefetch_issued >= stats.prefetch_late
@@ -371,15 +424,17 @@ class Callers(RuleBasedStateMachine):
     @invariant()
     def the_link_is_not_idle_while_something_can_be_read(self) -> None:
         """No caller needs to wake the cache up: what a change made possible has begun."""
+        route = self.filler.route
         for visit in self.visits:
-            if visit.demand.waiting and self.link.queue.has_room(Priority.DEMAND):
+            if visit.demand.waiting and self.link.queue.has_room(Priority.DEMAND, route):
                 key = visit.demand.waiting[0]
                 assert self.filler.find(key) is None, f"{key} has a slot, and a demand waits for it"
                 assert not self.slots[key.part].num_free, f"{key} waits beside a free slot"
                 idle = [entry.key for entry in self.filler.content.values() if entry.is_idle]
                 assert not [k for k in idle if k.part == key.part], f"{key} waits beside idle parts"
-        if self.link.queue.has_room(Priority.SPECULATIVE):
+        if self.link.queue.has_room(Priority.SPECULATIVE, route):
             waiting = [key for key in self.hinted if self.slots[key.part].num_free]
+            waiting = [key for key in waiting if self._is_at_hand(key)]
             assert not waiting, f"{waiting} are hinted at, and there are free slots"
 
     def teardown(self) -> None:
@@ -401,3 +456,84 @@ class Callers(RuleBasedStateMachine):
 
 Callers.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestCallers = Callers.TestCase
+
+
+class CallersOfTwoTiers(Callers):
+    """The same callers, of a cache whose parts come from another; few ask that one directly."""
+
+    @initialize(
+        blocks=st.integers(1, 3), experts=st.sampled_from((1, 2, 4, 7, 12)),
+        below=st.tuples(st.integers(1, 3), st.sampled_from((1, 2, 5, 12)), st.integers(1, 2)),
+        is_farthest=st.booleans(), seed=st.integers(0, 999),
+    )  # fmt: skip
+    def open(  # type: ignore[override]
+        self, blocks: int, experts: int, below: tuple[int, int, int], is_farthest: bool, seed: int
+    ) -> None:
+        numbers = {Part.BLOCK: blocks, Part.EXPERT: experts, Part.HEAD: 2}
+        self.slots = {part: Slots(number) for part, number in numbers.items()}
+        self.lower_slots = {part: Slots(n) for part, n in zip(KEYS, below, strict=True)}
+        self.link = Wire(random.Random(seed))
+        num_keys = {part: len(keys) for part, keys in KEYS.items()}
+        kept = {part for part, number in numbers.items() if number == num_keys[part]}
+        lower_policy = LowerPolicy(FarthestNextUse(LAYERS), kept)
+        lower = self.lower_filler = Filler(self.link, self.lower_slots)
+        self.lower = WeightCache(
+            num_keys, self.lower_slots, self.link.queue, lower, policy=lower_policy
+        )
+        own = FarthestNextUse(LAYERS) if is_farthest else LeastRecentlyUsed()
+        filler = UpperFiller(self.link, self.slots, lower, self.lower)
+        self.filler = self.upper_filler = filler
+        self.cache = WeightCache(
+            num_keys, self.slots, self.link.queue, filler, policy=UpperPolicy(own, lower_policy)
+        )
+        self._begin_to_watch()
+
+    def _hint(self, wanted: list[tuple[WeightKey, int, float]], dropped: list[WeightKey]) -> None:
+        super()._hint(wanted, dropped)
+        hint(self.lower, self.now, wanted, dropped, rank=self.rank)
+
+    def _is_at_hand(self, key: WeightKey) -> bool:
+        return self.lower_filler.is_resident(key)
+
+    @rule(key=st.sampled_from(ALL_KEYS))
+    def take_below(self, key: WeightKey) -> None:
+        """A caller of the lower cache, who gives back at once. What is being copied comes back."""
+        self.link.others = lambda: False
+        demand = self.lower.begin((key,))
+        entry = self.lower.next(demand)
+        assert entry is not None and self.lower_filler.find(key) is entry
+        self.lower.release((entry,))
+        self.lower.abandon(demand)
+
+    @invariant()
+    def the_lower_tier_holds_what_is_copied_and_nothing_else(self) -> None:
+        self.lower.check()
+        self.upper_filler.chain.check()
+        for entry in self.lower_filler.content.values():
+            lent = self.upper_filler.lent[id(entry)]
+            assert entry.lent == entry.leases == lent, f"{entry.key}: {entry.lent}, {lent}"
+
+    @invariant()
+    def what_is_demanded_above_is_on_its_way_below(self) -> None:
+        if not self.link.queue.has_room(Priority.DEMAND):
+            return
+        for key in self.upper_filler.chain._waiting:
+            assert not self.lower_filler.is_resident(key), f"{key} is there, and not copied"
+            if self.lower_filler.find(key) is None:
+                content = self.lower_filler.content.values()
+                others = [entry for entry in content if entry.key.part == key.part]
+                assert not any(entry.is_idle for entry in others), f"{key} waits beside idle parts"
+                assert len(others) == self.lower_slots[key.part].num_slots, f"{key} has no slot"
+
+    def teardown(self) -> None:
+        super().teardown()
+        if hasattr(self, "lower"):
+            self.the_lower_tier_holds_what_is_copied_and_nothing_else()
+            assert all(entry.is_idle for entry in self.lower_filler.content.values())
+            assert not self.upper_filler.chain._waiting and not self.lower.feed.demands
+
+
+CallersOfTwoTiers.TestCase.settings = settings(
+    max_examples=25, stateful_step_count=30, deadline=None
+)
+TestCallersOfTwoTiers = CallersOfTwoTiers.TestCase

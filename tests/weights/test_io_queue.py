@@ -60,6 +60,7 @@ class Job:
     is_cancelled: bool = False
     block: int = BLOCK  # most bytes of one, as it was submitted
     ends: int = 0
+    is_reserved: bool = False
     sent: list[int] = field(default_factory=list)
     arrived: int = 0
 
@@ -69,7 +70,8 @@ class Job:
 
     @property
     def num_waiting(self) -> int:
-        return 0 if self.is_cancelled else self.num_blocks - len(self.sent)
+        nothing = self.is_cancelled or self.is_reserved
+        return 0 if nothing else self.num_blocks - len(self.sent)
 
 
 def block_of(priority: Priority) -> int:
@@ -141,6 +143,29 @@ class QueueMachine(RuleBasedStateMachine):
         job.ticket = self.queue.enqueue(route, pieces, priority=priority, on_done=ended)
         assert job.ticket.num_bytes == sum(sizes)
 
+    @precondition(lambda self: not self.queue._closed)
+    @rule(
+        route=st.sampled_from(ROUTES),
+        sizes=st.lists(st.integers(1, 5 * BLOCK), min_size=1, max_size=3),
+        priority=st.sampled_from(Priority),
+    )
+    def reserve(self, route, sizes, priority):
+        """Of a ticket that is named before its bytes are there."""
+        job = Job(route, tuple(sizes), priority, is_reserved=True)
+        self.queue.jobs.append(job)
+
+        def ended():
+            job.ends += 1
+
+        job.ticket = self.queue.reserve(route, priority=priority, on_done=ended)
+
+    @precondition(lambda self: any(j.is_reserved for j in self.queue.jobs))
+    @rule(data=st.data())
+    def supply(self, data):
+        job = data.draw(st.sampled_from([j for j in self.queue.jobs if j.is_reserved]))
+        job.is_reserved, job.block = False, block_of(job.priority)
+        self.queue.supply(job.ticket, [Bytes(size) for size in job.sizes])
+
     @precondition(lambda self: self.queue.jobs)
     @rule(data=st.data(), priority=st.sampled_from(Priority))
     def promote(self, data, priority):
@@ -153,7 +178,8 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data):
         job = data.draw(st.sampled_from(self.queue.jobs))
-        had_waiting = job.num_waiting > 0
+        had_waiting = job.num_waiting > 0 or job.is_reserved
+        job.is_reserved = False
         job.is_cancelled |= had_waiting
         assert self.queue.cancel(job.ticket) == had_waiting
 
@@ -213,7 +239,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def _check_job(self, job):
         """It ends once, when all that was sent has arrived and nothing is left to send."""
-        is_over = not job.num_waiting and job.arrived == len(job.sent)
+        is_over = not job.is_reserved and not job.num_waiting and job.arrived == len(job.sent)
         assert job.ends == is_over
         if job.is_cancelled:
             assert job.ticket.state is TicketState.CANCELLED
@@ -234,7 +260,7 @@ class QueueMachine(RuleBasedStateMachine):
             queue.arrived(job.ticket, num_bytes)
             self.promises()
         if queue is not None and not queue.is_over:
-            assert all(job.ends == 1 for job in queue.jobs)
+            assert all(job.ends == 1 for job in queue.jobs if not job.is_reserved)
             note(f"{len(queue.jobs)} tickets")
 
 

@@ -16,6 +16,7 @@ from windlass.models.names import Layout, Piece
 from windlass.prefetch.policies import FarthestNextUse
 from windlass.weights.hints import Hint
 from windlass.weights.store import Lease, WeightStore
+from windlass.weights.supply import FileSupply
 from windlass.weights.transfer import Carrier
 
 TENSORS = expert_tensors(1, 6, rows=64, columns=160)  # 5 pages each
@@ -25,10 +26,8 @@ EXPERTS = experts(0, range(6))
 @contextmanager
 def store_on(device: FakeCuda, slots: int) -> Iterator[WeightStore]:
     """Experts in blocks of a page, while torch is watched."""
-    store = WeightStore(
-        expert_layout(TENSORS), FakeSource(TENSORS), Carrier(device, 4096),
-        {Part.EXPERT: slots}, policy=FarthestNextUse(1),
-    )  # fmt: skip
+    supply = FileSupply(expert_layout(TENSORS), FakeSource(TENSORS), Carrier(device, 4096))
+    store = WeightStore(supply, {Part.EXPERT: slots}, policy=FarthestNextUse(1))
     store._queue.changed.wait = device.wait  # type: ignore[method-assign]
     with device.watched(), device.streams.on(device.streams.compute):
         yield store
@@ -85,9 +84,8 @@ def test_rows_of_a_table_by_way_of_one_buffer(point):
     key = WeightKey(Part.EMBED)
     layout = Layout({key: (Piece("weight", "table", 0, table.numel(), (700, 16)),)}, ())
     device = FakeCuda(without=point)
-    store = WeightStore(
-        layout, FakeSource({"table": table}), Carrier(device), {}, policy=FarthestNextUse(1)
-    )
+    supply = FileSupply(layout, FakeSource({"table": table}), Carrier(device))
+    store = WeightStore(supply, {}, policy=FarthestNextUse(1))
     store._queue.changed.wait = device.wait  # type: ignore[method-assign]
     rows = list(range(0, 700, 2))  # more than the buffer holds
     with device.watched(), device.streams.on(device.streams.compute):

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from fakes import FakeDevice, FakeSource, expert_layout, expert_tensors, experts
 from lru import LeastRecentlyUsed
+from stores import OPERATIONS, assert_is_expert, hint, is_equal, make_store, operate
 from windlass.checkpoint.part_reads import ByteRange, merge_ranges, slot_bytes
 from windlass.checkpoint.reader import Checkpoint
 from windlass.device.cpu import CpuDevice
@@ -24,40 +25,9 @@ from windlass.ids import Part, WeightKey
 from windlass.models.names import Layout, Piece, Reshape, Take, Transpose
 from windlass.prefetch.policies import FarthestNextUse
 from windlass.trace import Tracer
-from windlass.weights.hints import Hint
-from windlass.weights.store import Arrivals, Lease, WeightStore
+from windlass.weights.store import Lease, WeightStore
+from windlass.weights.supply import FileSupply
 from windlass.weights.transfer import Carrier
-
-
-def make_store(
-    device: FakeDevice, *, num_layers: int = 3, num_experts: int = 4, slots: int = 4, **options
-) -> tuple[WeightStore, dict[str, torch.Tensor]]:
-    tensors = expert_tensors(num_layers, num_experts, rows=64, columns=160)  # 5 pages each
-    source = FakeSource(tensors, gap_bytes=6)
-    store = WeightStore(
-        expert_layout(tensors), source, Carrier(device, 4096 * 4), {Part.EXPERT: slots},
-        policy=options.pop("policy", FarthestNextUse(num_layers)), **options,
-    )  # fmt: skip
-    return store, tensors
-
-
-def hint(
-    store: WeightStore, keys: list[WeightKey], turn: int, probability: float = 1.0, *, now: int = 0
-) -> None:
-    """Hints at `keys`, all at `turn`, in this order behind earlier ones."""
-    added = [Hint(1000 * turn + i, key, turn, probability >= 1) for i, key in enumerate(keys)]
-    store.cache.hint(now, added, [])
-
-
-def is_equal(found: object, expected: torch.Tensor) -> bool:
-    """Whether a view is a plain tensor with these values."""
-    return isinstance(found, torch.Tensor) and torch.equal(found, expected)
-
-
-def assert_is_expert(lease: Lease, tensors: dict[str, torch.Tensor]) -> None:
-    for name in ("gate", "up", "down"):
-        expected = tensors[f"{lease.key.layer}.{lease.key.index}.{name}"]
-        assert is_equal(lease.tensors[name], expected), (lease.key, name)
 
 
 def test_leases_hold_the_bytes_of_the_file_whatever_the_number_of_slots():
@@ -384,67 +354,14 @@ def test_parts_without_slots_are_refused():
     device.close()
 
 
-OPERATIONS = st.lists(
-    st.tuples(
-        st.sampled_from(["lease", "release", "demand", "next", "ready", "leave", "prefetch"]),
-        st.integers(0, 2),
-        st.sets(st.integers(0, 3), min_size=1),
-        st.floats(0.05, 1),
-    ),
-    max_size=25,
-)
-
-
-def operate(
-    name: str,
-    keys: list[WeightKey],
-    probability: float,
-    store: WeightStore,
-    leases: list[Lease],
-    demands: list[Arrivals],
-) -> None:
-    if name == "lease":
-        leases.append(store.lease(keys[0]))
-    elif name == "release" and leases:
-        leases.pop(0).release()
-    elif name == "demand":
-        demands.append(store.arrivals(keys))
-    elif name == "next" and demands:
-        next(demands[0])
-    elif name == "ready" and demands:
-        more = demands[0].ready(2)
-        assert len({lease.key for lease in more}) == len(more) <= 2
-    elif name == "leave" and demands:
-        demands.pop().close()
-    elif name == "prefetch":
-        hint(store, keys, keys[0].layer, probability, now=keys[0].layer - 1)
-
-
 @settings(max_examples=60, deadline=None)
 @given(operations=OPERATIONS, slots=st.integers(1, 12), seed=st.integers(0, 9), lru=st.booleans())
 def test_random_operations_keep_the_invariants_and_the_bytes(operations, slots, seed, lru):
     device = FakeDevice(seed=seed, num_lanes=1 + seed % 3, delay_s=0.00005)
     policy = LeastRecentlyUsed() if lru else FarthestNextUse(3)
     store, tensors = make_store(device, slots=slots, policy=policy)
-    leases: list[Lease] = []
-    demands: list[Arrivals] = []
     try:
-        for name, layer, indices, probability in operations:
-            try:
-                keys = experts(layer, sorted(indices))
-                operate(name, keys, probability, store, leases, demands)
-            except BudgetError:
-                assert len(leases) + sum(len(demand._leases) for demand in demands) >= slots
-            except StopIteration:
-                demands.pop(0)
-            for lease in [*leases, *(one for demand in demands for one in demand._leases)]:
-                if lease._entry is not None:
-                    assert_is_expert(lease, tensors)
-            store.check()
-        for lease in leases:
-            lease.release()
-        for demand in demands:
-            demand.close()
+        operate(operations, store, tensors, slots)
         device.synchronize()
         store.check()
     finally:
@@ -472,13 +389,8 @@ def test_real_files_views_and_rows(tmp_path: Path):
     }
     source = Checkpoint(tmp_path)
     device = CpuDevice(3)
-    store = WeightStore(
-        Layout(parts, ()),
-        source,
-        Carrier(device),
-        {Part.EXPERT: 1, Part.FINAL: 1},
-        policy=FarthestNextUse(1),
-    )
+    supply = FileSupply(Layout(parts, ()), source, Carrier(device))
+    store = WeightStore(supply, {Part.EXPERT: 1, Part.FINAL: 1}, policy=FarthestNextUse(1))
     with store.lease(WeightKey(Part.EXPERT, 0, 1)) as lease:
         assert is_equal(lease.tensors["gate"], fused[1][0::2])
         assert is_equal(lease.tensors["up"], fused[1][1::2].T)
@@ -508,7 +420,8 @@ def test_odd_offsets_are_copied_once_per_lease(tmp_path: Path):
     source = Checkpoint(tmp_path)
     assert (source.tensors["w"].begin) % 4
     device = CpuDevice(1)
-    store = WeightStore(layout, source, Carrier(device), {Part.BLOCK: 1}, policy=FarthestNextUse(1))
+    supply = FileSupply(layout, source, Carrier(device))
+    store = WeightStore(supply, {Part.BLOCK: 1}, policy=FarthestNextUse(1))
     for _ in range(2):
         with store.lease(key) as lease:
             assert is_equal(lease.tensors["w"], weight)
@@ -530,7 +443,8 @@ def test_neighbours_are_one_read_and_strangers_are_not():
     layout = Layout({key: tuple(pieces)}, ())
     assert slot_bytes(layout, source.tensors) == {Part.BLOCK: 8192}
     device = FakeDevice()
-    store = WeightStore(layout, source, Carrier(device), {Part.BLOCK: 1}, policy=FarthestNextUse(1))
+    supply = FileSupply(layout, source, Carrier(device))
+    store = WeightStore(supply, {Part.BLOCK: 1}, policy=FarthestNextUse(1))
     with store.lease(key) as lease:
         for name in "abc":
             assert is_equal(lease.tensors[name], tensors[name])
@@ -575,13 +489,8 @@ def test_a_file_that_shrinks_or_vanishes_during_the_run_is_one_error(tmp_path: P
         path = folder / "model.safetensors"
         save_file(tensors, path)
         source, device = Checkpoint(folder), CpuDevice(2)
-        store = WeightStore(
-            expert_layout(tensors),
-            source,
-            Carrier(device),
-            {Part.EXPERT: 1},
-            policy=FarthestNextUse(2),
-        )
+        supply = FileSupply(expert_layout(tensors), source, Carrier(device))
+        store = WeightStore(supply, {Part.EXPERT: 1}, policy=FarthestNextUse(2))
         store.lease(experts(0, [0])[0]).release()
         if spoil == "shrink":
             with path.open("r+b") as stream:
@@ -611,10 +520,8 @@ def test_the_trace_shows_every_block_on_its_lane(tmp_path: Path):
     save_file(tensors, tmp_path / "model.safetensors")
     tracer = Tracer(tmp_path / "trace.json")
     source, device = Checkpoint(tmp_path), CpuDevice(2, tracer=tracer)
-    store = WeightStore(
-        expert_layout(tensors), source, Carrier(device, 16384), {Part.EXPERT: 2},
-        policy=FarthestNextUse(1), tracer=tracer,
-    )  # fmt: skip
+    supply = FileSupply(expert_layout(tensors), source, Carrier(device, 16384), tracer=tracer)
+    store = WeightStore(supply, {Part.EXPERT: 2}, policy=FarthestNextUse(1))
     for lease in store.arrivals(experts(0, [0, 1])):
         assert_is_expert(lease, tensors)
     store.close()

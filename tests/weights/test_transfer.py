@@ -14,8 +14,9 @@ from windlass.device.base import Copy, DeviceMemory, FileRange
 from windlass.device.cpu import CpuDevice
 from windlass.errors import CheckpointError
 from windlass.ids import DISK_TO_HOST, HOST, Route
+from windlass.units import MIB
 from windlass.weights.io_queue import Priority, Ticket, TicketState
-from windlass.weights.transfer import Carrier, TransferQueue, file_copies
+from windlass.weights.transfer import Carrier, TransferQueue, block_bytes_of, file_copies
 
 PAGE = 4096
 DATA = torch.arange(64 * 1024, dtype=torch.float32)  # 64 pages
@@ -139,6 +140,15 @@ def test_the_first_error_ends_everything():
         assert caught.value is failure
     assert not queue.has_room(Priority.DEMAND)
     queue.close()
+
+
+def test_blocks_take_300_us_of_their_link_within_limits():
+    rates = (1e8, 3e9, 6e9, 12e9, 25e9, 50e9, 900e9)
+    assert [block_bytes_of(rate) // MIB for rate in rates] == [1, 1, 2, 4, 8, 16, 16]
+    device = FakeDevice(manual=True, num_lanes=1)
+    link = Carrier(device, block_bytes_of(50e9)).link
+    assert (link.depth, link.block_bytes, link.speculative_bytes) == (2, 16 * MIB, 4 * MIB)
+    assert Carrier(device).link.speculative_bytes == MIB
 
 
 def test_closing_waits_for_blocks_in_flight_and_releases_waiters():

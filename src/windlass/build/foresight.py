@@ -28,7 +28,7 @@ from windlass.replay.recorder import RoutingRecorder
 from windlass.runtime.host import Foresight
 from windlass.schedule.observer import RoutingObserver
 from windlass.schedule.passes import PassShape
-from windlass.weights.cache import WeightCache
+from windlass.weights.store import WeightStore
 
 _logger = logging.getLogger(__name__)
 
@@ -41,11 +41,13 @@ class Outfit(NamedTuple):
     usage: KeptUsage | None
     recorder: RoutingRecorder | None
     is_guarded: bool  # whether reading ahead is left when it does not pay
+    below: ChosenPolicy | None = None  # of the host, where it is not what passes take weights from
 
-    def foresight(self, plan: Plan, shape: PassShape, cache: WeightCache) -> Foresight:
+    def foresight(self, plan: Plan, shape: PassShape, weights: WeightStore) -> Foresight:
         """What the runtime is given; what earlier runs used most begins to be read."""
         observers: list[RoutingObserver] = [
             *self.chosen.observers,
+            *(() if self.below is None else self.below.observers),
             *(one for one in (self.usage, self.recorder) if one is not None),
         ]
         readers = (self.forecast,) if isinstance(self.forecast, LearnedForecast) else ()
@@ -53,10 +55,11 @@ class Outfit(NamedTuple):
             return Foresight(self.forecast, None, tuple(observers), readers)
         prefetcher = Prefetcher(
             shape,
-            cache,
+            weights.cache,
             self.forecast,
             usage=None if self.usage is None else self.usage.shares,
             guard=WindowGuard() if self.is_guarded else None,
+            below=weights.supply.below,
         )
         prefetcher.fill()
         return Foresight(self.forecast, prefetcher, tuple(observers), readers)
@@ -67,7 +70,7 @@ def make_outfit(
 ) -> Outfit:
     """As `options` say. `stamp`: the checkpoint's. What has to be closed is left to `opened`."""
     table = ExpertTable.of(model.spec.trunk)
-    slots = plan.host.of(Part.EXPERT).slots
+    slots = plan.top.of(Part.EXPERT).slots
     usage = None
     if isinstance(options.expert_usage, Path) and slots < len(table):
         usage = KeptUsage(options.expert_usage, stamp, table)
@@ -90,11 +93,14 @@ def make_outfit(
         forecast = choose_forecast(_useful(options, plan), setting)
     if isinstance(forecast, FineMoeForecast):
         opened.callback(_close, forecast)
-    chosen = choose_policy(options.expert_cache_policy, forecast.outlook, slots)
+    chosen, *below = (
+        choose_policy(options.expert_cache_policy, forecast.outlook, tier.of(Part.EXPERT).slots)
+        for tier in (plan.top, plan.host)[: len(plan.tiers)]
+    )
     recorder = open_recorder(options, model, stamp, opened)
     # the systems of the papers have no guard: who compares with them wants them as they are
     is_guarded = options.expert_forecast in ("learned", "gate", "usage")
-    return Outfit(forecast, chosen, usage, recorder, is_guarded)
+    return Outfit(forecast, chosen, usage, recorder, is_guarded, *below)
 
 
 def _useful(options: EngineOptions, plan: Plan) -> str:

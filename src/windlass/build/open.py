@@ -38,13 +38,11 @@ from windlass.kernels.select import choose_kernels
 from windlass.kvcache.kv_cache import (
     KvCache,
 )
-from windlass.weights.eviction import EvictionPolicy
-from windlass.weights.store import WeightStore
-from windlass.weights.transfer import Carrier
 from windlass.checkpoint.folder import CheckpointFolder, read_model
 from windlass.build.expected import EngineExpectation
 from windlass.build.foresight import follows_sequences, make_outfit
 from windlass.build.routers import read_routers
+from windlass.build.tiers import Tiers, check_tiers, open_weights
 from windlass.build.checkpoint_sizes import wanted_of
 from windlass.build.checkpoint_sizes import useful_threads
 from windlass.build.checkpoint_sizes import sizes_of
@@ -66,10 +64,9 @@ from windlass.planner.budget import PlanConstraints
 from windlass.perf.sizes import Sizes
 from windlass.planner.choose import Chosen, choose_plan, plain_plan
 from windlass.planner.validate import validate_plan
-from windlass.prefetch.draft_experts import DraftExperts
 from windlass.prefetch.guard import WindowGuard
 from windlass.runtime.host import DraftingHostRuntime, HostRuntime, Machine
-from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec, Moe
+from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec
 from windlass.trace import Tracer
 from windlass.units import MIB, format_bytes
 from windlass.version import VERSION
@@ -102,13 +99,16 @@ def open_engine(
     options: EngineOptions,
     *,
     device: Device | None = None,
+    above: Device | None = None,
     kernels: Kernels | None = None,
     source: JobSource | None = None,
     profile: HardwareProfile | None = None,
 ) -> Engine:
     """Everything between options and the first step; nothing is read but headers and tokenizer.
 
-    `device`: where weights and all that passes work on are; the host if None. The engine closes it; so does a failure here.
+    `device`: where weights and all that passes work on are; the host if None. `above`: where they
+    are instead, copied from `device` as they are wanted; the plan that `options` name has a tier of
+    that name. The engine closes both; so does a failure here.
     `kernels`: what computes; as the options say if None.
     `source`: what to plan for. `profile`: the machine it runs on, to be found before kernels are
     chosen here; one like this is assumed if None.
@@ -117,8 +117,9 @@ def open_engine(
     """
     return_freed_memory()
     with ExitStack() as opened:
-        if device is not None:
-            opened.callback(device.close)
+        for own in (device, above):
+            if own is not None:
+                opened.callback(own.close)
         tracer = Tracer(options.trace)
         opened.callback(tracer.close)
         model = read_model(options, opened)
@@ -132,15 +133,18 @@ def open_engine(
             " what is freed above %s back to the system",
             torch.get_num_threads(), before, format_bytes(LARGE_BYTES),
         )  # fmt: skip
-        memory = device or HostAllocator()
+        memory = above or device or HostAllocator()
         with memory.streams.on(memory.streams.compute):  # the BLAS allocates its buffers
             kernels.linear(memory.zeros(4, 64), memory.zeros(64, 64))
         backend = Backend(kernels.name, threads)
         setup = _setup(options, model, backend, source, profile)
+        check_tiers(setup.plan, above)
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
             opened.callback(device.close)
-        engine = _assemble(setup, options, model, Machine(kernels, device, tracer), device, opened)
+        machine = Machine(kernels, above or device, tracer)
+        down = profile.down if profile is not None else None
+        engine = _assemble(setup, options, model, machine, Tiers(device, above, down), opened)
     return engine
 
 
@@ -236,7 +240,7 @@ def _assemble(
     options: EngineOptions,
     model: CheckpointFolder,
     machine: Machine,
-    device: Device,
+    tiers: Tiers,
     opened: ExitStack,
 ) -> Engine:
     """The engine, which takes over what `opened` holds. Nothing made here may hold the engine: one
@@ -247,23 +251,19 @@ def _assemble(
     )
     shape = pass_shape(spec, model.layout)
     outfit = make_outfit(options, model, plan, str(setup.fingerprint["model"]), opened)
-    weights = WeightStore(
-        model.layout, model.source, Carrier(device), plan.host.slots,
-        policy=_with_drafts(outfit.chosen.policy, spec, plan.host.of(Part.EXPERT).slots),
-        tracer=tracer,
-    )  # fmt: skip
+    weights = open_weights(model, plan, tiers, outfit, tracer)
     opened.callback(weights.close)
     if outfit.recorder is not None and outfit.recorder.wants_states:
         outfit.recorder.add_routers(read_routers(spec, weights, machine.memory.streams))
     kv = KvCache(
         cache_shapes(spec),
-        device,
+        machine.memory,
         dtype=CACHE_DTYPES[plan.kv_cache_dtype],
         num_pages=plan.host.kv_pages,
         page_tokens=plan.page_tokens,
         state_slots=plan.host.state_slots,
     )
-    foresight = outfit.foresight(plan, shape, weights.cache)
+    foresight = outfit.foresight(plan, shape, weights)
     kind = DraftingHostRuntime if spec.drafts else HostRuntime
     runtime = kind(spec, machine, weights, kv, foresight)
     drafting = None if setup.speculative is None else Drafting.of(setup.speculative)
@@ -292,7 +292,7 @@ def _assemble(
             admission=admission,
             drafting=drafting,
             layer_drafts=layer_drafts,
-            device=device,
+            device=tiers.host,
             streams=machine.memory.streams,
             tracer=tracer,
             resources=opened.pop_all(),
@@ -300,14 +300,6 @@ def _assemble(
             forecast_sources=partial(source_words, outfit.forecast),
         ),
     )
-
-
-def _with_drafts(policy: EvictionPolicy, spec: ModelSpec, slots: int) -> EvictionPolicy:
-    """`policy`, which knows the layers of a pass, where there is one more."""
-    if not spec.drafts:
-        return policy
-    share = max(1, slots // sum(isinstance(block.ffn, Moe) for block in spec.blocks))
-    return DraftExperts(policy, len(spec.blocks) - 1, slots=slots, share=share)
 
 
 def _known_cache_dtype(plan: Plan) -> Any:

@@ -15,12 +15,13 @@ from windlass.units import round_up
 
 
 class CpuDevice(HostAllocator):
-    """`Device` of host memory. `num_threads` copies are in flight at once."""
+    """`Device` of host memory. `num_threads` copies are in flight at once. By another name than
+    the host's it stands in for a device above it."""
 
-    name = HOST
-
-    def __init__(self, num_threads: int, *, tracer: Tracer | None = None) -> None:
+    def __init__(self, num_threads: int, *, tracer: Tracer | None = None, name: str = HOST) -> None:
         assert num_threads >= 1, f"num_threads: got {num_threads}, allowed at least 1"
+        self._name = name
+        lane = "disk" if name == HOST else f"to {name}"
         self._tracer = tracer or Tracer()
         self._jobs: deque[tuple[Copy, Done]] = deque()
         self._lock = threading.Lock()
@@ -33,11 +34,15 @@ class CpuDevice(HostAllocator):
         self._closed = False
         self._allocated_bytes = 0
         self._threads = [
-            threading.Thread(target=self._serve, args=(f"disk {i}",), name=f"disk {i}", daemon=True)
-            for i in range(num_threads)
+            threading.Thread(target=self._serve, args=(one,), name=one, daemon=True)
+            for one in (f"{lane} {i}" for i in range(num_threads))
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def name(self) -> str:
+        return self._name
 
     @property
     def num_lanes(self) -> int:

@@ -42,7 +42,7 @@ def _check_checkpoint(plan: Plan, sizes: Sizes) -> None:
         ("kv_cache_dtype", plan.kv_cache_dtype, sizes.kv_cache_dtype),
         ("page_tokens", plan.page_tokens, PAGE_TOKENS),
         ("kv_page_bytes", host.kv_page_bytes, page_bytes(sizes)),
-        ("kinds of parts", sorted(host.slots), sorted(sizes.num_parts)),
+        *(("kinds of parts", sorted(one.slots), sorted(sizes.num_parts)) for one in plan.tiers),
     ]
     for own in host.parts:
         slot_bytes, num_parts = sizes.slot_bytes.get(own.part), sizes.num_parts.get(own.part)
@@ -67,8 +67,10 @@ def _check_ranges(plan: Plan, spec: ModelSpec, sizes: Sizes) -> None:
     longest = min(spec.max_positions, host.kv_pages * plan.page_tokens)
     ranges: list[tuple[str, int, int, int | None]] = [
         *(
-            (f"{part} slots", slots, min(_least_slots(part), parts[part]), parts[part])
-            for part, slots in host.slots.items()
+            (f"{part} slots", slots, min(_least_slots(part, is_top), parts[part]), parts[part])
+            for tier in plan.tiers
+            for is_top in (tier is plan.top,)
+            for part, slots in tier.slots.items()
         ),
         ("read_threads", plan.read_threads, 1, None),
         ("max_num_seqs", seqs, 1, None),
@@ -85,9 +87,9 @@ def _check_ranges(plan: Plan, spec: ModelSpec, sizes: Sizes) -> None:
             raise UsageError(f"plan: {name}: got {value}, allowed {least} {upper}")
 
 
-def _least_slots(part: Part) -> int:
-    """As few as a user may ask for."""
-    return 1 if part is Part.EXPERT else MIN_SLOTS[part]
+def _least_slots(part: Part, is_top: bool) -> int:
+    """As few as a user may ask for. Of a tier below another, whose parts pass through: one."""
+    return min(1, MIN_SLOTS[part]) if part is Part.EXPERT or not is_top else MIN_SLOTS[part]
 
 
 def _check_wanted(plan: Plan, wanted: PlanConstraints, sizes: Sizes) -> None:

@@ -17,14 +17,44 @@ from windlass.weights.cache import WeightCache
 from windlass.weights.hints import Hint
 
 # Hints kept ahead of the pass, and those of the layer that the last of them is in: more than the
-# link can read during one layer.
-_HORIZON = 64
+# link can read during one layer. In the tier below further ahead: its link is the slower one.
+_HORIZON, _HORIZON_BELOW = 64, 256
 # Where the link has five times a pass's computation to move, a wrong read displaces a demanded one:
 # only what is likelier than this is read ahead (by simulation, docs/forecast.md).
 _FAR_BEHIND = 5 / 6  # of a pass is waiting
 _SURE = 0.7
 _SOME_DAY = 1 << 60  # a turn that never passes
 _NEW_SHARE = 1 / 16  # of the average that a pass is
+
+
+class Tier:
+    """A tier that parts are hinted at in, and what is known of it."""
+
+    def __init__(
+        self, cache: WeightCache, keys: list[WeightKey], horizon: int, above: "Tier | None" = None
+    ) -> None:
+        self.cache = cache
+        self.horizon = horizon
+        self.hinted: dict[WeightKey, Hint] = {}
+        self.is_complete = False  # everything has a slot for good and is there
+        self.to_fill = np.zeros(0, np.int64)  # places of experts that may fill free slots
+        self._held = cache.track(keys)
+        self._above = above
+        self.there = self._held if above is None else self._held.copy()  # of `keys`, here or above
+
+    def look(self) -> None:
+        """What is there now."""
+        if self._above is not None:
+            np.logical_or(self._held, self._above.there, out=self.there)
+
+    def hint(self, now: int, wanted: dict[WeightKey, Hint]) -> None:
+        """Tells the cache what is wanted, as far as it does not know."""
+        old = self.hinted
+        added = [hint for key, hint in wanted.items() if old.get(key) != hint]
+        dropped = [key for key in old if key not in wanted]
+        self.hinted = wanted
+        self.cache.hint(now, added, dropped)
+        self.is_complete = not wanted and self.cache.keeps_all and bool(self._held.all())
 
 
 class Prefetcher:
@@ -45,9 +75,11 @@ class Prefetcher:
         *,
         usage: Floats | None = None,
         guard: WindowGuard | None = None,
+        below: WeightCache | None = None,
     ) -> None:
         """`usage`: how often each expert was used in earlier runs: those used most fill slots that
-        are free. `guard`: says whether what is not certain is hinted at; always without."""
+        are free. `guard`: says whether what is not certain is hinted at; always without. `below`:
+        the tier that parts come from; it is hinted at what neither has, further ahead."""
         self._weights = weights
         self._forecast = forecast
         self._table = table = forecast.outlook.table
@@ -59,19 +91,22 @@ class Prefetcher:
         is_expert = np.array([key.part is Part.EXPERT for key in self._keys])
         self._experts, self._others = np.flatnonzero(is_expert), np.flatnonzero(~is_expert)
         self._first_expert = [*table.first, len(table)]  # of each layer's, and the head's
-        self._held = weights.track([self._keys[i] for i in (*self._experts, *self._others)])
-        self._missing = np.empty_like(self._held)
-        self._hinted: dict[WeightKey, Hint] = {}
+        keys = [self._keys[i] for i in (*self._experts, *self._others)]
+        self._tiers = [Tier(weights, keys, _HORIZON)]
+        if below is not None:
+            self._tiers.append(Tier(below, keys, _HORIZON_BELOW, self._tiers[0]))
+        self._missing = np.empty(len(keys), bool)
         self._pass = -1
         self._layer = 0
-        self._is_complete = False  # everything has a slot for good and is there
         self._guard = guard
         self._batch: Batch | None = None  # of the pass under way
         self._began = self._waited = 0.0
         self._waiting = 0.0  # share of decoding passes that waits for weights, lately
         self._threshold = forecast.threshold
-        used = np.zeros(0, np.int64) if usage is None else usage.nonzero()[0]
-        self._to_fill = used if usage is None else used[np.argsort(-usage[used], kind="stable")]
+        if usage is not None:
+            used = usage.nonzero()[0]
+            for tier in self._tiers:
+                tier.to_fill = used[np.argsort(-usage[used], kind="stable")]
 
     def words(self) -> str:
         """What the guard has found, for people."""
@@ -101,7 +136,7 @@ class Prefetcher:
 
     def enter(self, layer: int) -> None:
         """The pass enters `layer`; the head counts as one more layer. Layers come in order."""
-        if self._is_complete:
+        if all([tier.is_complete for tier in self._tiers]):
             return
         self._pass += layer == 0
         self._layer = layer
@@ -109,43 +144,40 @@ class Prefetcher:
 
     def update(self) -> None:
         """The forecast has changed within a layer."""
-        hints = (*self._warm(), *self._speculative(), *self._certain())  # the last one holds
-        wanted = {hint.key: hint for hint in hints}
-        old = self._hinted
-        added = [hint for key, hint in wanted.items() if old.get(key) != hint]
-        dropped = [key for key in old if key not in wanted]
-        self._hinted = wanted
-        self._weights.hint(self._pass * self._num_stops + self._layer, added, dropped)
-        keeps_all = self._weights.keeps_all
-        self._is_complete = not wanted and keeps_all and bool(self._held.all())
+        for tier in self._tiers:
+            tier.look()
+            # of hints at the same key the last one holds
+            hints = (*self._warm(tier), *self._speculative(tier), *self._certain(tier))
+            wanted = {hint.key: hint for hint in hints}
+            tier.hint(self._pass * self._num_stops + self._layer, wanted)
 
     def fill(self) -> None:
         """Before the first pass: what earlier runs used most may be read."""
-        if self._to_fill.size:
+        if self._tiers[0].to_fill.size:
             self.update()
 
-    def _warm(self) -> list[Hint]:
+    def _warm(self, tier: Tier) -> list[Hint]:
         """The most used missing experts, as many as there are free slots: behind everything else,
         and at no time given up."""
-        if not self._to_fill.size:
+        if not tier.to_fill.size:
             return []
-        free = self._weights.num_free(Part.EXPERT)
+        free = tier.cache.num_free(Part.EXPERT)
         if not free:
-            self._to_fill = self._to_fill[:0]
+            tier.to_fill = tier.to_fill[:0]
             return []
-        self._to_fill = self._to_fill[~self._held[self._to_fill]]
-        most = free if self._pass < 0 else min(free, _HORIZON)
-        places = self._to_fill[:most].tolist()
+        tier.to_fill = tier.to_fill[~tier.there[tier.to_fill]]
+        most = free if self._pass < 0 else min(free, tier.horizon)
+        places = tier.to_fill[:most].tolist()
         return [
             # doubles of this size are 256 apart
             Hint(2e18 + 1024 * i, self._table.keys[place], _SOME_DAY, is_certain=False)
             for i, place in enumerate(places)
         ]
 
-    def _certain(self) -> list[Hint]:
+    def _certain(self, tier: Tier) -> list[Hint]:
         """Parts that are missing and certain, in the order of their use, to the horizon."""
         many = self._experts.size
-        missing, held, outlook = self._missing, self._held, self._forecast.outlook
+        missing, held, outlook = self._missing, tier.there, self._forecast.outlook
         first = self._first_expert[self._layer]
         np.greater_equal(outlook.next[:first], CERTAIN, out=missing[:first])
         np.greater_equal(outlook.now[first:], CERTAIN, out=missing[first:many])
@@ -159,8 +191,8 @@ class Prefetcher:
         length = len(self._keys)
         places[places < self._first[self._layer]] += length  # their turn comes in the next pass
         places.sort()
-        if places.size > _HORIZON:
-            last = int(places[_HORIZON - 1])
+        if places.size > tier.horizon:
+            last = int(places[tier.horizon - 1])
             end = self._first[self._stop_of[last % length] + 1] + last // length * length
             places = places[: places.searchsorted(end)]
         return [self._hint(rank) for rank in (places + self._pass * length).tolist()]
@@ -169,15 +201,15 @@ class Prefetcher:
         which, place = divmod(rank, len(self._keys))
         return Hint(rank, self._keys[place], which * self._num_stops + self._stop_of[place])
 
-    def _speculative(self) -> list[Hint]:
+    def _speculative(self, tier: Tier) -> list[Hint]:
         """What the forecast proposes and is missing, by its value, behind all that is certain."""
         if self._guard is not None and not self._guard.is_on:
             return []
         places, values = self._forecast.candidates(self._layer)
-        missing = ~self._held[places]
+        missing = ~tier.there[places]
         places, values = places[missing], values[missing]
-        if places.size > _HORIZON:
-            best = np.argpartition(-values, _HORIZON)[:_HORIZON]
+        if places.size > tier.horizon:
+            best = np.argpartition(-values, tier.horizon)[: tier.horizon]
             places, values = places[best], values[best]
         # ranks of certain parts are counted from 0, so that these come last
         ranks = 1e18 * (1.0 - values / (1.0 + values))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from windlass.forecast.interface import Candidates, ExpertForecast, ExpertTable, Floats, Outlook
 from windlass.prefetch.expert_pool import ExpertPool
-from windlass.prefetch.prefetcher import Prefetcher
+from windlass.prefetch.prefetcher import Prefetcher, Tier
 from windlass.replay.routing_trace import RoutingTrace
 from windlass.replay.run import Deciders
 from windlass.schedule.batch import Batch
@@ -167,9 +167,9 @@ class _OraclePrefetcher(Prefetcher):
         super().__init__(shape, weights, forecast)
         self._uses, self._oracle, self._sees = uses, forecast, sees
 
-    def _certain(self) -> list[Hint]:
+    def _certain(self, tier: Tier) -> list[Hint]:
         next_N, num_layers = self._uses.next_N, len(self._table.num_experts)
-        is_seen = (next_N <= self._oracle.turn + self._sees) & ~self._held[: len(next_N)]
+        is_seen = (next_N <= self._oracle.turn + self._sees) & ~tier.there[: len(next_N)]
         places = is_seen.nonzero()[0]
         places = places[np.argsort(next_N[places], kind="stable")][:_MOST_HINTS]
         hints = []
@@ -179,7 +179,7 @@ class _OraclePrefetcher(Prefetcher):
             hints.append(Hint(turn, self._table.keys[place], turn))
         return hints
 
-    def _speculative(self) -> list[Hint]:
+    def _speculative(self, tier: Tier) -> list[Hint]:
         return []
 
 

@@ -126,6 +126,8 @@ class SimulatedParts:
 class SimulatedWeights:
     """Slots that fill by the clock."""
 
+    route, below = DISK_TO_HOST, None
+
     def __init__(
         self,
         lanes: Lanes,

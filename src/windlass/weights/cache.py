@@ -14,7 +14,7 @@ from windlass.weights.eviction import EvictionPolicy
 from windlass.weights.feed import Feed
 from windlass.weights.hints import Hint
 from windlass.weights.io_queue import IoQueue
-from windlass.weights.residency import Entry, Mover, Residency
+from windlass.weights.residency import Entry, Mover, Residency, nearest_first
 from windlass.weights.slots import Slots
 from windlass.weights.stats import StoreStats
 
@@ -38,9 +38,9 @@ class WeightCache:
         two experts are to be leased at once."""
         self._policy = policy
         self._resident = Residency(num_keys, slots, mover, policy=policy)
-        self._feed = Feed(self._resident, queue)
+        self.feed = Feed(self._resident, queue, mover)
         self._queue = queue
-        queue.listen(self._feed)
+        queue.listen(self.feed)
         self._changed = queue.changed
         self._mover = mover
         num_experts = num_keys.get(Part.EXPERT, 0)
@@ -85,10 +85,11 @@ class WeightCache:
             return StoreStats(
                 bytes_read=self._queue.bytes_read,
                 reads=self._queue.num_reads,
+                link_bytes=self._queue.link_bytes,
                 requests=dict(self._requests),
                 hits=dict(self._hits),
                 wait_s=self._wait_s,
-                **self._feed.counters(),
+                **self.feed.counters(),
                 evictions=self._resident.evictions,
             )
 
@@ -98,19 +99,17 @@ class WeightCache:
             return self._resident.track(keys)
 
     def hint(self, now: int, added: Sequence[Hint], dropped: Sequence[WeightKey]) -> None:
-        """The pass is at layer `now`, counted over all passes. Hints that are new, and keys that
-        are hinted at no more. They are read by rank when the link has nothing more urgent, into
-        slots that are free or hold something needed later. Speculation whose turn has passed is
-        given up."""
+        """See `Feed.hint`. Hints are followed by rank when the link has nothing more urgent, into
+        slots that are free or hold something needed later."""
         with self._changed:
-            self._feed.hint(now, added, dropped)
+            self.feed.hint(now, added, dropped)
 
     def check(self) -> None:
         """Slots, entries, leases, demands, the queue and the policy agree."""
         with self._changed:
             self._queue.check()
             self._resident.check()
-            self._feed.check()
+            self.feed.check()
 
     def pinned(self, keys: Sequence[WeightKey]) -> list[Entry] | None:
         """Of `keys`, if all are in memory for good: no part of their kinds is ever evicted."""
@@ -138,8 +137,7 @@ class WeightCache:
             if entry is None or entry.ticket is not None:
                 return None
             self._queue.raise_error()
-            self._requests[key.part] += 1
-            self._hits[key.part] += 1
+            self.count_hits(key.part, 1)
             self._resident.set_busy(entry)
             return self._take(entry)
 
@@ -148,17 +146,17 @@ class WeightCache:
         in this turn); reading begins at once, as far as slots and link allow."""
         with self._changed:
             demand, keys = Demand(), tuple(keys)
-            self._feed.settle(keys if settles else ())
-            for key in keys:
+            self.feed.settle(keys if settles else ())
+            for key in nearest_first(keys, self._mover.below):
                 self._requests[key.part] += 1
                 entry = self._resident.entries.get(key)
                 if entry is None:
                     demand.waiting.append(key)
                 else:
                     self._hits[key.part] += entry.ticket is None
-                    self._feed.watch(entry, demand)
-            self._feed.demands.append(demand)
-            self._feed.pump()
+                    self.feed.watch(entry, demand)
+            self.feed.demands.append(demand)
+            self.feed.pump()
             return demand
 
     def next(self, demand: Demand) -> Entry | None:
@@ -177,8 +175,8 @@ class WeightCache:
                     self.abandon(demand)
                     return []
                 if demand.waiting:
-                    self._feed.pump()
-                    if demand.ready or (not demand.under_way and self._feed.unblock(demand)):
+                    self.feed.pump()
+                    if demand.ready or (not demand.under_way and self.feed.unblock(demand)):
                         continue
                 begin = self._mover.now()
                 self._changed.wait()
@@ -204,18 +202,17 @@ class WeightCache:
                     self._resident.set_idle(entry)
                     is_any_idle = True
             if is_any_idle:
-                self._feed.pump()
+                self.feed.pump()
                 self._changed.notify_all()
 
     def abandon(self, demand: Demand) -> None:
         """Ends `demand`; what it has not taken may be evicted, what has not begun is not read.
         Idempotent."""
         with self._changed:
-            self._feed.abandon(demand)
+            self.feed.abandon(demand)
 
     def _take(self, entry: Entry) -> Entry:
         self._policy.note_use(entry.key)
         entry.leases += 1
-        if entry.prefetched_bytes:
-            self._feed.take(entry)
+        self.feed.take(entry)
         return entry

@@ -1,7 +1,7 @@
 """What is read next, as slots and the link allow: first what callers demand, then what is hinted
 at. Knows keys, no bytes; counts what hints brought."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from windlass.ids import Part, WeightKey
 from windlass.weights.demand import Demand
 from windlass.weights.hints import Hint, HintQueue
 from windlass.weights.io_queue import IoQueue, Priority, TicketState
-from windlass.weights.residency import Entry, Residency
+from windlass.weights.residency import Entry, Mover, Residency
 
 
 @dataclass(slots=True)
@@ -29,10 +29,15 @@ class Feed:
     """Keeps the link busy: `pump` starts whatever there is room for, and must be called whenever a
     slot is free or the queue has room. All calls under the queue's lock."""
 
-    def __init__(self, resident: Residency, queue: IoQueue[Any]) -> None:
+    def __init__(self, resident: Residency, queue: IoQueue[Any], mover: Mover) -> None:
         self._resident = resident
         self._queue = queue
+        self._route = mover.route
         self._hints = HintQueue()
+        self._below = mover.below
+        if self._below is not None:
+            self._below.tell(self._hints.recall)  # `pump` follows
+        self._told: list[Callable[[WeightKey], None]] = []  # called with what becomes resident
         self._now = 0  # layers since the first pass began
         self._speculative: dict[WeightKey, Hint] = {}  # loading because of a hint alone
         self.demands: list[Demand] = []
@@ -59,6 +64,8 @@ class Feed:
         guessed of that layer besides is given up, at the border of a block."""
         if not keys or keys[0].part is not Part.EXPERT:
             return
+        if self._below is not None:
+            self._below.settle(keys)
         layer, needed = keys[0].layer, frozenset(keys)
         self._hints.settle(layer, needed, self._now)
         for hint in list(self._speculative.values()):
@@ -66,17 +73,30 @@ class Feed:
             if is_guess and hint.key not in needed:
                 self._give_up(hint.key)
 
+    def has(self, key: WeightKey) -> bool:
+        """Whether `key` is resident."""
+        entry = self._resident.entries.get(key)
+        return entry is not None and entry.ticket is None
+
+    def tell(self, arrived: Callable[[WeightKey], None]) -> None:
+        """`arrived` is called with each part that becomes resident."""
+        self._told.append(arrived)
+
     def pump(self) -> None:
-        """Starts whatever slots and link have room for."""
+        """Starts whatever slots and link have room for. A hint waits until its part is in the tier
+        below, which has hints of its own; a demand does not."""
         for demand in self.demands:
-            while demand.waiting and self._queue.has_room(Priority.DEMAND):
+            while demand.waiting and self._queue.has_room(Priority.DEMAND, self._route):
                 if not self.begin_first(demand):
                     break
         blocked: set[Part] = set()
         while (hint := self._hints.first(blocked)) is not None:
             key, priority = hint.key, _priority_of(hint)
             if key not in self._resident.entries:
-                if not self._queue.has_room(priority):
+                if self._below is not None and not self._below.has(key):
+                    self._hints.set_aside(hint)
+                    continue
+                if not self._queue.has_room(priority, self._route):
                     return
                 if not self._begin_hinted(hint, priority):
                     blocked.add(key.part)
@@ -97,7 +117,8 @@ class Feed:
 
     def unblock(self, demand: Demand) -> bool:
         """For a demand that has nothing under way: takes a slot that another demand keeps but does
-        not use. False: something is loading, or others' reads come first: waiting helps."""
+        not use. False: something is loading or being copied, or others' reads come first: waiting
+        helps."""
         key = demand.waiting[0]
         entries = self._resident.of(key.part)
         for entry in entries:
@@ -107,8 +128,8 @@ class Feed:
                 entry.demands.clear()
                 self._resident.set_idle(entry)
                 return self.begin_first(demand)
-        is_loading = any(entry.ticket is not None for entry in entries)
-        if is_loading or not self._queue.has_room(Priority.DEMAND):
+        will_change = any(entry.ticket is not None or entry.lent for entry in entries)
+        if will_change or not self._queue.has_room(Priority.DEMAND, self._route):
             return False
         raise BudgetError(
             f"{key}: got no slot, all {len(entries)} of {key.part.value} are leased: allow more"
@@ -197,6 +218,8 @@ class Feed:
             demand.arrived(entry.key)
         if entry.is_idle:
             self._resident.set_idle(entry)
+        for arrived in self._told:
+            arrived(entry.key)
 
 
 def _priority_of(hint: Hint) -> Priority:

@@ -43,6 +43,18 @@ class HintQueue:
         """`key` is hinted at no more; unknown keys are fine."""
         self._hints.pop(key, None)
 
+    def set_aside(self, hint: Hint) -> None:
+        """`hint`, the foremost of its kind, is not looked at again until `recall`."""
+        heap = self._heaps[hint.key.part]
+        assert heap[0] is hint, f"{hint.key} is not the foremost"
+        heappop(heap)
+
+    def recall(self, key: WeightKey) -> None:
+        """The hint of `key`, if there is one, is looked at again."""
+        hint = self._hints.get(key)
+        if hint is not None:
+            heappush(self._heaps[key.part], hint)
+
     def settle(self, layer: int, needed: Container[WeightKey], now: int) -> None:
         """Experts of `layer` that are not `needed` are hinted at no more, unless for a turn after
         `now`."""

@@ -94,7 +94,9 @@ class Link:
 class Ticket(Generic[B]):
     """Blocks under way on one route. Changed by its queue only."""
 
-    __slots__ = ("route", "priority", "state", "num_bytes", "_blocks", "_left", "_on_done")
+    __slots__ = (
+        "route", "priority", "state", "num_bytes", "_blocks", "_left", "_on_done", "_is_reserved",
+    )  # fmt: skip
 
     def __init__(
         self, route: Route, priority: Priority, blocks: list[B], on_done: Callable[[], None]
@@ -102,10 +104,14 @@ class Ticket(Generic[B]):
         self.route = route
         self.priority = priority
         self.state = TicketState.QUEUED
+        self._on_done = on_done
+        self._fill(blocks)
+
+    def _fill(self, blocks: list[B]) -> None:
         self.num_bytes = sum([block.num_bytes for block in blocks])
         self._blocks = blocks[::-1]  # not yet issued; the next is last
         self._left = len(blocks)  # not yet arrived
-        self._on_done = on_done
+        self._is_reserved = not blocks  # where its bytes come from is not known yet
 
 
 class _Line(Generic[B]):
@@ -183,7 +189,7 @@ class IoQueue(ABC, Generic[B]):
 
     `changed` is the one lock of everything that shares this queue; all methods want it held, except
     `arrived`. Calls to others run under it, on the thread that says `arrived`: `on_done` of a
-    ticket when its last block is there, the listener whenever a block has arrived. `changed` is
+    ticket when its last block is there, listeners whenever a block has arrived. `changed` is
     notified when a ticket ends. The first error of any block ends the queue: `raise_error` raises
     it from then on, and nothing further is issued.
     """
@@ -191,7 +197,7 @@ class IoQueue(ABC, Generic[B]):
     def __init__(self, changed: Changed, links: Mapping[Route, Link]) -> None:
         self.changed = changed
         self._lines: dict[Route, _Line[B]] = {route: _Line(link) for route, link in links.items()}
-        self._listener: Listener | None = None
+        self._listeners: list[Listener] = []
         self._error: Exception | None = None
         self._closed = False
         self._is_over = False  # failed or closed
@@ -203,9 +209,19 @@ class IoQueue(ABC, Generic[B]):
     def _issued(self) -> None:
         """What fits has been sent."""
 
+    def add(self, route: Route, link: Link) -> None:
+        """Serves `route` too from now on."""
+        assert route not in self._lines, f"{route}: served twice"
+        self._lines[route] = _Line(link)
+
     def listen(self, listener: Listener) -> None:
-        """`listener` is told from now on; there is one."""
-        self._listener = listener
+        """`listener` is told from now on, after those before it."""
+        self._listeners.append(listener)
+
+    @property
+    def link_bytes(self) -> dict[Route, int]:
+        """Of blocks that have arrived, by their route."""
+        return {route: line.bytes_arrived for route, line in self._lines.items()}
 
     @property
     def bytes_read(self) -> int:
@@ -244,17 +260,23 @@ class IoQueue(ABC, Generic[B]):
         owners (parts, rows of tables), so a single listener could not tell whose has ended."""
         assert not self._closed, "submitted to a closed queue"
         line = self._lines[route]
-        blocks = line.cut(pieces, priority)
-        ticket = Ticket(route, priority, blocks, on_done)
-        if line.num_queued:
-            line.push(ticket)
-            self._issue(line)
-        else:
-            self._issue_of(ticket, line)
-            if ticket._blocks:
-                line.push(ticket)
-            self._issued()
+        ticket = Ticket(route, priority, line.cut(pieces, priority), on_done)
+        self._start(ticket, line)
         return ticket
+
+    def reserve(
+        self, route: Route, *, priority: Priority, on_done: Callable[[], None]
+    ) -> Ticket[B]:
+        """A ticket for pieces that are named later, by `supply`: until then it takes no room, and
+        ends at once where it is cancelled."""
+        return Ticket(route, priority, [], on_done)
+
+    def supply(self, ticket: Ticket[B], pieces: Sequence[B]) -> None:
+        """Queues the `pieces` of a ticket that was reserved, and not cancelled."""
+        assert ticket._is_reserved, "supplied twice"
+        line = self._lines[ticket.route]
+        ticket._fill(line.cut(pieces, ticket.priority))
+        self._start(ticket, line)
 
     def promote(self, ticket: Ticket[B], priority: Priority) -> None:
         """Makes `ticket` more urgent; nothing happens where it already is, or has been issued."""
@@ -269,9 +291,10 @@ class IoQueue(ABC, Generic[B]):
     def cancel(self, ticket: Ticket[B]) -> bool:
         """Drops what has not been issued of `ticket`; `on_done` follows when the rest has arrived,
         perhaps before this returns. False: all is issued, it will be DONE."""
-        if not ticket._blocks:
+        if not ticket._blocks and not ticket._is_reserved:
             return False
         ticket.state = TicketState.CANCELLED
+        ticket._is_reserved = False
         ticket._left -= len(ticket._blocks)
         ticket._blocks.clear()
         if not ticket._left:
@@ -303,8 +326,8 @@ class IoQueue(ABC, Generic[B]):
                 if not ticket._left:
                     self._end(ticket)
                 self._issue(line)
-                if self._listener is not None:
-                    self._listener.pump()
+                for listener in self._listeners:
+                    listener.pump()
             except Exception as caught:  # noqa: BLE001  thread boundary: raised at every waiter
                 self._error = self._error or caught
                 self._is_over = True
@@ -321,6 +344,17 @@ class IoQueue(ABC, Generic[B]):
 
     def _from_disk(self) -> list[_Line[B]]:
         return [line for route, line in self._lines.items() if route.source == DISK]
+
+    def _start(self, ticket: Ticket[B], line: _Line[B]) -> None:
+        """Queues what is new, and starts what fits."""
+        if line.num_queued:
+            line.push(ticket)
+            self._issue(line)
+        else:
+            self._issue_of(ticket, line)
+            if ticket._blocks:
+                line.push(ticket)
+            self._issued()
 
     def _issue(self, line: _Line[B]) -> None:
         while (ticket := line.head()) is not None:

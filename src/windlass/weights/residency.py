@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from windlass.errors import BudgetError
-from windlass.ids import Part, WeightKey
+from windlass.ids import Part, Route, WeightKey
 from windlass.weights.demand import Demand
 from windlass.weights.eviction import EvictionPolicy
 from windlass.weights.io_queue import Priority, Ticket
@@ -20,13 +20,16 @@ class Entry:
     """A part that has a slot: loading while `ticket` is there, then resident. `content`: what the
     store that moves bytes keeps of it."""
 
-    __slots__ = ("key", "slot", "ticket", "leases", "demands", "prefetched_bytes", "content")
+    __slots__ = (
+        "key", "slot", "ticket", "leases", "lent", "demands", "prefetched_bytes", "content",
+    )  # fmt: skip
 
     def __init__(self, key: WeightKey, slot: int) -> None:
         self.key = key
         self.slot = slot
         self.ticket: Ticket[Any] | None = None
         self.leases = 0
+        self.lent = 0  # of the leases, those of copies to the tier above, which end by themselves
         self.demands: list[Demand] = []  # that still want it
         self.prefetched_bytes = 0  # read because of a hint, and not used yet
         self.content: Any = None
@@ -36,8 +39,34 @@ class Entry:
         return self.ticket is None and not self.leases and not self.demands
 
 
+class Below(Protocol):
+    """The tier that parts come from. All calls under the queue's lock."""
+
+    def has(self, key: WeightKey) -> bool:
+        """Whether `key` is resident, so that it can be copied."""
+        ...
+
+    def settle(self, keys: Sequence[WeightKey]) -> None:
+        """`keys` are all that the layer of the first needs, where that is an expert."""
+        ...
+
+    def tell(self, arrived: Callable[[WeightKey], None]) -> None:
+        """`arrived` is called with each part that becomes resident."""
+        ...
+
+
 class Mover(Protocol):
     """Whoever brings parts into slots: a store moves their bytes, a clock counts their seconds."""
+
+    @property
+    def route(self) -> Route:
+        """The way by which they come here."""
+        ...
+
+    @property
+    def below(self) -> Below | None:
+        """The tier that they come from; None for files."""
+        ...
 
     def fetch(
         self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]
@@ -48,6 +77,11 @@ class Mover(Protocol):
     def now(self) -> float:
         """Seconds, from any beginning."""
         ...
+
+
+def nearest_first(keys: Sequence[WeightKey], below: Below | None) -> Sequence[WeightKey]:
+    """`keys` as they are to be given slots: first those that can be copied at once."""
+    return keys if below is None else sorted(keys, key=lambda key: not below.has(key))
 
 
 def num_slots(num_keys: Mapping[Part, int], wanted: Mapping[Part, int]) -> dict[Part, int]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from windlass.ids import Part
+from windlass.ids import Part, Route
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,6 +12,7 @@ class StoreStats:
 
     bytes_read: int
     reads: int  # blocks
+    link_bytes: Mapping[Route, int]  # all that arrived by each route, of which reads are one
     requests: Mapping[Part, int]
     hits: Mapping[Part, int]
     wait_s: float  # callers waited for weights

@@ -11,23 +11,19 @@ from typing import NamedTuple, Self
 import torch
 
 from windlass.checkpoint.layout import ITEM_BYTES
-from windlass.checkpoint.part_reads import PartReads, Placement, make_part_reads, slot_bytes
-from windlass.checkpoint.reader import WeightSource
-from windlass.checkpoint.views import copied_bytes, make_views
-from windlass.device.base import Copy, DeviceMemory, FileRange
-from windlass.ids import DISK, Part, Route, WeightKey
-from windlass.models.names import Layout
+from windlass.checkpoint.part_reads import PartReads, Placement
+from windlass.checkpoint.views import make_views
+from windlass.device.base import Copy, DeviceMemory
+from windlass.ids import Part, Route, WeightKey
 from windlass.tensors import StoredTensors, Tensors
-from windlass.trace import Tracer
 from windlass.weights.cache import WeightCache
 from windlass.weights.demand import Demand
 from windlass.weights.eviction import EvictionPolicy
 from windlass.weights.io_queue import Priority, Ticket
 from windlass.weights.residency import Entry, num_slots
-from windlass.weights.row_reader import RowReader
 from windlass.weights.slots import Arena
 from windlass.weights.stats import StoreStats
-from windlass.weights.transfer import Carrier, TransferQueue
+from windlass.weights.supply import Rows, Supply
 
 _NONE: Tensors = {}
 _LARGEST_ITEM = max(ITEM_BYTES.values())
@@ -47,8 +43,6 @@ class _Known(NamedTuple):
 
     part_reads: PartReads
     geometry: _Geometry
-    ranges: list[tuple[FileRange, int]]  # its reads, and where in the slot they go
-    label: str
 
 
 @dataclass(slots=True)
@@ -60,55 +54,39 @@ class _Content:
 
 
 class WeightStore:
-    """Leases parts of a checkpoint, read into `slots` equal slots per kind of part.
+    """Leases parts of a checkpoint, brought into `slots` equal slots per kind of part.
 
-    What is kept and what is read next is decided by `cache`. One thread calls; completions come
-    from the device's threads. The caller owns `source` and `device` and closes them after the
-    store. A kind of part needs at least one slot, except the embedding: without, its rows are read
-    singly.
+    What is kept and what is brought next is decided by `cache`. One thread calls; completions come
+    from devices' threads. The caller owns the files and devices of `supply` and closes them after
+    the store. A kind of part needs at least one slot, except the embedding: without, its rows are
+    read singly.
     """
 
     def __init__(
-        self,
-        layout: Layout,
-        source: WeightSource,
-        disk: Carrier,
-        slots: Mapping[Part, int],
-        *,
-        policy: EvictionPolicy,
-        tracer: Tracer | None = None,
+        self, supply: Supply, slots: Mapping[Part, int], *, policy: EvictionPolicy
     ) -> None:
-        """`disk`: who carries parts from disk into memory of its device."""
-        device = disk.device
-        self._layout = layout
-        self._source = source
-        num_keys = Counter(key.part for key in layout.parts)
-        sizes = slot_bytes(layout, source.tensors)
+        self.supply = supply
+        self.below = None if supply.below is None else supply.below.feed
+        num_keys = Counter(key.part for key in supply.layout.parts)
+        sizes = supply.slot_bytes
         given = num_slots({part: num_keys[part] for part in sizes}, slots)
         self._arenas = {
-            part: Arena(device.allocate(sizes[part] * count), sizes[part], count)
+            part: Arena(supply.device.allocate(sizes[part] * count), sizes[part], count)
             for part, count in given.items()
         }
-        self._route = Route(DISK, device.name)
-        self._queue = TransferQueue({self._route: disk}, tracer=tracer)
+        self._queue = supply.queue
         self._changed = self._queue.changed
-        self._compute = device.streams.compute
+        self._compute = supply.device.streams.compute
         self.cache = WeightCache(
             num_keys,
             self._arenas,
             self._queue,
             self,
             policy=policy,
-            # copies are outside the slots, and planned for one part
-            one_by_one=bool(copied_bytes(layout, source.tensors)),
+            one_by_one=supply.one_by_one,
         )
-        self._rows: dict[WeightKey, RowReader] = {}
-        if Part.EMBED not in given:
-            for key in layout.keys(Part.EMBED):
-                (piece,) = layout.parts[key]
-                info = source.tensors[piece.tensor]
-                assert not piece.ops and piece.shape == info.shape, f"{key}: rows of {piece}"
-                self._rows[key] = RowReader(info, source, self._queue, device)
+        embeddings = supply.layout.keys(Part.EMBED) if Part.EMBED not in given else ()
+        self._rows: dict[WeightKey, Rows] = {key: supply.rows(key) for key in embeddings}
         self._known: dict[WeightKey, _Known] = {}
         self._geometries: dict[tuple[Part, tuple[Placement, ...]], _Geometry] = {}
         self._seen: set[WeightKey] = set()  # parts whose tensors were made, and checked, before
@@ -168,9 +146,10 @@ class WeightStore:
         with self._changed:
             self._tidy()
             self.cache.check()
+            self.supply.check()
 
     def close(self) -> None:
-        """Waits for the blocks in flight and starts no more. Idempotent."""
+        """Waits for the blocks in flight, in all tiers, and starts no more. Idempotent."""
         self._queue.close()
 
     # --- what leases and arrivals use -------------------------------------------------------------
@@ -195,8 +174,8 @@ class WeightStore:
         content: _Content = entry.content
         if content.tensors is not None:
             return content.tensors
-        part_reads, alike, _, _ = content.known
-        memory = self._memory_of(entry)
+        part_reads, alike = content.known
+        memory = self.memory_of(entry)
         moved_by = memory.begin + part_reads.begin - alike.begin
         if entry.key in self._seen and alike.tensors is not None and not moved_by % _LARGEST_ITEM:
             content.tensors = alike.tensors.moved(moved_by)
@@ -214,36 +193,33 @@ class WeightStore:
     ) -> Ticket[Copy]:
         known = self._known.get(entry.key) or self._learn(entry.key)
         entry.content = _Content(known)
-        into = self._memory_of(entry)
-        copies = [
-            Copy(source, into.part(at, source.num_bytes), known.label)
-            for source, at in known.ranges
-        ]
-        return self._queue.enqueue(self._route, copies, priority=priority, on_done=on_done)
+        into = self.memory_of(entry)
+        return self.supply.fetch(entry.key, into, priority=priority, on_done=on_done)
 
     def _release(self, entries: Sequence[Entry]) -> None:
         """Gives one lease of each back. What reads them has been asked for, and need not have
         ended: copies into their slots wait for it."""
         end = self._compute.record()
         for entry in entries:
-            self._memory_of(entry).last_use = end
+            self.memory_of(entry).last_use = end
         self.cache.release(entries)
 
     def _learn(self, key: WeightKey) -> _Known:
-        part_reads = make_part_reads(key, self._layout, self._source.tensors)
+        part_reads = self.supply.part_reads(key)
         geometry = self._geometries.setdefault((key.part, part_reads.placements), _Geometry())
-        ranges = [
-            (FileRange(self._source, read.file, read.offset, read.num_bytes), read.at)
-            for read in part_reads.reads
-        ]
-        known = self._known[key] = _Known(part_reads, geometry, ranges, str(key))
+        known = self._known[key] = _Known(part_reads, geometry)
         return known
+
+    @property
+    def route(self) -> Route:
+        """The way by which parts come into the slots."""
+        return self.supply.route
 
     def now(self) -> float:
         """Seconds, for the time that callers wait."""
         return time.perf_counter()
 
-    def _memory_of(self, entry: Entry) -> DeviceMemory:
+    def memory_of(self, entry: Entry) -> DeviceMemory:
         """The slot of `entry`."""
         return self._arenas[entry.key.part].memory_of(entry.slot)
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import ceil, log2
 
 from windlass.checkpoint.part_reads import Read
 from windlass.device.base import (
@@ -19,7 +20,16 @@ from windlass.device.base import (
 from windlass.ids import Route
 from windlass.trace import Tracer
 from windlass.units import MIB
-from windlass.weights.io_queue import BLOCK_BYTES, IoQueue, Link, Priority, Ticket
+from windlass.weights.io_queue import (
+    BLOCK_BYTES,
+    SPECULATIVE_BYTES,
+    IoQueue,
+    Link,
+    Priority,
+    Ticket,
+)
+
+_BLOCK_S = 300e-6  # of a link to a device
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +45,16 @@ class Carrier:
     def link(self) -> Link:
         size = self.block_bytes
         assert size > 0 and size % ALIGN_BYTES == 0, f"block_bytes: {size}"
-        return Link(self.depth or self.device.num_lanes + 1, size)
+        speculative = max(SPECULATIVE_BYTES, size // 4)
+        return Link(self.depth or self.device.num_lanes + 1, size, speculative)
+
+
+def block_bytes_of(bytes_per_s: float) -> int:
+    """Bytes of a block on a link of this rate: what it moves in 300 us, up to a power of two, from
+    1 to 16 MiB. A demand waits for what is in flight, so that blocks are short; each costs the
+    interpreter tens of microseconds, which must stay less than the link takes for it."""
+    assert bytes_per_s > 0, f"bytes_per_s: got {bytes_per_s}"
+    return min(max(MIB, 1 << ceil(log2(bytes_per_s * _BLOCK_S))), 16 * MIB)
 
 
 class _Changed(_thread.RLock):  # type: ignore[misc]  # final in words only
@@ -66,6 +85,12 @@ class TransferQueue(IoQueue[Copy]):
         self._carriers = dict(carriers)
         self._tracer = tracer or Tracer()
         super().__init__(_Changed(), {r: one.link for r, one in carriers.items()})
+
+    def carry(self, route: Route, carrier: Carrier) -> None:
+        """`carrier` moves the blocks of one more route from now on."""
+        with self.changed:
+            self._carriers[route] = carrier
+            self.add(route, carrier.link)
 
     def submit(
         self, copies: Sequence[Copy], *, priority: Priority, on_done: Callable[[], None]
