@@ -63,7 +63,7 @@ test-kernels: .venv-kernels/.installed
 
 # What ptxas makes of them for each architecture, no GPU needed; a check that none of it got worse.
 kernel-table check-kernel-table: .venv-kernels/.installed
-	$(KERNELS)/python scripts/kernel_table.py $(if $(filter check-%,$@),--check) bench/results/kernel_table.json
+	$(KERNELS)/python bench/gpu/kernel_table.py $(if $(filter check-%,$@),--check) bench/results/kernel_table.json
 
 test-all: setup
 	HYPOTHESIS_PROFILE=new $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"

@@ -2,6 +2,7 @@
 elsewhere each module is skipped by name: a process either interprets all kernels or none."""
 
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,7 @@ if HAS_TRITON:
     import triton_guard
 
     triton_guard.install()
+    sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 
 class _WithoutTriton(pytest.Module):

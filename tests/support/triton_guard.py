@@ -2,7 +2,8 @@
 integers, cuts where a GPU rounds, and reads and writes whatever address it is given.
 
 `install()`, with TRITON_INTERPRET=1 and before kernels are decorated:
-- dots of bf16 are widened; casts to bf16 round to the nearest, ties to even; any other arithmetic
+- dots of floats are summed in fp64, those of bf16 widened, so that they show no order of sums,
+  which is a GPU's to show; casts to bf16 round to the nearest, ties to even; any other arithmetic
   on bf16 raises: kernels widen first, as a GPU does.
 - A dot of fp32 that would use TF32 raises: this interpreter would not show what it loses.
 - memcheck: every lane that is not masked off lies within a tensor of the launch.
@@ -38,6 +39,7 @@ def install() -> None:
         setattr(builder, f"create_{name}", lambda self, src, to: self.cast_impl(src, to))
     builder.create_atomic_rmw = builder.create_atomic_cas = _no_atomics
     _wrap(interpreter.GridExecutor, "__call__", _call)
+    _wrap(interpreter.InterpretedFunction, "__call__", _call_inner)
     _wrap(interpreter.ReduceScanOpInterface, "check_tensor", _check_tensor)
 
 
@@ -73,11 +75,13 @@ def _is_bf16(handle: Any) -> bool:
 def _dot(self: Any, old: Any, a: Any, b: Any, d: Any, precision: Any, *rest: Any) -> Any:
     if a.dtype.scalar == tl.float32:
         assert precision == ir.INPUT_PRECISION.IEEE, "a dot of fp32 that may be TF32: not ieee"
-    if _is_bf16(a) or _is_bf16(b):
-        assert _is_bf16(a) and _is_bf16(b), "a dot of bf16 and another type"
-        product = np.matmul(widen(a.data), widen(b.data), dtype=np.float32)
-        return Handle(product + d.data, d.dtype.scalar)
-    return old(a, b, d, precision, *rest)
+    if not (a.dtype.is_floating() and d.dtype.is_floating()):
+        return old(a, b, d, precision, *rest)
+    assert _is_bf16(a) == _is_bf16(b), "a dot of bf16 and another type"
+    x, y = (widen(h.data) if _is_bf16(h) else h.data for h in (a, b))
+    # a BLAS has other sums for other shapes; rounded from fp64, they are those of a row alone
+    product = np.matmul(x, y, dtype=np.float64).astype(np.float32)
+    return Handle(product + d.data, d.dtype.scalar)
 
 
 def _cast_impl(self: Any, old: Any, src: Any, to: Any) -> Any:
@@ -181,6 +185,19 @@ def _call(self: Any, old: Any, *args: Any, **kwargs: Any) -> Any:
     _launch = _Launch(list(_tensors((*args, *kwargs.values()))))
     with np.errstate(all="ignore"):  # a GPU says nothing of overflow and NaN
         return old(*args, **kwargs)
+
+
+_patched: set[str] = set()
+
+
+def _call_inner(self: Any, old: Any, *args: Any, **kwargs: Any) -> Any:
+    """Of a function that a kernel calls. It would patch the language each time, which takes a
+    millisecond and lasts: the launch has patched `tl`, and `core` needs it once."""
+    is_own = tl.core in self.fn.__globals__.values()
+    if is_own and "core" not in _patched:
+        interpreter._patch_lang(self.fn)
+        _patched.add("core")
+    return self.rewrite()(*args, **kwargs)
 
 
 def _set_grid_idx(self: Any, old: Any, x: int, y: int, z: int) -> None:

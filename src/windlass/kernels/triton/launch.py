@@ -47,12 +47,12 @@ class ExpertSlots:
 
     @classmethod
     def of(
-        cls, arena: torch.Tensor, slot_bytes: int, tensors: Tensors, activation: Activation,
-        compute: torch.dtype,
+        cls, arena: torch.Tensor, slot_bytes: int, index: int, tensors: Tensors,
+        activation: Activation, compute: torch.dtype,
     ) -> "ExpertSlots":  # fmt: skip
-        """As the tensors of the expert in the first slot lie. `compute`: the type of rows that
-        will be multiplied."""
-        slot = arena.data_ptr()
+        """As the tensors of the expert in slot `index` lie. `compute`: the type of rows that will
+        be multiplied."""
+        slot = arena.data_ptr() + index * slot_bytes
         up, down = tensors["up"], tensors["down"]
         gate = tensors.get("gate", up)
         bias = [plain_or_none(tensors, f"{name}_bias") for name in ("gate", "up", "down")]

@@ -101,9 +101,7 @@ def matrix_at(w: Weight, slot: int, compute: torch.dtype) -> Matrix:
         )
     if w.groups is not None:
         assert w.groups.is_contiguous(), "groups of columns: not contiguous"
-        found = found._replace(
-            has_groups=tl.constexpr(True), groups_at=w.groups.data_ptr() - slot
-        )
+        found = found._replace(has_groups=tl.constexpr(True), groups_at=w.groups.data_ptr() - slot)
     return found
 
 
@@ -111,7 +109,9 @@ def vector_at(v: torch.Tensor | None, slot: int) -> Vector:
     """Of a bias in the slot at address `slot`."""
     if v is None:
         return NO_VECTOR
-    return Vector(v.data_ptr() - slot, v.stride(0), tl.constexpr(TYPES[v.dtype]), tl.constexpr(True))
+    return Vector(
+        v.data_ptr() - slot, v.stride(0), tl.constexpr(TYPES[v.dtype]), tl.constexpr(True)
+    )
 
 
 def block_columns(w: Matrix, wanted: int) -> int:

@@ -81,7 +81,7 @@ def _blocks(w, k0, K, NG: tl.constexpr):
     if w.columns == 0:
         blocks = tl.arange(0, NG)
     else:
-        blocks = tl.minimum(k0 // w.columns + tl.arange(0, NG), (K - 1) // w.columns)
+        blocks = tl.minimum(tl.arange(0, NG) + k0 // w.columns, (K - 1) // w.columns)
     return blocks
 
 
