@@ -63,7 +63,7 @@ test-kernels: .venv-kernels/.installed
 
 # What ptxas makes of them for each architecture, no GPU needed; a check that none of it got worse.
 kernel-table check-kernel-table: .venv-kernels/.installed
-	$(KERNELS)/python bench/gpu/kernel_table.py $(if $(filter check-%,$@),--check) bench/results/kernel_table.json
+	$(KERNELS)/python bench/gpu/kernel_table.py $(if $(filter check-%,$@),--check) bench/gpu/kernel_table.json
 
 test-all: setup
 	HYPOTHESIS_PROFILE=new $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
@@ -157,9 +157,11 @@ mutate: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu -rs
+	mkdir -p out/gpu && $(BIN)/python bench/gpu/kernels.py --out out/gpu
 
+# So far the kernels alone: there is no runtime on a GPU yet.
 bench-gpu: setup
-	@$(BIN)/python -c "import sys; sys.exit('bench-gpu: no GPU runtime yet, see CHANGELOG')"
+	mkdir -p out/gpu && $(BIN)/python bench/gpu/kernels.py --out out/gpu
 
 clean:
 	rm -rf $(VENV) .venv-kernels $(NATIVE) build dist out .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +15,7 @@ from windlass.models.spec import Activation, ClampedSwiGlu, GeGlu, ReluSquared, 
 from windlass.tensors import Packed, Tensors, Weight, plain_or_none
 from windlass.units import round_up
 
+SWIGLU = SwiGlu()
 ALIGNMENT = 256  # bytes; of every tensor in a device's slot
 Make = Callable[[int, int], Weight]
 
@@ -110,17 +112,20 @@ class Layer:
         return out_PD
 
 
+class Sizes(NamedTuple):
+    """Of a layer; `spare` slots are empty."""
+
+    experts: int
+    hidden: int
+    inner: int
+    spare: int = 3
+
+
 def make_layer(
-    make: Make,
-    *,
-    experts: int,
-    hidden: int,
-    inner: int,
-    spare: int = 3,
-    activation: Activation = SwiGlu(),
-    has_biases: bool = False,
+    make: Make, sizes: Sizes, *, activation: Activation = SWIGLU, has_biases: bool = False
 ) -> Layer:
-    """`make`: a matrix of so many rows and columns. The slots are shuffled, `spare` are empty."""
+    """`make`: a matrix of so many rows and columns. The slots are shuffled."""
+    experts, hidden, inner, spare = sizes
     matrices = {"up": (inner, hidden), "down": (hidden, inner)}
     if not isinstance(activation, ReluSquared):
         matrices = {"gate": (inner, hidden)} | matrices

@@ -1,10 +1,11 @@
 """Experts over slots against fp64: formats, activations, ragged shapes, and the bits of a row."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from gpu.expert_slots import FORMATS, Layer, Make, make_layer, packed, plain
+from gpu.expert_slots import FORMATS, Layer, Make, Sizes, make_layer, packed, plain
 from gpu.tolerances import TOLERANCES, error
 
 from windlass.formats import WeightFormat
@@ -45,9 +46,11 @@ MORE: dict[str, Make] = {
 CASES = FORMATS | MORE
 
 
-def _layer(make: Make, *, hidden: int = 144, inner: int = 48, **options) -> Layer:
+def _layer(
+    make: Make, *, hidden: int = 144, inner: int = 48, spare: int = 3, **options: Any
+) -> Layer:
     torch.manual_seed(1)
-    return make_layer(make, experts=EXPERTS, hidden=hidden, inner=inner, **options)
+    return make_layer(make, Sizes(EXPERTS, hidden, inner, spare), **options)
 
 
 def _routed(layer: Layer, rows: int, dtype: torch.dtype):

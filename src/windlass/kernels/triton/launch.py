@@ -12,7 +12,7 @@ from windlass.kernels.triton.matrix import Matrix, Vector, block_columns, matrix
 from windlass.models.spec import Activation, ClampedSwiGlu, GeGlu, ReluSquared, SwiGlu
 from windlass.tensors import Tensors, plain_or_none
 
-_ACTIVATIONS = {SwiGlu: "silu", ClampedSwiGlu: "clamped", GeGlu: "gelu", ReluSquared: "relu2"}
+_ACTIVATIONS = {SwiGlu: "silu", GeGlu: "gelu", ReluSquared: "relu2"}
 _PLANNED = 16  # tiles that one program plans
 _COMBINED = 512  # columns of a program that combines
 
@@ -74,9 +74,9 @@ class ExpertSlots:
     def activation_args(self) -> tuple[float, float, str]:
         """alpha, limit, name."""
         kind = self.activation
-        is_clamped = isinstance(kind, ClampedSwiGlu)
-        alpha, limit = (kind.alpha, kind.limit) if is_clamped else (1.0, 0.0)
-        return alpha, limit, _ACTIVATIONS[type(kind)]
+        if isinstance(kind, ClampedSwiGlu):
+            return kind.alpha, kind.limit, "clamped"
+        return 1.0, 0.0, _ACTIVATIONS[type(kind)]
 
 
 def run_experts(

@@ -1,6 +1,6 @@
 """Which tiles an architecture takes: a table, not a search at run time, because the order of sums,
-and so the bits, follow from it. Chosen by what ptxas makes of them (bench/results/kernel_table.json)
-and by what was measured where a GPU was at hand (docs/gpu.md says which)."""
+and so the bits, follow from it. Chosen by what ptxas makes of them
+(bench/gpu/kernel_table.json); docs/gpu.md says what was measured."""
 
 from windlass.kernels.triton.launch import ExpertSlots, Tile
 
