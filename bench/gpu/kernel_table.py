@@ -1,5 +1,5 @@
 """Registers, spills, shared memory, matrix instructions and widest loads of every kernel on every
-architecture, without a GPU: `python bench/gpu/kernel_table.py [--check] bench/gpu/kernel_table.json`.
+architecture, without a GPU: `python bench/gpu/kernel_table.py [--check] kernel_table.json`.
 
 Written, it is committed. Checked, all is compiled again, and what got worse is an error: spills
 that were not there, more shared memory than an architecture has, a matrix instruction that is

@@ -14,8 +14,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if find_spec("triton") is None:
+    print("bench/gpu/kernels.py: skipped: no Triton, which torch for a GPU brings along")
+    sys.exit(0)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -237,7 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry", action="store_true", help="tiny shapes, in the interpreter")
     args = parser.parse_args(arguments)
     if not args.dry and not torch.cuda.is_available():
-        print("bench/gpu/kernels.py: skipped, torch finds no GPU")
+        print("bench/gpu/kernels.py: skipped: torch finds no GPU")
         return 0
     if args.dry:  # as it is, the interpreter multiplies the bits of bf16
         sys.path.insert(0, str(ROOT / "tests" / "support"))
