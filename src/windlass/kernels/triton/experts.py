@@ -16,7 +16,7 @@ import triton.language as tl
 from windlass.kernels.triton import unpack
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # another for each pass
 def plan_tiles(counts_E, tiles_3M, E, M, BM: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr):
     """Tiles of at most BM places of one expert: expert, first place, number of places; beyond the
     last, expert -1. Nothing is read back: M is the most there can be."""
@@ -66,7 +66,7 @@ def _inputs(x, row, is_alive, k0, K, BK: tl.constexpr, EVEN: tl.constexpr):
     return tl.load(x + row[:, None] * K + k[None, :], mask=ok, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # another for each pass
 def gate_up(
     x, rows_P, tiles_3M, M, slots_E, arena, slot_bytes, gate, up, gate_bias, up_bias, hidden, I, D,
     alpha, limit, ACTIVATION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -106,7 +106,7 @@ def gate_up(
     tl.store(hidden + place[:, None] * I + n[None, :], y, mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # another for each pass
 def down(
     hidden, order_P, tiles_3M, M, slots_E, arena, slot_bytes, w, w_bias, out, D, I,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,

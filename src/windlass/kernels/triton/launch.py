@@ -10,11 +10,12 @@ from windlass.kernels.interface import ExpertGroups
 from windlass.kernels.triton import experts as kernels
 from windlass.kernels.triton.matrix import Matrix, Vector, block_columns, matrix_at, vector_at
 from windlass.models.spec import Activation, ClampedSwiGlu, GeGlu, ReluSquared, SwiGlu
-from windlass.tensors import Tensors, plain_or_none
+from windlass.tensors import Packed, Tensors, plain_or_none
 
 _ACTIVATIONS = {SwiGlu: "silu", GeGlu: "gelu", ReluSquared: "relu2"}
 _PLANNED = 16  # tiles that one program plans
 _COMBINED = 512  # columns of a program that combines
+_MOST_TILES = 65535  # of a grid's second dimension
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,8 @@ class ExpertSlots:
         slot = arena.data_ptr() + index * slot_bytes
         up, down = tensors["up"], tensors["down"]
         gate = tensors.get("gate", up)
+        kinds = {w.format if isinstance(w, Packed) else None for w in (gate, up)}
+        assert len(kinds) == 1, f"gate and up: stored in two formats: {kinds}"
         bias = [plain_or_none(tensors, f"{name}_bias") for name in ("gate", "up", "down")]
         return cls(
             arena=arena,
@@ -85,8 +88,10 @@ def run_experts(
 ) -> None:  # fmt: skip
     """Writes the outputs of all places whose experts have a slot (`slots_E`, int32; -1: none) to
     their places of `out_PD` (fp32)."""
+    assert x_TD.is_contiguous() and out_PD.is_contiguous(), "rows that are not contiguous"
     num_places, num_experts = len(groups.order), len(slots_E)
     most = -(-num_places // tile.rows) + min(num_experts, num_places)
+    assert most <= _MOST_TILES, f"places of a launch: got {num_places}, which are {most} tiles"
     tiles_3M = torch.empty(3, most, dtype=torch.int32, device=x_TD.device)
     kernels.plan_tiles[(triton.cdiv(most, _PLANNED),)](
         groups.counts_E, tiles_3M, num_experts, most,
@@ -113,6 +118,7 @@ def run_experts_few(
     out_PD: torch.Tensor, tile: Tile,
 ) -> None:  # fmt: skip
     """The same for few rows, without sorting them; other sums, so other bits."""
+    assert x_TD.is_contiguous() and out_PD.is_contiguous(), "rows that are not contiguous"
     e, inner, num_places = experts, experts.intermediate, ids_TA.numel()
     hidden_PI = torch.empty(num_places, inner, dtype=torch.float32, device=x_TD.device)
     alpha, limit, name = e.activation_args
