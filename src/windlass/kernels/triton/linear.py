@@ -34,6 +34,7 @@ class Linear:
     @classmethod
     def of(cls, w: torch.Tensor | Packed, compute: torch.dtype) -> "Linear":
         """Of (N, K) or plain (G, N, K), for rows in the type `compute`."""
+        first: torch.Tensor | Packed
         if isinstance(w, Packed):
             parts = [x for x in (w.codes, w.scales, w.zeros, w.groups) if x is not None]
             num, step, first = 1, 0, w
@@ -43,7 +44,8 @@ class Linear:
             num, step = len(w), w.stride(0) * w.itemsize
         memory = _memory(parts)
         matrix = matrix_at(first, memory.data_ptr(), compute)
-        return cls(memory=memory, matrix=matrix, num=num, step=step, shape=tuple(first.shape))
+        shape = first.shape[0], first.shape[1]
+        return cls(memory=memory, matrix=matrix, num=num, step=step, shape=shape)
 
     def on(self, memory: torch.Tensor) -> "Linear":
         """The same in a copy of its memory, at an address as even."""

@@ -123,16 +123,14 @@ class _Kind(NamedTuple):
 
 def _kind(routing: Routing) -> _Kind:
     match routing:
-        case SoftmaxTopK(renorm_floor=None):
-            return _Kind("softmax", scale=routing.scale)
-        case SoftmaxTopK(renorm_floor=floor):
-            return _Kind("softmax", routing.renorm_order, floor, routing.scale)
+        case SoftmaxTopK():
+            norm = 0 if routing.renorm_floor is None else routing.renorm_order
+            return _Kind("softmax", norm, routing.renorm_floor or 0.0, routing.scale)
         case TopKSoftmax():
             return _Kind("top_k")
-        case SigmoidTopK(renorm_eps=None):
-            return _Kind("sigmoid", scale=routing.scale)
-        case SigmoidTopK(renorm_eps=eps):
-            return _Kind("sigmoid", 3, eps, routing.scale)
+        case SigmoidTopK():
+            norm = 0 if routing.renorm_eps is None else 3
+            return _Kind("sigmoid", norm, routing.renorm_eps or 0.0, routing.scale)
         case SparseMixer():
             return _Kind("mixer", jitter=routing.jitter_eps)
 
