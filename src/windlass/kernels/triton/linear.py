@@ -66,10 +66,12 @@ def linear_tile(w: Linear, compute: torch.dtype, *, rows: int) -> Tile:
     of fp32 are no tensor core's: smaller tiles, and no copies ahead of weights that are widened,
     for want of registers (docs/gpu.md)."""
     most = 16 if rows <= 16 else 32
+    code = w.matrix.code.value
     if compute is torch.float32:
+        features = 64 if code in ("int4", "e2m1") else 32  # loads of 8 bytes
         is_same = w.matrix.element.value == tl.float32
-        return Tile(rows=most, features=32, columns=32, stages=3 if is_same else 1)
-    return Tile(rows=most, columns=64 if w.matrix.code.value == "plain" else 128)
+        return Tile(rows=most, features=features, columns=32, stages=3 if is_same else 1)
+    return Tile(rows=most, columns=64 if code == "plain" else 128)
 
 
 @triton.jit
