@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -19,6 +20,7 @@ import triton
 
 from gpu.ahead_of_time import Resources, compiled, resources
 from gpu.launches import launches
+from gpu.row_launches import row_launches
 
 # bytes of shared memory that one block may have
 SHARED = {80: 166912, 90: 232448, 120: 101376, 86: 101376, 89: 101376, 75: 65536}
@@ -33,7 +35,7 @@ def compile_all(capabilities: list[int]) -> Table:
     for capability in capabilities:
         rows = table[f"sm_{capability}"] = {}
         seen: set[str] = set()  # tiles are planned alike for all formats
-        for name, launch in launches(capability):
+        for name, launch in chain(launches(capability), row_launches(capability)):
             for kernel, made in compiled(capability, launch).items():
                 if made.hash not in seen:
                     rows[f"{name}: {kernel}"] = resources(made)

@@ -1,4 +1,4 @@
-"""Expert kernels on a GPU: how far from fp64, whether the bits of a row are its own, how fast.
+"""The kernels on a GPU: how far from fp64, whether the bits of a row are its own, how fast.
 
     python bench/gpu/kernels.py --out FOLDER      on a machine with a GPU, from the source folder
     TRITON_INTERPRET=1 ... --dry --out FOLDER     tiny shapes in the guarded interpreter, no GPU
@@ -29,6 +29,8 @@ import torch
 import triton
 
 from gpu.expert_slots import FORMATS, Layer, Sizes, make_layer
+from gpu.row_checks import DRY as DRY_ROWS
+from gpu.row_checks import RowSizes, row_checks
 from gpu.tolerances import TOLERANCES, error
 from windlass.kernels.interface import ExpertGroups
 from windlass.kernels.reference import TorchKernels
@@ -213,6 +215,12 @@ class Bench:
         us = self._median_s(graph.replay) * 1e6
         self.report.add(f"graph of {name}", passed=torch.equal(out_PD, want), us=round(us, 1))
 
+    def rows(self) -> None:
+        """Attention, products and small kernels."""
+        for check in row_checks(RowSizes() if self.device.type == "cuda" else DRY_ROWS):
+            numbers = dict(got=check.error, allowed=check.allowed, own_bits=check.has_own_bits)
+            self.report.add(check.name, passed=check.passed, **numbers, **check.rate)
+
     def _median_s(self, call: Callable[[], object]) -> float:
         seconds = []
         if self.device.type == "cpu":
@@ -252,7 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
     bench = Bench(DRY if args.dry else REAL, is_dry=args.dry)
     machine = "interpreter" if args.dry else torch.cuda.get_device_name()
     print(machine, "torch", torch.__version__, "triton", triton.__version__, flush=True)
-    for check in (bench.tolerances, bench.bits, bench.rates):
+    for check in (bench.tolerances, bench.bits, bench.rates, bench.rows):
         start = time.perf_counter()
         check()
         print(f"{check.__name__}: {time.perf_counter() - start:.1f} s", flush=True)

@@ -1,20 +1,14 @@
-"""Attention, products and small kernels on a device: each against fp64, the bits of a row in other
-company, and what it takes. `python bench/gpu/row_checks.py` prints one line for each.
+"""What kernels.py checks beside experts: attention, products and small kernels, each against fp64,
+the bits of a row in other company, and what it takes."""
 
-`Sizes` are what a device gets; tests run the same with tiny ones in the interpreter, untimed."""
-
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import triton.testing
 
-from gpu.expert_slots import FORMATS, make_layer
+from gpu.expert_slots import FORMATS, Sizes, make_layer
 from gpu.row_launches import MODELS, Heads
 from gpu.tolerances import TOLERANCES, error
 from windlass.kernels import routing as reference
@@ -33,7 +27,7 @@ FP32 = torch.float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sizes:
+class RowSizes:
     """What is checked. `formats`: names of expert_slots.py."""
 
     device: str = "cuda"
@@ -48,6 +42,20 @@ class Sizes:
     is_timed: bool = True
 
 
+DRY = RowSizes(
+    device="cpu",
+    models={"tiny": Heads(heads=2, kv_heads=1, dim=16, window=20, has_sinks=True)},
+    formats=("int8 rows",),
+    rows=(1, 2),
+    hidden=128,
+    features=16,
+    sequences=2,
+    positions=40,
+    vocabulary=300,
+    is_timed=False,
+)
+
+
 class Check(NamedTuple):
     name: str
     error: float
@@ -57,12 +65,19 @@ class Check(NamedTuple):
     bytes: int  # that it must read
 
     @property
-    def is_right(self) -> bool:
+    def passed(self) -> bool:
         return self.error < self.allowed and self.has_own_bits
 
+    @property
+    def rate(self) -> dict[str, float]:
+        if self.seconds is None:
+            return {}
+        gb_per_s = round(self.bytes / self.seconds / 1e9, 1)
+        return {"us": round(self.seconds * 1e6, 1), "gb_per_s": gb_per_s}
 
-def checks(sizes: Sizes) -> Iterator[Check]:
-    """One after the other, as they are run."""
+
+def row_checks(sizes: RowSizes) -> Iterator[Check]:
+    """Each as soon as it is done."""
     for name in sizes.models:
         for products in (torch.bfloat16, FP32):
             yield _decode(sizes, name, products)
@@ -73,11 +88,11 @@ def checks(sizes: Sizes) -> Iterator[Check]:
     yield from _small(sizes)
 
 
-def _seconds(sizes: Sizes, call: Callable[[], object]) -> float | None:
+def _seconds(sizes: RowSizes, call: Callable[[], object]) -> float | None:
     return triton.testing.do_bench(call) / 1000 if sizes.is_timed else None
 
 
-def _decode(sizes: Sizes, name: str, products: torch.dtype) -> Check:
+def _decode(sizes: RowSizes, name: str, products: torch.dtype) -> Check:
     heads, num, page = sizes.models[name], sizes.sequences, 32
     per_row = -(-sizes.positions // page)
     shape = (num * per_row, heads.kv_heads, page, heads.dim)
@@ -135,8 +150,8 @@ def _attention(
     return (weights.unflatten(0, (heads.kv_heads, -1)) @ value).flatten(0, 1)
 
 
-def _linear(sizes: Sizes, name: str, dtype: torch.dtype, *, few: bool = False) -> Check:
-    layer = make_layer(FORMATS[name], experts=1, hidden=sizes.hidden, inner=sizes.features, spare=0)
+def _linear(sizes: RowSizes, name: str, dtype: torch.dtype, *, few: bool = False) -> Check:
+    layer = make_layer(FORMATS[name], Sizes(1, sizes.hidden, sizes.features, spare=0))
     stored = layer.experts[0]["up"]
     host = dequantise(stored, 0, sizes.features) if isinstance(stored, Packed) else stored
     assert isinstance(host, torch.Tensor), "a stack"
@@ -161,7 +176,7 @@ def _linear(sizes: Sizes, name: str, dtype: torch.dtype, *, few: bool = False) -
     )
 
 
-def _small(sizes: Sizes) -> Iterator[Check]:
+def _small(sizes: RowSizes) -> Iterator[Check]:
     rows = torch.randn(7, sizes.hidden, device=sizes.device)
     norm, own = RmsNorm(eps=1e-6), slice(3, 4)
     got = small.normalise(norm, None, None, rows)
@@ -198,22 +213,3 @@ def _small(sizes: Sizes) -> Iterator[Check]:
         _seconds(sizes, lambda: scan(found, logits, 0)),
         logits.nbytes,
     )
-
-
-def main() -> int:
-    torch.manual_seed(0)
-    wrong = 0
-    for check in checks(Sizes()):
-        seconds = check.seconds or float("nan")
-        print(
-            f"{'ok   ' if check.is_right else 'WRONG'} {check.name}: error {check.error:.1e} of"
-            f" {check.allowed:.1e}, own bits {check.has_own_bits}, {1e6 * seconds:.1f} us,"
-            f" {check.bytes / seconds / 1e9:.0f} GB/s",
-            flush=True,
-        )
-        wrong += not check.is_right
-    return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

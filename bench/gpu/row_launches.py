@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gpu.expert_slots import FORMATS, make_layer
+from gpu.expert_slots import FORMATS, Sizes, make_layer
+from gpu.launches import ALL_FORMATS, SOME_FORMATS, TWO_SIZES
 from windlass.kernels.interface import AttentionOptions
 from windlass.kernels.triton import small
 from windlass.kernels.triton.decode import DecodeRows, paged_decode
@@ -52,7 +53,6 @@ MODELS = {
     "DeepSeek-V2-Lite": Heads(heads=16, kv_heads=1, dim=576, value_dim=512),
     "DeepSeek-V3": Heads(heads=128, kv_heads=1, dim=576, value_dim=512),
 }
-MORE = ("bf16", "int4 g128")  # formats that are multiplied by rows of more types and numbers
 NARROW = ("Qwen3-30B-A3B", "Qwen3-Next", "DeepSeek-V2-Lite")  # also with products in fp32
 
 
@@ -67,8 +67,8 @@ def row_launches(capability: int) -> Iterator[Launch]:
     yield "decode Qwen3-30B-A3B, fp32", _decode(MODELS["Qwen3-30B-A3B"], FP32, FP32)
     products = narrow if capability >= 80 else FP32
     yield "decode Qwen3-30B-A3B, int8", _decode(MODELS["Qwen3-30B-A3B"], products, INT8)
-    for name in FORMATS:
-        is_more = name in MORE
+    for name in FORMATS if capability in ALL_FORMATS else SOME_FORMATS:
+        is_more = name in TWO_SIZES
         for dtype in dict.fromkeys((products, FP32) if is_more else (products,)):
             for rows in (16, 32) if is_more else (16,):
                 kind = "fp32" if dtype is FP32 else "16 bits"
@@ -106,7 +106,7 @@ def _decode(heads: Heads, products: torch.dtype, stored: torch.dtype) -> Callabl
 
 def _linear(name: str, dtype: torch.dtype, rows: int) -> Callable[[], object]:
     def launch() -> None:
-        layer = make_layer(FORMATS[name], experts=1, hidden=HIDDEN, inner=FEATURES, spare=0)
+        layer = make_layer(FORMATS[name], Sizes(1, HIDDEN, FEATURES, spare=0))
         w = Linear.of(layer.experts[0]["up"], dtype)
         tile = linear_tile(w, dtype, rows=rows) if rows else FEW
         run_linear(torch.empty(ROWS, HIDDEN, dtype=dtype), w, None, tile, few=not rows)
@@ -143,7 +143,7 @@ def _small(narrow: torch.dtype) -> Iterator[Launch]:
     groups = RoutingGroups(num=8, kept=4, score="top2_sum")
     for name, routing, experts, top_k in (
         ("softmax", SoftmaxTopK(renorm_floor=0.0), 128, 8),
-        ("top k", TopKSoftmax(), 32, 4),
+        ("top k", TopKSoftmax(), 128, 4),
         ("sigmoid, groups", SigmoidTopK(renorm_eps=1e-20, groups=groups), 256, 8),
     ):
         logits_TE, bias_E = torch.empty(ROWS, experts), torch.empty(experts)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu.expert_slots import FORMATS, make_layer
+from gpu.expert_slots import FORMATS, Sizes, make_layer
 from gpu.tolerances import TOLERANCES, error
 
 from windlass.kernels.dequantise import dequantise
@@ -48,7 +48,7 @@ def test_groups_of_features() -> None:
 def test_packed(name: str) -> None:
     """One matrix among others, by rows in fp32, with and without a dot, and in 16 bits."""
     torch.manual_seed(1)
-    w = make_layer(FORMATS[name], experts=1, hidden=144, inner=40).experts[0]["up"]
+    w = make_layer(FORMATS[name], Sizes(1, 144, 40)).experts[0]["up"]
     assert isinstance(w, Packed)
     tile = replace(TILE, columns=128)
     narrow = FP16 if name.startswith(("gptq", "awq")) else BF16
