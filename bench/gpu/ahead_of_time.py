@@ -62,7 +62,7 @@ class _NoGpu(DriverBase):
         raise NotImplementedError("nothing runs")
 
 
-def compiled(capability: int, launch: Callable[[], None]) -> dict[str, Any]:
+def compiled(capability: int, launch: Callable[[], object]) -> dict[str, Any]:
     """The kernels that `launch` launches on such an architecture (90 for sm_90), by name."""
     found: dict[str, Any] = {}
 

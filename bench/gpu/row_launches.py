@@ -3,6 +3,7 @@ the shapes of real models, by name."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 
@@ -22,7 +23,7 @@ from windlass.models.spec import (
     SoftmaxTopK,
     TopKSoftmax,
 )
-from windlass.tensors import PagedRows
+from windlass.tensors import PagedRows, Weight
 
 Launch = tuple[str, Callable[[], object]]
 FP32, INT8 = torch.float32, torch.int8
@@ -104,10 +105,14 @@ def _decode(heads: Heads, products: torch.dtype, stored: torch.dtype) -> Callabl
     return launch
 
 
+@cache
+def _matrix(name: str) -> Weight:
+    return make_layer(FORMATS[name], Sizes(1, HIDDEN, FEATURES, spare=0)).experts[0]["up"]
+
+
 def _linear(name: str, dtype: torch.dtype, rows: int) -> Callable[[], object]:
     def launch() -> None:
-        layer = make_layer(FORMATS[name], Sizes(1, HIDDEN, FEATURES, spare=0))
-        w = Linear.of(layer.experts[0]["up"], dtype)
+        w = Linear.of(_matrix(name), dtype)
         tile = linear_tile(w, dtype, rows=rows) if rows else FEW
         run_linear(torch.empty(ROWS, HIDDEN, dtype=dtype), w, None, tile, few=not rows)
 
@@ -128,7 +133,7 @@ def _small(narrow: torch.dtype) -> Iterator[Launch]:
         rope = Rope(dim=64, theta=1e4, interleaved=is_interleaved)
         yield (
             "rotation" + ", interleaved" * is_interleaved,
-            lambda rope=rope: small.rotate(heads[..., 128:], table[:, 0], table[:, 1], rope),
+            partial(small.rotate, heads[..., 128:], table[:, 0], table[:, 1], rope),
         )
     ids_T = torch.zeros(ROWS, dtype=torch.int64)
     keys, model = torch.empty(ROWS, 4, 128), MODELS["Qwen3-30B-A3B"]
@@ -136,7 +141,7 @@ def _small(narrow: torch.dtype) -> Iterator[Launch]:
         store = _rows(model, 128, dtype)
         yield (
             f"rows of the cache, {name}",
-            lambda store=store: small.write_rows(store, ids_T, ids_T, keys),
+            partial(small.write_rows, store, ids_T, ids_T, keys),
         )
     embedding = torch.empty(4, HIDDEN, dtype=narrow)
     yield "rows of the embedding", lambda: small.embed(embedding, ids_T, 1.0)
@@ -149,7 +154,7 @@ def _small(narrow: torch.dtype) -> Iterator[Launch]:
         logits_TE, bias_E = torch.empty(ROWS, experts), torch.empty(experts)
         yield (
             f"routing, {name}",
-            lambda r=routing, k=top_k, x=logits_TE, b=bias_E: route(r, k, x, b),
+            partial(route, routing, top_k, logits_TE, bias_E),
         )
     logits_RC = torch.empty(4, VOCABULARY)
     state = HeadState.begin(4, logits_RC.device)

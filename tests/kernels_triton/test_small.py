@@ -9,7 +9,7 @@ from windlass.kernels.triton import small
 from windlass.models.spec import LayerNorm, Norm, RmsNorm, Rope
 from windlass.tensors import INT8_ZERO, PagedRows
 
-NORMS = {
+NORMS: dict[str, Norm] = {
     "rms": RmsNorm(eps=1e-5),
     "one more": RmsNorm(eps=1e-6, plus_one=True),
     "layer": LayerNorm(eps=1e-5, bias=True),

@@ -15,7 +15,7 @@ import triton.language as tl
 from windlass.kernels.triton import unpack
 from windlass.kernels.triton.launch import Tile
 from windlass.kernels.triton.matrix import Matrix, block_columns, matrix_at
-from windlass.tensors import Packed
+from windlass.tensors import Packed, PackedStack, Weight
 
 FEW = Tile(features=8, columns=512)  # of the kernel without a dot
 _ALIGN = 256  # bytes; of the address that offsets count from
@@ -32,8 +32,9 @@ class Linear:
     shape: tuple[int, int]
 
     @classmethod
-    def of(cls, w: torch.Tensor | Packed, compute: torch.dtype) -> "Linear":
+    def of(cls, w: Weight, compute: torch.dtype) -> "Linear":
         """Of (N, K) or plain (G, N, K), for rows in the type `compute`."""
+        assert not isinstance(w, PackedStack), "a stack of packed matrices: one at a time"
         first: torch.Tensor | Packed
         if isinstance(w, Packed):
             parts = [x for x in (w.codes, w.scales, w.zeros, w.groups) if x is not None]

@@ -122,6 +122,7 @@ class _Kind(NamedTuple):
 
 
 def _kind(routing: Routing) -> _Kind:
+    norm: int
     match routing:
         case SoftmaxTopK():
             norm = 0 if routing.renorm_floor is None else routing.renorm_order
