@@ -131,8 +131,7 @@ def _one_pass(model: _Model, routing: _Routing, setting: Setting) -> list[float]
             model.forecast.observe(RoutedTokens(layer, _ONE_TOKEN, counts_E))
         for _ in model.weights.arrivals([WeightKey(Part.EXPERT, layer, i) for i in chosen]):
             pass
-        model.lanes.start(LaneWork(LaneJob("host", _LAYER_S)), "layer")
-        model.lanes.finish()
+        model.lanes.start(LaneWork(LaneJob("host", _LAYER_S)), "layer")()
     enter(setting.layers)
     with model.weights.lease(WeightKey(Part.HEAD, -1, 0)):
         pass

@@ -36,7 +36,7 @@ EXPERT_CACHE_POLICIES = (
 )  # fmt: skip
 _COUNTS = (
     "host_memory", "max_num_seqs", "max_num_batched_tokens", "micro_batch_size", "max_model_len",
-    "threads", "burst_tokens", "seed",
+    "batch_groups", "threads", "burst_tokens", "seed",
 )  # fmt: skip
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8")
 
@@ -53,6 +53,8 @@ class EngineOptions:
     for one that the commands choose (`doctor/kept.py`).
     `routing_trace`: where to record what routers decide; with their inputs where it says so.
     `speculative_config`: what is guessed of the next tokens; results are the same bits without.
+    `batch_groups`: groups of rows of a pass, so that attention of one goes on beside the experts of
+    another; one, unless said.
     `burst_tokens`: what a sequence decodes before the next, 0 for all in every pass.
     `expert_forecast`, `expert_cache_policy`: names (`EXPERT_FORECASTS`, `EXPERT_CACHE_POLICIES`) of
     who expects uses of experts and who gives them up; `expert_map_store`: where FineMoE's maps are
@@ -74,6 +76,7 @@ class EngineOptions:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     micro_batch_size: int | None = None
+    batch_groups: int | None = None
     enable_prefix_caching: bool = True
     speculative_config: SpeculativeConfig | None = None
     max_model_len: int | None = None

@@ -71,6 +71,7 @@ class Plan:
     max_num_seqs: int
     max_num_batched_tokens: int
     micro_batch_tokens: int
+    groups: int = 1  # of a pass's micro-batches, each with experts apart: attention beside them
     mixed_prefill_tokens: int | None = None  # prompt tokens beside decoding ones; 0: waves
     burst_tokens: int = 0  # of a sequence before the next, while few decode; 0: all in every pass
     burst_max_seqs: int = 0  # that few are
@@ -102,9 +103,10 @@ class Plan:
     @classmethod
     def from_json(cls, document: object, *, what: str = "plan") -> "Plan":
         """Strict: every value there, of its type, and no other. Reads the flat form too that files
-        had before plans had tiers, and what they had before bursts. UsageError names `what`."""
+        had before plans had tiers, and what they had before bursts and groups. UsageError names
+        `what`."""
         if isinstance(document, Mapping):
-            document = {**dict.fromkeys(_BURSTS, 0), **document}
+            document = {**_BEFORE, **document}
             document = document if "tiers" in document else _with_tiers(document, what)
         own = _values(cls, document, what, nested=("tiers",))
         tiers = own["tiers"] = tuple(
@@ -155,6 +157,11 @@ class Plan:
     def _baseline_lines(self) -> list[str]:
         """What is not the default."""
         lines = []
+        if self.groups > 1:
+            lines.append(
+                f"plan: up to {self.groups} groups of rows a pass, attention of each beside the"
+                " experts of the others; experts are read once for all where a layer's fit"
+            )
         if self.schedule == "model-based":
             lines.append(
                 f"plan: model-based: every {self.micro_batch_tokens} tokens pass through the model"
@@ -178,7 +185,7 @@ def _held(own: PartSlots) -> str:
 # --- reading --------------------------------------------------------------------------------------
 
 
-_BURSTS = ("burst_tokens", "burst_max_seqs")
+_BEFORE = {"burst_tokens": 0, "burst_max_seqs": 0, "groups": 1}
 
 
 def _read_tier(name: str, document: object, what: str) -> TierPlan:

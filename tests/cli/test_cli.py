@@ -416,7 +416,7 @@ ENGINE = MODEL | {
     "--enable-prefix-caching",
     "--expert-usage", "--expert-forecast", "--expert-cache-policy", "--expert-map-store",
     "--no-enable-prefix-caching",
-    "--burst-tokens",
+    "--burst-tokens", "--batch-groups",
 }  # fmt: skip
 OPTIONS = {
     "run-batch": ENGINE | {
@@ -517,6 +517,8 @@ def test_values_become_engine_options() -> None:
             "model-based",
             "--burst-tokens",
             "0",
+            "--batch-groups",
+            "3",
             "--plan",
             "p.json",
             "--speculative-config",
@@ -538,6 +540,7 @@ def test_values_become_engine_options() -> None:
     assert (options.moe_backend, options.kv_cache_dtype) == ("torch", "int8")
     assert (options.schedule, options.plan) == ("model-based", Path("p.json"))
     assert (options.burst_tokens, engine_options(values()).burst_tokens) == (0, None)
+    assert (options.batch_groups, engine_options(values()).batch_groups) == (3, None)
     with pytest.raises(UsageError, match="burst-tokens"):
         values("--burst-tokens", "-1")
     plain = engine_options(values())

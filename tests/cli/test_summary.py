@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from engines import engine_for, make_model, prompts, request, run_all
+from fake_engine import fake_store_stats
 from machines import machine
 from windlass.build import expected
 from windlass.build.expected import Compared, EngineExpectation, OtherWork
 from windlass.cli import main
-from windlass.cli.summary import phase_json, phase_lines
+from windlass.cli.summary import phase_json, phase_lines, prefetch_lines, weights_json
 from windlass.llm import LLM
 from windlass.params import SamplingParams
 from windlass.perf.accuracy import Accuracy, PhaseCheck
@@ -104,6 +105,7 @@ def offloaded(tmp_path_factory):
     return folder, {"moe_expert_cache_size": "3", "host_memory": "4GiB", "threads": 1}
 
 
+NONE = fake_store_stats(0)
 COUNTERS = ("prefetch_issued", "prefetch_used", "prefetch_issued_bytes", "prefetch_used_bytes")
 
 
@@ -135,3 +137,8 @@ def test_what_was_prefetched_and_where_experts_were_found_reaches_all_ends(
         assert {"prefetch_late_bytes", "prefetch_cancelled_bytes"} <= set(document)
         assert 0 < document["expert_shares"]["host"] < 1
         assert "\nprefetched: " in said and ", on disk: " in said
+        assert document["forecast_sources"] == "", "too few passes to judge any"
+    words = "forecasts on: none; off, no better than without them: 1 layer ahead"
+    stats = replace(stats, forecast_sources=words)
+    assert prefetch_lines(stats)[1:] == [words] == prefetch_lines(replace(stats, weights=NONE))
+    assert weights_json(stats)["forecast_sources"] == words

@@ -280,7 +280,7 @@ def test_a_clock_makes_the_next_layer_foretold_at_once_where_layers_are_slow():
             forecast.end(told.final_TD)
         states = forecast._pass
         assert states is not None
-        assert ((Source.ONE_BEFORE, 2) in states.foretold) is is_eager
+        assert ((Source.ONE_BEFORE, 2) in states.claims) is is_eager
 
 
 def test_without_states_or_routers_it_is_usage():
@@ -326,3 +326,78 @@ def test_memory_does_not_grow_with_passes():
         assert len(kept) <= 3
         held = sum(one.residual_nD.nbytes for each in kept.values() for one in each._seen.values())
         assert held <= 3 * MOST_TOKENS * HIDDEN * 4 * len(TABLE.layers)
+
+
+class BlindStart(World):
+    """A token's start has nothing to do with what follows, as long as it `is_blind`."""
+
+    is_blind = True
+
+    def tell(self, one_pass):
+        told = super().tell(one_pass)
+        if not self.is_blind:
+            return told
+        noise = self.chance.normal(0, 1, (2, *told.final_TD.shape)).astype(np.float32)
+        return told._replace(embedded_TD=noise[0], final_TD=noise[1])
+
+
+def follow(world: World, forecast: LearnedForecast, first: int, passes: int) -> int:
+    """Tokens from this position on; what is put off is done between layers. The one after them."""
+    for at in range(first, first + passes):
+        told = world.tell(passing(segment(0, 1, at)))
+        forecast.begin(told.one_pass, told.embedded_TD)
+        for tokens in told.layers:
+            drain(forecast)
+            forecast.observe(tokens)
+        drain(forecast)
+        forecast.end(told.final_TD)
+    return first + passes
+
+
+def test_one_source_goes_off_alone_and_comes_back():
+    world = BlindStart()
+    forecast = forecast_of(world, window=8)
+    at = follow(world, forecast, 1, 3 * 8 + 1)
+    start = forecast._guards.of(Source.START)
+    assert not start.is_on and not start.speaks
+    assert forecast.words() == (
+        "forecasts on: 1 layer ahead, of the next token, 2 layers ahead, 3 layers ahead; off, no"
+        " better than without them: as a token begins"
+    )
+    world.is_blind, least = False, at
+    while not start.is_on and at < least + 36 * 8:
+        at = follow(world, forecast, at, 1)
+    assert not forecast.words(), "all are on again"
+
+
+def test_a_source_on_trial_is_heard_and_not_believed():
+    world = World()
+    forecast = forecast_of(world)
+    at = follow(world, forecast, 1, 20)
+    forecast._guards.of(Source.START).is_on = False
+    told = world.tell(passing(segment(0, 1, at)))
+    forecast.begin(told.one_pass, told.embedded_TD)
+    before, version = forecast.outlook.now.copy(), forecast.outlook.version
+    drain(forecast)
+    assert forecast.outlook.now.tolist() == before.tolist() and forecast.outlook.version == version
+    states = forecast._pass
+    assert states is not None
+    assert {layer for source, layer in states.claims if source is Source.START} == {0, 2, 3, 4}
+
+
+@pytest.mark.parametrize("is_fixed", [False, True])
+def test_where_nothing_can_be_foretold_nothing_is_computed(is_fixed):
+    world = World(is_random=True)
+    forecast = forecast_of(world, window=8, is_fixed=is_fixed)
+    guards = [forecast._guards.of(source) for source in forecast.sources]
+    at = 1
+    while at < 250 and any(guard.is_on or guard.speaks for guard in guards):
+        at = follow(world, forecast, at, 1)
+    assert forecast.words().startswith("forecasts on: none; off, no better than without them: 1 l")
+    drain(forecast)
+    usage, told = forecast.outlook.usage, world.tell(passing(segment(0, 1, at)))
+    tell(forecast, told)
+    assert not drain(forecast)
+    follow(world, forecast, at + 1, 0)
+    forecast.begin(passing(segment(0, 1, at + 1)), None)
+    assert forecast.outlook.now.tolist() == usage.tolist(), "usage stands"

@@ -17,6 +17,7 @@ from windlass.models.spec import Gqa
 from windlass.perf.sizes import Sizes
 from windlass.plan import Plan
 from windlass.planner.budget import PlanConstraints, make_plan
+from windlass.planner.validate import validate_plan
 from windlass.units import GIB, MIB
 
 
@@ -123,7 +124,7 @@ def test_recurrent_state_is_counted():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("max_num_seqs", 0), ("max_num_batched_tokens", 64), ("micro_batch_tokens", 63),
-     ("max_model_len", 1), ("expert_slots", 0), ("mixed_prefill_tokens", 63)],
+     ("max_model_len", 1), ("expert_slots", 0), ("mixed_prefill_tokens", 63), ("groups", 0)],
 )  # fmt: skip
 def test_nonsense_is_refused_by_name(field, value):
     spec = SPECS["olmoe-1b-7b"]
@@ -137,3 +138,42 @@ def test_what_changes_no_size_is_handed_on():
         wanted = PlanConstraints(mixed_prefill_tokens=mixed, prefix_caching=shares)
         plan = make_plan(spec, round_sizes(spec), 4 * GIB, wanted)
         assert (plan.mixed_prefill_tokens, plan.prefix_caching) == (mixed, shares)
+
+
+def test_groups_get_slots_for_the_experts_of_a_layer_or_are_refused():
+    spec, sizes = SPECS["olmoe-1b-7b"], round_sizes(SPECS["olmoe-1b-7b"])  # 64 experts a layer
+    named = {}
+    for groups in (1, 2, 3):
+        wanted = PlanConstraints(groups=groups, max_num_seqs=256)
+        with pytest.raises(BudgetError) as info:
+            make_plan(spec, sizes, 300 * MIB, wanted)
+        smallest = named[groups] = smallest_named(info.value)
+        plan = make_plan(spec, sizes, smallest, wanted)
+        assert plan.groups == groups and plan.host.total_bytes <= smallest
+        slots = plan.host.slots
+        assert slots[Part.EXPERT] >= (65 if groups > 1 else 2) and slots[Part.BLOCK] >= 2
+        # those that decode are cut into as many micro-batches
+        assert plan.micro_batch_tokens == {1: 1024, 2: 128, 3: 86}[groups]
+    # what groups route is put together: memory beside the slots, less of attention
+    assert named[2] - named[1] > 60 * sizes.slot_bytes[Part.EXPERT]
+    large = make_plan(spec, sizes, 64 * GIB, PlanConstraints(groups=2, micro_batch_tokens=512))
+    assert large.host.slots == sizes.num_parts and large.micro_batch_tokens == 512
+    few = make_plan(spec, sizes, 8 * GIB, PlanConstraints(groups=2, expert_slots=4))
+    assert few.host.slots[Part.EXPERT] == 4, "what the user fixes is kept"
+
+
+def test_groups_are_part_of_the_plan():
+    spec, sizes = SPECS["olmoe-1b-7b"], round_sizes(SPECS["olmoe-1b-7b"])
+    plain = make_plan(spec, sizes, 8 * GIB, PlanConstraints())
+    plan = make_plan(spec, sizes, 8 * GIB, PlanConstraints(groups=2))
+    assert Plan.from_json(plan.to_json()) == plan
+    assert [line for line in plan.lines() if "2 groups of rows" in line]
+    assert not [line for line in plain.lines() if "groups" in line]
+    document = plain.to_json()
+    del document["groups"]
+    assert Plan.from_json(document) == plain, "files from before there were groups"
+    validate_plan(plan, spec, sizes, PlanConstraints(), 8 * GIB)
+    with pytest.raises(UsageError, match="groups: got 3, but the plan that is replayed says 2"):
+        validate_plan(plan, spec, sizes, PlanConstraints(groups=3), 8 * GIB)
+    with pytest.raises(UsageError, match="plan: groups: got 0, allowed 1 or more"):
+        validate_plan(replace(plan, groups=0), spec, sizes, PlanConstraints(), 8 * GIB)

@@ -213,3 +213,28 @@ def test_every_policy_runs_a_trace_and_its_books_agree(name):
     run.weights.cache.check()
     assert counts.values["requests"].sum() == 40 * LAYERS * TOP_K
     assert 0.2 < counts.values["hits"].sum() / counts.values["requests"].sum() < 0.9
+
+
+def test_what_other_groups_may_want_is_kept_until_the_last_has_passed():
+    """Of a pass in several groups, the next block is used while the layer is still open."""
+    table = ExpertTable((2, 2, 2, 2), 2)  # all are certain
+    outlook = Outlook(table)
+    pool = ExpectedNextUse(outlook)
+    here, ahead = WeightKey(Part.EXPERT, 1, 0), WeightKey(Part.EXPERT, 2, 0)
+    missing = WeightKey(Part.EXPERT, 1, 1)
+    pool.note_use(WeightKey(Part.BLOCK, 1))
+    outlook.layer, outlook.is_open = 1, True  # the first group has routed
+    pool.note_use(here)
+    pool.add(here)
+    pool.note_use(WeightKey(Part.BLOCK, 2))  # its attention in the next layer
+    assert pool.now == 1
+    assert pool.victim(ahead, 1) is None, "a hint takes the place of what the next group wants"
+    assert pool.victim(missing, None) == here, "a demand must have one"
+    outlook.is_open = False
+    assert pool.victim(ahead, 1) is None, "the last group has not used it yet"
+    pool.note_use(here)
+    pool.add(here)
+    assert pool.now == 1 and pool.victim(ahead, 1) == here
+    outlook.layer = 2
+    pool.add(ahead)
+    assert pool.victim(missing, None) == here and pool.now == 2

@@ -47,7 +47,7 @@ def test_a_router_says_what_the_trace_does_of_rows_in_any_order():
     batch = router.enter(np.array([0, 1, 4, 5]))
     found = [(s.sequence, s.first_position, s.num_tokens, s.is_prompt) for s in batch.segments]
     assert found == [(0, 0, 2, True), (1, 2, 1, False), (0, 2, 1, False)]
-    tokens = router.route(1, batch)
+    tokens = router.route(1, batch, batch.groups[0])
     assert np.array_equal(tokens.ids_TA, ids[[0, 1, 4, 5], 1])
     assert tokens.counts_E.sum() == 8 and tokens.scores_TE.shape == (4, 5)
     assert router.begin(batch) is None and router.end() is None

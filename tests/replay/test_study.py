@@ -82,10 +82,11 @@ def test_the_document_is_plain_and_whole(found):
     }  # fmt: skip
     for run in document["runs"]:
         assert set(run) == {
-            "forecast", "policy", "resident", "slots", "machine", "rho", "expert_bytes", "tokens",
-            "token_s", "tokens_per_s", "of_resident", "stall_s", "resident_hits", "prefetch_hits",
-            "late", "bytes", "demand_bytes", "useful_bytes", "wasted_bytes", "cancelled", "good",
-            "warm_after", "recovery", "operating_point", "curve",
+            "forecast", "policy", "resident", "slots", "machine", "rho", "expert_bytes",
+            "forecast_sources", "tokens", "token_s", "tokens_per_s", "of_resident", "stall_s",
+            "resident_hits", "prefetch_hits", "late", "bytes", "demand_bytes", "useful_bytes",
+            "wasted_bytes", "cancelled", "good", "warm_after", "recovery", "operating_point",
+            "curve",
         }  # fmt: skip
         assert run["tokens_per_s"] == pytest.approx(1 / run["token_s"])
     assert {"belady_misses", "forced_misses", "causal_misses", "gap", "admission", "victim",
@@ -281,6 +282,22 @@ def test_all_forecasts_replay_a_trace_with_states_and_a_gate_foretells_what_it_s
     hits = {run.forecast: run.metrics for run in found.runs}
     assert hits["gate"].hits > hits["usage"].hits + 0.05
     assert hits["off"].prefetch_hits == 0 < hits["gate"].prefetch_hits
+
+
+def test_it_says_which_sources_of_a_forecast_are_off():
+    trace = stateful_trace(140)
+    wishes = StudyWishes(
+        forecasts=("learned", "off"), policies=("next-use",), resident=(0.3,),
+        machines=ratio(trace, 0.6), guards=False, with_recall=False,
+    )  # fmt: skip
+    found = study(trace, wishes)
+    words = (
+        "forecasts on: 1 layer ahead, as a token begins; off, no better than without them: of the"
+        " next token"
+    )
+    assert f"30 % resident, rho 0.6, learned, next-use: {words}" in found.lines()
+    sources = [run["forecast_sources"] for run in found.to_json()["runs"]]
+    assert sources == [words, ""]
 
 
 def test_a_router_of_a_kind_that_nobody_knows_is_refused():

@@ -75,6 +75,7 @@ def test_bits_do_not_depend_on_budget_batch_order_or_arrival(model, seed):
         micro_batch_size=chance.choice((64, 65, 100, 500)),
         schedule=chance.choice(SCHEDULES),
         burst_tokens=chance.choice((None, 0, 1, 3, 16)),
+        batch_groups=chance.choice((1, 2, 3)),
     )
     device = FakeDevice(seed=seed) if seed % 2 else None
     with engine_of(device=device, **options) as engine:

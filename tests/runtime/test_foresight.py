@@ -5,8 +5,12 @@ import numpy as np
 import pytest
 
 from engines import engine_for, make_model, prompts, request, run_all
+from windlass.build import foresight
+from windlass.device.cpu import CpuDevice
 from windlass.errors import UsageError
+from windlass.forecast.gate import Gate
 from windlass.forecast.interface import Candidates
+from windlass.forecast.learned import LearnedForecast
 from windlass.forecast.registry import FORECASTS
 from windlass.forecast.sequence_usage import SequenceUsage
 from windlass.ids import Part
@@ -25,16 +29,16 @@ def model(tmp_path_factory):
     return path
 
 
-def answers(model, lengths=(12,), **options):
-    """Tokens and log-probabilities, and what the weight cache counted."""
+def answers(model, lengths=(12,), *, max_tokens=10, **options):
+    """Tokens and log-probabilities, and what the engine counted."""
     options = {"moe_expert_cache_size": "3", "max_num_seqs": 2, **options}
     with engine_for(model, **options) as engine:
         asked = [
-            request(f"r{i}", prompt, max_tokens=10, logprobs=2)
+            request(f"r{i}", prompt, max_tokens=max_tokens, logprobs=2)
             for i, prompt in enumerate(prompts(lengths))
         ]
         results = run_all(engine, asked)
-        stats = engine.stats().weights
+        stats = engine.stats()
     said = {
         name: (one.outputs[0].token_ids, repr(one.outputs[0].logprobs))
         for name, one in results.items()
@@ -83,16 +87,59 @@ def test_answers_are_the_same_with_a_forecast_that_lies(is_random, model, plain,
     )
     found, stats = answers(model, (12, 7), expert_forecast="usage")
     assert found == plain
-    assert stats.prefetch_issued > stats.prefetch_used, "it was believed, and wrong"
+    assert stats.weights.prefetch_issued > stats.weights.prefetch_used, "it was believed, and wrong"
+
+
+class Unhurried(LearnedForecast):
+    """Always has time, and judges soon."""
+
+    def __init__(self, setting):
+        super().__init__(setting.table, setting.hidden_size, window=4)
+
+    def begin(self, batch, embedded_TD):
+        super().begin(batch, embedded_TD)
+        self._drain()
+
+    def observe(self, tokens):
+        super().observe(tokens)
+        self._drain()
+
+    def _drain(self):
+        while self.work():
+            pass
+
+
+@pytest.mark.parametrize("is_random", [False, True])
+def test_gates_that_lie_are_switched_off_and_say_so(is_random, model, monkeypatch):
+    """The contrary of what they believe, or anything."""
+    plain, _ = answers(model, (12, 7), max_tokens=36)
+    random, honest = np.random.default_rng(0), Gate.foretell
+
+    def lie(gate, x_TD, rate_TE=None):
+        told = honest(gate, x_TD, rate_TE)
+        q_TE = told.said.chances_TE
+        lies_TE = random.random(q_TE.shape) if is_random else 1 - q_TE
+        return told._replace(said=told.said._replace(chances_TE=lies_TE))
+
+    monkeypatch.setattr(Gate, "foretell", lie)
+    # it goes by seconds: how long passes take here shall decide nothing
+    monkeypatch.setattr(foresight, "WindowGuard", lambda: None)
+    monkeypatch.setitem(FORECASTS, "learned", Unhurried)
+    found, stats = answers(model, (12, 7), max_tokens=36)
+    assert found == plain
+    assert stats.forecast_sources == (
+        "forecasts on: none; off, no better than without them: 1 layer ahead, of the next token,"
+        " as a token begins"
+    )
 
 
 @pytest.mark.parametrize("policy", ["next-use", "lru", "mrs"])
 def test_replay_finds_the_hits_of_the_engine(policy, model, tmp_path):
     path = tmp_path / "t"
-    _, stats = answers(
+    stats = answers(
         model, expert_forecast="off", expert_cache_policy=policy, routing_trace=path,
-        max_num_seqs=1,
-    )  # fmt: skip
+        max_num_seqs=1, device=CpuDevice(1),  # one lane: experts come in the order of demand
+    )[1].weights  # fmt: skip
     trace = read_trace(Trace(path))
     slots = 3 * len(trace.table().layers)
     forecast = forecast_of(trace, "off")

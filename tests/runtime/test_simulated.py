@@ -23,6 +23,7 @@ from windlass.perf.frozen_gpu_tiers import GpuRates, LayerShape, Share, layer_se
 from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
+from windlass.runtime.layer_ops import RoutedRows
 from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
 from windlass.schedule import batch as batches
 from windlass.schedule.batch import Segment, make_batch
@@ -58,9 +59,9 @@ class Recorder:
         self._notes.append(("release", key))
 
     def arrivals(self, keys):
-        for group in self._inner.arrivals(keys):
-            self._notes.append(("arrived", *(one.key for one in group)))
-            yield group
+        for arrived in self._inner.arrivals(keys):
+            self._notes.append(("arrived", *(one.key for one in arrived)))
+            yield arrived
 
     def replay(self, layer):
         return self._inner.replay(layer)
@@ -68,28 +69,33 @@ class Recorder:
     def replay_block(self, layer):
         return self._inner.replay_block(layer)
 
-    def attention(self, layer, weights, hidden, rows):
-        self._inner.attention(layer, weights, hidden, rows)
-        self._op("attention", layer, rows.first_token, rows.num_tokens)
+    def attend(self, layer, weights, hidden, rows):
+        begun = self._inner.attend(layer, weights, hidden, rows)
+        self._op("attend", layer, rows.first_token, rows.num_tokens)
+        return begun
 
-    def enter_experts(self, layer, weights, hidden):
-        routed = self._inner.enter_experts(layer, weights, hidden)
-        self._op("route", layer, routed.experts)
+    def attended(self, layer, weights, hidden, rows, begun):
+        self._inner.attended(layer, weights, hidden, rows, begun)
+        self._notes.append(("attended", layer, rows.first_token))
+
+    def enter_experts(self, layer, weights, hidden, group):
+        routed = self._inner.enter_experts(layer, weights, hidden, group)
+        self._op("route", layer, group.first_token, routed.experts)
         return routed
 
-    def experts(self, layer, group, routed):
-        self._inner.experts(layer, group, routed)
-        self._op("experts", layer, *(one.key.index for one in group))
+    def experts(self, layer, arrived, routed):
+        self._inner.experts(layer, arrived, routed)
+        self._op("experts", layer, *(one.key.index for one in arrived))
 
-    def leave_experts(self, layer, hidden, routed):
-        self._inner.leave_experts(layer, hidden, routed)
+    def leave_experts(self, layer, routed):
+        self._inner.leave_experts(layer, routed)
         self._op("combine", layer)
 
-    def enter_dense(self, layer, weights, hidden):
-        return self._inner.enter_dense(layer, weights, hidden)
+    def enter_dense(self, layer, weights, hidden, group):
+        return self._inner.enter_dense(layer, weights, hidden, group)
 
-    def dense(self, layer, weights, hidden, normed):
-        self._inner.dense(layer, weights, hidden, normed)
+    def dense(self, layer, weights, normed):
+        self._inner.dense(layer, weights, normed)
         self._op("dense", layer)
 
     def enter_head(self, hidden, batch):
@@ -149,10 +155,10 @@ def checkpoint(request, tmp_path_factory):
     return path
 
 
-# blocks, slots, schedule, overlap
-SETTINGS = [(0, "2", "module-based", True), (1, "3", "model-based", True),
-            (3, "1", "module-based", True), (0, "64", "module-based", True),
-            (1, "4", "module-based", False)]  # fmt: skip
+# blocks, slots, schedule, overlap, groups
+SETTINGS = [(0, "2", "module-based", True, 1), (1, "3", "model-based", True, 1),
+            (3, "1", "module-based", True, 1), (0, "64", "module-based", True, 3),
+            (1, "4", "module-based", False, 1), (1, "2", "module-based", True, 2)]  # fmt: skip
 # Families with other kinds of layers get all settings, the rest two each, in turn.
 OF_OTHER_LAYERS = ("deepseek_v3", "gpt_oss", "ernie4_5_moe", "qwen3_next")
 COMPARED = [
@@ -164,17 +170,19 @@ COMPARED = [
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "blocks", "slots", "schedule", "overlap"), COMPARED, indirect=["checkpoint"]
+    ("checkpoint", "blocks", "slots", "schedule", "overlap", "groups"),
+    COMPARED,
+    indirect=["checkpoint"],
 )
 def test_the_clock_does_what_the_device_does(
-    checkpoint, monkeypatch, blocks, slots, schedule, overlap
+    checkpoint, monkeypatch, blocks, slots, schedule, overlap, groups
 ):
     """Copies answer in their order: only while the caller waits, and `blocks` of them during each
     operation. Layers that are repeated have no operations of their own: none is here."""
     monkeypatch.setattr(batches, "MOST_CAPTURED", 0)
     options = dict(
         moe_expert_cache_size=slots, micro_batch_size=64, schedule=schedule,
-        expert_forecast="usage",
+        expert_forecast="usage", batch_groups=groups,
     )  # fmt: skip
     if not overlap:
         with engine_for(checkpoint, **options) as engine:
@@ -232,18 +240,17 @@ def test_the_clock_does_what_the_device_does(
 
 
 def _note_routing(monkeypatch):
-    """What the forecast of the engine observes: rows per expert, layer by layer. It is one that
-    needs no more than that, as the clock's."""
+    """What the engine routes: rows per expert, layer by layer, group by group. Its forecast is one
+    that needs no more than that, as the clock's."""
     monkeypatch.setitem(FORECASTS, "usage", lambda setting: UsageForecast(setting.table))
     routed = []
-    observe = UsageForecast.observe
+    counts = RoutedRows.counts
 
-    def observed(self, tokens):
-        counts = enumerate(tokens.counts_E.tolist())
-        routed.append({expert: count for expert, count in counts if count})
-        observe(self, tokens)
+    def noted(self):
+        routed.append(counts(self))
+        return routed[-1]
 
-    monkeypatch.setattr(UsageForecast, "observe", observed)
+    monkeypatch.setattr(RoutedRows, "counts", noted)
     return routed
 
 
@@ -257,9 +264,10 @@ def test_lanes_serve_in_order_and_chains_run_beside_each_other():
         LaneJob("device", 1.0),
         ((LaneJob("link", 2.0), LaneJob("host", 3.0)), (LaneJob("link", 1.0),)),
     )
-    lanes.start(work, "a")
-    lanes.start(LaneWork(LaneJob("device", 4.0)), "b")
-    lanes.finish()
+    waits = lanes.start(work, "a"), lanes.start(LaneWork(LaneJob("device", 4.0)), "b")
+    waits[1]()
+    assert clock.now == 4.0  # others go on
+    waits[0]()
     spans = {(span.lane, span.label, span.begin, span.end) for span in lanes.spans}
     assert spans == {
         ("link", "a", 0.0, 2.0), ("link", "a", 2.0, 3.0), ("host", "a", 2.0, 5.0),
@@ -303,8 +311,39 @@ def _device_rates(**changes):
 )  # fmt: skip
 def test_the_schedule_on_a_device_reaches_its_closed_form(rates, share, binds):
     """A decode pass of layers that are alike, in the steady state."""
-    layers, context = 6, 640
-    share = Share(context=context, micro=100, **share)
+    share = Share(context=CONTEXT, micro=100, **share)
+    seconds, worked, _ = _decode_pass(rates, share)
+    expected = LAYERS * layer_seconds(SHAPE, rates, share)
+    assert seconds == pytest.approx(expected, rel=0.12)
+    assert max(worked, key=worked.__getitem__) == binds
+    assert seconds >= max(worked.values()) * (1 - 1e-9)
+
+
+def test_attention_of_one_group_hides_behind_the_experts_of_another():
+    """Where the host's attention takes as long as the device's experts, two groups take little more
+    than either. With slots for a layer's experts they read what one group reads, with fewer each
+    reads again what had to go."""
+    rates = _device_rates(
+        down=1e12, up=1e12, dense=lambda rows: 1e15, expert=lambda rows: 40e12, host_attention=1e11
+    )
+    share = Share(context=CONTEXT, micro=100, sequences=800, host_attention=1.0)
+    alone, worked, read = _decode_pass(rates, share)
+    assert alone == pytest.approx(worked["host"] + worked["device"], rel=0.1)
+    beside, lanes, again = _decode_pass(rates, share, groups=2, expert_slots=8)
+    assert lanes["host"] == pytest.approx(worked["host"])
+    assert max(lanes.values()) <= beside < 0.7 * alone
+    assert again == read
+    for groups in (2, 4):
+        *_, again = _decode_pass(rates, share, groups=groups, expert_slots=4)
+        assert again == read + (groups - 1) * LAYERS * (8 - 4) * SHAPE.expert
+
+
+LAYERS, CONTEXT = 6, 640
+
+
+def _decode_pass(rates, share, *, groups=1, expert_slots=None):
+    """Seconds of a pass, of each lane in it, and bytes read, after the first two."""
+    layers, context = LAYERS, CONTEXT
     moe = Moe(num_experts=8, top_k=2, routing=TopKSoftmax(), expert=Ffn(intermediate=8))
     block = Block(attention=SPECS["olmoe-1b-7b"].blocks[0].attention, ffn=moe)
     spec = replace(SPECS["olmoe-1b-7b"], blocks=(block,) * layers)
@@ -313,7 +352,7 @@ def test_the_schedule_on_a_device_reaches_its_closed_form(rates, share, binds):
     lanes = Lanes(Clock(), DEVICE_LANES)
     moving = 16 if share.on_disk else 4  # the disk works ahead into slots
     slots = {
-        Part.EXPERT: moving + round(share.resident * 8 * layers),
+        Part.EXPERT: expert_slots or moving + round(share.resident * 8 * layers),
         Part.BLOCK: max(2, round(share.resident * layers)), Part.FINAL: 1, Part.EMBED: 1,
     }  # fmt: skip
     sizes = {Part.EXPERT: SHAPE.expert, Part.BLOCK: SHAPE.attention}
@@ -326,25 +365,21 @@ def test_the_schedule_on_a_device_reaches_its_closed_form(rates, share, binds):
         lanes, costs, SimulatedParts(num_keys, slots, reads),
         policy=pool(forecast, slots), depth=8,
     )  # fmt: skip
-    each = share.sequences * 2 // 8
     prefetcher = Prefetcher(shape, weights.cache, forecast)
     runtime = SimulatedRuntime(
         lanes, costs, weights, prefetcher=prefetcher, forecast=forecast,
-        router=CountingRouter(lambda layer, rows: dict.fromkeys(range(8), each), 8),
+        router=CountingRouter(lambda layer, rows: dict.fromkeys(range(8), rows * 2 // 8), 8),
     )  # fmt: skip
     segment = Segment(
         sequence=0, token_ids=(0,), first_position=context - 1, pages=(), state_slot=-1,
         is_prompt=False, long_rope=False, wants_logits=False,
     )  # fmt: skip
-    batch = make_batch([segment] * share.sequences, micro_batch_tokens=100)
+    batch = make_batch([segment] * share.sequences, micro_batch_tokens=100, groups=groups)
     for _ in range(2):
         run_pass(runtime, shape, batch)
-    begin, busy = lanes.clock.now, lanes.busy()
+    begin, busy, read = lanes.clock.now, lanes.busy(), weights.cache.stats().bytes_read
     for _ in range(3):
         run_pass(runtime, shape, batch)
-    seconds = (lanes.clock.now - begin) / 3
     worked = {lane: (end - busy[lane]) / 3 for lane, end in lanes.busy().items()}
-    expected = layers * layer_seconds(SHAPE, rates, share)
-    assert seconds == pytest.approx(expected, rel=0.12)
-    assert max(worked, key=worked.__getitem__) == binds
-    assert seconds >= max(worked.values()) * (1 - 1e-9)
+    read = weights.cache.stats().bytes_read - read
+    return (lanes.clock.now - begin) / 3, worked, read / 3

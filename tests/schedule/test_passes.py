@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,13 +24,14 @@ class RecordingRuntime:
         self.replayed = replayed
         self.calls = []
         self.held = []
+        self.most_blocks = 0
 
     def begin(self, batch):
         self.calls.append(("begin", batch.num_tokens))
         return "hidden"
 
     def prefetch(self, layer):
-        assert not self.held, "hinted while weights are leased"
+        assert all(key == WeightKey(Part.BLOCK, layer) for key in self.held)
         self.calls.append(("prefetch", layer))
 
     def replay(self, layer):
@@ -43,39 +45,50 @@ class RecordingRuntime:
     @contextmanager
     def lease(self, key):
         self.held.append(key)
-        yield key
-        self.held.remove(key)
+        blocks = [held for held in self.held if held.part is Part.BLOCK]
+        self.most_blocks = max(self.most_blocks, len(blocks))
+        try:
+            yield key
+        finally:
+            self.held.remove(key)
 
     def arrivals(self, keys):
         last_first = keys[::-1]
-        for group in (last_first[:1], last_first[1:]):
-            self.held += group
-            yield group
-            for key in group:
+        for arrived in (last_first[:1], last_first[1:]):
+            self.held += arrived
+            yield arrived
+            for key in arrived:
                 self.held.remove(key)
 
-    def attention(self, layer, weights, hidden, rows):
+    def attend(self, layer, weights, hidden, rows):
         assert weights == WeightKey(Part.BLOCK, layer) and weights in self.held
-        self.calls.append(("attention", layer, rows.first_token, rows.num_tokens))
+        self.calls.append(("attend", layer, rows.first_token, rows.num_tokens))
+        return layer, rows.first_token
 
-    def enter_experts(self, layer, weights, hidden):
+    def attended(self, layer, weights, hidden, rows, begun):
+        assert weights == WeightKey(Part.BLOCK, layer) and weights in self.held
+        assert begun == (layer, rows.first_token)
+        self.calls.append(("attended", layer, rows.first_token))
+
+    def enter_experts(self, layer, weights, hidden, group):
         assert weights in self.held
-        self.calls.append(("route", layer))
+        self.calls.append(("route", layer, group.first_token, group.num_tokens))
         return Routed(self.routed, None)
 
-    def experts(self, layer, group, routed):
-        assert all(key in self.held for key in group)
-        self.calls.append(("experts", layer, *(key.index for key in group)))
+    def experts(self, layer, arrived, routed):
+        assert all(key in self.held for key in arrived)
+        self.calls.append(("experts", layer, *(key.index for key in arrived)))
 
-    def leave_experts(self, layer, hidden, routed):
+    def leave_experts(self, layer, routed):
         self.calls.append(("combine", layer))
 
-    def enter_dense(self, layer, weights, hidden):
-        return "normed"
+    def enter_dense(self, layer, weights, hidden, group):
+        assert weights in self.held
+        return group.first_token, group.num_tokens
 
-    def dense(self, layer, weights, hidden, normed):
+    def dense(self, layer, weights, normed):
         assert weights == WeightKey(Part.FFN, layer) and weights in self.held
-        self.calls.append(("dense", layer))
+        self.calls.append(("dense", layer, *normed))
 
     def enter_head(self, hidden, batch):
         return "final"
@@ -108,13 +121,17 @@ def test_a_pass_runs_attention_by_micro_batch_and_each_expert_once():
     assert runtime.calls == [
         ("begin", 160),
         ("prefetch", 0),
-        ("attention", 0, 0, 100),
-        ("attention", 0, 100, 60),
-        ("dense", 0),
+        ("attend", 0, 0, 100),
+        ("attend", 0, 100, 60),
+        ("attended", 0, 0),
+        ("attended", 0, 100),
+        ("dense", 0, 0, 160),
         ("prefetch", 1),
-        ("attention", 1, 0, 100),
-        ("attention", 1, 100, 60),
-        ("route", 1),
+        ("attend", 1, 0, 100),
+        ("attend", 1, 100, 60),
+        ("attended", 1, 0),
+        ("attended", 1, 100),
+        ("route", 1, 0, 160),
         ("experts", 1, 6),
         ("experts", 1, 4, 1),
         ("combine", 1),
@@ -124,6 +141,48 @@ def test_a_pass_runs_attention_by_micro_batch_and_each_expert_once():
     ]
 
 
+def test_attention_of_the_next_layer_begins_before_other_groups_have_left():
+    segments = [_segment(0, 0, 64), _segment(1, 0, 100), _segment(2, 0, 28)]
+    batch = make_batch(segments, micro_batch_tokens=64, groups=2)
+    assert [(g.first_token, g.num_tokens) for g in batch.groups] == [(0, 64), (64, 128)]
+    runtime = RecordingRuntime(experts=(3,), replayed=(0, 1, 2))
+    run_pass(runtime, PassShape((EXPERTS, DENSE, EXPERTS), 1), batch)
+    assert not runtime.held and runtime.most_blocks == 2
+    begins = [("attend", 0, 0, 64), ("attend", 0, 64, 64), ("attend", 0, 128, 64)]
+
+    def experts(layer, first, rows):
+        return [
+            *(("attended", layer, at) for at in range(first, first + rows, 64)),
+            ("route", layer, first, rows), ("experts", layer, 3), ("experts", layer),
+            ("combine", layer),
+        ]  # fmt: skip
+
+    assert runtime.calls == [
+        ("begin", 192), ("prefetch", 0), *begins,
+        *experts(0, 0, 64), ("attend", 1, 0, 64),
+        *experts(0, 64, 128), ("prefetch", 1), ("attend", 1, 64, 64), ("attend", 1, 128, 64),
+        ("attended", 1, 0), ("dense", 1, 0, 64), ("attend", 2, 0, 64),
+        ("attended", 1, 64), ("attended", 1, 128), ("dense", 1, 64, 128),
+        ("prefetch", 2), ("attend", 2, 64, 64), ("attend", 2, 128, 64),
+        *experts(2, 0, 64), *experts(2, 64, 128), ("prefetch", 3), ("head", 0),
+    ]  # fmt: skip
+
+
+def test_an_error_in_one_group_gives_all_leases_back():
+    class Fails(RecordingRuntime):
+        def leave_experts(self, layer, routed):
+            super().leave_experts(layer, routed)
+            if len([call for call in self.calls if call[0] == "combine"]) == 2:
+                raise ValueError("no more")
+
+    batch = make_batch([_segment(0, 0, 130)], micro_batch_tokens=64, groups=3)
+    runtime = Fails(experts=(0, 1))
+    with pytest.raises(ValueError, match="no more"):
+        run_pass(runtime, PassShape((EXPERTS, DENSE), 1), batch)
+    assert runtime.most_blocks == 2
+    assert [key for key in runtime.held if key.part is Part.BLOCK] == []
+
+
 def test_layers_with_half_a_block_compute_that_half():
     batch = make_batch([_segment(0, 0, 64)], micro_batch_tokens=64)
     runtime = RecordingRuntime(experts=(0, 4))
@@ -131,8 +190,8 @@ def test_layers_with_half_a_block_compute_that_half():
     run_pass(runtime, PassShape(halves, 0), batch)
     assert not runtime.held
     assert [call for call in runtime.calls if call[0] != "prefetch"] == [
-        ("begin", 64), ("attention", 0, 0, 64), ("route", 1), ("experts", 1, 4),
-        ("experts", 1, 0), ("combine", 1), ("dense", 2),
+        ("begin", 64), ("attend", 0, 0, 64), ("attended", 0, 0), ("route", 1, 0, 64),
+        ("experts", 1, 4), ("experts", 1, 0), ("combine", 1), ("dense", 2, 0, 64),
     ]  # fmt: skip
 
 
@@ -148,21 +207,31 @@ def test_a_replayed_layer_is_not_computed_again():
     runtime = RecordingRuntime(experts=(0,), replayed=(0, 2))
     run_pass(runtime, PassShape((EXPERTS, DENSE, EXPERTS), 1), batch)
     assert [call for call in runtime.calls if call[0] != "prefetch"] == [
-        ("begin", 64), ("attention", 1, 0, 64), ("dense", 1), ("head", 0),
+        ("begin", 64), ("attend", 1, 0, 64), ("attended", 1, 0), ("dense", 1, 0, 64),
+        ("head", 0),
     ]  # fmt: skip
 
 
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(1, 300), st.booleans()), min_size=1),
     st.integers(CHUNK_TOKENS, 400),
+    st.integers(1, 4),
 )
-def test_micro_batches_hold_all_rows_in_order_and_cut_at_chunks(rows, limit):
+def test_micro_batches_hold_all_rows_in_order_and_cut_at_chunks(rows, limit, groups):
     segments = [
         _segment(i, CHUNK_TOKENS * first if is_prompt else 7 * first, count if is_prompt else 1,
                  is_prompt=is_prompt)
         for i, (first, count, is_prompt) in enumerate(rows)
     ]  # fmt: skip
-    batch = make_batch(segments, micro_batch_tokens=limit)
+    batch = make_batch(segments, micro_batch_tokens=limit, groups=groups)
+    assert len(batch.groups) == min(groups, len(batch.micro_batches))
+    ends = [group.first_token + group.num_tokens for group in batch.groups]
+    assert [group.first_token for group in batch.groups] == [0, *ends[:-1]]
+    assert all(
+        group.first_token == group.micro_batches[0].first_token
+        and group.num_tokens == sum(micro.num_tokens for micro in group.micro_batches)
+        for group in batch.groups
+    )
     assert batch.num_tokens == sum(s.num_tokens for s in segments)
     assert [m.first_token for m in batch.micro_batches] == [
         sum(m.num_tokens for m in batch.micro_batches[:i]) for i in range(len(batch.micro_batches))

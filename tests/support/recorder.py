@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -46,8 +46,8 @@ class RoutingRecorder:
 
     def observe(self, tokens: RoutedTokens) -> None:
         self.layers.append(tokens.layer)
-        h_TD, ids_TA = tokens.h_TD.clone(), tokens.ids_TA.clone()
-        scores_TE = None if tokens.scores_TE is None else tokens.scores_TE.clone()
+        h_TD, ids_TA = _copy(tokens.h_TD), _copy(tokens.ids_TA)
+        scores_TE = None if tokens.scores_TE is None else _copy(tokens.scores_TE)
         places = zip(tokens.batch.sequences, tokens.batch.positions, strict=True)
         for row, (sequence, position) in enumerate(places):
             scores_E = None if scores_TE is None else scores_TE[row]
@@ -55,6 +55,10 @@ class RoutingRecorder:
             assert token not in self.seen, f"{token}: routed twice"
             self.seen[token] = Seen(h_TD[row], ids_TA[row], scores_E)
         assert len(h_TD) == len(ids_TA) == tokens.batch.num_tokens
+
+
+def _copy(rows: Any) -> torch.Tensor:
+    return torch.as_tensor(rows).clone()
 
 
 @contextmanager

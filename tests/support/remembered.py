@@ -12,7 +12,7 @@ from windlass.prefetch.expert_pool import ExpertPool
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
 from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
-from windlass.schedule.batch import Batch, Segment, make_batch
+from windlass.schedule.batch import Batch, RowGroup, Segment, make_batch
 from windlass.schedule.observer import RoutedTokens
 from windlass.schedule.passes import LayerShape, PassShape
 
@@ -148,7 +148,7 @@ class Machine:
         assert self.routing is not None
         return self.routing.embedded_TD
 
-    def route(self, layer: int, batch: Batch) -> RoutedTokens:
+    def route(self, layer: int, batch: Batch, group: RowGroup) -> RoutedTokens:
         assert self.routing is not None
         return self.routing.tokens(layer, batch, self.table.top_k)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from windlass.schedule.batch import Batch, Segment, make_batch
+from windlass.schedule.batch import Batch, RowGroup, Segment, make_batch
 from windlass.schedule.observer import RoutedTokens
 
 
@@ -53,8 +53,8 @@ class CountingRouter:
     def begin(self, batch: Batch) -> None:
         return None
 
-    def route(self, layer: int, batch: Batch) -> RoutedTokens:
-        counts = self._counts(layer, batch.num_tokens)
+    def route(self, layer: int, batch: Batch, group: RowGroup) -> RoutedTokens:
+        counts = self._counts(layer, group.num_tokens)
         return told(layer, counts, self._num_experts)._replace(batch=batch)
 
     def end(self) -> None:

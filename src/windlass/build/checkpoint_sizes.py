@@ -148,6 +148,7 @@ def wanted_of(options: EngineOptions, model: CheckpointFolder) -> PlanConstraint
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         micro_batch_tokens=options.micro_batch_size,
+        groups=options.batch_groups,
         max_model_len=options.max_model_len,
         schedule=options.schedule,
         burst_tokens=options.burst_tokens,

@@ -3,6 +3,7 @@
 import logging
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +26,7 @@ from windlass.engine.request_rules import RequestRules
 from windlass.engine.tokenizer import Tokenizer
 from windlass.engine.tokenizer import load as load_tokenizer
 from windlass.errors import UsageError
+from windlass.forecast.learned import source_words
 from windlass.hardware.assumed import assumed_profile
 from windlass.hardware.profile import HardwareProfile
 from windlass.kernels.interface import Kernels
@@ -276,6 +278,7 @@ def _assemble(
             tracer=tracer,
             resources=opened.pop_all(),
             speculation=foresight.words,
+            forecast_sources=partial(source_words, outfit.forecast),
         ),
     )
 

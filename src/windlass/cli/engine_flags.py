@@ -111,6 +111,10 @@ ENGINE_FLAGS = (
          metavar="N", group=_BATCHING, help="tokens per pass (default: planned)"),
     Flag(name="micro-batch-size", aliases=("-ub", "--ubatch-size"), read=integer(1), metavar="N",
          group=_BATCHING, help="tokens that attention takes at once (default: planned)"),
+    Flag(name="batch-groups", read=integer(1), metavar="N", group=_BATCHING,
+         help="groups that the micro-batches of a pass are in, so that attention of one group may "
+         "go on beside the experts of another (CGOPipe); wants memory for a layer's experts, and "
+         "brings a CPU alone nothing (default: 1); results are the same bits"),
     Flag(name="schedule", read=choice(*SCHEDULES), metavar="NAME", group=_BATCHING,
          help="module-based (default: each expert once per pass over all of its rows) or "
          "model-based (every micro-batch through all layers by itself, as other programs do it; "

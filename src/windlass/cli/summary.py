@@ -28,10 +28,10 @@ def weights_words(stats: EngineStats) -> str:
 
 
 def prefetch_lines(stats: EngineStats) -> list[str]:
-    """What became of reads ahead; nothing where there were none."""
-    store = stats.weights
+    """What became of reads ahead, nothing where there were none; which forecasts are off."""
+    store, lines = stats.weights, [stats.forecast_sources] if stats.forecast_sources else []
     if not store.prefetch_issued:
-        return []
+        return lines
     parts = ", ".join(
         f"{what} {format_bytes(number)}"
         for what, number in (
@@ -41,7 +41,7 @@ def prefetch_lines(stats: EngineStats) -> list[str]:
         )
     )
     found = f"; {stats.speculation}" if stats.speculation else ""
-    return [f"prefetched: {format_bytes(store.prefetch_issued_bytes)}; {parts}{found}"]
+    return [f"prefetched: {format_bytes(store.prefetch_issued_bytes)}; {parts}{found}", *lines]
 
 
 def draft_lines(stats: EngineStats) -> list[str]:
@@ -82,6 +82,7 @@ def weights_json(stats: EngineStats) -> dict[str, Any]:
         "evictions": stats.weights.evictions,
         **prefetch,
         "speculation": stats.speculation,
+        "forecast_sources": stats.forecast_sources,
     }
 
 

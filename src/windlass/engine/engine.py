@@ -68,6 +68,7 @@ class EngineParts:
     tracer: Tracer
     resources: ExitStack
     speculation: Callable[[], str] = str  # whether it pays, in words
+    forecast_sources: Callable[[], str] = str  # which are on and off, in words
 
 
 class Engine:
@@ -135,9 +136,9 @@ class Engine:
             assert not self._open, "requests wait, but nothing can run"
             return StepResult((), ())
         with self._tracer.span("pass", lane="engine", segments=len(rows)):
-            batch = make_batch(
-                [row.segment for row in rows], micro_batch_tokens=self.plan.micro_batch_tokens
-            )
+            micro, groups = self.plan.micro_batch_tokens, self.plan.groups
+            segments = [row.segment for row in rows]
+            batch = make_batch(segments, micro_batch_tokens=micro, groups=groups)
             passes = passes_of(batch, self.plan.schedule)
             runtime, shape = self._parts.runtime, self._parts.shape
             try:
@@ -238,6 +239,7 @@ class Engine:
             prefix_cache_queries=prompts.num_asked if self.plan.prefix_caching else 0,
             prefix_cache_hits=prompts.num_found,
             speculation=self._parts.speculation(),
+            forecast_sources=self._parts.forecast_sources(),
             drafts=self._parts.drafting.stats() if self._parts.drafting else None,
         )
 

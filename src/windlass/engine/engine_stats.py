@@ -39,6 +39,7 @@ class EngineStats:
     prefix_cache_queries: int = 0  # prompt tokens that other sequences might have computed
     prefix_cache_hits: int = 0  # of these, tokens that they had computed
     speculation: str = ""  # whether reading ahead by forecasts pays, in words
+    forecast_sources: str = ""  # which are on and off, in words; empty where all are on
     drafts: DraftStats | None = None  # None where nothing is guessed
     phases: Mapping[str, PhaseStats] = field(default_factory=dict)  # those that occurred
 

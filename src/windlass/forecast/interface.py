@@ -65,6 +65,10 @@ class Outlook:
     """What is expected, in vectors that change with what is observed. `now`: the probability that
     the pass under way uses an expert; 0 or 1 where its layer has routed. `next`: that the pass
     after it does. `usage`: that a later pass does, on average. `version` grows with every change.
+
+    Of a pass in several groups, `layer` is where the last of them is, None in other passes, where
+    uses tell; while it `is_open`, some groups have routed there and others have not: what was used
+    may be wanted again.
     """
 
     def __init__(self, table: ExpertTable) -> None:
@@ -73,6 +77,8 @@ class Outlook:
         self.next: Floats = table.uniform.copy()
         self.usage: Floats = table.uniform.copy()
         self.version = 0
+        self.layer: int | None = None
+        self.is_open = False
 
 
 class Candidates(NamedTuple):

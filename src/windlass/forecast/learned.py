@@ -26,11 +26,19 @@ from windlass.forecast.gate import (
     normalised,
     targets,
 )
-from windlass.forecast.interface import CERTAIN, Candidates, ExpertTable, Floats, likely
+from windlass.forecast.interface import (
+    CERTAIN,
+    Candidates,
+    ExpertForecast,
+    ExpertTable,
+    Floats,
+    likely,
+)
 from windlass.forecast.pace import Pace
 from windlass.forecast.selection import Singles, logits_of
 from windlass.forecast.sequence_usage import SequenceUsage, usage_bytes
-from windlass.forecast.states import PassStates
+from windlass.forecast.source_guard import WINDOW, SourceGuards
+from windlass.forecast.states import Claim, PassStates
 from windlass.models.spec import Norm
 from windlass.schedule.batch import Batch
 from windlass.schedule.observer import RoutedTokens, RouterWeights
@@ -50,10 +58,10 @@ class _Due(NamedTuple):
 
 
 class _Following(NamedTuple):
-    """What follows from a layer's routing, always the same."""
+    """What follows from a layer's routing, as long as the same sources speak and are believed."""
 
     ahead: list[tuple[Source, int]]  # layers that it foretells, the next one at the end
-    better: set[int]  # those, which are foretold no worse from here
+    better: set[int]  # of those, what is foretold no worse from here
     has_next: bool  # whether it foretells itself
     sources: list[Source]  # that learn from it
 
@@ -66,6 +74,10 @@ class LearnedForecast:
     said of a layer that has passed is dropped unsaid, and usage stands in its place; lessons wait
     until the next pass, and the oldest are dropped when more than those of a pass have come. Passes
     of many tokens are learnt from, but not foretold: they use most experts anyway.
+
+    A source whose words are no nearer to what comes than what stood in their place (those of a
+    source further off, what the token before foretold, or usage) is neither asked nor taught
+    (`SourceGuard`).
     """
 
     wants_states = True
@@ -78,12 +90,14 @@ class LearnedForecast:
         limit_bytes: int | None = None,
         is_fixed: bool = False,
         clock: Callable[[], float] | None = None,
+        window: int = WINDOW,
     ) -> None:
         """`limit_bytes`: of all that it holds; decides what it foretells from (`sources_within`).
         `is_fixed`: gates stay the routers' own matrices. With a `clock` (seconds) the next layer is
         foretold at once, waited for or not, where that takes little of a layer's time; without one
-        nothing depends on time."""
-        self.sources = sources_within(table, hidden, limit_bytes, is_fixed=is_fixed)
+        nothing depends on time. `window`: passes after which sources are judged."""
+        fit = sources_within(table, hidden, limit_bytes, is_fixed=is_fixed)
+        self.sources = tuple(source for source in fit if targets(table, source))
         self.wants_scores = not is_fixed
         self.threshold: float | None = WORTH_A_READ
         self.speculates = True
@@ -103,6 +117,11 @@ class LearnedForecast:
         self._start: list[int] = []
         self._lessons: deque[_Due] = deque(maxlen=len(self.sources) * len(table.layers))
         self._pace = Pace(clock)
+        self._guards = SourceGuards(self.sources, window=window)
+
+    def words(self) -> str:
+        """Which sources are on and off, for people; empty where all are on."""
+        return self._guards.words()
 
     def seed(self, counts: Floats, num_tokens: float) -> None:
         """What earlier runs saw (`SharedUsage.seed`); before the first pass."""
@@ -122,19 +141,18 @@ class LearnedForecast:
     def begin(self, batch: Batch, embedded_TD: Any) -> None:
         last = self._last = self._pass
         seen = self._pass = PassStates(batch, last, self._normalised)
-        foretold = self.outlook.next.copy() if seen.is_foretold else None
         while self._lessons and self._lessons[0].seen is not last:
             self._lessons.popleft()  # of passes before the last one nothing is held
         self._usage.begin(batch)
-        if foretold is not None and last is not None:
-            for layer in self._table.layers:
-                if (Source.TOKEN_BEFORE, layer) in last.foretold:
-                    part = self._table.slice(layer)
-                    self.outlook.now[part] = foretold[part]
+        asked = self.sources if self.speculates else (Source.TOKEN_BEFORE,)
+        if seen.is_whole and self._guards.turn(asked):
+            self._follows.clear()
+        if seen.is_foretold and last is not None:
+            self._recall(last)
         self._ahead, self._next, self._start = [], [], []
-        if embedded_TD is None or self._norm is None or Source.START not in self.sources:
+        if embedded_TD is None or self._norm is None or not self.speculates:
             return
-        if not self.speculates:
+        if Source.START not in self.sources or not self._guards.of(Source.START).speaks:
             return
         if seen.begin(np.asarray(embedded_TD), last) and seen.is_whole:
             gates = self._gates
@@ -182,6 +200,12 @@ class LearnedForecast:
             return False
         return True
 
+    def _recall(self, last: PassStates) -> None:
+        """What the last pass foretold of this one."""
+        for (source, at), claim in last.claims.items():
+            if source is Source.TOKEN_BEFORE and self._guards.of(source).is_on:
+                self.outlook.now[self._table.slice(at)] = claim.said_E
+
     def _normalised(self, x_nD: Singles) -> Singles:
         assert self._norm is not None, "states before any router was known"
         return normalised(self._norm, x_nD)
@@ -206,15 +230,16 @@ class LearnedForecast:
         self._lessons.extend(_Due(source, layer, seen, self._last) for source in sources)
 
     def _following(self, layer: int) -> "_Following":
-        index, layers = self._index[layer], self._table.layers
+        index, layers, guards = self._index[layer], self._table.layers, self._guards
+        speaking = [source for source in self.sources if guards.of(source).speaks]
         ahead = [
             (source, layers[index + source.layers_before])
             for source in reversed(FIXED)
-            if index + source.layers_before < len(layers)
+            if source in speaking and index + source.layers_before < len(layers)
         ]
         ahead = [asked for asked in ahead if asked in self._gates]
-        sources = [source for source in self.sources if (source, layer) in self._gates]
-        better = {at for _, at in ahead}
+        sources = [source for source in speaking if (source, layer) in self._gates]
+        better = {at for source, at in ahead if guards.of(source).is_on}
         return _Following(ahead, better, Source.TOKEN_BEFORE in sources, sources)
 
     def _learn(self, due: "_Due") -> None:
@@ -226,17 +251,27 @@ class LearnedForecast:
         logits_nE = None if scores_nE is None else logits_of(gate.routing, scores_nE)
         used_nE = np.zeros((len(lesson.x_nD), self._table.num_experts[layer]), bool)
         used_nE[np.arange(len(used_nE))[:, None], lesson.ids_nA] = True
-        gate.learn(lesson.x_nD, lesson.foretold, logits_nE, used_nE)
+        if (claim := lesson.claim) is not None:
+            self._guards.of(source).add(claim.stood_E, claim.said_E, used_nE.max(0))
+        gate.learn(lesson.x_nD, claim and claim.foretold, logits_nE, used_nE)
 
     def _say(self, seen: PassStates, source: Source, layer: int, x_nD: Singles | None) -> None:
         assert x_nD is not None, "asked of states that were not seen"
         gate, outlook = self._gates[source, layer], self.outlook
-        rate_nE = self._usage.chances(layer) if gate.has_rates else None
-        foretold = seen.foretold[source, layer] = gate.foretell(x_nD, rate_nE)
-        chances_E = 1.0 - (1.0 - foretold.said.chances_TE).prod(0)
+        foretold = gate.foretell(x_nD, self._usage.chances(layer) if gate.has_rates else None)
+        said_E = np.minimum(1.0 - (1.0 - foretold.said.chances_TE).prod(0), _SURE)
         into = outlook.next if source is Source.TOKEN_BEFORE else outlook.now
-        np.minimum(chances_E, _SURE, out=into[self._table.slice(layer)])
-        outlook.version += 1
+        standing_E = into[self._table.slice(layer)]
+        seen.claims[source, layer] = Claim(foretold, standing_E.copy(), said_E)
+        if self._guards.of(source).is_on:
+            standing_E[:] = said_E
+            outlook.version += 1
+
+
+def source_words(forecast: ExpertForecast) -> str:
+    """Which sources of a forecast are on and off, for people; empty where all are on, or it has
+    none."""
+    return forecast.words() if isinstance(forecast, LearnedForecast) else ""
 
 
 def forecast_bytes(table: ExpertTable, hidden: int, sources: Sequence[Source] = BY_WORTH) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from windlass.forecast.gate import MOST_TOKENS, Foretold, Source
+from windlass.forecast.interface import Floats
 from windlass.forecast.selection import Singles
 from windlass.schedule.batch import Batch
 from windlass.schedule.observer import RoutedTokens
@@ -27,11 +28,20 @@ class Seen(NamedTuple):
     ids_nA: Places
 
 
+class Claim(NamedTuple):
+    """What a source said of a layer: of each token, that any of them uses each expert, and what was
+    expected of that before."""
+
+    foretold: Foretold
+    stood_E: Floats
+    said_E: Floats
+
+
 class Lesson(NamedTuple):
-    """States, what was foretold of them (None: nothing), and what came."""
+    """States, what was said of them (None: nothing), and what came."""
 
     x_nD: Singles
-    foretold: Foretold | None
+    claim: Claim | None
     scores_nE: Singles | None
     ids_nA: Places
 
@@ -60,7 +70,7 @@ class PassStates:
         # whether the last pass foretold these tokens: one for each that ended
         self.is_foretold = self.is_whole and self._are_ends_of(last, np.sort(self._before_n))
         self._seen: dict[int, Seen] = {}
-        self.foretold: dict[tuple[Source, int], Foretold] = {}
+        self.claims: dict[tuple[Source, int], Claim] = {}
         self.start_n2D: Singles | None = None
         self._final_nD: Singles | None = None
 
@@ -113,26 +123,26 @@ class PassStates:
     ) -> Lesson | None:
         """What the routing of `layer` teaches of `source`, whose states are those of layer
         `before`; None if they were not seen."""
-        own, foretold = self._seen[layer], self.foretold.get((source, layer))
+        own, claim = self._seen[layer], self.claims.get((source, layer))
         if source.layers_before:
             x_nD = self.states(before)
-            return None if x_nD is None else Lesson(x_nD, foretold, own.scores_nE, own.ids_nA)
+            return None if x_nD is None else Lesson(x_nD, claim, own.scores_nE, own.ids_nA)
         if last is None or not len(self._followers):
             return None
         rows = slice(None) if self._all_follow else self._followers
         if source is Source.START:
             if self.start_n2D is None:
                 return None
-            x_nD, foretold = self.start_n2D[rows], foretold if self._all_follow else None
+            x_nD, claim = self.start_n2D[rows], claim if self._all_follow else None
         else:
             last_nD, places = last.states(layer), self._before_n[rows]
             if last_nD is None:
                 return None
             is_said = self._are_ends_of(last, places)
-            x_nD, foretold = last_nD[places], last.foretold.get((source, layer))
-            foretold = foretold if is_said else None
+            x_nD, claim = last_nD[places], last.claims.get((source, layer))
+            claim = claim if is_said else None
         scores_nE = None if own.scores_nE is None else own.scores_nE[rows]
-        return Lesson(x_nD, foretold, scores_nE, own.ids_nA[rows])
+        return Lesson(x_nD, claim, scores_nE, own.ids_nA[rows])
 
 
 def _sample(batch: Batch) -> Places:

@@ -2,7 +2,7 @@
 between them. Of a large model a few layers stand for all. Seconds."""
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import log2
 
@@ -29,7 +29,7 @@ from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.clock import Clock, Lanes, Span
 from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
-from windlass.schedule.batch import Batch, Segment, make_batch
+from windlass.schedule.batch import Batch, RowGroup, Segment, make_batch
 from windlass.schedule.observer import RoutedTokens
 from windlass.schedule.passes import PassShape, run_pass
 
@@ -55,8 +55,8 @@ class UniformRouter:
     def end(self) -> None:
         return None
 
-    def route(self, layer: int, batch: Batch) -> RoutedTokens:
-        return RoutedTokens(layer, batch, self.counts(layer, batch.num_tokens))
+    def route(self, layer: int, batch: Batch, group: RowGroup) -> RoutedTokens:
+        return RoutedTokens(layer, batch, self.counts(layer, group.num_tokens))
 
     def counts(self, layer: int, num_rows: int) -> NDArray[np.int64]:
         """(E) rows of each expert."""
@@ -126,12 +126,14 @@ def _keeps_all(plan: Plan, sizes: Sizes) -> bool:
     )
 
 
-def _slots_of(plan: Plan, sizes: Sizes, parts: Mapping[Part, int]) -> dict[Part, int]:
+def _slots_of(plan: Plan, sizes: Sizes, sample: Sample) -> dict[Part, int]:
     """The plan's slots for the sample: the share that stays, and those on their way."""
     slots: dict[Part, int] = {}
-    for part, count in parts.items():
+    # those of a layer stay until its last group has passed, however many layers there are
+    again = max(ExpertTable.of(sample.spec).num_experts) if plan.groups > 1 else 0
+    for part, count in _parts_of(sample, sizes).items():
         whole, given = sizes.num_parts[part], plan.host.slots.get(part, 0)
-        moving = min(given, _PIPELINE_SLOTS if part is Part.EXPERT else 2)
+        moving = min(given, 2 if part is not Part.EXPERT else _PIPELINE_SLOTS + again)
         kept = (given - moving) * count / whole
         slots[part] = count if given >= whole else min(count, moving + int(kept))
     return slots
@@ -164,7 +166,7 @@ class ClockedModel:
         self.lanes = Lanes(Clock(), ("disk", "host"), keeps_spans=keeps_spans)
         parts = _parts_of(sample, sizes)
         reads = {part: (Read("", 0, size, 0),) for part, size in sizes.slot_bytes.items()}
-        slots = _slots_of(plan, sizes, parts)
+        slots = _slots_of(plan, sizes, sample)
         floor = floor_of(table, slots.get(Part.EXPERT, 0))
         policy = ExpectedNextUse(forecast.outlook, floor=floor)
         self._weights = SimulatedWeights(
@@ -188,7 +190,8 @@ class ClockedModel:
 
     def run(self, one: PassRun) -> Timed:
         """One pass like `one`; times are those of the whole model."""
-        batch = batch_of(one, micro_batch_tokens=self._plan.micro_batch_tokens)
+        plan = self._plan
+        batch = batch_of(one, micro_batch_tokens=plan.micro_batch_tokens, groups=plan.groups)
         begin, busy = self.lanes.clock.now, self.lanes.busy()
         read = self._weights.cache.stats().bytes_read
         run_pass(self._runtime, self._shape, batch)
@@ -203,7 +206,7 @@ class ClockedModel:
         )
 
 
-def batch_of(one: PassRun, *, micro_batch_tokens: int) -> Batch:
+def batch_of(one: PassRun, *, micro_batch_tokens: int, groups: int = 1) -> Batch:
     """Rows as many as those of `one`, that see as many positions on average."""
     seen, segments = one.seen, []
     if seen.decode_rows:
@@ -217,7 +220,7 @@ def batch_of(one: PassRun, *, micro_batch_tokens: int) -> Batch:
             count = min(length, seen.prompt_rows - at)
             segments.append(_segment(first, count, is_prompt=True))
     logits = [replace(s, wants_logits=i < one.num_logits) for i, s in enumerate(segments)]
-    return make_batch(logits, micro_batch_tokens=micro_batch_tokens)
+    return make_batch(logits, micro_batch_tokens=micro_batch_tokens, groups=groups)
 
 
 def _segment(first: int, count: int, *, is_prompt: bool) -> Segment:

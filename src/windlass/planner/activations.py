@@ -69,6 +69,13 @@ def activation_bytes(
     return round(_SLACK * _F32 * (kept + max(phases))) + scratch + _PROCESS_BYTES
 
 
+def gathered_bytes(spec: ModelSpec, rows: int) -> int:
+    """What a pass over `rows` rows in several groups keeps besides: what they have routed, put
+    together for whoever learns from it (runtime/routed_groups.py)."""
+    routing = max((_routing(b.ffn) for b in spec.blocks if isinstance(b.ffn, Moe)), default=0)
+    return round(_SLACK * _F32 * rows * (2 * spec.hidden_size + routing))
+
+
 def _more_norms(block: Block) -> tuple[int, int]:
     """Rows of hidden size that live at the same time, in attention and in the network, because of
     norms that most models do not have."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass, fields
 
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
-from windlass.models.spec import ModelSpec
+from windlass.models.spec import ModelSpec, Moe
 from windlass.perf.sizes import Sizes
 from windlass.plan import HOST, PART_WORDS, PartSlots, Plan, Schedule, TierPlan
-from windlass.planner.activations import activation_bytes
+from windlass.planner.activations import activation_bytes, gathered_bytes
 from windlass.schedule.batch import CHUNK_TOKENS, most_drafts
 from windlass.units import MIB, format_bytes, round_up
 
@@ -50,6 +50,7 @@ class PlanConstraints:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     micro_batch_tokens: int | None = None
+    groups: int | None = None
     max_model_len: int | None = None
     kv_pages: int | None = None
     schedule: Schedule | None = None
@@ -121,7 +122,8 @@ class _Draft:
         least = self._slots_bytes(slots) + least_pages * self._page_bytes
         seqs, rows = self._pass_size(free, least)
         left = free - self._pass_bytes(seqs, rows)
-        self._grow(slots, Part.EXPERT, left - least, most=_PIPELINE_SLOTS)
+        piped = slots.get(Part.EXPERT, 0) + _PIPELINE_SLOTS - MIN_SLOTS[Part.EXPERT]
+        self._grow(slots, Part.EXPERT, left - least, most=piped)
         pages = self._grow_pages(left - self._slots_bytes(slots), seqs)
         left -= pages * self._page_bytes
         for part in (Part.BLOCK, Part.FFN, Part.HEAD):
@@ -193,7 +195,8 @@ class _Draft:
         slots[part] += max(0, more)
 
     def _least_slots(self) -> dict[Part, int]:
-        slots = {part: min(n, MIN_SLOTS[part]) for part, n in self._sizes.num_parts.items()}
+        least = MIN_SLOTS | {Part.EXPERT: least_expert_slots(self._spec, self._wanted.groups or 1)}
+        slots = {part: min(n, least[part]) for part, n in self._sizes.num_parts.items()}
         if self._wanted.expert_slots is not None and Part.EXPERT in slots:
             slots[Part.EXPERT] = min(self._wanted.expert_slots, self._sizes.num_parts[Part.EXPERT])
         return slots
@@ -201,10 +204,17 @@ class _Draft:
     def _slots_bytes(self, slots: Mapping[Part, int]) -> int:
         return sum(self._sizes.slot_bytes[part] * count for part, count in slots.items())
 
+    def _micro_rows(self, seqs: int) -> int:
+        """Of a call of attention: `seqs` that decode make as many groups as are wanted."""
+        groups = self._wanted.groups or 1
+        fewest = _MICRO_ROWS if groups == 1 else max(CHUNK_TOKENS, -(-seqs // groups))
+        return self._wanted.micro_batch_tokens or min(_MICRO_ROWS, fewest)
+
     def _activations(self, seqs: int, rows: int) -> int:
-        micro = self._wanted.micro_batch_tokens or _MICRO_ROWS
+        micro = self._micro_rows(seqs)
         is_model_based = self._wanted.schedule == "model-based"
-        return activation_bytes(
+        gathered = gathered_bytes(self._spec, rows) if (self._wanted.groups or 1) > 1 else 0
+        return gathered + activation_bytes(
             self._spec,
             self._sizes.backend,
             rows=min(rows, micro) if is_model_based else rows,
@@ -255,7 +265,8 @@ class _Draft:
             kv_cache_dtype=sizes.kv_cache_dtype,
             max_num_seqs=seqs,
             max_num_batched_tokens=rows,
-            micro_batch_tokens=wanted.micro_batch_tokens or _MICRO_ROWS,
+            micro_batch_tokens=self._micro_rows(seqs),
+            groups=wanted.groups or 1,
             mixed_prefill_tokens=wanted.mixed_prefill_tokens,
             burst_tokens=wanted.burst_tokens or 0,
             burst_max_seqs=seqs if wanted.burst_tokens else 0,
@@ -264,6 +275,17 @@ class _Draft:
             read_threads=READ_THREADS,
             schedule=wanted.schedule or "module-based",
         )
+
+
+def least_expert_slots(spec: ModelSpec, groups: int) -> int:
+    """With several groups all experts of a layer, and one that arrives: each group wants most of
+    them, and what has to go for others is read again for the next."""
+    least = MIN_SLOTS[Part.EXPERT]
+    if groups == 1:
+        return least
+    networks = [block.ffn for block in spec.blocks]
+    of_layer = max((one.num_experts for one in networks if isinstance(one, Moe)), default=0)
+    return max(least, of_layer + 1)
 
 
 def page_bytes(sizes: Sizes) -> int:
@@ -285,7 +307,8 @@ def check_constraints(wanted: PlanConstraints, spec: ModelSpec) -> None:
         )
     for name, least in (
         ("expert_slots", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", CHUNK_TOKENS + 1),
-        ("micro_batch_tokens", CHUNK_TOKENS), ("max_model_len", 2), ("kv_pages", 1),
+        ("micro_batch_tokens", CHUNK_TOKENS), ("groups", 1), ("max_model_len", 2),
+        ("kv_pages", 1),
     ):  # fmt: skip
         value = getattr(wanted, name)
         if value is not None and value < least:

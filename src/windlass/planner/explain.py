@@ -226,6 +226,7 @@ def _choices(plan: Plan) -> str:
         f"{plan.max_num_seqs} sequences, {plan.max_num_batched_tokens} tokens, attention by"
         f" {plan.micro_batch_tokens}, KV cache of {plan.host.kv_pages * plan.page_tokens} tokens,"
         f" experts resident {experts.slots} of {experts.num_parts}"
+        + (f", {plan.groups} groups" if plan.groups > 1 else "")
         + (f", bursts of {plan.burst_tokens} tokens" if plan.burst_tokens else "")
     )
 

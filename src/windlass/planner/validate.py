@@ -74,6 +74,7 @@ def _check_ranges(plan: Plan, spec: ModelSpec, sizes: Sizes) -> None:
         ("max_num_seqs", seqs, 1, None),
         ("max_num_batched_tokens", plan.max_num_batched_tokens, seqs + CHUNK_TOKENS, None),
         ("micro_batch_tokens", plan.micro_batch_tokens, CHUNK_TOKENS, None),
+        ("groups", plan.groups, 1, None),
         ("burst_max_seqs", plan.burst_max_seqs, 0, seqs if plan.burst_tokens else 0),
         ("state_slots", host.state_slots, states, states),
         ("max_model_len", plan.max_model_len, 2, longest),

@@ -18,8 +18,13 @@ class ExpertPool(ABC):
     expert's loss matters. A layer keeps `floor` experts that may be evicted while others have more,
     so that no layer starves."""
 
-    def __init__(self, table: ExpertTable, *, floor: int = 0) -> None:
+    def __init__(
+        self, table: ExpertTable, *, floor: int = 0, groups: Outlook | None = None
+    ) -> None:
+        """`groups` knows in which layer a pass in several groups is: the next block is used before
+        the last of them has left the layer."""
         self._table = table
+        self._groups = groups
         self._floor = floor
         self._num_layers = len(table.num_experts)
         self._others = FarthestNextUse(self._num_layers)
@@ -53,7 +58,9 @@ class ExpertPool(ABC):
     # --- the policy -------------------------------------------------------------------------------
 
     def note_use(self, key: WeightKey) -> None:
-        layer = key.layer if key.layer >= 0 else self._num_layers - 1
+        layer = None if self._groups is None else self._groups.layer
+        if layer is None:
+            layer = key.layer if key.layer >= 0 else self._num_layers - 1
         self.now += (layer - self.now) % self._num_layers
         if key.part is Part.EXPERT:
             self.used(self._table.place(key))
@@ -87,6 +94,9 @@ class ExpertPool(ABC):
     def victim(self, entering: WeightKey, layers: int | None) -> WeightKey | None:
         if entering.part is not Part.EXPERT:
             return self._others.victim(entering, layers)
+        at = None if self._groups is None else self._groups.layer  # once: another thread sets it
+        if at is not None:
+            self.now += (at - self.now) % self._num_layers
         place = self._foremost(is_demand=layers is None)
         if place is None:
             return None
@@ -140,14 +150,14 @@ class ExpectedNextUse(ExpertPool):
     """Gives up the expert whose next use is expected last: in `E = d + (1 - p0) * L / pbar` layers,
     where its next turn comes in d layers and has the probability p0 of a use, and each of the turns
     that follow, one every L layers, has pbar. Where all are certain it is the streaming order: what
-    was just used goes first.
+    was just used goes first; not while other groups of the pass are still to use the layer.
 
     p0 is the outlook's `now` for turns of the pass under way, its `next` for those of the next
     pass; pbar is its `usage`.
     """
 
     def __init__(self, outlook: Outlook, *, floor: int = 0) -> None:
-        super().__init__(outlook.table, floor=floor)
+        super().__init__(outlook.table, floor=floor, groups=outlook)
         self._outlook = outlook
         self._used_at = np.full(len(outlook.table), -1, np.int64)
         self._known: tuple[int, int] | None = None  # the state that `_losses` are of
@@ -159,8 +169,9 @@ class ExpectedNextUse(ExpertPool):
         self._turns = [(outlook.table.layer_of - now) % layers for now in range(layers)]
 
     def used(self, place: int) -> None:
-        self._used_at[place] = self.now
-        self._known = None
+        if not self._outlook.is_open:  # else another group may use it in the same turn
+            self._used_at[place] = self.now
+            self._known = None
 
     def changed(self) -> bool:
         return self._known != (self.now, self._outlook.version)

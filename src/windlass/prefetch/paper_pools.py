@@ -13,7 +13,7 @@ class _SharesPool(ExpertPool):
     """Ranks by `Outlook`: of layers ahead in the pass by `now`, of the others by `next`."""
 
     def __init__(self, outlook: Outlook, *, floor: int = 0) -> None:
-        super().__init__(outlook.table, floor=floor)
+        super().__init__(outlook.table, floor=floor, groups=outlook)
         self._outlook = outlook
         self._num_uses = 0
         self._known: tuple[int, int, int] | None = None

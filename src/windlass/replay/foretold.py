@@ -42,7 +42,7 @@ def measure_forecast(trace: RoutingTrace, forecast: ExpertForecast) -> Foretold:
         batch = router.enter(rows)
         meter.begin(batch, router.begin(batch))
         for layer in layers:
-            meter.observe(router.route(layer, batch))
+            meter.observe(router.route(layer, batch, batch.groups[0]))
         meter.end(router.end())
     seconds = time.perf_counter() - begin
     horizons = sorted({horizon for horizon, _ in meter.by_layer}, key=str)

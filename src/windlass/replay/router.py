@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from windlass.replay.routing_trace import RoutingTrace, Rows
-from windlass.schedule.batch import Batch, Segment, make_batch
+from windlass.schedule.batch import Batch, RowGroup, Segment, make_batch
 from windlass.schedule.observer import RoutedTokens
 
 _MICRO_BATCH = 1 << 20  # rows that attention takes at once: all
@@ -42,7 +42,7 @@ class TraceRouter:
         embedded_RD = self._trace.embedded_RD
         return None if embedded_RD is None else embedded_RD[self._rows]
 
-    def route(self, layer: int, batch: Batch) -> RoutedTokens:
+    def route(self, layer: int, batch: Batch, group: RowGroup) -> RoutedTokens:
         own, rows = self._trace.layers[layer], self._rows
         assert own is not None, f"layer {layer} has no experts"
         ids_TA = own.ids_RA[rows]

@@ -7,6 +7,7 @@ from typing import Any
 
 from windlass.errors import UsageError
 from windlass.forecast.interface import ExpertForecast
+from windlass.forecast.learned import source_words
 from windlass.forecast.registry import OFF, WITH_STATES, ForecastSetting, choose_forecast
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.prefetch.registry import choose_policy
@@ -57,6 +58,7 @@ class Run:
     rho: float | None
     num_bytes: int  # of an expert
     metrics: Metrics
+    sources: str  # of the forecast: which are on and off at the end; empty where all are on
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class Study:
                 {
                     "forecast": run.forecast, "policy": run.policy, "resident": run.resident,
                     "slots": run.slots, "machine": run.machine, "rho": run.rho,
-                    "expert_bytes": run.num_bytes,
+                    "expert_bytes": run.num_bytes, "forecast_sources": run.sources,
                     **run.metrics.to_json(),
                 }
                 for run in self.runs
@@ -112,6 +114,7 @@ class Study:
             f" {about['top_k']}; {about['sequences']} sequences, {about['passes']} passes, of which"
             f" {about['tokens']} tokens without a prompt are measured",
             *_table(self.runs),
+            *(f"{_name(run)}: {run.sources}" for run in self.runs if run.sources),
             *(_bound_line(bound) for bound in self.bounds),
             *(line for name, found in self.foretold.items() for line in found.lines(name)),
         ]
@@ -175,6 +178,7 @@ def study(
                     forecast=forecast, policy=policy, resident=share, slots=slots,
                     machine=machine.name, rho=machine.rho,
                     num_bytes=at.machine.num_bytes, metrics=metrics,
+                    sources=source_words(deciders.forecast),
                 ))  # fmt: skip
                 tell(_progress(own[-1]))
         runs += own
@@ -258,9 +262,13 @@ def _cells(run: Run) -> tuple[str, ...]:
 def _progress(run: Run) -> str:
     found = run.metrics
     return (
-        f"{100 * run.resident:.0f} % resident, {run.machine}, {run.forecast}, {run.policy}:"
-        f" {100 * found.hits:.1f} % hits, {100 * found.of_resident:.0f} % of the speed with all"
+        f"{_name(run)}: {100 * found.hits:.1f} % hits, {100 * found.of_resident:.0f} % of the speed"
+        " with all"
     )
+
+
+def _name(run: Run) -> str:
+    return f"{100 * run.resident:.0f} % resident, {run.machine}, {run.forecast}, {run.policy}"
 
 
 def _bound_line(bound: Bound) -> str:

@@ -95,7 +95,6 @@ class Lanes:
         self._lanes = {
             name: Lane(name, clock, self.spans if keeps_spans else None) for name in names
         }
-        self._under_way = 0
 
     def __getitem__(self, name: str) -> Lane:
         return self._lanes[name]
@@ -108,13 +107,21 @@ class Lanes:
         """Seconds that each lane has worked or is committed to."""
         return {name: lane.busy_s for name, lane in self._lanes.items()}
 
-    def start(self, work: LaneWork, label: str) -> None:
-        """Begins `work`; `finish` waits for it."""
-        self._under_way += 1
+    def start(self, work: LaneWork, label: str) -> Callable[[], None]:
+        """Begins `work` -> what waits for its end."""
+        has_ended = False
         open_chains = len(work.chains)
 
+        def ended() -> None:
+            nonlocal has_ended
+            has_ended = True
+
+        def wait() -> None:
+            while not has_ended:
+                self.clock.wait()
+
         def last() -> None:
-            self._lanes[work.last.lane].put(work.last.seconds, self._ended, label)
+            self._lanes[work.last.lane].put(work.last.seconds, ended, label)
 
         def chain_ended() -> None:
             nonlocal open_chains
@@ -126,11 +133,7 @@ class Lanes:
             self._follow(list(chain), label, chain_ended)
         if not work.chains:
             last()
-
-    def finish(self) -> None:
-        """Waits until all work has ended."""
-        while self._under_way:
-            self.clock.wait()
+        return wait
 
     def _follow(self, jobs: list[LaneJob], label: str, then: Callable[[], None]) -> None:
         if not jobs:
@@ -138,6 +141,3 @@ class Lanes:
             return
         first, rest = jobs[0], jobs[1:]
         self._lanes[first.lane].put(first.seconds, lambda: self._follow(rest, label, then), label)
-
-    def _ended(self) -> None:
-        self._under_way -= 1

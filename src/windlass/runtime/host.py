@@ -25,7 +25,7 @@ from windlass.runtime.attention_metadata import AttentionMetadata, attention_met
 from windlass.runtime.capture import ComputedBlock, LayerCapture
 from windlass.runtime.layer_ops import LayerOps
 from windlass.runtime.routing_report import RoutingReport
-from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch
+from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch, RowGroup
 from windlass.schedule.observer import RouterReader, RoutingObserver
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.tensors import Tensors, plain
@@ -47,6 +47,7 @@ class _Rows(NamedTuple):
 class _DenseRows(NamedTuple):
     """Rows of a layer without experts on their way through its network."""
 
+    hidden_TD: torch.Tensor
     normed: torch.Tensor
     at_end: Tensors
 
@@ -85,6 +86,21 @@ class Foresight:
     def words(self) -> str:
         """Whether speculation pays, for people; empty where that is not known."""
         return self.prefetcher.words() if self.prefetcher is not None else ""
+
+
+def _of(hidden: torch.Tensor, rows: MicroBatch | RowGroup) -> torch.Tensor:
+    """Those rows of the hidden states, which a change of them changes."""
+    if rows.num_tokens == hidden.shape[0]:
+        return hidden
+    return hidden[rows.first_token : rows.first_token + rows.num_tokens]
+
+
+def _embedding(store: WeightStore, memory: Allocator, ids: Sequence[int]) -> torch.Tensor:
+    """(T, D) in the stored type: of the resident table, or just those rows from disk."""
+    if not store.cache.fits(Part.EMBED):
+        return store.read_rows(_EMBED, ids)
+    with store.lease(_EMBED) as lease:
+        return plain(lease.tensors, "weight")[memory.tensor(ids, dtype=torch.int64)]
 
 
 class _Routers:
@@ -143,22 +159,23 @@ class HostRuntime:
         return self._weights.lease(key)
 
     def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[list[Lease]]:
-        group_size = self._weights.cache.group_size
+        at_once = self._weights.cache.group_size
+        settles = not self._forecast.outlook.is_open  # no other group is to route the layer
         if self._prefetcher is None:
-            for first in range(0, len(keys), group_size):
-                arriving = self._weights.arrivals(keys[first : first + group_size])
+            for first in range(0, len(keys), at_once):
+                arriving = self._weights.arrivals(keys[first : first + at_once], settles=settles)
                 yield arriving.all()
                 arriving.close()
             return
-        arriving = self._weights.arrivals(keys)
+        arriving = self._weights.arrivals(keys, settles=settles)
         while True:
             if not arriving.has_ready:
                 arriving.release()
                 self._work(arriving)
-            group = arriving.group(group_size)
-            if not group:
+            arrived = arriving.group(at_once)
+            if not arrived:
                 return
-            yield group
+            yield arrived
 
     def _work(self, arriving: Arrivals) -> None:
         """The forecast's arithmetic, as long as there is nothing to compute; then hints at what
@@ -171,6 +188,7 @@ class HostRuntime:
             self._prefetcher.update()
 
     def prefetch(self, layer: int) -> None:
+        self._routing.enter(layer)
         if self._prefetcher is not None:
             self._prefetcher.enter(layer)
 
@@ -183,20 +201,12 @@ class HostRuntime:
                 micro.first_token: attention_metadata(micro, self._kv.page_tokens, self._memory)
                 for micro in batch.micro_batches
             }
-            hidden = math.embed(self._spec, self._embedding(tokens))
+            hidden = math.embed(self._spec, _embedding(self._weights, self._memory, tokens))
             if self._prefetcher is not None:
                 self._prefetcher.begin(batch, self._weights.now())
             self._routing.begin(batch, hidden)
             hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
-
-    def _embedding(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """(T, D) in the stored type: of the resident table, or just those rows from disk."""
-        if not self._weights.cache.fits(Part.EMBED):
-            return self._weights.read_rows(_EMBED, token_ids)
-        with self._weights.lease(_EMBED) as lease:
-            ids_T = self._memory.tensor(token_ids, dtype=torch.int64)
-            return plain(lease.tensors, "weight")[ids_T]
 
     def replay(self, layer: int) -> bool:
         if self._routing.wants_states:
@@ -213,13 +223,21 @@ class HostRuntime:
         self._routers.read(layer, done.at_end)
         return self._routed(layer, done, is_replayed=True)
 
-    def attention(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:
-        part = slice(rows.first_token, rows.first_token + rows.num_tokens)
+    def attend(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:
+        """All of it at once: nothing computes beside this thread."""
         metadata = self._metadata[rows.first_token]
-        self._blocks.attention(layer, weights.tensors, hidden[part], metadata)
+        self._blocks.attention(layer, weights.tensors, _of(hidden, rows), metadata)
 
-    def enter_experts(self, layer: int, weights: Lease, hidden: torch.Tensor) -> Routed:
+    def attended(
+        self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch, begun: None
+    ) -> None:
+        pass
+
+    def enter_experts(
+        self, layer: int, weights: Lease, hidden: torch.Tensor, group: RowGroup
+    ) -> Routed:
         self._routers.read(layer, weights.tensors)
+        hidden = _of(hidden, group)
         routed = self._blocks.route(layer, weights.tensors, hidden)
         shared_TD = self._blocks.shared(layer, weights.tensors, hidden, routed)
         at_end = self._blocks.output_tensors(weights.tensors)
@@ -232,51 +250,49 @@ class HostRuntime:
         self._routing.tell(layer, done.routed, done.hidden_TD)
         return Routed(tuple(counts), _Rows(counts, done, is_replayed))
 
-    def _expert_outputs(self, *shape: int) -> torch.Tensor:
-        """Memory of one layer's expert outputs, the same for all layers of a pass."""
-        if self._outputs is None or self._outputs.shape != shape:
+    def _expert_outputs(self, places: int, width: int) -> torch.Tensor:
+        """Memory of one layer's expert outputs, the same for all layers and groups of a pass."""
+        if self._outputs is None or self._outputs.shape[0] < places:
             self._outputs = None  # freed before the next is made
-            self._outputs = self._memory.empty(*shape)
-        return self._outputs
+            self._outputs = self._memory.empty(places, width)
+        return self._outputs[:places]
 
-    def experts(self, layer: int, group: Sequence[Lease], routed: Routed) -> None:
+    def experts(self, layer: int, arrived: Sequence[Lease], routed: Routed) -> None:
         data: _Rows = routed.data
         block = data.block
-        experts = {lease.key.index: lease.tensors for lease in group}
+        experts = {lease.key.index: lease.tensors for lease in arrived}
         if not (data.is_replayed and self._capture.experts(layer, experts, block)):
             rows = sum(data.counts[expert] for expert in experts)
             self._blocks.experts(layer, experts, block.routed, block.outputs, rows)
 
-    def leave_experts(self, layer: int, hidden: torch.Tensor, routed: Routed) -> None:
+    def leave_experts(self, layer: int, routed: Routed) -> None:
         data: _Rows = routed.data
         block = data.block
         if not (data.is_replayed and self._capture.combine(layer, block)):
             self._blocks.combine(
-                layer, block.at_end, hidden, block.routed, block.outputs, block.shared_TD
+                layer, block.at_end, block.hidden_TD, block.routed, block.outputs, block.shared_TD
             )
 
-    def enter_dense(self, layer: int, weights: Lease, hidden: torch.Tensor) -> _DenseRows:
+    def enter_dense(
+        self, layer: int, weights: Lease, hidden: torch.Tensor, group: RowGroup
+    ) -> _DenseRows:
+        hidden = _of(hidden, group)
         at_end = self._blocks.output_tensors(weights.tensors)
-        return _DenseRows(self._blocks.ffn_input(weights.tensors, hidden), at_end)
+        return _DenseRows(hidden, self._blocks.ffn_input(weights.tensors, hidden), at_end)
 
-    def dense(self, layer: int, weights: Lease, hidden: torch.Tensor, normed: _DenseRows) -> None:
-        self._blocks.dense(layer, weights.tensors, normed.at_end, hidden, normed.normed)
+    def dense(self, layer: int, weights: Lease, normed: _DenseRows) -> None:
+        hidden, normed_TD, at_end = normed
+        self._blocks.dense(layer, weights.tensors, at_end, hidden, normed_TD)
 
     def enter_head(self, hidden: torch.Tensor, batch: Batch) -> _Final:
         self._routing.end(hidden)
         rows, scored = batch.logit_rows, batch.scored_rows
         with self._weights.lease(WeightKey(Part.FINAL)) as lease:
-            h_RD, h_SD = (self._final_norm(lease, hidden, which) for which in (rows, scored))
+            h_RD, h_SD = (self._blocks.final_norm(lease.tensors, hidden, r) for r in (rows, scored))
             bias_V = plain(lease.tensors, "head_bias").clone() if self._spec.head_bias else None
         logits_RV = h_RD.new_empty(len(rows), self._spec.vocab_size)
         scores = RunningLogprobs(batch.targets, self._memory)
         return _Final(h_RD, logits_RV, bias_V, scores, h_SD, 0)
-
-    def _final_norm(self, final: Lease, hidden: torch.Tensor, rows: list[int]) -> torch.Tensor:
-        if len(rows) == hidden.shape[0]:  # all of them: rows come in their order
-            return math.final_norm(self._kernels, self._spec, final.tensors, hidden)
-        picked = hidden[rows]
-        return math.final_norm(self._kernels, self._spec, final.tensors, picked) if rows else picked
 
     def head(self, weights: Lease, final: _Final) -> None:
         w_VD = weights.tensors["weight"]

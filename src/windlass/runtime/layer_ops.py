@@ -1,13 +1,19 @@
 """What a layer computes, module by module, on weights that are given. Knows keys and values and
 where rows are, not where weights come from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from windlass.decoder import block as math
-from windlass.decoder.attention import CosSin, attention_output, project, value_width
+from windlass.decoder.attention import (
+    CosSin,
+    Projected,
+    attention_output,
+    project,
+    value_width,
+)
 from windlass.decoder.moe import dense_ffn, route, shared_expert
 from windlass.decoder.recurrent import recurrent_attention
 from windlass.decoder.rope import RopeTable
@@ -143,6 +149,13 @@ class LayerOps:
             y_TD = dense_ffn(self._kernels, ffn, w, normed)
             math.add_network(self._kernels, self._spec, layer, block, hidden, y_TD)
 
+    def final_norm(self, w: Tensors, hidden: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Those rows before the head, normed."""
+        if len(rows) == hidden.shape[0]:  # all of them: rows come in their order
+            return math.final_norm(self._kernels, self._spec, w, hidden)
+        picked = hidden[rows]
+        return math.final_norm(self._kernels, self._spec, w, picked) if rows else picked
+
     def fill_tables(self, metadata: AttentionMetadata) -> None:
         """Cos and sin of all kinds of rotary positions that the model has."""
         for rope in self._ropes:
@@ -161,11 +174,36 @@ class LayerOps:
         x_TD: torch.Tensor,
         metadata: AttentionMetadata,
     ) -> None:
+        got = self._project(layer, attention, w, x_TD, metadata)
+        o_THv = self._attend(layer, attention, w, got, metadata)
+        y_TD = attention_output(self._kernels, attention, w, o_THv, got.gate_THv)
+        math.add_attention(self._kernels, self._spec, layer, w, x_TD, y_TD)
+
+    def _project(
+        self,
+        layer: int,
+        attention: Gqa | Mla,
+        w: Tensors,
+        x_TD: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> Projected:
+        """Queries of the rows, whose keys and values are written."""
         h_TD = math.attention_input(self._kernels, self._spec, w, x_TD)
         cos_sin = None if attention.rope is None else self._cos_sin(metadata, attention.rope)
         got = project(self._kernels, attention, self._spec.norm, w, h_TD, cos_sin)
         for store, x_TKd in zip(self._kv.stored(layer), (got.key_TKd, got.value_TKv), strict=False):
             self._kernels.write_rows(store, metadata.pages, metadata.offsets, x_TKd)
+        return got
+
+    def _attend(
+        self,
+        layer: int,
+        attention: Gqa | Mla,
+        w: Tensors,
+        got: Projected,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """What the queries find, by head: (T, H, v)."""
         gqa = attention if isinstance(attention, Gqa) else None
         options = AttentionOptions(
             scale=attention.scale,
@@ -174,9 +212,7 @@ class LayerOps:
             sinks_H=floats_or_none(w, "sinks") if gqa and gqa.sinks else None,
         )
         keys, values = self._kv.paged(layer)
-        o_THv = self._kernels.attention(got.q_THd, keys, values, metadata.work, options)
-        y_TD = attention_output(self._kernels, attention, w, o_THv, got.gate_THv)
-        math.add_attention(self._kernels, self._spec, layer, w, x_TD, y_TD)
+        return self._kernels.attention(got.q_THd, keys, values, metadata.work, options)
 
     def _cos_sin(self, metadata: AttentionMetadata, rope: Rope) -> CosSin:
         if rope not in metadata.tables:

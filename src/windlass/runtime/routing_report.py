@@ -6,6 +6,7 @@ from typing import Any
 
 from windlass.forecast.interface import ExpertForecast
 from windlass.runtime.layer_ops import RoutedRows
+from windlass.runtime.routed_groups import RoutedGroups
 from windlass.schedule.batch import Batch
 from windlass.schedule.observer import RoutedTokens, RoutingObserver
 
@@ -19,13 +20,19 @@ class RoutingReport:
         self.wants_states = any(one.wants_states for one in observers)  # of captured layers too
         self._forecast = forecast
         self._observers = tuple(observers)
+        self._groups = RoutedGroups(forecast.outlook)
         self._batch: Batch | None = None
 
     def begin(self, batch: Batch, embedded_TD: Any) -> None:
         """A pass begins."""
         self._batch = batch
+        self._groups.begin(batch)
         for one in (self._forecast, *self._observers):
             one.begin(batch, embedded_TD)
+
+    def enter(self, layer: int) -> None:
+        """The last group of the pass comes to `layer`, or to the head."""
+        self._groups.enter(layer)
 
     def captured(self, layer: int, routed: RoutedRows) -> None:
         """A captured layer was computed; its residual stream has gone on since."""
@@ -35,8 +42,10 @@ class RoutingReport:
                 observer.observe(tokens)
 
     def tell(self, layer: int, routed: RoutedRows, residual_TD: Any) -> None:
-        """`layer` has routed `residual_TD`."""
-        tokens = self._tokens(layer, routed, residual_TD)
+        """`layer` has routed `residual_TD`, the rows of the next group of the pass."""
+        tokens = self._groups.add(self._tokens(layer, routed, residual_TD))
+        if tokens is None:
+            return
         for one in (self._forecast, *self._observers):
             one.observe(tokens)
 

@@ -2,8 +2,9 @@
 those of the device, on a virtual clock. Knows rows, keys, bytes and seconds; no tensor, no file.
 
 The caller is the one thread of a real engine: it waits for weights, and for what it has the lanes
-compute. Attention of several micro-batches may be under way at once where the lanes that it needs
-differ (a device, its link and the host); everything else is waited for before it goes on.
+compute. Attention may be under way beside other micro-batches and the experts of other groups where
+the lanes that it needs differ (a device, its link and the host); everything else is waited for
+before it goes on.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ from windlass.forecast.interface import ExpertForecast
 from windlass.ids import DISK_TO_HOST, Part, Route, WeightKey
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.clock import Clock, Lanes, LaneWork, Span
-from windlass.schedule.batch import Batch, MicroBatch
+from windlass.runtime.routed_groups import RoutedGroups
+from windlass.schedule.batch import Batch, MicroBatch, RowGroup
 from windlass.schedule.observer import RoutedTokens
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.weights.cache import WeightCache
@@ -27,7 +29,13 @@ from windlass.weights.io_queue import IoQueue, Link, Priority, Ticket
 from windlass.weights.residency import Entry, num_slots
 from windlass.weights.slots import Slots
 
-Counts = Mapping[int, int]  # rows by expert, of experts that have any
+
+class _Rows(NamedTuple):
+    """Rows of a layer on their way through its experts: all of a group's, and those of each expert
+    that has any."""
+
+    num_rows: int
+    counts: Mapping[int, int]
 
 
 class Router(Protocol):
@@ -37,8 +45,8 @@ class Router(Protocol):
         """A pass begins; its embedded rows, or None."""
         ...
 
-    def route(self, layer: int, batch: Batch) -> RoutedTokens:
-        """Of all rows of a pass."""
+    def route(self, layer: int, batch: Batch, group: RowGroup) -> RoutedTokens:
+        """Of the rows of a group of the pass."""
         ...
 
     def end(self) -> Any:
@@ -152,24 +160,25 @@ class SimulatedWeights:
         self.cache.release((entry,))
 
     def arrivals(
-        self, keys: Sequence[WeightKey], *, in_groups: bool = False
+        self, keys: Sequence[WeightKey], *, in_sets: bool = False, settles: bool = True
     ) -> Iterator[list[Entry]]:
-        """As they arrive; `in_groups`: group by group, each complete before the next is read."""
+        """As they arrive; `in_sets`: set by set, each complete before the next is read. `settles`:
+        as `WeightCache.begin` has it."""
         size = self.cache.group_size
-        if in_groups:
+        if in_sets:
             for first in range(0, len(keys), size):
-                demand = self.cache.begin(keys[first : first + size])
-                group = []
+                demand = self.cache.begin(keys[first : first + size], settles=settles)
+                arrived = []
                 while (entry := self.cache.next(demand)) is not None:
-                    group.append(entry)
-                yield group
-                self.cache.release(group)
+                    arrived.append(entry)
+                yield arrived
+                self.cache.release(arrived)
             return
-        demand = self.cache.begin(keys)
+        demand = self.cache.begin(keys, settles=settles)
         while (entry := self.cache.next(demand)) is not None:
-            group = [entry, *self.cache.ready(demand, size - 1)]
-            yield group
-            self.cache.release(group)
+            arrived = [entry, *self.cache.ready(demand, size - 1)]
+            yield arrived
+            self.cache.release(arrived)
 
     def fetch(
         self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]
@@ -201,7 +210,8 @@ class SimulatedRuntime:
         self._prefetcher = prefetcher
         self._forecast = forecast
         self._router = router
-        self._num_rows = self._num_logits = 0
+        self._groups = RoutedGroups(forecast.outlook)
+        self._num_logits = 0
         self._batch: Batch | None = None
 
     @property
@@ -218,21 +228,23 @@ class SimulatedRuntime:
     def lease(self, key: WeightKey) -> Iterator[Entry]:
         with self._weights.lease(key) as entry:
             yield entry
-            self._lanes.finish()  # what still computes reads the slot
 
     def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[list[Entry]]:
-        arriving = self._weights.arrivals(keys, in_groups=self._prefetcher is None)
-        group = next(arriving, None)  # its demands come before what the forecast wants
+        arriving = self._weights.arrivals(
+            keys, in_sets=self._prefetcher is None, settles=not self._forecast.outlook.is_open
+        )
+        arrived = next(arriving, None)  # its demands come before what the forecast wants
         has_worked = False
         while self._forecast.work():  # costs nothing here: it is done while weights are waited for
             has_worked = True
         if has_worked and self._prefetcher is not None:
             self._prefetcher.update()
-        while group is not None:
-            yield group
-            group = next(arriving, None)
+        while arrived is not None:
+            yield arrived
+            arrived = next(arriving, None)
 
     def prefetch(self, layer: int) -> None:
+        self._groups.enter(layer)
         if self._prefetcher is not None:
             self._prefetcher.enter(layer)
 
@@ -245,7 +257,7 @@ class SimulatedRuntime:
     # --- a pass -----------------------------------------------------------------------------------
 
     def begin(self, batch: Batch) -> None:
-        self._num_rows = batch.num_tokens
+        self._groups.begin(batch)
         self._num_logits = len(batch.logit_rows) + len(batch.scored_rows)
         self._batch = batch
         if self._weights.cache.fits(Part.EMBED):
@@ -258,35 +270,47 @@ class SimulatedRuntime:
         self._forecast.begin(batch, self._router.begin(batch))
         self._do(self._costs.embed(batch), "embed")
 
-    def attention(self, layer: int, weights: Entry, hidden: None, rows: MicroBatch) -> None:
-        work = self._costs.attention(layer, rows)
-        if work.chains:
-            self._lanes.start(work, "attention")
-        else:
-            self._do(work, "attention")
+    def attend(
+        self, layer: int, weights: Entry, hidden: None, rows: MicroBatch
+    ) -> Callable[[], None]:
+        wait = self._lanes.start(work := self._costs.attention(layer, rows), "attention")
+        if not work.chains:
+            wait()
+        return wait
 
-    def enter_experts(self, layer: int, weights: Entry, hidden: None) -> Routed:
-        self._lanes.finish()  # routing sees all rows
+    def attended(
+        self,
+        layer: int,
+        weights: Entry,
+        hidden: None,
+        rows: MicroBatch,
+        begun: Callable[[], None],
+    ) -> None:
+        begun()
+
+    def enter_experts(self, layer: int, weights: Entry, hidden: None, group: RowGroup) -> Routed:
         assert self._batch is not None, "a layer outside a pass"
-        tokens = self._router.route(layer, self._batch)
-        self._forecast.observe(tokens)
-        self._do(self._costs.route(layer, self._num_rows), "route")
+        tokens = self._router.route(layer, self._batch, group)
         counts = {e: n for e, n in enumerate(np.asarray(tokens.counts_E).tolist()) if n}
-        return Routed(tuple(counts), counts)
+        if (of_all := self._groups.add(tokens)) is not None:
+            self._forecast.observe(of_all)
+        self._do(self._costs.route(layer, group.num_tokens), "route")
+        return Routed(tuple(counts), _Rows(group.num_tokens, counts))
 
-    def experts(self, layer: int, group: Sequence[Entry], routed: Routed) -> None:
-        counts: Counts = routed.data
-        rows = [counts[entry.key.index] for entry in group]
+    def experts(self, layer: int, arrived: Sequence[Entry], routed: Routed) -> None:
+        data: _Rows = routed.data
+        rows = [data.counts[entry.key.index] for entry in arrived]
         self._do(self._costs.experts(layer, rows), "experts")
 
-    def leave_experts(self, layer: int, hidden: None, routed: Routed) -> None:
-        self._do(self._costs.combine(layer, self._num_rows), "combine")
+    def leave_experts(self, layer: int, routed: Routed) -> None:
+        data: _Rows = routed.data
+        self._do(self._costs.combine(layer, data.num_rows), "combine")
 
-    def enter_dense(self, layer: int, weights: Entry, hidden: None) -> None:
-        self._lanes.finish()
+    def enter_dense(self, layer: int, weights: Entry, hidden: None, group: RowGroup) -> int:
+        return group.num_tokens
 
-    def dense(self, layer: int, weights: Entry, hidden: None, normed: None) -> None:
-        self._do(self._costs.dense(layer, self._num_rows), "dense")
+    def dense(self, layer: int, weights: Entry, normed: int) -> None:
+        self._do(self._costs.dense(layer, normed), "dense")
 
     def enter_head(self, hidden: None, batch: Batch) -> None:
         self._forecast.end(self._router.end())
@@ -303,8 +327,7 @@ class SimulatedRuntime:
 
     def _do(self, work: LaneWork, label: str) -> None:
         """The caller waits for `work`."""
-        self._lanes.start(work, label)
-        self._lanes.finish()
+        self._lanes.start(work, label)()
 
     def _read_rows(self, num_rows: int) -> None:
         over: list[bool] = []

@@ -1,6 +1,8 @@
 """The tokens of one pass, frozen. Knows positions and pages, not requests."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from windlass.plan import Schedule
 
@@ -60,13 +62,35 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class RowGroup:
+    """Micro-batches of a pass, one after the other, whose rows go through routing and experts
+    together. While those of one group do, the attention of the others may be under way."""
+
+    first_token: int
+    num_tokens: int
+    micro_batches: tuple[MicroBatch, ...]
+
+    @classmethod
+    def of(cls, micro_batches: Sequence[MicroBatch]) -> "RowGroup":
+        """Of at least one."""
+        tokens = sum(micro.num_tokens for micro in micro_batches)
+        return cls(micro_batches[0].first_token, tokens, tuple(micro_batches))
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """All tokens of one pass, segment by segment. They may read keys and values that earlier ones
-    of the pass write: attention takes the micro-batches of a layer in their order."""
+    """All tokens of one pass, segment by segment, in at least one group. They may read keys and
+    values that earlier ones of the pass write: attention takes the micro-batches of a layer in
+    their order."""
 
     segments: tuple[Segment, ...]
     num_tokens: int
-    micro_batches: tuple[MicroBatch, ...]
+    groups: tuple[RowGroup, ...]
+
+    @property
+    def micro_batches(self) -> list[MicroBatch]:
+        """Of all groups, in their order."""
+        return [micro for group in self.groups for micro in group.micro_batches]
 
     @property
     def sequences(self) -> list[int]:
@@ -104,8 +128,9 @@ class Batch:
         return [token for segment in self.segments for token in segment.targets]
 
 
-def make_batch(segments: list[Segment], *, micro_batch_tokens: int) -> Batch:
-    """Cuts the tokens into micro-batches of at most `micro_batch_tokens` (at least CHUNK_TOKENS).
+def make_batch(segments: list[Segment], *, micro_batch_tokens: int, groups: int = 1) -> Batch:
+    """Cuts the tokens into micro-batches of at most `micro_batch_tokens` (at least CHUNK_TOKENS),
+    and those into so many groups, or as many as there are micro-batches.
 
     A segment is cut only at a position that is a multiple of CHUNK_TOKENS.
     """
@@ -132,7 +157,10 @@ def make_batch(segments: list[Segment], *, micro_batch_tokens: int) -> Batch:
         open_segments.append(rest)
         tokens += rest.num_tokens
     close()
-    return Batch(tuple(segments), sum(s.num_tokens for s in segments), tuple(micro))
+    count = min(groups, len(micro))
+    ends = [len(micro) * i // count for i in range(count + 1)]
+    cut = tuple(RowGroup.of(micro[begin:end]) for begin, end in pairwise(ends))
+    return Batch(tuple(segments), sum(s.num_tokens for s in segments), cut)
 
 
 def is_capturable(batch: Batch) -> bool:
@@ -151,7 +179,7 @@ def passes_of(batch: Batch, schedule: Schedule) -> list[Batch]:
     if schedule == "module-based":
         return [batch]
     return [
-        Batch(micro.segments, micro.num_tokens, (replace(micro, first_token=0),))
+        Batch(micro.segments, micro.num_tokens, (RowGroup.of((replace(micro, first_token=0),)),))
         for micro in batch.micro_batches
     ]
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from windlass.ids import WeightKey
-from windlass.schedule.batch import Batch, MicroBatch
+from windlass.schedule.batch import Batch, MicroBatch, RowGroup
 
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """Rows on their way through the experts of a layer. `data` belongs to the runtime."""
+    """A group's rows on their way through the experts of a layer. `data` belongs to the runtime."""
 
     experts: tuple[int, ...]  # with at least one row, ascending
     data: Any
@@ -36,7 +36,8 @@ class Runtime(Protocol):
         ...
 
     def prefetch(self, layer: int) -> None:
-        """The pass enters `layer` (len(layers) for the head): forecast what comes and fetch it."""
+        """The pass enters `layer` (len(layers) for the head) with its last group: forecast what
+        comes and fetch it."""
         ...
 
     def replay(self, layer: int) -> bool:
@@ -55,32 +56,37 @@ class Runtime(Protocol):
         ...
 
     def arrivals(self, keys: Sequence[WeightKey]) -> Iterator[Any]:
-        """Leases of all `keys` in groups: resident ones first, then as they arrive; each group
-        until the next."""
+        """Leases of all `keys`, several at once: resident ones first, then as they arrive; each
+        until the next are asked for."""
         ...
 
-    def attention(self, layer: int, weights: Any, hidden: Any, rows: MicroBatch) -> None:
-        """Norm, attention and residual of a micro-batch's rows, in place."""
+    def attend(self, layer: int, weights: Any, hidden: Any, rows: MicroBatch) -> Any:
+        """Begins norm and attention of a micro-batch's rows; keys and values are written when it
+        returns, or before any later call needs them -> what `attended` wants to know."""
         ...
 
-    def enter_experts(self, layer: int, weights: Any, hidden: Any) -> Routed:
-        """Norm and routing of all rows, and the shared expert where there is one."""
+    def attended(self, layer: int, weights: Any, hidden: Any, rows: MicroBatch, begun: Any) -> None:
+        """Waits for what `attend` has `begun`; projection and residual, in place."""
         ...
 
-    def experts(self, layer: int, group: Any, routed: Routed) -> None:
-        """A group of experts, each over all of its rows."""
+    def enter_experts(self, layer: int, weights: Any, hidden: Any, group: RowGroup) -> Routed:
+        """Norm and routing of the group's rows, and the shared expert where there is one."""
         ...
 
-    def leave_experts(self, layer: int, hidden: Any, routed: Routed) -> None:
+    def experts(self, layer: int, arrived: Any, routed: Routed) -> None:
+        """Experts that are there, each over all of the group's rows that chose it."""
+        ...
+
+    def leave_experts(self, layer: int, routed: Routed) -> None:
         """Adds every row's expert outputs, in its own routing order, and the residual, in place."""
         ...
 
-    def enter_dense(self, layer: int, weights: Any, hidden: Any) -> Any:
-        """Norm of all rows before a dense feed-forward network."""
+    def enter_dense(self, layer: int, weights: Any, hidden: Any, group: RowGroup) -> Any:
+        """Norm of the group's rows before a dense feed-forward network."""
         ...
 
-    def dense(self, layer: int, weights: Any, hidden: Any, normed: Any) -> None:
-        """Dense feed-forward network and residual, in place."""
+    def dense(self, layer: int, weights: Any, normed: Any) -> None:
+        """Dense feed-forward network and residual of the rows `normed`, in place."""
         ...
 
     def enter_head(self, hidden: Any, batch: Batch) -> Any:

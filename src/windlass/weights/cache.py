@@ -143,12 +143,12 @@ class WeightCache:
             self._resident.set_busy(entry)
             return self._take(entry)
 
-    def begin(self, keys: Iterable[WeightKey]) -> Demand:
-        """Demands `keys` (distinct); reading begins at once, as far as slots and link allow."""
+    def begin(self, keys: Iterable[WeightKey], *, settles: bool = True) -> Demand:
+        """Demands `keys` (distinct, and where it `settles`, of experts, all that their layer needs
+        in this turn); reading begins at once, as far as slots and link allow."""
         with self._changed:
-            demand = Demand()
-            keys = tuple(keys)
-            self._feed.settle(keys)
+            demand, keys = Demand(), tuple(keys)
+            self._feed.settle(keys if settles else ())
             for key in keys:
                 self._requests[key.part] += 1
                 entry = self._resident.entries.get(key)

@@ -55,8 +55,8 @@ class Feed:
         self.pump()
 
     def settle(self, keys: Sequence[WeightKey]) -> None:
-        """`keys` are demanded: of experts, all that their layer needs now. What was guessed of that
-        layer besides is given up, at the border of a block."""
+        """`keys` are demanded: of experts, all that their layer needs in this turn. What was
+        guessed of that layer besides is given up, at the border of a block."""
         if not keys or keys[0].part is not Part.EXPERT:
             return
         layer, needed = keys[0].layer, frozenset(keys)

@@ -143,12 +143,13 @@ class WeightStore:
             assert lease is not None, f"{key} did not arrive"
             return lease
 
-    def arrivals(self, keys: Iterable[WeightKey]) -> "Arrivals":
+    def arrivals(self, keys: Iterable[WeightKey], *, settles: bool = True) -> "Arrivals":
         """Leases of all `keys` (distinct): resident ones first, then as they arrive. Reading begins
-        at once, for as many as slots and link allow; works with a single slot."""
+        at once, for as many as slots and link allow; works with a single slot. `settles`: as
+        `WeightCache.begin` has it."""
         with self._changed:
             self._tidy()
-            return Arrivals(self, self.cache.begin(keys))
+            return Arrivals(self, self.cache.begin(keys, settles=settles))
 
     def read_rows(self, key: WeightKey, rows: Sequence[int]) -> torch.Tensor:
         """Rows of the (V, D) `weight` of `key`, an embedding without slots -> (len(rows), D)."""
