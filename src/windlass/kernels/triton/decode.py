@@ -46,7 +46,7 @@ def decode_blocks(
     if products.itemsize == 4:
         heads = min(8, triton.next_power_of_2(group))  # no tensor core, so none is idle
         is_same = stored.itemsize == 4
-        return DecodeBlocks(heads, 16, split, 8 if key_dim > 128 else 4, 2 if is_same else 1)
+        return DecodeBlocks(heads, 16, split, 8 if key_dim > 128 else 4, 3 if is_same else 1)
     if key_dim <= 256:
         return DecodeBlocks(16, 32, split, 4, 3)
     return DecodeBlocks(32, 32, split, 8, 2) if group >= 64 else DecodeBlocks(16, 16, split, 4, 2)
