@@ -161,7 +161,7 @@ class _Planned(NamedTuple):
     def job(self, *_: object) -> PlannedJob:
         return PlannedJob(self.work, True)
 
-    def row_bytes(self, max_model_len: int) -> int:
+    def row_bytes(self, max_model_len: int, vocab_size: int) -> int:
         return 0  # prompts come as tokens
 
 

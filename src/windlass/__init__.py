@@ -10,13 +10,18 @@ if TYPE_CHECKING:
     from windlass.engine.outputs import CompletionOutput, RequestOutput
     from windlass.llm import LLM
     from windlass.params import SamplingParams
+    from windlass.structured import StructuredOutputs
 
 __version__ = VERSION
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "StructuredOutputs",
+    "__version__",
+]  # fmt: skip
 
 _HOMES = {
     "LLM": "windlass.llm",
     "SamplingParams": "windlass.params",
+    "StructuredOutputs": "windlass.structured",
     "RequestOutput": "windlass.engine.outputs",
     "CompletionOutput": "windlass.engine.outputs",
 }

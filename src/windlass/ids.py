@@ -11,6 +11,7 @@ class Part(StrEnum):
     BLOCK = "block"  # a block's norms, attention, router and shared expert
     FFN = "ffn"  # a block's dense feed-forward network, where it has one instead of experts
     EXPERT = "expert"  # one routed expert
+    JOIN = "join"  # what the layer that drafts has before and after its block
     FINAL = "final"  # last norm, biases of the head
     HEAD = "head"  # a range of rows of the output projection
 

@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 from windlass.errors import UsageError
+from windlass.structured import StructuredOutputs
 
 GREEDY_BELOW = 1e-5  # temperatures under it mean argmax, as in vLLM
 MAX_CHOICES = 16384  # vLLM's VLLM_MAX_N_SEQUENCES: one request must not fill the machine
@@ -16,8 +17,8 @@ _TOO_LARGE = 1e30  # stays finite in the sampler's fp32
 # Fields of vLLM that Windlass does not apply: accepted at their default, else refused.
 _UNSUPPORTED = (
     "repetition_detection", "thinking_token_budget", "flat_logprobs",
-    "logprob_token_ids", "prompt_logprob_token_ids", "prompt_logprob_start", "structured_outputs",
-    "bad_words", "stream_interval", "skip_reading_prefix_cache", "extra_args",
+    "logprob_token_ids", "prompt_logprob_token_ids", "prompt_logprob_start", "bad_words",
+    "stream_interval", "skip_reading_prefix_cache", "extra_args",
 )  # fmt: skip
 
 # generation_config.json's names -> ours. As in vLLM, `do_sample` is not read.
@@ -40,7 +41,8 @@ class SamplingParams:
     """How one request is decoded. Every field is checked here, once; a wrong one raises UsageError.
 
     After construction `stop` and `stop_token_ids` are tuples (None becomes ()), `logit_bias` has
-    int keys (None becomes {}), `top_k` is 0 for "all", `allowed_token_ids` is a tuple or None.
+    int keys (None becomes {}), `top_k` is 0 for "all", `allowed_token_ids` is a tuple or None,
+    `structured_outputs` (a mapping is read) a StructuredOutputs or None.
     `max_tokens` None means the rest of the context.
     """
 
@@ -70,7 +72,7 @@ class SamplingParams:
     logprob_token_ids: Sequence[int] | None = None
     prompt_logprob_token_ids: Sequence[int] | None = None
     prompt_logprob_start: int | None = None
-    structured_outputs: object = None
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
     logit_bias: Mapping[int, float] = None  # type: ignore[assignment]  # None becomes {}
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
@@ -99,6 +101,13 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def structure(self) -> StructuredOutputs | None:
+        """`structured_outputs`, as it was read."""
+        found = self.structured_outputs
+        assert found is None or isinstance(found, StructuredOutputs), "it was read"
+        return found
 
     def _refuse_unsupported(self) -> None:
         defaults = {field.name: field.default for field in fields(self)}
@@ -154,6 +163,9 @@ class SamplingParams:
 
     def _check_constraints(self) -> None:
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        if self.structured_outputs is not None:
+            read = StructuredOutputs.read(self.structured_outputs)
+            object.__setattr__(self, "structured_outputs", read)
         if self.allowed_token_ids is not None:
             allowed = _ids("allowed_token_ids", self.allowed_token_ids)
             if not allowed:

@@ -14,7 +14,8 @@ SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 HOST = "host"
 PART_WORDS: Mapping[Part, str] = {
     Part.EXPERT: "experts", Part.BLOCK: "dense blocks", Part.FFN: "dense networks",
-    Part.HEAD: "head", Part.FINAL: "last norm", Part.EMBED: "embedding",
+    Part.HEAD: "head", Part.JOIN: "join of drafts", Part.FINAL: "last norm",
+    Part.EMBED: "embedding",
 }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(field: str, value: Any) -> 
     "given",
     [
         {"prompt_logprobs": 2}, {"prompt_logprobs": -1}, {"prompt_logprobs": False},
-        {"bad_words": ["x"]}, {"structured_outputs": {"json": {}}},
+        {"bad_words": ["x"]},
         {"thinking_token_budget": 5}, {"flat_logprobs": True}, {"extra_args": {"a": 1}},
         {"repetition_detection": object()}, {"stream_interval": 2}, {"logprob_token_ids": [1]},
         {"skip_reading_prefix_cache": True}, {"prompt_logprob_start": 0},

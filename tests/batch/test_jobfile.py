@@ -48,6 +48,13 @@ def test_rows_keep_order_lines_and_bodies(tmp_path: Path) -> None:
     assert [row.index for row in job.rows(np.array([False, True]))] == [1]
 
 
+def test_rows_that_need_grammars_are_seen(tmp_path: Path) -> None:
+    plain = line("a")
+    assert not JobFile(write(tmp_path / "plain", plain)).wants_grammars
+    body = {"prompt": "hi", "structured_outputs": {"regex": "a"}}
+    assert JobFile(write(tmp_path / "in", plain, line("b", body=body), "x")).wants_grammars
+
+
 def test_last_line_without_newline_crlf_and_bom(tmp_path: Path) -> None:
     path = tmp_path / "in"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(line("a")).encode() + b"\r\n")

@@ -207,7 +207,7 @@ def test_an_engine_that_is_planned_for_its_job_gives_the_same_answers(tmp_path):
             asked.append(longest)
             return Job(Workload((30, 7, 12), (5, 5, 5)), True)
 
-        def row_bytes(self, max_model_len):
+        def row_bytes(self, max_model_len, vocab_size):
             return 0
 
     with open_engine(options, source=Three()) as engine:

@@ -10,8 +10,9 @@ import published_tables as tables
 from published import PUBLISHED
 from quantised_cases import compressed
 from windlass.checkpoint.layout import build_layout, expected_stored
+from windlass.ids import Part, WeightKey
 from windlass.models.names import TensorInfo
-from windlass.models.registry import read_spec
+from windlass.models.registry import read_description, read_spec
 
 _PLAIN = ("lm_head", "re:.*self_attn.*", "re:.*shared_experts.*",
           r"re:.*mlp\.(gate|up|gate_up|down)_proj.*")  # fmt: skip
@@ -57,3 +58,16 @@ def test_the_model_reads_what_is_there(config: dict[str, Any], read: str, unread
         infos[name] = TensorInfo(name, "model.safetensors", dtype, shape, 0, 0)
     layout = build_layout(spec, names, infos)
     assert layout.unused == tuple(sorted(name for name, _ in _tensors(unread)))
+
+
+def test_so_does_the_layer_that_drafts() -> None:
+    """GLM-4.7-Flash, whose layer for multi-token prediction has the model's own embedding and
+    head beside it."""
+    found = read_description(_glm_4_7_flash(), drafts=True)
+    infos = {}
+    for name, shape in _tensors(tables.GLM_4_7_FLASH + tables.GLM_4_7_FLASH_NEXTN[1:]):
+        infos[name] = TensorInfo(name, "model.safetensors", "BF16", shape, 0, 0)
+    layout = build_layout(found.spec, found.names, infos)
+    layer = "model.layers.2."
+    assert layout.unused == (f"{layer}embed_tokens.weight", f"{layer}shared_head.head.weight")
+    assert WeightKey(Part.JOIN, 2) in layout.parts

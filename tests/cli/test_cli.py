@@ -421,12 +421,13 @@ ENGINE = MODEL | {
 OPTIONS = {
     "run-batch": ENGINE | {
         "--input-file", "-i", "--output-file", "-o", "--error-file", "--overwrite", "--resume",
-        "--max-retries", "--no-retry-failed", "--json", "--served-model-name", "-a",
-        "--alias",
+        "--max-retries", "--no-retry-failed", "--json", "--served-model-name", "-a", "--alias",
+        "--tool-call-parser", "--reasoning-parser",
     },
     "serve": ENGINE | {
         "--host", "--port", "--api-key", "--served-model-name", "-a", "--alias",
         "--sse-ping-interval", "--max-requests", "--max-body-size", "--shutdown-timeout",
+        "--tool-call-parser", "--reasoning-parser",
     },
     "generate": ENGINE | {
         "--chat", "--system", "--max-tokens", "-n", "--temperature", "--temp", "--top-p", "--top-k",

@@ -2,19 +2,15 @@
 divided, whether the guesses are right or wrong."""
 
 import json
-from typing import Any
 
 import pytest
 import torch
 
 from backends import LIBRARY
-from drafters import Eager, Oracle
+from drafters import Eager, Oracle, answers, bits, varied_requests
 from engines import engine_for, make_model, prompts, request, run_all
-from families import VOCAB
 from windlass.cli import main
 from windlass.engine.drafting import Drafting
-from windlass.engine.outputs import RequestOutput
-from windlass.engine.request import Request
 from windlass.errors import UsageError
 from windlass.llm import LLM
 from windlass.speculative import SpeculativeConfig
@@ -27,43 +23,6 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     make_model("qwen3_moe", path, dtype=torch.bfloat16)
     return path
-
-
-def _requests() -> list[Request]:
-    """What a sampler, a text and a limit can do to an answer."""
-    texts = prompts([5, 70, 9, 30, 12, 80, 7, 11, 6, 64], seed=3)
-    drawn = {"temperature": 0.9, "seed": 5}
-    asked: list[dict[str, Any]] = [
-        {"logprobs": 3, "max_tokens": 30},
-        {"logprobs": 2, **drawn},
-        {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3, **drawn},
-        {"logit_bias": {7: 4.0, 8: 4.0}, "logprobs": 0, **drawn},
-        {"min_tokens": 9, "stop_token_ids": list(range(0, VOCAB, 3)), "ignore_eos": False},
-        {"n": 2, "logprobs": 1, "prompt_logprobs": 0, **drawn},
-        {"stop": ["w2", "w31"], "max_tokens": 40, **drawn},
-        {"max_tokens": 2},
-        {"max_tokens": 1},
-        {"allowed_token_ids": [4, 5, 6], "top_k": 2, "temperature": 0.7, "seed": 1},
-    ]
-    return [
-        request(f"{i}", text, **{"max_tokens": 20, **more})
-        for i, (text, more) in enumerate(zip(texts, asked, strict=True))
-    ]
-
-
-def _bits(results: dict[str, RequestOutput]) -> dict[str, object]:
-    return {name: (one.outputs, one.prompt_logprobs) for name, one in results.items()}
-
-
-def _answers(path, requests, *, left_pages=None, **options):
-    """Bits of the results, and the engine's counters."""
-    with engine_for(path, max_model_len=160, **options) as engine:
-        kv = engine._admission._kv
-        held = kv.take_pages(kv.num_free_pages - left_pages) if left_pages else []
-        results = run_all(engine, requests, check=not held)
-        kv.give_pages(held)
-        engine.check()
-        return results, engine.stats()
 
 
 def _oracle(results, requests, wrong):
@@ -88,11 +47,11 @@ def _oracle(results, requests, wrong):
     ids=["right", "mixed", "wrong", "int8", "torch", "model-based"],
 )
 def test_answers_are_those_without(folder, options, wrong, monkeypatch):
-    requests = _requests()
-    plain, without = _answers(folder, requests, **options)
+    requests = varied_requests()
+    plain, without = answers(folder, requests, **options)
     monkeypatch.setattr(Drafting, "of", _oracle(plain, requests, wrong))
-    found, stats = _answers(folder, requests, speculative_config=CONFIG, **options)
-    assert _bits(found) == _bits(plain)
+    found, stats = answers(folder, requests, speculative_config=CONFIG, **options)
+    assert bits(found) == bits(plain)
     assert stats.drafts is not None and stats.drafts.proposed > 50
     assert stats.generated_tokens == without.generated_tokens
     assert (stats.drafts.accepted < 5) == (wrong == 1.0)
@@ -107,10 +66,10 @@ def test_so_are_those_of_sequences_that_give_way(folder, wrong, monkeypatch):
         request(f"{i}", text, max_tokens=70, logprobs=1, temperature=0.9)
         for i, text in enumerate(prompts([20, 20, 20]))
     ]
-    plain, without = _answers(folder, requests, left_pages=5)
+    plain, without = answers(folder, requests, left_pages=5)
     monkeypatch.setattr(Drafting, "of", _oracle(plain, requests, wrong))
-    found, stats = _answers(folder, requests, left_pages=5, speculative_config=CONFIG)
-    assert _bits(found) == _bits(plain)
+    found, stats = answers(folder, requests, left_pages=5, speculative_config=CONFIG)
+    assert bits(found) == bits(plain)
     assert stats.num_preemptions and without.num_preemptions
     assert stats.drafts is not None and stats.drafts.accepted > 20
 
@@ -122,16 +81,16 @@ def test_so_are_those_of_other_families(family, tmp_path, monkeypatch):
         request(f"{i}", text, max_tokens=24, logprobs=2, temperature=0.8, seed=i)
         for i, text in enumerate(prompts([9, 70]))
     ]
-    plain, _ = _answers(tmp_path, requests)
+    plain, _ = answers(tmp_path, requests)
     monkeypatch.setattr(Drafting, "of", _oracle(plain, requests, 0.3))
-    found, stats = _answers(tmp_path, requests, speculative_config=CONFIG)
-    assert _bits(found) == _bits(plain)
+    found, stats = answers(tmp_path, requests, speculative_config=CONFIG)
+    assert bits(found) == bits(plain)
     assert stats.drafts is not None and 0 < stats.drafts.accepted < stats.drafts.proposed
 
 
 def test_tokens_of_a_pass_come_as_one_delta(folder, monkeypatch):
     one = request("a", prompts([6])[0], max_tokens=11, n=2)
-    plain, _ = _answers(folder, [one])
+    plain, _ = answers(folder, [one])
     monkeypatch.setattr(Drafting, "of", _oracle(plain, [one], 0.0))
     with engine_for(folder, speculative_config=CONFIG) as engine:
         engine.add(one)
@@ -151,34 +110,34 @@ def test_tokens_of_a_pass_come_as_one_delta(folder, monkeypatch):
 @pytest.mark.skipif(isinstance(LIBRARY, str), reason=f"the native library {LIBRARY}")
 def test_passes_with_guesses_are_captured(folder, monkeypatch):
     one = request("a", prompts([6])[0], max_tokens=40, logprobs=2)
-    plain, _ = _answers(folder, [one])
+    plain, _ = answers(folder, [one])
     monkeypatch.setattr(Drafting, "of", _oracle(plain, [one], 0.1))
     with engine_for(folder, speculative_config=CONFIG) as engine:
         found = run_all(engine, [one])
         capture = engine._parts.runtime._capture  # type: ignore[attr-defined]
         assert capture._passes[5].capture.num_replayed > 0
-    assert _bits(found) == _bits(plain)
+    assert bits(found) == bits(plain)
 
 
 def test_rows_of_guesses_are_never_known_as_a_prompt(folder, monkeypatch):
     """A prompt that goes on as an answer did, beside wrong guesses at the same positions."""
     text = prompts([60])[0]
     first = request("a", text, max_tokens=70)
-    plain, _ = _answers(folder, [first])
+    plain, _ = answers(folder, [first])
     answer = plain["a"].outputs[0].token_ids
     second = request("b", [*text, *answer[:66]], logprobs=1)
-    (wanted, _), wrong = _answers(folder, [second]), _oracle(plain, [first], 1.0)
+    (wanted, _), wrong = answers(folder, [second]), _oracle(plain, [first], 1.0)
     monkeypatch.setattr(Drafting, "of", wrong)
     with engine_for(folder, speculative_config=CONFIG) as engine:
         run_all(engine, [first])
         found = run_all(engine, [second])
         assert engine.stats().prefix_cache_hits == 0
-    assert _bits(found) == _bits(wanted)
+    assert bits(found) == bits(wanted)
 
 
 def test_a_pass_that_fails_takes_nothing_of_a_guess(folder, monkeypatch):
     one = request("a", prompts([6])[0], max_tokens=30, logprobs=1)
-    plain, _ = _answers(folder, [one])
+    plain, _ = answers(folder, [one])
     monkeypatch.setattr(Drafting, "of", _oracle(plain, [one], 0.3))
     with engine_for(folder, speculative_config=CONFIG) as engine:
         engine.add(one)
@@ -189,16 +148,16 @@ def test_a_pass_that_fails_takes_nothing_of_a_guess(folder, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             engine.step()
         monkeypatch.setattr(engine._parts.runtime, "finish", finish)
-        assert _bits(run_all(engine, [])) == _bits(plain)
+        assert bits(run_all(engine, [])) == bits(plain)
 
 
 def test_what_was_seen_before_is_guessed_while_it_pays(folder):
     """Prompt lookup as users get it: when it guesses depends on the clock, the answer does not."""
     text = prompts([8])[0] * 6
     asked = [request(f"{i}", text[i:], max_tokens=60, logprobs=1, n=2) for i in range(2)]
-    plain, _ = _answers(folder, asked)
-    found, stats = _answers(folder, asked, speculative_config=CONFIG)
-    assert _bits(found) == _bits(plain)
+    plain, _ = answers(folder, asked)
+    found, stats = answers(folder, asked, speculative_config=CONFIG)
+    assert bits(found) == bits(plain)
     assert stats.drafts is not None
     assert stats.drafts.passes + stats.drafts.passes_without > 0 and stats.drafts.note
 
@@ -206,12 +165,12 @@ def test_what_was_seen_before_is_guessed_while_it_pays(folder):
 def test_what_became_of_guesses_is_said(folder, capsys):
     arguments = ["generate", "-m", str(folder), "--host-memory", "8GiB", "-n", "40", "--temp", "0",
                  "--max-model-len", "64", "--json", "w5 w6 w7 " * 4]  # fmt: skip
-    answers = []
+    lines = []
     for more in ([], ["--speculative-config", '{"method": "ngram"}']):
         assert main([*arguments, *more]) == 0
         said = capsys.readouterr()
-        answers.append(json.loads(said.out.splitlines()[-1]))
-    plain, guessed = answers
+        lines.append(json.loads(said.out.splitlines()[-1]))
+    plain, guessed = lines
     assert guessed["token_ids"] == plain["token_ids"] and "drafts" not in plain
     assert "drafts: ngram, up to 4 tokens where the last 1 to 3 were seen" in said.err
     assert f"drafts: {guessed['drafts']['accepted']} of " in said.err

@@ -92,6 +92,7 @@ def test_bounds_are_those_of_vllm():
     )  # fmt: skip
     assert read({"method": "ngram", "prompt_lookup_max": 4}).prompt_lookup_min == 4
     assert read({"method": "ngram", "prompt_lookup_min": 2}).prompt_lookup_max == 2
+    assert read({"method": "mtp"}) == read({"method": "mtp", "num_speculative_tokens": 1})
 
 
 @pytest.mark.parametrize(
@@ -99,8 +100,10 @@ def test_bounds_are_those_of_vllm():
     [
         ("{", "speculative_config: not readable as JSON"),
         ([], r"speculative_config: got \[\], allowed an object"),
-        ({}, "speculative_config: method is missing: allowed ngram"),
-        ({"method": "mtp"}, "method: got 'mtp', allowed ngram"),
+        ({}, "speculative_config: method is missing: allowed ngram, mtp"),
+        ({"method": "eagle"}, "method: got 'eagle', allowed ngram, mtp"),
+        ({"method": "mtp", "num_speculative_tokens": 2}, "got 2, allowed 1 with method mtp"),
+        ({"method": "mtp", "prompt_lookup_max": 2}, "prompt_lookup_min: allowed with method"),
         ({"method": "ngram", "model": "x"}, "unknown key: model"),
         ({"method": "ngram", "num_speculative_token": 1}, "did you mean num_speculative_tokens"),
         ({"method": "ngram", "num_speculative_tokens": 0}, "got 0, allowed an integer from 1 to"),

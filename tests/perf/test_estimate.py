@@ -56,6 +56,21 @@ def test_phases_add_up_and_keep_above_their_bounds(lengths, gigabytes, seqs, on_
     assert json.loads(json.dumps(found.to_json()))["phases"].keys() == found.phases.keys()
 
 
+def test_a_layer_that_drafts_costs_as_one_more_of_each_pass():
+    """A layer more of 24, and the matrix that joins its rows."""
+    last = SMALL.blocks[-1]
+    drafting = replace(SMALL, blocks=(*SMALL.blocks, replace(last, drafts=True)))
+    one = replace(SMALL, blocks=(*SMALL.blocks, last))
+    plan = _plan(SMALL, 16 * GIB)
+    for rows in (1, 512):
+        work = PassRun(1, Seen(rows, 100.0 * rows, 0, 0.0), rows)
+        plain, more, most = (
+            ClockedModel(Problem(spec, sizes_of(spec), MACHINE), plan).run(work).busy["host"]
+            for spec in (SMALL, one, drafting)
+        )
+        assert plain < more < most < plain + 3 * (more - plain)
+
+
 WORK = Workload.from_lengths(128, 16, 96)
 
 

@@ -9,6 +9,7 @@ import pytest
 from backends import CPU
 from measured_job import planned_and_peak
 from windlass.checkpoint.synthetic import preset
+from windlass.speculative import SpeculativeConfig
 
 CASES = {
     # multi-head attention: keys and values as wide as queries, many sequences decode at once
@@ -49,6 +50,21 @@ CASES = {
             "tie_word_embeddings": False, "norm_topk_prob": False, "torch_dtype": "bfloat16",
         },
         dict(rows=512, prompts=[120] * 6 + [16] * 26, new=3),
+    ),
+    # a layer that drafts: the states of a pass stay until it has run
+    "drafts": (
+        {
+            "model_type": "glm4_moe", "vocab_size": 512, "hidden_size": 2048,
+            "intermediate_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64,
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1,
+            "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True,
+            "first_k_dense_replace": 0, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0, "hidden_act": "silu", "attention_bias": False,
+            "tie_word_embeddings": False, "num_nextn_predict_layers": 1, "torch_dtype": "bfloat16",
+        },
+        dict(rows=2048, prompts=[708] * 2 + [10] * 60 + [16] * 2, new=2,
+             speculative_config=SpeculativeConfig(method="mtp")),
     ),
     # all weights stay: layers are noted for every number of rows, since one answer ends at a time
     "noted": (

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from windlass.ids import Part, WeightKey
 from windlass.schedule.batch import CHUNK_TOKENS, Segment, make_batch, passes_of
-from windlass.schedule.passes import LayerShape, PassShape, run_pass
+from windlass.schedule.passes import LayerShape, PassShape, run_draft, run_pass
 from windlass.schedule.runtime import Routed
 
 DENSE, EXPERTS = LayerShape(True, "dense"), LayerShape(True, "experts")
@@ -29,6 +29,16 @@ class RecordingRuntime:
     def begin(self, batch):
         self.calls.append(("begin", batch.num_tokens))
         return "hidden"
+
+    def join(self, weights, states, batch):
+        assert weights.part is Part.JOIN and weights in self.held
+        self.calls.append(("join", states, batch.num_tokens))
+        return "hidden"
+
+    def enter_draft_head(self, weights, hidden, batch):
+        assert weights.part is Part.JOIN and weights in self.held and hidden == "hidden"
+        self.calls.append(("draft head", weights.layer))
+        return "final"
 
     def prefetch(self, layer):
         assert all(key == WeightKey(Part.BLOCK, layer) for key in self.held)
@@ -139,6 +149,20 @@ def test_a_pass_runs_attention_by_micro_batch_and_each_expert_once():
         ("head", 0),
         ("head", 1),
     ]
+
+
+def test_the_layer_that_drafts_runs_alone_and_unforeseen():
+    batch = make_batch([_segment(0, 0, 100)], micro_batch_tokens=64)
+    runtime = RecordingRuntime(experts=(2, 3))
+    shape = PassShape((DENSE, EXPERTS), 1, draft=EXPERTS)
+    assert run_draft(runtime, shape, batch, "states") == "logits"
+    assert not runtime.held
+    assert runtime.calls == [
+        ("join", "states", 100), ("attend", 2, 0, 64), ("attend", 2, 64, 36), ("attended", 2, 0),
+        ("attended", 2, 64), ("route", 2, 0, 100), ("experts", 2, 3), ("experts", 2, 2),
+        ("combine", 2), ("draft head", 2), ("head", 0),
+    ]  # fmt: skip
+    assert shape.whole.layers == (DENSE, EXPERTS, EXPERTS)
 
 
 def test_attention_of_the_next_layer_begins_before_other_groups_have_left():

@@ -31,6 +31,7 @@ def _run(folder: str, case: dict[str, Any], backend: Any, result: Connection) ->
         max_num_batched_tokens=case["rows"], max_model_len=max(prompts) + max(new),
         moe_expert_cache_size=case.get("moe_expert_cache_size", "1"), generation_config="vllm",
         moe_backend=backend, kv_cache_dtype=case.get("kv_cache_dtype", "auto"),
+        speculative_config=case.get("speculative_config"),
     )  # fmt: skip
     with open_engine(options) as engine:
         for i, length in enumerate(prompts):

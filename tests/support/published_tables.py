@@ -36,6 +36,31 @@ model.layers.2.mlp.experts.{0-63}.down_proj.weight 2048,1536
 model.layers.2.shared_head.head.weight 154880,2048
 model.layers.2.shared_head.norm.weight 2048
 """
+GLM_4_7_FLASH_NEXTN = """
+model.layers.2.eh_proj.weight 2048,4096
+model.layers.2.embed_tokens.weight 154880,2048
+model.layers.2.enorm.weight 2048
+model.layers.2.hnorm.weight 2048
+model.layers.2.input_layernorm.weight 2048
+model.layers.2.mlp.experts.{0-63}.down_proj.weight 2048,1536
+model.layers.2.mlp.experts.{0-63}.gate_proj.weight 1536,2048
+model.layers.2.mlp.experts.{0-63}.up_proj.weight 1536,2048
+model.layers.2.mlp.gate.e_score_correction_bias 64
+model.layers.2.mlp.gate.weight 64,2048
+model.layers.2.mlp.shared_experts.down_proj.weight 2048,1536
+model.layers.2.mlp.shared_experts.gate_proj.weight 1536,2048
+model.layers.2.mlp.shared_experts.up_proj.weight 1536,2048
+model.layers.2.post_attention_layernorm.weight 2048
+model.layers.2.self_attn.kv_a_layernorm.weight 512
+model.layers.2.self_attn.kv_a_proj_with_mqa.weight 576,2048
+model.layers.2.self_attn.kv_b_proj.weight 8960,512
+model.layers.2.self_attn.o_proj.weight 2048,5120
+model.layers.2.self_attn.q_a_layernorm.weight 768
+model.layers.2.self_attn.q_a_proj.weight 768,2048
+model.layers.2.self_attn.q_b_proj.weight 5120,768
+model.layers.2.shared_head.head.weight 154880,2048
+model.layers.2.shared_head.norm.weight 2048
+"""
 KIMI_K2_5 = """
 language_model.lm_head.weight 163840,7168
 language_model.model.embed_tokens.weight 163840,7168

@@ -19,6 +19,7 @@ from windlass.batch.prompt_lengths import job_lengths
 from windlass.batch.runner import BatchRunner, RunSettings, Stopping
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.expectation import Check
+from windlass.engine.grammars import grammars_bytes
 from windlass.engine.request import WINDOW
 from windlass.engine.service import Service, SteppedEngine
 from windlass.engine.text_limits import most_chars
@@ -26,6 +27,7 @@ from windlass.errors import JobError, UsageError
 from windlass.files import replace_file, sync_folder, temporary_file
 from windlass.params import SamplingParams
 from windlass.phases import PhaseStats
+from windlass.protocol.answers import AUTO, ParserTokenizer, choose_parsers
 from windlass.protocol.openai import ChatTokenizer, ServedModel
 from windlass.workload import Job
 
@@ -36,13 +38,17 @@ class PlanLike(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
+class JobTokenizer(ChatTokenizer, ParserTokenizer, Protocol):
+    """The tokenizer as a job sees it."""
+
+
 class JobEngine(SteppedEngine, Protocol):
     """The engine as a job sees it."""
 
     @property
     def plan(self) -> PlanLike: ...
     @property
-    def tokenizer(self) -> ChatTokenizer: ...
+    def tokenizer(self) -> JobTokenizer: ...
     @property
     def max_model_len(self) -> int: ...
     @property
@@ -83,6 +89,8 @@ class JobOptions:
     strict: bool = False
     retry_failed: bool = True
     max_retries: int = 2
+    tool_call_parser: str = AUTO
+    reasoning_parser: str = AUTO
 
     @property
     def journal_file(self) -> Path:
@@ -137,10 +145,12 @@ class LeftRows:
         model = ServedModel(names, tokenizer, longest, params, now=now)
         return job_lengths(self.file, self.ledger.open_rows, model)
 
-    def row_bytes(self, max_model_len: int) -> int:
-        """What the largest row takes while it is read and made into tokens."""
+    def row_bytes(self, max_model_len: int, vocab_size: int) -> int:
+        """What the largest row takes while it is read and made into tokens, and grammars, where a
+        row has any."""
         most = most_chars(max_model_len)
-        return max((row.needed_bytes(most) for row in self.file.long_rows), default=0)
+        own = max((row.needed_bytes(most) for row in self.file.long_rows), default=0)
+        return own + (grammars_bytes(vocab_size) if self.file.wants_grammars else 0)
 
 
 def run_job(
@@ -299,6 +309,9 @@ def _runner(
         engine.default_params,
         now=manifest.created,  # a resume on another day must render the same prompts
         limited_by=engine.limited_by,
+        parsers=choose_parsers(
+            engine.tokenizer, options.tool_call_parser, options.reasoning_parser
+        ),
     )
     settings = RunSettings(manifest.created, options.max_retries, WINDOW * engine.capacity)
     return BatchRunner(service, model, ledger, settings)

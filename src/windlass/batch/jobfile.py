@@ -24,6 +24,7 @@ DIGEST_BYTES = 16
 _FIELDS = ("custom_id", "method", "url", "body")
 _BOM = b"\xef\xbb\xbf"
 _TELL_EVERY_S = 0.25
+_STRUCTURES = ("response_format", "structured_outputs", "tool_choice")  # may ask for a grammar
 _MAX_REPORTED = 10  # of duplicates or malformed lines, in one message
 _LONG_LINE = 1 << 16  # bytes; what shorter ones take while they are read is not counted
 _BODY_COPIES = 3  # of a body, before its prompt is text
@@ -87,6 +88,7 @@ class JobFile:
         self._digests = bytearray()
         self.num_malformed = 0
         self.long_rows: list[LongRow] = []
+        self.wants_grammars = False  # whether a row may ask what its answer must look like
         self._scan(notes, strict=strict)
 
     def __len__(self) -> int:
@@ -133,6 +135,7 @@ class JobFile:
                     ids += _id_hash(row)
                     if row.long is not None:
                         self.long_rows.append(row.long)
+                    self.wants_grammars |= any(name in (row.body or ()) for name in _STRUCTURES)
                     if row.malformed is not None:
                         self.num_malformed += 1
                         if len(malformed) < _MAX_REPORTED:

@@ -96,7 +96,7 @@ def sizes_of(model: CheckpointFolder, options: EngineOptions, backend: Backend) 
     slots = slot_bytes(model.layout, tensors)
     return Sizes(
         process_bytes=(
-            resident_bytes() + copied_bytes(model.layout, tensors) + _maps_bytes(model.spec, options)
+            resident_bytes() + copied_bytes(model.layout, tensors) + _maps_bytes(model.spec.trunk, options)
         ),
         slot_bytes=slots,
         num_parts=Counter(key.part for key in model.layout.parts),
@@ -109,7 +109,7 @@ def sizes_of(model: CheckpointFolder, options: EngineOptions, backend: Backend) 
         state_bytes=state_bytes(shapes),
         backend=backend,
         weight_kinds=weight_kinds(model.layout, tensors),
-        forecast_bytes=_forecast_bytes(model.spec, options),
+        forecast_bytes=_forecast_bytes(model.spec.trunk, options),
         drafts=guessed.num_speculative_tokens if guessed else 0,
         draft_bytes_per_token=bytes_per_known_token(guessed) if guessed else 0,
     )

@@ -66,7 +66,7 @@ def make_outfit(
     options: EngineOptions, model: CheckpointFolder, plan: Plan, stamp: str, opened: ExitStack
 ) -> Outfit:
     """As `options` say. `stamp`: the checkpoint's. What has to be closed is left to `opened`."""
-    table = ExpertTable.of(model.spec)
+    table = ExpertTable.of(model.spec.trunk)
     slots = plan.host.of(Part.EXPERT).slots
     usage = None
     if isinstance(options.expert_usage, Path) and slots < len(table):

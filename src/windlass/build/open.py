@@ -22,6 +22,8 @@ from windlass.engine.admission import Admission, Decoding
 from windlass.engine.drafting import Drafting
 from windlass.engine.bursts import Turns
 from windlass.engine.engine import Engine, EngineParts, EngineSetup
+from windlass.engine.grammars import Grammars
+from windlass.engine.layer_drafts import LayerDrafts
 from windlass.engine.request_rules import RequestRules
 from windlass.engine.tokenizer import Tokenizer
 from windlass.engine.tokenizer import load as load_tokenizer
@@ -29,14 +31,16 @@ from windlass.errors import UsageError
 from windlass.forecast.learned import source_words
 from windlass.hardware.assumed import assumed_profile
 from windlass.hardware.profile import HardwareProfile
+from windlass.ids import Part
 from windlass.kernels.interface import Kernels
 from windlass.kernels.select import choose_kernels
 from windlass.kvcache.kv_cache import (
     KvCache,
 )
+from windlass.weights.eviction import EvictionPolicy
 from windlass.weights.store import WeightStore
 from windlass.weights.transfer import Carrier
-from windlass.checkpoint.folder import (CheckpointFolder, read_model)
+from windlass.checkpoint.folder import CheckpointFolder, read_model
 from windlass.build.expected import EngineExpectation
 from windlass.build.foresight import follows_sequences, make_outfit
 from windlass.build.routers import read_routers
@@ -61,9 +65,10 @@ from windlass.planner.budget import PlanConstraints
 from windlass.perf.sizes import Sizes
 from windlass.planner.choose import Chosen, choose_plan, plain_plan
 from windlass.planner.validate import validate_plan
+from windlass.prefetch.draft_experts import DraftExperts
 from windlass.prefetch.guard import WindowGuard
-from windlass.runtime.host import HostRuntime, Machine
-from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec
+from windlass.runtime.host import DraftingHostRuntime, HostRuntime, Machine
+from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec, Moe
 from windlass.trace import Tracer
 from windlass.units import MIB, format_bytes
 from windlass.version import VERSION
@@ -86,8 +91,9 @@ class JobSource(Protocol):
         that name none. `longest`: tokens of the longest sequence that the model allows."""
         ...
 
-    def row_bytes(self, max_model_len: int) -> int:
-        """What the largest request takes beside the engine while it is read and tokenised."""
+    def row_bytes(self, max_model_len: int, vocab_size: int) -> int:
+        """What requests take beside the engine: the largest while it is read and tokenised, and
+        grammars of answers. `vocab_size`: of the tokenizer."""
         ...
 
 
@@ -131,9 +137,7 @@ def open_engine(
         if device is None:
             device = CpuDevice(setup.plan.read_threads, tracer=tracer)
             opened.callback(device.close)
-        engine = _assemble(
-            setup, options, model, Machine(kernels, device, tracer), device, opened
-        )
+        engine = _assemble(setup, options, model, Machine(kernels, device, tracer), device, opened)
     return engine
 
 
@@ -158,7 +162,8 @@ def _setup(
     wanted = wanted_of(options, model)
     problem = Problem(model.spec, sizes, profile)
     chosen = _choose(_Choice(problem, wanted, options, replayed), job)
-    beside = source.row_bytes(chosen.plan.max_model_len) if source else 0
+    longest_row = chosen.plan.max_model_len
+    beside = source.row_bytes(longest_row, tokenizer.vocab_size) if source else 0
     if beside:  # known only now: texts that no prompt can be so long as are not tokenised
         sizes = replace(sizes, process_bytes=sizes.process_bytes + beside)
         problem = replace(problem, sizes=sizes)
@@ -167,7 +172,9 @@ def _setup(
     return EngineSetup(
         plan=plan,
         notes=(
-            *model.spec.limits(), *chosen.lines(), *([speculative.line()] if speculative else ())
+            *model.spec.limits(),
+            *chosen.lines(),
+            *([speculative.line()] if speculative else ()),
         ),
         speculative=speculative,
         tokenizer=tokenizer,
@@ -179,7 +186,10 @@ def _setup(
             eos_token_ids=tokenizer.eos_token_ids,
             seed=options.seed,
             prefix_caching=plan.prefix_caching,
-            limited_by=model.spec.limited_by if plan.max_model_len == model.spec.max_positions else "",
+            grammars=Grammars(tokenizer, model.spec.vocab_size),
+            limited_by=model.spec.limited_by
+            if plan.max_model_len == model.spec.max_positions
+            else "",
         ),
         fingerprint=_fingerprint(model, tokenizer, options, backend),
         expectation=EngineExpectation(chosen),
@@ -229,11 +239,14 @@ def _assemble(
     """The engine, which takes over what `opened` holds. Nothing made here may hold the engine: one
     that is dropped must end by itself."""
     plan, spec, tracer = setup.plan, model.spec, machine.tracer
-    assert not (plan.prefix_caching and plan.host.state_slots), "no state is kept of a prompt's prefix"
+    assert not (plan.prefix_caching and plan.host.state_slots), (
+        "no state is kept of a prompt's prefix"
+    )
     shape = pass_shape(spec, model.layout)
     outfit = make_outfit(options, model, plan, str(setup.fingerprint["model"]), opened)
     weights = WeightStore(
-        model.layout, model.source, Carrier(device), plan.host.slots, policy=outfit.chosen.policy,
+        model.layout, model.source, Carrier(device), plan.host.slots,
+        policy=_with_drafts(outfit.chosen.policy, spec, plan.host.of(Part.EXPERT).slots),
         tracer=tracer,
     )  # fmt: skip
     opened.callback(weights.close)
@@ -248,14 +261,15 @@ def _assemble(
         state_slots=plan.host.state_slots,
     )
     foresight = outfit.foresight(plan, shape, weights.cache)
-    runtime = HostRuntime(
-        spec,
-        machine,
-        weights,
-        kv,
-        foresight,
-    )
+    kind = DraftingHostRuntime if spec.drafts else HostRuntime
+    runtime = kind(spec, machine, weights, kv, foresight)
     drafting = None if setup.speculative is None else Drafting.of(setup.speculative)
+    layer_drafts = None
+    if isinstance(runtime, DraftingHostRuntime):
+        assert drafting is not None, "a layer that drafts is read where it is asked for alone"
+        layer_drafts = LayerDrafts(
+            runtime, shape, drafting, micro_batch_tokens=plan.micro_batch_tokens
+        )
     guard = None if setup.keeps_bursts else WindowGuard(window=_BURST_STRETCHES)
     admission = Admission(
         kv,
@@ -274,6 +288,7 @@ def _assemble(
             weights=weights,
             admission=admission,
             drafting=drafting,
+            layer_drafts=layer_drafts,
             device=device,
             tracer=tracer,
             resources=opened.pop_all(),
@@ -281,6 +296,14 @@ def _assemble(
             forecast_sources=partial(source_words, outfit.forecast),
         ),
     )
+
+
+def _with_drafts(policy: EvictionPolicy, spec: ModelSpec, slots: int) -> EvictionPolicy:
+    """`policy`, which knows the layers of a pass, where there is one more."""
+    if not spec.drafts:
+        return policy
+    share = max(1, slots // sum(isinstance(block.ffn, Moe) for block in spec.blocks))
+    return DraftExperts(policy, len(spec.blocks) - 1, slots=slots, share=share)
 
 
 def _known_cache_dtype(plan: Plan) -> Any:

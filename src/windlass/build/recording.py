@@ -20,7 +20,7 @@ def open_recorder(
     if path is None:
         return None
     header = trace_header(
-        model.spec,
+        model.spec.trunk,
         model=model_name(model.folder),
         stamp=stamp,
         inputs=inputs,

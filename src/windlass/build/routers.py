@@ -11,9 +11,9 @@ from windlass.weights.store import WeightStore
 
 
 def read_routers(spec: ModelSpec, weights: WeightStore) -> list[Router]:
-    """Of all layers with experts, in order. Reads their blocks, one at a time."""
+    """Of all layers of a pass with experts, in order. Reads their blocks, one at a time."""
     routers = []
-    for layer, block in enumerate(spec.blocks):
+    for layer, block in enumerate(spec.trunk.blocks):
         if isinstance(block.ffn, Moe):
             with torch.inference_mode(), weights.lease(WeightKey(Part.BLOCK, layer)) as lease:
                 routers.append(_router(router_weights(spec, layer, lease.tensors)))

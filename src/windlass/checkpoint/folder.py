@@ -40,16 +40,19 @@ def read_model(options: EngineOptions, opened: ExitStack) -> CheckpointFolder:
     and is not read is logged (level WARNING), or raises ModelError where `options.strict`."""
     folder = resolve_model(options.model)
     config = read_config(folder)
-    description = read_description(config)
+    guessed = options.speculative_config
+    drafts = guessed is not None and guessed.method == "mtp"
+    description = read_description(config, drafts=drafts)
     spec, names = description.spec, description.names
     _check_quantization(options.quantization, names)
     source: WeightSource
     if options.load_format == "dummy":
-        source = random_source(config, seed=options.seed)
+        source = random_source(config, seed=options.seed, drafts=drafts)
     else:
         source = Checkpoint(folder, mode=options.load_mode)
     opened.callback(source.close)
     spec = with_stored_head(spec, names, source.tensors)
+    _check_drafts(spec, source)
     layout = build_layout(spec, names, source.tensors)
     notes = (*description.notes, *layout.notes)
     for note in notes:
@@ -57,6 +60,16 @@ def read_model(options: EngineOptions, opened: ExitStack) -> CheckpointFolder:
             raise ModelError(f"{note}; under strict nothing of the kind is allowed")
         _logger.warning(note)
     return CheckpointFolder(folder, config, spec, layout, source, notes)
+
+
+def _check_drafts(spec: ModelSpec, source: WeightSource) -> None:
+    layer = f"layers.{len(spec.blocks) - 1}."
+    if spec.drafts and not any(layer in name for name in source.tensors):
+        raise UsageError(
+            "speculative_config: method: got 'mtp', allowed ngram for these files: they have no"
+            f" tensor of {layer.removesuffix('.')}, the layer for multi-token prediction that"
+            " config.json names"
+        )
 
 
 def _check_quantization(asserted: str | None, names: NameMap) -> None:

@@ -54,6 +54,7 @@ ITEM_BYTES: Mapping[str, int] = {
 # spec does not claim means that config.json and weights disagree, which is an error.
 _UNUSED = (
     r"(^|\.)mtp[._]",  # multi-token prediction
+    r"\.layers\.\d+\.(embed_tokens|shared_head\.head)\.",  # of it: copies of the model's own
     r"\.rotary_emb\.inv_freq$",  # computed, written by old versions of transformers
     r"\.[qkv]_(scale|zero_point)$",  # of quantised queries, keys and values
     r"^(model\.)?((embed_)?(vision|visual|audio|image)|(mm_|multi_modal_)?projector|resampler)[._]",

@@ -18,7 +18,7 @@ PLAIN_TYPES = ("BF16", "F16", "F32")
 # Quantised where config.json says so of linear modules. Of the others here (routers and gates are
 # linear modules in some programs only, the head by its own setting), the tensors on disk decide.
 _LINEAR = re.compile(r"(.*_proj|[kv]_up|shared\.(gate|up|down))\.weight|gate|up|down")
-_PERHAPS_LINEAR = re.compile(r"(router|shared\.mix|[ab]_proj)\.weight")
+_PERHAPS_LINEAR = re.compile(r"(router|shared\.mix|join|[ab]_proj)\.weight")
 
 
 def trunk_prefix(names: NameMap, tensors: Mapping[str, TensorInfo]) -> str:

@@ -18,7 +18,7 @@ from windlass.checkpoint.layout import ITEM_BYTES, Expected, expected_stored
 from windlass.checkpoint.safetensors import INDEX_FILE, encode_header, natural_key, shard_name
 from windlass.errors import UsageError
 from windlass.models.names import TensorInfo
-from windlass.models.registry import read_spec
+from windlass.models.registry import read_description
 from windlass.models.spec import ModelSpec, RmsNorm
 from windlass.units import GIB, MIB, format_bytes
 
@@ -121,10 +121,12 @@ def write_random_checkpoint(
 
 
 def random_source(
-    config: Mapping[str, Any], *, dtype: str = "bfloat16", seed: int = 0
+    config: Mapping[str, Any], *, dtype: str = "bfloat16", seed: int = 0, drafts: bool = False
 ) -> "RandomSource":
-    """Weights of `write_random_checkpoint` without files, to run a configuration alone."""
-    return RandomSource(_Weights(config, dtype=dtype, seed=seed, shard_bytes=4 * GIB))
+    """Weights of `write_random_checkpoint` without files, to run a configuration alone. `drafts`:
+    with the layer that drafts."""
+    weights = _Weights(config, dtype=dtype, seed=seed, shard_bytes=4 * GIB, drafts=drafts)
+    return RandomSource(weights)
 
 
 class RandomSource:
@@ -167,11 +169,18 @@ class _Weights:
     """Where each tensor lies, and its bytes."""
 
     def __init__(
-        self, config: Mapping[str, Any], *, dtype: str, seed: int, shard_bytes: int
+        self,
+        config: Mapping[str, Any],
+        *,
+        dtype: str,
+        seed: int,
+        shard_bytes: int,
+        drafts: bool = False,
     ) -> None:
         if dtype not in DTYPES:
             raise UsageError(f"dtype: got {dtype!r}, allowed {', '.join(DTYPES)}")
-        self.spec, names = read_spec(config)
+        described = read_description(config, drafts=drafts)
+        self.spec, names = described.spec, described.names
         self._seed = seed
         expected = expected_stored(self.spec, names)
         types = {

@@ -6,7 +6,14 @@ from typing import NamedTuple
 
 from windlass.ids import Part, WeightKey
 from windlass.models.names import NameMap, TensorSource, TensorSources
-from windlass.models.shapes import Shapes, block_shapes, ffn_shapes, final_shapes, table_shape
+from windlass.models.shapes import (
+    Shapes,
+    block_shapes,
+    ffn_shapes,
+    final_shapes,
+    join_shapes,
+    table_shape,
+)
 from windlass.models.spec import Ffn, ModelSpec, Recurrent
 
 
@@ -37,6 +44,8 @@ def _wanted_block(spec: ModelSpec, names: NameMap, layer: int) -> Iterator[Wante
     attention = names.recurrent if is_recurrent else names.attention
     sources = {**names.block, **attention, **names.moe}
     yield from _wanted(WeightKey(Part.BLOCK, layer), block_shapes(spec, layer), sources)
+    if block.drafts:
+        yield from _wanted(WeightKey(Part.JOIN, layer), join_shapes(spec), names.join)
     if block.ffn is None:
         return
     if isinstance(block.ffn, Ffn):

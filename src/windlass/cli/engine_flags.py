@@ -132,8 +132,9 @@ ENGINE_FLAGS = (
     Flag(name="speculative-config", read=_speculative_config, metavar="JSON", group=_BATCHING,
          help="guess next tokens and compute several in a pass, while that is faster; results are "
          'the same bits. {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, '
-         '"prompt_lookup_min": 1}: what followed the last 3 to 1 tokens when they were seen before'
-         ' (default: off)'),
+         '"prompt_lookup_min": 1}: what followed the last 3 to 1 tokens when they were seen before;'
+         ' {"method": "mtp"}: what the model\'s layer for multi-token prediction says'
+         " (default: off)"),
     Flag(name="threads", aliases=("-t",), read=integer(1), metavar="N", group=_BATCHING,
          help="of computation (default: one per core that affinity and quotas allow)"),
     Flag(name="moe-backend", read=choice("auto", "torch", "cpu"), default="auto", metavar="NAME",

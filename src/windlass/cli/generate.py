@@ -154,7 +154,7 @@ class _OneJob:
 
         return single_request(len(self.encode(tokenizer, longest)), self.values["max_tokens"])
 
-    def row_bytes(self, max_model_len: int) -> int:
+    def row_bytes(self, max_model_len: int, vocab_size: int) -> int:
         return 0  # the prompt is tokenised before memory is planned
 
 

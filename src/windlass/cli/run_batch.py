@@ -14,6 +14,7 @@ from windlass import __version__
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer
 from windlass.cli.output import drop_output
+from windlass.cli.parser_flags import PARSER_FLAGS
 from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
 from windlass.cli.summary import (
     burst_lines,
@@ -39,7 +40,8 @@ EXIT_ROWS_FAILED = 3
 _LAST_SECOND = 253402300799  # of the year 9999, where calendars end
 _FILES, _JOB = "files", "job"
 # what results depend on; everything else may change between two runs of one job
-_IDENTITY = ("dtype", "kv_cache_dtype", "load_format", "generation_config", "seed")
+_IDENTITY = ("dtype", "kv_cache_dtype", "load_format", "generation_config", "seed",
+             "tool_call_parser", "reasoning_parser")  # fmt: skip
 
 
 def _path(text: str) -> Path:
@@ -68,6 +70,7 @@ FLAGS = (
          help="end standard output with one line of JSON"),
     Flag(name="served-model-name", aliases=("-a", "--alias"), metavar="NAME", group="model",
          help="the name requests may use and responses carry (default: the model's)"),
+    *PARSER_FLAGS,
     *ENGINE_FLAGS,
     CONFIG_FLAG,
 )  # fmt: skip
@@ -170,6 +173,8 @@ def _job_options(values: Mapping[str, Any], engine: EngineOptions) -> "JobOption
         strict=values["strict"],
         retry_failed=not values["no_retry_failed"],
         max_retries=values["max_retries"],
+        tool_call_parser=values["tool_call_parser"],
+        reasoning_parser=values["reasoning_parser"],
     )
 
 

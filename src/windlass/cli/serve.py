@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options, say_line
 from windlass.cli.flags import Command, Flag, integer, number, size
+from windlass.cli.parser_flags import PARSER_FLAGS
 from windlass.cli.summary import plan_lines
 from windlass.doctor.kept import kept_profile, with_kept_usage
 from windlass.errors import UsageError
@@ -56,6 +57,7 @@ FLAGS = (
          help="longest request (default 64MiB)"),
     Flag(name="shutdown-timeout", read=_seconds, metavar="S", default=30.0, group=_SERVER,
          help="seconds that answers get to end after SIGTERM (default 30)"),
+    *PARSER_FLAGS,
     *(flag for flag in ENGINE_FLAGS),
     CONFIG_FLAG,
 )  # fmt: skip
@@ -89,6 +91,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     def load(note: Callable[[str], None]) -> "Loaded":
         from windlass.build.open import open_engine
         from windlass.engine.service import Service
+        from windlass.protocol.answers import choose_parsers
         from windlass.protocol.openai import ServedModel
 
         def downloaded(done: int, total: int) -> None:
@@ -96,18 +99,33 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
 
         options = with_kept_usage(located.with_weights(say_line, downloaded))
         note("opening the checkpoint, planning memory")
-        engine = open_engine(options, profile=kept_profile(options))
+        engine = open_engine(options, source=_Clients(), profile=kept_profile(options))
         for line in plan_lines(engine):
             say_line(line)
         served = ServedModel(
             names, engine.tokenizer, engine.max_model_len, engine.default_params,
             limited_by=engine.limited_by,
+            parsers=choose_parsers(
+                engine.tokenizer, values["tool_call_parser"], values["reasoning_parser"]
+            ),
         )  # fmt: skip
         return Loaded(Service(engine), served, engine.tokenizer, _facts(engine))
 
     address = Address(host=values["host"], port=values["port"], keys=keys)
     serve(make_state(names, limits), address, load, say=say_line)
     return 0
+
+
+class _Clients:
+    """Whoever will ask, for the planner: nothing is known of their prompts."""
+
+    def job(self, tokenizer: object, params: object, longest: int) -> None:
+        return None
+
+    def row_bytes(self, max_model_len: int, vocab_size: int) -> int:
+        from windlass.engine.grammars import grammars_bytes
+
+        return grammars_bytes(vocab_size)
 
 
 def _model(values: Mapping[str, Any]) -> str:

@@ -43,6 +43,20 @@ def attention_input(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor)
     return _norm(k, spec, w, "input_norm", x_TD)
 
 
+def join(
+    k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor, states_TD: torch.Tensor
+) -> torch.Tensor:
+    """What enters a block that drafts: of embedded tokens, and of the model's last state of the
+    token before each, after its last norm."""
+    parts = _norm(k, spec, w, "embed_norm", x_TD), _norm(k, spec, w, "state_norm", states_TD)
+    return k.linear(torch.cat(parts, 1), w["join.weight"])
+
+
+def draft_norm(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
+    """What the head reads of a block that drafts."""
+    return _norm(k, spec, w, "draft_norm", x_TD)
+
+
 def ffn_input(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:
     """What the dense network or the shared expert of a block reads."""
     return _norm(k, spec, w, "post_norm", x_TD)

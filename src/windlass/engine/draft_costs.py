@@ -43,10 +43,11 @@ class Mean:
 
 class Chances:
     """How often guesses of a sequence are right, by their kind and by how many before them were.
-    Begins with what is known of `others`, or with none."""
+    Begins with what is known of `others`, or with `believed`."""
 
-    def __init__(self, others: "Chances | None" = None) -> None:
+    def __init__(self, others: "Chances | None" = None, *, believed: float = 0.0) -> None:
         self._others = others
+        self._believed = believed
         self._seen: dict[tuple[int, int], Mean] = {}
 
     def add(self, kind: int, place: int, is_right: bool) -> None:
@@ -56,7 +57,7 @@ class Chances:
 
     def of(self, kind: int, place: int) -> float:
         """Of the guess at `place`, if all before it are right."""
-        before = self._others.of(kind, place) if self._others is not None else 0.0
+        before = self._others.of(kind, place) if self._others is not None else self._believed
         seen = self._seen.get((kind, place))
         return before if seen is None else seen.value(_DOUBT, before)
 

@@ -1,15 +1,16 @@
 """Which guesses the next pass computes, and what became of them. One owner, the engine's thread.
 
 Guesses are made and compared with what is drawn whether a pass computes them or not: how often they
-are right is known without a row. What a row costs is measured in passes with and without. None of
-it changes a token: a guess counts only where it is what the sampler draws.
+are right is known without a row; but for those of a layer, which cost time. What a row costs is
+measured in passes with and without. None of it changes a token: a guess counts only where it is
+what the sampler draws.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from windlass.engine.draft_costs import Chances, Guard, Mean, RowCost, most_useful
-from windlass.engine.drafts import Drafter, Guess, PromptLookup
+from windlass.engine.drafts import Drafter, Guess, LayerGuess, PromptLookup
 from windlass.engine.engine_stats import DraftStats
 from windlass.engine.sequence import Sequence
 from windlass.phases import PhaseStats
@@ -18,6 +19,9 @@ from windlass.speculative import SpeculativeConfig
 
 _NOTHING = Guess((), 0)
 _LAST = 64  # proposals that a note speaks of
+# What is believed of a layer's guess before any was compared: 0.85 to 0.9 are reported of
+# DeepSeek-V3's (arXiv 2412.19437, section 5.4.3)
+_BELIEVED = 0.8
 
 
 @dataclass(slots=True)
@@ -43,11 +47,14 @@ class _State:
 class Drafting:
     """Guesses for all sequences of an engine, at most `most` tokens for each."""
 
-    def __init__(self, most: int, make: Callable[[], Drafter]) -> None:
+    def __init__(self, most: int, make: Callable[[], Drafter], *, is_heard: bool = False) -> None:
+        """`is_heard`: guesses cost time, so that they are made only while they are wanted: none in
+        windows without, all in windows with, whose seconds count theirs."""
         self.most = most
         self._make = make
+        self._is_heard = is_heard
         self._followers: dict[int, _Follower] = {}  # by a sequence's number
-        self._chances = Chances()  # of all sequences
+        self._chances = Chances(believed=_BELIEVED if is_heard else 0.0)  # of all sequences
         self._states: dict[int, _State] = {}  # by the number of decoding sequences
         self._state = _State(1)  # of the last pass, which the next is likely to be as
         self._could_guess = False  # for some sequence of the next pass
@@ -57,7 +64,20 @@ class Drafting:
 
     @classmethod
     def of(cls, config: SpeculativeConfig) -> "Drafting":
+        if config.method == "mtp":
+            return cls(config.num_speculative_tokens, LayerGuess, is_heard=True)
         return cls(config.num_speculative_tokens, lambda: PromptLookup(config))
+
+    @property
+    def wants_guesses(self) -> bool:
+        """Whether the next pass is to have guesses that cost time."""
+        return self._state.guard.is_on
+
+    def hear(self, sequence: Sequence, token_id: int) -> None:
+        """What the model's own layer guesses of the token after the sequence's last."""
+        drafter = self._follow(sequence).drafter
+        assert isinstance(drafter, LayerGuess), "a guess that nobody asked for"
+        drafter.hear(token_id)
 
     def propose(self, sequence: Sequence) -> tuple[int, ...]:
         """Tokens that are worth a row each behind the sequence's last; none while they do not
@@ -67,7 +87,9 @@ class Drafting:
         if follower.num_right == len(follower.watched.token_ids):
             follower.watched, follower.num_right = guess, 0
         chances = follower.chances.together(guess.kind, len(guess.token_ids))
-        self._first.add(chances[0] if chances else 0.0)
+        if chances or not self._is_heard:
+            self._first.add(chances[0] if chances else 0.0)
+        self._could_guess |= self._is_heard
         cost, guard = self._state.cost, self._state.guard
         if not chances or chances[0] <= cost.hoped:
             return ()

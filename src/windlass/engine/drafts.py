@@ -103,7 +103,28 @@ class PromptLookup:
         )
 
 
+class LayerGuess:
+    """Proposes what the model's own layer has guessed after all that is known."""
+
+    def __init__(self) -> None:
+        self._guess: tuple[int, ...] = ()
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        if token_ids:
+            self._guess = ()
+
+    def hear(self, token_id: int) -> None:
+        """The layer's guess."""
+        self._guess = (token_id,)
+
+    def guess(self, count: int) -> Guess:
+        return Guess(self._guess[:count], 1)
+
+
 def bytes_per_known_token(config: SpeculativeConfig) -> int:
-    """What a drafter keeps of a token at most: itself, and in each table two to four places."""
+    """What a drafter keeps of a token at most: of prompt lookup itself, and in each table two to
+    four places."""
+    if config.method == "mtp":
+        return 0
     orders = config.prompt_lookup_max - config.prompt_lookup_min + 1
     return _ENTRY_BYTES * (2 + 4 * orders)  # arrays grow by more than they need

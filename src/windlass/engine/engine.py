@@ -7,8 +7,8 @@ anyway adds requests and calls `step`. Results come back as they end.
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from windlass.engine.admission import Admission, ScheduledSequence
 from windlass.engine.drafting import Drafting
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.expectation import Check, Expectation
+from windlass.engine.layer_drafts import LayerDrafts
 from windlass.engine.open_requests import OpenRequests
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.phase_meter import PhaseMeter, Readings
@@ -30,7 +31,7 @@ from windlass.errors import RequestError
 from windlass.params import SamplingParams
 from windlass.phases import PhaseStats
 from windlass.plan import Plan
-from windlass.schedule.batch import make_batch, passes_of
+from windlass.schedule.batch import Segment, make_batch, passes_of
 from windlass.schedule.passes import PassShape, run_pass
 from windlass.schedule.runtime import Outcome, Runtime
 from windlass.speculative import SpeculativeConfig
@@ -64,6 +65,7 @@ class EngineParts:
     weights: WeightStore
     admission: Admission
     drafting: Drafting | None
+    layer_drafts: LayerDrafts | None = None
     device: Device
     tracer: Tracer
     resources: ExitStack
@@ -131,6 +133,7 @@ class Engine:
     def step(self) -> StepResult:
         """One pass and the tokens it brings."""
         begin = time.perf_counter()
+        has_filled = _draft(self._parts)
         rows = self._admission.compose(self._open)
         if not rows:
             assert not self._open, "requests wait, but nothing can run"
@@ -140,16 +143,15 @@ class Engine:
             segments = [row.segment for row in rows]
             batch = make_batch(segments, micro_batch_tokens=micro, groups=groups)
             passes = passes_of(batch, self.plan.schedule)
+            _prepare_masks(rows)
             runtime, shape = self._parts.runtime, self._parts.shape
-            try:
-                with torch.inference_mode():
-                    outcome = _join([run_pass(runtime, shape, one) for one in passes])
-            except BaseException:
-                self._admission.restart()
-                raise
+            with _or_restart(self._admission):
+                outcome = _join([run_pass(runtime, shape, one) for one in passes])
             self._passes += len(passes)
             with self._tracer.span("sample", rows=len(outcome.logits)):
                 result = self._take(rows, outcome)
+            if self._parts.layer_drafts is not None:
+                self._parts.layer_drafts.keep(rows, outcome.states)
         seconds = time.perf_counter() - begin
         self._pass_s += seconds
         took = self._meter.add(
@@ -159,7 +161,7 @@ class Engine:
             output_tokens=sum(len(delta.token_ids) for delta in result.deltas),
             seconds=seconds,
         )
-        if self._parts.drafting is not None:
+        if self._parts.drafting is not None and not has_filled:
             self._parts.drafting.passed(batch.segments, took)
         if not took.prompt_tokens:
             self._admission.turns.took(took.output_tokens, seconds)
@@ -173,7 +175,7 @@ class Engine:
         taken = 0
         scores = _prompt_scores(outcome)
         for sequence, segment in rows:
-            drafts = segment.token_ids[segment.num_tokens - segment.num_drafts :]
+            drafts = _drafts(segment)
             sequence.num_computed += segment.num_tokens - len(drafts)
             for place, _ in enumerate(segment.targets, segment.first_position + 1):
                 sequence.prompt_logprobs[place] = next(scores)
@@ -273,10 +275,41 @@ class Engine:
         self.close()
 
 
+def _prepare_masks(rows: Iterable[ScheduledSequence]) -> None:
+    """Has the masks of constrained rows made, while the pass runs."""
+    for sequence, segment in rows:
+        if sequence.constraint is not None and segment.wants_logits:
+            sequence.constraint.prepare(_drafts(segment))
+
+
+def _drafts(segment: Segment) -> tuple[int, ...]:
+    """The guesses behind a sequence's last token."""
+    return segment.token_ids[segment.num_tokens - segment.num_drafts :]
+
+
 def _prompt_scores(outcome: Outcome) -> Iterator[PromptScore]:
     """Of all targets, in segment order."""
     columns = outcome.logprobs, outcome.best, outcome.best_logprobs
     return map(PromptScore, *(column.tolist() for column in columns))
+
+
+@contextmanager
+def _or_restart(admission: Admission) -> Iterator[None]:
+    """Computes; after a failure all that run are computed again."""
+    try:
+        with torch.inference_mode():
+            yield
+    except BaseException:
+        admission.restart()
+        raise
+
+
+def _draft(parts: EngineParts) -> bool:
+    """The layer that drafts, over what the last pass computed. Whether prompts were among it."""
+    if parts.layer_drafts is None:
+        return False
+    with parts.tracer.span("draft", lane="engine"), _or_restart(parts.admission):
+        return parts.layer_drafts.run()
 
 
 def _readings(parts: EngineParts) -> Readings:
@@ -288,11 +321,13 @@ def _join(outcomes: list[Outcome]) -> Outcome:
     """Of passes one after the other, as of one."""
     if len(outcomes) == 1:
         return outcomes[0]
+    has_states = outcomes[0].states is not None
     return Outcome(
         torch.cat([outcome.logits for outcome in outcomes]),
         torch.cat([outcome.logprobs for outcome in outcomes]),
         torch.cat([outcome.best for outcome in outcomes]),
         torch.cat([outcome.best_logprobs for outcome in outcomes]),
+        torch.cat([outcome.states for outcome in outcomes]) if has_states else None,
     )
 
 

@@ -60,6 +60,7 @@ class OpenRequests:
             self._rules.sampler(request, queued.index),
             TextStream(self._tokenizer, request.params) if detokenize else None,
             self._eos_token_ids,
+            self._rules.constraint(request),
         )
         self._open[request.request_id].sequences.append(sequence)
         return sequence

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Codes of errors while sampling; both come back whenever the row of logits does.
+# Codes of errors while sampling; they come back whenever the row of logits does.
 NOTHING_ALLOWED = "no_token_allowed"  # the request's constraints leave no token
+GRAMMAR_FAILED = "grammar_failed"  # what the request's answer must look like is too complicated
 NOT_FINITE = "logits_not_finite"  # the model's fault
 
 
@@ -50,7 +51,7 @@ class RequestMetrics:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutput:
     """The result of one prompt. `error` says why, where a choice's finish_reason is `error`;
-    `error_code` (one of the two above) is set where trying again would bring the same."""
+    `error_code` (one of those above) is set where trying again would bring the same."""
 
     request_id: str
     prompt: str | None

@@ -1,8 +1,9 @@
-"""What an engine asks of a request, and what it makes of one that passes. Immutable: any thread may
-ask while passes run."""
+"""What an engine asks of a request, and what it makes of one that passes. Any thread may ask
+while passes run."""
 
 from dataclasses import dataclass
 
+from windlass.engine.grammars import Constraint, Grammars
 from windlass.engine.request import Request
 from windlass.engine.sampling import Sampler, choice_seed
 from windlass.engine.sequence import QueuedSequence
@@ -23,6 +24,7 @@ class RequestRules:
     eos_token_ids: tuple[int, ...]
     seed: int
     prefix_caching: bool
+    grammars: Grammars
     limited_by: str = ""
 
     def check(self, request: Request) -> None:
@@ -45,6 +47,8 @@ class RequestRules:
                 f"prompt token ids: allowed 0 to {self.vocab_size - 1}", param="prompt"
             )
         self.sampler(request, 0)  # checks the ids that the parameters name
+        if params.structure is not None:
+            self.grammars.check(params.structure)
 
     def queued(self, request: Request) -> list[QueuedSequence]:
         """The `n` sequences of a request that was checked."""
@@ -70,3 +74,8 @@ class RequestRules:
             vocab_size=self.vocab_size,
             eos_token_ids=self.eos_token_ids,
         )
+
+    def constraint(self, request: Request) -> Constraint | None:
+        """Of a sequence of a request that was checked."""
+        wanted = request.params.structure
+        return None if wanted is None else Constraint(self.grammars, wanted)

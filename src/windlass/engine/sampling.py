@@ -3,8 +3,9 @@
 Arithmetic is numpy's on the row alone, single-threaded, so that a token depends on the row's bits
 and on (seed, step) and on nothing else: not on the batch, the order of rows or restarts.
 
-Order, as in vLLM: allowed ids, min_tokens, logit_bias, penalties, temperature, min_p, top_k, top_p,
-draw. Logprobs are of the raw logits, before all of these (vLLM's default, `raw_logprobs`).
+Order, as in vLLM: what a grammar allows, allowed ids, min_tokens, logit_bias, penalties,
+temperature, min_p, top_k, top_p, draw. Logprobs are of the raw logits, before all of these (vLLM's
+default, `raw_logprobs`).
 Suffix legend: V vocabulary, K tokens that may still be drawn.
 """
 
@@ -113,19 +114,21 @@ class Sampler:
             or params.repetition_penalty != 1.0
         )
 
-    def sample(self, logits_V: torch.Tensor) -> Sampled:
-        """The next token from fp32 logits (V,), which are left as they are."""
+    def sample(self, logits_V: torch.Tensor, grammar_V: NDArray[np.bool_] | None = None) -> Sampled:
+        """The next token from fp32 logits (V,), which are left as they are. `grammar_V`: the
+        tokens that a grammar allows."""
         raw_V = logits_V.detach().cpu().numpy()
         assert raw_V.shape == (self._vocab_size,) and raw_V.dtype == np.float32, raw_V.shape
         best = int(raw_V.argmax())  # a NaN counts as the maximum
         if not np.isfinite(raw_V[best]):
             raise RequestError("the model's logits are not finite", code=NOT_FINITE)
-        own_V = self._constrained(raw_V)
+        own_V = self._constrained(raw_V, grammar_V)
         if own_V is not raw_V:
             best = int(own_V.argmax())
             if own_V[best] == -np.inf:
                 raise RequestError(
-                    "allowed_token_ids, min_tokens and logit_bias leave no token to draw",
+                    "structured_outputs, allowed_token_ids, min_tokens and logit_bias leave no"
+                    " token to draw",
                     code=NOTHING_ALLOWED,
                 )
         token_id = best if self._params.is_greedy else self._draw(own_V, float(own_V[best]))
@@ -148,17 +151,20 @@ class Sampler:
             self._counts[token_id] = self._counts.get(token_id, 0) + 1
             self._seen[token_id] = None
 
-    def _constrained(self, raw_V: Floats) -> Floats:
-        """Allowed ids, min_tokens, bias and penalties; a copy only where one of them acts."""
+    def _constrained(self, raw_V: Floats, grammar_V: NDArray[np.bool_] | None) -> Floats:
+        """Grammar, allowed ids, min_tokens, bias and penalties; a copy only where one acts."""
         too_short = self._step < self._params.min_tokens and self._stop_ids.size > 0
         penalised = self._has_penalties and bool(self._counts or self._seen)
-        if not (too_short or penalised or self._allowed.size or self._bias_ids.size):
+        is_free = grammar_V is None
+        if is_free and not (too_short or penalised or self._allowed.size or self._bias_ids.size):
             return raw_V
         if self._allowed.size:
             logits_V = np.full_like(raw_V, -np.inf)
             logits_V[self._allowed] = raw_V[self._allowed]
         else:
             logits_V = raw_V.copy()
+        if grammar_V is not None:
+            logits_V[~grammar_V] = -np.inf
         if too_short:
             logits_V[self._stop_ids] = -np.inf
         logits_V[self._bias_ids] += self._biases

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from windlass.engine.detokenizer import TextStream
+from windlass.engine.grammars import Constraint
 from windlass.engine.outputs import CompletionOutput, LogprobsOfStep
 from windlass.engine.request import Delta, Request
 from windlass.engine.sampling import Sampled, Sampler
@@ -95,6 +96,7 @@ class Sequence:
     sampler: Sampler
     text: TextStream | None  # None: the request does not want text
     eos_token_ids: frozenset[int]
+    constraint: Constraint | None = None
     number: int = -1  # in the order in which an engine's sequences begin, never given twice
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -140,10 +142,19 @@ class Sequence:
         assert first >= before, "a row is a prompt row or a generated row"
         return tuple(self.output_ids[first - before : last - before])
 
+    def following(self, first: int, last: int) -> tuple[int, ...]:
+        """The tokens behind those at positions from `first` up to `last`."""
+        prompt, before = self.request.prompt_token_ids, self.num_prompt - 1
+        generated = self.output_ids[max(0, first - before) : max(0, last - before)]
+        return prompt[first + 1 : last + 1] + tuple(generated)
+
     def advance(self, logits_V: torch.Tensor, tokenizer: Tokenizer) -> Delta:
         """Samples the next token of this sequence and decides whether it ends here."""
-        sampled = self.sampler.sample(logits_V)
+        allowed_V = self.constraint.allowed() if self.constraint else None
+        sampled = self.sampler.sample(logits_V, allowed_V)
         token = sampled.token_id
+        if self.constraint is not None:
+            self.constraint.accept(token)
         self.output_ids.append(token)
         logprobs: tuple[LogprobsOfStep, ...] = ()
         if sampled.logprob is not None:
@@ -165,7 +176,9 @@ class Sequence:
         """
         params = self.request.params
         shows = True  # whether the token is part of the text
-        if token in self.eos_token_ids and not params.ignore_eos:
+        is_complete = self.constraint is not None and self.constraint.is_complete
+        # an end is all that a grammar leaves where it is complete, wanted or not
+        if token in self.eos_token_ids and (is_complete or not params.ignore_eos):
             self.finish_reason, shows = "stop", False
         elif token in params.stop_token_ids:
             self.finish_reason, self.stop_reason = "stop", token
@@ -175,6 +188,8 @@ class Sequence:
             new_text = self.text.push(token)
             if self.text.stop_hit is not None:
                 self.finish_reason, self.stop_reason = "stop", self.text.stop_hit
+        if self.finish_reason is None and is_complete:
+            self.finish_reason = "stop"
         if self.finish_reason is None and self.num_tokens >= self.max_total:
             self.finish_reason = "length"
         if self.finish_reason is not None and self.text is not None:

@@ -80,6 +80,7 @@ class NameMap:
     moe: TensorSources  # router and shared expert
     expert: TensorSources
     ffn: TensorSources = field(default_factory=dict)
+    join: TensorSources = field(default_factory=dict)  # of a layer that drafts
     final: TensorSources
     head: TensorSources
     quantization: Quantization | None = None

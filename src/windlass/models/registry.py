@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from windlass.errors import ModelError
+from windlass.errors import ModelError, UsageError
 from windlass.formats import HF_QUANT_FILE
 from windlass.models.config import Config
 from windlass.models.families import (
@@ -40,7 +40,7 @@ from windlass.models.families.common import Family
 from windlass.models.known_types import DENSE, MOE
 from windlass.models.names import NameMap
 from windlass.models.quantization_config import read_quantization
-from windlass.models.spec import ModelSpec
+from windlass.models.spec import ModelSpec, Moe
 from windlass.models.unread import unknown_settings
 
 FAMILIES: Mapping[str, Family] = {
@@ -109,8 +109,9 @@ def read_spec(config: Mapping[str, Any]) -> tuple[ModelSpec, NameMap]:
     return found.spec, found.names
 
 
-def read_description(config: Mapping[str, Any]) -> ModelDescription:
-    """`read_spec`, and what it left unread."""
+def read_description(config: Mapping[str, Any], *, drafts: bool = False) -> ModelDescription:
+    """`read_spec`, and what it left unread. `drafts`: with the layer that predicts further tokens;
+    UsageError where there is none."""
     outer = Config(config)
     model_type = outer.require("model_type", str)
     family, settings = FAMILIES.get(model_type), outer
@@ -128,7 +129,21 @@ def read_description(config: Mapping[str, Any]) -> ModelDescription:
         part.ignore(*_QUANTIZATION, HF_QUANT_FILE)  # whose reader is strict by itself
     unknown = unknown_settings(outer, spec.family)
     names = replace(names, quantization=read_quantization(_quantised(outer, settings)))
+    if drafts:
+        spec = _with_drafts(spec, names, settings)
     return ModelDescription(spec, names, unknown)
+
+
+def _with_drafts(spec: ModelSpec, names: NameMap, settings: Config) -> ModelSpec:
+    """The first layer for multi-token prediction has experts, as the last ones before it."""
+    if not names.join or settings.get("num_nextn_predict_layers", int, 0) < 1:
+        raise UsageError(
+            "speculative_config: method: got 'mtp', allowed ngram for this checkpoint:"
+            f" {settings.where} describes no layer for multi-token prediction that is known"
+            " (num_nextn_predict_layers of DeepSeek-V3, GLM-4.5 and those like them)"
+        )
+    last = next(block for block in reversed(spec.blocks) if isinstance(block.ffn, Moe))
+    return replace(spec, blocks=(*spec.blocks, replace(last, drafts=True)))
 
 
 def _quantised(outer: Config, settings: Config) -> Config:

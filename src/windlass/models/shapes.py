@@ -55,6 +55,14 @@ def block_shapes(spec: ModelSpec, layer: int) -> Shapes:
     return shapes | ({"output_scale": (1,)} if block.output_scale else {})
 
 
+def join_shapes(spec: ModelSpec) -> Shapes:
+    """Part `join`, of a block that drafts: norms of embedding and state, the matrix that joins
+    them, and the norm before the head."""
+    norms = [_norm(spec, name) for name in ("embed_norm", "state_norm", "draft_norm")]
+    join = {"join.weight": (spec.hidden_size, 2 * spec.hidden_size)}
+    return norms[0] | norms[1] | norms[2] | join
+
+
 def attention_shapes(attention: Attention, hidden: int) -> Shapes:
     """The attention's share of part `block`."""
     match attention:

@@ -4,7 +4,7 @@ Variants that exclude each other are different types (tagged unions), so that a 
 something for the type that has it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 # --- positions ------------------------------------------------------------------------------------
@@ -321,12 +321,15 @@ class Moe:
 class Block:
     """norm, attention, residual, norm, feed-forward, residual; or only one half of it.
     `output_norms`: what attention and feed-forward give is normalised before it is added.
-    `output_scale`: in the end the hidden states are times a learned number."""
+    `output_scale`: in the end the hidden states are times a learned number. `drafts`: it is no part
+    of the model, but guesses the token after the next: what enters it is made of the model's last
+    state of a token and the embedding of the token behind it."""
 
     attention: Attention | None
     ffn: Ffn | Moe | None
     output_norms: bool = False
     output_scale: bool = False
+    drafts: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -349,6 +352,16 @@ class ModelSpec:
     logit_divisor: float = 1.0
     logit_cap: float | None = None
     limited_by: str = ""
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the last block is one that drafts."""
+        return self.blocks[-1].drafts
+
+    @property
+    def trunk(self) -> "ModelSpec":
+        """Without that one."""
+        return replace(self, blocks=self.blocks[:-1]) if self.drafts else self
 
     def limits(self) -> tuple[str, ...]:
         """What a user must know beforehand, in lines."""

@@ -12,6 +12,7 @@ from windlass.models.shapes import (
     block_shapes,
     ffn_shapes,
     final_shapes,
+    join_shapes,
     moe_shapes,
     table_shape,
 )
@@ -48,9 +49,12 @@ def block_flops_per_token(spec: ModelSpec, layer: int, *, context: int = 0) -> i
 
 
 def attention_matrices(spec: ModelSpec, layer: int) -> int:
-    """Elements of the matrices around attention; 0 where there is none."""
+    """Elements of the matrices around attention, and before it of what joins the rows of a block
+    that drafts; 0 where there is none."""
     attention = spec.blocks[layer].attention
-    return 0 if attention is None else _matrices(attention_shapes(attention, spec.hidden_size))
+    joins = _matrices(join_shapes(spec)) if spec.blocks[layer].drafts else 0
+    own = 0 if attention is None else _matrices(attention_shapes(attention, spec.hidden_size))
+    return own + joins
 
 
 def shared_matrices(spec: ModelSpec, layer: int) -> int:
@@ -138,6 +142,7 @@ def _num_active(block: Block) -> int:
 
 def _block_elements(spec: ModelSpec, layer: int, *, num_experts: int) -> int:
     own = _elements(block_shapes(spec, layer))
+    own += _elements(join_shapes(spec)) if spec.blocks[layer].drafts else 0
     return own + num_experts * _elements(_network_shapes(spec, layer))
 
 

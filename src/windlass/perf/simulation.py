@@ -174,7 +174,7 @@ class ClockedModel:
             SimulatedParts(parts, slots, lambda key: reads[key.part]),
             policy=policy, depth=plan.read_threads + 1,
         )  # fmt: skip
-        self._shape = PassShape.of(sample.spec, sizes.num_parts.get(Part.HEAD, 0))
+        self._shape = PassShape.of(sample.spec, sizes.num_parts.get(Part.HEAD, 0)).whole
         cache = self._weights.cache
         prefetcher = Prefetcher(self._shape, cache, forecast)
         self._runtime = SimulatedRuntime(

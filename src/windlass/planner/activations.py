@@ -61,7 +61,10 @@ def activation_bytes(
     )
     # the outputs of experts wait by place, in memory that all layers share
     kept = (2 + max(_top_k(block.ffn) for block in spec.blocks)) * rows * width
-    phases = (attention, rows * network, seqs * (3 * spec.vocab_size + 2 * width))
+    phases = [attention, rows * network, seqs * (3 * spec.vocab_size + 2 * width)]
+    if spec.drafts:
+        kept += rows * width  # states of a pass, which stay until the block that drafts has run
+        phases.append(4 * rows * width)  # embedded rows, both norms, what joins them
     scratch = _TORCH_BYTES
     if is_native:
         scratch = _native_scratch_bytes(spec, backend.threads, rows)

@@ -38,7 +38,8 @@ SMALLEST_CONTEXT = 512
 _LONGEST_TABLE = 16384  # positions; beyond, the KV cache dwarfs the tables
 NOISE_BYTES = 4 * MIB  # the process itself weighs a little more or less in the next run
 MIN_SLOTS = {
-    Part.EXPERT: 2, Part.BLOCK: 2, Part.FFN: 1, Part.HEAD: 1, Part.FINAL: 1, Part.EMBED: 0,
+    Part.EXPERT: 2, Part.BLOCK: 2, Part.FFN: 1, Part.HEAD: 1, Part.JOIN: 1, Part.FINAL: 1,
+    Part.EMBED: 0,
 }  # fmt: skip
 
 

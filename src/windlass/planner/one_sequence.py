@@ -2,7 +2,7 @@
 replayed under several sizes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -63,6 +63,8 @@ def one_sequence(
 ) -> OneSequence:
     """Of the trace's sequences, one after the other, by `forecast`; by usage where that is the
     default and the trace has no states for it. UsageError where the trace is of another model."""
+    # a trace is of passes, which a layer that drafts is no part of
+    problem = replace(problem, spec=problem.spec.trunk)
     check_model(trace, problem, problem.spec.family)
     layers = len(trace.table().layers)
     trace = trace.lockstep(1).first(max(_FEWEST_PASSES, _MOST_LAYERS // layers))

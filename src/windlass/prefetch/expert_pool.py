@@ -60,7 +60,7 @@ class ExpertPool(ABC):
     def note_use(self, key: WeightKey) -> None:
         layer = None if self._groups is None else self._groups.layer
         if layer is None:
-            layer = key.layer if key.layer >= 0 else self._num_layers - 1
+            layer = key.layer if 0 <= key.layer < self._num_layers else self._num_layers - 1
         self.now += (layer - self.now) % self._num_layers
         if key.part is Part.EXPERT:
             self.used(self._table.place(key))

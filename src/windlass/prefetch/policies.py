@@ -104,8 +104,9 @@ class FarthestNextUse:
         return best
 
     def _place(self, key: WeightKey) -> int:
-        """Embedding, last norm and head have their turn with the last layer."""
-        return key.layer if key.layer >= 0 else self._num_layers - 1
+        """Embedding, last norm and head, and a layer that drafts, have their turn with the last
+        layer."""
+        return key.layer if 0 <= key.layer < self._num_layers else self._num_layers - 1
 
     def _next_turn(self, key: WeightKey) -> int:
         turn = self._turn.get(key, -1)

@@ -1,13 +1,23 @@
 """Pieces of a streamed answer: OpenAI's chunks, from deltas. Knows no HTTP, no engine."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 from windlass.engine.request import Delta
+from windlass.protocol.answers import AnswerReader
+from windlass.protocol.markup import Arguments, Call, Content, Found, Reasoning
 from windlass.protocol.openai import ApiRequest, Endpoint
-from windlass.protocol.responses import CompletionLogprobs, chat_logprobs, id_of, usage
+from windlass.protocol.responses import (
+    CompletionLogprobs,
+    call_id,
+    chat_logprobs,
+    finish_reason,
+    id_of,
+    reasoning_fields,
+    usage,
+)
 
 NOTHING: Mapping[str, object] = MappingProxyType({})
 
@@ -17,6 +27,8 @@ class ChunkWriter:
 
     def __init__(self, request: ApiRequest, *, key: str, created: int) -> None:
         self._request = request
+        self._key = key
+        self._readers: dict[int, AnswerReader] = {}  # of the choices of a chat
         self._is_chat = request.endpoint is Endpoint.CHAT
         head = {
             "id": id_of(request.endpoint, key),
@@ -59,19 +71,39 @@ class ChunkWriter:
         self._num_generated += len(delta.token_ids) if has_output else 0
         choice: dict[str, Any] = {"index": number}
         if self._is_chat:
-            choice["delta"] = {"content": delta.text} if delta.text else {}
+            choice["delta"] = self._delta(number, delta)
             wanted = params.logprobs
             choice["logprobs"] = (
                 None if wanted is None else chat_logprobs(delta.token_ids, delta.logprobs, wanted)
             )
         else:
             choice |= self._completion(prompt, number, delta)
-        choice["finish_reason"] = delta.finish_reason if has_output else "length"
+        reader = self._readers.get(number)
+        reason = finish_reason(delta.finish_reason, has_calls=bool(reader and reader.num_calls))
+        choice["finish_reason"] = reason if has_output else "length"
         if delta.stop_reason is not None:
             choice["stop_reason"] = delta.stop_reason
         if self._request.delivery.token_ids:
             choice["token_ids"] = list(delta.token_ids) if has_output else []
         return self._chunk([choice])
+
+    def _delta(self, number: int, delta: Delta) -> dict[str, Any]:
+        """What is new of a chat's message."""
+        reader = self._readers.setdefault(number, AnswerReader(self._request.form))
+        found = reader.push(delta.text)
+        if delta.finish_reason is not None:
+            found += reader.finish()
+        made: dict[str, Any] = {}
+        content = _joined(found, Content)
+        if content:
+            made["content"] = content
+        reasoning = _joined(found, Reasoning)
+        if reasoning:
+            made |= reasoning_fields(reasoning)
+        calls = _calls(found, reader.num_calls, f"{self._key}/{number}")
+        if calls:
+            made["tool_calls"] = calls
+        return made
 
     def _completion(self, prompt: int, number: int, delta: Delta) -> dict[str, Any]:
         own = self._request.prompts[prompt]
@@ -112,3 +144,24 @@ class ChunkWriter:
         end = f',"usage":{json.dumps(counted)}' if has_usage else ""
         rest = "".join(f",{json.dumps(name)}:{json.dumps(value)}" for name, value in more.items())
         return f"{self._head}{json.dumps(choices)}{end}{rest}}}"
+
+
+def _joined(found: Sequence[Found], kind: type[Content] | type[Reasoning]) -> str:
+    return "".join(one.text for one in found if isinstance(one, kind))
+
+
+def _calls(found: Sequence[Found], num_calls: int, key: str) -> list[dict[str, Any]]:
+    """Calls that have begun, and more of their arguments. `num_calls`: so far."""
+    place = num_calls - sum(isinstance(one, Call) for one in found) - 1
+    calls: list[dict[str, Any]] = []
+    for one in found:
+        if isinstance(one, Call):
+            place += 1
+            function = {"name": one.name, "arguments": ""}
+            begun = {"index": place, "id": call_id(key, place), "type": "function"}
+            calls.append({**begun, "function": function})
+        elif isinstance(one, Arguments):
+            if not (calls and calls[-1]["index"] == place):
+                calls.append({"index": place, "function": {"arguments": ""}})
+            calls[-1]["function"]["arguments"] += one.text
+    return calls

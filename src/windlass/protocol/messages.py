@@ -1,4 +1,4 @@
-"""Chat messages and tools of a request body, checked and brought into the shape that chat
+"""Chat messages of a request body, checked and brought into the shape that chat
 templates expect. Knows no tokens."""
 
 from collections.abc import Mapping
@@ -105,25 +105,3 @@ def _tool_call(call: object, place: str) -> dict[str, Any]:
     if (ident := optional(call, "id", str, where=place + ".")) is not None:
         shaped["id"] = ident
     return shaped
-
-
-def read_tools(body: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The tools that the template shall show, None for none."""
-    tools = optional(body, "tools", list)
-    for i, tool in enumerate(tools or ()):
-        place = f"tools[{i}]"
-        if not isinstance(tool, dict) or tool.get("type") != "function":
-            raise RequestError(
-                f"{place}: got {shorten(tool)}, allowed an object of type 'function'", param=place
-            )
-        function = required(tool, "function", dict, where=place + ".")
-        required(function, "name", str, where=place + ".function.")
-    choice = body.get("tool_choice")
-    if choice not in (None, "none", "auto") or (choice == "auto" and tools is None):
-        raise RequestError(
-            f"tool_choice: got {shorten(choice)}, allowed 'none', or 'auto' with tools: forcing a "
-            "call needs constrained decoding, which is not supported",
-            param="tool_choice",
-            code="unsupported_parameter",
-        )
-    return None if choice == "none" or not tools else tools

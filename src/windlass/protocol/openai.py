@@ -4,14 +4,19 @@ the tokenizer's interface, no engine, no HTTP and no files."""
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from windlass.engine.text_limits import most_chars
-from windlass.errors import RequestError, UsageError, WindlassError
+from windlass.errors import RequestError, UsageError
 from windlass.params import SamplingParams
+from windlass.protocol.answers import AnswerForm
+from windlass.protocol.chat import Chat, read_chat
 from windlass.protocol.delivery import Delivery, echo_logprobs, read_delivery
 from windlass.protocol.fields import only, optional, refuse_unknown, shorten
-from windlass.protocol.messages import read_messages, read_tools
+from windlass.protocol.response_format import read_response_format
+from windlass.protocol.served import ChatTokenizer as ChatTokenizer  # for those who take bodies
+from windlass.protocol.served import ServedModel as ServedModel
+from windlass.protocol.served import encoded
 
 MAX_LOGPROBS = 20  # OpenAI's and vLLM's limit
 MAX_SEQUENCES = 128  # prompts times n of one body: OpenAI's limit for n
@@ -32,8 +37,6 @@ _NO_EFFECT = (
 )  # fmt: skip
 # Fields at the values with which they ask for nothing, and why other values are refused.
 _NOTHING: dict[str, tuple[tuple[object, ...], str]] = {
-    "response_format": (({"type": "text"},), "allowed only {'type': 'text'}: constrained decoding"
-                        " is not supported"),
     "use_beam_search": ((False,), "allowed only false: not supported"),
     "length_penalty": ((1, 1.0), "allowed only 1, without beam search"),
     "priority": ((0,), "allowed only 0: rows of a job are equal"),
@@ -45,62 +48,24 @@ _NOTHING_CHAT: dict[str, tuple[tuple[object, ...], str]] = {
     "echo": ((False,), "not supported in chat: allowed only false"),
     "add_special_tokens": ((False,), "allowed only false: the template writes special tokens"),
     "continue_final_message": ((False,), "allowed only false: not supported"),
-    "include_reasoning": ((True,), "allowed only true: nothing is taken out of answers"),
     "modalities": ((["text"],), "allowed only ['text']: not supported"),
     "functions": (([],), "not supported, allowed tools"),
     "function_call": (("none", "auto"), "not supported, allowed tools"),
     "documents": (([],), "not supported, allowed in chat_template_kwargs"),
 }
 _COMMON = (*_SAMPLING, *_NO_EFFECT, *_NOTHING, "model", "max_tokens", "logprobs", "best_of",
-           "stream", "stream_options", "return_token_ids")  # fmt: skip
+           "stream", "stream_options", "return_token_ids", "response_format")  # fmt: skip
 _CHAT = frozenset(
     (*_COMMON, *_NOTHING_CHAT, "messages", "max_completion_tokens", "top_logprobs", "tools",
      "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "add_generation_prompt",
-     "reasoning_effort")
+     "reasoning_effort", "include_reasoning")
 )  # fmt: skip
 _COMPLETION = frozenset((*_COMMON, "prompt", "add_special_tokens", "echo"))
-_TEMPLATE_OWN = ("messages", "conversation", "tools", "add_generation_prompt", "tokenize",
-                 "chat_template", "return_dict", "return_tensors")  # fmt: skip
 
 
 class Endpoint(StrEnum):
     CHAT = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
-
-
-class ChatTokenizer(Protocol):
-    """What the protocol needs of a tokenizer."""
-
-    def encode(
-        self, text: str, *, add_special_tokens: bool = True, at_most: int | None = None
-    ) -> list[int]: ...
-
-    def render_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        *,
-        add_generation_prompt: bool = True,
-        variables: Mapping[str, Any] | None = None,
-        now: int | None = None,
-    ) -> str: ...
-
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """What a body may ask for. `names[0]` is written into responses, all of them are accepted.
-    `default_params.max_tokens`: of bodies that name none, None for the endpoint's own default.
-    `now`: the seconds since 1970 that chat templates see, None for the clock's. `limited_by`: why
-    `max_model_len` is no more, where that is special."""
-
-    names: tuple[str, ...]
-    tokenizer: ChatTokenizer
-    max_model_len: int
-    default_params: SamplingParams
-    now: int | None = None
-    limited_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +87,14 @@ class Echo(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ApiRequest:
-    """A checked body. Choice `c` of prompt `p` is number `p * n + c` of the response."""
+    """A checked body. Choice `c` of prompt `p` is number `p * n + c` of the response.
+    `form`: how its text is read, in chat."""
 
     endpoint: Endpoint
     model: str
     prompts: tuple[Prompt, ...]
     delivery: Delivery = Delivery()
+    form: AnswerForm = AnswerForm()
 
 
 def parse_body(
@@ -159,8 +126,11 @@ def parse_body(
             param=field,
             code="context_length_exceeded",
         )
-    prompts = [prompt_of_chat(body, model)] if is_chat else _prompts(body, model)
+    chat = read_chat(body, model) if is_chat else None
+    form = chat.form if chat else AnswerForm()
+    prompts = [chat.token_ids] if chat else _prompts(body, model)
     _check_sequences(len(prompts), params.n)
+    params = _with_structure(params, body, chat)
     return ApiRequest(
         endpoint=endpoint,
         model=model.names[0],
@@ -173,7 +143,30 @@ def parse_body(
             for ids in prompts
         ),
         delivery=delivery._replace(has_output=limit.asked != 0),
+        form=form,
     )
+
+
+def _with_structure(
+    params: SamplingParams, body: Mapping[str, Any], chat: Chat | None
+) -> SamplingParams:
+    """What the answer must be, by whichever field says it. Marks that are read are shown."""
+    wanted = {
+        "structured_outputs": params.structure,
+        "response_format": read_response_format(body),
+        "tool_choice": chat.calls if chat else None,
+    }
+    given = {name: one for name, one in wanted.items() if one is not None}
+    if len(given) > 1:
+        name = next(iter(given))
+        raise RequestError(f"{name}: allowed only without {' and '.join([*given][1:])}", param=name)
+    found = next(iter(given.values()), None)
+    if chat is None:
+        return replace(params, structured_outputs=found)
+    if found is not None:
+        found = replace(found, after=chat.form.free_until)
+    shows = params.skip_special_tokens and not chat.form.shows_special
+    return replace(params, structured_outputs=found, skip_special_tokens=shows)
 
 
 def _echo(token_ids: Sequence[int], tokenizer: ChatTokenizer) -> Echo:
@@ -225,11 +218,6 @@ def _refuse_unsupported(body: Mapping[str, Any], *, is_chat: bool) -> None:
     refuse_unknown(body, _CHAT if is_chat else _COMPLETION)
     for name, (nothing, why) in {**_NOTHING, **(_NOTHING_CHAT if is_chat else {})}.items():
         only(body, name, nothing, why)
-    if is_chat:
-        is_free = not body.get("tools") or body.get("tool_choice") == "none"
-        allowed = (True, False) if is_free else (True,)
-        only(body, "parallel_tool_calls", allowed, "allowed only true with tools: output is not"
-             " constrained")  # fmt: skip
     # best_of = n means what leaving it out means
     only(body, "best_of", (body.get("n") or 1,), "allowed only the value of n")
 
@@ -286,56 +274,6 @@ def _max_tokens(body: Mapping[str, Any], *, is_chat: bool, least: int) -> int | 
     return next(iter(given.values()), None)
 
 
-def prompt_of_chat(body: Mapping[str, Any], model: ServedModel) -> list[int]:
-    """Ids of the body's conversation by the chat template. Raises RequestError."""
-    messages, tools = read_messages(body), read_tools(body)
-    variables = optional(body, "chat_template_kwargs", dict)
-    effort = optional(body, "reasoning_effort", str)
-    if effort is not None:
-        variables = {"reasoning_effort": effort, **(variables or {})}
-    refused = next((name for name in variables or () if name in _TEMPLATE_OWN), None)
-    if refused is not None:
-        raise RequestError(
-            f"chat_template_kwargs.{refused}: not a template variable",
-            param="chat_template_kwargs",
-        )
-    generate = optional(body, "add_generation_prompt", bool)
-
-    def render(tools: list[dict[str, Any]] | None) -> str:
-        return model.tokenizer.render_chat(
-            messages,
-            tools,
-            add_generation_prompt=generate is not False,
-            variables=variables,
-            now=model.now,
-        )
-
-    try:
-        text = render(tools)
-        # a template that shows no tools renders the same without them
-        if tools and text == render(None):
-            raise RequestError(
-                "tools: this model's chat template does not take tools",
-                param="tools",
-                code="unsupported_parameter",
-            )
-    except RequestError:
-        raise
-    except WindlassError as error:
-        raise RequestError(str(error), param="messages") from error
-    return _encoded(text, model, "messages", special=False)
-
-
-def _encoded(text: str, model: ServedModel, field: str, *, special: bool) -> list[int]:
-    """Its ids, unless there are sure to be more than fit: `_fit` tells the others."""
-    try:
-        return model.tokenizer.encode(
-            text, add_special_tokens=special, at_most=model.max_model_len - 1
-        )
-    except RequestError as error:
-        raise RequestError(str(error), param=field, code=error.code) from error
-
-
 def _prompts(body: Mapping[str, Any], model: ServedModel) -> list[list[int]]:
     prompt = body.get("prompt")
     special = optional(body, "add_special_tokens", bool)
@@ -349,7 +287,7 @@ def _prompts(body: Mapping[str, Any], model: ServedModel) -> list[list[int]]:
     result = []
     for i, item in enumerate(prompt):
         if isinstance(item, str):
-            result.append(_encoded(item, model, "prompt", special=special is not False))
+            result.append(encoded(item, model, "prompt", special=special is not False))
         elif is_token_ids(item):
             result.append(item)
         else:

@@ -2,10 +2,12 @@
 
 import codecs
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Any
 
 from windlass.engine.outputs import CompletionOutput, Logprob, LogprobsOfStep, RequestOutput
 from windlass.errors import RequestError
+from windlass.protocol.answers import AnswerForm
 from windlass.protocol.delivery import Delivery
 from windlass.protocol.openai import ApiRequest, Echo, Endpoint, Prompt
 
@@ -26,7 +28,7 @@ def response_body(
         top = prompt.params.logprobs
         for choice in sorted(output.outputs, key=lambda each: each.index):
             if is_chat:
-                shaped = _chat_choice(choice, top)
+                shaped = _chat_choice(choice, top, request.form, f"{key}/{len(choices)}")
             else:
                 shaped = _completion_choice(choice, prompt, output, delivery)
             if delivery.token_ids:
@@ -87,15 +89,45 @@ def error_response(error: RequestError) -> tuple[int, dict[str, Any]]:
     return 404 if error.code == "model_not_found" else 400, error_body(error)
 
 
-def _chat_choice(choice: CompletionOutput, top: int | None) -> dict[str, Any]:
+def _chat_choice(
+    choice: CompletionOutput, top: int | None, form: AnswerForm, key: str
+) -> dict[str, Any]:
     logprobs = None
     if top is not None and choice.logprobs is not None:
         logprobs = chat_logprobs(choice.token_ids, choice.logprobs, top)
+    read = form.read(choice.text)
+    message: dict[str, Any] = {"role": "assistant", "content": read.content}
+    if read.reasoning:
+        message |= reasoning_fields(read.reasoning)
+    if read.calls:
+        message["content"] = read.content or None
+        message["tool_calls"] = [
+            {
+                "id": call_id(key, place),
+                "type": "function",
+                "function": {"name": name, "arguments": arguments},
+            }
+            for place, (name, arguments) in enumerate(read.calls)
+        ]
     return {
-        "message": {"role": "assistant", "content": choice.text},
+        "message": message,
         "logprobs": logprobs,
-        "finish_reason": choice.finish_reason,
+        "finish_reason": finish_reason(choice.finish_reason, has_calls=bool(read.calls)),
     }
+
+
+def reasoning_fields(text: str) -> dict[str, str]:
+    """Under both names that clients read."""
+    return {"reasoning": text, "reasoning_content": text}
+
+
+def call_id(key: str, place: int) -> str:
+    """Of a call of the choice that is named `key`: the same in every run."""
+    return "call_" + blake2b(f"{key}/{place}".encode(), digest_size=12).hexdigest()
+
+
+def finish_reason(reason: str | None, *, has_calls: bool) -> str | None:
+    return "tool_calls" if has_calls and reason == "stop" else reason
 
 
 def chat_logprobs(

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from windlass.errors import RequestError
+from windlass.protocol.chat import read_chat
 from windlass.protocol.fields import optional, refuse_unknown, required, shorten
-from windlass.protocol.openai import ServedModel, check_model, is_token_ids, prompt_of_chat
+from windlass.protocol.openai import ServedModel, check_model, is_token_ids
 
 _TOKENIZE = ("model", "prompt", "messages", "add_special_tokens", "add_generation_prompt", "tools",
              "tool_choice", "chat_template_kwargs", "return_token_strs")  # fmt: skip
@@ -26,7 +27,7 @@ def tokenized(body: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
     if ("prompt" in body) == ("messages" in body):
         raise RequestError("prompt: allowed one of prompt and messages", param="prompt")
     if "messages" in body:
-        ids = prompt_of_chat(body, model)
+        ids = read_chat(body, model).token_ids
     else:
         special = optional(body, "add_special_tokens", bool)
         text = required(body, "prompt", str)

@@ -61,7 +61,9 @@ class _Final:
     bias_V: torch.Tensor | None
     scores: RunningLogprobs
     h_SD: torch.Tensor  # rows whose targets are scored
-    column: int
+    states_TD: torch.Tensor | None = None  # of all rows, where a layer drafts from them
+    drafts: bool = False  # these are that layer's
+    column: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,8 @@ class _Routers:
     def __init__(self, spec: ModelSpec, readers: Sequence[RouterReader]) -> None:
         self._spec = spec
         self._readers = readers
-        layers = {i for i, block in enumerate(spec.blocks) if isinstance(block.ffn, Moe)}
+        blocks = spec.trunk.blocks
+        layers = {i for i, block in enumerate(blocks) if isinstance(block.ffn, Moe)}
         self._unread = layers if readers else set()
 
     def read(self, layer: int, block: Tensors) -> None:
@@ -196,17 +199,18 @@ class HostRuntime:
 
     def begin(self, batch: Batch) -> torch.Tensor:
         with self._tracer.span("embed", rows=batch.num_tokens):
-            tokens = [token for segment in batch.segments for token in segment.token_ids]
-            self._metadata = {
-                micro.first_token: attention_metadata(micro, self._kv.page_tokens, self._memory)
-                for micro in batch.micro_batches
-            }
-            hidden = math.embed(self._spec, _embedding(self._weights, self._memory, tokens))
+            hidden = self._embed(batch)
             if self._prefetcher is not None:
                 self._prefetcher.begin(batch, self._weights.now())
             self._routing.begin(batch, hidden)
             hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
+
+    def _embed(self, batch: Batch) -> torch.Tensor:
+        """Hidden states of the batch's tokens; where they are, for attention."""
+        self._metadata = _metadata_of(batch, self._kv.page_tokens, self._memory)
+        tokens = [token for segment in batch.segments for token in segment.token_ids]
+        return math.embed(self._spec, _embedding(self._weights, self._memory, tokens))
 
     def replay(self, layer: int) -> bool:
         if self._routing.wants_states:
@@ -292,7 +296,7 @@ class HostRuntime:
             bias_V = plain(lease.tensors, "head_bias").clone() if self._spec.head_bias else None
         logits_RV = h_RD.new_empty(len(rows), self._spec.vocab_size)
         scores = RunningLogprobs(batch.targets, self._memory)
-        return _Final(h_RD, logits_RV, bias_V, scores, h_SD, 0)
+        return _Final(h_RD, logits_RV, bias_V, scores, h_SD)
 
     def head(self, weights: Lease, final: _Final) -> None:
         w_VD = weights.tensors["weight"]
@@ -314,6 +318,44 @@ class HostRuntime:
     def finish(self, final: _Final) -> Outcome:
         self._outputs = None
         self._capture.end()
-        if self._prefetcher is not None:
+        if self._prefetcher is not None and not final.drafts:
             self._prefetcher.end(self._weights.now())
-        return Outcome(final.logits_RV, final.scores.logprobs(), *final.scores.best())
+        scores = final.scores
+        return Outcome(final.logits_RV, scores.logprobs(), *scores.best(), final.states_TD)
+
+
+def _metadata_of(
+    batch: Batch, page_tokens: int, memory: Allocator
+) -> Mapping[int, AttentionMetadata]:
+    """Of its micro-batches, by their first token."""
+    return {
+        micro.first_token: attention_metadata(micro, page_tokens, memory)
+        for micro in batch.micro_batches
+    }
+
+
+class DraftingHostRuntime(HostRuntime):
+    """Implements `DraftRuntime`, where the last block of the model drafts. Nobody is told of what
+    that layer routes: it is no part of the pass that forecasts are of."""
+
+    def enter_head(self, hidden: torch.Tensor, batch: Batch) -> _Final:
+        final = super().enter_head(hidden, batch)
+        with self._weights.lease(WeightKey(Part.FINAL)) as lease:
+            final.states_TD = math.final_norm(self._kernels, self._spec, lease.tensors, hidden)
+        return final
+
+    def join(self, weights: Lease, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+        with self._tracer.span("embed", rows=batch.num_tokens):
+            embedded = self._embed(batch)
+            hidden = math.join(self._kernels, self._spec, weights.tensors, embedded, states)
+            hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
+            return hidden
+
+    def enter_draft_head(self, weights: Lease, hidden: torch.Tensor, batch: Batch) -> _Final:
+        assert not self._spec.head_bias, "no family that drafts has a bias of the head"
+        h_RD = hidden[batch.logit_rows]
+        if batch.logit_rows:
+            h_RD = math.draft_norm(self._kernels, self._spec, weights.tensors, h_RD)
+        logits_RV = h_RD.new_empty(len(h_RD), self._spec.vocab_size)
+        scores = RunningLogprobs([], self._memory)
+        return _Final(h_RD, logits_RV, None, scores, h_RD[:0], drafts=True)

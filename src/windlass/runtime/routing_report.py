@@ -12,8 +12,9 @@ from windlass.schedule.observer import RoutedTokens, RoutingObserver
 
 
 class RoutingReport:
-    """Of one pass at a time. The forecast is told nothing of captured layers: their experts are all
-    in memory, so that it is of no use."""
+    """Of one pass at a time, and of nothing outside: a layer that drafts runs between two. The
+    forecast is told nothing of captured layers: their experts are all in memory, so that it is of
+    no use."""
 
     def __init__(self, forecast: ExpertForecast, observers: Sequence[RoutingObserver] = ()) -> None:
         self.wants_scores = forecast.wants_scores or any(one.wants_scores for one in observers)
@@ -36,14 +37,16 @@ class RoutingReport:
 
     def captured(self, layer: int, routed: RoutedRows) -> None:
         """A captured layer was computed; its residual stream has gone on since."""
-        if self._observers:
-            tokens = self._tokens(layer, routed, None)
+        if self._observers and self._batch is not None:
+            tokens = self._tokens(self._batch, layer, routed, None)
             for observer in self._observers:
                 observer.observe(tokens)
 
     def tell(self, layer: int, routed: RoutedRows, residual_TD: Any) -> None:
         """`layer` has routed `residual_TD`, the rows of the next group of the pass."""
-        tokens = self._groups.add(self._tokens(layer, routed, residual_TD))
+        if self._batch is None:
+            return
+        tokens = self._groups.add(self._tokens(self._batch, layer, routed, residual_TD))
         if tokens is None:
             return
         for one in (self._forecast, *self._observers):
@@ -53,11 +56,13 @@ class RoutingReport:
         """The last layer is done."""
         for one in (self._forecast, *self._observers):
             one.end(final_TD)
+        self._batch = None
 
-    def _tokens(self, layer: int, routed: RoutedRows, residual_TD: Any) -> RoutedTokens:
-        assert self._batch is not None, "routing outside a pass"
+    def _tokens(
+        self, batch: Batch, layer: int, routed: RoutedRows, residual_TD: Any
+    ) -> RoutedTokens:
         routes = routed.routes
         return RoutedTokens(
-            layer, self._batch, routed.groups.counts_E, routes.ids_TA, routes.scores_TE,
+            layer, batch, routed.groups.counts_E, routes.ids_TA, routes.scores_TE,
             routed.router_TD, residual_TD,
         )  # fmt: skip

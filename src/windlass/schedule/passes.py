@@ -17,7 +17,7 @@ from typing import Any, Literal
 from windlass.ids import Part, WeightKey
 from windlass.models.spec import Block, ModelSpec, Moe
 from windlass.schedule.batch import Batch, RowGroup
-from windlass.schedule.runtime import Outcome, Routed, Runtime
+from windlass.schedule.runtime import DraftRuntime, Outcome, Routed, Runtime
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +30,25 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class PassShape:
-    """What the schedule must know of a model."""
+    """What the schedule must know of a model. `draft`: of the layer behind those of a pass, where
+    there is one that drafts."""
 
     layers: tuple[LayerShape, ...]
     num_head_chunks: int
+    draft: LayerShape | None = None
 
     @classmethod
     def of(cls, spec: ModelSpec, num_head_chunks: int) -> "PassShape":
-        return cls(tuple(_layer_shape(block) for block in spec.blocks), num_head_chunks)
+        layers = tuple(_layer_shape(block) for block in spec.trunk.blocks)
+        draft = _layer_shape(spec.blocks[-1]) if spec.drafts else None
+        return cls(layers, num_head_chunks, draft)
+
+    @property
+    def whole(self) -> "PassShape":
+        """As if the layer that drafts were the last of each pass: what it costs where it runs over
+        all rows, the head for guesses aside."""
+        behind = () if self.draft is None else (self.draft,)
+        return PassShape((*self.layers, *behind), self.num_head_chunks)
 
 
 def _layer_shape(block: Block) -> LayerShape:
@@ -60,10 +71,30 @@ def run_pass(rt: Runtime, shape: PassShape, batch: Batch) -> Outcome:
     rt.prefetch(len(shape.layers))
     final = rt.enter_head(hidden, batch)
     if batch.logit_rows or batch.scored_rows:
-        for key in (WeightKey(Part.HEAD, -1, i) for i in range(shape.num_head_chunks)):
-            with rt.lease(key) as weights:
-                rt.head(weights, final)
+        _head(rt, shape, final)
     return rt.finish(final)
+
+
+def run_draft(rt: DraftRuntime, shape: PassShape, batch: Batch, states: Any) -> Outcome:
+    """Runs the layer that drafts over `batch`, with the states of the tokens before: the logits of
+    what follows `batch.logit_rows`. Nothing of it is foreseen; it is read when it is wanted."""
+    assert shape.draft is not None, "the model has no layer that drafts"
+    layer = len(shape.layers)
+    with rt.lease(WeightKey(Part.JOIN, layer)) as weights:
+        hidden = rt.join(weights, states, batch)
+    if not rt.replay(layer):
+        _layer_alone(rt, layer, shape.draft, hidden, batch.groups)
+    with rt.lease(WeightKey(Part.JOIN, layer)) as weights:
+        final = rt.enter_draft_head(weights, hidden, batch)
+    if batch.logit_rows:
+        _head(rt, shape, final)
+    return rt.finish(final)
+
+
+def _head(rt: Runtime, shape: PassShape, final: Any) -> None:
+    for key in (WeightKey(Part.HEAD, -1, i) for i in range(shape.num_head_chunks)):
+        with rt.lease(key) as weights:
+            rt.head(weights, final)
 
 
 def _layer_alone(

@@ -19,13 +19,15 @@ class Routed:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a pass gives: logits (rows wanted, vocabulary); and of each target, in segment order,
-    its log-probability, the likeliest token in its place and the log-probability of that."""
+    """What a pass gives: logits (rows wanted, vocabulary); of each target, in segment order, its
+    log-probability, the likeliest token in its place and the log-probability of that; and the last
+    states of all rows, where a layer that drafts wants them."""
 
     logits: Any
     logprobs: Any
     best: Any
     best_logprobs: Any
+    states: Any = None
 
 
 class Runtime(Protocol):
@@ -99,4 +101,17 @@ class Runtime(Protocol):
 
     def finish(self, final: Any) -> Outcome:
         """What the head gave."""
+        ...
+
+
+class DraftRuntime(Runtime, Protocol):
+    """The same where a layer drafts."""
+
+    def join(self, weights: Any, states: Any, batch: Batch) -> Any:
+        """Embeds the tokens and joins them with the states of those before -> hidden states of the
+        layer that drafts."""
+        ...
+
+    def enter_draft_head(self, weights: Any, hidden: Any, batch: Batch) -> Any:
+        """That layer's last norm of the rows whose logits are wanted."""
         ...

@@ -6,12 +6,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from functools import partial
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from windlass.engine.outputs import NOTHING_ALLOWED, RequestOutput
+from windlass.engine.outputs import GRAMMAR_FAILED, NOTHING_ALLOWED, RequestOutput
+from windlass.engine.request import Request as EngineRequest
 from windlass.errors import RequestError, UsageError
 from windlass.protocol.chunks import ChunkWriter
 from windlass.protocol.openai import ApiRequest, Endpoint, parse_body
@@ -19,7 +20,7 @@ from windlass.protocol.responses import error_body, response_body
 from windlass.server.answering import Answer
 from windlass.server.bodies import read_object
 from windlass.server.errors import HttpError, refusal
-from windlass.server.state import ServerState
+from windlass.server.state import Loaded, ServerState
 
 _PING = ": ping\n\n"
 _DONE = "data: [DONE]\n\n"
@@ -32,10 +33,8 @@ async def answer(state: ServerState, endpoint: Endpoint, request: Request) -> Re
     with ExitStack() as stack:
         stack.enter_context(state.answering())
         try:
-            # templates, long texts: off the loop
-            api = await asyncio.to_thread(
-                partial(parse_body, endpoint, body, loaded.model, may_stream=True)
-            )
+            # templates, long texts, grammars: off the loop
+            api = await asyncio.to_thread(_read, endpoint, body, loaded)
             key = uuid.uuid4().hex
             found = Answer(state.require().service, api, key)
         except RequestError as error:
@@ -56,6 +55,16 @@ async def answer(state: ServerState, endpoint: Endpoint, request: Request) -> Re
             if output.error is not None:
                 return _failure(output)
         return JSONResponse(response_body(api, outputs, key=key, created=int(time.time())))
+
+
+def _read(endpoint: Endpoint, body: dict[str, Any], loaded: Loaded) -> ApiRequest:
+    """The body as a request that the engine takes; a grammar is compiled here. Raises
+    RequestError."""
+    api = parse_body(endpoint, body, loaded.model, may_stream=True)
+    for prompt in api.prompts:
+        if prompt.params.structure is not None:
+            loaded.service.validate(EngineRequest("", prompt.token_ids, prompt.params, ""))
+    return api
 
 
 async def _unless_left(request: Request, found: Answer) -> list[RequestOutput]:
@@ -110,7 +119,8 @@ def _error_event(message: str) -> str:
 
 
 def _failure(output: RequestOutput) -> JSONResponse:
-    is_own = output.error_code == NOTHING_ALLOWED  # what the request itself asked for
+    # what the request itself asked for
+    is_own = output.error_code in (NOTHING_ALLOWED, GRAMMAR_FAILED)
     kind = "invalid_request_error" if is_own else "server_error"
     body = error_body(str(output.error), kind=kind, code=output.error_code)
     return JSONResponse(body, 400 if is_own else 500)

@@ -1,5 +1,4 @@
-"""DeepSeek-V3 and R1, Kimi-K2, and GLM-4.7-Flash, whose blocks are the same. Layers for multi-token
-prediction are not used."""
+"""DeepSeek-V3 and R1, Kimi-K2, and GLM-4.7-Flash, whose blocks are the same."""
 
 from dataclasses import replace
 
@@ -13,7 +12,7 @@ from windlass.models.families.common import (
     model,
     sigmoid_topk,
 )
-from windlass.models.families.tensor_names import mla_names, qwen_names
+from windlass.models.families.tensor_names import JOIN, mla_names, qwen_names
 from windlass.models.names import NameMap
 from windlass.models.spec import Ffn, ModelSpec
 
@@ -50,4 +49,4 @@ def latent_model(
             num_dense=num_dense,
         ),
     )
-    return spec, qwen_names(spec, attention=mla_names(attention))
+    return spec, replace(qwen_names(spec, attention=mla_names(attention)), join=JOIN)

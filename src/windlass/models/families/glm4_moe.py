@@ -1,4 +1,6 @@
-"""GLM-4.5 and GLM-4.6. Layers for multi-token prediction are not used."""
+"""GLM-4.5 and GLM-4.6."""
+
+from dataclasses import replace
 
 from windlass.models.config import Config
 from windlass.models.families.common import (
@@ -10,7 +12,7 @@ from windlass.models.families.common import (
     model,
     sigmoid_topk,
 )
-from windlass.models.families.tensor_names import qwen_names
+from windlass.models.families.tensor_names import JOIN, qwen_names
 from windlass.models.names import NameMap
 from windlass.models.rope_config import read_rope, rotary_dim
 from windlass.models.spec import Ffn, ModelSpec
@@ -33,4 +35,4 @@ def read(config: Config) -> tuple[ModelSpec, NameMap]:
             Ffn(intermediate=config.size("intermediate_size")),
         ),
     )
-    return spec, qwen_names(spec)
+    return spec, replace(qwen_names(spec), join=JOIN)

@@ -31,6 +31,14 @@ NORMS: TensorSources = {
     "post_norm.bias": at("post_attention_layernorm.bias"),
 }
 
+# Of a layer that predicts further tokens, in the checkpoints of DeepSeek-V3 and those like it
+JOIN: TensorSources = {
+    "embed_norm.weight": at("enorm.weight"),
+    "state_norm.weight": at("hnorm.weight"),
+    "join.weight": at("eh_proj.weight"),
+    "draft_norm.weight": at("shared_head.norm.weight"),
+}
+
 GQA: TensorSources = {
     **linears("self_attn", ("q_proj", "k_proj", "v_proj", "o_proj")),
     "q_norm.weight": at("self_attn.q_norm.weight"),
