@@ -1,5 +1,5 @@
-# The targets are the manual: setup native demo test lint coverage wheel-test bench mutate, test-native test-gpu
-# bench-gpu.
+# The targets are the manual: setup native demo test lint coverage wheel-test bench mutate, test-native test-kernels
+# kernel-table test-gpu bench-gpu.
 # `make demo` or `make test` is the only command needed on a fresh machine with Python 3.11.
 
 PYTHON ?= python3
@@ -11,6 +11,7 @@ CONSTRAINTS := build/constraints-torch-$(TORCH).txt
 endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KERNELS := .venv-kernels/bin
 DEMO_OUT := out/demo
 FORECAST := out/forecast
 NATIVE := src/windlass/kernels/cpu/libwindlass_cpu.so
@@ -19,7 +20,7 @@ PYTHON_FILES := src tests bench scripts demo native setup.py
 
 .PHONY: setup native demo test test-all test-native coverage lint types format wheel wheel-test bench bench-kernels \
   bench-peers bench-ablation bench-prediction bench-prefetcher bench-latency bench-decode bench-drafts golden \
-  mutate test-gpu bench-gpu clean
+  mutate test-kernels kernel-table check-kernel-table test-gpu bench-gpu clean
 
 setup: $(STAMP) native
 
@@ -29,7 +30,13 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) setup.py
 	touch $@
 
 build/constraints-torch-%.txt: constraints.txt
-	mkdir -p build && sed 's/^torch==.*/torch==$*/' $< > $@
+	mkdir -p build && sed 's/^torch==.*/torch==$*/; /^triton==/d' $< > $@
+
+# Beside the other: torch for CPUs needs no Triton, and tests of kernels neither transformers nor linters.
+.venv-kernels/.installed: pyproject.toml constraints.txt setup.py
+	test -x $(KERNELS)/python || $(PYTHON) -m venv .venv-kernels
+	$(KERNELS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[kernels-test]'
+	touch $@
 
 native: $(NATIVE)
 
@@ -49,6 +56,14 @@ test: setup
 # The native kernels in C++: sanitizers, emulated processors, instructions. Skips what is not there.
 test-native: $(STAMP)
 	$(BIN)/python native/tests/run.py
+
+# Triton's kernels in its interpreter, on any machine.
+test-kernels: .venv-kernels/.installed
+	TRITON_INTERPRET=1 $(KERNELS)/python -m pytest tests/kernels_triton
+
+# What ptxas makes of them for each architecture, no GPU needed; a check that none of it got worse.
+kernel-table check-kernel-table: .venv-kernels/.installed
+	$(KERNELS)/python bench/gpu/kernel_table.py $(if $(filter check-%,$@),--check) bench/gpu/kernel_table.json
 
 test-all: setup
 	HYPOTHESIS_PROFILE=new $(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu"
@@ -142,9 +157,11 @@ mutate: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu -rs
+	mkdir -p out/gpu && $(BIN)/python bench/gpu/kernels.py --out out/gpu
 
+# So far the kernels alone: there is no runtime on a GPU yet.
 bench-gpu: setup
-	@$(BIN)/python -c "import sys; sys.exit('bench-gpu: no GPU runtime yet, see CHANGELOG')"
+	mkdir -p out/gpu && $(BIN)/python bench/gpu/kernels.py --out out/gpu
 
 clean:
-	rm -rf $(VENV) $(NATIVE) build dist out .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-kernels $(NATIVE) build dist out .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
