@@ -146,14 +146,13 @@ class Engine:
             assert not self._open, "requests wait, but nothing can run"
             return StepResult((), ())
         with self._tracer.span("pass", lane="engine", segments=len(rows)):
-            micro, groups = self.plan.micro_batch_tokens, self.plan.groups
-            segments = [row.segment for row in rows]
-            batch = make_batch(segments, micro_batch_tokens=micro, groups=groups)
+            micro, segments = self.plan.micro_batch_tokens, [row.segment for row in rows]
+            batch = make_batch(segments, micro_batch_tokens=micro, groups=self.plan.groups)
             passes = passes_of(batch, self.plan.schedule)
             _prepare_masks(rows)
-            runtime, shape = self._parts.runtime, self._parts.shape
-            with _or_restart(self._admission), self._parts.computing():
-                outcome = _join([run_pass(runtime, shape, one) for one in passes])
+            parts = self._parts
+            with _or_restart(self._admission), parts.computing():
+                outcome = _join([run_pass(parts.runtime, parts.shape, one) for one in passes])
             self._passes += len(passes)
             with self._tracer.span("sample", rows=len(outcome.logits)):
                 result = self._take(rows, outcome)

@@ -323,11 +323,8 @@ class HostRuntime:
         self._capture.end()
         if self._prefetcher is not None and not final.drafts:
             self._prefetcher.end(self._weights.now())
-        best, best_logprobs = final.scores.best()
-        logits, logprobs, best, best_logprobs = self._streams.on_host(
-            final.logits_RV, final.scores.logprobs(), best, best_logprobs
-        )
-        return Outcome(logits, logprobs, best, best_logprobs, final.states_TD)
+        results = final.logits_RV, final.scores.logprobs(), *final.scores.best()
+        return Outcome(*self._streams.on_host(*results), states=final.states_TD)
 
 
 def _metadata_of(
