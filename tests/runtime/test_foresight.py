@@ -138,7 +138,8 @@ def test_replay_finds_the_hits_of_the_engine(policy, model, tmp_path):
     path = tmp_path / "t"
     stats = answers(
         model, expert_forecast="off", expert_cache_policy=policy, routing_trace=path,
-        max_num_seqs=1, max_tokens=60, device=CpuDevice(1),  # one lane: experts come in the order of demand
+        max_num_seqs=1, max_tokens=60,
+        device=CpuDevice(1),  # one lane: experts come in the order of demand
     )[1].weights  # fmt: skip
     trace = read_trace(Trace(path))
     slots = 3 * len(trace.table().layers)

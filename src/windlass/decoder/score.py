@@ -39,8 +39,12 @@ class RunningLogprobs:
 
     def logprobs(self) -> torch.Tensor:
         """(R,) fp32, once all ranges are in."""
+        if not len(self._own):  # of most passes
+            return self._own
         return (self._own.double() - self._highest - self._total.log()).float()
 
     def best(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The likeliest token of each row (R,), and its log-probability (R,) fp32."""
+        if not len(self._own):
+            return self._best, self._own
         return self._best, (-self._total.log()).float()

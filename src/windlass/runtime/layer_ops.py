@@ -149,8 +149,10 @@ class LayerOps:
         """Those rows before the head, normed."""
         if len(rows) == hidden.shape[0]:  # all of them: rows come in their order
             return math.final_norm(self._kernels, self._spec, w, hidden)
+        if not rows:
+            return hidden[:0]
         picked = hidden[hidden.new_tensor(rows, dtype=torch.int64)]
-        return math.final_norm(self._kernels, self._spec, w, picked) if rows else picked
+        return math.final_norm(self._kernels, self._spec, w, picked)
 
     def fill_tables(self, metadata: AttentionMetadata) -> None:
         """Cos and sin of all kinds of rotary positions that the model has."""
