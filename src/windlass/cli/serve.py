@@ -112,6 +112,8 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         return Loaded(Service(engine), served, engine.tokenizer, _facts(engine))
 
     address = Address(host=values["host"], port=values["port"], keys=keys)
+    if not keys and address.host not in ("127.0.0.1", "localhost", "::1"):
+        say_line(f"no --api-key: whoever reaches {address.host} may ask")
     serve(make_state(names, limits), address, load, say=say_line)
     return 0
 
