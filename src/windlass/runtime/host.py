@@ -324,7 +324,8 @@ class HostRuntime:
         if self._prefetcher is not None and not final.drafts:
             self._prefetcher.end(self._weights.now())
         results = final.logits_RV, final.scores.logprobs(), *final.scores.best()
-        return Outcome(*self._streams.on_host(*results), states=final.states_TD)
+        logits, own, best, bests = self._streams.on_host(*results)
+        return Outcome(logits, own, best, bests, final.states_TD)
 
 
 def _metadata_of(
