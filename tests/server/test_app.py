@@ -142,6 +142,20 @@ def test_a_client_that_leaves_is_given_up_within_a_pass(stream: bool) -> None:
         assert 'request_success_total{finished_reason="abort",model_name="fake"} 1.0' in text
 
 
+@pytest.mark.parametrize("pause_s", [0.001, 0.004, 0.009, 0.02])
+def test_a_slow_reader_loses_nothing(pause_s: float) -> None:
+    """The engine goes on while a piece is sent."""
+    server = Server(FakeEngine(step_s=0.003))
+    body = {**HELLO, "max_tokens": 30, "stream": True}
+
+    async def slow() -> Answered:
+        return await ask(server.app, "POST", CHAT, body, pause_s=pause_s)
+
+    with server.load():
+        for _ in range(3):
+            assert asyncio.run(slow()).chunks[-1]["choices"][0]["finish_reason"]
+
+
 def test_silence_is_filled_with_comments() -> None:
     server = Server(FakeEngine(step_s=0.15), ping_s=0.02)
     with server.load():

@@ -146,6 +146,20 @@ def test_prompts_are_scored_as_an_evaluation_asks(server: Running) -> None:
         )
 
 
+def test_log_probabilities_of_a_prompt(server: Running) -> None:
+    client, ids = server.client(), [610, 273, 271]
+    wanted: Any = {"model": "demo", "prompt": ids, "max_tokens": 1}
+    found = client.completions.create(**wanted, extra_body={"prompt_logprobs": 1})
+    first, *rest = found.choices[0].model_extra["prompt_logprobs"]  # type: ignore[index]
+    assert first is None and len(rest) == 2
+    for token, step in zip(ids[1:], rest, strict=True):
+        best = max(one["logprob"] for one in step.values())
+        assert step[str(token)]["logprob"] <= best and 1 <= len(step) <= 2
+        assert [one["rank"] for one in step.values() if one["logprob"] == best] == [1]
+    with pytest.raises(openai.BadRequestError, match="only without stream"):
+        client.completions.create(**wanted, stream=True, extra_body={"prompt_logprobs": 1})
+
+
 def test_errors_reach_the_client_as_its_own_classes(server: Running) -> None:
     client = server.client()
     with pytest.raises(openai.NotFoundError, match="does not exist"):

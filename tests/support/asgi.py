@@ -42,9 +42,10 @@ async def ask(
     headers: Mapping[str, str] | None = None,
     pieces: Sequence[bytes] | None = None,
     leaves_after: int | None = None,
+    pause_s: float = 0.0,
 ) -> Answered:
     """One request. `body`: JSON of it is sent, or `pieces` as they are. `leaves_after`: pieces of
-    the answer after which the client is gone."""
+    the answer after which the client is gone. `pause_s`: that the client takes for a piece."""
     given = {"host": "localhost", "content-type": "application/json", **(headers or {})}
     scope = {
         "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
@@ -69,6 +70,7 @@ async def ask(
             }
         elif message.get("body"):
             answered.pieces.append(message["body"])
+            await asyncio.sleep(pause_s)
         if leaves_after is not None and len(answered.pieces) >= leaves_after:
             is_gone.set()
 

@@ -39,8 +39,8 @@ def _port(text: str) -> int:
 MODEL = Flag(name="checkpoint", metavar="MODEL", help="the model, as --model has it")
 FLAGS = (
     Flag(name="host", metavar="ADDRESS", default="127.0.0.1", group=_SERVER,
-         help="where to listen: 127.0.0.1, this machine alone (default); 0.0.0.0, all networks, "
-         "wants --api-key"),
+         help="where to listen: 127.0.0.1, this machine alone (default), or 0.0.0.0, all networks: "
+         "without --api-key whoever reaches it may ask"),
     Flag(name="port", read=_port, metavar="N", default=8000, group=_SERVER,
          help="default 8000; 0: any that is free"),
     Flag(name="api-key", metavar="KEY", group=_SERVER,
@@ -74,7 +74,8 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
             f"serve: {error.name} is not installed: pip install 'windlass[server]'"
         ) from error
 
-    keys = tuple(key for key in (values["api_key"] or "").split(",") if key)
+    given = (values["api_key"] or "").split(",")
+    keys = tuple(key.strip() for key in given if key.strip())
     if values["api_key"] is not None and not keys:
         raise UsageError("--api-key: got an empty key")
     values = {**values, "model": _model(values)}

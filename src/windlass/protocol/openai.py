@@ -107,6 +107,8 @@ def parse_body(
     _refuse_unsupported(body, is_chat=is_chat)
     delivery = read_delivery(body, may_stream=may_stream)
     params = _sampling_params(body, model.default_params, is_chat=is_chat)
+    if delivery.stream and params.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs: allowed only without stream", param="prompt_logprobs")
     if delivery.echo and params.logprobs is not None:
         if delivery.stream:
             raise RequestError("echo: with logprobs, allowed only without stream", param="echo")
@@ -209,7 +211,7 @@ def _check_sequences(num_prompts: int, n: int) -> None:
     if num_prompts * n > MAX_SEQUENCES:
         times = "" if num_prompts == 1 else f" for each of {num_prompts} prompts"
         raise RequestError(
-            f"n: got {n}{times}, allowed {MAX_SEQUENCES} sequences in all: use several rows",
+            f"n: got {n}{times}, allowed {MAX_SEQUENCES} sequences in all: use several requests",
             param="n" if num_prompts == 1 else "prompt",
         )
 

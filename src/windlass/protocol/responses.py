@@ -33,7 +33,9 @@ def response_body(
                 shaped = _completion_choice(choice, prompt, output, delivery)
             if delivery.token_ids:
                 shaped |= {"prompt_token_ids": list(output.prompt_token_ids)} if not is_chat else {}
-                shaped["token_ids"] = list(choice.token_ids)
+                shaped["token_ids"] = list(choice.token_ids) if delivery.has_output else []
+            if not is_chat and not delivery.echo and output.prompt_logprobs is not None:
+                shaped["prompt_logprobs"] = _prompt_logprobs(output.prompt_logprobs)
             choices.append({"index": len(choices), **shaped})
     body: dict[str, Any] = {
         "id": id_of(request.endpoint, key),
@@ -45,7 +47,27 @@ def response_body(
     }
     if delivery.token_ids and is_chat:
         body["prompt_token_ids"] = list(outputs[0].prompt_token_ids)
+    if is_chat and outputs[0].prompt_logprobs is not None:
+        body["prompt_logprobs"] = _prompt_logprobs(outputs[0].prompt_logprobs)
     return body
+
+
+def _prompt_logprobs(
+    steps: Sequence[LogprobsOfStep | None],
+) -> list[dict[str, dict[str, Any]] | None]:
+    """As vLLM has them: of each token of the prompt but the first, by ids."""
+    return [None if step is None else _prompt_step(step) for step in steps]
+
+
+def _prompt_step(step: LogprobsOfStep) -> dict[str, dict[str, Any]]:
+    return {
+        str(token): {
+            "logprob": _finite(own.logprob),
+            "rank": own.rank,
+            "decoded_token": own.decoded_token,
+        }
+        for token, own in step.items()
+    }
 
 
 def id_of(endpoint: Endpoint, key: str) -> str:

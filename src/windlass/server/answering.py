@@ -41,15 +41,17 @@ class Answer:
         nothing has come for `ping_s`. Raises what ended the service."""
         while True:
             self._changed.clear()
+            # asked before: what comes between this and `take` is taken
+            has_ended = not self._stream.open_ids or self._stream.is_over
             came = self._stream.take(0)
             for output in came.finished:
                 self.outputs[self._number[output.request_id]] = output
             for delta in came.deltas:
                 yield self._number[delta.request_id], delta
-            if not self._stream.open_ids or self._stream.is_over:
-                break
             if came.deltas or came.finished:
                 continue
+            if has_ended:
+                break
             try:
                 await asyncio.wait_for(self._changed.wait(), ping_s)
             except TimeoutError:

@@ -1,6 +1,7 @@
 """What the server says of itself and its model, and the tokenizer on its own."""
 
 import asyncio
+from dataclasses import asdict
 from typing import Any
 
 from starlette.requests import Request
@@ -76,7 +77,8 @@ async def stats(state: ServerState, request: Request) -> Response:
             "expert_shares": found.expert_shares,
             "prefix_cache_queries": found.prefix_cache_queries,
             "prefix_cache_hits": found.prefix_cache_hits,
-            "speculation": found.speculation,
+            "prefetch": found.speculation,
+            "drafts": asdict(found.drafts) if found.drafts is not None else None,
             "phases": found.phases_json(),
         }
         if found is not None

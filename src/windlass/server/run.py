@@ -101,11 +101,12 @@ class _Run:
             raise self._error
 
     def _listen(self) -> socket.socket:
+        host, port = self._address.host, self._address.port
         try:
-            return self._server.config.bind_socket()
-        except (OSError, SystemExit) as error:
-            where = f"{self._address.host}:{self._address.port}"
-            raise UsageError(f"port: got {where}, which cannot be had: {error}") from error
+            family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            return socket.create_server(address[:2], family=family)
+        except OSError as error:
+            raise UsageError(f"port: got {host}:{port}, which cannot be had: {error}") from error
 
     def _signalled(self) -> None:
         if self._state.is_draining:  # the second time
