@@ -73,7 +73,7 @@ def test_flat_plan_files_are_read(tmp_path, capsys):
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     with LLM(plan=FLAT) as llm:
         assert llm.plan == plan
-    with LLM(host_memory="1GiB", max_num_seqs=5, max_model_len=512) as llm:
+    with LLM(host_memory="4GiB", max_num_seqs=5, max_model_len=512) as llm:
         today = llm.plan.host
         assert {part: n for part, n in today.slots.items()} == host.slots
         assert today.of(Part.BLOCK) == host.of(Part.BLOCK)
@@ -228,7 +228,7 @@ def test_run_batch_leaves_its_plan_and_takes_it_again(tmp_path, capsys):
     line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
     (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
     job = ["run-batch", "--json", "-i", str(tmp_path / "in.jsonl"), "-o"]
-    assert main([*job, str(tmp_path / "a"), "--max-num-seqs", "5", "--host-memory", "1GiB"]) == 0
+    assert main([*job, str(tmp_path / "a"), "--max-num-seqs", "5", "--host-memory", "4GiB"]) == 0
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
     written = json.loads((tmp_path / "a.plan.json").read_text())
     assert written == first["plan"] and first["plan_file"] == str(tmp_path / "a.plan.json")
@@ -246,7 +246,7 @@ def test_run_batch_leaves_its_plan_and_takes_it_again(tmp_path, capsys):
         del body["created"]  # when
     assert results[0] == results[1]
     assert (
-        first["plan"]["tiers"]["host"]["budget_bytes"] == GIB
+        first["plan"]["tiers"]["host"]["budget_bytes"] == 4 * GIB
         and first["phases"]["total"]["passes"] == 3
     )
     assert main(["run-batch", *job[1:], str(tmp_path / "c"), "--trace", f"{tmp_path}/c.plan.json"])

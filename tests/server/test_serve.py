@@ -90,7 +90,7 @@ def test_bits_over_http_are_those_of_the_python_api(server: Running) -> None:
     )
     for stream in company:
         stream.close()
-    with LLM("demo", host_memory="1GiB", threads=1, expert_usage="off") as llm:
+    with LLM("demo", host_memory="4GiB", threads=1, expert_usage="off") as llm:
         params = SamplingParams(logprobs=2, **settings)
         (one,) = llm.chat([MESSAGES], params)
         (two,) = llm.generate(["In the beginning"], SamplingParams(logprobs=2, n=2, **settings))
