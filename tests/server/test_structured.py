@@ -112,7 +112,7 @@ class Client:
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[Client]:
     options = EngineOptions(
-        model=str(folder), host_memory=1 << 30, threads=1, max_num_seqs=8, max_model_len=512
+        model=str(folder), host_memory=4 << 30, threads=1, max_num_seqs=8, max_model_len=512
     )
     engine = open_engine(options)
     parsers = choose_parsers(engine.tokenizer)
