@@ -11,14 +11,13 @@ from windlass.doctor.kept import kept_profile, with_kept_usage
 from windlass.errors import UsageError
 from windlass.hub.locate import locate
 from windlass.options import model_name, resolve_model
-from windlass.units import format_bytes
+from windlass.units import MIB, format_bytes
 
 if TYPE_CHECKING:
     from windlass.engine.engine import Engine
     from windlass.server.state import Loaded
 
 _SERVER = "server"
-_MIB = 1 << 20
 
 
 def _seconds(text: str) -> float:
@@ -53,12 +52,12 @@ FLAGS = (
          "up while a long prompt is read (default 15; -1: none)"),
     Flag(name="max-requests", read=integer(1), metavar="N", default=256, group=_SERVER,
          help="requests under way or waiting; more get status 429 (default 256)"),
-    Flag(name="max-body-size", read=size, metavar="SIZE", default=64 * _MIB, group=_SERVER,
+    Flag(name="max-body-size", read=size, metavar="SIZE", default=64 * MIB, group=_SERVER,
          help="longest request (default 64MiB)"),
     Flag(name="shutdown-timeout", read=_seconds, metavar="S", default=30.0, group=_SERVER,
          help="seconds that answers get to end after SIGTERM (default 30)"),
     *PARSER_FLAGS,
-    *(flag for flag in ENGINE_FLAGS),
+    *ENGINE_FLAGS,
     CONFIG_FLAG,
 )  # fmt: skip
 

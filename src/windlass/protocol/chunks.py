@@ -39,13 +39,8 @@ class ChunkWriter:
         self._head = json.dumps(head, separators=(",", ":"))[:-1] + ',"choices":'
         self._num_prompt = sum(len(prompt.token_ids) for prompt in request.prompts)
         self._num_generated = 0
-        self._begun: set[int] = set()  # choices that have a chunk
+        self._begun: set[int] = set()  # choices of a completion that have a chunk
         self._logprobs: dict[int, CompletionLogprobs] = {}
-
-    @property
-    def num_generated(self) -> int:
-        """Tokens so far, of all choices."""
-        return self._num_generated
 
     def begin(self) -> list[str]:
         """Of chat: the role of each choice, before there is any text. Else nothing."""
@@ -55,7 +50,6 @@ class ChunkWriter:
         return [self._begin(number) for number in range(count)]
 
     def _begin(self, number: int) -> str:
-        self._begun.add(number)
         delta = {"role": "assistant", "content": ""}
         found = {"index": number, "delta": delta, "logprobs": None, "finish_reason": None}
         if self._request.delivery.token_ids and not number:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from starlette.responses import JSONResponse
 
 from windlass.errors import RequestError
-from windlass.protocol.responses import error_body
+from windlass.protocol.responses import error_body, error_response
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -34,5 +34,5 @@ class HttpError(Exception):
 
 def refusal(error: RequestError) -> JSONResponse:
     """Of a body that was read and is wrong."""
-    status = 404 if error.code == "model_not_found" else 400
-    return JSONResponse(error_body(error), status)
+    status, body = error_response(error)
+    return JSONResponse(body, status)
