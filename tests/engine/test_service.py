@@ -4,7 +4,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -234,3 +234,20 @@ def test_a_dropped_service_closes_its_engine() -> None:
         gc.collect()
         time.sleep(0.001)
     assert engine.is_closed and kept() is None
+
+
+def test_an_end_before_the_thread_began_is_quiet(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal may come between the making of the thread and its start."""
+
+    def interrupted(thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    registered: list[Callable[[], None]] = []
+    monkeypatch.setattr("atexit.register", registered.append)
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Service(engine)
+    for at_exit in registered:
+        at_exit()

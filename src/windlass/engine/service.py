@@ -269,7 +269,8 @@ class _Loop:
     def end(self) -> None:
         """Stops, and waits for it. Raises what closing the engine did."""
         self.stop()
-        self._thread.join()
+        if self._thread.is_alive():  # a signal may have come before it began
+            self._thread.join()
         error, self._close_error = self._close_error, None
         if error is not None:
             raise error
