@@ -75,11 +75,11 @@ def test_the_thread_of_a_lane_tells_of_each_copy_when_its_event_has_come(device)
         lane.submit(copy, done)
     assert down.waits == [OVER, last_use] and not told
     events[0].over.set()
-    assert both.acquire(timeout=10) and told == [None]
+    assert both.acquire(timeout=60) and told == [None]
     events[1].over.set()
-    assert both.acquire(timeout=10) and told == [None, failure]
+    assert both.acquire(timeout=60) and told == [None, failure]
     lane.close()
-    thread.join(timeout=10)
+    thread.join(timeout=60)
     assert not thread.is_alive()
     assert [int(copy.destination.data[0]) for copy in copies] == [1, 2]
 

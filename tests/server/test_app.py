@@ -133,7 +133,7 @@ def test_a_client_that_leaves_is_given_up_within_a_pass(stream: bool) -> None:
         body = {**HELLO, "max_tokens": 3000, "stream": stream}
         answered = server.post(CHAT, body, leaves_after=3 if stream else 0)
         assert stream or answered.status in (0, 499)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not server.engine.aborted and time.monotonic() < deadline:
             time.sleep(0.01)
         assert server.engine.aborted and not server.engine.has_work

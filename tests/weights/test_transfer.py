@@ -292,7 +292,7 @@ def test_a_cpu_copies_within_its_memory():
 
 def test_one_woken_thread_wakes_the_next():
     """Copies that were submitted together are made by all threads, and each once."""
-    gate = threading.Barrier(4, timeout=10)  # nobody goes on before all four read
+    gate = threading.Barrier(4, timeout=60)  # nobody goes on before all four read
 
     class Together(FakeSource):
         def read(self, file: str, offset: int, into: memoryview) -> None:
