@@ -13,7 +13,7 @@ _COMMON = ("type", "id", "status")
 _FIELDS = {
     "message": ("role", "content", "phase"),
     "reasoning": ("summary", "content", "encrypted_content"),
-    "function_call": ("call_id", "name", "arguments"),
+    "function_call": ("call_id", "name", "arguments", "parsed_arguments"),  # as openai adds it
     "function_call_output": ("call_id", "output"),
 }
 Messages = list[dict[str, Any]]
@@ -58,7 +58,7 @@ def _item(
     refuse_unknown(item, (*_COMMON, *_FIELDS[kind]), where=where)
     for name in ("id", "status"):
         optional(item, name, str, where=where)
-    return {**item, "type": kind}
+    return {name: value for name, value in item.items() if value is not None} | {"type": kind}
 
 
 def messages_of(items: Sequence[Mapping[str, Any]], num_earlier: int) -> Messages:

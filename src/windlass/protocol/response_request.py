@@ -22,12 +22,12 @@ _SAME = (
     *(name for name in SAMPLING if name not in ("n", "prompt_logprobs")),
     "model", "stream", "stream_options", "parallel_tool_calls", "chat_template_kwargs",
     "include_reasoning", "user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "cache_salt", "request_id",
+    "cache_salt", "request_id", "service_tier",
 )  # fmt: skip
 _OWN = (
     "input", "instructions", "max_output_tokens", "max_tool_calls", "metadata", "store", "include",
     "previous_response_id", "reasoning", "text", "tools", "tool_choice", "top_logprobs",
-    "truncation", "service_tier", "prompt_cache_options",
+    "truncation", "prompt_cache_options",
 )  # fmt: skip
 _NOTHING: dict[str, tuple[tuple[object, ...], str]] = {
     "background": ((False,), "allowed only false: an answer ends with its connection"),
@@ -118,7 +118,7 @@ def _instructed(instructions: str | None, messages: Messages) -> Messages:
     if first.get("role") in ("system", "developer") and isinstance(first["content"], str):
         # templates that allow one such message, at the beginning, are many
         text = f"{instructions}\n\n{first['content']}"
-        return [{**first, "content": text}, *messages[1:]]
+        return [{"role": "system", "content": text}, *messages[1:]]
     return [{"role": "system", "content": instructions}, *messages]
 
 

@@ -15,10 +15,7 @@ from windlass.server.errors import ANTHROPIC, HttpError
 _OPEN_PATHS = frozenset({"/health", "/version"})  # without a key: they tell nothing of prompts
 _REQUEST_ID = "x-request-id"
 _LONGEST_ID = 128
-_ALLOWED_HEADERS = (
-    "authorization, content-type, api-key, x-api-key, x-request-id, anthropic-version,"
-    " anthropic-beta, anthropic-dangerous-direct-browser-access"
-)
+_ALLOWED_HEADERS = "authorization, content-type, x-api-key, x-request-id, anthropic-version"
 
 
 class Gate:
