@@ -68,6 +68,7 @@ def read_messages_body(
         for i, message in enumerate(required(body, "messages", list))
         for one in _message(message, f"messages[{i}]")
     ]
+    chat |= _prefilled(chat["messages"])
     chat["stop"] = optional(body, "stop_sequences", list)
     chat |= _tools(body) | _output(body)
     chat["chat_template_kwargs"] = _thinking(body)
@@ -173,6 +174,17 @@ def _assistant(blocks: list[dict[str, Any]], where: str) -> Messages:
     if thoughts:
         message["reasoning_content"] = "\n".join(thoughts)
     return [message]
+
+
+def _prefilled(messages: Messages) -> dict[str, bool]:
+    """An answer goes on with the text of the model's own that the messages end with."""
+    last = messages[-1] if messages else {}
+    content = last.get("content")
+    if last.get("role") != "assistant" or not content or "tool_calls" in last:
+        return {}
+    if not isinstance(content, str):
+        last["content"] = "".join(part["text"] for part in content)
+    return {"continue_final_message": True}
 
 
 def _tools(body: Mapping[str, Any]) -> dict[str, Any]:
