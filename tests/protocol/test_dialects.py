@@ -382,7 +382,8 @@ def test_a_response_that_is_cut_says_so() -> None:
 
 
 def test_log_probabilities_of_a_response() -> None:
-    body = {"include": ["message.output_text.logprobs"], "top_logprobs": 1, "tools": None}
+    wants = ["message.output_text.logprobs"]
+    body: dict[str, Any] = {"include": wants, "top_logprobs": 1, "tools": None}
     output = output_of("Hi you")
     for size in (1, 4):
         events = told(response_writer(**body), output, size)

@@ -258,7 +258,7 @@ def responded(client: Client, *, stream: bool, **body: Any) -> Any:
         if not stream:
             return await openai_client.responses.create(**settings)
         async with openai_client.responses.stream(**settings) as stream_of:
-            events = [event async for event in stream_of]
+            events: list[Any] = [event async for event in stream_of]
         assert [event.sequence_number for event in events] == list(range(len(events)))
         return events[-1].response
 

@@ -145,7 +145,8 @@ def _user(role: str, blocks: list[dict[str, Any]], where: str) -> Messages:
                 messages.append({"role": role, "content": []})
             messages[-1]["content"].append(_text(block, place))
             continue
-        result = {"role": "tool", "tool_call_id": required(block, "tool_use_id", str, where=place)}
+        ident = required(block, "tool_use_id", str, where=place)
+        result: dict[str, Any] = {"role": "tool", "tool_call_id": ident}
         content = _texts(block.get("content") or "", place + "content")
         if optional(block, "is_error", bool, where=place):
             result["is_error"] = True  # templates may look at it

@@ -99,8 +99,8 @@ async def _events(
             yield writer.failed(str(error))
             return
         outputs = [found.outputs[i] for i in range(len(found.outputs))]
-        error = next((one.error for one in outputs if one.error is not None), None)
-        if error is not None:
-            yield writer.failed(error)
-            return
+        for output in outputs:
+            if output.error is not None:
+                yield writer.failed(output.error)
+                return
         yield await asyncio.to_thread(writer.end, outputs)

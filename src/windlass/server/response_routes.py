@@ -88,8 +88,10 @@ def _as_listed(item: dict[str, Any]) -> dict[str, Any]:
     if item["type"] != "message" or not isinstance(item["content"], str):
         return item
     kind = "output_text" if item["role"] == "assistant" else "input_text"
-    more = {"annotations": []} if kind == "output_text" else {}
-    return {**item, "content": [{"type": kind, "text": item["content"], **more}]}
+    part: dict[str, Any] = {"type": kind, "text": item["content"]}
+    if kind == "output_text":
+        part["annotations"] = []
+    return {**item, "content": [part]}
 
 
 async def cancel(state: ServerState, request: Request) -> Response:
