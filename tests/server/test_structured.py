@@ -299,7 +299,11 @@ def test_responses_call_tools_and_go_on(client: Client, stream: bool) -> None:
 def test_responses_parse_and_say_why_they_end(client: Client) -> None:
     parsed = client.run(
         lambda c: c.responses.parse(
-            model="m", input=ASK, text_format=Zoo, max_output_tokens=200, temperature=1.5,
+            model="m",
+            input=ASK,
+            text_format=Zoo,
+            max_output_tokens=200,
+            temperature=1.5,
             extra_body={"seed": 1},
         )
     )
