@@ -175,7 +175,7 @@ VALUE = JSON | ITEM | st.lists(ITEM, max_size=2)
 VALUE |= st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": VALUE}), max_size=2)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.sampled_from([RESPONSES, MESSAGES, COUNT, COUNT_INPUT]), st.booleans(),
        st.dictionaries(NAMES, VALUE, max_size=4))  # fmt: skip
 def test_no_body_is_an_internal_error(path: str, is_near: bool, changes: dict[str, Any]) -> None:
