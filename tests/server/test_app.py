@@ -12,38 +12,11 @@ from hypothesis import strategies as st
 
 from asgi import Answered, ask
 from fake_engine import FakeEngine
-from windlass.engine.service import Service
-from windlass.protocol.openai import ServedModel
+from fake_server import JSON, BrokenEngine, Server, error_of
 from windlass.server.app import make_app
-from windlass.server.state import Loaded, ServerLimits, make_state
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 9}
-
-
-class Server:
-    """An application over a fake engine."""
-
-    def __init__(self, engine: FakeEngine, **options: Any) -> None:
-        self.engine = engine
-        self.state = make_state(("fake", "other"), ServerLimits(**options))
-        self.app = make_app(self.state)
-
-    def load(self) -> Service:
-        engine = self.engine
-        service = Service(engine)
-        model = ServedModel(
-            self.state.names, engine.tokenizer, engine.max_model_len, engine.default_params
-        )
-        facts = {"max_model_len": engine.max_model_len}
-        self.state.loaded = Loaded(service, model, engine.tokenizer, facts)
-        return service
-
-    def ask(self, method: str, path: str, body: Any = None, **more: Any) -> Answered:
-        return asyncio.run(ask(self.app, method, path, body, **more))
-
-    def post(self, path: str, body: Any, **more: Any) -> Answered:
-        return self.ask("POST", path, body, **more)
 
 
 @pytest.fixture
@@ -51,15 +24,6 @@ def server() -> Iterator[Server]:
     server = Server(FakeEngine())
     with server.load():
         yield server
-
-
-def error_of(answered: Answered, status: int) -> dict[str, Any]:
-    assert answered.status == status, (answered.status, answered.pieces)
-    assert set(answered.json) == {"error"}
-    error: dict[str, Any] = answered.json["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert isinstance(error["message"], str) and error["message"]
-    return error
 
 
 def test_a_stream_says_what_the_whole_answer_says(server: Server) -> None:
@@ -190,11 +154,6 @@ def test_too_many_requests_are_told_to_come_again() -> None:
         first, second = sorted(asyncio.run(both()), key=lambda one: one.status)
     assert first.status == 200
     assert error_of(second, 429)["code"] == "rate_limit_exceeded" and second.headers["retry-after"]
-
-
-class BrokenEngine(FakeEngine):
-    def step(self) -> Any:
-        raise RuntimeError("the disk is gone")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -346,13 +305,6 @@ def test_metrics_add_up(server: Server) -> None:
     assert server.ask("HEAD", "/metrics").status == 200
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 300) | st.floats(-1, 3) | st.text(max_size=4),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
 NAMES = st.sampled_from(
     ["messages", "prompt", "max_tokens", "n", "stream", "stream_options", "logprobs", "stop",
      "seed", "top_logprobs", "temperature", "tools", "tool_choice", "echo", "logit_bias",

@@ -120,6 +120,19 @@ def test_a_stream_of_the_client(server: Running) -> None:
     assert chunks[-1].usage == whole.usage
 
 
+def test_a_response_of_the_client(server: Running) -> None:
+    client = server.client()
+    wanted: dict[str, Any] = {"model": "demo", "input": MESSAGES, "max_output_tokens": 12}
+    whole = client.responses.create(**wanted, extra_body={"seed": 3})
+    with client.responses.create(**wanted, stream=True, extra_body={"seed": 3}) as stream:
+        events = list(stream)
+    text = "".join(one.delta for one in events if one.type == "response.output_text.delta")
+    assert text == whole.output_text and whole.usage is not None
+    chat = client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=12, seed=3)
+    assert text == chat.choices[0].message.content and chat.usage is not None
+    assert whole.usage.total_tokens == chat.usage.total_tokens
+
+
 def test_prompts_are_scored_as_an_evaluation_asks(server: Running) -> None:
     """lm-eval: log-probabilities of given continuations, and whether they are the likeliest."""
     client = server.client()

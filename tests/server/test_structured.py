@@ -246,6 +246,81 @@ def test_reasoning_is_told_apart_and_may_come_back(client: Client) -> None:
         assert told(client.streamed(extra_body=extra, max_tokens=60)) == said(found)
 
 
+FLAT: Any = {"type": "function", **WEATHER["function"], "strict": True}
+
+
+def responded(client: Client, *, stream: bool, **body: Any) -> Any:
+    """An answer of `/v1/responses`: whole, or as the client's helper puts it together."""
+    settings = {"model": "m", "input": "What of the sea?", "max_output_tokens": 150, **body}
+    settings["extra_body"] = {"seed": 5, **body.get("extra_body", {})}
+
+    async def ask(openai_client: openai.AsyncOpenAI) -> Any:
+        if not stream:
+            return await openai_client.responses.create(**settings)
+        async with openai_client.responses.stream(**settings) as stream_of:
+            events: list[Any] = [event async for event in stream_of]
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        return events[-1].response
+
+    return client.run(ask)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses_call_tools_and_go_on(client: Client, stream: bool) -> None:
+    body: dict[str, Any] = {"tools": [FLAT], "tool_choice": "required", "temperature": 1.3}
+    first = responded(client, stream=stream, **body, parallel_tool_calls=False)
+    (call,) = first.output
+    arguments = json.loads(call.arguments)
+    assert (call.name, call.status, first.status) == ("get_weather", "completed", "completed")
+    assert set(arguments) == {"city", "day"} and 1 <= arguments["day"] <= 31
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "Rain."}
+    text = f"<think>\nHm.\n</think>\n\nI look.\n{CALL}"
+    extra = {"structured_outputs": {"choice": [text]}}
+    asked: dict[str, Any] = {"input": [result], "tools": [FLAT], "extra_body": extra}
+    second = responded(client, stream=stream, previous_response_id=first.id, **asked)
+    thought, said, call = second.output
+    assert (thought.content[0].text, second.output_text) == ("Hm.", "I look.")
+    assert call.arguments == '{"city": "Rome", "day": 3}'
+    assert 0 < second.usage.output_tokens_details.reasoning_tokens < second.usage.output_tokens
+    # the same conversation, sent whole
+    talk = [{"role": "user", "content": "What of the sea?"}, first.output[0].model_dump(), result]
+    third = responded(client, stream=stream, **{**asked, "input": talk})
+    assert third.usage.input_tokens == second.usage.input_tokens
+    kept = client.run(lambda c: c.responses.retrieve(second.id))
+    assert kept.output_text == "I look." and kept.usage == second.usage
+    assert [one.id for one in kept.output] == [one.id for one in second.output]
+    items = client.run(lambda c: c.responses.input_items.list(second.id, order="asc"))
+    assert [one.type for one in items.data] == ["message", "function_call", "function_call_output"]
+    client.run(lambda c: c.responses.delete(second.id))
+    with pytest.raises(openai.NotFoundError, match="is not kept"):
+        client.run(lambda c: c.responses.retrieve(second.id))
+
+
+def test_responses_parse_and_say_why_they_end(client: Client) -> None:
+    parsed = client.run(
+        lambda c: c.responses.parse(
+            model="m",
+            input=ASK,
+            text_format=Zoo,
+            max_output_tokens=200,
+            temperature=1.5,
+            extra_body={"seed": 1},
+        )
+    )
+    assert isinstance(parsed.output_parsed, Zoo) and parsed.status == "completed"
+    body: dict[str, Any] = {
+        "instructions": "Short.", "include": ["message.output_text.logprobs"], "top_logprobs": 2,
+        "max_output_tokens": 6, "extra_body": {"ignore_eos": True},
+    }  # fmt: skip
+    whole, streamed = (responded(client, stream=stream, **body) for stream in (False, True))
+    assert whole.incomplete_details.reason == "max_output_tokens" and whole.status == "incomplete"
+    assert whole.output[0].content[0].text == streamed.output[0].content[0].text
+    assert len(whole.output[0].content[0].logprobs) == 6
+    with pytest.raises(openai.BadRequestError) as caught:
+        responded(client, stream=True, tools=[{"type": "web_search"}])
+    assert caught.value.param == "tools[0].type"
+
+
 def test_history_of_calls_is_accepted(client: Client) -> None:
     body: dict[str, Any] = {"tools": [WEATHER], "tool_choice": "required", "max_tokens": 200}
     first = client.chat(**body).choices[0].message

@@ -58,11 +58,12 @@ def _message(message: object, place: str) -> dict[str, Any]:
             f"{where}content: missing, allowed a string or an array of text parts",
             param=where + "content",
         )
-    result["content"] = content if content is None else _content(content, where + "content")
+    result["content"] = content if content is None else read_content(content, where + "content")
     return result
 
 
-def _content(content: object, place: str) -> str | list[dict[str, str]]:
+def read_content(content: object, place: str) -> str | list[dict[str, str]]:
+    """A string, or an array of text parts; `place` names it in errors. Raises RequestError."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

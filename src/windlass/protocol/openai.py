@@ -23,7 +23,7 @@ MAX_SEQUENCES = 128  # prompts times n of one body: OpenAI's limit for n
 COMPLETION_MAX_TOKENS = 16  # where a completion names none; in chat: the rest of the context
 
 # Handed to SamplingParams as they are; it checks types and ranges.
-_SAMPLING = (
+SAMPLING = (
     "n", "temperature", "top_p", "top_k", "min_p", "seed", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "min_tokens", "stop", "stop_token_ids", "ignore_eos",
     "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens",
@@ -53,7 +53,7 @@ _NOTHING_CHAT: dict[str, tuple[tuple[object, ...], str]] = {
     "function_call": (("none", "auto"), "not supported, allowed tools"),
     "documents": (([],), "not supported, allowed in chat_template_kwargs"),
 }
-_COMMON = (*_SAMPLING, *_NO_EFFECT, *_NOTHING, "model", "max_tokens", "logprobs", "best_of",
+_COMMON = (*SAMPLING, *_NO_EFFECT, *_NOTHING, "model", "max_tokens", "logprobs", "best_of",
            "stream", "stream_options", "return_token_ids", "response_format")  # fmt: skip
 _CHAT = frozenset(
     (*_COMMON, *_NOTHING_CHAT, "messages", "max_completion_tokens", "top_logprobs", "tools",
@@ -227,7 +227,7 @@ def _refuse_unsupported(body: Mapping[str, Any], *, is_chat: bool) -> None:
 def _sampling_params(
     body: Mapping[str, Any], defaults: SamplingParams, *, is_chat: bool
 ) -> SamplingParams:
-    given = {name: body[name] for name in _SAMPLING if body.get(name) is not None}
+    given = {name: body[name] for name in SAMPLING if body.get(name) is not None}
     if given.get("stop") == "":
         del given["stop"]
     given["logprobs"] = _chat_logprobs(body) if is_chat else _logprobs(body, "logprobs")

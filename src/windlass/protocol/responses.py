@@ -108,7 +108,8 @@ def error_body(
 
 def error_response(error: RequestError) -> tuple[int, dict[str, Any]]:
     """HTTP status and body of a refused request."""
-    return 404 if error.code == "model_not_found" else 400, error_body(error)
+    is_missing = error.code in ("model_not_found", "response_not_found")
+    return 404 if is_missing else 400, error_body(error)
 
 
 def _chat_choice(

@@ -53,3 +53,8 @@ def encoded(text: str, model: ServedModel, field: str, *, special: bool) -> list
         )
     except RequestError as error:
         raise RequestError(str(error), param=field, code=error.code) from error
+
+
+def num_tokens(model: ServedModel, text: str) -> int:
+    """Of a text that is a part of an answer."""
+    return len(model.tokenizer.encode(text, add_special_tokens=False))

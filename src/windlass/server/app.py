@@ -10,8 +10,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from windlass.protocol.chat_writer import chat_dialect
 from windlass.protocol.openai import Endpoint
+from windlass.server import anthropic_routes as anthropic
 from windlass.server import model_routes as own
+from windlass.server import response_routes as responses
 from windlass.server.errors import HttpError
 from windlass.server.gate import Gate
 from windlass.server.openai_routes import answer
@@ -36,11 +39,18 @@ def make_app(state: ServerState, *, keys: Sequence[str] = (), host: str = "127.0
         "/tokenizer_info": ("GET", own.tokenizer_info),
         Endpoint.CHAT: ("POST", _answering(Endpoint.CHAT)),
         Endpoint.COMPLETIONS: ("POST", _answering(Endpoint.COMPLETIONS)),
+        "/v1/messages": ("POST", anthropic.messages),
+        "/v1/messages/count_tokens": ("POST", anthropic.count_tokens),
+        "/v1/responses": ("POST", responses.create),
+        "/v1/responses/input_tokens": ("POST", responses.input_tokens),
+        "/v1/responses/{id}": ("GET DELETE", responses.kept),
+        "/v1/responses/{id}/input_items": ("GET", responses.input_items),
+        "/v1/responses/{id}/cancel": ("POST", responses.cancel),
     }
     return Starlette(
         routes=[
-            Route(path, _bound(handler, state), methods=[method])
-            for path, (method, handler) in routes.items()
+            Route(path, _bound(handler, state), methods=methods.split())
+            for path, (methods, handler) in routes.items()
         ],
         middleware=[Middleware(Gate, keys=keys, host=host)],
         exception_handlers={
@@ -52,7 +62,8 @@ def make_app(state: ServerState, *, keys: Sequence[str] = (), host: str = "127.0
 
 
 def _answering(endpoint: Endpoint) -> Handler:
-    return lambda state, request: answer(state, endpoint, request)
+    dialect = chat_dialect(endpoint)
+    return lambda state, request: answer(state, dialect, request)
 
 
 def _bound(handler: Handler, state: ServerState) -> Callable[[Request], Awaitable[Response]]:
@@ -64,7 +75,7 @@ def _bound(handler: Handler, state: ServerState) -> Callable[[Request], Awaitabl
 
 async def _told(request: Request, error: Exception) -> Response:
     assert isinstance(error, HttpError)
-    return error.response()
+    return error.response(request.url.path)
 
 
 async def _told_by_router(request: Request, error: Exception) -> Response:
@@ -78,9 +89,10 @@ async def _told_by_router(request: Request, error: Exception) -> Response:
         message = f"{where}: there is no such path"
     else:
         message = str(error.detail)
-    return HttpError(error.status_code, message, headers=headers).response()
+    return HttpError(error.status_code, message, headers=headers).response(request.url.path)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     _LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return HttpError(500, f"internal error: {type(error).__name__}: {error}").response()
+    found = HttpError(500, f"internal error: {type(error).__name__}: {error}")
+    return found.response(request.url.path)

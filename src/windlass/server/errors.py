@@ -1,12 +1,17 @@
-"""What a client is told when a request cannot be served: a status and OpenAI's body."""
+"""What a client is told when a request cannot be served: a status and OpenAI's body, or Anthropic's
+on its paths."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from starlette.responses import JSONResponse
 
+from windlass.engine.outputs import GRAMMAR_FAILED, NOTHING_ALLOWED, RequestOutput
 from windlass.errors import RequestError
+from windlass.protocol.anthropic_writer import anthropic_error
 from windlass.protocol.responses import error_body, error_response
 
+ANTHROPIC = "/v1/messages"  # where its paths begin
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -26,13 +31,30 @@ class HttpError(Exception):
         self.code = code
         self.headers = headers
 
-    def response(self) -> JSONResponse:
+    def response(self, path: str) -> JSONResponse:
+        """As clients of this path expect it."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         body = error_body(str(self), kind=_KINDS.get(self.status, kind), code=self.code)
-        return JSONResponse(body, self.status, headers=self.headers)
+        return _response(path, self.status, body, self.headers)
 
 
-def refusal(error: RequestError) -> JSONResponse:
+def refusal(error: RequestError, path: str) -> JSONResponse:
     """Of a body that was read and is wrong."""
-    status, body = error_response(error)
-    return JSONResponse(body, status)
+    return _response(path, *error_response(error))
+
+
+def failure(output: RequestOutput, path: str) -> JSONResponse:
+    """Of an answer that ended with an error."""
+    # what the request itself asked for
+    is_own = output.error_code in (NOTHING_ALLOWED, GRAMMAR_FAILED)
+    kind = "invalid_request_error" if is_own else "server_error"
+    body = error_body(str(output.error), kind=kind, code=output.error_code)
+    return _response(path, 400 if is_own else 500, body)
+
+
+def _response(
+    path: str, status: int, body: dict[str, Any], headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    if path.startswith(ANTHROPIC):
+        body = anthropic_error(body["error"]["message"], status)
+    return JSONResponse(body, status, headers=headers)

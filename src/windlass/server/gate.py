@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from windlass.server.errors import HttpError
+from windlass.server.errors import ANTHROPIC, HttpError
 
 _OPEN_PATHS = frozenset({"/health", "/version"})  # without a key: they tell nothing of prompts
 _REQUEST_ID = "x-request-id"
@@ -47,6 +47,8 @@ class Gate:
             if message["type"] == "http.response.start":
                 own = MutableHeaders(scope=message)
                 own[_REQUEST_ID] = request_id
+                if scope["path"].startswith(ANTHROPIC):
+                    own["request-id"] = request_id
                 if origin is not None and is_local:
                     own["access-control-allow-origin"] = origin
                     own["access-control-expose-headers"] = _REQUEST_ID
@@ -59,7 +61,7 @@ class Gate:
                 return
             self._check(scope["path"], headers, origin, is_local=is_local)
         except HttpError as error:
-            await error.response()(scope, receive, tell)
+            await error.response(scope["path"])(scope, receive, tell)
             return
         await self._app(scope, receive, tell)
 
@@ -81,7 +83,9 @@ class Gate:
 
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        given = token.strip()
+        if scheme.lower() != "bearer":
+            given = headers.get("x-api-key") or headers.get("api-key", "")
         found = given.encode("utf-8", "surrogateescape")
         return any([hmac.compare_digest(found, key) for key in self._keys])
 

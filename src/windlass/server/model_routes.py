@@ -92,7 +92,7 @@ async def tokenize(state: ServerState, request: Request) -> Response:
     try:
         return JSONResponse(await asyncio.to_thread(tokenized, body, loaded.model))
     except RequestError as error:
-        return refusal(error)
+        return refusal(error, request.url.path)
 
 
 async def detokenize(state: ServerState, request: Request) -> Response:
@@ -103,7 +103,7 @@ async def detokenize(state: ServerState, request: Request) -> Response:
             await asyncio.to_thread(detokenized, body, loaded.model, loaded.tokenizer)
         )
     except RequestError as error:
-        return refusal(error)
+        return refusal(error, request.url.path)
 
 
 async def tokenizer_info(state: ServerState, request: Request) -> Response:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.service import Service
+from windlass.protocol.kept_responses import KeptResponses
 from windlass.protocol.openai import ServedModel
 from windlass.protocol.tokenizing import WholeTokenizer
 from windlass.server.errors import HttpError
@@ -57,6 +58,7 @@ class ServerState:
     is_draining: bool = False
     num_open: int = 0  # answers
     limits_over: bool = False  # what is under way is not waited for
+    responses: KeptResponses = field(default_factory=KeptResponses)
 
     def stats(self) -> EngineStats | None:
         """Counters; None while loading."""
