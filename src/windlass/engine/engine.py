@@ -19,8 +19,9 @@ from windlass.device.streams import Streams
 from windlass.engine.admission import Admission, ScheduledSequence
 from windlass.engine.drafting import Drafting
 from windlass.engine.engine_stats import EngineStats
-from windlass.engine.expectation import Check, Expectation
+from windlass.engine.expectation import Check, Expectation, Rates
 from windlass.engine.layer_drafts import LayerDrafts
+from windlass.engine.live_view import LiveView, look
 from windlass.engine.open_requests import OpenRequests
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.phase_meter import PhaseMeter, Readings
@@ -250,6 +251,16 @@ class Engine:
             forecast_sources=self._parts.forecast_sources(),
             drafts=self._parts.drafting.stats() if self._parts.drafting else None,
         )
+
+    def look(self) -> LiveView:
+        """Who is under way and where weights are; on any thread, while a step runs too."""
+        own = self._admission
+        return look(list(own.running), own.num_held_pages, self.plan, self._weights)
+
+    def rates(self, sequences: int) -> Rates | None:
+        """What is to be expected while as many decode; on any thread. None where nothing is."""
+        found = self._expectation
+        return found.rates(self.plan, sequences) if found else None
 
     def compare(
         self,

@@ -16,7 +16,7 @@ from windlass.weights.hints import Hint
 from windlass.weights.io_queue import IoQueue
 from windlass.weights.residency import Entry, Mover, Residency, nearest_first
 from windlass.weights.slots import Slots
-from windlass.weights.stats import StoreStats
+from windlass.weights.stats import PartPlaces, StoreStats
 
 
 class WeightCache:
@@ -36,7 +36,6 @@ class WeightCache:
     ) -> None:
         """`num_keys`: parts of each kind; `slots`: of the kinds that have any. `one_by_one`: no
         two experts are to be leased at once."""
-        self._policy = policy
         self._resident = Residency(num_keys, slots, mover, policy=policy)
         self.feed = Feed(self._resident, queue, mover)
         self._queue = queue
@@ -93,6 +92,11 @@ class WeightCache:
                 evictions=self._resident.evictions,
             )
 
+    def look(self, part: Part) -> tuple[dict[Part, int], PartPlaces]:
+        """Slots that are taken by kind, and where parts of one kind are."""
+        with self._changed:
+            return self._resident.num_held(), self._resident.places(part)
+
     def track(self, keys: Sequence[WeightKey]) -> NDArray[np.bool_]:
         """A live bitmap of `keys`: true where one is resident or loading."""
         with self._changed:
@@ -120,7 +124,7 @@ class WeightCache:
         """`key`, there for good, is used without a lease."""
         with self._changed:
             self.count_hits(key.part, 1)
-            self._policy.note_use(key)
+            self._resident.note_use(key)
 
     def count_hits(self, part: Part, count: int) -> None:
         """Parts that were used without a lease, because they are there for good."""
@@ -212,7 +216,7 @@ class WeightCache:
             self.feed.abandon(demand)
 
     def _take(self, entry: Entry) -> Entry:
-        self._policy.note_use(entry.key)
+        self._resident.note_use(entry.key)
         entry.leases += 1
         self.feed.take(entry)
         return entry
