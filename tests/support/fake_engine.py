@@ -158,9 +158,7 @@ class FakeEngine:
         )
         key = WeightKey(Part.EXPERT, 1, 2)
         places = PartPlaces({key: Place.HELD}, {key: self._passes}, {})
-        return LiveView(
-            rows=rows, tiers=(), layers=(1, 3), num_experts=4, experts={"host": places}
-        )
+        return LiveView(rows=rows, tiers=(), layers=(1, 3), num_experts=4, experts={"host": places})
 
     def rates(self, sequences: int) -> Rates | None:
         return Rates(10.0 * sequences, {"disk": 1e9}, False)

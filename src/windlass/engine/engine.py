@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -231,25 +232,13 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Totals so far; between two steps."""
-        prompts, turns = self._admission.prompt_pages, self._admission.turns
         return EngineStats(
             passes=self._passes,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
-            weights=self._weights.stats(),
             pass_s=self._pass_s,
-            peak_rss_bytes=peak_resident_bytes(),
-            running=len(self._admission.running),
-            waiting=len(self._admission.waiting),
-            num_preemptions=self._admission.num_preemptions,
-            burst_passes=turns.num_passes,
-            bursts_have_lost=turns.have_lost,
             phases=dict(self._meter.phases),
-            prefix_cache_queries=prompts.num_asked if self.plan.prefix_caching else 0,
-            prefix_cache_hits=prompts.num_found,
-            speculation=self._parts.speculation(),
-            forecast_sources=self._parts.forecast_sources(),
-            drafts=self._parts.drafting.stats() if self._parts.drafting else None,
+            **_stats_of(self._parts, self.plan),
         )
 
     def look(self) -> LiveView:
@@ -290,6 +279,25 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _stats_of(parts: EngineParts, plan: Plan) -> dict[str, Any]:
+    """The fields of `EngineStats` that the parts of an engine know."""
+    own = parts.admission
+    return {
+        "weights": parts.weights.stats(),
+        "peak_rss_bytes": peak_resident_bytes(),
+        "running": len(own.running),
+        "waiting": len(own.waiting),
+        "num_preemptions": own.num_preemptions,
+        "burst_passes": own.turns.num_passes,
+        "bursts_have_lost": own.turns.have_lost,
+        "prefix_cache_queries": own.prompt_pages.num_asked if plan.prefix_caching else 0,
+        "prefix_cache_hits": own.prompt_pages.num_found,
+        "speculation": parts.speculation(),
+        "forecast_sources": parts.forecast_sources(),
+        "drafts": parts.drafting.stats() if parts.drafting else None,
+    }
 
 
 def _prepare_masks(rows: Iterable[ScheduledSequence]) -> None:

@@ -46,8 +46,7 @@ class WeightCache:
         if not self._resident.fits(Part.EXPERT):
             num_experts = max(1, self._resident.num_slots(Part.EXPERT) // 4)
         self._group_size = 1 if one_by_one else num_experts
-        self._requests: Counter[Part] = Counter()
-        self._hits: Counter[Part] = Counter()
+        self._requests, self._hits = Counter[Part](), Counter[Part]()
         self._wait_s = 0.0
 
     # --- state ------------------------------------------------------------------------------------
