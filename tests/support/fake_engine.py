@@ -19,12 +19,14 @@ from typing import Any
 
 from windlass.cli import generate, main, run_batch
 from windlass.engine.engine_stats import EngineStats
+from windlass.engine.expectation import Rates
+from windlass.engine.live_view import LiveView, RowNow
 from windlass.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from windlass.engine.request import Delta, Request, StepResult
 from windlass.errors import RequestError
-from windlass.ids import Part
+from windlass.ids import Part, WeightKey
 from windlass.params import SamplingParams
-from windlass.weights.stats import StoreStats
+from windlass.weights.stats import PartPlaces, Place, StoreStats
 
 TOKENS_PER_STEP = 3
 BOS = 256
@@ -148,6 +150,18 @@ class FakeEngine:
         self.peak_flying = max(
             self.peak_flying, sum(len(r.sequences) for r in self._running.values())
         )
+
+    def look(self) -> LiveView:
+        rows = tuple(
+            RowNow(name, len(one.request.prompt_token_ids), len(one.request.prompt_token_ids), 0)
+            for name, one in list(self._running.items())
+        )
+        key = WeightKey(Part.EXPERT, 1, 2)
+        places = PartPlaces({key: Place.HELD}, {key: self._passes}, {})
+        return LiveView(rows=rows, tiers=(), layers=(1, 3), num_experts=4, experts={"host": places})
+
+    def rates(self, sequences: int) -> Rates | None:
+        return Rates(10.0 * sequences, {"disk": 1e9}, False)
 
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)

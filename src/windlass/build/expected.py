@@ -6,13 +6,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from windlass.engine.expectation import Rates
+from windlass.ids import DISK, HOST
 from windlass.perf.accuracy import Accuracy, Prediction
+from windlass.perf.estimate import predict
 from windlass.phases import PhaseStats
 from windlass.plan import Plan
 from windlass.planner.choose import Chosen
 from windlass.workload import Workload
 
 _STAT = Path("/proc/stat")
+_USUAL = 256, 64  # tokens in and out; the rate hardly depends on them
 _BUSY = 0.1  # of the processors' time: more than this, in other programs, slows a run
 
 
@@ -71,6 +75,17 @@ class EngineExpectation:
     def __init__(self, chosen: Chosen) -> None:
         self._chosen = chosen
         self._others = OtherWork()
+
+    def rates(self, plan: Plan, sequences: int) -> Rates:
+        """As `engine/expectation.py` says, of answers of usual length."""
+        problem = self._chosen.problem
+        work = Workload.from_lengths(*_USUAL, sequences).shortened(plan.max_model_len)
+        profile = problem.profile
+        links = {DISK: profile.disk.points[-1][1]}
+        if profile.down is not None:
+            links[HOST] = profile.down.rate.points[-1][1]
+        found = predict(problem, plan, work)
+        return Rates(found.decode_tokens_s, links, profile.is_assumed)
 
     def compare(
         self, plan: Plan, work: Workload | None, phases: Mapping[str, PhaseStats], *, is_warm: bool

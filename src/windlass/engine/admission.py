@@ -82,6 +82,11 @@ class Admission:
         self.num_preemptions = 0
         self._num_begun = 0
 
+    @property
+    def num_held_pages(self) -> int:
+        """Pages in use."""
+        return self._kv.num_pages - self._kv.num_free_pages
+
     def add(self, queued: QueuedSequence) -> None:
         self.waiting.add(queued)
 

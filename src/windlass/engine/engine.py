@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,8 +20,9 @@ from windlass.device.streams import Streams
 from windlass.engine.admission import Admission, ScheduledSequence
 from windlass.engine.drafting import Drafting
 from windlass.engine.engine_stats import EngineStats
-from windlass.engine.expectation import Check, Expectation
+from windlass.engine.expectation import Check, Expectation, Rates
 from windlass.engine.layer_drafts import LayerDrafts
+from windlass.engine.live_view import LiveView, look
 from windlass.engine.open_requests import OpenRequests
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.phase_meter import PhaseMeter, Readings
@@ -230,26 +232,24 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Totals so far; between two steps."""
-        prompts, turns = self._admission.prompt_pages, self._admission.turns
         return EngineStats(
             passes=self._passes,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
-            weights=self._weights.stats(),
             pass_s=self._pass_s,
-            peak_rss_bytes=peak_resident_bytes(),
-            running=len(self._admission.running),
-            waiting=len(self._admission.waiting),
-            num_preemptions=self._admission.num_preemptions,
-            burst_passes=turns.num_passes,
-            bursts_have_lost=turns.have_lost,
             phases=dict(self._meter.phases),
-            prefix_cache_queries=prompts.num_asked if self.plan.prefix_caching else 0,
-            prefix_cache_hits=prompts.num_found,
-            speculation=self._parts.speculation(),
-            forecast_sources=self._parts.forecast_sources(),
-            drafts=self._parts.drafting.stats() if self._parts.drafting else None,
+            **_stats_of(self._parts, self.plan),
         )
+
+    def look(self) -> LiveView:
+        """Who is under way and where weights are; on any thread, while a step runs too."""
+        own = self._admission
+        return look(list(own.running), own.num_held_pages, self.plan, self._weights)
+
+    def rates(self, sequences: int) -> Rates | None:
+        """What is to be expected while as many decode; on any thread. None where nothing is."""
+        found = self._expectation
+        return found.rates(self.plan, sequences) if found else None
 
     def compare(
         self,
@@ -279,6 +279,25 @@ class Engine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _stats_of(parts: EngineParts, plan: Plan) -> dict[str, Any]:
+    """The fields of `EngineStats` that the parts of an engine know."""
+    own = parts.admission
+    return {
+        "weights": parts.weights.stats(),
+        "peak_rss_bytes": peak_resident_bytes(),
+        "running": len(own.running),
+        "waiting": len(own.waiting),
+        "num_preemptions": own.num_preemptions,
+        "burst_passes": own.turns.num_passes,
+        "bursts_have_lost": own.turns.have_lost,
+        "prefix_cache_queries": own.prompt_pages.num_asked if plan.prefix_caching else 0,
+        "prefix_cache_hits": own.prompt_pages.num_found,
+        "speculation": parts.speculation(),
+        "forecast_sources": parts.forecast_sources(),
+        "drafts": parts.drafting.stats() if parts.drafting else None,
+    }
 
 
 def _prepare_masks(rows: Iterable[ScheduledSequence]) -> None:

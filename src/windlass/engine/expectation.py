@@ -2,7 +2,7 @@
 comes of comparing the two. Knows no planner."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from windlass.phases import PhaseStats
 from windlass.plan import Plan
@@ -17,8 +17,20 @@ class Check(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
+class Rates(NamedTuple):
+    """What a machine can do. `link_bytes_s`: by the tier that bytes come from."""
+
+    decode_tokens_s: float  # of all sequences together
+    link_bytes_s: Mapping[str, float]
+    are_assumed: bool  # nobody has measured this machine
+
+
 class Expectation(Protocol):
     """Predicts jobs of one engine."""
+
+    def rates(self, plan: Plan, sequences: int) -> Rates:
+        """While as many sequences decode under `plan`. Takes a moment: passes are simulated."""
+        ...
 
     def compare(
         self, plan: Plan, work: Workload | None, phases: Mapping[str, PhaseStats], *, is_warm: bool

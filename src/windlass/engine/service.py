@@ -14,6 +14,8 @@ from types import TracebackType
 from typing import Protocol
 
 from windlass.engine.engine_stats import EngineStats
+from windlass.engine.expectation import Rates
+from windlass.engine.live_view import LiveView
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.request import Delta, Request, StepResult
 from windlass.errors import RequestError, UsageError
@@ -35,6 +37,8 @@ class SteppedEngine(Protocol):
     def abort(self, request_id: str) -> None: ...
     def step(self) -> StepResult: ...
     def stats(self) -> EngineStats: ...
+    def look(self) -> LiveView: ...
+    def rates(self, sequences: int) -> Rates | None: ...
     def close(self) -> None: ...
 
 
@@ -92,6 +96,14 @@ class Service:
     def stats(self) -> EngineStats:
         """The engine's counters: of now, or of a moment before the pass under way."""
         return self._loop.stats()
+
+    def look(self) -> LiveView:
+        """Who is under way, and where weights are."""
+        return self._engine.look()
+
+    def rates(self, sequences: int) -> Rates | None:
+        """What is to be expected while as many decode; None where nothing is."""
+        return self._engine.rates(sequences)
 
     def drain(self) -> None:
         """Takes no more requests, and returns when none is left."""

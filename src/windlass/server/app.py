@@ -15,9 +15,11 @@ from windlass.protocol.openai import Endpoint
 from windlass.server import anthropic_routes as anthropic
 from windlass.server import model_routes as own
 from windlass.server import response_routes as responses
+from windlass.server import watching
 from windlass.server.errors import HttpError
 from windlass.server.gate import Gate
 from windlass.server.openai_routes import answer
+from windlass.server.page import page
 from windlass.server.state import ServerState
 
 _LOG = logging.getLogger("windlass.server")
@@ -31,7 +33,9 @@ def make_app(state: ServerState, *, keys: Sequence[str] = (), host: str = "127.0
         "/health": ("GET", own.health),
         "/version": ("GET", own.version),
         "/metrics": ("GET", own.metrics),
-        "/v1/stats": ("GET", own.stats),
+        "/": ("GET", page),
+        "/v1/stats": ("GET", watching.stats),
+        "/v1/stats/stream": ("GET", watching.stream),
         "/v1/models": ("GET", own.models),
         "/v1/models/{name:path}": ("GET", own.model),
         "/tokenize": ("POST", own.tokenize),

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from windlass.server.errors import ANTHROPIC, HttpError
 
-_OPEN_PATHS = frozenset({"/health", "/version"})  # without a key: they tell nothing of prompts
+_OPEN_PATHS = frozenset({"/", "/health", "/version"})  # without a key: they tell no prompts
 _REQUEST_ID = "x-request-id"
 _LONGEST_ID = 128
 _ALLOWED_HEADERS = "authorization, content-type, x-api-key, x-request-id, anthropic-version"

@@ -122,12 +122,23 @@ def _counters(
         ("weights_wait_seconds", "Seconds that passes waited for weights.", None,
          {"": stats.wait_s}),
         ("expert_requests", "Experts that passes needed.", None, {"": stats.expert_requests}),
+        ("expert_evictions", "Parts that gave way to others.", None, {"": store.evictions}),
         ("expert_hits", "Where they were.", "tier", {"host": stats.expert_hits, "disk": missed}),
-        ("link_bytes", "Bytes moved.", "link", {"disk": stats.bytes_read}),
+        ("link_bytes", "Bytes moved, by the tier that they come from.", "link",
+         {route.source: moved for route, moved in store.link_bytes.items()}),
         ("expert_prefetch_issued", "Parts read ahead.", None, {"": store.prefetch_issued}),
         ("expert_prefetch_used", "Of these, used.", None, {"": store.prefetch_used}),
         ("expert_prefetch_wasted", "Of these, given up.", None, {"": store.prefetch_cancelled}),
     ]  # fmt: skip
+
+
+def named_values(stats: EngineStats) -> dict[str, float]:
+    """The engine's numbers by the names that `/metrics` has for them, labels in brackets."""
+    found = {name: value for name, _, value in _gauges(stats)}
+    for name, _, label, values in _counters(stats):
+        for key, value in values.items():
+            found[name if label is None else f"{name}[{key}]"] = value
+    return found
 
 
 class Observed:

@@ -1,7 +1,6 @@
 """What the server says of itself and its model, and the tokenizer on its own."""
 
 import asyncio
-from dataclasses import asdict
 from typing import Any
 
 from starlette.requests import Request
@@ -57,33 +56,6 @@ async def version(state: ServerState, request: Request) -> Response:
 async def metrics(state: ServerState, request: Request) -> Response:
     text = await asyncio.to_thread(state.metrics.render)
     return Response(text, headers={"content-type": CONTENT_TYPE})
-
-
-async def stats(state: ServerState, request: Request) -> Response:
-    """The engine's counters as JSON; null while loading."""
-    found = state.stats()
-    return JSONResponse(
-        {
-            "open_requests": state.num_open,
-            "running": found.running,
-            "waiting": found.waiting,
-            "passes": found.passes,
-            "prompt_tokens": found.prompt_tokens,
-            "generated_tokens": found.generated_tokens,
-            "pass_seconds": found.pass_s,
-            "wait_seconds": found.wait_s,
-            "bytes_read": found.bytes_read,
-            "peak_memory_bytes": found.peak_rss_bytes,
-            "expert_shares": found.expert_shares,
-            "prefix_cache_queries": found.prefix_cache_queries,
-            "prefix_cache_hits": found.prefix_cache_hits,
-            "prefetch": found.speculation,
-            "drafts": asdict(found.drafts) if found.drafts is not None else None,
-            "phases": found.phases_json(),
-        }
-        if found is not None
-        else None
-    )
 
 
 async def tokenize(state: ServerState, request: Request) -> Response:

@@ -14,6 +14,7 @@ from windlass.protocol.openai import ServedModel
 from windlass.protocol.tokenizing import WholeTokenizer
 from windlass.server.errors import HttpError
 from windlass.server.metrics import Metrics
+from windlass.server.watchers import Watchers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +58,7 @@ class ServerState:
     failure: str | None = None  # why there will be none
     is_draining: bool = False
     num_open: int = 0  # answers
+    watchers: Watchers = field(default_factory=Watchers)
     limits_over: bool = False  # what is under way is not waited for
     responses: KeptResponses = field(default_factory=KeptResponses)
 

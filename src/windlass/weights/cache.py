@@ -16,7 +16,7 @@ from windlass.weights.hints import Hint
 from windlass.weights.io_queue import IoQueue
 from windlass.weights.residency import Entry, Mover, Residency, nearest_first
 from windlass.weights.slots import Slots
-from windlass.weights.stats import StoreStats
+from windlass.weights.stats import PartPlaces, StoreStats
 
 
 class WeightCache:
@@ -36,7 +36,6 @@ class WeightCache:
     ) -> None:
         """`num_keys`: parts of each kind; `slots`: of the kinds that have any. `one_by_one`: no
         two experts are to be leased at once."""
-        self._policy = policy
         self._resident = Residency(num_keys, slots, mover, policy=policy)
         self.feed = Feed(self._resident, queue, mover)
         self._queue = queue
@@ -47,8 +46,7 @@ class WeightCache:
         if not self._resident.fits(Part.EXPERT):
             num_experts = max(1, self._resident.num_slots(Part.EXPERT) // 4)
         self._group_size = 1 if one_by_one else num_experts
-        self._requests: Counter[Part] = Counter()
-        self._hits: Counter[Part] = Counter()
+        self._requests, self._hits = Counter[Part](), Counter[Part]()
         self._wait_s = 0.0
 
     # --- state ------------------------------------------------------------------------------------
@@ -93,6 +91,11 @@ class WeightCache:
                 evictions=self._resident.evictions,
             )
 
+    def look(self, part: Part) -> tuple[dict[Part, int], PartPlaces]:
+        """Slots that are taken by kind, and where parts of one kind are."""
+        with self._changed:
+            return self._resident.num_held(), self._resident.places(part)
+
     def track(self, keys: Sequence[WeightKey]) -> NDArray[np.bool_]:
         """A live bitmap of `keys`: true where one is resident or loading."""
         with self._changed:
@@ -120,7 +123,7 @@ class WeightCache:
         """`key`, there for good, is used without a lease."""
         with self._changed:
             self.count_hits(key.part, 1)
-            self._policy.note_use(key)
+            self._resident.note_use(key)
 
     def count_hits(self, part: Part, count: int) -> None:
         """Parts that were used without a lease, because they are there for good."""
@@ -212,7 +215,7 @@ class WeightCache:
             self.feed.abandon(demand)
 
     def _take(self, entry: Entry) -> Entry:
-        self._policy.note_use(entry.key)
+        self._resident.note_use(entry.key)
         entry.leases += 1
         self.feed.take(entry)
         return entry

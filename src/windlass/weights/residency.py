@@ -1,6 +1,7 @@
 """Which part is in which slot. Starts reads into slots and evicts; knows nothing of who waits, nor
 of bytes."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from windlass.weights.demand import Demand
 from windlass.weights.eviction import EvictionPolicy
 from windlass.weights.io_queue import Priority, Ticket
 from windlass.weights.slots import Slots
+from windlass.weights.stats import PartPlaces, Place
 
 
 class Entry:
@@ -107,6 +109,8 @@ class Residency:
     ) -> None:
         self.entries: dict[WeightKey, Entry] = {}
         self.evictions = 0
+        self.uses: Counter[WeightKey] = Counter()
+        self.gone_at: dict[WeightKey, float] = {}  # when it was evicted last, by the mover's clock
         self._slots = slots
         self._mover = mover
         self._policy = policy
@@ -133,6 +137,10 @@ class Residency:
 
     def num_slots(self, part: Part) -> int:
         return self._slots[part].num_slots if part in self._slots else 0
+
+    def num_held(self) -> dict[Part, int]:
+        """Slots by kind that are taken."""
+        return {part: own.num_slots - own.num_free for part, own in self._slots.items()}
 
     def num_free(self, part: Part) -> int:
         return self._slots[part].num_free if part in self._slots else 0
@@ -174,6 +182,20 @@ class Residency:
         self._note(key, is_held=True)
         entry.ticket = self._mover.fetch(entry, priority=priority, on_done=partial(on_done, entry))
         return entry
+
+    def note_use(self, key: WeightKey) -> None:
+        """`key` is used now."""
+        self._policy.note_use(key)
+        self.uses[key] += 1
+
+    def places(self, part: Part) -> PartPlaces:
+        """Where parts of one kind are."""
+        now = self._mover.now()
+        return PartPlaces(
+            {entry.key: _place(entry) for entry in self.of(part)},
+            {key: count for key, count in self.uses.items() if key.part == part},
+            {key: now - then for key, then in self.gone_at.items() if key.part == part},
+        )
 
     def remove(self, entry: Entry) -> None:
         """Frees the slot of `entry`."""
@@ -218,4 +240,12 @@ class Residency:
             slot = self.entries.pop(victim).slot
             self._note(victim, is_held=False)
             self.evictions += 1
+            self.gone_at[victim] = self._mover.now()
         return slot
+
+
+def _place(entry: Entry) -> Place:
+    is_ahead = entry.prefetched_bytes > 0 and not entry.demands
+    if entry.ticket is not None:
+        return Place.COMING_AHEAD if is_ahead else Place.COMING
+    return Place.HELD_AHEAD if is_ahead else Place.HELD

@@ -1,9 +1,11 @@
-"""Counters of a weight store, as one frozen record. Knows no store."""
+"""Counters of a weight store and where its parts are, as frozen records. Know no store."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
 
-from windlass.ids import Part, Route
+from windlass.ids import Part, Route, WeightKey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,3 +27,22 @@ class StoreStats:
     prefetch_cancelled_bytes: int
     prefetch_late_bytes: int
     evictions: int
+
+
+class Place(IntEnum):
+    """Of a part in one tier. Ahead: a hint brought it, and it was not used yet."""
+
+    ABSENT = 0
+    COMING = 1
+    COMING_AHEAD = 2
+    HELD = 3
+    HELD_AHEAD = 4
+
+
+class PartPlaces(NamedTuple):
+    """Parts of one kind in one tier, at a moment. `places`: of those that have a slot. `uses`:
+    since the store was made. `gone_s`: seconds since each was evicted last, of those that were."""
+
+    places: Mapping[WeightKey, Place]
+    uses: Mapping[WeightKey, int]
+    gone_s: Mapping[WeightKey, float]

@@ -22,7 +22,7 @@ from windlass.weights.eviction import EvictionPolicy
 from windlass.weights.io_queue import Priority, Ticket
 from windlass.weights.residency import Entry, num_slots
 from windlass.weights.slots import Arena
-from windlass.weights.stats import StoreStats
+from windlass.weights.stats import PartPlaces, StoreStats
 from windlass.weights.supply import Rows, Supply
 
 _NONE: Tensors = {}
@@ -140,6 +140,13 @@ class WeightStore:
     def stats(self) -> StoreStats:
         stats = self.cache.stats()
         return replace(stats, wait_s=stats.wait_s + self._rows_wait_s)
+
+    def look(self, part: Part) -> dict[str, tuple[dict[Part, int], PartPlaces]]:
+        """Slots that are taken, and where parts of one kind are, by the memory; this one's first.
+        On any thread."""
+        found = {self.route.destination: self.cache.look(part)}
+        below = self.supply.below
+        return found if below is None else {**found, self.route.source: below.look(part)}
 
     def check(self) -> None:
         """Slots, entries, leases, demands, the queue and the policy agree."""
