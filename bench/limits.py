@@ -23,7 +23,7 @@ _V2 = Path("/sys/fs/cgroup")
 _DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 _TOUCHED_SHARE, _TOUCHED_AT_ONCE = 0.85, 256 << 20
 # exec in place of the shell: the command's first byte is already counted in the group
-_ENTER = 'echo $$ > "$1" && shift && exec "$@"'
+ENTER = 'echo $$ > "$1" && shift && exec "$@"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Ran:
     no_cgroup: str | None = None  # why there is none
 
 
-class _Group:
+class MemoryGroup:
     """One memory cgroup of `limit_bytes`, without swap. Raises OSError where it cannot be made."""
 
     def __init__(self, limit_bytes: int) -> None:
@@ -70,6 +70,11 @@ class _Group:
         path = self._path / name
         return int(path.read_text()) if path.exists() else None  # memory.peak: Linux 5.19
 
+    def used_bytes(self) -> int:
+        """Now, the page cache included."""
+        name = "memory.usage_in_bytes" if self.version == 1 else "memory.current"
+        return int((self._path / name).read_text())
+
     def limit_hits(self) -> int:
         if self.version == 1:
             return int((self._path / "memory.failcnt").read_text())
@@ -96,16 +101,16 @@ def run_limited(command: Sequence[str], limit_bytes: int) -> Ran:
         os.sync()
         _DROP_CACHES.write_text("3")
         touch_memory()
-        group = _Group(limit_bytes)
+        group = MemoryGroup(limit_bytes)
     except OSError as error:
         return _run(command, None, f"{error.filename or 'memory cgroup'}: {error.strerror}")
     try:
-        return _run([*("sh", "-c", _ENTER, "sh", str(group.members)), *command], group, None)
+        return _run([*("sh", "-c", ENTER, "sh", str(group.members)), *command], group, None)
     finally:
         group.remove()
 
 
-def _run(command: Sequence[str], group: _Group | None, no_cgroup: str | None) -> Ran:
+def _run(command: Sequence[str], group: MemoryGroup | None, no_cgroup: str | None) -> Ran:
     others = Others()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
