@@ -163,8 +163,8 @@ async def _served(
 ) -> AsyncIterator[tuple[httpx.AsyncClient, "subprocess.Popen[str]"]]:
     command = [
         sys.executable, "-m", "windlass.cli", "serve", "--port", "0", "--model", options.model,
-        "--host-memory", f"{options.budget // MIB}MiB", "--max-num-seqs", "16", "--data-dir", str(folder),
-        "--moe-expert-cache-size", options.slots,
+        "--host-memory", f"{options.budget // MIB}MiB", "--max-num-seqs", "16",
+        "--data-dir", str(folder), "--moe-expert-cache-size", options.slots,
     ]  # fmt: skip
     if group is not None:
         command = ["sh", "-c", ENTER, "sh", str(group.members), *command]
