@@ -11,6 +11,7 @@ from windlass.engine.bursts import Turns
 from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
 from windlass.kvcache.kv_cache import KvCache, PagedShape, StateShape
+from windlass.kvcache.kv_tiers import KvTiers
 from windlass.params import SamplingParams
 from windlass.schedule.batch import CHUNK_TOKENS
 
@@ -32,7 +33,7 @@ class Machine:
             state_slots=states,
         )  # fmt: skip
         self.admission = Admission(
-            self.kv, max_num_seqs=seqs, max_rows=rows, long_rope_after=long_rope_after,
+            KvTiers(self.kv), max_num_seqs=seqs, max_rows=rows, long_rope_after=long_rope_after,
             mixed_prefill_rows=mixed_prefill_rows, decoding=Decoding(turns or Turns(), drafting),
         )  # fmt: skip
         self.rows = rows
