@@ -1,5 +1,6 @@
-"""Attention of a layer, on weights that are given: by the device that computes or, of sequences whose
-home is the host, by that. Knows keys and values and where rows are, not where weights come from."""
+"""Attention of a layer, on weights that are given: by the device that computes or, where that is a
+sequence's home, by the host. Knows keys and values and where rows are, not where weights come from.
+"""
 
 import torch
 

@@ -7,10 +7,10 @@ for; what it finds goes back down. Each waits for nothing but what it needs:
     compute   project -> record                                wait -> output projection
     up                   wait, copy -> record                   ^
     worker                              synchronise, attend     |
-    back                                           copy, record +
+    back                                             copy -> record
 
-A place in pinned memory (`_Stage`) is used again when the job that had it is over and what it found
-is on the device. There are few of them: who asks for more waits.
+A place in pinned memory (`_Stage`) is used again when the job that had it is over; what goes up
+into it waits until what was found there has left. There are few of them: who asks for more waits.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ import torch
 
 from windlass.decoder.attention import Projected, kv_shape, value_width
 from windlass.device.base import Allocator
-from windlass.device.streams import OVER, Event
+from windlass.device.streams import Event
 from windlass.kernels.interface import AttentionOptions, AttentionWork, Kernels
 from windlass.kvcache.kv_cache import KvCache
 from windlass.models.spec import Gqa, Mla, ModelSpec
@@ -40,6 +40,10 @@ class Pending(Protocol[_Result_co]):
 
     def result(self) -> _Result_co:
         """What it gave, waiting for it. Raises what it raised."""
+        ...
+
+    def exception(self) -> BaseException | None:
+        """What it raised, waiting for it."""
         ...
 
 
@@ -96,7 +100,6 @@ class _Stage:
 
     buffer: torch.Tensor | None = None  # made when it is first wanted
     job: Pending[Event] | None = None  # that had it last
-    sent: Event = OVER  # its result has left
 
     def views(self, shapes: Sequence[torch.Size]) -> list[torch.Tensor]:
         """Tensors of `shapes` side by side."""
@@ -120,7 +123,6 @@ class _Job(NamedTuple):
     layer: int
     given: tuple[torch.Tensor, ...]
     arrived: Event
-    stage: _Stage
     staged: list[torch.Tensor]  # queries, keys, values where they are kept, results
     places: _Places
     work: AttentionWork
@@ -177,7 +179,7 @@ class HostAttention:
         places = self._places.get(rows.first_token)
         if places is None or places.rows is not rows:
             places = self._places[rows.first_token] = _places_of(rows, self._kv.page_tokens)
-        job = _Job(layer, given, arrived, stage, staged, places, work, options, out_THv)
+        job = _Job(layer, given, arrived, staged, places, work, options, out_THv)
         stage.job = self._worker.submit(lambda: self._compute(job))
         self.num_jobs += 1
         return OnHost(out_THv, got.gate_THv, stage.job)
@@ -194,15 +196,15 @@ class HostAttention:
         that has failed pages may be given to others."""
         self._worker.submit(lambda: None).result()
         for stage in self._stages:
-            stage.job = None
+            if stage.job is not None and stage.job.exception() is not None:
+                stage.job = None  # nothing has left from here
 
     def _free_stage(self) -> _Stage:
         """That which was taken longest ago, when its job is over."""
         stage = self._stages.pop(0)
         self._stages.append(stage)
         if stage.job is not None:
-            job, stage.job = stage.job, None
-            job.result()
+            self._memory.streams.up.wait(stage.job.result())  # its result may still be on its way
         if stage.buffer is None:
             like = torch.empty(self._stage_floats, device="meta")
             stage.buffer = self._memory.streams.pinned(like)
@@ -223,12 +225,10 @@ class HostAttention:
             self._kernels.write_rows(store, job.places.pages, job.places.offsets, rows_TKd)
         keys, values = self._kv.paged(job.layer)
         found_THv = self._kernels.attention(q_THd, keys, values, job.work, job.options)
-        job.stage.sent.synchronize()  # what lay here before is still being copied
         result_THv.copy_(found_THv)
         with streams.on(streams.back):
             job.out_THv.copy_(result_THv, non_blocking=True)
-        job.stage.sent = streams.back.record()
-        return job.stage.sent
+        return streams.back.record()
 
 
 def _places_of(rows: MicroBatch, page_tokens: int) -> _Places:
