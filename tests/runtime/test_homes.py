@@ -4,10 +4,10 @@ without each wait; errors end the step, and nothing hangs."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import cache
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from threading import Event, Timer
 from typing import Any
@@ -16,13 +16,16 @@ from unittest import mock
 import pytest
 import torch
 
+from drafters import Corrected, bits
 from engines import engine_for, make_model, prompts, request, run_all
 from fake_cuda import FakeCuda, on_device
 from fake_streams import Race
+from nextn import make_nextn
 from windlass.build import homes as build
 from windlass.build.open import open_engine
 from windlass.device.base import Device
 from windlass.device.cpu import CpuDevice
+from windlass.engine.drafting import Drafting
 from windlass.engine.engine import Engine
 from windlass.engine.request import Request
 from windlass.errors import UsageError
@@ -34,7 +37,8 @@ from windlass.models.spec import Mla
 from windlass.options import EngineOptions, read_config
 from windlass.plan import HOST, Plan, TierPlan
 from windlass.runtime import host_attention
-from windlass.runtime.host_attention import Staging
+from windlass.runtime.host_attention import HostAttention, Staging
+from windlass.speculative import SpeculativeConfig
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
 FEW = {Part.EXPERT: 3, Part.BLOCK: 2, Part.FFN: 1, Part.HEAD: 1, Part.EMBED: 0}
@@ -171,7 +175,7 @@ def test_without_any_of_its_waits_and_events_there_is_a_race(point, model):
     device = FakeCuda(name="device", seed=3, without=point)
     plan = own.plan_for(1.0, micro_batch_tokens=64)
     with pytest.raises(Race, match="nothing orders them"):
-        own.run_on(device, plan, _requests()[-1:], _STAGING_BYTES=0)
+        own.run_on(device, plan, [request("r", prompts((200,))[0])], _STAGING_BYTES=0)
     assert device.order.points[point] > 0
 
 
@@ -185,12 +189,12 @@ def apart(request, model):
     own = model(request.param)
 
     @cache
-    def bits(share: float) -> Results:
+    def made(share: float) -> Results:
         plan = own.plan_for(share, {}, micro_batch_tokens=512)
         with own.open(plan, backend="cpu") as engine:
             return _bits(engine, _requests())
 
-    return own, bits
+    return own, made
 
 
 @pytest.mark.parametrize(
@@ -204,20 +208,20 @@ def apart(request, model):
 )
 def test_bits_are_those_of_the_share_alone(values, apart):
     """And a sequence's those of its home: whatever the groups, budgets, batches and schedule."""
-    own, bits = apart
+    own, made = apart
     share = values["share"]
     with own.open(own.plan_for(**{"slots": {}, **values}), backend="cpu") as engine:
         found = _bits(engine, _requests())
-    assert found == bits(share)
+    assert found == made(share)
     homes = {name: home_of(name, share) for name in found}
-    assert found == {name: bits(1.0 if homes[name] is Home.HOST else 0.0)[name] for name in found}
+    assert found == {name: made(1.0 if homes[name] is Home.HOST else 0.0)[name] for name in found}
     assert Home.HOST in homes.values()
 
 
 def test_the_host_rounds_otherwise(apart):
     """Else the others could not fail."""
-    _, bits = apart
-    assert bits(0.0) != bits(1.0)
+    _, made = apart
+    assert made(0.0) != made(1.0)
 
 
 def test_few_pages_of_each_home(model):
@@ -258,34 +262,90 @@ class _Fails(Exception):
     pass
 
 
-def test_a_worker_that_raises_ends_the_step_and_the_engine_goes_on(model, monkeypatch):
-    own = model("qwen3_moe")
-    write = TorchKernels.write_rows
-    left = [40]
+def _fail_once(monkeypatch: pytest.MonkeyPatch, job: int) -> None:
+    """The worker, in that job."""
+    compute, jobs = HostAttention._compute, count(1)
 
-    def fail_once(self: TorchKernels, *given: Any) -> None:
-        left[0] -= 1
-        if not left[0]:
+    def fail(self: HostAttention, given: Any) -> Any:
+        if next(jobs) == job:
             raise _Fails
-        write(self, *given)
+        return compute(self, given)
 
-    plan = own.plan_for(1.0, {}, groups=2, micro_batch_tokens=64)
-    with own.open(plan) as engine:
-        monkeypatch.setattr(TorchKernels, "write_rows", fail_once)
-        for one in _requests():
-            engine.add(one)
-        results = {}
-        for _ in range(99):
-            try:
-                results.update({one.request_id: one for one in engine.step().finished})
-            except _Fails:
-                engine.check()
-            if not engine.has_work:
-                break
-        assert left[0] < 0
-    assert {name: one.outputs[0].token_ids for name, one in results.items()} == {
-        name: bits[0] for name, bits in own.bits.items()
-    }
+    monkeypatch.setattr(HostAttention, "_compute", fail)
+
+
+def _bits_in_spite(engine: Engine, requests: list[Request]) -> Results:
+    """Of all steps but the one that fails."""
+    for one in requests:
+        engine.add(one)
+    results: dict[str, Any] = {}
+    with pytest.raises(_Fails):
+        while engine.has_work:
+            results |= {one.request_id: one for one in engine.step().finished}
+    engine.check()
+    while engine.has_work:
+        results |= {one.request_id: one for one in engine.step().finished}
+    return {name: one.outputs[0].token_ids for name, one in results.items()}
+
+
+@pytest.mark.parametrize("job", [1, 6, 20])
+def test_a_worker_that_raises_ends_the_step_and_the_engine_goes_on(job, model, monkeypatch):
+    own = model("qwen3_moe")
+    _fail_once(monkeypatch, job)
+    with own.open(own.plan_for(1.0, {}, groups=2, micro_batch_tokens=64)) as engine:
+        found = _bits_in_spite(engine, _requests())
+    assert found == {name: bits[0] for name, bits in own.bits.items()}
+
+
+def test_pages_are_given_to_others_when_the_worker_has_left_them(model, monkeypatch):
+    """After a pass that failed."""
+    own = model("qwen3_moe")
+    plan = own.plan_for(1.0, micro_batch_tokens=64)
+    for drains in (True, False):
+        device = FakeCuda(name="device", seed=1, late=0.9)
+        with monkeypatch.context() as patched:
+            _fail_once(patched, 2)
+            patched.setattr(f"{__name__}._bits", _bits_in_spite)
+            if not drains:
+                patched.setattr(HostAttention, "drain", lambda self: None)
+            expected = nullcontext() if drains else pytest.raises(Race)
+            with expected:
+                found = own.run_on(device, plan, _requests())
+        assert drains == (not device.memory.races)
+    assert found == {name: bits[0] for name, bits in own.bits.items()}
+
+
+def test_native_kernels_may_be_those_of_both(model):
+    own = model("deepseek_v3")
+    with engine_for(own.path, moe_backend="cpu") as engine:
+        expected = _bits(engine, _requests())
+    plan = own.plan_for(0.5, {}, groups=2, micro_batch_tokens=64)
+    options = EngineOptions(
+        model=str(own.path), plan=plan, generation_config="vllm", moe_backend="cpu"
+    )
+    with open_engine(options, above=CpuDevice(1, name="device")) as engine:
+        assert _bits(engine, _requests()) == expected
+
+
+def test_the_layer_that_drafts_keeps_its_rows_where_the_sequence_is(tmp_path, monkeypatch):
+    make_nextn("deepseek_v3", tmp_path)
+    guess: Any = SpeculativeConfig(method="mtp")
+    some = [
+        request(f"r{i}", p, max_tokens=9, logprobs=1) for i, p in enumerate(prompts((20, 9, 5)))
+    ]
+    with engine_for(tmp_path, moe_backend="torch", speculative_config=guess) as engine:
+        results, plan = run_all(engine, some), engine.plan
+    monkeypatch.setattr(Drafting, "of", lambda config: Corrected(results))  # every other is right
+    tiers = tuple(_tier(plan.host, name, {}, None) for name in (HOST, "device"))
+    options = EngineOptions(
+        model=str(tmp_path), plan=replace(plan, tiers=tiers, host_attention=0.5),
+        generation_config="vllm", moe_backend="torch", speculative_config=guess,
+    )  # fmt: skip
+    above = CpuDevice(1, name="device")
+    with open_engine(options, above=above, kernels=TorchKernels()) as engine:
+        assert bits(run_all(engine, some)) == bits(results)
+        made = engine.stats().drafts
+    assert made is not None and made.accepted > 0
 
 
 def test_closing_ends_the_worker_also_while_it_has_work(model, monkeypatch):

@@ -399,6 +399,16 @@ class FakePinned(HostAllocator):
         self.allocated_bytes += size
         return DeviceMemory(self, self._above.pinned_bytes(size))
 
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Watched too: the engine's thread and the worker work on it."""
+        with self._above._quiet():
+            made = torch.empty(shape, dtype=dtype)
+            self._above.memory.add(made, is_pinned=True)
+        return made
+
+    def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.empty(*shape, dtype=dtype).zero_()
+
     def submit(self, copy: Copy, done: Done) -> None:
         self.pending.append((copy, done))
 

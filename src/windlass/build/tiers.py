@@ -60,7 +60,10 @@ def open_weights(
         return WeightStore(files, plan.host.slots, policy=policy)
     keys = [key.part for key in model.layout.parts]
     kept = {part for part, slots in plan.above.slots.items() if slots >= keys.count(part)}
-    lower = LowerPolicy(outfit.below.policy, kept)
+    lower_own = _with_drafts(
+        outfit.below.policy, model.spec, plan.host.of(Part.EXPERT).slots
+    )
+    lower = LowerPolicy(lower_own, kept)
     below = WeightStore(files, plan.host.slots, policy=lower)
     block_bytes = BLOCK_BYTES
     if tiers.down is not None:
