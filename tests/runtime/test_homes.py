@@ -2,6 +2,7 @@
 bits at a fixed share, whatever else is chosen and whenever the host gets to it; no race, and none
 without each wait; errors end the step, and nothing hangs."""
 
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
@@ -101,12 +102,13 @@ class Model:
 
     def open(
         self, plan: Plan, *, device: Device | None = None, above: Device | None = None,
-        backend: Any = "torch",
+        backend: Any = "torch", trace: Path | None = None,
     ) -> Engine:  # fmt: skip
         """Kernels of `backend` on the host, torch's on the device."""
         options = EngineOptions(
-            model=str(self.path), plan=plan, generation_config="vllm", moe_backend=backend
-        )
+            model=str(self.path), plan=plan, generation_config="vllm", moe_backend=backend,
+            trace=trace,
+        )  # fmt: skip
         kernels = on_device(above, TorchKernels) if isinstance(above, FakeCuda) else TorchKernels()
         above = above or CpuDevice(1, name="device")
         return open_engine(options, device=device, above=above, kernels=kernels)
@@ -160,10 +162,10 @@ def test_no_race_and_what_a_cpu_says(family, share, model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nor_at_any_other_moments(family, seed, model):
     own = model(family)
-    device = FakeCuda(name="device", seed=seed, late=(0.5, 0.9, 1.0)[seed % 3])
+    device = FakeCuda(name="device", seed=seed, late=(0.5, 0.9, 1.0)[seed // 9 % 3])
     plan = own.plan_for(
-        (0.5, 1.0)[seed % 2], groups=1 + seed // 2 % 3, micro_batch_tokens=(64, 512)[seed % 2],
-        max_num_batched_tokens=(100, 512)[seed // 3 % 2],
+        (0.5, 1.0, 0.0)[seed % 3], groups=1 + seed // 3 % 3, micro_batch_tokens=(64, 512)[seed % 2],
+        max_num_batched_tokens=(100, 512)[seed // 2 % 2],
     )  # fmt: skip
     assert own.run_on(device, plan, _requests(), _STAGING_BYTES=seed % 2 << 28) == own.bits
     assert not device.memory.races
@@ -222,6 +224,17 @@ def test_the_host_rounds_otherwise(apart):
     """Else the others could not fail."""
     _, made = apart
     assert made(0.0) != made(1.0)
+
+
+def test_what_the_worker_does_is_traced(model, tmp_path):
+    own, trace = model("qwen3_next"), tmp_path / "trace.json"
+    with own.open(own.plan_for(1.0, {}), trace=trace) as engine:
+        run_all(engine, _requests(1))
+    events = json.loads(trace.read_text())
+    (lane,) = (e["tid"] for e in events if e.get("args") == {"name": "host attention"})
+    found = [event for event in events if event["tid"] == lane and event["ph"] == "X"]
+    rows = [(event["args"]["layer"], event["args"]["rows"]) for event in found]
+    assert rows == [(1, 70), (3, 70), (1, 1), (3, 1)], "the prompt, then a token"
 
 
 def test_few_pages_of_each_home(model):

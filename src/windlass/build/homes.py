@@ -17,6 +17,7 @@ from windlass.models.spec import ModelSpec
 from windlass.options import EngineOptions
 from windlass.plan import Plan
 from windlass.runtime.host_attention import HostAttention, Staging
+from windlass.trace import Tracer
 
 
 def open_kv(spec: ModelSpec, plan: Plan, memory: Allocator, host: Allocator) -> KvTiers:
@@ -50,7 +51,7 @@ def host_fingerprint(plan: Plan, kernels: Kernels | None) -> dict[str, object]:
 
 
 def open_host(
-    spec: ModelSpec, plan: Plan, tiers: Tiers, kv: KvTiers, opened: ExitStack
+    spec: ModelSpec, plan: Plan, tiers: Tiers, kv: KvTiers, tracer: Tracer, opened: ExitStack
 ) -> HostAttention | None:
     """The host's part of attention, with a thread of its own; None where the plan has none."""
     if tiers.host_kernels is None or tiers.above is None:
@@ -58,4 +59,4 @@ def open_host(
     worker = ThreadPoolExecutor(1, "host attention")
     opened.callback(worker.shutdown, cancel_futures=True)
     store, staging = kv.of(Home.HOST), Staging.of(spec, plan)
-    return HostAttention(tiers.host_kernels, store, tiers.above, worker, staging)
+    return HostAttention(tiers.host_kernels, store, tiers.above, worker, staging, tracer)

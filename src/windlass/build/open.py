@@ -258,7 +258,7 @@ def _assemble(
     if outfit.recorder is not None and outfit.recorder.wants_states:
         outfit.recorder.add_routers(read_routers(spec, weights, machine.memory.streams))
     kv = open_kv(spec, plan, machine.memory, tiers.host)
-    machine = replace(machine, host=open_host(spec, plan, tiers, kv, opened))
+    machine = replace(machine, host=open_host(spec, plan, tiers, kv, tracer, opened))
     foresight = outfit.foresight(plan, shape, weights)
     kind = DraftingHostRuntime if spec.drafts else HostRuntime
     runtime = kind(spec, machine, weights, kv.device, foresight)

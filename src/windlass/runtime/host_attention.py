@@ -13,6 +13,7 @@ A place in pinned memory (`_Stage`) is used again when the job that had it is ov
 into it waits until what was found there has left. There are few of them: who asks for more waits.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -29,6 +30,7 @@ from windlass.kvcache.kv_cache import KvCache
 from windlass.models.spec import Gqa, Mla, ModelSpec
 from windlass.plan import Plan
 from windlass.schedule.batch import MicroBatch
+from windlass.trace import Tracer
 
 _STAGING_BYTES = 256 << 20  # of all stages; two there are in any case, so that none waits for one
 _Result_co = TypeVar("_Result_co", covariant=True)
@@ -141,8 +143,10 @@ class HostAttention:
         memory: Allocator,
         worker: Worker,
         staging: Staging,
+        tracer: Tracer,
     ) -> None:
-        """`memory`: of the device."""
+        """`memory`: of the device. `tracer`: is told what the worker does."""
+        self._tracer = tracer
         self._kernels = kernels
         self._kv = kv
         self._memory = memory
@@ -151,7 +155,6 @@ class HostAttention:
         self._stages = [_Stage() for _ in range(staging.num_stages)]
         self._sinks: dict[int, torch.Tensor] = {}  # by layer
         self._places: dict[int, _Places] = {}  # of the last micro-batch that began at a row
-        self.num_jobs = 0
 
     def begin(
         self,
@@ -181,7 +184,6 @@ class HostAttention:
             places = self._places[rows.first_token] = _places_of(rows, self._kv.page_tokens)
         job = _Job(layer, given, arrived, staged, places, work, options, out_THv)
         stage.job = self._worker.submit(lambda: self._compute(job))
-        self.num_jobs += 1
         return OnHost(out_THv, got.gate_THv, stage.job)
 
     def result(self, begun: OnHost) -> torch.Tensor:
@@ -221,11 +223,16 @@ class HostAttention:
         streams = self._memory.streams
         q_THd, *kept, result_THv = job.staged
         job.arrived.synchronize()
+        begin = time.perf_counter()
         for store, rows_TKd in zip(self._kv.stored(job.layer), kept, strict=True):
             self._kernels.write_rows(store, job.places.pages, job.places.offsets, rows_TKd)
         keys, values = self._kv.paged(job.layer)
         found_THv = self._kernels.attention(q_THd, keys, values, job.work, job.options)
         result_THv.copy_(found_THv)
+        if self._tracer.writes:
+            end, rows = time.perf_counter(), q_THd.shape[0]
+            lane = "host attention"
+            self._tracer.record("attention", lane, begin, end, layer=job.layer, rows=rows)
         with streams.on(streams.back):
             job.out_THv.copy_(result_THv, non_blocking=True)
         return streams.back.record()
