@@ -249,6 +249,12 @@ def test_few_pages_of_each_home(model):
     for pages in ((99, 99), (3, 9), (9, 3), (4, 4)):
         plan = own.plan_for(0.5, {}, pages, max_model_len=96, max_num_batched_tokens=100)
         with own.open(plan, backend="cpu") as engine:
+            engine.add(many[0])
+            engine.step()
+            held = {tier.name: tier.kv_bytes for tier in engine.look().tiers}
+            is_host = home_of(many[0].seed_key, 0.5) is Home.HOST
+            assert (held[HOST] > 0) == is_host and (held["device"] > 0) != is_host
+            engine.abort(many[0].request_id)
             found.append(_bits(engine, many))
             preempted += engine.stats().num_preemptions
     assert found[1:] == found[:1] * 3

@@ -86,9 +86,9 @@ class Admission:
         self._num_begun = 0
 
     @property
-    def num_held_pages(self) -> int:
-        """Pages in use."""
-        return self._kv.num_pages - self._kv.num_free_pages
+    def num_held_pages(self) -> dict[Home, int]:
+        """Pages in use, by home."""
+        return self._kv.num_held_pages
 
     def add(self, queued: QueuedSequence) -> None:
         self.waiting.add(queued)

@@ -39,6 +39,11 @@ class KvTiers:
     def num_homes(self) -> int:
         return len(self._of)
 
+    @property
+    def num_held_pages(self) -> dict[Home, int]:
+        """Pages in use, by home."""
+        return {home: one.num_pages - one.num_free_pages for home, one in self._of.items()}
+
     def of(self, home: Home) -> KvCache:
         """Where sequences of that home have their pages."""
         return self._of[home]
