@@ -28,6 +28,13 @@ class WeightKey(NamedTuple):
         return f"{self.part.value}{place}" + ("" if self.index < 0 else f"[{self.index}]")
 
 
+class Home(StrEnum):
+    """Where a sequence's keys and values are, and its attention is computed."""
+
+    HOST = "host"
+    DEVICE = "device"  # where passes are computed: the only one on a machine without another device
+
+
 class Route(NamedTuple):
     """The way of bytes from one tier to the next; tiers are called as their devices."""
 

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from windlass.errors import UsageError
-from windlass.ids import Part
+from windlass.ids import Home, Part
 from windlass.units import format_bytes
 
 Schedule = Literal["module-based", "model-based"]
@@ -80,6 +80,9 @@ class Plan:
     read_threads: int
     schedule: Schedule = "module-based"  # what a pass is: all tokens, or one micro-batch
     overlap: bool = True  # reads go on beside computation; off only to show what it brings
+    # Share of the sequences, 0 to 1, whose attention the host computes and whose keys and values it
+    # keeps, beside a device that does so for the others (MoE-Gen's omega). 0 without a device
+    host_attention: float = 0.0
 
     @property
     def host(self) -> TierPlan:
@@ -97,6 +100,17 @@ class Plan:
         return self.above or self.host
 
     @property
+    def homes(self) -> dict[Home, TierPlan]:
+        """Where sequences may have their keys and values, and the tier whose pages these are.
+        Recurrent states are those of `top`."""
+        share, found = self.host_attention, {}
+        if share < 1:
+            found[Home.DEVICE] = self.top
+        if share > 0:
+            found[Home.HOST] = self.host
+        return found
+
+    @property
     def pass_rows(self) -> int:
         """Most tokens that go through the model together."""
         if self.schedule == "module-based":
@@ -106,6 +120,8 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """All values by name, tiers and parts by theirs; `from_json` reads them back."""
         document = asdict(self)
+        if self.above is None:
+            del document["host_attention"]  # there is nothing to say
         for tier in document["tiers"]:
             tier["parts"] = {own.pop("part").value: own for own in tier["parts"]}
         document["tiers"] = {tier.pop("name"): tier for tier in document["tiers"]}
@@ -131,7 +147,7 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan for people: what the budget holds, and what a pass may take."""
         prefixes = "computed once" if self.prefix_caching else "not looked for"
-        if self.host.state_slots:  # a state is that of a sequence's last token, none of a prefix
+        if self.top.state_slots:  # a state is that of a sequence's last token, none of a prefix
             prefixes += " (the model has recurrent layers)"
         return [
             *(line for tier in self.tiers for line in self._tier_lines(tier)),
@@ -178,6 +194,11 @@ class Plan:
                 f"plan: model-based: every {self.micro_batch_tokens} tokens pass through the model"
                 " by themselves"
             )
+        if self.host_attention:
+            lines.append(
+                f"plan: the host computes attention of {100 * self.host_attention:.0f} % of the"
+                " sequences, beside the device"
+            )
         if not self.overlap:
             lines.append("plan: no overlap: weights are read while nothing computes")
         return lines
@@ -196,7 +217,7 @@ def _held(own: PartSlots) -> str:
 # --- reading --------------------------------------------------------------------------------------
 
 
-_BEFORE = {"burst_tokens": 0, "burst_max_seqs": 0, "groups": 1}
+_BEFORE = {"burst_tokens": 0, "burst_max_seqs": 0, "groups": 1, "host_attention": 0.0}
 
 
 def _read_tier(name: str, document: object, what: str) -> TierPlan:
@@ -246,10 +267,11 @@ def _check_value(value: object, kind: Any, what: str) -> None:
         if value not in SCHEDULES:
             raise UsageError(f"{what}: got {value!r}, allowed {', '.join(SCHEDULES)}")
         return
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+    allowed = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
         name = getattr(kind, "__name__", str(kind))
         raise UsageError(f"{what}: got {value!r}, allowed a value of type {name}")
-    if isinstance(value, int) and value < 0:
+    if isinstance(value, int | float) and value < 0:
         raise UsageError(f"{what}: got {value}, allowed 0 or more")
 
 

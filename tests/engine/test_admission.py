@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from admission_machine import PAGE_TOKENS, Machine
 from sequences import PlainStarts
 from windlass.engine.bursts import Turns
+from windlass.ids import Home
 from windlass.prefetch.guard import WindowGuard
 from windlass.schedule.batch import CHUNK_TOKENS
 
@@ -21,26 +22,44 @@ SIZES = st.tuples(st.integers(1, 150), st.integers(1, 90))
     more_rows=st.integers(0, 70),
     has_states=st.booleans(),
     bursts=st.sampled_from(((0, 0), (0, 0), (1, 8), (5, 3), (16, 8))),
+    homes=st.sampled_from((0, 0, 1, 2, 3)),
 )
 def test_everything_ends_whatever_comes(
-    sizes, arrivals, spare, seqs, more_rows, has_states, bursts
+    sizes, arrivals, spare, seqs, more_rows, has_states, bursts, homes
 ):
     least = max(-(-(prompt + output) // PAGE_TOKENS) for prompt, output in sizes)
     machine = Machine(
         pages=least + spare, seqs=seqs, rows=seqs + CHUNK_TOKENS + more_rows,
         states=seqs * has_states, turns=Turns(*bursts),
+        host_pages=(least + spare // 2) * (homes > 0),
     )  # fmt: skip
     todo = sorted(zip(arrivals, sizes, strict=False), key=lambda one: one[0])
     now = 0
     while todo or machine.admission.running or machine.admission.waiting:
         while todo and todo[0][0] <= now:
-            machine.add(*todo.pop(0)[1])
+            is_host = homes and len(todo) % homes == 0
+            machine.add(*todo.pop(0)[1], home=Home.HOST if is_host else Home.DEVICE)
         now += 1
         if machine.admission.running or machine.admission.waiting:
             machine.step()
         assert now < 20_000, "no end in sight"
     assert sorted((c.num_prompt, len(c.output_ids)) for c in machine.finished) == sorted(sizes)
     assert machine.kv.num_free_pages == least + spare
+
+
+def test_a_home_without_room_does_not_hold_up_the_other():
+    """And who grows takes pages from younger ones of its own."""
+    machine = Machine(pages=4, host_pages=20, seqs=8, rows=8 + 2 * CHUNK_TOKENS)
+    for i in range(6):
+        machine.add(16, 14, name=str(i), home=Home.HOST if i % 2 else Home.DEVICE)
+    rows = machine.step()
+    homes = [row.segment.home for row in rows]
+    assert homes == [Home.HOST] * 3 + [Home.DEVICE], "those of the host first"
+    assert [one.request.request_id for one in machine.admission.running] == ["0", "1", "3", "5"]
+    while machine.admission.running or machine.admission.waiting:
+        machine.step()
+    names = [one.request.request_id for one in machine.finished]
+    assert sorted(names) == list("012345") and [n for n in names if n in "024"] == list("024")
 
 
 def test_after_a_preemption_the_others_go_on():

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from engines import engine_for, make_model, prompts, request, run_all
 from sequences import PlainStarts
 from windlass.device.host_memory import HostAllocator
-from windlass.engine.admission import Admission
+from windlass.engine.admission import Admission, may_want
 from windlass.engine.answer_lengths import OutputLengths
 from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence
 from windlass.kvcache.kv_cache import KvCache
+from windlass.kvcache.kv_tiers import KvTiers
 from windlass.params import SamplingParams
 
 PAGE_TOKENS = 32
@@ -62,21 +63,22 @@ def test_a_page_is_kept_as_far_as_it_is_likely_to_be_wanted():
         page_tokens=PAGE_TOKENS,
         state_slots=0,
     )
-    admission = Admission(kv, max_num_seqs=4, max_rows=68, long_rope_after=None)
+    tiers = KvTiers(kv)
+    admission = Admission(tiers, max_num_seqs=4, max_rows=68, long_rope_after=None)
     admission.add(
         QueuedSequence(Request("a", (1,) * 20, SamplingParams(max_tokens=40), ""), 0, 40, 60)
     )
-    (row,) = admission.compose(PlainStarts())
-    assert admission._may_want(row.sequence) == 1
+    (row,), lengths = admission.compose(PlainStarts()), admission.lengths
+    assert may_want(tiers, lengths, row.sequence) == 1
     for num_output in (13,) * 6 + (14,) * 3:
         admission.lengths.observe(num_output, 40)
-    assert admission._may_want(row.sequence) == pytest.approx((3 + 1) / (9 + 1))
+    assert may_want(tiers, lengths, row.sequence) == pytest.approx((3 + 1) / (9 + 1))
     row.sequence.output_ids.extend([1] * 13)
-    assert admission._may_want(row.sequence) == 1  # it lacks one now
+    assert may_want(tiers, lengths, row.sequence) == 1  # it lacks one now
     admission._grow(row.sequence)
-    assert admission._may_want(row.sequence) == 0  # nor can it want a third
+    assert may_want(tiers, lengths, row.sequence) == 0  # nor can it want a third
     admission.lengths.observe(5, 40)
-    assert admission._may_want(row.sequence) == 0
+    assert may_want(tiers, lengths, row.sequence) == 0
 
 
 def _passes(draw, *, pages, learns, seed=0):
@@ -90,7 +92,7 @@ def _passes(draw, *, pages, learns, seed=0):
         page_tokens=PAGE_TOKENS,
         state_slots=0,
     )
-    admission = Admission(kv, max_num_seqs=128, max_rows=640, long_rope_after=None)
+    admission = Admission(KvTiers(kv), max_num_seqs=128, max_rows=640, long_rope_after=None)
     params, ends = SamplingParams(max_tokens=MOST), {}
     for i in range(120):
         one = Request(str(i), (1,) * chance.randint(32, 200), params, "")

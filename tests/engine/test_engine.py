@@ -212,7 +212,7 @@ def test_logprobs_are_the_same_from_the_log(folder):
 
 def test_preemptions_are_counted(folder):
     with engine_for(folder) as engine:
-        kv = engine._admission._kv
+        kv = engine._admission._kv.device
         held = kv.take_pages(kv.num_free_pages - 5)  # as if others had them
         lengths = (20, 20, 20)
         run_all(

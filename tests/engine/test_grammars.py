@@ -198,7 +198,7 @@ def test_what_gives_way_goes_on_where_it_was(
     monkeypatch.setattr(Drafting, "of", partial(_eager, oracles))
     for config in (None, SpeculativeConfig(method="ngram")):
         with engine_for(model, speculative_config=config) as other:
-            kv = other._admission._kv
+            kv = other._admission._kv.device
             held = kv.take_pages(kv.num_free_pages - 6)  # as if another had them
             found = run_all(other, requests, check=False)
             assert other.stats().num_preemptions > 0

@@ -383,7 +383,7 @@ def _bits(results):
 
 def _prompt_rows(engine, sequence):
     """Keys and values of the sequence's prompt in all layers."""
-    kv, found = engine._admission._kv, []
+    kv, found = engine._admission._kv.device, []
     for layer in kv._keys:
         for rows in kv.paged(layer):
             for tensor in (rows.rows_PKBd, rows.scales_PKB):
@@ -448,7 +448,7 @@ def test_bits_are_those_without_sharing(engine_of, without, rows):
 def test_bits_are_those_without_sharing_on_few_pages(engine_of, without, pages):
     """As few as the longest request takes: one runs nearly alone. With two more they compete."""
     with engine_of(max_num_batched_tokens=140) as engine:
-        kv = engine._admission._kv
+        kv = engine._admission._kv.device
         kv.num_pages, kv.pool = pages, PagePool(pages)  # as if others had the rest
         results = run_all(engine, _wanted())
         stats = engine.stats()

@@ -94,7 +94,7 @@ def test_a_prompt_that_is_computed_again_is_scored_once(tmp_path: Path) -> None:
     texts = prompts((90, 90))
     with engine_for(tmp_path, max_model_len=128, max_num_seqs=2, max_num_batched_tokens=128) as one:
         wanted = run_all(one, [request("1", texts[1], max_tokens=30, prompt_logprobs=0)])
-        kv = one._admission._kv
+        kv = one._admission._kv.device
         kv.take_pages(kv.num_free_pages - 7)
         both = [request(str(i), ids, max_tokens=30, prompt_logprobs=0)
                 for i, ids in enumerate(texts)]  # fmt: skip

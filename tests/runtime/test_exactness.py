@@ -108,7 +108,7 @@ def test_bits_do_not_depend_on_preemption(model):
         expected = {name: _bits(output) for name, output in run_all(engine, long).items()}
         assert engine._admission.num_preemptions == 0
     with engine_of() as engine:
-        kv = engine._admission._kv
+        kv = engine._admission._kv.device
         held = kv.take_pages(kv.num_free_pages - 8)  # as if another had them
         for one in long:
             engine.add(one)

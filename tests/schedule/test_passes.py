@@ -8,8 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from windlass.ids import Part, WeightKey
-from windlass.schedule.batch import CHUNK_TOKENS, Segment, make_batch, passes_of
+from windlass.ids import Home, Part, WeightKey
+from windlass.schedule.batch import (
+    CHUNK_TOKENS,
+    Segment,
+    is_capturable,
+    make_batch,
+    passes_of,
+)
 from windlass.schedule.passes import LayerShape, PassShape, run_draft, run_pass
 from windlass.schedule.runtime import Routed
 
@@ -190,6 +196,16 @@ def test_attention_of_the_next_layer_begins_before_other_groups_have_left():
         ("prefetch", 2), ("attend", 2, 64, 64), ("attend", 2, 128, 64),
         *experts(2, 0, 64), *experts(2, 64, 128), ("prefetch", 3), ("head", 0),
     ]  # fmt: skip
+
+
+def test_a_micro_batch_is_of_one_home():
+    at_host = [replace(_segment(i, 0, n), home=Home.HOST) for i, n in ((0, 20), (1, 70))]
+    batch = make_batch([*at_host, _segment(2, 0, 3), _segment(3, 0, 9)], micro_batch_tokens=64)
+    found = [(one.home, one.num_tokens) for one in batch.micro_batches]
+    assert found == [(Home.HOST, 20), (Home.HOST, 64), (Home.HOST, 6), (Home.DEVICE, 12)]
+    one_token = [replace(_segment(0, 3, 1), home=home) for home in (Home.DEVICE, Home.HOST)]
+    passes = [make_batch([one], micro_batch_tokens=64) for one in one_token]
+    assert [is_capturable(one) for one in passes] == [True, False]
 
 
 def test_an_error_in_one_group_gives_all_leases_back():

@@ -10,7 +10,9 @@ from windlass.engine.admission import Admission, Decoding
 from windlass.engine.bursts import Turns
 from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
+from windlass.ids import Home
 from windlass.kvcache.kv_cache import KvCache, PagedShape, StateShape
+from windlass.kvcache.kv_tiers import KvTiers
 from windlass.params import SamplingParams
 from windlass.schedule.batch import CHUNK_TOKENS
 
@@ -24,26 +26,33 @@ class Machine:
 
     def __init__(
         self, *, pages, seqs, rows, states=0, long_rope_after=None, mixed_prefill_rows=None,
-        turns=None, drafting=None,
+        turns=None, drafting=None, host_pages=0,
     ):  # fmt: skip
         shapes = [PagedShape(1, 4, 4)] + [StateShape(((1, 1), (1, 1, 1)))] * bool(states)
         self.kv = KvCache(
             shapes, HostAllocator(), dtype=torch.float32, num_pages=pages, page_tokens=PAGE_TOKENS,
             state_slots=states,
         )  # fmt: skip
+        host = None
+        if host_pages:
+            host = KvCache(
+                shapes[:1], HostAllocator(), dtype=torch.float32, num_pages=host_pages,
+                page_tokens=PAGE_TOKENS, state_slots=0,
+            )  # fmt: skip
         self.admission = Admission(
-            self.kv, max_num_seqs=seqs, max_rows=rows, long_rope_after=long_rope_after,
-            mixed_prefill_rows=mixed_prefill_rows, decoding=Decoding(turns or Turns(), drafting),
+            KvTiers(self.kv, host), max_num_seqs=seqs, max_rows=rows,
+            long_rope_after=long_rope_after, mixed_prefill_rows=mixed_prefill_rows,
+            decoding=Decoding(turns or Turns(), drafting),
         )  # fmt: skip
         self.rows = rows
         self.finished: list[Sequence] = []
         self.waited: dict[int, int] = {}  # passes since a sequence that can decode last did
 
-    def add(self, num_prompt, max_output, *, name="r", longest=None):
+    def add(self, num_prompt, max_output, *, name="r", longest=None, home=Home.DEVICE):
         """Tokens are their positions."""
         request = Request(name, tuple(range(num_prompt)), SamplingParams(max_tokens=max_output), "")
         self.admission.add(
-            QueuedSequence(request, 0, max_output, longest or num_prompt + max_output)
+            QueuedSequence(request, 0, max_output, longest or num_prompt + max_output, home=home)
         )
         return request
 

@@ -10,8 +10,6 @@ from unittest import mock
 import torch
 
 from windlass.build import open as build
-from windlass.decoder import block as math
-from windlass.decoder.attention import attention_output
 from windlass.models.spec import Recurrent
 from windlass.runtime.host import HostRuntime
 from windlass.schedule.batch import MicroBatch
@@ -35,14 +33,14 @@ class DeferredRuntime(HostRuntime):
         if isinstance(attention, Recurrent) or self._chance.random() < 0.5:
             return lambda: super(DeferredRuntime, self).attend(layer, weights, hidden, rows)
         assert attention is not None
-        blocks, metadata, w = self._blocks, self._metadata[rows.first_token], weights.tensors
+        ops, metadata, w = self._attention, self._metadata[rows.first_token], weights.tensors
         x_TD = hidden[rows.first_token : rows.first_token + rows.num_tokens]
-        got = blocks._project(layer, attention, w, x_TD, metadata)
+        got = ops.project(layer, attention, w, x_TD, metadata)
+        ops.write(layer, got, metadata)
 
         def finish() -> None:
-            o_THv = blocks._attend(layer, attention, w, got, metadata)
-            y_TD = attention_output(self._kernels, attention, w, o_THv, got.gate_THv)
-            math.add_attention(self._kernels, self._spec, layer, w, x_TD, y_TD)
+            o_THv = ops.attend(layer, attention, w, got, metadata)
+            ops.finish(layer, w, x_TD, o_THv, got.gate_THv)
 
         return finish
 

@@ -98,7 +98,7 @@ def answers(
 ) -> tuple[dict[str, RequestOutput], EngineStats]:
     """Bits of the results, and the engine's counters."""
     with engine_for(path, max_model_len=160, **options) as engine:
-        kv = engine._admission._kv
+        kv = engine._admission._kv.device
         held = kv.take_pages(kv.num_free_pages - left_pages) if left_pages else []
         results = run_all(engine, requests, check=not held)
         kv.give_pages(held)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -30,6 +30,7 @@ from windlass.ids import HOST
 from windlass.kernels.interface import Kernels
 from windlass.units import round_up
 
+_Result = TypeVar("_Result")
 # Look at numbers: on a GPU they would wait for it, or fail.
 _LOOKS = {
     *("tolist", "numpy", "item", "cpu", "__array__", "__contains__"),
@@ -70,6 +71,7 @@ class FakeStreams(DeviceStreams):
         self.compute: FakeStream = FakeStream(order, "compute")
         self.down: FakeStream = FakeStream(order, "down")
         self.up: FakeStream = FakeStream(order, "up")
+        self.back: FakeStream = FakeStream(order, "back")
         self.current: FakeStream | None = None
 
     @contextmanager
@@ -111,6 +113,7 @@ class FakeCuda:
         self._under_way = 0
         self._failed: deque[tuple[Done, Exception]] = deque()
         self.below = FakePinned(self)
+        self.worker = FakeWorker(self)
         self._in_kernel = False
         self._is_quiet = False
         self._operators: dict[Any, _Operator] = {}
@@ -206,10 +209,13 @@ class FakeCuda:
         self._lane.close()
 
     def _ends(self) -> list[tuple[int, Callable[[], None]]]:
-        """How many copies are under way on each link, and how one of them ends."""
+        """How much is under way on each link and with the worker, and how one of it ends."""
+        if self.worker.is_busy:  # on this thread: others are not
+            return []
         return [
             (self._under_way + len(self._failed), self._arrive),
             (len(self.below.pending), self.below.arrive),
+            (len(self.worker.jobs), self.worker.do_next),
         ]
 
     def _arrive(self) -> None:
@@ -393,6 +399,16 @@ class FakePinned(HostAllocator):
         self.allocated_bytes += size
         return DeviceMemory(self, self._above.pinned_bytes(size))
 
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Watched too: the engine's thread and the worker work on it."""
+        with self._above._quiet():
+            made = torch.empty(shape, dtype=dtype)
+            self._above.memory.add(made, is_pinned=True)
+        return made
+
+    def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return self.empty(*shape, dtype=dtype).zero_()
+
     def submit(self, copy: Copy, done: Done) -> None:
         self.pending.append((copy, done))
 
@@ -412,6 +428,64 @@ class FakePinned(HostAllocator):
 
     def close(self) -> None:
         pass
+
+
+class FakePending(Generic[_Result]):
+    """Implements `Pending` of a `FakeWorker`."""
+
+    def __init__(self, device: FakeCuda, work: Callable[[], _Result]) -> None:
+        self._device = device
+        self._work = work
+        self._result: list[_Result] = []
+        self._error: BaseException | None = None
+        self.clock = dict(device.order.host.clock)  # of whoever asks; then of the worker
+
+    def run(self) -> None:
+        try:
+            self._result.append(self._work())
+        except BaseException as error:  # noqa: BLE001  `result` raises it
+            self._error = error
+        self.clock = dict(self._device.order.host.clock)
+
+    def exception(self) -> BaseException | None:
+        while not self._result and self._error is None:
+            self._device.wait()
+        self._device.order.host.knows(self.clock)
+        return self._error
+
+    def result(self) -> _Result:
+        if error := self.exception():
+            raise error
+        return self._result[0]
+
+
+class FakeWorker:
+    """Implements `Worker`: another thread of the host, which does what it is given when chance has
+    it, one after the other."""
+
+    def __init__(self, device: FakeCuda) -> None:
+        self._device = device
+        self._line = Line("worker")
+        self.jobs: deque[FakePending[Any]] = deque()
+        self.num_jobs = 0
+        self.is_busy = False
+
+    def submit(self, work: Callable[[], _Result]) -> FakePending[_Result]:
+        self.jobs.append(FakePending(self._device, work))
+        self.num_jobs += 1
+        return self.jobs[-1]
+
+    def do_next(self) -> None:
+        job, order = self.jobs.popleft(), self._device.order
+        self._line.knows(job.clock)
+        self.is_busy, before, order.host = True, order.host, self._line
+        try:
+            job.run()
+        finally:
+            self.is_busy, order.host = False, before
+
+    def shutdown(self, *, cancel_futures: bool) -> None:
+        self.jobs.clear()
 
 
 class _Functions(TorchFunctionMode):

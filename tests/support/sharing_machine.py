@@ -9,6 +9,7 @@ from windlass.engine.admission import Admission
 from windlass.engine.request import Request
 from windlass.engine.sequence import PromptScore, QueuedSequence, Sequence
 from windlass.kvcache.kv_cache import KvCache, PagedShape
+from windlass.kvcache.kv_tiers import KvTiers
 from windlass.kvcache.pages import block_keys
 from windlass.params import SamplingParams
 from windlass.schedule.batch import CHUNK_TOKENS
@@ -54,7 +55,7 @@ class Machine:
         self.kv = KvCache([PagedShape(1, 1, 1)], HostAllocator(), dtype=torch.float32,
                           num_pages=pages, page_tokens=PAGE_TOKENS, state_slots=0)  # fmt: skip
         self.admission = Admission(
-            self.kv, max_num_seqs=seqs, max_rows=rows, long_rope_after=LONG_AFTER,
+            KvTiers(self.kv), max_num_seqs=seqs, max_rows=rows, long_rope_after=LONG_AFTER,
             mixed_prefill_rows=mixed,
         )  # fmt: skip
         self.shares = shares

@@ -43,7 +43,7 @@ from windlass.options import (
 from windlass.perf.sizes import Backend
 from windlass.planner.budget import PlanConstraints
 from windlass.perf.sizes import Sizes
-from windlass.runtime.layer_ops import ropes
+from windlass.runtime.attention_ops import ropes
 from windlass.schedule.passes import PassShape
 from windlass.checkpoint.weight_kinds import weight_kinds
 from windlass.checkpoint.layout import build_layout

@@ -35,19 +35,16 @@ from windlass.hardware.profile import HardwareProfile
 from windlass.ids import Part
 from windlass.kernels.interface import Kernels
 from windlass.kernels.select import choose_kernels
-from windlass.kvcache.kv_cache import (
-    KvCache,
-)
 from windlass.checkpoint.folder import CheckpointFolder, read_model
 from windlass.build.expected import EngineExpectation
 from windlass.build.foresight import follows_sequences, make_outfit
+from windlass.build.homes import choose_host_kernels, host_fingerprint, open_host, open_kv
 from windlass.build.routers import read_routers
 from windlass.build.tiers import Tiers, check_tiers, open_weights
 from windlass.build.checkpoint_sizes import wanted_of
 from windlass.build.checkpoint_sizes import useful_threads
 from windlass.build.checkpoint_sizes import sizes_of
 from windlass.build.checkpoint_sizes import pass_shape
-from windlass.build.checkpoint_sizes import cache_shapes
 from windlass.build.checkpoint_sizes import cache_dtype
 from windlass.build.checkpoint_sizes import CACHE_DTYPES
 from windlass.options import (
@@ -144,7 +141,11 @@ def open_engine(
             opened.callback(device.close)
         machine = Machine(kernels, above or device, tracer)
         down = profile.down if profile is not None else None
-        engine = _assemble(setup, options, model, machine, Tiers(device, above, down), opened)
+        host_kernels = choose_host_kernels(setup.plan, options, threads)
+        found = host_fingerprint(setup.plan, host_kernels)
+        setup = replace(setup, fingerprint={**setup.fingerprint, **found})
+        tiers = Tiers(device, above, down, host_kernels)
+        engine = _assemble(setup, options, model, machine, tiers, opened)
     return engine
 
 
@@ -194,6 +195,7 @@ def _setup(
             seed=options.seed,
             prefix_caching=plan.prefix_caching,
             grammars=Grammars(tokenizer, model.spec.vocab_size),
+            host_attention=plan.host_attention,
             limited_by=model.spec.limited_by
             if plan.max_model_len == model.spec.max_positions
             else "",
@@ -246,7 +248,7 @@ def _assemble(
     """The engine, which takes over what `opened` holds. Nothing made here may hold the engine: one
     that is dropped must end by itself."""
     plan, spec, tracer = setup.plan, model.spec, machine.tracer
-    assert not (plan.prefix_caching and plan.host.state_slots), (
+    assert not (plan.prefix_caching and plan.top.state_slots), (
         "no state is kept of a prompt's prefix"
     )
     shape = pass_shape(spec, model.layout)
@@ -255,17 +257,11 @@ def _assemble(
     opened.callback(weights.close)
     if outfit.recorder is not None and outfit.recorder.wants_states:
         outfit.recorder.add_routers(read_routers(spec, weights, machine.memory.streams))
-    kv = KvCache(
-        cache_shapes(spec),
-        machine.memory,
-        dtype=CACHE_DTYPES[plan.kv_cache_dtype],
-        num_pages=plan.host.kv_pages,
-        page_tokens=plan.page_tokens,
-        state_slots=plan.host.state_slots,
-    )
+    kv = open_kv(spec, plan, machine.memory, tiers.host)
+    machine = replace(machine, host=open_host(spec, plan, tiers, kv, tracer, opened))
     foresight = outfit.foresight(plan, shape, weights)
     kind = DraftingHostRuntime if spec.drafts else HostRuntime
-    runtime = kind(spec, machine, weights, kv, foresight)
+    runtime = kind(spec, machine, weights, kv.device, foresight)
     drafting = None if setup.speculative is None else Drafting.of(setup.speculative)
     layer_drafts = None
     if isinstance(runtime, DraftingHostRuntime):
@@ -297,6 +293,7 @@ def _assemble(
             tracer=tracer,
             resources=opened.pop_all(),
             speculation=foresight.words,
+            abandon=machine.abandon,
             forecast_sources=partial(source_words, outfit.forecast),
         ),
     )

@@ -8,6 +8,7 @@ from windlass.device.base import Device
 from windlass.errors import UsageError
 from windlass.hardware.profile import LinkRates
 from windlass.ids import Part
+from windlass.kernels.interface import Kernels
 from windlass.models.spec import ModelSpec, Moe
 from windlass.plan import HOST, Plan, TierPlan
 from windlass.prefetch.draft_experts import DraftExperts
@@ -23,11 +24,12 @@ from windlass.weights.transfer import Carrier, block_bytes_of
 
 class Tiers(NamedTuple):
     """Devices whose memory holds weights, and the link from the one to the other, if it was
-    measured."""
+    measured; kernels of the host, where it has a part of attention beside a device above."""
 
     host: Device
     above: Device | None
     down: LinkRates | None
+    host_kernels: Kernels | None = None
 
 
 def check_tiers(plan: Plan, above: Device | None) -> None:
@@ -58,7 +60,10 @@ def open_weights(
         return WeightStore(files, plan.host.slots, policy=policy)
     keys = [key.part for key in model.layout.parts]
     kept = {part for part, slots in plan.above.slots.items() if slots >= keys.count(part)}
-    lower = LowerPolicy(outfit.below.policy, kept)
+    lower_own = _with_drafts(
+        outfit.below.policy, model.spec, plan.host.of(Part.EXPERT).slots
+    )
+    lower = LowerPolicy(lower_own, kept)
     below = WeightStore(files, plan.host.slots, policy=lower)
     block_bytes = BLOCK_BYTES
     if tiers.down is not None:

@@ -32,7 +32,8 @@ class Stream(Protocol):
 
 class Streams(Protocol):
     """Of one device: `compute` has its kernels, and copies to it that they need at once; `down` the
-    copies of weights to it, `up` those to the host."""
+    copies of weights to it, `up` those to the host, `back` those of what the host has made of
+    them."""
 
     @property
     def compute(self) -> Stream: ...
@@ -43,6 +44,9 @@ class Streams(Protocol):
     @property
     def up(self) -> Stream: ...
 
+    @property
+    def back(self) -> Stream: ...
+
     def on(self, stream: Stream) -> AbstractContextManager[None]:
         """What this thread asks of torch inside, on tensors of the device, is work of `stream`."""
         ...
@@ -50,6 +54,11 @@ class Streams(Protocol):
     def on_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """What `compute` has made of `tensors`, once it has, for the host to read. Those that lie
         there are not copied."""
+        ...
+
+    def pinned(self, like: torch.Tensor) -> torch.Tensor:
+        """Host memory that copies of the device reach, of the shape and type of `like`,
+        uninitialised."""
         ...
 
 
@@ -76,7 +85,7 @@ class _ProgramOrder:
 class HostStreams:
     """`Streams` of the host itself, where there is nothing to wait for."""
 
-    compute = down = up = _ProgramOrder()
+    compute = down = up = back = _ProgramOrder()
     _here = nullcontext()
 
     def on(self, stream: Stream) -> AbstractContextManager[None]:
@@ -85,6 +94,9 @@ class HostStreams:
     def on_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tensors
 
+    def pinned(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.empty(like.shape, dtype=like.dtype)
+
 
 class DeviceStreams(ABC):
     """`Streams` of a device that works by itself; of its memory only streams and copies reach."""
@@ -92,13 +104,13 @@ class DeviceStreams(ABC):
     compute: Stream
     down: Stream
     up: Stream
+    back: Stream
 
     @abstractmethod
     def on(self, stream: Stream) -> AbstractContextManager[None]: ...
 
     @abstractmethod
-    def pinned(self, like: torch.Tensor) -> torch.Tensor:
-        """Host memory that copies of the device reach, as large as `like`, uninitialised."""
+    def pinned(self, like: torch.Tensor) -> torch.Tensor: ...
 
     def on_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         self.up.wait(self.compute.record())

@@ -10,7 +10,8 @@ grow with the sequence; when none is left, the youngest sequence gives its pages
 computed again from its tokens, which gives the same bits (prompt rows as prompt rows, generated
 rows as generated rows). The oldest sequence never gives way while there is a younger one, and what
 gave way returns first and in the order of age: the oldest comes to its end whatever the others do,
-so all do.
+so all do. Where sequences have several homes (`kvcache/kv_tiers.py`) each has pages of its own, and
+all this holds within it; a home without room does not hold up the other.
 """
 
 from collections import Counter
@@ -24,7 +25,9 @@ from windlass.engine.prompt_pages import Known, PromptPages
 from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
 from windlass.engine.waiting_queue import WaitingQueue
+from windlass.ids import Home
 from windlass.kvcache.kv_cache import KvCache
+from windlass.kvcache.kv_tiers import KvTiers
 from windlass.schedule.batch import CHUNK_TOKENS, Segment, fitting_rows, most_drafts
 
 
@@ -53,7 +56,7 @@ class Admission:
 
     def __init__(
         self,
-        kv: KvCache,
+        kv: KvTiers,
         *,
         max_num_seqs: int,
         max_rows: int,
@@ -83,9 +86,9 @@ class Admission:
         self._num_begun = 0
 
     @property
-    def num_held_pages(self) -> int:
-        """Pages in use."""
-        return self._kv.num_pages - self._kv.num_free_pages
+    def num_held_pages(self) -> dict[Home, int]:
+        """Pages in use, by home."""
+        return self._kv.num_held_pages
 
     def add(self, queued: QueuedSequence) -> None:
         self.waiting.add(queued)
@@ -106,11 +109,17 @@ class Admission:
         compute. All that run are computed again."""
         while self.running:
             self._preempt(self.running[-1])
-        self._kv.pool.forget_all()
+        self._kv.forget_all()
 
     def compose(self, starts: Starts) -> list[ScheduledSequence]:
-        """The rows of the next pass; empty only when there is nothing to do. `starts` makes the
-        sequences of what is taken from the queue."""
+        """The rows of the next pass, those of the host first, so that it begins; empty only when
+        there is nothing to do. `starts` makes the sequences of what is taken from the queue."""
+        rows = self._compose(starts)
+        if self._kv.num_homes > 1:
+            rows.sort(key=lambda row: row.sequence.home is not Home.HOST)
+        return rows
+
+    def _compose(self, starts: Starts) -> list[ScheduledSequence]:
         rows: list[ScheduledSequence] = []
         if self._mixed_prefill_rows == 0:
             self._is_filling |= not self.running
@@ -138,43 +147,36 @@ class Admission:
         for sequence in self.running:
             if sequence.in_prompt:
                 room -= self._add_prompt(sequence, room, rows)
+        full: set[Home] = set()
         while room > 0 and self.waiting and len(self.running) < self._max_num_seqs:
-            place = self.waiting.next()
+            place = self.waiting.next(full)
+            if place is None:
+                break
             newcomer = self.waiting[place]
             known = self.prompt_pages.find(newcomer.queued)
             if not self._can_admit(newcomer, known, room):
-                break
+                full.add(newcomer.queued.home)
+                if len(full) == self._kv.num_homes:
+                    break
+                continue
             self.waiting.take(place)
             sequence = starts.start(newcomer) if isinstance(newcomer, QueuedSequence) else newcomer
             self._admit(sequence, known)
             room -= self._add_prompt(sequence, room, rows)
 
     def _can_admit(self, newcomer: QueuedSequence | Sequence, known: Known, room: int) -> bool:
+        home = newcomer.queued.home
         left = newcomer.queued.num_tokens - self.prompt_pages.num_ready(known)
         needed = self._kv.pages_for(min(newcomer.num_tokens + 1, newcomer.max_total - 1))
         needed -= self.prompt_pages.num_held(known)
-        kept = sum(map(self._may_want, self.running))
-        fits = needed + kept <= self._kv.num_free_pages and self._kv.has_free_state
-        return fits and fitting_rows(left, room) > 0
-
-    def _may_want(self, sequence: Sequence) -> float:
-        """Pages kept free for a running sequence, so that a newcomer does not drive it out at once:
-        those it lacks now, else one as far as it is likely to want it. To keep all that it may grow
-        to saves preemptions and costs more passes (docs/experiments/0008-free-pages.md)."""
-        held = len(sequence.pages)
-        lacking = max(0, self._kv.pages_for(sequence.num_tokens) - held)  # drafts may hold one more
-        most = self._kv.pages_for(sequence.max_total - 1) - held
-        if lacking > 0 or not most:
-            return min(lacking, most)
-        # the last token of an answer is never computed
-        fitting = held * self._kv.page_tokens - sequence.num_prompt + 1
-        return self.lengths.chance(
-            fitting, after=len(sequence.output_ids), max_output=sequence.queued.max_output
-        )
+        running = [one for one in self.running if one.home is home]
+        kept = sum(may_want(self._kv, self.lengths, one) for one in running)
+        fits = needed + kept <= self._kv.of(home).num_free_pages
+        return fits and self._kv.device.has_free_state and fitting_rows(left, room) > 0
 
     def _admit(self, sequence: Sequence, known: Known) -> None:
         self.prompt_pages.take(sequence, known)
-        sequence.state_slot = self._kv.take_state()
+        sequence.state_slot = self._kv.device.take_state()
         if sequence.number < 0:  # it has not run before
             sequence.number, self._num_begun = self._num_begun, self._num_begun + 1
         self.running.append(sequence)
@@ -182,14 +184,15 @@ class Admission:
     def _grow(self, sequence: Sequence) -> bool:
         """Pages for all of the sequence's tokens, at the cost of younger ones; False if it had to
         give way itself."""
-        missing = self._kv.pages_for(sequence.num_tokens) - len(sequence.pages)
-        while missing > self._kv.num_free_pages:
-            youngest = self.running[-1]
+        kv = self._kv.of(sequence.home)
+        missing = kv.pages_for(sequence.num_tokens) - len(sequence.pages)
+        while missing > kv.num_free_pages:
+            youngest = next(one for one in reversed(self.running) if one.home is sequence.home)
             self._preempt(youngest)
             if youngest is sequence:
                 return False
         if missing > 0:
-            sequence.pages.extend(self._kv.take_pages(missing))
+            sequence.pages.extend(kv.take_pages(missing))
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -202,8 +205,8 @@ class Admission:
     def _release(self, sequence: Sequence) -> None:
         if self._drafting is not None:
             self._drafting.forget(sequence)
-        self._kv.give_pages(sequence.pages)
-        self._kv.give_state(sequence.state_slot)
+        self._kv.of(sequence.home).give_pages(sequence.pages)
+        self._kv.device.give_state(sequence.state_slot)
         sequence.pages, sequence.state_slot = [], -1
 
     def _generated(self, sequence: Sequence, room: int) -> ScheduledSequence:
@@ -215,8 +218,9 @@ class Admission:
             return row
         # nobody gives way for a guess: there is still a chunk for prompts, a page for each
         most = min(room - (last - first) - CHUNK_TOKENS, self._most_drafts // len(self.running))
-        spare = self._kv.num_free_pages - len(self.running)
-        return _with_drafts(row, self._drafting.propose(sequence)[: max(0, most)], self._kv, spare)
+        kv = self._kv.of(sequence.home)
+        spare = kv.num_free_pages - len(self.running)
+        return _with_drafts(row, self._drafting.propose(sequence)[: max(0, most)], kv, spare)
 
     def _add_prompt(self, sequence: Sequence, room: int, rows: list[ScheduledSequence]) -> int:
         """Adds the next chunk of a prompt and returns its number of rows. What rows before it have
@@ -233,7 +237,9 @@ class Admission:
     def check(self) -> None:
         """Pages are held by running sequences only, and by several only where their prompts
         agree."""
-        held = Counter(page for sequence in self.running for page in sequence.pages)
+        held = {home: Counter[int]() for home in Home}
+        for sequence in self.running:
+            held[sequence.home].update(sequence.pages)
         self._kv.check(held)
         for sequence in self.running:
             assert len(set(sequence.pages)) == len(sequence.pages), "a sequence has a page twice"
@@ -241,6 +247,22 @@ class Admission:
         assert all(isinstance(one, QueuedSequence) or not one.pages for one in self.waiting), (
             "a waiting sequence holds pages"
         )
+
+
+def may_want(kv: KvTiers, lengths: OutputLengths, sequence: Sequence) -> float:
+    """Pages kept free for a running sequence, so that a newcomer does not drive it out at once:
+    those it lacks now, else one as far as it is likely to want it. To keep all that it may grow to
+    saves preemptions and costs more passes (docs/experiments/0008-free-pages.md)."""
+    held = len(sequence.pages)
+    lacking = max(0, kv.pages_for(sequence.num_tokens) - held)  # drafts may hold one more
+    most = kv.pages_for(sequence.max_total - 1) - held
+    if lacking > 0 or not most:
+        return min(lacking, most)
+    # the last token of an answer is never computed
+    fitting = held * kv.page_tokens - sequence.num_prompt + 1
+    return lengths.chance(
+        fitting, after=len(sequence.output_ids), max_output=sequence.queued.max_output
+    )
 
 
 def _row(
@@ -257,6 +279,7 @@ def _row(
         state_slot=sequence.state_slot,
         is_prompt=is_prompt,
         long_rope=prompts.long_rope(sequence.queued),
+        home=sequence.home,
         wants_logits=last == sequence.num_tokens,
         targets=sequence.request.prompt_token_ids[first + 1 : last + 1] if is_scored else (),
     )

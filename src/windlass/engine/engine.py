@@ -75,6 +75,7 @@ class EngineParts:
     resources: ExitStack
     speculation: Callable[[], str] = str  # whether it pays, in words
     forecast_sources: Callable[[], str] = str  # which are on and off, in words
+    abandon: Callable[[], object] = object  # returns when nothing of a failed pass is under way
 
     def computing(self) -> AbstractContextManager[None]:
         """What is asked of torch inside is work of the device's compute stream."""
@@ -153,7 +154,7 @@ class Engine:
             passes = passes_of(batch, self.plan.schedule)
             _prepare_masks(rows)
             parts = self._parts
-            with _or_restart(self._admission), parts.computing():
+            with _or_restart(parts), parts.computing():
                 outcome = _join([run_pass(parts.runtime, parts.shape, one) for one in passes])
             self._passes += len(passes)
             with self._tracer.span("sample", rows=len(outcome.logits)):
@@ -319,13 +320,14 @@ def _prompt_scores(outcome: Outcome) -> Iterator[PromptScore]:
 
 
 @contextmanager
-def _or_restart(admission: Admission) -> Iterator[None]:
+def _or_restart(parts: EngineParts) -> Iterator[None]:
     """Computes; after a failure all that run are computed again."""
     try:
         with torch.inference_mode():
             yield
     except BaseException:
-        admission.restart()
+        parts.abandon()
+        parts.admission.restart()
         raise
 
 
@@ -333,7 +335,7 @@ def _draft(parts: EngineParts) -> bool:
     """The layer that drafts, over what the last pass computed. Whether prompts were among it."""
     if parts.layer_drafts is None:
         return False
-    with parts.tracer.span("draft", lane="engine"), _or_restart(parts.admission):
+    with parts.tracer.span("draft", lane="engine"), _or_restart(parts):
         return parts.layer_drafts.run()
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from windlass.engine.sequence import Sequence
-from windlass.ids import Part
+from windlass.ids import Home, Part
 from windlass.plan import Plan, TierPlan
 from windlass.weights.stats import PartPlaces
 from windlass.weights.store import WeightStore
@@ -47,8 +47,11 @@ class LiveView:
     experts: Mapping[str, PartPlaces]
 
 
-def look(running: Iterable[Sequence], num_pages: int, plan: Plan, weights: WeightStore) -> LiveView:
+def look(
+    running: Iterable[Sequence], num_pages: Mapping[Home, int], plan: Plan, weights: WeightStore
+) -> LiveView:
     """`running`: a copy of the list that changes; `num_pages`: of keys and values, in use."""
+    pages = {tier.name: num_pages[home] for home, tier in plan.homes.items()}
     looks = weights.look(Part.EXPERT)
     keys = weights.supply.layout.keys(Part.EXPERT)
     return LiveView(
@@ -60,7 +63,7 @@ def look(running: Iterable[Sequence], num_pages: int, plan: Plan, weights: Weigh
             for one in running
         ),
         tiers=tuple(
-            _tier(tier, looks[tier.name][0], num_pages if tier is plan.top else 0)
+            _tier(tier, looks[tier.name][0], pages.get(tier.name, 0))
             for tier in plan.tiers
             if tier.name in looks
         ),

@@ -2,14 +2,15 @@
 
 A prompt may read blocks that others compute up to its last token, whose row it must compute for the
 logits; one whose tokens are scored computes all of its rows. Blocks end where chunks may, so that
-results are those of a prompt that was computed in two chunks: the same bits as ever.
+results are those of a prompt that was computed in two chunks: the same bits as ever. Prompts find
+what others of their home have computed.
 """
 
 from collections.abc import Hashable
 from itertools import islice
 
 from windlass.engine.sequence import QueuedSequence, Sequence
-from windlass.kvcache.kv_cache import KvCache
+from windlass.kvcache.kv_tiers import KvTiers
 from windlass.kvcache.pages import PageBlock, readable_blocks
 from windlass.schedule.batch import CHUNK_TOKENS
 
@@ -19,7 +20,7 @@ Known = list[PageBlock | None]
 class PromptPages:
     """Which pages prompts get, and how far they are computed."""
 
-    def __init__(self, kv: KvCache, *, long_rope_after: int | None) -> None:
+    def __init__(self, kv: KvTiers, *, long_rope_after: int | None) -> None:
         self._kv = kv
         self._long_rope_after = long_rope_after
         self._block_pages = CHUNK_TOKENS // kv.page_tokens
@@ -34,7 +35,8 @@ class PromptPages:
     def find(self, queued: QueuedSequence) -> Known:
         """What is known of each block that the prompt may read; true until pages are taken or given
         back."""
-        return [self._kv.pool.find(n) for n in self._names(queued)[: _num_readable(queued)]]
+        find = self._kv.of(queued.home).pool.find
+        return [find(name) for name in self._names(queued)[: _num_readable(queued)]]
 
     def num_held(self, known: Known) -> int:
         """Pages of these that running sequences hold already."""
@@ -53,12 +55,13 @@ class PromptPages:
     def take(self, sequence: Sequence, known: Known) -> None:
         """Gives the sequence all pages of its prompt, and names to those that others may read.
         `known`: what `find` says of it now."""
-        queued, pool = sequence.queued, self._kv.pool
+        queued, kv = sequence.queued, self._kv.of(sequence.home)
+        pool = kv.pool
         shared = [block for block in known if block is not None]
         for block in shared:
             pool.hold(block)  # before anything is taken, which may forget what nobody holds
-        count = self._kv.pages_for(queued.num_tokens) - len(shared) * self._block_pages
-        fresh = iter(self._kv.take_pages(count))
+        count = kv.pages_for(queued.num_tokens) - len(shared) * self._block_pages
+        fresh = iter(kv.take_pages(count))
         for place, name in enumerate(self._names(queued)):
             found = known[place] if place < len(known) else None
             pages = found.pages if found else tuple(islice(fresh, self._block_pages))
@@ -93,7 +96,8 @@ class PromptPages:
         return [(is_long, key) for key in queued.block_keys]
 
     def _block(self, sequence: Sequence, place: int) -> PageBlock | None:
-        return self._kv.pool.block_of(sequence.pages[place * self._block_pages])
+        pool = self._kv.of(sequence.home).pool
+        return pool.block_of(sequence.pages[place * self._block_pages])
 
     def check(self, sequence: Sequence) -> None:
         """A running sequence holds blocks by their names alone, each where it belongs."""
@@ -105,8 +109,9 @@ class PromptPages:
                 assert (block.name, block.pages) == (name, pages), "another prompt's block"
                 is_computed = (place + 1) * CHUNK_TOKENS <= sequence.num_computed
                 assert block.is_full or not is_computed, "a block was computed and not marked"
+        pool = self._kv.of(sequence.home).pool
         for page in sequence.pages[len(names) * size :]:
-            assert self._kv.pool.block_of(page) is None, "a page that still changes has a name"
+            assert pool.block_of(page) is None, "a page that still changes has a name"
 
 
 def _num_readable(queued: QueuedSequence) -> int:

@@ -8,6 +8,7 @@ from windlass.engine.request import Request
 from windlass.engine.sampling import Sampler, choice_seed
 from windlass.engine.sequence import QueuedSequence
 from windlass.errors import RequestError
+from windlass.kvcache.kv_tiers import home_of
 from windlass.kvcache.pages import block_keys
 from windlass.schedule.batch import CHUNK_TOKENS
 
@@ -16,7 +17,7 @@ from windlass.schedule.batch import CHUNK_TOKENS
 class RequestRules:
     """Limits in tokens. `longest`: those of a sequence where memory has no end, by what the user or
     the model allows. `limited_by`: why `max_model_len` is no more, where that is special.
-    `seed`: of requests without one."""
+    `seed`: of requests without one. `host_attention`: as the plan has it."""
 
     max_model_len: int
     longest: int
@@ -26,6 +27,7 @@ class RequestRules:
     prefix_caching: bool
     grammars: Grammars
     limited_by: str = ""
+    host_attention: float = 0.0
 
     def check(self, request: Request) -> None:
         """Raises RequestError if the request cannot run here."""
@@ -59,8 +61,10 @@ class RequestRules:
         keys: tuple[bytes, ...] = ()
         if self.prefix_caching:
             keys = block_keys(request.prompt_token_ids, CHUNK_TOKENS)
+        home = home_of(request.seed_key, self.host_attention)  # one for all: they share the prompt
         return [
-            QueuedSequence(request, index, max_output, longest, keys) for index in range(params.n)
+            QueuedSequence(request, index, max_output, longest, keys, home)
+            for index in range(params.n)
         ]
 
     def sampler(self, request: Request, index: int) -> Sampler:

@@ -13,6 +13,7 @@ from windlass.engine.outputs import CompletionOutput, LogprobsOfStep
 from windlass.engine.request import Delta, Request
 from windlass.engine.sampling import Sampled, Sampler
 from windlass.engine.tokenizer import Tokenizer
+from windlass.ids import Home
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,6 +27,7 @@ class QueuedSequence:
     max_output: int
     longest: int
     block_keys: tuple[bytes, ...] = ()
+    home: Home = Home.DEVICE
 
     @property
     def queued(self) -> "QueuedSequence":
@@ -112,6 +114,10 @@ class Sequence:
     @property
     def request(self) -> Request:
         return self.queued.request
+
+    @property
+    def home(self) -> Home:
+        return self.queued.home
 
     @property
     def num_prompt(self) -> int:

@@ -1,11 +1,11 @@
 """What waits to be admitted, and who is next. Knows no memory."""
 
 from collections import deque
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Collection, Iterator
 
 from windlass.engine.request import WINDOW, Request
 from windlass.engine.sequence import QueuedSequence, Sequence
+from windlass.ids import Home
 from windlass.kvcache.pages import num_alike
 
 
@@ -36,20 +36,28 @@ class WaitingQueue:
         """Forgets all sequences of `request`."""
         self._waiting = deque(one for one in self._waiting if one.request is not request)
 
-    def next(self) -> int:
-        """Place in the queue of what is admitted next: the first, or the first of those that begin
-        most like the last that was admitted, so that fewer prefixes are held at once. What was
-        preempted is not passed over, nothing is more often than there are places for sequences."""
+    def next(self, full: Collection[Home] = ()) -> int | None:
+        """Place in the queue of what is admitted next, of those whose home is not `full`: the
+        first, or the first of those that begin most like the last that was admitted, so that fewer
+        prefixes are held at once. What was preempted is not passed over, nothing is more often than
+        there are places for sequences. None where nobody is left."""
         keys = self._last_keys
         is_due = self._num_passed_over >= self._most
-        if not keys or is_due or isinstance(self._waiting[0], Sequence):
-            return 0
-        found = most = 0
-        for place, one in enumerate(islice(self._waiting, WINDOW * self._most)):
+        first: int | None = None
+        most = 0
+        for place, one in enumerate(self._waiting):
+            if one.queued.home in full:
+                continue
+            if first is None:
+                found = first = place
+                if not keys or is_due or isinstance(one, Sequence):
+                    break
+            if place >= first + WINDOW * self._most:
+                break
             alike = num_alike(keys, one.queued.block_keys)
             if alike > most:
                 found, most = place, alike
-        return found
+        return None if first is None else found
 
     def __getitem__(self, place: int) -> QueuedSequence | Sequence:
         return self._waiting[place]

@@ -62,10 +62,11 @@ def _check_checkpoint(plan: Plan, sizes: Sizes) -> None:
 
 
 def _check_ranges(plan: Plan, spec: ModelSpec, sizes: Sizes) -> None:
-    seqs, host, parts = plan.max_num_seqs, plan.host, sizes.num_parts
+    seqs, parts = plan.max_num_seqs, sizes.num_parts
     states = seqs if sizes.state_bytes else 0
-    longest = min(spec.max_positions, host.kv_pages * plan.page_tokens)
-    ranges: list[tuple[str, int, int, int | None]] = [
+    pages = min(tier.kv_pages for tier in plan.homes.values())
+    longest = min(spec.max_positions, pages * plan.page_tokens)
+    ranges: list[tuple[str, float, int, int | None]] = [
         *(
             (f"{part} slots", slots, min(_least_slots(part, is_top), parts[part]), parts[part])
             for tier in plan.tiers
@@ -78,7 +79,8 @@ def _check_ranges(plan: Plan, spec: ModelSpec, sizes: Sizes) -> None:
         ("micro_batch_tokens", plan.micro_batch_tokens, CHUNK_TOKENS, None),
         ("groups", plan.groups, 1, None),
         ("burst_max_seqs", plan.burst_max_seqs, 0, seqs if plan.burst_tokens else 0),
-        ("state_slots", host.state_slots, states, states),
+        ("host_attention", plan.host_attention, 0, 0 if plan.above is None else 1),
+        ("state_slots", plan.top.state_slots, states, states),
         ("max_model_len", plan.max_model_len, 2, longest),
     ]
     for name, value, least, most in ranges:

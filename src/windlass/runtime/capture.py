@@ -10,6 +10,7 @@ from windlass.ids import Part, WeightKey
 from windlass.kernels.interface import Capture, CapturedExperts, Kernels
 from windlass.models.spec import Ffn, ModelSpec, Moe
 from windlass.runtime.attention_metadata import AttentionMetadata
+from windlass.runtime.attention_ops import AttentionOps
 from windlass.runtime.layer_ops import LayerOps, RoutedRows
 from windlass.schedule.batch import Batch, is_capturable
 from windlass.tensors import Tensors
@@ -41,13 +42,13 @@ class LayerCapture:
     def __init__(
         self,
         spec: ModelSpec,
-        blocks: LayerOps,
+        ops: tuple[LayerOps, AttentionOps],
         kernels: Kernels,
         weights: WeightStore,
         tracer: Tracer,
     ) -> None:
         self._spec = spec
-        self._blocks = blocks
+        self._blocks, self._attention = ops
         self._kernels = kernels
         self._weights = weights
         self._tracer = tracer
@@ -66,7 +67,7 @@ class LayerCapture:
             return hidden, metadata
         (now,) = metadata.values()
         now = now._replace(work=now.work.by_row())  # as many tiles as rows, whoever has them
-        self._blocks.fill_tables(now)
+        self._attention.fill_tables(now)
         self._pass = self._passes.get(batch.num_tokens)
         if self._pass is not None:
             return self._pass.hidden_TD, {0: self._pass.next(now, hidden)}
@@ -192,7 +193,7 @@ class LayerCapture:
 
     def _attend(self, layer: int, block: Tensors, now: "_Pass") -> None:
         if self._spec.blocks[layer].attention is not None:
-            self._blocks.attention(layer, block, now.hidden_TD, now.metadata)
+            self._attention.compute(layer, block, now.hidden_TD, now.metadata)
 
 
 class _Pass:

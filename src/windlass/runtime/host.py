@@ -8,7 +8,7 @@ the host reads what a pass has computed; each time it waits for an event.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,9 @@ from windlass.kvcache.kv_cache import KvCache
 from windlass.models.spec import ModelSpec, Moe
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.attention_metadata import AttentionMetadata, attention_metadata
+from windlass.runtime.attention_ops import AttentionOps
 from windlass.runtime.capture import ComputedBlock, LayerCapture
+from windlass.runtime.host_attention import HostAttention, OnHost
 from windlass.runtime.layer_ops import LayerOps
 from windlass.runtime.routing_report import RoutingReport
 from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch, RowGroup
@@ -70,11 +72,18 @@ class _Final:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a pass is computed with: kernels of a device, and its memory for what they work on."""
+    """What a pass is computed with: kernels of a device, its memory for what they work on, and the
+    host's part of attention, where it has one."""
 
     kernels: Kernels
     memory: Allocator
     tracer: Tracer
+    host: HostAttention | None = None
+
+    def abandon(self) -> None:
+        """A pass has failed: returns when nobody works on its keys and values any more."""
+        if self.host is not None:
+            self.host.drain()
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,15 +156,10 @@ class HostRuntime:
         self._prefetcher = foresight.prefetcher
         self._forecast = foresight.forecast
         self._routing = routing = RoutingReport(foresight.forecast, foresight.observers, streams)
-        self._blocks = LayerOps(
-            spec,
-            kernels,
-            kv,
-            memory=machine.memory,
-            tracer=tracer,
-            wants_scores=routing.wants_scores,
-        )
-        self._capture = LayerCapture(spec, self._blocks, kernels, weights, tracer)
+        self._blocks = LayerOps(spec, kernels, tracer=tracer, wants_scores=routing.wants_scores)
+        self._attention = AttentionOps(spec, kernels, kv, machine.memory, tracer, machine.host)
+        ops = self._blocks, self._attention
+        self._capture = LayerCapture(spec, ops, kernels, weights, tracer)
         self._routers = _Routers(spec, streams, foresight.router_readers)
         self._metadata: Mapping[int, AttentionMetadata] = {}
         self._outputs: torch.Tensor | None = None
@@ -231,15 +235,16 @@ class HostRuntime:
         self._routers.read(layer, done.at_end)
         return self._routed(layer, done, is_replayed=True)
 
-    def attend(self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch) -> None:
-        """All of it at once: nothing computes beside this thread."""
+    def attend(
+        self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch
+    ) -> OnHost | None:
         metadata = self._metadata[rows.first_token]
-        self._blocks.attention(layer, weights.tensors, _of(hidden, rows), metadata)
+        return self._attention.begin(layer, weights.tensors, _of(hidden, rows), rows, metadata)
 
     def attended(
-        self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch, begun: None
+        self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch, begun: Any
     ) -> None:
-        pass
+        self._attention.end(layer, weights.tensors, _of(hidden, rows), begun)
 
     def enter_experts(
         self, layer: int, weights: Lease, hidden: torch.Tensor, group: RowGroup

@@ -1,5 +1,5 @@
-"""What a layer computes, module by module, on weights that are given. Knows keys and values and
-where rows are, not where weights come from."""
+"""What a layer computes after its attention, module by module, on weights that are given. Knows
+not where they come from."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -7,22 +7,10 @@ from typing import NamedTuple
 import torch
 
 from windlass.decoder import block as math
-from windlass.decoder.attention import (
-    CosSin,
-    Projected,
-    attention_output,
-    project,
-    value_width,
-)
 from windlass.decoder.moe import dense_ffn, route, shared_expert
-from windlass.decoder.recurrent import recurrent_attention
-from windlass.decoder.rope import RopeTable
-from windlass.device.base import Allocator
-from windlass.kernels.interface import AttentionOptions, ExpertGroups, Kernels, Routes
-from windlass.kvcache.kv_cache import KvCache
-from windlass.models.spec import Ffn, Gqa, Mla, ModelSpec, Moe, Recurrent, Rope
-from windlass.runtime.attention_metadata import AttentionMetadata
-from windlass.tensors import Tensors, floats_or_none, plain
+from windlass.kernels.interface import ExpertGroups, Kernels, Routes
+from windlass.models.spec import Ffn, ModelSpec, Moe
+from windlass.tensors import Tensors, plain
 from windlass.trace import Tracer
 
 
@@ -42,32 +30,15 @@ class LayerOps:
         self,
         spec: ModelSpec,
         kernels: Kernels,
-        kv: KvCache,
         *,
-        memory: Allocator,
         tracer: Tracer,
         wants_scores: bool,
     ) -> None:
-        """`memory`: of the device whose kernels are given. `wants_scores`: routing hands out the
-        router's scores of all experts."""
+        """`wants_scores`: routing hands out the router's scores of all experts."""
         self._spec = spec
         self._kernels = kernels
-        self._kv = kv
         self._tracer = tracer
         self._wants_scores = wants_scores
-        self._ropes = {rope: RopeTable(rope, memory) for rope in ropes(spec)}
-
-    def attention(
-        self, layer: int, w: Tensors, x_TD: torch.Tensor, metadata: AttentionMetadata
-    ) -> None:
-        """Adds a block's attention to the hidden states, in place."""
-        attention = self._spec.blocks[layer].attention
-        assert attention is not None, "the schedule asked for attention of a layer without"
-        with self._tracer.span("attention", layer=layer, rows=x_TD.shape[0]):
-            if isinstance(attention, Recurrent):
-                self._recurrent(layer, attention, w, x_TD, metadata)
-            else:
-                self._softmax(layer, attention, w, x_TD, metadata)
 
     def route(self, layer: int, w: Tensors, hidden: torch.Tensor) -> RoutedRows:
         """From the hidden states of all rows to their experts."""
@@ -154,87 +125,7 @@ class LayerOps:
         picked = hidden[hidden.new_tensor(rows, dtype=torch.int64)]
         return math.final_norm(self._kernels, self._spec, w, picked)
 
-    def fill_tables(self, metadata: AttentionMetadata) -> None:
-        """Cos and sin of all kinds of rotary positions that the model has."""
-        for rope in self._ropes:
-            self._cos_sin(metadata, rope)
-
     def _moe(self, layer: int) -> Moe:
         moe = self._spec.blocks[layer].ffn
         assert isinstance(moe, Moe), "the schedule asked for experts of another layer"
         return moe
-
-    def _softmax(
-        self,
-        layer: int,
-        attention: Gqa | Mla,
-        w: Tensors,
-        x_TD: torch.Tensor,
-        metadata: AttentionMetadata,
-    ) -> None:
-        got = self._project(layer, attention, w, x_TD, metadata)
-        o_THv = self._attend(layer, attention, w, got, metadata)
-        y_TD = attention_output(self._kernels, attention, w, o_THv, got.gate_THv)
-        math.add_attention(self._kernels, self._spec, layer, w, x_TD, y_TD)
-
-    def _project(
-        self,
-        layer: int,
-        attention: Gqa | Mla,
-        w: Tensors,
-        x_TD: torch.Tensor,
-        metadata: AttentionMetadata,
-    ) -> Projected:
-        """Queries of the rows, whose keys and values are written."""
-        h_TD = math.attention_input(self._kernels, self._spec, w, x_TD)
-        cos_sin = None if attention.rope is None else self._cos_sin(metadata, attention.rope)
-        got = project(self._kernels, attention, self._spec.norm, w, h_TD, cos_sin)
-        for store, x_TKd in zip(self._kv.stored(layer), (got.key_TKd, got.value_TKv), strict=False):
-            self._kernels.write_rows(store, metadata.pages, metadata.offsets, x_TKd)
-        return got
-
-    def _attend(
-        self,
-        layer: int,
-        attention: Gqa | Mla,
-        w: Tensors,
-        got: Projected,
-        metadata: AttentionMetadata,
-    ) -> torch.Tensor:
-        """What the queries find, by head: (T, H, v)."""
-        gqa = attention if isinstance(attention, Gqa) else None
-        options = AttentionOptions(
-            scale=attention.scale,
-            value_dim=value_width(attention),
-            window=gqa.window if gqa else None,
-            sinks_H=floats_or_none(w, "sinks") if gqa and gqa.sinks else None,
-        )
-        keys, values = self._kv.paged(layer)
-        return self._kernels.attention(got.q_THd, keys, values, metadata.work, options)
-
-    def _cos_sin(self, metadata: AttentionMetadata, rope: Rope) -> CosSin:
-        if rope not in metadata.tables:
-            found = self._ropes[rope].cos_sin(
-                metadata.positions, long_T=metadata.long_rope, below=metadata.length
-            )
-            metadata.tables[rope] = found
-        return metadata.tables[rope]
-
-    def _recurrent(
-        self,
-        layer: int,
-        attention: Recurrent,
-        w: Tensors,
-        x_TD: torch.Tensor,
-        metadata: AttentionMetadata,
-    ) -> None:
-        h_TD = math.attention_input(self._kernels, self._spec, w, x_TD)
-        states = self._kv.states(layer)
-        y_TD = recurrent_attention(self._kernels, attention, w, h_TD, metadata.segments, states)
-        math.add_attention(self._kernels, self._spec, layer, w, x_TD, y_TD)
-
-
-def ropes(spec: ModelSpec) -> set[Rope]:
-    """Kinds of rotary positions in the model; each has a table."""
-    attentions = [block.attention for block in spec.blocks]
-    return {a.rope for a in attentions if isinstance(a, Gqa | Mla) and a.rope is not None}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from windlass.ids import Home
 from windlass.plan import Schedule
 
 CHUNK_TOKENS = (
@@ -38,6 +39,7 @@ class Segment:
     # Of the last tokens, those that are guesses: logits are wanted after each of them and after the
     # one before them. A guess that was wrong is computed for nothing, and so are those behind it.
     num_drafts: int = 0
+    home: Home = Home.DEVICE
     targets: tuple[
         int, ...
     ] = ()  # tokens whose log-probability is wanted, each after one of the first
@@ -54,11 +56,16 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Consecutive tokens of a pass that go through attention together."""
+    """Consecutive tokens of a pass that go through attention together, of sequences of one home."""
 
     first_token: int
     num_tokens: int
     segments: tuple[Segment, ...]
+
+    @property
+    def home(self) -> Home:
+        """Of its sequences."""
+        return self.segments[0].home
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +139,8 @@ def make_batch(segments: list[Segment], *, micro_batch_tokens: int, groups: int 
     """Cuts the tokens into micro-batches of at most `micro_batch_tokens` (at least CHUNK_TOKENS),
     and those into so many groups, or as many as there are micro-batches.
 
-    A segment is cut only at a position that is a multiple of CHUNK_TOKENS.
+    A segment is cut only at a position that is a multiple of CHUNK_TOKENS. Another micro-batch
+    begins where the next sequence has another home.
     """
     assert micro_batch_tokens >= CHUNK_TOKENS, "a micro-batch holds at least one chunk"
     micro: list[MicroBatch] = []
@@ -146,6 +154,8 @@ def make_batch(segments: list[Segment], *, micro_batch_tokens: int, groups: int 
             first_token, tokens, open_segments = first_token + tokens, 0, []
 
     for segment in segments:
+        if open_segments and open_segments[0].home is not segment.home:
+            close()
         rest = segment
         while rest.num_tokens > micro_batch_tokens - tokens:
             fitting = _fitting(rest, micro_batch_tokens - tokens)
@@ -169,6 +179,7 @@ def is_capturable(batch: Batch) -> bool:
     return (
         batch.num_tokens <= MOST_CAPTURED
         and len(batch.micro_batches) == 1
+        and batch.micro_batches[0].home is Home.DEVICE
         and all(one.num_tokens == 1 or not one.is_prompt for one in batch.segments)
     )
 

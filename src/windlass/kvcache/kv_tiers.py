@@ -1,0 +1,59 @@
+"""Keys and values of sequences by their home: pages of the host and of a device, each with a budget
+of its own. A page is one of a home; what is shared is shared within it."""
+
+import hashlib
+from collections.abc import Mapping
+
+from windlass.ids import Home
+from windlass.kvcache.kv_cache import KvCache
+
+_NAME_BYTES = 8
+
+
+def home_of(name: str, host_share: float) -> Home:
+    """Where the sequences of a request called `name` are: nothing else decides it, so that their
+    bits do not depend on what else runs. Of many names a share of `host_share`, 0 to 1, is at the
+    host."""
+    if not host_share:
+        return Home.DEVICE
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=_NAME_BYTES)
+    is_host = int.from_bytes(digest.digest(), "big") < host_share * 2.0 ** (8 * _NAME_BYTES)
+    return Home.HOST if is_host else Home.DEVICE
+
+
+class KvTiers:
+    """The store of the device that computes, which also has all recurrent states: recurrent layers
+    are computed there, whatever a sequence's home. And that of the host, where some sequences have
+    their home."""
+
+    def __init__(self, device: KvCache, host: KvCache | None = None) -> None:
+        self._of = {Home.DEVICE: device}
+        if host is not None:
+            assert host.page_tokens == device.page_tokens, "pages of one size"
+            self._of[Home.HOST] = host
+        self.page_tokens = device.page_tokens
+        self.pages_for = device.pages_for
+        self.device = device
+
+    @property
+    def num_homes(self) -> int:
+        return len(self._of)
+
+    @property
+    def num_held_pages(self) -> dict[Home, int]:
+        """Pages in use, by home."""
+        return {home: one.num_pages - one.num_free_pages for home, one in self._of.items()}
+
+    def of(self, home: Home) -> KvCache:
+        """Where sequences of that home have their pages."""
+        return self._of[home]
+
+    def forget_all(self) -> None:
+        """No page is known by name any more; nobody may hold any."""
+        for store in self._of.values():
+            store.pool.forget_all()
+
+    def check(self, held: Mapping[Home, Mapping[int, int]]) -> None:
+        """Invariants; `held`: holders of each home's pages that have any."""
+        for home, store in self._of.items():
+            store.check(held.get(home, {}))
