@@ -399,7 +399,7 @@ def test_a_device_and_its_links(one_second):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_real_device():
-    device = find_cuda()
+    device = find_cuda("cuda")
     assert device is not None
     found = device_rates.measure_device(device, device_rates.Shapes(cold_bytes=MIB))
     assert found.processor.memory_rate > 1e9 and found.down.rate.best > 1e8
@@ -417,7 +417,7 @@ def quick(one_second, monkeypatch):
     monkeypatch.setattr(disk, "_FEWEST_BYTES", MIB)
     found = overhead.Overhead(Timing((1e-4,)), 1e-5, 1e10)
     monkeypatch.setattr(examine_module, "measure_overhead", lambda options: found)
-    monkeypatch.setattr(examine_module, "find_cuda", lambda: None)
+    monkeypatch.setattr(examine_module, "find_cuda", lambda name: None)
     runs: list[str] = []
     real = measure_disk
 
@@ -503,7 +503,7 @@ def test_without_a_checkpoint_all_kinds_are_measured_and_no_file_stays(
 
 
 def test_a_report_shows_everything_and_survives_json(quick, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(examine_module, "find_cuda", FakeAccelerator)
+    monkeypatch.setattr(examine_module, "find_cuda", lambda name: FakeAccelerator())
     small = device_rates.Shapes(
         copies=(KIB,), rows=(1,), hidden=8, intermediate=4, cold_bytes=1, large_bytes=4096,
         heads=(2, 1, 4), sequences=1, context=4, prompt=4,

@@ -13,9 +13,7 @@ from published import PUBLISHED
 from windlass.build.checkpoint_sizes import sizes_of
 from windlass.checkpoint.folder import read_model
 from windlass.cli import main
-from windlass.cli.engine_flags import refuse_known
-from windlass.cli.plan_command import COMMAND
-from windlass.errors import BudgetError, UsageError
+from windlass.errors import BudgetError
 from windlass.options import EngineOptions
 from windlass.perf.sizes import Backend, Problem
 from windlass.planner import frozen_gpu_plan
@@ -238,22 +236,17 @@ def test_without_a_machine_this_one_is_measured(tmp_path, monkeypatch, capsys):
     ("words", "message"),
     [
         (("--workload", "x.jsonl", "--prompt-len", "3"), "not beside --workload"),
-        (("--device-memory", "1GiB"), "--machine that has a GPU"),
+        (("--device-memory", "1GiB"), "--device-memory: this machine has no GPU"),
+        (("--device", "cuda"), "device: got 'cuda', allowed auto or cpu: torch "),
+        (("--machine", "laptop", "--device", "cuda"), "--device: "),
         (("--machine", "laptop", "--device-memory", "1GiB"), "has no GPU"),
         (("--machine", "cray"), "allowed a5000"),
         (("--num-requests", "0"), "num-requests"),
         (("--machine", "laptop", "--host-memory", "100MiB"), "needs at least"),
     ],
 )
-def test_what_cannot_be_planned_is_one_error(config, capsys, words, message):
+def test_what_cannot_be_planned_is_one_error(config, capsys, monkeypatch, words, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["plan", "-m", str(config), *words]) in (1, 2)
     shown = capsys.readouterr()
     assert message in shown.err and shown.out == ""
-
-
-def test_device_memory_is_refused_where_nothing_has_a_device():
-    with pytest.raises(UsageError, match="--device-memory"):
-        refuse_known(["--device-memory", "1GiB"])
-    own = {name for flag in COMMAND.flags for name in flag.names}
-    words = ["--device-memory", "1GiB"]
-    assert refuse_known(words, own=own) == words

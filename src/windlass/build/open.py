@@ -11,6 +11,7 @@ import torch
 
 from windlass.device.base import Device
 from windlass.device.cpu import CpuDevice
+from windlass.device.cuda import cuda_index
 from windlass.device.host_memory import (
     LARGE_BYTES,
     HostAllocator,
@@ -48,6 +49,8 @@ from windlass.build.checkpoint_sizes import pass_shape
 from windlass.build.checkpoint_sizes import cache_dtype
 from windlass.build.checkpoint_sizes import CACHE_DTYPES
 from windlass.options import (
+    AUTO,
+    CPU,
     EngineOptions,
     checkpoint_stamp,
     default_params,
@@ -112,6 +115,9 @@ def open_engine(
 
     Sets how torch and malloc work in this process, and logs what it sets (level INFO).
     """
+    if above is None and options.device not in (AUTO, CPU):
+        cuda_index(options.device)
+        raise UsageError(f"device: got {options.device!r}, allowed auto or cpu as yet")
     return_freed_memory()
     with ExitStack() as opened:
         for own in (device, above):

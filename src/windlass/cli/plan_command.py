@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options, say_line
-from windlass.cli.flags import Command, Flag, integer, size
+from windlass.cli.flags import Command, Flag, integer
 from windlass.doctor.kept import cache_folder
 from windlass.errors import UsageError
 from windlass.hub.locate import locate
-from windlass.options import EngineOptions, default_params, resolve_model
+from windlass.options import AUTO, CPU, EngineOptions, default_params, resolve_model
 
 if TYPE_CHECKING:
     from windlass.checkpoint.folder import CheckpointFolder
@@ -43,8 +43,6 @@ FLAGS = (
          help="plan for a machine one does not have: a preset (a wrong name lists them), a .toml "
          "file like theirs, or what `windlass doctor --json` printed elsewhere (default: this "
          "machine, measured once)"),
-    Flag(name="device-memory", read=size, metavar="SIZE", group=_MACHINE,
-         help="memory of the machine's GPU that may be used (default: 90 % of it)"),
     Flag(name="replay", read=Path, metavar="FILE", group=_JOB,
          help="what --routing-trace of an earlier run of this model wrote: how much memory for how "
          "many tokens/s, one answer at a time"),
@@ -112,8 +110,6 @@ def _check(values: Mapping[str, Any]) -> None:
     if values["workload"] is not None and lengths:
         name = lengths[0].replace("_", "-")
         raise UsageError(f"--{name}: not beside --workload, whose own lengths are planned for")
-    if values["device_memory"] is not None and values["machine"] is None:
-        raise UsageError("--device-memory: allowed with a --machine that has a GPU")
 
 
 def options_to_plan(
@@ -151,15 +147,17 @@ def machine_to_plan(
     if values["machine"] is not None:
         from windlass.hardware.preset import load_machine
 
-        profile = load_machine(values["machine"])
-        if profile.device is None and values["device_memory"] is not None:
-            raise UsageError(f"--device-memory: {profile.name} has no GPU")
+        profile = _on_device(load_machine(values["machine"]), options)
         return profile, Backend("cpu", options.threads or profile.threads)
+    from windlass.device.cuda import cuda_index
     from windlass.doctor.examine import Subject, examine
 
+    if cuda_index(options.device) is None and options.device_memory is not None:
+        raise UsageError("--device-memory: this machine has no GPU, allowed with one")
     subject = Subject(
         cache=cache_folder(),
         model=measured,
+        device=options.device,
         threads=options.threads,
         moe_backend=options.moe_backend,
         dtype=options.dtype,
@@ -170,7 +168,17 @@ def machine_to_plan(
         say_line(f"plan: {report.noise}")
     has_native = not isinstance(library.load(), str) and options.moe_backend != "torch"
     threads = options.threads or useful_threads(model)
-    return report.profile, Backend("cpu" if has_native else "torch", threads)
+    return _on_device(report.profile, options), Backend("cpu" if has_native else "torch", threads)
+
+
+def _on_device(profile: "HardwareProfile", options: EngineOptions) -> "HardwareProfile":
+    """The machine without its GPU, where the CPU is to compute alone."""
+    if options.device == CPU:
+        return replace(profile, device=None, down=None, up=None)
+    if profile.device is None and (options.device != AUTO or options.device_memory is not None):
+        name = "device" if options.device != AUTO else "device-memory"
+        raise UsageError(f"--{name}: {profile.name} has no GPU, allowed with one")
+    return profile
 
 
 def _budget(values: Mapping[str, Any], profile: "HardwareProfile") -> int:

@@ -5,6 +5,9 @@ from collections.abc import Callable
 
 import torch
 
+from windlass.errors import UsageError
+from windlass.options import AUTO, CPU
+
 # ruff: noqa: TID251  this is the one place that may touch torch.cuda
 
 
@@ -12,13 +15,13 @@ class CudaDevice:
     """Implements doctor.device_rates.Accelerator. Copies of each direction run in a stream of their
     own, work in torch's current one."""
 
-    def __init__(self) -> None:
-        properties = torch.cuda.get_device_properties(0)
-        self.device = torch.device("cuda:0")
+    def __init__(self, index: int) -> None:
+        properties = torch.cuda.get_device_properties(index)
+        self.device = torch.device("cuda", index)
         self.name: str = properties.name
         self.memory_bytes: int = properties.total_memory
         self._streams = {
-            down: torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            down: torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             for down in (True, False)
         }
 
@@ -38,9 +41,37 @@ class CudaDevice:
 
     def synchronize(self) -> None:
         """Returns when all copies and all work have ended."""
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(self.device)
 
 
-def find_cuda() -> CudaDevice | None:
-    """The first GPU that torch can use; None without one."""
-    return CudaDevice() if torch.cuda.is_available() else None
+def cuda_index(name: str) -> int | None:
+    """Which GPU of torch's the device `name` is; None for "cpu", and for "auto" without one.
+    UsageError where it is asked for by its name and is not there."""
+    if name == CPU:
+        return None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == AUTO:
+        return 0 if count else None
+    if not count:
+        raise UsageError(f"device: got {name!r}, allowed auto or cpu: {why_none()}")
+    index = int(name.partition(":")[2] or 0)
+    if index >= count:
+        allowed = " to ".join(f"cuda:{one}" for one in sorted({0, count - 1}))
+        raise UsageError(f"device: got {name!r}, allowed {allowed}: torch finds {count} of them")
+    return index
+
+
+def why_none() -> str:
+    """What torch has in place of a GPU."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return (
+        f"torch {torch.__version__} (CUDA {torch.version.cuda}) finds no GPU: no driver, one that"
+        " is too old, or none is visible"
+    )
+
+
+def find_cuda(name: str) -> CudaDevice | None:
+    """The GPU `name`, as `cuda_index` has it."""
+    index = cuda_index(name)
+    return None if index is None else CudaDevice(index)

@@ -30,18 +30,20 @@ from windlass.doctor.timing import Load
 from windlass.hardware.profile import HardwareProfile, Processor
 from windlass.kernels.interface import Kernels
 from windlass.kernels.select import choose_kernels
-from windlass.options import EngineOptions
+from windlass.options import AUTO, CPU, EngineOptions
 from windlass.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
     """What is examined. `model`: a checkpoint whose disk, shapes and formats are measured; None for
-    usual shapes, all formats and a file in `cache`, which also keeps reports. None in `threads`:
+    usual shapes, all formats and a file in `cache`, which also keeps reports. `device`: "cpu" where
+    no GPU is looked for, else which. None in `threads`:
     all that this process may use."""
 
     cache: Path
     model: Path | None = None
+    device: str = AUTO
     threads: int | None = None
     moe_backend: Literal["auto", "torch", "cpu"] = "auto"
     dtype: str = "auto"
@@ -101,7 +103,7 @@ def _prepared(subject: Subject) -> Iterator[_Place]:
         kernels = choose_kernels(
             subject.moe_backend, threads=threads, bf16_activations=subject.dtype == "bfloat16"
         )
-        gpu = find_cuda()
+        gpu = find_cuda(subject.device)
         environment = read_environment(
             subject.model or subject.cache,
             kernels,
@@ -167,6 +169,7 @@ class _Examination:
         self._tell("measuring the overhead of calls")
         overhead = measure_overhead(
             EngineOptions(
+                device=CPU,
                 threads=threads,
                 host_memory=small_budget(),
                 moe_backend="cpu" if self._kernels.name == "cpu" else "torch",
