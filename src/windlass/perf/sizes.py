@@ -17,6 +17,16 @@ class Backend:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSizes:
+    """The device above the host, in bytes."""
+
+    name: str  # of its tier
+    budget_bytes: int  # what may be taken of its memory in all
+    context_bytes: int  # taken before anything is allocated
+    slot_bytes: Mapping[Part, int]  # in the layout of its slots
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """What the checkpoint and the process weigh, in bytes."""
 
@@ -34,6 +44,7 @@ class Sizes:
     weight_kinds: Mapping[Part, str] = field(default_factory=dict)
     drafts: int = 0  # guessed tokens of a sequence in a pass at most, each with logits
     draft_bytes_per_token: int = 0  # of tokens in the KV cache: what guesses are made from
+    device: DeviceSizes | None = None  # None: the host computes
 
 
 @dataclass(frozen=True, slots=True)

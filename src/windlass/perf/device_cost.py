@@ -1,0 +1,157 @@
+"""What the operations of a pass cost where a device computes beside its host: weights come over a
+link into the device's slots, some sequences' attention and some experts' generated rows are
+computed on the host. Pure arithmetic; seconds. What runtime/simulated.py asks of `Costs`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from windlass.errors import UsageError
+from windlass.hardware.profile import HardwareProfile, LinkRates, Processor
+from windlass.ids import DISK_TO_HOST, Route, WeightKey
+from windlass.models.spec import Attention, Gqa, Mla
+from windlass.perf.flops import expert_matrices, kept_numbers
+from windlass.perf.op_cost import SAMPLE_S, OpCost, OpRates, Seen, softmax_s
+from windlass.perf.sizes import Problem
+from windlass.plan import Plan
+from windlass.runtime.clock import HOST_TO_DEVICE, LaneJob, LaneWork
+from windlass.schedule.batch import MicroBatch
+
+DEVICE_LANES = ("disk", "down", "up", "host", "device")
+SENT = 4  # bytes of a number that crosses the link: rows are fp32
+
+
+@dataclass(frozen=True, slots=True)
+class Homes:
+    """What of a pass is the host's: the share of the sequences whose attention it computes, and of
+    the experts whose generated rows it computes."""
+
+    attention: float = 0.0
+    experts: float = 0.0
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Homes":
+        return cls(plan.host_attention, plan.host_experts)
+
+
+def links_of(profile: HardwareProfile) -> tuple[Processor, LinkRates, LinkRates]:
+    """Device, link down and link up. UsageError where the machine has none."""
+    if profile.device is None or profile.down is None or profile.up is None:
+        raise UsageError(f"profile of {profile.name}: device: got none, allowed one with its links")
+    return profile.device, profile.down, profile.up
+
+
+def exchanged_numbers(attention: Attention | None) -> tuple[int, int]:
+    """Numbers of a row that go up where the host attends, and that its result brings down."""
+    match attention:
+        case Gqa():
+            query = attention.num_heads * attention.head_dim
+            return query + kept_numbers(attention), query
+        case Mla():
+            query = attention.num_heads * (attention.kv_lora_rank + attention.rope.dim)
+            result = attention.num_heads * attention.kv_lora_rank
+            return query + kept_numbers(attention), result
+        case _:
+            return 0, 0
+
+
+class DeviceCost(OpCost):
+    """`Costs` of such a machine. Keywords of `OpCost` beside `homes`."""
+
+    lane = "device"
+
+    def __init__(
+        self,
+        problem: Problem,
+        homes: Homes = Homes(),
+        *,
+        kv_numbers: int,
+        weights: Sequence[float] | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__(problem, kv_numbers=kv_numbers, weights=weights, scale=scale)
+        self._homes = homes
+        _, self._down, self._up = links_of(problem.profile)
+        self._host_rates = OpRates(problem.profile.host, problem.sizes.weight_kinds)
+
+    @staticmethod
+    def _computes_on(profile: HardwareProfile) -> Processor:
+        return links_of(profile)[0]
+
+    # --- Costs ------------------------------------------------------------------------------------
+
+    def attention(self, layer: int, rows: MicroBatch) -> LaneWork:
+        """The host attends as soon as its rows have been projected, beside the device's own."""
+        seen, weight = self._seen[rows.first_token], self._weights[layer]
+        theirs = self.host_rows(layer, seen)
+        if not theirs.num_rows:
+            return self._on(self.attention_s(layer, seen) * weight)
+        own = seen.share(1 - self._homes.attention)
+        up, host, down = self.host_attention_s(layer, theirs)
+        chain = (
+            LaneJob("device", self.projections_s(layer, seen.num_rows) * weight),
+            LaneJob("up", up * weight), LaneJob("host", host * weight),
+            LaneJob("down", down * weight),
+        )  # fmt: skip
+        return LaneWork(LaneJob("device", self.scores_s(layer, own) * weight), (chain,))
+
+    def host_experts(self, layer: int, num_rows: Sequence[int]) -> LaneWork:
+        """Experts with so many rows each, computed on the host: rows go up, results down."""
+        up, host, down = self.host_experts_s(layer, num_rows)
+        weight = self._weights[layer]
+        chain = (LaneJob("up", up * weight), LaneJob("host", host * weight))
+        return LaneWork(LaneJob("down", down * weight), (chain,))
+
+    def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[Route, float]]:
+        more = self._weights[key.layer] if key.layer >= 0 else self._scale
+        down = num_bytes / self._down.rate.at(num_bytes) * more
+        return ((DISK_TO_HOST, self.read_s(key, num_bytes)), (HOST_TO_DEVICE, down))
+
+    # --- seconds ----------------------------------------------------------------------------------
+
+    def host_rows(self, layer: int, seen: Seen) -> Seen:
+        """Of `seen`, those that attend on the host: none in a layer without keys and values."""
+        attention = self._spec.blocks[layer].attention
+        share = self._homes.attention if isinstance(attention, Gqa | Mla) else 0.0
+        return seen.share(share)
+
+    def host_attention_s(self, layer: int, seen: Seen) -> tuple[float, float, float]:
+        """Of the link up, of the host and of the link down."""
+        attention, host = self._spec.blocks[layer].attention, self._profile.host
+        assert isinstance(attention, Gqa | Mla), "recurrent layers stay on the device"
+        sent, result = exchanged_numbers(attention)
+        seconds = softmax_s(attention, seen, self._kv_bytes, beside_copies(host)) + host.call_s
+        return (
+            _copied(self._up, seen.num_rows * sent),
+            seconds,
+            _copied(self._down, seen.num_rows * result),
+        )
+
+    def host_experts_s(self, layer: int, num_rows: Sequence[int]) -> tuple[float, float, float]:
+        """The same of experts."""
+        flops, host = 2 * expert_matrices(self._spec, layer), self._profile.host
+        seconds = sum(self._host_rates.expert(flops, n) + host.expert_s for n in num_rows)
+        numbers = sum(num_rows) * self._spec.hidden_size
+        return _copied(self._up, numbers), seconds + host.call_s, _copied(self._down, numbers)
+
+    @property
+    def memory_rate(self) -> float:
+        """Of the device, bytes/s."""
+        return self._processor.memory_rate
+
+    def fetch_s(self, num_bytes: float) -> float:
+        """Weights over the link, in large copies."""
+        return num_bytes / self._down.rate.best
+
+    def sample_s(self, num_rows: int) -> float:
+        """The device draws; a row costs the host what text and bookkeeping do."""
+        return num_rows * SAMPLE_S
+
+
+def beside_copies(host: Processor) -> Processor:
+    """The host as it attends while links carry weights."""
+    return host
+
+
+def _copied(link: LinkRates, numbers: int) -> float:
+    num_bytes = SENT * numbers
+    return num_bytes / link.rate.at(num_bytes) if num_bytes else 0.0
