@@ -61,6 +61,9 @@ def slots_of(plan: Plan, tier: TierPlan, sizes: Sizes, sample: Sample) -> dict[P
     for part, count in parts_of(sample, sizes).items():
         whole, given = sizes.num_parts[part], tier.slots.get(part, 0)
         moving = min(given, 2 if part is not Part.EXPERT else _PIPELINE_SLOTS + again)
+        if plan.above is not None:  # many stay beside those that move: no more than their share
+            slots[part] = max(min(count, moving), given * count // whole)
+            continue
         kept = (given - moving) * count / whole
         slots[part] = count if given >= whole else min(count, moving + int(kept))
     return slots

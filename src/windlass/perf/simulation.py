@@ -15,7 +15,7 @@ from windlass.forecast.interface import ExpertTable
 from windlass.forecast.usage import UsageForecast
 from windlass.ids import Part
 from windlass.models.spec import ModelSpec, Moe
-from windlass.perf.device_cost import DEVICE_LANES, DeviceCost, Homes, links_of
+from windlass.perf.device_cost import DEVICE_LANES, DeviceCost, Homes
 from windlass.perf.device_pass_cost import DevicePassCost, Placed
 from windlass.perf.job_passes import PassRun
 from windlass.perf.op_cost import OpCost
@@ -37,12 +37,14 @@ from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, Simulat
 from windlass.schedule.batch import Batch, RowGroup, Segment, make_batch
 from windlass.schedule.observer import RoutedTokens
 from windlass.schedule.passes import PassShape, run_pass
+from windlass.units import MIB
 from windlass.weights.eviction import EvictionPolicy
-from windlass.weights.transfer import block_bytes_of
 
 _MOST_EXPERTS = 768  # of a model on the clock: a pass over them takes about 20 ms
 _MOST_POINTS = 4  # passes that are run on the clock
-LINK_DEPTH = 2  # blocks in flight on the link to a device
+# On the link to a device: blocks in flight, and bytes of one. A run's are shorter, for the sake of
+# who overtakes; of passes that want what comes anyway a clock is spared most of them.
+LINK_DEPTH, _LINK_BLOCK = 2, 16 * MIB
 _LINKS = ("disk", "down", "up")
 _EXACT_DRAWS = 4096  # rows times experts up to which routing is drawn row by row
 
@@ -137,10 +139,7 @@ def _weights_of(
     if plan.above is None:
         return SimulatedWeights(on.lanes, on.costs, host, policy=policy(host), depth=depth)
     assert sizes.device is not None, "a plan of a device for a machine without"
-    _, down, _ = links_of(problem.profile)
-    above = tier(
-        plan.above, sizes.device.slot_bytes, block_bytes=block_bytes_of(down.rate.best)
-    )
+    above = tier(plan.above, sizes.device.slot_bytes, block_bytes=_LINK_BLOCK)
     kept = {part for part, count in above.slots.items() if count >= parts[part]}
     lower = LowerPolicy(policy(host), kept)
     below = SimulatedWeights(on.lanes, on.costs, host, policy=lower, depth=depth)
