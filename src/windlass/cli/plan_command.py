@@ -13,11 +13,13 @@ from windlass.cli.flags import Command, Flag, integer
 from windlass.doctor.kept import cache_folder
 from windlass.errors import UsageError
 from windlass.hub.locate import locate
-from windlass.options import AUTO, CPU, EngineOptions, default_params, resolve_model
+from windlass.options import AUTO, CPU, CUDA, EngineOptions, default_params, resolve_model
+from windlass.units import MIB
 
 if TYPE_CHECKING:
     from windlass.checkpoint.folder import CheckpointFolder
     from windlass.hardware.profile import HardwareProfile
+    from windlass.perf.sizes import Sizes
     from windlass.planner.one_sequence import OneSequence
     from windlass.replay.routing_trace import RoutingTrace
     from windlass.workload import Workload
@@ -29,6 +31,8 @@ _WITHOUT = (
     "expert-map-store", "load-format", "generation-config",
 )  # fmt: skip
 _PROMPT, _OUTPUT, _REQUESTS = 512, 128, 256
+# Of a GPU: its share of memory by default, and what CUDA takes of it and of the host [assumed]
+_DEVICE_SHARE, _CONTEXT_BYTES, _LIBRARY_BYTES = 0.9, 512 * MIB, 1024 * MIB
 _SHARE = 0.8  # of the memory of a machine that is not this one (MoE-Lightning, artifact)
 FLAGS = (
     Flag(name="workload", aliases=("-i",), read=Path, metavar="FILE", group=_JOB,
@@ -39,7 +43,7 @@ FLAGS = (
          help=f"tokens of every answer (default {_OUTPUT})"),
     Flag(name="num-requests", read=integer(1), metavar="N", group=_JOB,
          help=f"requests (default {_REQUESTS})"),
-    Flag(name="machine", metavar="NAME|FILE", group=_MACHINE,
+    Flag(name="machine", aliases=("--hardware",), metavar="NAME|FILE", group=_MACHINE,
          help="plan for a machine one does not have: a preset (a wrong name lists them), a .toml "
          "file like theirs, or what `windlass doctor --json` printed elsewhere (default: this "
          "machine, measured once)"),
@@ -72,10 +76,8 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         sizes = sizes_of(model, options, backend)
         workload = _workload(values, options, model)
         budget = _budget(values, profile)
-        found = explain(
-            Problem(model.spec, sizes, profile), workload, budget, wanted,
-            device_memory=values["device_memory"],
-        )  # fmt: skip
+        sizes = _with_device(sizes, model, profile, options)
+        found = explain(Problem(model.spec, sizes, profile), workload, budget, wanted)
         single = None
         if trace is not None:
             problem = Problem(model.spec, sizes, profile)
@@ -179,6 +181,20 @@ def _on_device(profile: "HardwareProfile", options: EngineOptions) -> "HardwareP
         name = "device" if options.device != AUTO else "device-memory"
         raise UsageError(f"--{name}: {profile.name} has no GPU, allowed with one")
     return profile
+
+
+def _with_device(
+    sizes: "Sizes", model: "CheckpointFolder", profile: "HardwareProfile", options: EngineOptions
+) -> "Sizes":
+    """The sizes, with those of the machine's GPU where it has one. What its context takes, and the
+    host's libraries for it, is only known where it runs."""
+    from windlass.build.checkpoint_sizes import device_sizes
+
+    if profile.device is None:
+        return sizes
+    memory = options.device_memory or int(_DEVICE_SHARE * profile.device.memory_bytes)
+    device = device_sizes(model, budget_bytes=memory, process_bytes=_CONTEXT_BYTES, backend=CUDA)
+    return replace(sizes, device=device, process_bytes=sizes.process_bytes + _LIBRARY_BYTES)
 
 
 def _budget(values: Mapping[str, Any], profile: "HardwareProfile") -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from windlass.errors import UsageError
 from windlass.hardware.profile import HardwareProfile, LinkRates, Processor
-from windlass.ids import DISK_TO_HOST, Route, WeightKey
+from windlass.ids import DEVICE, DISK_TO_HOST, Route, WeightKey
 from windlass.models.spec import Attention, Gqa, Mla
 from windlass.perf.flops import expert_matrices, kept_numbers
 from windlass.perf.op_cost import SAMPLE_S, OpCost, OpRates, Seen, softmax_s
@@ -16,7 +16,7 @@ from windlass.plan import Plan
 from windlass.runtime.clock import HOST_TO_DEVICE, LaneJob, LaneWork
 from windlass.schedule.batch import MicroBatch
 
-DEVICE_LANES = ("disk", "down", "up", "host", "device")
+DEVICE_LANES = ("disk", "down", "up", "host", DEVICE)
 SENT = 4  # bytes of a number that crosses the link: rows are fp32
 
 
@@ -57,7 +57,7 @@ def exchanged_numbers(attention: Attention | None) -> tuple[int, int]:
 class DeviceCost(OpCost):
     """`Costs` of such a machine. Keywords of `OpCost` beside `homes`."""
 
-    lane = "device"
+    lane = DEVICE
 
     def __init__(
         self,
@@ -88,11 +88,11 @@ class DeviceCost(OpCost):
         own = seen.share(1 - self._homes.attention)
         up, host, down = self.host_attention_s(layer, theirs)
         chain = (
-            LaneJob("device", self.projections_s(layer, seen.num_rows) * weight),
+            LaneJob(DEVICE, self.projections_s(layer, seen.num_rows) * weight),
             LaneJob("up", up * weight), LaneJob("host", host * weight),
             LaneJob("down", down * weight),
         )  # fmt: skip
-        return LaneWork(LaneJob("device", self.scores_s(layer, own) * weight), (chain,))
+        return LaneWork(LaneJob(DEVICE, self.scores_s(layer, own) * weight), (chain,))
 
     def host_experts(self, layer: int, num_rows: Sequence[int]) -> LaneWork:
         """Experts with so many rows each, computed on the host: rows go up, results down."""

@@ -103,9 +103,7 @@ class DevicePassCost:
             "device": attention + experts + head,
         }
         seconds = max(*busy.values(), computing + head)
-        seconds += contention(
-            busy["disk"], busy["host"], seconds, self._problem.profile.threads
-        )
+        seconds += contention(busy["disk"], busy["host"], seconds, self._problem.profile.threads)
         return Timed(seconds, busy, read)
 
     def moved_bytes(self, one: PassRun, placed: Placed) -> tuple[float, float]:

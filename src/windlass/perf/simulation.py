@@ -306,9 +306,7 @@ class PassTimes:
         )
 
 
-def _estimates(
-    problem: Problem, plan: Plan
-) -> tuple[Callable[[PassRun, bool], Timed], OpCost]:
+def _estimates(problem: Problem, plan: Plan) -> tuple[Callable[[PassRun, bool], Timed], OpCost]:
     """What a pass takes without a clock, of the first where it is so; and costs of operations."""
     if plan.above is None:
         cost, held = PassCost(problem), held_shares(plan, problem.sizes)

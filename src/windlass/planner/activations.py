@@ -30,7 +30,6 @@ from windlass.perf.sizes import Backend
 from windlass.schedule.batch import CHUNK_TOKENS, MOST_CAPTURED
 from windlass.units import MIB
 
-DEVICE = "device"  # what a budget calls the kernels of a device
 _F32 = 4
 # malloc rounds, torch keeps small blocks, padded copies of one row block live for a moment
 _SLACK = 1.15
@@ -85,7 +84,8 @@ def device_activation_bytes(
     `context` positions; and what libraries keep for themselves."""
     width, micro = spec.hidden_size, min(rows, micro_rows)
     attention = max(
-        micro * _native_attention(one, width, 1, 0) + min(micro, seqs) * _split_numbers(one, context)
+        micro * _native_attention(one, width, 1, 0)
+        + min(micro, seqs) * _split_numbers(one, context)
         for one in _attentions(spec)
     )
     network = max(_device_network(block.ffn, width) for block in spec.blocks)

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from windlass.errors import BudgetError, UsageError
-from windlass.ids import Part
+from windlass.ids import DEVICE, Part
 from windlass.models.spec import ModelSpec, Moe
 from windlass.perf.sizes import Sizes
 from windlass.plan import HOST, PART_WORDS, PartSlots, Plan, Schedule, TierPlan
 from windlass.planner.activations import (
-    DEVICE,
     activation_bytes,
     device_activation_bytes,
     gathered_bytes,
@@ -89,7 +88,8 @@ def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: PlanConst
     if host_memory < smallest:
         raise BudgetError(
             f"host memory: got {format_bytes(host_memory)}, this model needs at least"
-            f" {named_budget(smallest + NOISE_BYTES)} ({format_bytes(sizes.process_bytes)} for the process itself,"
+            f" {named_budget(smallest + NOISE_BYTES)}"
+            f" ({format_bytes(sizes.process_bytes)} for the process itself,"
             f" {format_bytes(smallest - sizes.process_bytes)} to run):"
             " raise --host-memory"
         )

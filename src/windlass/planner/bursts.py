@@ -52,7 +52,12 @@ def find_bursts(problem: Problem, plan: Plan, work: Workload | None) -> Figures 
     whose reuse nothing is known."""
     held = held_shares(plan, problem.sizes)
     most = plan.max_num_seqs if work is None else min(plan.max_num_seqs, work.num_sequences)
-    if plan.above is not None or most < 2 or held.get(Part.EXPERT, 1.0) == 1 or plan.schedule == "model-based":
+    if (
+        plan.above is not None
+        or most < 2
+        or held.get(Part.EXPERT, 1.0) == 1
+        or plan.schedule == "model-based"
+    ):
         return None
     context = _CONTEXT if work is None else work.mean_prompt_tokens + work.mean_output_tokens / 2
     costs = _Costs(problem, held, context)

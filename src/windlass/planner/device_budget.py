@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from windlass.errors import BudgetError
-from windlass.ids import Part
+from windlass.ids import DEVICE, Part
 from windlass.models.spec import ModelSpec
 from windlass.perf.sizes import Backend, DeviceSizes, Sizes
 from windlass.plan import HOST, PART_WORDS, PartSlots, Plan, TierPlan
-from windlass.planner.activations import DEVICE, host_side_bytes
+from windlass.planner.activations import host_side_bytes
 from windlass.planner.budget import (
-    MIN_SLOTS,
     MOST_FORESEEN_SEQS,
     NOISE_BYTES,
     PAGE_TOKENS,
@@ -86,7 +85,7 @@ class _DeviceDraft:
             if self._share:  # as many positions for each sequence as on the device
                 own = plan.host.kv_pages
                 theirs = own if self._share == 1 else round(own * self._share / (1 - self._share))
-        above = replace(plan.host, name=self._device.name)
+        above = replace(plan.host, name=DEVICE)
         if self._share == 1:
             above = self._without_pages(above)
         size = _Size(plan.max_num_seqs, plan.micro_batch_tokens, theirs)
@@ -104,7 +103,7 @@ class _DeviceDraft:
         """The plan of the device's memory, called the host's."""
         device, sizes = self._device, self._sizes
         own = replace(
-            sizes, process_bytes=device.context_bytes, slot_bytes=device.slot_bytes,
+            sizes, process_bytes=device.process_bytes, slot_bytes=device.slot_bytes,
             row_buffer_bytes=0, forecast_bytes=0, backend=Backend(DEVICE, 0), device=None,
         )  # fmt: skip
         draft = Draft(self._spec, own, replace(self._wanted, kv_pages=pages))
@@ -112,8 +111,8 @@ class _DeviceDraft:
         if device.budget_bytes < smallest:
             raise BudgetError(
                 f"device memory: got {format_bytes(device.budget_bytes)}, this model needs at least"
-                f" {named_budget(smallest)} ({format_bytes(device.context_bytes)} for its context,"
-                f" {format_bytes(smallest - device.context_bytes)} to run):"
+                f" {named_budget(smallest)} ({format_bytes(device.process_bytes)} for its context,"
+                f" {format_bytes(smallest - device.process_bytes)} to run):"
                 " raise --device-memory"
             )
         return draft.fill(device.budget_bytes)
@@ -127,7 +126,8 @@ class _DeviceDraft:
 
     def _host(self, host_memory: int, above: TierPlan, size: _Size) -> TierPlan:
         sizes = self._sizes
-        slots = {part: min(n, MIN_SLOTS[part], 1) for part, n in sizes.num_parts.items()}
+        # what the device holds passes through here
+        slots = {p: min(n, above.of(p).slots, 1) for p, n in sizes.num_parts.items()}
         least = self.host_total(slots, size)
         if host_memory < least:
             raise BudgetError(

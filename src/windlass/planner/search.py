@@ -33,6 +33,7 @@ from windlass.workload import Workload
 _SEQS = (
     1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048
 )  # fmt: skip
+_MORE_SEQS = (3072, 4096, 6144)  # where a device's rows take so much less of a pass
 _ROWS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _FEW_MICRO_ROWS = 256  # of a call of attention, instead of as many as a plain plan has
 # Of the pages that all sequences of a pass would take at their full length: they are not all there
@@ -99,6 +100,16 @@ def search(
     return found
 
 
+def replanned(
+    problem: Problem, workload: Workload, host_memory: int, wanted: PlanConstraints, best: Candidate
+) -> Candidate:
+    """The choices of `best` within other budgets."""
+    machine = _Machine(problem.spec, problem.sizes, host_memory, 0)
+    plan = machine.again(best.plan, wanted)
+    work = workload.sharing(plan.prefix_caching).shortened(plan.max_model_len)
+    return Candidate(plan, estimate(problem, plan, work))
+
+
 def _with_bursts(problem: Problem, one: Candidate, work: Workload) -> Candidate:
     """As it decodes best, which the estimate does not know and did not rank by."""
     plan = with_bursts(problem, one.plan, work)
@@ -132,7 +143,8 @@ class _Machine:
     def grid(self, work: Workload, wanted: PlanConstraints) -> list[Plan]:
         """All plans of the grid that fit, and the one by plain rules."""
         found: dict[Plan, None] = {}
-        for seqs in _choices(_SEQS, work.num_sequences, wanted.max_num_seqs):
+        known = _SEQS if self._sizes.device is None else (*_SEQS, *_MORE_SEQS)
+        for seqs in _choices(known, work.num_sequences, wanted.max_num_seqs):
             fewest = round_up(seqs + CHUNK_TOKENS, CHUNK_TOKENS)
             sizes = [fewest, *(rows for rows in _ROWS if rows > fewest)]
             most = max(fewest, seqs + min(seqs, work.num_sequences) * max(work.prompt_tokens))
@@ -150,12 +162,7 @@ class _Machine:
     def neighbours(self, plan: Plan, wanted: PlanConstraints) -> list[Plan]:
         """The same plan with fewer rows per call of attention, and more weights; with a little more
         or less of attention on the host."""
-        fixed = replace(
-            PlanConstraints.of(plan), expert_slots=wanted.expert_slots,
-            micro_batch_tokens=wanted.micro_batch_tokens, burst_tokens=wanted.burst_tokens,
-            max_model_len=wanted.max_model_len if plan.above is None else plan.max_model_len,
-            prefix_caching=wanted.prefix_caching,
-        )  # fmt: skip
+        fixed = _choices_of(plan, wanted)
         found: list[Plan] = []
         if wanted.micro_batch_tokens is None and plan.micro_batch_tokens > _FEW_MICRO_ROWS:
             found += self._plan(replace(fixed, micro_batch_tokens=_FEW_MICRO_ROWS))
@@ -165,6 +172,14 @@ class _Machine:
             if 0 < share < 1:
                 found += self._plan(replace(fixed, host_attention=share))
         return found
+
+    def again(self, plan: Plan, wanted: PlanConstraints) -> Plan:
+        """The same choices. BudgetError where they do not fit."""
+        fixed = replace(
+            _choices_of(plan, wanted), micro_batch_tokens=plan.micro_batch_tokens,
+            burst_tokens=plan.burst_tokens,
+        )  # fmt: skip
+        return plan_for(self._spec, self._sizes, self._host_memory, fixed)
 
     def _divided(self, values: PlanConstraints, work: Workload) -> Iterator[PlanConstraints]:
         """The values, with what a device leaves to its host; as they are on a machine without."""
@@ -209,6 +224,16 @@ class _Machine:
             return [plan_for(self._spec, self._sizes, self._host_memory, values)]
         except (BudgetError, UsageError):
             return []
+
+
+def _choices_of(plan: Plan, wanted: PlanConstraints) -> PlanConstraints:
+    """What was chosen of the plan beside what follows from it."""
+    return replace(
+        PlanConstraints.of(plan), expert_slots=wanted.expert_slots,
+        micro_batch_tokens=wanted.micro_batch_tokens, burst_tokens=wanted.burst_tokens,
+        max_model_len=wanted.max_model_len if plan.above is None else plan.max_model_len,
+        prefix_caching=wanted.prefix_caching,
+    )  # fmt: skip
 
 
 def _choices(values: Iterable[int], most: int, fixed: int | None) -> list[int]:
