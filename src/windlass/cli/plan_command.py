@@ -147,9 +147,11 @@ def machine_to_plan(
     from windlass.perf.sizes import Backend
 
     if values["machine"] is not None:
-        from windlass.hardware.preset import load_machine
+        from windlass.hardware.preset import in_fp32, load_machine
 
         profile = _on_device(load_machine(values["machine"]), options)
+        if not profile.captured and options.dtype != "bfloat16":
+            profile = in_fp32(profile)
         return profile, Backend("cpu", options.threads or profile.threads)
     from windlass.device.cuda import cuda_index
     from windlass.doctor.examine import Subject, examine

@@ -13,11 +13,17 @@ import torch
 from windlass.device.cuda import find_cuda
 from windlass.device.processors import default_threads
 from windlass.doctor.bench_model import KINDS, checkpoint_model, random_model
-from windlass.doctor.device_rates import Accelerator, DeviceRates, measure_device
+from windlass.doctor.device_rates import (
+    Accelerator,
+    DeviceRates,
+    HostAttention,
+    measure_device,
+)
 from windlass.doctor.disk import DiskRates, measure_disk, scratch_checkpoint
 from windlass.doctor.environment import Environment, read_environment
 from windlass.doctor.kernel_rates import (
     Findings,
+    decode_attention,
     measure_attention,
     measure_memory,
     measure_products,
@@ -130,6 +136,7 @@ class _Examination:
         self._tell = tell
         self._findings = Findings()
         self._notes: list[str] = []
+        self._attention: HostAttention | None = None  # as the host has it
 
     def run(self, accelerator: Accelerator | None) -> Report:
         load, begin = Load(), time.perf_counter()
@@ -138,7 +145,7 @@ class _Examination:
         device = None
         if accelerator is not None:
             self._tell("measuring the GPU and its links")
-            device = measure_device(accelerator)
+            device = measure_device(accelerator, attention=self._attention)
             self._findings.spread |= device.spread
         return Report(
             environment=self._environment,
@@ -182,6 +189,7 @@ class _Examination:
         measured = random_model(next(kinds)) if model is None else checkpoint_model(model)
         try:
             decode, prefill = measure_attention(measured, self._kernels, self._findings)
+            self._attention = HostAttention(*decode_attention(measured, self._kernels))
             while True:
                 measure_products(measured, self._kernels, self._findings)
                 kind = next(kinds, None) if model is None else None
@@ -211,6 +219,8 @@ class _Examination:
     def _profile(
         self, disk: DiskRates, host: Processor, device: DeviceRates | None
     ) -> HardwareProfile:
+        if device is not None:
+            host = replace(host, attention_beside_copies=device.attention_beside_copies)
         return HardwareProfile(
             name=f"{self._environment.cpu}, {self._environment.threads} threads",
             captured=datetime.now(UTC).isoformat(timespec="seconds"),

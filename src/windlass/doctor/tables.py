@@ -136,6 +136,13 @@ def _processor_lines(processor: Processor, spread: Mapping[str, float], prefix: 
         ("overhead of a module's call, us", processor.call_s * 1e6, f"{prefix}call"),
         ("  of each expert in it, us", processor.expert_s * 1e6, ""),
     )  # fmt: skip
+    if (beside := processor.attention_beside_copies) is not None:
+        name = "  while both links are busy"
+        singles = (
+            *singles[:2],
+            (name, beside / 1e9, "decode attention beside copies"),
+            *singles[2:],
+        )
     rows = [[name, f"{value:.1f} {_spread(spread, key)}"] for name, value, key in singles]
     lines += table(("", ""), rows)[2:]
     for title, name in (("expert networks", "experts"), ("dense products", "dense")):
@@ -163,7 +170,8 @@ def _link_lines(profile: HardwareProfile) -> list[str]:
     sizes = [size for size, _ in profile.down.rate.points]
     rows = []
     for name, link in (("host to device", profile.down), ("device to host", profile.up)):
-        for how, curve in (("pinned", link.rate), ("pageable", link.pageable)):
+        curves = ("pinned", link.rate), ("pinned, alone", link.alone), ("pageable", link.pageable)
+        for how, curve in curves:
             if curve is not None:
                 rows.append([f"{name}, {how}", *(_giga(curve.at(size)) for size in sizes)])
     return ["", *table(("links, GB/s by copy", *(format_bytes(size) for size in sizes)), rows)]

@@ -120,8 +120,8 @@ class DeviceBounds(Bounds):
 
     def load(self, first: PassRun) -> dict[str, float]:
         fetched, read = self._moves.moved_bytes(first, self._placed.cold)
-        cold = max(fetched / self._down.rate.best, read / self._profile.disk.best)
-        slower = "disk" if cold > fetched / self._down.rate.best else "down"
+        cold = max(fetched / self._down.weights.best, read / self._profile.disk.best)
+        slower = "disk" if cold > fetched / self._down.weights.best else "down"
         return {slower: max(0.0, cold - max(self.of(first).values()))}
 
     def of(self, one: PassRun) -> dict[str, float]:
@@ -138,7 +138,7 @@ class DeviceBounds(Bounds):
                 result += count * theirs.num_rows * numbers[1]
         return {
             "disk": read / self._profile.disk.best,
-            "down": (fetched + SENT * result) / self._down.rate.best,
+            "down": (fetched + SENT * result) / self._down.weights.best,
             "up": SENT * sent / self._up.rate.best,
             "host": host,
             "device": self._computing(one),

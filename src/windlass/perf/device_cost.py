@@ -3,7 +3,7 @@ link into the device's slots, some sequences' attention and some experts' genera
 computed on the host. Pure arithmetic; seconds. What runtime/simulated.py asks of `Costs`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from windlass.errors import UsageError
 from windlass.hardware.profile import HardwareProfile, LinkRates, Processor
@@ -71,6 +71,7 @@ class DeviceCost(OpCost):
         super().__init__(problem, kv_numbers=kv_numbers, weights=weights, scale=scale)
         self._homes = homes
         _, self._down, self._up = links_of(problem.profile)
+        self._attends = beside_copies(problem.profile.host)
         self._host_rates = OpRates(problem.profile.host, problem.sizes.weight_kinds)
 
     @staticmethod
@@ -103,7 +104,7 @@ class DeviceCost(OpCost):
 
     def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[Route, float]]:
         more = self._weights[key.layer] if key.layer >= 0 else self._scale
-        down = num_bytes / self._down.rate.at(num_bytes) * more
+        down = num_bytes / self._down.weights.at(num_bytes) * more
         return ((DISK_TO_HOST, self.read_s(key, num_bytes)), (HOST_TO_DEVICE, down))
 
     # --- seconds ----------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ class DeviceCost(OpCost):
         attention, host = self._spec.blocks[layer].attention, self._profile.host
         assert isinstance(attention, Gqa | Mla), "recurrent layers stay on the device"
         sent, result = exchanged_numbers(attention)
-        seconds = softmax_s(attention, seen, self._kv_bytes, beside_copies(host)) + host.call_s
+        seconds = softmax_s(attention, seen, self._kv_bytes, self._attends) + host.call_s
         return (
             _copied(self._up, seen.num_rows * sent),
             seconds,
@@ -140,7 +141,7 @@ class DeviceCost(OpCost):
 
     def fetch_s(self, num_bytes: float) -> float:
         """Weights over the link, in large copies."""
-        return num_bytes / self._down.rate.best
+        return num_bytes / self._down.weights.best
 
     def sample_s(self, num_rows: int) -> float:
         """The device draws; a row costs the host what text and bookkeeping do."""
@@ -148,8 +149,9 @@ class DeviceCost(OpCost):
 
 
 def beside_copies(host: Processor) -> Processor:
-    """The host as it attends while links carry weights."""
-    return host
+    """The host as it attends while links carry weights, if that was measured."""
+    rate = host.attention_beside_copies
+    return host if rate is None else replace(host, decode_attention=rate)
 
 
 def _copied(link: LinkRates, numbers: int) -> float:
