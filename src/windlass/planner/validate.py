@@ -15,6 +15,7 @@ from windlass.planner.budget import (
     bytes_here,
     page_bytes,
 )
+from windlass.planner.device_budget import host_bytes_here
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.units import format_bytes
 
@@ -27,7 +28,16 @@ def validate_plan(
     _check_checkpoint(plan, sizes)
     _check_ranges(plan, spec, sizes)
     _check_wanted(plan, wanted, sizes)
-    needed = bytes_here(plan, spec, sizes)
+    above = plan.above
+    needed = bytes_here(plan, spec, sizes) if above is None else host_bytes_here(plan, spec, sizes)
+    if above is not None and sizes.device is not None:
+        room = min(sizes.device.budget_bytes, above.budget_bytes)
+        here = above.total_bytes - above.process_bytes + sizes.device.process_bytes
+        if here > room + NOISE_BYTES:
+            raise BudgetError(
+                f"plan: needs {format_bytes(here)} of the device, of which its context takes"
+                f" {format_bytes(sizes.device.process_bytes)}; got {format_bytes(room)}"
+            )
     room = min(budget, plan.host.budget_bytes)
     if needed > room + NOISE_BYTES:  # the process itself is never twice the same
         raise BudgetError(
