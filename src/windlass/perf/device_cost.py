@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from windlass.errors import UsageError
 from windlass.hardware.profile import HardwareProfile, LinkRates, Processor
-from windlass.ids import DEVICE, DISK_TO_HOST, Route, WeightKey
+from windlass.ids import DEVICE, DISK_TO_HOST, Home, Route, WeightKey
 from windlass.models.spec import Attention, Gqa, Mla
 from windlass.perf.flops import expert_matrices, kept_numbers
 from windlass.perf.op_cost import SAMPLE_S, OpCost, OpRates, Seen, softmax_s
@@ -83,17 +83,16 @@ class DeviceCost(OpCost):
     def attention(self, layer: int, rows: MicroBatch) -> LaneWork:
         """The host attends as soon as its rows have been projected, beside the device's own."""
         seen, weight = self._seen[rows.first_token], self._weights[layer]
-        theirs = self.host_rows(layer, seen)
-        if not theirs.num_rows:
+        attention = self._spec.blocks[layer].attention
+        if rows.home is not Home.HOST or not isinstance(attention, Gqa | Mla):
             return self._on(self.attention_s(layer, seen) * weight)
-        own = seen.share(1 - self._homes.attention)
-        up, host, down = self.host_attention_s(layer, theirs)
+        up, host, down = self.host_attention_s(layer, seen)
         chain = (
             LaneJob(DEVICE, self.projections_s(layer, seen.num_rows) * weight),
             LaneJob("up", up * weight), LaneJob("host", host * weight),
             LaneJob("down", down * weight),
         )  # fmt: skip
-        return LaneWork(LaneJob(DEVICE, self.scores_s(layer, own) * weight), (chain,))
+        return LaneWork(LaneJob(DEVICE, 0.0), (chain,))
 
     def host_experts(self, layer: int, num_rows: Sequence[int]) -> LaneWork:
         """Experts with so many rows each, computed on the host: rows go up, results down."""

@@ -8,6 +8,7 @@ from windlass.models.spec import Block, Ffn, ModelSpec, Moe
 from windlass.perf.sizes import Sizes
 from windlass.plan import Plan, TierPlan
 
+_FEWEST_MOVING = 8  # of a device's, which a sample has though its share is less
 _PIPELINE_SLOTS = 16  # of experts on their way, however many layers there are
 
 
@@ -62,7 +63,8 @@ def slots_of(plan: Plan, tier: TierPlan, sizes: Sizes, sample: Sample) -> dict[P
         whole, given = sizes.num_parts[part], tier.slots.get(part, 0)
         moving = min(given, 2 if part is not Part.EXPERT else _PIPELINE_SLOTS + again)
         if plan.above is not None:  # many stay beside those that move: no more than their share
-            slots[part] = max(min(count, moving), given * count // whole)
+            least = min(moving, _FEWEST_MOVING + again)
+            slots[part] = max(min(count, least), given * count // whole)
             continue
         kept = (given - moving) * count / whole
         slots[part] = count if given >= whole else min(count, moving + int(kept))

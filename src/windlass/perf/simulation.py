@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from windlass.checkpoint.part_reads import Read
 from windlass.forecast.interface import ExpertTable
 from windlass.forecast.usage import UsageForecast
-from windlass.ids import Part
+from windlass.ids import Home, Part
 from windlass.models.spec import ModelSpec, Moe
 from windlass.perf.device_cost import DEVICE_LANES, DeviceCost, Homes
 from windlass.perf.device_pass_cost import DevicePassCost, Placed
@@ -189,7 +189,10 @@ class ClockedModel:
     def run(self, one: PassRun) -> Timed:
         """One pass like `one`; times are those of the whole model."""
         plan = self._plan
-        batch = batch_of(one, micro_batch_tokens=plan.micro_batch_tokens, groups=plan.groups)
+        batch = batch_of(
+            one, micro_batch_tokens=plan.micro_batch_tokens, groups=plan.groups,
+            on_host=plan.host_attention,
+        )  # fmt: skip
         begin, busy = self.lanes.clock.now, self.lanes.busy()
         lowest = self._weights.tier_below or self._weights
         read = lowest.cache.stats().bytes_read
@@ -205,8 +208,11 @@ class ClockedModel:
         )
 
 
-def batch_of(one: PassRun, *, micro_batch_tokens: int, groups: int = 1) -> Batch:
-    """Rows as many as those of `one`, that see as many positions on average."""
+def batch_of(
+    one: PassRun, *, micro_batch_tokens: int, groups: int = 1, on_host: float = 0.0
+) -> Batch:
+    """Rows as many as those of `one`, that see as many positions on average; `on_host`: share of
+    the sequences that have their home there."""
     seen, segments = one.seen, []
     if seen.decode_rows:
         first = max(0, round(seen.decode_positions / seen.decode_rows) - 1)
@@ -219,6 +225,12 @@ def batch_of(one: PassRun, *, micro_batch_tokens: int, groups: int = 1) -> Batch
             count = min(length, seen.prompt_rows - at)
             segments.append(_segment(first, count, is_prompt=True))
     logits = [replace(s, wants_logits=i < one.num_logits) for i, s in enumerate(segments)]
+    if on_host:
+        homes = [int((i + 1) * on_host) > int(i * on_host) for i in range(len(logits))]
+        theirs = [
+            replace(s, home=Home.HOST) for s, is_so in zip(logits, homes, strict=True) if is_so
+        ]
+        logits = [*theirs, *(s for s, is_so in zip(logits, homes, strict=True) if not is_so)]
     return make_batch(logits, micro_batch_tokens=micro_batch_tokens, groups=groups)
 
 

@@ -40,6 +40,7 @@ _TORCH_BYTES = TILE_BYTES + 8 * UNPACK_BYTES + 4 * PROBE_BYTES
 # Of a device: torch's allocator rounds up and keeps blocks of each size; the BLAS its workspace
 _DEVICE_SLACK = 1.25
 _WORKSPACE_BYTES = 96 * MIB
+STAGING_BYTES = 256 * MIB  # that rows on their way may take, if two micro-batches do not take more
 _SPLIT, _LATENT_SPLIT = 256, 1024  # positions of a split (kernels/triton/decode.py)
 _NATIVE_GROUPS = 1024  # of k with scales of their own, in a matrix with activation order
 
@@ -122,13 +123,14 @@ def host_side_bytes(
     spec: ModelSpec, *, threads: int, micro_rows: int, seqs: int, attends: bool
 ) -> int:
     """What the host holds of a pass on a device: logits of rows that it draws from, and, where it
-    `attends`, rows on their way for two micro-batches and the kernels' scratch."""
+    `attends`, rows on their way (runtime/host_attention.py), results and the kernels' scratch."""
     numbers = seqs * (spec.vocab_size + 2 * spec.hidden_size)
     scratch = 0
     if attends:
         each = max(_exchanged(one) for one in _attentions(spec))
-        numbers += 2 * 2 * micro_rows * each
+        numbers += micro_rows * each
         scratch = _native_scratch_bytes(spec, threads, micro_rows)
+        scratch += max(STAGING_BYTES, 2 * _F32 * micro_rows * each)
     return round(_SLACK * _F32 * numbers) + scratch + _PROCESS_BYTES
 
 
