@@ -126,7 +126,7 @@ class DeviceBounds(Bounds):
 
     def of(self, one: PassRun) -> dict[str, float]:
         """Of one pass: disk, links, and each processor's arithmetic or memory."""
-        fetched, read = self._moves.moved_bytes(one, self._placed)
+        fetched, read = self._moves.moved_bytes(one, self._placed, at_least=True)
         host = sent = result = 0.0
         for layer, count in self._kinds:
             theirs = self._costs.host_rows(layer, one.seen)

@@ -106,9 +106,12 @@ class DevicePassCost:
         seconds += contention(busy["disk"], busy["host"], seconds, self._problem.profile.threads)
         return Timed(seconds, busy, read)
 
-    def moved_bytes(self, one: PassRun, placed: Placed) -> tuple[float, float]:
+    def moved_bytes(
+        self, one: PassRun, placed: Placed, *, at_least: bool = False
+    ) -> tuple[float, float]:
         """Bytes of weights that a pass fetches from the host, and that it reads from disk. What the
-        device holds is what the host holds too, as far as it can: both keep what is used next."""
+        device holds is what the host holds too: both keep what is used next. Where it must be
+        `at_least` that, none of it is."""
         share = self._host_experts(one, placed.homes).share
         fetched = read = 0.0
         for part, num_bytes in self._rows(one.num_rows).wanted.items():
@@ -117,7 +120,8 @@ class DevicePassCost:
             above, below = placed.above.get(part, 0.0), placed.below.get(part, 0.0)
             theirs = share if part is Part.EXPERT else 0.0
             fetched += num_bytes * max(0.0, 1 - theirs - above)
-            read += num_bytes * (1 - max(above, below))
+            kept = min(1.0, above + below) if at_least else max(above, below)
+            read += num_bytes * (1 - kept)
         return fetched, read
 
     def _costs(self, homes: Homes) -> DeviceCost:
