@@ -564,8 +564,8 @@ def test_a_report_shows_everything_and_survives_json(quick, tiny, tmp_path, monk
     assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
     text = "\n".join(report.lines())
     for words in ("processor:", "memory read", "in flight", "expert networks", "dense products",
-                  "GPU: fake", "host to device, pinned", "pinned, alone", "while both links are busy",
-                   "device to host, pageable",
+                  "GPU: fake", "host to device, pinned", "pinned, alone",
+                  "while both links are busy", "device to host, pageable",
                   "noisy machine", "were read more than once", "±25%!"):  # fmt: skip
         assert words in text, words
     with pytest.raises(UsageError, match="report"):

@@ -104,7 +104,9 @@ def test_a_broken_preset_is_refused_by_name(tmp_path, old, new, message):
 
 def test_an_unknown_machine_names_the_known_ones(tmp_path):
     for name in ("t5", str(tmp_path), str(tmp_path / "absent.toml"), "../preset"):
-        with pytest.raises(UsageError, match="allowed a100, a5000, h100, h200, l4, laptop, rtx4090, t4"):
+        with pytest.raises(
+            UsageError, match="allowed a100, a5000, h100, h200, l4, laptop, rtx4090, t4"
+        ):
             load_machine(name)
 
 

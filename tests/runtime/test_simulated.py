@@ -10,22 +10,18 @@ import pytest
 
 from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
-from planning import SPECS
 from routing import CountingRouter
-from windlass.checkpoint.part_reads import Read
 from windlass.forecast.interface import ExpertTable
 from windlass.forecast.registry import FORECASTS
 from windlass.forecast.usage import UsageForecast
 from windlass.ids import DISK_TO_HOST, Part
-from windlass.models.spec import Block, Ffn, Moe, TopKSoftmax
 from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
 from windlass.runtime.routing_report import RoutingReport
 from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
 from windlass.schedule import batch as batches
-from windlass.schedule.batch import Segment, make_batch
-from windlass.schedule.passes import PassShape, run_pass
+from windlass.schedule.passes import run_pass
 
 BLOCK_S = 1.0
 
