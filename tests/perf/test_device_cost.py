@@ -13,7 +13,7 @@ from windlass.hardware.profile import Curve, HardwareProfile, LinkRates
 from windlass.ids import Part
 from windlass.models.registry import read_spec
 from windlass.perf.bounds import bounds_of
-from windlass.perf.device_cost import DeviceCost, Homes, exchanged_numbers
+from windlass.perf.device_cost import DeviceCost, exchanged_numbers, few_rows
 from windlass.perf.device_pass_cost import DevicePassCost, Placed
 from windlass.perf.job_passes import PassRun
 from windlass.perf.op_cost import Seen
@@ -140,7 +140,7 @@ def _pass(problem, seqs, context, resident, *, groups=2):
     """A decode pass of so many sequences that all attend on the host, all dense parts and the share
     `resident` of the experts on the device."""
     above = dict.fromkeys(problem.sizes.num_parts, 1.0) | {Part.EXPERT: resident}
-    placed = Placed(above, dict.fromkeys(above, 1.0), Homes(attention=1.0), groups)
+    placed = Placed(above, dict.fromkeys(above, 1.0), 1.0, groups)
     one = PassRun(1, Seen(seqs, float(seqs * context), 0, 0.0), seqs)
     return DevicePassCost(problem).of(one, placed)
 
@@ -174,8 +174,24 @@ def test_where_decode_attention_belongs():
     """The first turning point of MoE-Lightning's roofline: where memory of the host is faster than
     the link, its keys and values stay there, as those of Mixtral on an L4 (100 GB/s, 16 GB/s)."""
     problem = _paper(16e9, 100e9)
-    cost = DeviceCost(problem, Homes(attention=1.0), kv_numbers=kv_numbers(MIXTRAL))
+    cost = DeviceCost(problem, kv_numbers=kv_numbers(MIXTRAL))
     rows, positions = 1000, 1000 * 512
     up, host, down = cost.host_attention_s(0, Seen(rows, float(positions), 0, 0.0))
     fetched = positions * 4096 / 16e9
     assert up + host + down < fetched / 3  # 4 of 25 FLOP/B
+
+
+def test_an_expert_with_few_rows_is_sooner_computed_where_it_lies():
+    """Up to as many rows as the host multiplies while the link carries the expert: more for a
+    slower link, none where the link is as fast as memory, and the number is where it turns."""
+    found = {}
+    for speed in (0.5, 1, 4, 1e4):
+        problem = device_problem(SPEC, 4 * GIB, profile=with_rates(down=speed))
+        rows = found[speed] = few_rows(problem)
+        cost = DeviceCost(problem, kv_numbers=1)
+        if rows:
+            assert cost.host_expert_s(0, rows) < cost.fetched_expert_s(0, rows)
+        assert cost.host_expert_s(0, rows + 1) >= cost.fetched_expert_s(0, rows + 1)
+    assert found[0.5] > found[1] > found[4] > found[1e4] == 0
+    # 50 MB over 12 GB/s are 4.2 ms, in which 1.3 TFLOP/s multiply 109 rows by 25 M weights
+    assert found[1] == pytest.approx(109, rel=0.1)

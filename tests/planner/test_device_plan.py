@@ -191,7 +191,7 @@ def test_a_device_is_explained_by_memory_and_by_link():
     text = "\n".join(found.lines())
     for words in ("device: 1.", "context 128 MiB", "bottleneck: link down", "link up",
                   "least of others: ", "one more GiB of device memory would save",
-                  "% of attention on the host"):  # fmt: skip
+                  "% of attention on the host", "note: an expert in RAM with up to 1"):  # fmt: skip
         assert words in text, words
     document = found.to_json()
     assert set(document["one_more_gib"]) == {"host", "device"}

@@ -111,7 +111,7 @@ class DeviceBounds(Bounds):
         super().__init__(problem, plan)
         self._placed = Placed.of(plan, problem.sizes)
         self._moves = DevicePassCost(problem)
-        self._costs = DeviceCost(problem, self._placed.homes, kv_numbers=kv_numbers(problem.spec))
+        self._costs = DeviceCost(problem, kv_numbers=kv_numbers(problem.spec))
         _, self._down, self._up = links_of(problem.profile)
 
     @staticmethod
@@ -129,7 +129,7 @@ class DeviceBounds(Bounds):
         fetched, read = self._moves.moved_bytes(one, self._placed, at_least=True)
         host = sent = result = 0.0
         for layer, count in self._kinds:
-            theirs = self._costs.host_rows(layer, one.seen)
+            theirs = self._costs.host_rows(layer, one.seen, self._placed.on_host)
             attention = self._spec.blocks[layer].attention
             if theirs.num_rows and isinstance(attention, Gqa | Mla):
                 host += count * softmax_s(attention, theirs, self._kv_bytes, self._profile.host)
@@ -145,12 +145,12 @@ class DeviceBounds(Bounds):
         }
 
     def _block(self, layer: int, one: PassRun) -> float:
-        """Without the scores, and the experts of generated rows, that the host computes."""
+        """Without the scores that the host computes."""
         seconds = super()._block(layer, one)
-        theirs = self._costs.host_rows(layer, one.seen)
+        theirs = self._costs.host_rows(layer, one.seen, self._placed.on_host)
         if theirs.num_rows:
             seconds -= self._scores(layer, one)
-            own = one.seen.share(1 - self._placed.homes.attention)
+            own = one.seen.share(1 - self._placed.on_host)
             seconds += self._costs.scores_s(layer, own)
         return seconds
 

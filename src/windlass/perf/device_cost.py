@@ -1,36 +1,22 @@
 """What the operations of a pass cost where a device computes beside its host: weights come over a
-link into the device's slots, some sequences' attention and some experts' generated rows are
-computed on the host. Pure arithmetic; seconds. What runtime/simulated.py asks of `Costs`."""
+link into the device's slots, attention of some sequences is computed on the host. Pure arithmetic;
+seconds. What runtime/simulated.py asks of `Costs`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from windlass.errors import UsageError
 from windlass.hardware.profile import HardwareProfile, LinkRates, Processor
-from windlass.ids import DEVICE, DISK_TO_HOST, Home, Route, WeightKey
-from windlass.models.spec import Attention, Gqa, Mla
+from windlass.ids import DEVICE, DISK_TO_HOST, Home, Part, Route, WeightKey
+from windlass.models.spec import Attention, Gqa, Mla, Moe
 from windlass.perf.flops import expert_matrices, kept_numbers
 from windlass.perf.op_cost import SAMPLE_S, OpCost, OpRates, Seen, softmax_s
 from windlass.perf.sizes import Problem
-from windlass.plan import Plan
 from windlass.runtime.clock import HOST_TO_DEVICE, LaneJob, LaneWork
 from windlass.schedule.batch import MicroBatch
 
 DEVICE_LANES = ("disk", "down", "up", "host", DEVICE)
 SENT = 4  # bytes of a number that crosses the link: rows are fp32
-
-
-@dataclass(frozen=True, slots=True)
-class Homes:
-    """What of a pass is the host's: the share of the sequences whose attention it computes, and of
-    the experts whose generated rows it computes."""
-
-    attention: float = 0.0
-    experts: float = 0.0
-
-    @classmethod
-    def of(cls, plan: Plan) -> "Homes":
-        return cls(plan.host_attention, plan.host_experts)
 
 
 def links_of(profile: HardwareProfile) -> tuple[Processor, LinkRates, LinkRates]:
@@ -55,21 +41,19 @@ def exchanged_numbers(attention: Attention | None) -> tuple[int, int]:
 
 
 class DeviceCost(OpCost):
-    """`Costs` of such a machine. Keywords of `OpCost` beside `homes`."""
+    """`Costs` of such a machine."""
 
     lane = DEVICE
 
     def __init__(
         self,
         problem: Problem,
-        homes: Homes = Homes(),
         *,
         kv_numbers: int,
         weights: Sequence[float] | None = None,
         scale: float = 1.0,
     ) -> None:
         super().__init__(problem, kv_numbers=kv_numbers, weights=weights, scale=scale)
-        self._homes = homes
         _, self._down, self._up = links_of(problem.profile)
         self._attends = beside_copies(problem.profile.host)
         self._host_rates = OpRates(problem.profile.host, problem.sizes.weight_kinds)
@@ -94,13 +78,6 @@ class DeviceCost(OpCost):
         )  # fmt: skip
         return LaneWork(LaneJob(DEVICE, 0.0), (chain,))
 
-    def host_experts(self, layer: int, num_rows: Sequence[int]) -> LaneWork:
-        """Experts with so many rows each, computed on the host: rows go up, results down."""
-        up, host, down = self.host_experts_s(layer, num_rows)
-        weight = self._weights[layer]
-        chain = (LaneJob("up", up * weight), LaneJob("host", host * weight))
-        return LaneWork(LaneJob("down", down * weight), (chain,))
-
     def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[Route, float]]:
         more = self._weights[key.layer] if key.layer >= 0 else self._scale
         down = num_bytes / self._down.weights.at(num_bytes) * more
@@ -108,11 +85,11 @@ class DeviceCost(OpCost):
 
     # --- seconds ----------------------------------------------------------------------------------
 
-    def host_rows(self, layer: int, seen: Seen) -> Seen:
-        """Of `seen`, those that attend on the host: none in a layer without keys and values."""
+    def host_rows(self, layer: int, seen: Seen, on_host: float) -> Seen:
+        """Of `seen`, those that attend on the host, where that is the home of the share `on_host`
+        of the sequences: none in a layer without keys and values."""
         attention = self._spec.blocks[layer].attention
-        share = self._homes.attention if isinstance(attention, Gqa | Mla) else 0.0
-        return seen.share(share)
+        return seen.share(on_host if isinstance(attention, Gqa | Mla) else 0.0)
 
     def host_attention_s(self, layer: int, seen: Seen) -> tuple[float, float, float]:
         """Of the link up, of the host and of the link down."""
@@ -126,12 +103,18 @@ class DeviceCost(OpCost):
             _copied(self._down, seen.num_rows * result),
         )
 
-    def host_experts_s(self, layer: int, num_rows: Sequence[int]) -> tuple[float, float, float]:
-        """The same of experts."""
+    def host_expert_s(self, layer: int, num_rows: int) -> float:
+        """One expert over its rows on the host, as Fiddler (arXiv 2402.07033) would have it: rows
+        up, products, results down."""
         flops, host = 2 * expert_matrices(self._spec, layer), self._profile.host
-        seconds = sum(self._host_rates.expert(flops, n) + host.expert_s for n in num_rows)
-        numbers = sum(num_rows) * self._spec.hidden_size
-        return _copied(self._up, numbers), seconds + host.call_s, _copied(self._down, numbers)
+        seconds = self._host_rates.expert(flops, num_rows) + host.expert_s
+        numbers = num_rows * self._spec.hidden_size
+        return seconds + _copied(self._up, numbers) + _copied(self._down, numbers)
+
+    def fetched_expert_s(self, layer: int, num_rows: int) -> float:
+        """The same of one that is fetched for it."""
+        fetched = self._sizes.slot_bytes[Part.EXPERT]
+        return fetched / self._down.weights.at(fetched) + self.expert_s(layer, num_rows)
 
     @property
     def memory_rate(self) -> float:
@@ -156,3 +139,23 @@ def beside_copies(host: Processor) -> Processor:
 def _copied(link: LinkRates, numbers: int) -> float:
     num_bytes = SENT * numbers
     return num_bytes / link.rate.at(num_bytes) if num_bytes else 0.0
+
+
+def few_rows(problem: Problem) -> int:
+    """Up to how many rows of an expert that lies in the host's memory it would be sooner computed
+    there than fetched, and computed on the device; 0: never. By costs alone: which expert has how
+    many rows in a pass follows from what else is in it, so that acting on it would make bits depend
+    on that."""
+    costs, spec = DeviceCost(problem, kv_numbers=1), problem.spec
+    layer = next(i for i, block in enumerate(spec.blocks) if isinstance(block.ffn, Moe))
+    most = 0
+    for rows in (1 << power for power in range(13)):
+        if costs.host_expert_s(layer, rows) >= costs.fetched_expert_s(layer, rows):
+            break
+        most = rows
+    step = most // 2
+    while step:  # between that and twice as many
+        if costs.host_expert_s(layer, most + step) < costs.fetched_expert_s(layer, most + step):
+            most += step
+        step //= 2
+    return most

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from windlass.ids import Part
 from windlass.models.spec import Moe
-from windlass.perf.device_cost import DeviceCost, Homes
+from windlass.perf.device_cost import DeviceCost
 from windlass.perf.flops import active_experts
 from windlass.perf.job_passes import PassRun
 from windlass.perf.pass_cost import (
@@ -26,24 +26,24 @@ from windlass.weights.io_queue import BLOCK_BYTES
 @dataclass(frozen=True, slots=True)
 class Placed:
     """Where a plan has things: shares of each kind of part that have slots on the device and on
-    the host, what the host computes, groups of a pass."""
+    the host, the share of sequences that attend on the host, groups of a pass."""
 
     above: Mapping[Part, float]
     below: Mapping[Part, float]
-    homes: Homes
+    on_host: float
     groups: int
 
     @classmethod
     def of(cls, plan: Plan, sizes: Sizes) -> "Placed":
         return cls(
-            held_shares(plan, sizes), held_shares(plan, sizes, tier=HOST), Homes.of(plan),
+            held_shares(plan, sizes), held_shares(plan, sizes, tier=HOST), plan.host_attention,
             plan.groups,
         )  # fmt: skip
 
     @property
     def cold(self) -> "Placed":
         """Before the first pass."""
-        return Placed({}, {}, self.homes, self.groups)
+        return Placed({}, {}, self.on_host, self.groups)
 
 
 class _Rows(NamedTuple):
@@ -55,15 +55,6 @@ class _Rows(NamedTuple):
     wanted: dict[Part, float]
 
 
-class _HostExperts(NamedTuple):
-    """Share of the experts' bytes and products that the host takes over, and its seconds."""
-
-    share: float
-    up: float
-    host: float
-    down: float
-
-
 class DevicePassCost:
     """Passes of one model on one machine, whatever the plan."""
 
@@ -73,33 +64,30 @@ class DevicePassCost:
         self._host = PassCost(problem)  # what rows want does not depend on who computes
         self._kinds = layer_kinds(problem.spec)
         self._by_rows: dict[int, _Rows] = {}
-        self._by_homes: dict[Homes, DeviceCost] = {}
 
     def of(self, one: PassRun, placed: Placed) -> Timed:
         """A pass like `one` that finds parts where they are `placed`."""
         rows = self._rows(one.num_rows)
-        costs, seen = self._costs(placed.homes), one.seen
-        own = seen.share(1 - placed.homes.attention)
+        costs, seen, on_host = self.costs, one.seen, placed.on_host
+        own = seen.share(1 - on_host)
         attention, up, host, down = rows.attention, 0.0, 0.0, 0.0
         for layer, count in self._kinds:
-            theirs = costs.host_rows(layer, seen)
+            theirs = costs.host_rows(layer, seen, on_host)
             attention += count * costs.scores_s(layer, own if theirs.num_rows else seen)
             if theirs.num_rows:
                 sent, seconds, back = costs.host_attention_s(layer, theirs)
                 up, host, down = up + count * sent, host + count * seconds, down + count * back
-        kept = self._host_experts(one, placed.homes)
-        experts, head = rows.experts * (1 - kept.share), costs.head_s(one.num_logits)
+        experts, head = rows.experts, costs.head_s(one.num_logits)
         fetched, read = self.moved_bytes(one, placed)
-        computing = max(attention, host) + max(experts, kept.host)
+        computing = max(attention, host) + experts
         if placed.groups > 1:
-            again = (placed.groups - 1) * rows.again
-            experts += again
-            computing = max(attention + experts, host + kept.host)
+            experts += (placed.groups - 1) * rows.again
+            computing = max(attention + experts, host)
         busy = {
             "disk": read / self._problem.profile.disk.at(BLOCK_BYTES),
-            "down": costs.fetch_s(fetched) + down + kept.down,
-            "up": up + kept.up,
-            "host": host + kept.host,
+            "down": costs.fetch_s(fetched) + down,
+            "up": up,
+            "host": host,
             "device": attention + experts + head,
         }
         seconds = max(*busy.values(), computing + head)
@@ -112,24 +100,15 @@ class DevicePassCost:
         """Bytes of weights that a pass fetches from the host, and that it reads from disk. What the
         device holds is what the host holds too: both keep what is used next. Where it must be
         `at_least` that, none of it is."""
-        share = self._host_experts(one, placed.homes).share
         fetched = read = 0.0
         for part, num_bytes in self._rows(one.num_rows).wanted.items():
             if part is Part.HEAD and not one.num_logits:
                 continue
             above, below = placed.above.get(part, 0.0), placed.below.get(part, 0.0)
-            theirs = share if part is Part.EXPERT else 0.0
-            fetched += num_bytes * max(0.0, 1 - theirs - above)
+            fetched += num_bytes * (1 - above)
             kept = min(1.0, above + below) if at_least else max(above, below)
             read += num_bytes * (1 - kept)
         return fetched, read
-
-    def _costs(self, homes: Homes) -> DeviceCost:
-        known = self._by_homes.get(homes)
-        if known is None:
-            numbers = kv_numbers(self._problem.spec)
-            known = self._by_homes[homes] = DeviceCost(self._problem, homes, kv_numbers=numbers)
-        return known
 
     def _rows(self, rows: int) -> _Rows:
         known = self._by_rows.get(rows)
@@ -154,19 +133,3 @@ class DevicePassCost:
         found = _Rows(attention, experts, again, self._host.wanted_bytes(rows))
         self._by_rows[rows] = found
         return found
-
-    def _host_experts(self, one: PassRun, homes: Homes) -> _HostExperts:
-        """Of all layers. A pass with prompt rows fetches every expert for those."""
-        if not homes.experts or not one.seen.decode_rows:
-            return _HostExperts(0.0, 0.0, 0.0, 0.0)
-        rows, up, host, down = one.seen.decode_rows, 0.0, 0.0, 0.0
-        for layer, count in self._kinds:
-            moe = self._problem.spec.blocks[layer].ffn
-            if isinstance(moe, Moe):
-                active = homes.experts * active_experts(moe.num_experts, moe.top_k, rows)
-                each = max(1, round(homes.experts * rows * moe.top_k / active))
-                sent, seconds, back = self.costs.host_experts_s(layer, (each,))
-                up, host = up + count * active * sent, host + count * active * seconds
-                down += count * active * back
-        share = homes.experts if not one.seen.prompt_rows else 0.0
-        return _HostExperts(share, up, host, down)

@@ -15,7 +15,7 @@ from windlass.forecast.interface import ExpertTable
 from windlass.forecast.usage import UsageForecast
 from windlass.ids import Home, Part
 from windlass.models.spec import ModelSpec, Moe
-from windlass.perf.device_cost import DEVICE_LANES, DeviceCost, Homes
+from windlass.perf.device_cost import DEVICE_LANES, DeviceCost
 from windlass.perf.device_pass_cost import DevicePassCost, Placed
 from windlass.perf.job_passes import PassRun
 from windlass.perf.op_cost import OpCost
@@ -114,8 +114,7 @@ def _costs_of(problem: Problem, plan: Plan, sample: Sample) -> OpCost:
             own, kv_numbers=numbers, weights=sample.weights, scale=scale,
             keeps_all=_keeps_all(plan, problem.sizes),
         )  # fmt: skip
-    homes = Homes.of(plan)
-    return DeviceCost(own, homes, kv_numbers=numbers, weights=sample.weights, scale=scale)
+    return DeviceCost(own, kv_numbers=numbers, weights=sample.weights, scale=scale)
 
 
 def _weights_of(

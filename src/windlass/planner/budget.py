@@ -62,8 +62,7 @@ class PlanConstraints:
     mixed_prefill_tokens: int | None = None
     burst_tokens: int | None = None  # 0: lockstep
     prefix_caching: bool = True
-    host_attention: float | None = None  # these two: of machines with a device
-    host_experts: float | None = None
+    host_attention: float | None = None  # of machines with a device
 
     @classmethod
     def of(cls, plan: Plan) -> "PlanConstraints":

@@ -96,7 +96,6 @@ class _DeviceDraft:
             tiers=(host, above),
             max_model_len=min(context, min(homes) * PAGE_TOKENS),
             host_attention=self._share,
-            host_experts=self._wanted.host_experts or 0.0,
         )
 
     def _above(self, pages: int | None) -> Plan:
@@ -177,10 +176,9 @@ class _DeviceDraft:
     def _beside(self, size: _Size) -> int:
         """What passes take of the host's memory."""
         sizes = self._sizes
-        attends = self._share > 0 or bool(self._wanted.host_experts)
         return sizes.row_buffer_bytes + host_side_bytes(
             self._spec, threads=sizes.backend.threads, micro_rows=size.micro_rows, seqs=size.seqs,
-            attends=attends,
+            attends=self._share > 0,
         )  # fmt: skip
 
     def _forecast(self, left: int, above: TierPlan, size: _Size) -> int:

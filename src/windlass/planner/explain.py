@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from windlass.ids import Part
+from windlass.perf.device_cost import few_rows
 from windlass.perf.estimate import Estimate
 from windlass.perf.flops import num_parameters
 from windlass.perf.sizes import Problem, Sizes
@@ -271,6 +272,11 @@ def _notes(problem: Problem, plan: Plan, workload: Workload) -> tuple[str, ...]:
     bursts = find_bursts(problem, plan, workload)
     if bursts is not None and (plan.burst_tokens or bursts.num_sequences <= MOST_SEQS):
         notes += (bursts.line(plan),)
+    if plan.above is not None and (rows := few_rows(problem)):
+        notes += (
+            f"an expert in RAM with up to {rows} rows would be computed there sooner than fetched;"
+            " this version fetches it, so that results depend on nothing else in a pass",
+        )
     if workload.longest > plan.max_model_len:
         notes += (
             f"sequences longer than {plan.max_model_len} tokens do not fit and count as that long",
