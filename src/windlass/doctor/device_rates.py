@@ -119,13 +119,13 @@ class _Bench:
         pageable: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
         alone: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
         for size in self._shapes.copies:
-            copiers = [self._on.copier(size, down=down, pinned=True) for down in (True, False)]
+            copiers = [self._on.copier(size, down=one, pinned=True) for one in (True, False)]
             both.append((size, size / self._time(f"link, {size} bytes", copiers).median_s))
-            for down in (True, False):
+            for is_down in (True, False):
                 for how, points in (("pageable", pageable), ("alone", alone)):
-                    name = f"link {'down' if down else 'up'}, {how}, {size} bytes"
-                    copier = self._on.copier(size, down=down, pinned=points is alone)
-                    points[down].append((size, size / self._time(name, [copier]).median_s))
+                    name = f"link {'down' if is_down else 'up'}, {how}, {size} bytes"
+                    copier = self._on.copier(size, down=is_down, pinned=points is alone)
+                    points[is_down].append((size, size / self._time(name, [copier]).median_s))
         down, up = (
             LinkRates(
                 rate=Curve(tuple(both)), pageable=Curve(tuple(pageable[is_down])),
