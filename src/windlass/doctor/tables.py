@@ -136,14 +136,10 @@ def _processor_lines(processor: Processor, spread: Mapping[str, float], prefix: 
         ("overhead of a module's call, us", processor.call_s * 1e6, f"{prefix}call"),
         ("  of each expert in it, us", processor.expert_s * 1e6, ""),
     )  # fmt: skip
-    if (beside := processor.attention_beside_copies) is not None:
-        name = "  while both links are busy"
-        singles = (
-            *singles[:2],
-            (name, beside / 1e9, "decode attention beside copies"),
-            *singles[2:],
-        )
     rows = [[name, f"{value:.1f} {_spread(spread, key)}"] for name, value, key in singles]
+    if (beside := processor.attention_beside_copies) is not None:
+        shown = f"{beside / 1e9:.1f} {_spread(spread, 'decode attention beside copies')}"
+        rows.insert(2, ["  while both links are busy", shown])
     lines += table(("", ""), rows)[2:]
     for title, name in (("expert networks", "experts"), ("dense products", "dense")):
         curves: Mapping[str, Curve] = getattr(processor, name)
