@@ -186,7 +186,7 @@ def test_a_device_is_explained_by_memory_and_by_link():
     host, device, disk = found.tiers
     plan = found.best.plan
     assert plan.above is not None and host.used == plan.host.total_bytes
-    assert device.used == plan.above.total_bytes <= device.budget == 2 * GIB
+    assert device.budget == 2 * GIB and device.used == plan.above.total_bytes <= 2 * GIB
     assert disk.holds["weights read"] == 0  # the host holds all experts, the device all else
     text = "\n".join(found.lines())
     for words in ("device: 1.", "context 128 MiB", "bottleneck: link down", "link up",
@@ -196,6 +196,7 @@ def test_a_device_is_explained_by_memory_and_by_link():
     document = found.to_json()
     assert set(document["one_more_gib"]) == {"host", "device"}
     assert document["plan"]["tiers"]["device"]["total_bytes"] == device.used
+    assert found.more_device_s is not None
     richer = estimate(problem, plan, WORK).total_s - found.more_device_s
     assert richer > 0
 
@@ -208,6 +209,7 @@ def test_a_plan_of_a_device_is_checked_before_it_is_replayed():
         validate_plan(plan, SPEC, problem.sizes, PlanConstraints(), 2 * GIB)
     with pytest.raises(UsageError, match="host_attention: got 0.5, but the plan"):
         validate_plan(plan, SPEC, problem.sizes, PlanConstraints(host_attention=0.5), 8 * GIB)
+    assert problem.sizes.device is not None
     less = replace(problem.sizes.device, budget_bytes=GIB)
     with pytest.raises(BudgetError, match="of the device"):
         validate_plan(plan, SPEC, replace(problem.sizes, device=less), PlanConstraints(), 8 * GIB)

@@ -121,6 +121,8 @@ class SimulatedParts:
 class SimulatedWeights:
     """Slots that fill by the clock: from disk, or from the slots of the tier below."""
 
+    cache: WeightCache
+
     def __init__(
         self,
         lanes: Lanes,
