@@ -20,7 +20,7 @@ import windlass.doctor.overhead as overhead
 from engines import make_model
 from windlass.checkpoint.reader import Checkpoint
 from windlass.cli import main
-from windlass.device.cuda import find_cuda
+from windlass.device.cuda_rates import find_cuda
 from windlass.doctor.bench_model import (
     KINDS,
     checkpoint_model,

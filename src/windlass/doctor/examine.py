@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from windlass.device.cuda import find_cuda
+from windlass.device.cuda_rates import find_cuda
 from windlass.device.processors import default_threads
 from windlass.doctor.bench_model import KINDS, checkpoint_model, random_model
 from windlass.doctor.device_rates import (

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from windlass.device.base import Device
+from windlass.device.base import Device, room_on_device
 from windlass.device.host_memory import peak_resident_bytes
 from windlass.device.streams import Streams
 from windlass.engine.admission import Admission, ScheduledSequence
@@ -321,9 +321,10 @@ def _prompt_scores(outcome: Outcome) -> Iterator[PromptScore]:
 
 @contextmanager
 def _or_restart(parts: EngineParts) -> Iterator[None]:
-    """Computes; after a failure all that run are computed again."""
+    """Computes; after a failure all that run are computed again. BudgetError where a device has
+    too little memory for it."""
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), room_on_device("a pass"):
             yield
     except BaseException:
         parts.abandon()
