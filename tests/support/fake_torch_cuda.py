@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,7 +150,7 @@ class FakeTorchEvent:
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeTorchCuda:
     """`device/cuda.py` with a fake torch.cuda."""
     cuda = FakeTorchCuda()
-    names = iter(("compute", "down", "up"))
+    names = cycle(("compute", "down", "up"))
 
     class Event(FakeTorchEvent):
         pass
@@ -164,7 +165,11 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeTorchCuda:
         )
     }  # fmt: skip
     own = SimpleNamespace(
-        **attributes, Event=Event, Stream=lambda device: FakeTorchStream(cuda, next(names))
+        **attributes,
+        is_available=lambda: True,
+        device_count=lambda: 1,
+        Event=Event,
+        Stream=lambda device: FakeTorchStream(cuda, next(names)),
     )
     for name, value in vars(own).items():
         monkeypatch.setattr(torch.cuda, name, value)

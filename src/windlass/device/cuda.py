@@ -116,10 +116,13 @@ class Usage(NamedTuple):
 class CudaDevice:
     """Implements `Device`. Copies come from memory of the host; one thread waits for them."""
 
-    name = DEVICE
     num_lanes = 1
 
-    def __init__(self, device: torch.device, *, tracer: Tracer | None = None) -> None:
+    def __init__(
+        self, device: torch.device, *, name: str = DEVICE, tracer: Tracer | None = None
+    ) -> None:
+        """`name`: of its tier; of several above one host each has its own."""
+        self.name = name
         self.device = device
         self.streams = CudaStreams(self.device)
         self.allocated_bytes = 0
