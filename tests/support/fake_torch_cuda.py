@@ -150,7 +150,7 @@ class FakeTorchEvent:
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeTorchCuda:
     """`device/cuda.py` with a fake torch.cuda."""
     cuda = FakeTorchCuda()
-    names = cycle(("compute", "down", "up"))
+    names = cycle(("compute", "down", "up", "back"))
 
     class Event(FakeTorchEvent):
         pass

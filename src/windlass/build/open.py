@@ -137,7 +137,7 @@ class _Given(NamedTuple):
 
 
 def _open(options: EngineOptions, found: _Given) -> Engine:
-    device, above, kernels, source, profile = found
+    device, above = found.device, found.above
     return_freed_memory()
     with ExitStack() as opened:
         for own in (device, above):
@@ -152,10 +152,10 @@ def _open(options: EngineOptions, found: _Given) -> Engine:
             above = gpu.device
             opened.callback(above.close)
         before = torch.get_num_threads()
-        own = kernels or choose_kernels(  # the host's, which may attend beside a device
+        of_host = found.kernels or choose_kernels(  # the host's, which may attend beside a device
             options.moe_backend, threads=threads, bf16_activations=options.dtype == "bfloat16"
         )
-        kernels = own if gpu is None else gpu.make_kernels()
+        kernels = of_host if gpu is None else gpu.make_kernels()
         _logger.info(
             "set for the whole process: torch computes with %d threads (before: %d), malloc gives"
             " what is freed above %s back to the system",
@@ -165,7 +165,7 @@ def _open(options: EngineOptions, found: _Given) -> Engine:
         with memory.streams.on(memory.streams.compute):  # the BLAS allocates its buffers
             kernels.linear(memory.zeros(4, 64), memory.zeros(64, 64))
         sizes = None if gpu is None else weighed(gpu, model, options, kernels.name)
-        setup = _setup(options, model, Backend(own.name, threads), sizes, found)
+        setup = _setup(options, model, Backend(of_host.name, threads), sizes, found)
         check_tiers(setup.plan, above)
         if gpu is not None:
             limit(gpu, setup.plan)
@@ -174,14 +174,14 @@ def _open(options: EngineOptions, found: _Given) -> Engine:
             device = CpuDevice(readers, tracer=tracer) if gpu is None else gpu.make_host(readers)
             opened.callback(device.close)
         machine = Machine(kernels, above or device, tracer)
-        down = profile.down if profile is not None else None
+        down = found.profile.down if found.profile is not None else None
         if gpu is None or not setup.plan.host_attention:
-            host_kernels = choose_host_kernels(setup.plan, options, threads)
+            attends = choose_host_kernels(setup.plan, options, threads)
         else:
-            host_kernels = own
-        attends = host_fingerprint(setup.plan, host_kernels)
-        setup = replace(setup, fingerprint={**setup.fingerprint, **attends})
-        tiers = Tiers(device, above, down, host_kernels)
+            attends = of_host
+        more = host_fingerprint(setup.plan, attends)
+        setup = replace(setup, fingerprint={**setup.fingerprint, **more})
+        tiers = Tiers(device, above, down, attends)
         with room_on_device("weights, keys and values"), memory.streams.on(memory.streams.compute):
             return _assemble(setup, options, model, machine, tiers, opened)
 

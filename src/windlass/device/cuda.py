@@ -5,7 +5,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -63,7 +63,7 @@ class CudaStream:
         self._sleeps = sleeps
 
     def record(self) -> Event:
-        event = torch.cuda.Event(blocking=self._sleeps)
+        event = torch.cuda.Event(blocking=self._sleeps)  # type: ignore[no-untyped-call]
         event.record(self.of_torch)
         return event
 
@@ -80,12 +80,14 @@ class CudaStreams(DeviceStreams):
     compute: CudaStream
     down: CudaStream
     up: CudaStream
+    back: CudaStream
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.compute = CudaStream(device, sleeps=False)
         self.down = CudaStream(device, sleeps=True)
         self.up = CudaStream(device, sleeps=False)
+        self.back = CudaStream(device, sleeps=False)
         with torch.cuda.device(device):
             self.pins = _can_pin()
 
@@ -96,7 +98,7 @@ class CudaStreams(DeviceStreams):
     def here(self) -> AbstractContextManager[None]:
         """The stream that this thread is on; `compute` where it is on none of these."""
         current = torch.cuda.current_stream(self._device)
-        if any(own.of_torch == current for own in (self.compute, self.down, self.up)):
+        if any(own.of_torch == current for own in (self.compute, self.up, self.back, self.down)):
             return nullcontext()
         return self.on(self.compute)
 
@@ -229,11 +231,11 @@ class CudaHost(CpuDevice):
         super().close()
         with torch.cuda.device(self._device):
             for address in self._registered:
-                torch.cuda.cudart().cudaHostUnregister(address)
+                _cudart().cudaHostUnregister(address)
         self._registered.clear()
 
     def _register(self, address: int, size: int) -> None:
-        cudart = torch.cuda.cudart()
+        cudart = _cudart()
         error = cudart.cudaHostRegister(address, size, _PORTABLE)
         if error == cudart.cudaError.success:
             self._registered.append(address)
@@ -246,6 +248,11 @@ class CudaHost(CpuDevice):
             format_bytes(self._registered_bytes), cudart.cudaGetErrorString(error),
         )  # fmt: skip
         _forget_error()
+
+
+def _cudart() -> Any:
+    """CUDA's runtime, as far as torch hands it on."""
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _can_pin() -> bool:
