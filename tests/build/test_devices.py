@@ -48,7 +48,8 @@ def gpu_of(options: EngineOptions) -> Gpu:
 def answer(options: EngineOptions):
     """What the demo says, which links moved what, and the plan."""
     with open_engine(options) as engine:
-        found = run_all(engine, [request("a", range(40, 60), max_tokens=4, logprobs=2)])
+        assert ("plan: computes on Fake GPU (cuda:0)" in engine.notes) == bool(engine.plan.above)
+        found = run_all(engine, [request("a", range(40, 50), max_tokens=3, logprobs=2)])
         return found["a"].outputs[0], engine.stats().weights, engine.plan
 
 

@@ -169,6 +169,7 @@ def _open(options: EngineOptions, found: _Given) -> Engine:
         check_tiers(setup.plan, above)
         if gpu is not None:
             limit(gpu, setup.plan)
+            setup = replace(setup, notes=(f"plan: computes on {gpu.words}", *setup.notes))
         if device is None:
             readers = setup.plan.read_threads
             device = CpuDevice(readers, tracer=tracer) if gpu is None else gpu.make_host(readers)

@@ -3,16 +3,15 @@
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from queue import SimpleQueue
+from typing import NamedTuple
 
 from windlass.device.base import Copy, DeviceMemory, Done
 from windlass.device.streams import Event, Streams
 from windlass.trace import Tracer
 
 
-@dataclass(frozen=True, slots=True)
-class _UnderWay:
+class _UnderWay(NamedTuple):
     """A copy that was begun at `begin`; `end`: of its last byte."""
 
     copy: Copy
