@@ -172,13 +172,21 @@ def test_the_budget_is_a_share_of_the_device_until_it_is_closed(fake_cuda, devic
     assert device.usage() == (8 << 30, 1 << 30, 5 << 20)
     assert ("empty_cache",) in fake_cuda.calls
     device.limit(2 << 30)
-    assert fake_cuda.fraction == 0.25 and device.peak_bytes() == 6 << 20
+    assert fake_cuda.fraction == 0.25
+    assert device.peak_bytes() == (1 << 30) - (5 << 20) + (6 << 20)
     device.limit(9 << 30)
     assert fake_cuda.fraction == 1.0
     device.limit(-1)
     assert fake_cuda.fraction == 0.0
     device.close()
     assert fake_cuda.fraction == 1.0
+
+
+def test_a_gpu_that_computes_nothing_fails_at_once(fake_cuda):
+    fake_cuda.pending = "no kernel image"
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        CudaDevice(CPU)
+    assert "down" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_too_little_memory_is_one_error(device, monkeypatch):

@@ -12,8 +12,8 @@ import torch
 from engines import make_model
 from fake_cuda import FakeCuda, on_device
 from windlass.build import open as build
-from windlass.build.devices import LATER_BYTES, Gpu
-from windlass.device.cuda import CudaDevice, Usage
+from windlass.build.devices import Gpu
+from windlass.device.cuda import Usage
 from windlass.engine.engine import Engine
 from windlass.ids import DEVICE
 from windlass.kernels.reference import TorchKernels
@@ -31,13 +31,6 @@ class OnGpu:
 
     def open(self, path: Path, **options: Any) -> AbstractContextManager[Engine]:
         return build.open_engine(_options(path, **options))
-
-    def peak_bytes(self, engine: Engine) -> int:
-        """The most of its memory that was taken while the engine ran, by anybody."""
-        device = engine._weights.supply.device
-        assert isinstance(device, CudaDevice)
-        usage = device.usage()
-        return usage.taken - usage.of_torch + device.peak_bytes()
 
 
 class OnFakeGpu(OnGpu):
@@ -71,11 +64,12 @@ class OnFakeGpu(OnGpu):
             lambda readers: device.below,
             lambda: Usage(4 * GIB, TAKEN, 0),
             self.limits.append,
+            self._peak,
         )
 
-    def peak_bytes(self, engine: Engine) -> int:
+    def _peak(self) -> int:
         memory = self.device.memory
-        return TAKEN + LATER_BYTES + max(memory.peak_bytes, memory.num_bytes)
+        return TAKEN + max(memory.peak_bytes, memory.num_bytes)
 
 
 def _options(path: Path, **options: Any) -> EngineOptions:

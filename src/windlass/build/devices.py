@@ -34,6 +34,7 @@ class Gpu(NamedTuple):
     make_host: Callable[[int], Device]  # of so many readers: memory that its copies reach
     weigh: Callable[[], Usage]  # its memory, as it is now
     limit: Callable[[int], None]  # of what it may allocate from now on
+    peak: Callable[[], int]  # what was taken of it at once, by anybody
 
 
 def open_gpu(options: EngineOptions, tracer: Tracer) -> Gpu | None:
@@ -63,7 +64,9 @@ def open_gpu(options: EngineOptions, tracer: Tracer) -> Gpu | None:
         return CudaHost(num_threads, place, tracer=tracer)
 
     words = f"{device.model} (cuda:{index})"
-    return Gpu(device, words, make_kernels, make_host, device.usage, device.limit)
+    return Gpu(
+        device, words, make_kernels, make_host, device.usage, device.limit, device.peak_bytes
+    )
 
 
 def weighed(gpu: Gpu, model: CheckpointFolder, options: EngineOptions, kernels: str) -> DeviceSizes:

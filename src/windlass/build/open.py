@@ -182,7 +182,7 @@ def _open(options: EngineOptions, found: _Given) -> Engine:
             attends = of_host
         more = host_fingerprint(setup.plan, attends)
         setup = replace(setup, fingerprint={**setup.fingerprint, **more})
-        tiers = Tiers(device, above, down, attends)
+        tiers = Tiers(device, above, down, attends, int if gpu is None else gpu.peak)
         with room_on_device("weights, keys and values"), memory.streams.on(memory.streams.compute):
             return _assemble(setup, options, model, machine, tiers, opened)
 
@@ -338,6 +338,7 @@ def _assemble(
             resources=opened.pop_all(),
             speculation=foresight.words,
             abandon=machine.abandon,
+            device_peak=tiers.peak,
             forecast_sources=partial(source_words, outfit.forecast),
         ),
     )

@@ -127,7 +127,9 @@ class CudaDevice:
         self.name = name
         self.device = device
         self.streams = CudaStreams(self.device)
-        self.allocated_bytes = 0
+        self.zeros(1).add_(1)
+        torch.cuda.synchronize(self.device)  # a GPU that torch has no kernels for fails here
+        self.allocated_bytes = self._of_others = 0
         self._lane = Lane(self.streams, step_bytes=STEP_BYTES, tracer=tracer)
         self._thread = threading.Thread(target=self._lane.serve, name="down", daemon=True)
         self._thread.start()
@@ -177,14 +179,16 @@ class CudaDevice:
 
     def limit(self, num_bytes: int) -> None:
         """Torch takes no more than `num_bytes` of it in this process, until `close`."""
-        total = torch.cuda.mem_get_info(self.device)[1]
-        share = min(1.0, max(0.0, num_bytes / total))
+        usage = self.usage()
+        self._of_others = usage.taken - usage.of_torch
+        share = min(1.0, max(0.0, num_bytes / usage.total))
         torch.cuda.set_per_process_memory_fraction(share, self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_bytes(self) -> int:
-        """The most that torch had of it in this process since `limit`."""
-        return int(torch.cuda.max_memory_reserved(self.device))
+        """The most that was taken since `limit`: by torch in this process at once, and what was
+        not torch's then."""
+        return self._of_others + int(torch.cuda.max_memory_reserved(self.device))
 
     # --- copies -----------------------------------------------------------------------------------
 

@@ -75,6 +75,7 @@ class EngineParts:
     resources: ExitStack
     speculation: Callable[[], str] = str  # whether it pays, in words
     forecast_sources: Callable[[], str] = str  # which are on and off, in words
+    device_peak: Callable[[], int] = int  # bytes of a device's memory that were taken at once
     abandon: Callable[[], object] = object  # returns when nothing of a failed pass is under way
 
     def computing(self) -> AbstractContextManager[None]:
@@ -288,6 +289,7 @@ def _stats_of(parts: EngineParts, plan: Plan) -> dict[str, Any]:
     return {
         "weights": parts.weights.stats(),
         "peak_rss_bytes": peak_resident_bytes(),
+        "peak_device_bytes": parts.device_peak(),
         "running": len(own.running),
         "waiting": len(own.waiting),
         "num_preemptions": own.num_preemptions,
