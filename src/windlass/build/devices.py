@@ -69,6 +69,20 @@ def open_gpu(options: EngineOptions, tracer: Tracer) -> Gpu | None:
     )
 
 
+def sizes_above(
+    gpu: Gpu | None, model: CheckpointFolder, options: EngineOptions, kernels: str
+) -> DeviceSizes | None:
+    """Of the device that computes above the host: of `gpu`, or of one that was given with the plan
+    to replay. None without one."""
+    if gpu is not None:
+        return weighed(gpu, model, options, kernels)
+    planned = None if options.plan is None else read_plan(options.plan).above
+    if planned is None:
+        return None
+    budget = planned.budget_bytes
+    return device_sizes(model, budget_bytes=budget, process_bytes=0, backend=kernels)
+
+
 def weighed(gpu: Gpu, model: CheckpointFolder, options: EngineOptions, kernels: str) -> DeviceSizes:
     """What `gpu` weighs, once its first kernels have run. UsageError where it has less than it is
     to give."""

@@ -36,7 +36,7 @@ from windlass.ids import Part
 from windlass.kernels.interface import Kernels
 from windlass.kernels.select import choose_kernels
 from windlass.checkpoint.folder import CheckpointFolder, read_model
-from windlass.build.devices import limit, open_gpu, uses_gpu, weighed
+from windlass.build.devices import limit, open_gpu, sizes_above, uses_gpu
 from windlass.build.expected import EngineExpectation
 from windlass.build.foresight import follows_sequences, make_outfit
 from windlass.build.homes import choose_host_kernels, host_fingerprint, open_host, open_kv
@@ -164,7 +164,9 @@ def _open(options: EngineOptions, found: _Given) -> Engine:
         memory = above or device or HostAllocator()
         with memory.streams.on(memory.streams.compute):  # the BLAS allocates its buffers
             kernels.linear(memory.zeros(4, 64), memory.zeros(64, 64))
-        sizes = None if gpu is None else weighed(gpu, model, options, kernels.name)
+        if options.plan is not None:
+            check_tiers(read_plan(options.plan), above)
+        sizes = sizes_above(gpu, model, options, kernels.name)
         setup = _setup(options, model, Backend(of_host.name, threads), sizes, found)
         check_tiers(setup.plan, above)
         if gpu is not None:

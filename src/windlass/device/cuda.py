@@ -127,7 +127,8 @@ class CudaDevice:
         self.name = name
         self.device = device
         self.streams = CudaStreams(self.device)
-        self.zeros(1).add_(1)
+        with self.streams.on(self.streams.compute):
+            self.zeros(1).add_(1)
         torch.cuda.synchronize(self.device)  # a GPU that torch has no kernels for fails here
         self.allocated_bytes = self._of_others = 0
         self._lane = Lane(self.streams, step_bytes=STEP_BYTES, tracer=tracer)
