@@ -76,9 +76,8 @@ def _options(path: Path, **options: Any) -> EngineOptions:
     return EngineOptions(
         model=str(path),
         **{
-            "device": "cuda", "generation_config": "vllm", "moe_backend": "torch",
-            "host_memory": 16 * GIB, "max_model_len": 64, "max_num_seqs": 3,
-            "max_num_batched_tokens": 100, **options,
+            "device": "cuda", "generation_config": "vllm", "host_memory": 16 * GIB,
+            "max_model_len": 64, "max_num_seqs": 3, "max_num_batched_tokens": 100, **options,
         },
     )  # fmt: skip
 

@@ -118,7 +118,7 @@ def test_memory_keeps_to_its_budget(gpu, checkpoint):
 def test_auto_without_room_on_the_gpu_says_why_the_cpu_computes(gpu, checkpoint, caplog):
     with gpu.open(checkpoint("qwen3_moe"), device="auto", device_memory=16 * MIB) as engine:
         assert engine.plan.above is None
-        assert engine.fingerprint["kernels"] == "torch"
+        assert not engine.stats().peak_device_bytes
     said = [line for line in caplog.messages if line.startswith("device auto")]
     (line,) = said
     assert "the CPU computes alone: device memory: got 16.00 MiB, this model needs" in line

@@ -79,6 +79,9 @@ class FakeTorchCuda:
         assert isinstance(fraction, float) and 0 <= fraction <= 1
         self.fraction = fraction
 
+    def get_device_capability(self, device: Any) -> tuple[int, int]:
+        return 8, 6
+
     def get_device_name(self, device: Any) -> str:
         return "Fake GPU"
 
@@ -161,6 +164,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeTorchCuda:
         for name in (
             "current_stream", "stream", "device", "cudart", "mem_get_info", "memory_reserved",
             "max_memory_reserved", "set_per_process_memory_fraction", "get_device_name",
+            "get_device_capability",
             "synchronize", "empty_cache", "reset_peak_memory_stats",
         )
     }  # fmt: skip

@@ -12,7 +12,7 @@ from windlass.device.base import Device
 from windlass.device.cuda import CudaDevice, CudaHost, Usage, cuda_index, why_none
 from windlass.errors import BudgetError, UsageError
 from windlass.kernels.interface import Kernels
-from windlass.kernels.select import choose_device_kernels
+from windlass.kernels.select_device import choose_device_kernels
 from windlass.options import AUTO, EngineOptions, read_plan
 from windlass.perf.sizes import DeviceSizes
 from windlass.plan import Plan
@@ -58,7 +58,12 @@ def open_gpu(options: EngineOptions, tracer: Tracer) -> Gpu | None:
         return None
 
     def make_kernels() -> Kernels:
-        return choose_device_kernels(place, bf16_activations=options.dtype == "bfloat16")
+        return choose_device_kernels(
+            "torch" if options.moe_backend == "torch" else "auto",  # cpu: that is the host's
+            place,
+            capability=device.capability,
+            bf16_activations=options.dtype == "bfloat16",
+        )
 
     def make_host(num_threads: int) -> Device:
         return CudaHost(num_threads, place, tracer=tracer)

@@ -141,6 +141,12 @@ class CudaDevice:
         return torch.cuda.get_device_name(self.device)
 
     @property
+    def capability(self) -> int:
+        """Of its architecture: 90 for sm_90."""
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return 10 * major + minor
+
+    @property
     def busy_s(self) -> float:
         return self._lane.busy_s
 

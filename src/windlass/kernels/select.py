@@ -1,9 +1,7 @@
 """Which kernels a run uses. Chosen once, at the start."""
 
 import logging
-from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
 
 import torch
 
@@ -31,35 +29,6 @@ def choose_kernels(backend: str, *, threads: int, bf16_activations: bool) -> Ker
         raise UsageError(f"moe_backend: got 'cpu', but the native library {found}")
     _warn_once(found)
     return TorchKernels(bf16_activations=bf16_activations)
-
-
-def choose_device_kernels(device: torch.device, *, bf16_activations: bool) -> Kernels:
-    """Those of a CUDA device: torch's, made and called where new tensors are the device's."""
-
-    def make() -> Kernels:
-        return TorchKernels(bf16_activations=bf16_activations)
-
-    return cast(Kernels, _Placed(device, make))
-
-
-class _Placed:
-    """Kernels that make their tensors on `device`."""
-
-    def __init__(self, device: torch.device, make: Callable[[], Kernels]) -> None:
-        self._device = device
-        with device:
-            self._kernels = make()
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._kernels, name)
-        if not callable(found):
-            return found
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self._device:
-                return found(*args, **kwargs)
-
-        return call
 
 
 @cache
