@@ -171,10 +171,9 @@ class WeightCache:
         with self._changed:
             demand, keys = Demand(), tuple(keys)
             self.feed.settle(keys if settles else ())
-            below = self._mover.below
-            for key in nearest_first(keys, below):
+            for key in nearest_first(keys, self._mover.below):
                 entry = self._resident.entries.get(key)
-                self._asked.note(key, entry, below)
+                self._asked.note(key, entry, self._mover.below)
                 if entry is None:
                     demand.waiting.append(key)
                 else:
