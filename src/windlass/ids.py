@@ -42,5 +42,5 @@ class Route(NamedTuple):
     destination: str
 
 
-DISK, HOST = "disk", "host"
+DISK, HOST, DEVICE = "disk", "host", "device"
 DISK_TO_HOST = Route(DISK, HOST)

@@ -332,7 +332,7 @@ def _checked(engine_args: Mapping[str, Any]) -> dict[str, Any]:
 
 def _converted(name: str, value: Any) -> Any:
     """What Python users write, as EngineOptions has it: sizes with a unit, paths as text."""
-    if name == "host_memory" and isinstance(value, str):
+    if name in ("host_memory", "device_memory") and isinstance(value, str):
         return parse_bytes(value, what=name)
     if name == "moe_expert_cache_size" and isinstance(value, int):
         return str(value)

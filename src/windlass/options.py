@@ -1,6 +1,7 @@
 """What a user may choose about an engine, and where models are found and told apart. No torch."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -35,9 +36,10 @@ EXPERT_CACHE_POLICIES = (
     "lfu-pool", "lfru-pool",
 )  # fmt: skip
 _COUNTS = (
-    "host_memory", "max_num_seqs", "max_num_batched_tokens", "micro_batch_size", "max_model_len",
-    "batch_groups", "threads", "burst_tokens", "seed",
+    "host_memory", "device_memory", "max_num_seqs", "max_num_batched_tokens", "micro_batch_size",
+    "max_model_len", "batch_groups", "threads", "burst_tokens", "seed",
 )  # fmt: skip
+AUTO, CPU, CUDA = "auto", "cpu", "cuda"  # of `device`, also as cuda:0, cuda:1, ...
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8")
 
 
@@ -47,6 +49,8 @@ class EngineOptions:
 
     `quantization` asserts how the checkpoint's weights are stored; the checkpoint itself says it.
     `moe_expert_cache_size`: "auto", a size with a unit, or a number of experts per layer.
+    `device`: where passes compute: "cpu", "cuda" or one as "cuda:1"; "auto" for a GPU where torch
+    has one and a plan fits it. `device_memory`: what may be taken of it in all.
     `kv_cache_dtype`: what keys and values are kept in, "auto" for the checkpoint's type.
     `strict`: settings of config.json that nothing reads are an error, not a line of the log.
     `expert_usage`: "off", or the file that keeps how often experts are used from run to run; "auto"
@@ -71,6 +75,8 @@ class EngineOptions:
     dtype: str = "auto"
     quantization: str | None = None
     host_memory: int | None = None
+    device: str = AUTO
+    device_memory: int | None = None
     moe_expert_cache_size: str | None = None
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
     max_num_seqs: int | None = None
@@ -118,6 +124,9 @@ class EngineOptions:
             count = getattr(self, name)
             if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
                 raise UsageError(f"{name}: got {count!r}, allowed a whole number")
+        read_device(self.device)
+        if self.device == CPU and self.device_memory is not None:
+            raise UsageError("device_memory: allowed with device auto or cuda, which has one")
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads: got {self.threads}, allowed 1 or more")
         if self.expert_map_store is not None and self.expert_forecast != "finemoe":
@@ -143,6 +152,13 @@ class EngineOptions:
                 continue
             if (other := taken.setdefault(path.resolve(), name)) != name:
                 raise UsageError(f"{name}: got {str(path)!r}, which {other} names too")
+
+
+def read_device(name: str) -> str:
+    """`name`, if it may be said of a device; else UsageError."""
+    if not (isinstance(name, str) and re.fullmatch(f"{AUTO}|{CPU}|{CUDA}(:[0-9]+)?", name)):
+        raise UsageError(f"device: got {name!r}, allowed {AUTO}, {CPU}, {CUDA} or one as {CUDA}:0")
+    return name
 
 
 def resolve_model(name: str, *, what: str = "model") -> Path:

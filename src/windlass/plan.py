@@ -111,6 +111,11 @@ class Plan:
         return found
 
     @property
+    def kv_pages(self) -> int:
+        """Of all memories."""
+        return sum(tier.kv_pages for tier in self.tiers)
+
+    @property
     def pass_rows(self) -> int:
         """Most tokens that go through the model together."""
         if self.schedule == "module-based":

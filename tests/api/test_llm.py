@@ -99,12 +99,12 @@ def is_idle(engine: Engine) -> bool:
 def test_keywords_reach_the_engine_or_are_refused(options: list[EngineOptions]) -> None:
     LLM("demo", host_memory="2GiB", max_model_len=64, seed=3, max_num_seqs=8).close()
     LLM(moe_expert_cache_size=4, trace="x.json", gpu_memory_utilization=0.9).close()
-    LLM(moe_backend="torch", routing_trace="r").close()
+    LLM(moe_backend="torch", routing_trace="r", device_memory="1GiB").close()
     first, second, third = options
     assert (first.host_memory, first.max_model_len, first.seed) == (2 << 30, 64, 3)
     assert (second.moe_expert_cache_size, str(second.trace)) == ("4", "x.json")
     assert (first.moe_backend, third.moe_backend) == ("auto", "torch")
-    assert third.routing_trace == Path("r")
+    assert (third.routing_trace, third.device_memory) == (Path("r"), 1 << 30)
     for wrong, message in (
         ({"moe_backend": "triton"}, "moe_backend: got 'triton', allowed auto, torch, cpu"),
         ({"host_memroy": "2GiB"}, r"unknown option: host_memroy \(did you mean host_memory\?\)"),
@@ -114,6 +114,8 @@ def test_keywords_reach_the_engine_or_are_refused(options: list[EngineOptions]) 
         ({"quantization": "int3"}, "quantization: got 'int3', allowed fp8, mxfp4"),
         ({"cpu_offload_gb": 4}, "cpu_offload_gb: got 4"),
         ({"host_memory": "2"}, "host_memory: got '2'"),
+        ({"device": 0}, "device: got 0, allowed auto, cpu, cuda"),
+        ({"device_memory": "2"}, "device_memory: got '2'"),
         ({"dtype": "int3"}, "dtype: got 'int3'"),
     ):
         with pytest.raises(UsageError, match=message):

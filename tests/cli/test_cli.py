@@ -416,7 +416,7 @@ ENGINE = MODEL | {
     "--enable-prefix-caching",
     "--expert-usage", "--expert-forecast", "--expert-cache-policy", "--expert-map-store",
     "--no-enable-prefix-caching",
-    "--burst-tokens", "--batch-groups",
+    "--burst-tokens", "--batch-groups", "--device", "-dev", "--device-memory",
 }  # fmt: skip
 OPTIONS = {
     "run-batch": ENGINE | {
@@ -445,7 +445,7 @@ OPTIONS = {
                        "--expert-cache-policy", "--expert-map-store", "--load-format",
                        "--generation-config"}) | {
         "--workload", "-i", "--prompt-len", "--output-len", "--num-requests", "--machine",
-        "--device-memory", "--replay", "--json",
+        "--replay", "--json",
     },
     "replay": {
         "--expert-forecast", "--expert-cache-policy", "--resident", "--oracle", "--max-num-seqs",
@@ -453,7 +453,7 @@ OPTIONS = {
         "-m", "-hf", "--hf-repo", "--json", "--page", "--config",
     },
     "doctor": MODEL | {
-        "--fresh", "--json", "--threads", "-t", "--moe-backend", "--dtype",
+        "--fresh", "--json", "--device", "-dev", "--threads", "-t", "--moe-backend", "--dtype",
         "--load-mode", "-lm", "--config",
     },
 }  # fmt: skip
@@ -466,8 +466,7 @@ def test_every_option_of_every_command_is_known_here() -> None:
     for each in COMMANDS:
         names = [name for flag in each.flags for name in flag.names]
         assert len(names) == len(set(names))
-        # machines that one does not have may have a GPU
-        assert not set(names) & set(REFUSED) - {"--device-memory"}
+        assert not set(names) & set(REFUSED)
 
 
 def values(*arguments: str, name: str = "run-batch", **variables: str) -> dict[str, Any]:
@@ -520,6 +519,10 @@ def test_values_become_engine_options() -> None:
             "0",
             "--batch-groups",
             "3",
+            "-dev",
+            "cuda:1",
+            "--device-memory",
+            "7GiB",
             "--plan",
             "p.json",
             "--speculative-config",
@@ -542,6 +545,15 @@ def test_values_become_engine_options() -> None:
     assert (options.schedule, options.plan) == ("model-based", Path("p.json"))
     assert (options.burst_tokens, engine_options(values()).burst_tokens) == (0, None)
     assert (options.batch_groups, engine_options(values()).batch_groups) == (3, None)
+    assert (options.device, options.device_memory) == ("cuda:1", 7 << 30)
+    assert (engine_options(values()).device, values()["device_memory"]) == ("auto", None)
+    for wrong in ("gpu", "cuda:", "cuda:x", "CUDA"):
+        with pytest.raises(UsageError, match=rf"^--device: got '{wrong}', allowed auto, cpu, cuda"):
+            values("--device", wrong)
+    with pytest.raises(UsageError, match="^--device-memory: got '7', allowed a number with a unit"):
+        values("--device-memory", "7")
+    with pytest.raises(UsageError, match="^device_memory: allowed with device auto or cuda"):
+        engine_options(values("--device", "cpu", "--device-memory", "7GiB"))
     with pytest.raises(UsageError, match="burst-tokens"):
         values("--burst-tokens", "-1")
     plain = engine_options(values())

@@ -1,5 +1,6 @@
 """Copies that a device makes by itself, and who is told of their end."""
 
+import json
 import threading
 
 import pytest
@@ -9,6 +10,7 @@ from windlass.device.base import Copy
 from windlass.device.cpu import CpuDevice
 from windlass.device.lane import Lane
 from windlass.device.streams import OVER, Event, HostStreams
+from windlass.trace import Tracer
 
 
 class Ends:
@@ -99,3 +101,57 @@ def test_streams_of_the_host_cost_and_change_nothing():
     streams.down.wait(event)
     event.synchronize()
     assert event is OVER
+
+
+def test_no_copy_reaches_from_one_step_of_the_host_into_the_next(device):
+    lane = Lane(HostStreams(), step_bytes=4096)
+    source, into = device.allocate(20000), device.allocate(20000)
+    source.data.copy_(torch.arange(20000) % 251)
+    for begin, size, cuts in (
+        (0, 4096, [4096]), (4096, 100, [100]), (3000, 6000, [1096, 4096, 808]), (4095, 2, [1, 1]),
+    ):  # fmt: skip
+        parts = list(lane._steps(source.part(begin, size), into.part(64, size)))
+        assert [one.num_bytes for one, _ in parts] == cuts
+        assert len({one.begin // 4096 for one, _ in parts}) == len(cuts)
+        told: list[Exception | None] = []
+        lane.submit(Copy(source.part(begin, size), into.part(64, size), "part"), told.append)
+        assert lane.arrive() and told == [None]
+        assert torch.equal(into.data[64 : 64 + size], source.data[begin : begin + size])
+
+
+def test_a_copy_that_cannot_be_asked_for_is_told_of_like_others(device):
+    lane, down = lane_with(Ends())
+    told: list[Exception | None] = []
+    copy = copy_of(device, 1)
+    copy.destination.num_bytes = 100
+    lane.submit(copy, told.append)
+    assert not told
+    assert lane.arrive() and isinstance(told[0], RuntimeError)
+    lane.synchronize()
+    lane.close()
+    with pytest.raises(RuntimeError, match="copy of copy 1 submitted to a closed device"):
+        lane.submit(copy, told.append)
+    assert not lane.arrive()
+
+
+def test_who_waits_for_all_waits_for_what_is_told_and_the_trace_has_each(device, tmp_path):
+    tracer = Tracer(tmp_path / "trace.json")
+    streams = HostStreams()
+    events = Ends(), Ends()
+    streams.down = Noting(list(events))  # type: ignore[misc, assignment]
+    lane = Lane(streams, tracer=tracer, name="to device")
+    thread = threading.Thread(target=lane.serve, daemon=True)
+    thread.start()
+    told: list[Exception | None] = []
+    for number in (1, 2):
+        lane.submit(copy_of(device, number), told.append)
+    for event in events:
+        event.over.set()
+    lane.synchronize()
+    assert told == [None, None] and lane.busy_s > 0
+    lane.close()
+    thread.join(timeout=10)
+    tracer.close()
+    spans = [one for one in json.loads((tmp_path / "trace.json").read_text()) if one["ph"] == "X"]
+    assert [one["name"] for one in spans] == ["copy 1", "copy 2"]
+    assert spans[1]["ts"] >= spans[0]["ts"] + spans[0]["dur"] - 0.2, "one after the other"

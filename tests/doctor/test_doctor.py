@@ -4,6 +4,7 @@ Seconds are given here, so that every rate is exact."""
 import itertools
 import json
 import os
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import windlass.doctor.overhead as overhead
 from engines import make_model
 from windlass.checkpoint.reader import Checkpoint
 from windlass.cli import main
-from windlass.device.cuda import find_cuda
+from windlass.device.cuda_rates import find_cuda
 from windlass.doctor.bench_model import (
     KINDS,
     checkpoint_model,
@@ -35,6 +36,8 @@ from windlass.doctor.profile_store import cache_key, load_report, save_report
 from windlass.doctor.tables import Report
 from windlass.doctor.timing import Load, Timing, measure, noise_line
 from windlass.errors import CheckpointError, UsageError
+from windlass.hardware.preset import BYTES_PER_WEIGHT
+from windlass.hardware.profile import Curve, LinkRates
 from windlass.ids import Part
 from windlass.kernels.reference import TorchKernels
 from windlass.models.spec import Gqa, Mla
@@ -385,21 +388,65 @@ def test_a_device_and_its_links(one_second):
     assert found.down.pageable is not None
     assert found.down.pageable.points == ((KIB, 8 * KIB), (MIB, 8 * MIB))
     pinned = [(down, size) for size, down, is_pinned in fake.copies if is_pinned]
-    assert pinned == [(True, KIB), (False, KIB)] * 8 + [(True, MIB), (False, MIB)] * 8
+    both = {size: [(True, size), (False, size)] * 8 for size in (KIB, MIB)}
+    alone = {size: [(True, size)] * 8 + [(False, size)] * 8 for size in (KIB, MIB)}
+    assert pinned == both[KIB] + alone[KIB] + both[MIB] + alone[MIB]
+    assert found.down.alone is not None and found.down.alone.points[1] == (MIB, 8 * MIB)
     processor = found.processor
     assert processor.memory_rate == 8 * 4096 and processor.call_s == pytest.approx(1 / 64)
-    assert set(processor.experts) == set(processor.dense) == {"bfloat16", "float16", "float32"}
+    assert set(processor.experts) == set(processor.dense) == set(BYTES_PER_WEIGHT)
+    few, many = (processor.experts["int4"].at(rows) for rows in (1, 2))
+    assert few == many == processor.experts["bfloat16"].best  # a quarter of the bytes
     assert processor.experts["bfloat16"].points == ((1, 8 * 6 * 32), (2, 8 * 6 * 32 * 2))
     assert processor.dense["float32"].points == ((1, 8 * 128), (2, 8 * 256))
     assert processor.decode_attention == 8 * 2 * 2 * 2 * 16 * 8 * 2
     assert processor.prefill_attention == 8 * 4 * 4 * 8 * 8 * 9 / 2
     assert fake.synchronized >= 10 and found.spread["device memory"] == pytest.approx(0.5)
+    assert found.attention_beside_copies is None
+
+
+def test_the_host_attends_while_copies_are_under_way(one_second):
+    """Both links have copies for longer than attention took alone, and are waited for after it."""
+    fake = FakeAccelerator()
+    link = LinkRates(rate=Curve(((KIB, 1e12),)))
+    order = []
+
+    def attend():
+        order.append(("attend", len(fake.copies), fake.synchronized))
+        time.sleep(1e-4)
+
+    bench = device_rates._Bench(fake, device_rates.Shapes(copies=(KIB,)), None)
+    rate = bench.beside_copies(device_rates.HostAttention(attend, 10**6), link, link)
+    assert 0 < rate <= 1e10 and fake.synchronized == 5
+    assert order[0] == ("attend", 0, 0)  # alone, to know how long it takes
+    for number, (_, copies, synchronized) in enumerate(order[1:]):
+        assert copies >= 2 * (number + 1) * int(2e-4 * 1e12 / KIB) > 0 and synchronized == number
+    assert {down for _, down, _ in fake.copies} == {True, False}
+
+
+def test_experts_are_measured_by_the_kernels_of_the_device(one_second):
+    """Eight experts a call, each over its rows, with weights in turn."""
+    calls = []
+
+    class Kernels(TorchKernels):
+        def experts(self, x_TD, experts, groups, activation, out):
+            super().experts(x_TD, experts, groups, activation, out)
+            calls.append((x_TD.shape[0], len(experts), bool(out.isfinite().all())))
+
+    shapes = device_rates.Shapes(
+        copies=(KIB,), rows=(1, 2), hidden=64, intermediate=64, cold_bytes=4096, large_bytes=4096,
+        heads=(4, 2, 8), sequences=2, context=16, prompt=8,
+    )  # fmt: skip
+    found = device_rates.measure_device(FakeAccelerator(), shapes, kernels=Kernels())
+    assert set(calls) == {(8, 8, True), (16, 8, True)}
+    flops = 8 * 6 * 64 * 64 * 8  # eight rounds in a second, of one row of eight experts
+    assert found.processor.experts["float32"].points == ((1, flops), (2, 2 * flops))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_real_device():
-    device = find_cuda()
+    device = find_cuda("cuda")
     assert device is not None
     found = device_rates.measure_device(device, device_rates.Shapes(cold_bytes=MIB))
     assert found.processor.memory_rate > 1e9 and found.down.rate.best > 1e8
@@ -417,7 +464,7 @@ def quick(one_second, monkeypatch):
     monkeypatch.setattr(disk, "_FEWEST_BYTES", MIB)
     found = overhead.Overhead(Timing((1e-4,)), 1e-5, 1e10)
     monkeypatch.setattr(examine_module, "measure_overhead", lambda options: found)
-    monkeypatch.setattr(examine_module, "find_cuda", lambda: None)
+    monkeypatch.setattr(examine_module, "find_cuda", lambda name: None)
     runs: list[str] = []
     real = measure_disk
 
@@ -503,19 +550,22 @@ def test_without_a_checkpoint_all_kinds_are_measured_and_no_file_stays(
 
 
 def test_a_report_shows_everything_and_survives_json(quick, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(examine_module, "find_cuda", FakeAccelerator)
+    monkeypatch.setattr(examine_module, "find_cuda", lambda name: FakeAccelerator())
     small = device_rates.Shapes(
         copies=(KIB,), rows=(1,), hidden=8, intermediate=4, cold_bytes=1, large_bytes=4096,
         heads=(2, 1, 4), sequences=1, context=4, prompt=4,
     )  # fmt: skip
     monkeypatch.setattr(
-        examine_module, "measure_device", lambda gpu: device_rates.measure_device(gpu, small)
+        examine_module,
+        "measure_device",
+        lambda gpu, **more: device_rates.measure_device(gpu, small, **more),
     )
     report = examine(Subject(cache=tmp_path, model=tiny, moe_backend="torch", threads=1))
     assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
     text = "\n".join(report.lines())
     for words in ("processor:", "memory read", "in flight", "expert networks", "dense products",
-                  "GPU: fake", "host to device, pinned", "device to host, pageable",
+                  "GPU: fake", "host to device, pinned", "pinned, alone",
+                  "while both links are busy", "device to host, pageable",
                   "noisy machine", "were read more than once", "±25%!"):  # fmt: skip
         assert words in text, words
     with pytest.raises(UsageError, match="report"):

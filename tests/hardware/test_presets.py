@@ -7,9 +7,9 @@ import pytest
 
 from machines import machine
 from windlass.errors import UsageError
-from windlass.hardware.preset import FOLDER, load_machine, preset_names
+from windlass.hardware.preset import FOLDER, in_fp32, load_machine, preset_names
 
-ALL = ("a5000", "h200", "l4", "laptop", "rtx4090", "t4")
+ALL = ("a100", "a5000", "h100", "h200", "l4", "laptop", "rtx4090", "t4")
 
 
 def test_the_presets_that_ship():
@@ -18,6 +18,26 @@ def test_the_presets_that_ship():
         profile = load_machine(name)
         assert profile.source != "measured" and (profile.device is None) == (name == "laptop")
         assert profile.host.memory_bytes >= 16 << 30 and not profile.spread
+
+
+def test_cards_are_known_by_their_usual_names():
+    for name, preset in (("4090", "rtx4090"), ("H200", "h200"), ("L4", "l4"), ("A100", "a100")):
+        assert load_machine(name) == load_machine(preset)
+    with pytest.raises(UsageError, match="machine: got '5090', allowed a100, a5000, h100"):
+        load_machine("5090")
+
+
+def test_fp32_rows_are_multiplied_at_the_rate_of_fp32():
+    """Whatever weights are stored in; few rows wait for memory, and are no slower."""
+    profile = load_machine("l4")
+    wide = in_fp32(profile).device
+    assert wide is not None and profile.device is not None
+    for kind, curve in wide.experts.items():
+        assert curve.best <= 30.3e12 < profile.device.experts["bfloat16"].best
+        assert curve.at(1) == profile.device.experts[kind].at(1)
+    assert wide.prefill_attention == 30.3e12 / 2
+    laptop = load_machine("laptop")
+    assert in_fp32(laptop) == laptop
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -84,7 +104,9 @@ def test_a_broken_preset_is_refused_by_name(tmp_path, old, new, message):
 
 def test_an_unknown_machine_names_the_known_ones(tmp_path):
     for name in ("t5", str(tmp_path), str(tmp_path / "absent.toml"), "../preset"):
-        with pytest.raises(UsageError, match="allowed a5000, h200, l4, laptop, rtx4090, t4"):
+        with pytest.raises(
+            UsageError, match="allowed a100, a5000, h100, h200, l4, laptop, rtx4090, t4"
+        ):
             load_machine(name)
 
 

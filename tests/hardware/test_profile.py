@@ -1,6 +1,7 @@
 """Curves between and outside their points; profiles and workloads that are refused by name."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -23,6 +24,20 @@ def test_a_curve_is_linear_in_the_logarithm_and_constant_outside():
 def test_a_curve_refuses_points_without_meaning(points):
     with pytest.raises(UsageError, match="curve"):
         Curve(points)
+
+
+def test_what_is_measured_beside_copies_survives_json():
+    profile = machine(with_device=True)
+    assert profile.down is not None
+    link = replace(profile.down, alone=curve((1 << 16, 6e9), (1 << 24, 2.4e10)))
+    host = replace(profile.host, attention_beside_copies=1.5e10)
+    measured = replace(profile, host=host, down=link)
+    document = json.loads(measured.dumps())
+    assert HardwareProfile.from_json(document) == measured != profile
+    assert link.weights == link.alone and profile.down.weights == profile.down.rate
+    document["host"]["attention_beside_copies"] = -1.0
+    with pytest.raises(UsageError, match="attention_beside_copies: got -1"):
+        HardwareProfile.from_json(document)
 
 
 @pytest.mark.parametrize("with_device", [False, True])

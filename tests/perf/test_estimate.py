@@ -16,7 +16,8 @@ from windlass.perf import simulation as timing
 from windlass.perf.estimate import estimate
 from windlass.perf.job_passes import PassRun
 from windlass.perf.op_cost import Seen
-from windlass.perf.simulation import ClockedModel, PassTimes, sample_layers
+from windlass.perf.sample import sample_layers
+from windlass.perf.simulation import ClockedModel, PassTimes
 from windlass.perf.sizes import Problem
 from windlass.planner.budget import PlanConstraints, make_plan
 from windlass.units import GIB

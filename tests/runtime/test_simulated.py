@@ -10,24 +10,18 @@ import pytest
 
 from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
-from frozen_gpu_costs import DEVICE_LANES, DeviceCosts
-from planning import SPECS
 from routing import CountingRouter
-from windlass.checkpoint.part_reads import Read
 from windlass.forecast.interface import ExpertTable
 from windlass.forecast.registry import FORECASTS
 from windlass.forecast.usage import UsageForecast
 from windlass.ids import DISK_TO_HOST, Part
-from windlass.models.spec import Block, Ffn, Moe, TopKSoftmax
-from windlass.perf.frozen_gpu_tiers import GpuRates, LayerShape, Share, layer_seconds
 from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
 from windlass.runtime.routing_report import RoutingReport
 from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
 from windlass.schedule import batch as batches
-from windlass.schedule.batch import Segment, make_batch
-from windlass.schedule.passes import PassShape, run_pass
+from windlass.schedule.passes import run_pass
 
 BLOCK_S = 1.0
 
@@ -280,106 +274,3 @@ def test_lanes_serve_in_order_and_chains_run_beside_each_other():
 def test_a_clock_without_events_does_not_wait_for_ever():
     with pytest.raises(AssertionError, match="will not happen"):
         Clock().wait()
-
-
-# --- a device beside its host ---------------------------------------------------------------------
-
-SHAPE = LayerShape(
-    attention=80e6, shared=0, expert=350e6, num_experts=8, top_k=2, kv=4096, query=16384,
-    hidden=8192, attention_flops=80e6, shared_flops=0, expert_flops=350e6, score_flops=16384,
-)  # fmt: skip
-
-
-def _device_rates(**changes):
-    rates = GpuRates(
-        down=26e9, up=26e9, disk=6e9, device_memory=600e9, host_memory=1e15, host_attention=25e9,
-        expert=lambda rows: 70e12, dense=lambda rows: 70e12, attention=70e12,
-    )  # fmt: skip
-    return replace(rates, **changes)
-
-
-@pytest.mark.parametrize(
-    ("rates", "share", "binds"),
-    [
-        (_device_rates(), dict(sequences=1000, host_attention=0.5), "down"),
-        (_device_rates(down=1e13), dict(sequences=4000, host_attention=0.0), "device"),
-        (_device_rates(down=1e13, host_attention=5e9), dict(sequences=800, host_attention=1.0),
-         "host"),
-        (_device_rates(), dict(sequences=500, host_attention=0.6, on_disk=0.5), "disk"),
-        (_device_rates(), dict(sequences=1000, host_attention=0.5, resident=0.5), "down"),
-    ],
-)  # fmt: skip
-def test_the_schedule_on_a_device_reaches_its_closed_form(rates, share, binds):
-    """A decode pass of layers that are alike, in the steady state."""
-    share = Share(context=CONTEXT, micro=100, **share)
-    seconds, worked, _ = _decode_pass(rates, share)
-    expected = LAYERS * layer_seconds(SHAPE, rates, share)
-    assert seconds == pytest.approx(expected, rel=0.12)
-    assert max(worked, key=worked.__getitem__) == binds
-    assert seconds >= max(worked.values()) * (1 - 1e-9)
-
-
-def test_attention_of_one_group_hides_behind_the_experts_of_another():
-    """Where the host's attention takes as long as the device's experts, two groups take little more
-    than either. With slots for a layer's experts they read what one group reads, with fewer each
-    reads again what had to go."""
-    rates = _device_rates(
-        down=1e12, up=1e12, dense=lambda rows: 1e15, expert=lambda rows: 40e12, host_attention=1e11
-    )
-    share = Share(context=CONTEXT, micro=100, sequences=800, host_attention=1.0)
-    alone, worked, read = _decode_pass(rates, share)
-    assert alone == pytest.approx(worked["host"] + worked["device"], rel=0.1)
-    beside, lanes, again = _decode_pass(rates, share, groups=2, expert_slots=8)
-    assert lanes["host"] == pytest.approx(worked["host"])
-    assert max(lanes.values()) <= beside < 0.7 * alone
-    assert again == read
-    for groups in (2, 4):
-        *_, again = _decode_pass(rates, share, groups=groups, expert_slots=4)
-        assert again == read + (groups - 1) * LAYERS * (8 - 4) * SHAPE.expert
-
-
-LAYERS, CONTEXT = 6, 640
-
-
-def _decode_pass(rates, share, *, groups=1, expert_slots=None):
-    """Seconds of a pass, of each lane in it, and bytes read, after the first two."""
-    layers, context = LAYERS, CONTEXT
-    moe = Moe(num_experts=8, top_k=2, routing=TopKSoftmax(), expert=Ffn(intermediate=8))
-    block = Block(attention=SPECS["olmoe-1b-7b"].blocks[0].attention, ffn=moe)
-    spec = replace(SPECS["olmoe-1b-7b"], blocks=(block,) * layers)
-    forecast, shape = UsageForecast(ExpertTable.of(spec)), PassShape.of(spec, 0)
-    costs = DeviceCosts(SHAPE, rates, share)
-    lanes = Lanes(Clock(), DEVICE_LANES)
-    moving = 16 if share.on_disk else 4  # the disk works ahead into slots
-    slots = {
-        Part.EXPERT: expert_slots or moving + round(share.resident * 8 * layers),
-        Part.BLOCK: max(2, round(share.resident * layers)), Part.FINAL: 1, Part.EMBED: 1,
-    }  # fmt: skip
-    sizes = {Part.EXPERT: SHAPE.expert, Part.BLOCK: SHAPE.attention}
-    num_keys = {Part.EXPERT: 8 * layers, Part.BLOCK: layers, Part.FINAL: 1, Part.EMBED: 1}
-
-    def reads(key):
-        return (Read("", 0, int(sizes.get(key.part, 1)), 0),)
-
-    weights = SimulatedWeights(
-        lanes, costs, SimulatedParts(num_keys, slots, reads),
-        policy=pool(forecast, slots), depth=8,
-    )  # fmt: skip
-    prefetcher = Prefetcher(shape, weights.cache, forecast)
-    runtime = SimulatedRuntime(
-        lanes, costs, weights, prefetcher=prefetcher, forecast=forecast,
-        router=CountingRouter(lambda layer, rows: dict.fromkeys(range(8), rows * 2 // 8), 8),
-    )  # fmt: skip
-    segment = Segment(
-        sequence=0, token_ids=(0,), first_position=context - 1, pages=(), state_slot=-1,
-        is_prompt=False, long_rope=False, wants_logits=False,
-    )  # fmt: skip
-    batch = make_batch([segment] * share.sequences, micro_batch_tokens=100, groups=groups)
-    for _ in range(2):
-        run_pass(runtime, shape, batch)
-    begin, busy, read = lanes.clock.now, lanes.busy(), weights.cache.stats().bytes_read
-    for _ in range(3):
-        run_pass(runtime, shape, batch)
-    worked = {lane: (end - busy[lane]) / 3 for lane, end in lanes.busy().items()}
-    read = weights.cache.stats().bytes_read - read
-    return (lanes.clock.now - begin) / 3, worked, read / 3

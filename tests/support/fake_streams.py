@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from windlass.device.streams import Event
 
 _SWEEP = 8192  # blocks of memory between two looks at which of them are freed
+_LOOK = 1000  # blocks between two looks at how many bytes they have together
 
 
 class Race(AssertionError):
@@ -167,12 +168,13 @@ class Block:
     """One allocation, of the device or, `is_pinned`, of the host where copies reach it. `log`: the
     last access of each kind: its number on its line, and what it was."""
 
-    __slots__ = ("reference", "is_pinned", "log", "lines")
+    __slots__ = ("reference", "is_pinned", "log", "lines", "num_bytes")
 
     def __init__(self, storage: torch.UntypedStorage, *, is_pinned: bool) -> None:
         # while it is held no other storage has the same number
         self.reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         self.is_pinned = is_pinned
+        self.num_bytes = storage.nbytes()
         self.log: dict[_Access, tuple[int, str]] = {}
         self.lines: set[str] = set()
 
@@ -182,9 +184,12 @@ class Block:
 
 
 class Memory:
-    """Blocks that live, and who touched them. `races`: what was found, in words."""
+    """Blocks that live, and who touched them. `races`: what was found, in words. `peak_bytes`: the
+    most that blocks of the device had together, as looked at now and then."""
 
     def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._num_added = 0
         self._blocks: dict[int, Block] = {}
         self._next_sweep = _SWEEP
         self.races: list[str] = []
@@ -196,7 +201,16 @@ class Memory:
             self._next_sweep = len(self._blocks) + _SWEEP
         storage = tensor.untyped_storage()
         block = self._blocks[storage._cdata] = Block(storage, is_pinned=is_pinned)
+        self._num_added += 1
+        if self._num_added % _LOOK == 0:
+            self.peak_bytes = max(self.peak_bytes, self.num_bytes)
         return block
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the device's blocks that live."""
+        here = (one for one in self._blocks.values() if not one.is_pinned and one.is_alive)
+        return sum(one.num_bytes for one in here)
 
     def find(self, tensor: torch.Tensor) -> Block | None:
         """What `tensor` lies in; None where that is ordinary memory of the host."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fakes import FakeDevice, experts
 from lru import LeastRecentlyUsed
-from stores import OPERATIONS, assert_is_expert, hint, make_chain, operate
+from stores import OPERATIONS, assert_is_expert, hint, make_chain, make_store, operate
 from windlass.checkpoint.placement import PLACE_BYTES
 from windlass.device.cpu import CpuDevice
 from windlass.errors import BudgetError, CheckpointError
@@ -22,6 +22,8 @@ from windlass.weights.cache import WeightCache
 from windlass.weights.hints import Hint
 from windlass.weights.io_queue import Priority
 from windlass.weights.store import Lease, WeightStore
+from windlass.weights.tier_supply import TierSupply
+from windlass.weights.transfer import Carrier
 
 TO_DEVICE = Route(HOST, "device")
 PART = 3 * 64 * 160 * 2  # bytes of an expert
@@ -420,6 +422,31 @@ def test_visits_inside_visits_on_few_slots_do_not_hang():
     store.check()
     store.close()
     for one in (host, device):
+        one.close()
+
+
+def test_two_devices_take_their_shares_from_one_store_of_the_host():
+    host, *devices = (CpuDevice(1, name=name) for name in (HOST, "first", "second"))
+    below, tensors = make_store(host, slots=12, policy=LeastRecentlyUsed())
+    stores = [
+        WeightStore(
+            TierSupply(below, Carrier(device)), {Part.EXPERT: 2}, policy=LeastRecentlyUsed()
+        )
+        for device in devices
+    ]
+    for layer in range(3):
+        for index in range(4):
+            with stores[index % 2].lease(WeightKey(Part.EXPERT, layer, index)) as lease:
+                assert_is_expert(lease, tensors)
+    with stores[0].lease(WeightKey(Part.EXPERT, 0, 1)) as lease:  # the other's, in RAM already
+        assert_is_expert(lease, tensors)
+    moved = stores[0].stats().link_bytes
+    assert moved[Route(HOST, "first")] == 7 * PART and moved[Route(HOST, "second")] == 6 * PART
+    assert moved[DISK_TO_HOST] == 12 * FILE_PART
+    for store in stores:
+        store.check()
+        store.close()
+    for one in (*devices, host):
         one.close()
 
 

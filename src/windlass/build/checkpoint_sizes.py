@@ -32,7 +32,8 @@ from windlass.kvcache.kv_cache import (
     bytes_per_token,
     state_bytes,
 )
-from windlass.checkpoint.part_reads import slot_bytes
+from windlass.checkpoint.part_reads import make_part_reads, slot_bytes
+from windlass.checkpoint.placement import DeviceLayout
 from windlass.weights.row_reader import row_buffer_bytes
 from windlass.checkpoint.views import copied_bytes, dtype_of
 from windlass.options import (
@@ -40,7 +41,7 @@ from windlass.options import (
     read_config,
     resolve_model,
 )
-from windlass.perf.sizes import Backend
+from windlass.perf.sizes import Backend, DeviceSizes
 from windlass.planner.budget import PlanConstraints
 from windlass.perf.sizes import Sizes
 from windlass.runtime.attention_ops import ropes
@@ -112,6 +113,20 @@ def sizes_of(model: CheckpointFolder, options: EngineOptions, backend: Backend) 
         forecast_bytes=_forecast_bytes(model.spec.trunk, options),
         drafts=guessed.num_speculative_tokens if guessed else 0,
         draft_bytes_per_token=bytes_per_known_token(guessed) if guessed else 0,
+    )
+
+
+def device_sizes(
+    model: CheckpointFolder, *, budget_bytes: int, process_bytes: int, backend: str
+) -> DeviceSizes:
+    """Of a device that holds parts of `model`, as `DeviceSizes` names them."""
+    tensors = model.source.tensors
+    parts = ((key.part, make_part_reads(key, model.layout, tensors)) for key in model.layout.parts)
+    return DeviceSizes(
+        budget_bytes=budget_bytes,
+        process_bytes=process_bytes,
+        slot_bytes=DeviceLayout().slot_bytes(parts),
+        backend=backend,
     )
 
 

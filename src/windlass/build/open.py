@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from windlass.device.base import Device
+from windlass.device.base import Device, room_on_device
 from windlass.device.cpu import CpuDevice
 from windlass.device.host_memory import (
     LARGE_BYTES,
@@ -28,7 +28,7 @@ from windlass.engine.layer_drafts import LayerDrafts
 from windlass.engine.request_rules import RequestRules
 from windlass.engine.tokenizer import Tokenizer
 from windlass.engine.tokenizer import load as load_tokenizer
-from windlass.errors import UsageError
+from windlass.errors import BudgetError, UsageError
 from windlass.forecast.learned import source_words
 from windlass.hardware.assumed import assumed_profile
 from windlass.hardware.profile import HardwareProfile
@@ -36,6 +36,7 @@ from windlass.ids import Part
 from windlass.kernels.interface import Kernels
 from windlass.kernels.select import choose_kernels
 from windlass.checkpoint.folder import CheckpointFolder, read_model
+from windlass.build.devices import limit, open_gpu, sizes_above, uses_gpu
 from windlass.build.expected import EngineExpectation
 from windlass.build.foresight import follows_sequences, make_outfit
 from windlass.build.homes import choose_host_kernels, host_fingerprint, open_host, open_kv
@@ -48,6 +49,7 @@ from windlass.build.checkpoint_sizes import pass_shape
 from windlass.build.checkpoint_sizes import cache_dtype
 from windlass.build.checkpoint_sizes import CACHE_DTYPES
 from windlass.options import (
+    CPU,
     EngineOptions,
     checkpoint_stamp,
     default_params,
@@ -56,7 +58,7 @@ from windlass.options import (
 )
 from windlass.params import SamplingParams
 from windlass.plan import Plan
-from windlass.perf.sizes import Backend, Problem
+from windlass.perf.sizes import Backend, DeviceSizes, Problem
 from windlass.planner.budget import PlanConstraints
 from windlass.perf.sizes import Sizes
 from windlass.planner.choose import Chosen, choose_plan, plain_plan
@@ -105,13 +107,37 @@ def open_engine(
 
     `device`: where weights and all that passes work on are; the host if None. `above`: where they
     are instead, copied from `device` as they are wanted; the plan that `options` name has a tier of
-    that name. The engine closes both; so does a failure here.
+    that name. Without both, `options` say whether a GPU is above the host; with "auto", and no plan
+    that fits one, a line of the log says why the CPU computes alone. The engine closes all of them;
+    so does a failure here.
     `kernels`: what computes; as the options say if None.
     `source`: what to plan for. `profile`: the machine it runs on, to be found before kernels are
     chosen here; one like this is assumed if None.
 
     Sets how torch and malloc work in this process, and logs what it sets (level INFO).
     """
+    found = _Given(device, above, kernels, source, profile)
+    try:
+        return _open(options, found)
+    except BudgetError as error:
+        if device is not None or above is not None or not uses_gpu(options):
+            raise
+        _logger.warning("device auto: the CPU computes alone: %s", error)
+    return _open(replace(options, device=CPU, device_memory=None), found)
+
+
+class _Given(NamedTuple):
+    """What `open_engine` was given beside options."""
+
+    device: Device | None
+    above: Device | None
+    kernels: Kernels | None
+    source: JobSource | None
+    profile: HardwareProfile | None
+
+
+def _open(options: EngineOptions, found: _Given) -> Engine:
+    device, above = found.device, found.above
     return_freed_memory()
     with ExitStack() as opened:
         for own in (device, above):
@@ -121,10 +147,15 @@ def open_engine(
         opened.callback(tracer.close)
         model = read_model(options, opened)
         threads = options.threads or useful_threads(model)
+        gpu = open_gpu(options, tracer) if device is None and above is None else None
+        if gpu is not None:
+            above = gpu.device
+            opened.callback(above.close)
         before = torch.get_num_threads()
-        kernels = kernels or choose_kernels(
+        of_host = found.kernels or choose_kernels(  # the host's, which may attend beside a device
             options.moe_backend, threads=threads, bf16_activations=options.dtype == "bfloat16"
         )
+        kernels = of_host if gpu is None else gpu.make_kernels()
         _logger.info(
             "set for the whole process: torch computes with %d threads (before: %d), malloc gives"
             " what is freed above %s back to the system",
@@ -133,30 +164,40 @@ def open_engine(
         memory = above or device or HostAllocator()
         with memory.streams.on(memory.streams.compute):  # the BLAS allocates its buffers
             kernels.linear(memory.zeros(4, 64), memory.zeros(64, 64))
-        backend = Backend(kernels.name, threads)
-        setup = _setup(options, model, backend, source, profile)
+        if options.plan is not None:
+            check_tiers(read_plan(options.plan), above)
+        sizes = sizes_above(gpu, model, options, kernels.name)
+        setup = _setup(options, model, Backend(of_host.name, threads), sizes, found)
         check_tiers(setup.plan, above)
+        if gpu is not None:
+            limit(gpu, setup.plan)
+            setup = replace(setup, notes=(f"plan: computes on {gpu.words}", *setup.notes))
         if device is None:
-            device = CpuDevice(setup.plan.read_threads, tracer=tracer)
+            readers = setup.plan.read_threads
+            device = CpuDevice(readers, tracer=tracer) if gpu is None else gpu.make_host(readers)
             opened.callback(device.close)
         machine = Machine(kernels, above or device, tracer)
-        down = profile.down if profile is not None else None
-        host_kernels = choose_host_kernels(setup.plan, options, threads)
-        found = host_fingerprint(setup.plan, host_kernels)
-        setup = replace(setup, fingerprint={**setup.fingerprint, **found})
-        tiers = Tiers(device, above, down, host_kernels)
-        engine = _assemble(setup, options, model, machine, tiers, opened)
-    return engine
+        down = found.profile.down if found.profile is not None else None
+        if gpu is None or not setup.plan.host_attention:
+            attends = choose_host_kernels(setup.plan, options, threads)
+        else:
+            attends = of_host
+        more = host_fingerprint(setup.plan, attends)
+        setup = replace(setup, fingerprint={**setup.fingerprint, **more})
+        tiers = Tiers(device, above, down, attends, int if gpu is None else gpu.peak)
+        with room_on_device("weights, keys and values"), memory.streams.on(memory.streams.compute):
+            return _assemble(setup, options, model, machine, tiers, opened)
 
 
 def _setup(
     options: EngineOptions,
     model: CheckpointFolder,
     backend: Backend,
-    source: JobSource | None,
-    profile: HardwareProfile | None,
+    device: DeviceSizes | None,
+    found: _Given,
 ) -> EngineSetup:
-    """The plan and all that requests need."""
+    """The plan and all that requests need. `device`: that passes compute on, beside the host."""
+    source, profile = found.source, found.profile
     tokenizer_folder = resolve_model(options.tokenizer) if options.tokenizer else model.folder
     tokenizer = load_tokenizer(tokenizer_folder, model_folder=model.folder)
     replayed = read_plan(options.plan) if options.plan else None
@@ -166,7 +207,8 @@ def _setup(
     longest = options.max_model_len or model.spec.max_positions
     job = source.job(tokenizer, params, longest) if source else None
     profile = profile or assumed_profile(threads=backend.threads, memory_bytes=available_bytes())
-    sizes = sizes_of(model, options, backend)  # after all that the process has grown by
+    # after all that the process has grown by
+    sizes = replace(sizes_of(model, options, backend), device=device)
     wanted = wanted_of(options, model)
     problem = Problem(model.spec, sizes, profile)
     chosen = _choose(_Choice(problem, wanted, options, replayed), job)
@@ -200,7 +242,9 @@ def _setup(
             if plan.max_model_len == model.spec.max_positions
             else "",
         ),
-        fingerprint=_fingerprint(model, tokenizer, options, backend),
+        fingerprint=_fingerprint(
+            model, tokenizer, options, backend.name if device is None else device.backend
+        ),
         expectation=EngineExpectation(chosen),
         keeps_bursts=options.burst_tokens is not None,
     )
@@ -226,7 +270,9 @@ def _choose(by: _Choice, job: Job | None) -> Chosen:
     may_burst = not problem.profile.is_assumed and follows_sequences(options)
     if wanted.burst_tokens is None and not may_burst:
         wanted = replace(wanted, burst_tokens=0)
-    if job is None:
+    # without rates of a GPU that is there nothing can be searched
+    is_unknown = problem.sizes.device is not None and problem.profile.device is None
+    if job is None or is_unknown:
         return plain_plan(problem, budget, wanted)
     before = resident_bytes()
 
@@ -294,6 +340,7 @@ def _assemble(
             resources=opened.pop_all(),
             speculation=foresight.words,
             abandon=machine.abandon,
+            device_peak=tiers.peak,
             forecast_sources=partial(source_words, outfit.forecast),
         ),
     )
@@ -332,13 +379,13 @@ def _long_rope_after(spec: ModelSpec) -> int | None:
 
 
 def _fingerprint(
-    model: CheckpointFolder, tokenizer: Tokenizer, options: EngineOptions, backend: Backend
+    model: CheckpointFolder, tokenizer: Tokenizer, options: EngineOptions, kernels: str
 ) -> dict[str, object]:
-    """What would change results if it changed."""
+    """What would change results if it changed. `kernels`: the name of those that compute."""
     return {
         "model": checkpoint_stamp(model.folder),
         "load_format": options.load_format,
-        "kernels": backend.name,
+        "kernels": kernels,
         "kv_cache_dtype": cache_dtype(model, options),
         "tokenizer": tokenizer.digest,
         "generation_config": options.generation_config,

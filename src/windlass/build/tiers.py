@@ -1,5 +1,6 @@
 """Where weights are: in the host's memory, and in that of a device above it, if a plan has one."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from windlass.build.foresight import Outfit
@@ -30,6 +31,7 @@ class Tiers(NamedTuple):
     above: Device | None
     down: LinkRates | None
     host_kernels: Kernels | None = None
+    peak: Callable[[], int] = int  # what was taken at once of the memory above
 
 
 def check_tiers(plan: Plan, above: Device | None) -> None:

@@ -1,11 +1,13 @@
 """Where tensors lie in a slot of a device, and what is moved there from a slot that holds the bytes
 of files. Knows ranges and shapes, no memory; needs no torch."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
 from windlass.checkpoint.part_reads import PartReads, Placement
 from windlass.device.base import ALIGN_BYTES
+from windlass.ids import Part
 from windlass.units import round_up
 
 # Kernels load 16 bytes at once where addresses allow it; files put tensors at any offset
@@ -47,6 +49,13 @@ class DeviceLayout:
 
     def __init__(self) -> None:
         self._offsets: dict[_Signature, tuple[int, ...]] = {}  # by number of the stretch
+
+    def slot_bytes(self, parts: Iterable[tuple[Part, PartReads]]) -> dict[Part, int]:
+        """What a slot of each kind takes here that is to hold any of `parts`."""
+        sizes: dict[Part, int] = {}
+        for part, reads in parts:
+            sizes[part] = max(sizes.get(part, 0), self.place(reads).part_reads.num_bytes)
+        return sizes
 
     def place(self, reads: PartReads) -> Placed:
         """Where a part goes that `reads` put into a slot."""

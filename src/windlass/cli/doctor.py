@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from windlass.doctor.examine import Subject
 
 # Flags of an engine that change what is measured
-_SHARED = ("threads", "moe-backend", "dtype", "load-mode")
+_SHARED = ("device", "threads", "moe-backend", "dtype", "load-mode")
 FLAGS = (
     Flag(name="model", aliases=MODEL_NAMES, metavar="DIR|ORG/NAME",
          help="a checkpoint: its disk, shapes and formats are measured (default: usual shapes, all "
@@ -50,6 +50,7 @@ def subject_of(values: Mapping[str, Any]) -> "Subject":
     return Subject(
         cache=cache_folder(),
         model=model,
+        device=values["device"],
         threads=values["threads"],
         moe_backend=values["moe_backend"],
         dtype=values["dtype"],

@@ -17,6 +17,7 @@ from windlass.options import (
     KV_CACHE_DTYPES,
     EngineOptions,
     read_config,
+    read_device,
     resolve_model,
 )
 from windlass.plan import SCHEDULES
@@ -84,6 +85,13 @@ ENGINE_FLAGS = (
          help="of all sampling without a seed of its own (default 0)"),
     Flag(name="host-memory", read=size, metavar="SIZE", group=_MEMORY,
          help="memory the whole process may take, such as 24GiB (default: most of what is free)"),
+    Flag(name="device", aliases=("-dev",), read=read_device, default="auto", metavar="NAME",
+         group=_MEMORY, help="where passes compute: cpu, cuda or one as cuda:1, which is an error "
+         "where it cannot be; auto (default): a GPU where torch has one and the model's plan fits "
+         "it, else the CPU"),
+    Flag(name="device-memory", read=size, metavar="SIZE", group=_MEMORY,
+         help="memory of the GPU that may be taken in all, such as 16GiB: its context, weights, "
+         "keys and values, workspace (default: 90 % of what is free)"),
     Flag(name="moe-expert-cache-size", aliases=("--moe-expert-cache",), read=_cache_size,
          metavar="SIZE", group=_MEMORY,
          help="memory for experts: auto, a size, or a number of experts per layer"),
@@ -156,17 +164,17 @@ CONFIG_FLAG = Flag(
 
 # flag -> (values that ask for nothing, what to say)
 _ONE, _NONE = ("1",), ()
-_GPU = "Windlass runs on the CPU as yet; use --host-memory"
+_GPU = "--device-memory says how much of a GPU may be taken, as a size"
 _PARALLEL = "several devices are not supported yet"
 REFUSED: Mapping[str, tuple[tuple[str, ...], str]] = {
     **dict.fromkeys(("-tp", "--tensor-parallel-size", "-pp", "--pipeline-parallel-size", "-dp",
                      "--data-parallel-size"), (_ONE, _PARALLEL)),
     **dict.fromkeys(("-sm", "--split-mode", "-ts", "--tensor-split"), (_NONE, _PARALLEL)),
-    **dict.fromkeys(("-dev", "--device"), (("auto", "cpu"), _GPU)),
-    **dict.fromkeys(("--gpu-memory-utilization", "--device-memory", "--fit-target"), (_NONE, _GPU)),
+    **dict.fromkeys(("--gpu-memory-utilization", "--fit-target"), (_NONE, _GPU)),
     **dict.fromkeys(("-ngl", "--gpu-layers", "--n-gpu-layers", "-ot", "--override-tensor",
                      "--cpu-offload-gb", "-ncmoe", "--n-cpu-moe", "-cmoe", "--cpu-moe"),
-                    (_NONE, "placement is planned from --host-memory and --moe-expert-cache-size")),
+                    (_NONE, "placement is planned from --host-memory, --device-memory and"
+                     " --moe-expert-cache-size")),
     **dict.fromkeys(("--enable-lora", "--lora", "--lora-modules"),
                     (_NONE, "LoRA adapters are not supported yet")),
     **dict.fromkeys(("-md", "--model-draft"), (_NONE, "a second model is never loaded;"

@@ -13,6 +13,7 @@ from windlass.cli.flags import Command, Flag, integer, number
 from windlass.cli.signals import leave_at_once
 from windlass.cli.summary import (
     draft_lines,
+    memory_words,
     phase_json,
     phase_lines,
     plan_lines,
@@ -87,7 +88,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     print(
         f"{len(output.prompt_token_ids)} tokens in, {len(choice.token_ids)} out, "
         f"{len(choice.token_ids) / seconds:.2f} per s; {format_bytes(stats.bytes_read)} read, "
-        f"{weights_words(stats)}, {format_bytes(stats.peak_rss_bytes)} at the peak",
+        f"{weights_words(stats)}, {memory_words(stats)}",
         *prefetch_lines(stats),
         *draft_lines(stats),
         *phase_lines(stats, check),
@@ -107,6 +108,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
             "output_throughput": len(choice.token_ids) / seconds,
             **weights_json(stats),
             "peak_rss_bytes": stats.peak_rss_bytes,
+            "peak_device_bytes": stats.peak_device_bytes,
             **phase_json(stats, check),
             "plan": engine.plan.to_json(),
         }

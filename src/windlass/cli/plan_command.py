@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options, say_line
-from windlass.cli.flags import Command, Flag, integer, size
+from windlass.cli.flags import Command, Flag, integer
 from windlass.doctor.kept import cache_folder
 from windlass.errors import UsageError
 from windlass.hub.locate import locate
-from windlass.options import EngineOptions, default_params, resolve_model
+from windlass.options import AUTO, CPU, CUDA, EngineOptions, default_params, resolve_model
+from windlass.units import MIB
 
 if TYPE_CHECKING:
     from windlass.checkpoint.folder import CheckpointFolder
     from windlass.hardware.profile import HardwareProfile
+    from windlass.perf.sizes import Sizes
     from windlass.planner.one_sequence import OneSequence
     from windlass.replay.routing_trace import RoutingTrace
     from windlass.workload import Workload
@@ -29,6 +31,8 @@ _WITHOUT = (
     "expert-map-store", "load-format", "generation-config",
 )  # fmt: skip
 _PROMPT, _OUTPUT, _REQUESTS = 512, 128, 256
+# Of a GPU: its share of memory by default, and what CUDA takes of it and of the host [assumed]
+_DEVICE_SHARE, _CONTEXT_BYTES, _LIBRARY_BYTES = 0.9, 512 * MIB, 1024 * MIB
 _SHARE = 0.8  # of the memory of a machine that is not this one (MoE-Lightning, artifact)
 FLAGS = (
     Flag(name="workload", aliases=("-i",), read=Path, metavar="FILE", group=_JOB,
@@ -39,12 +43,10 @@ FLAGS = (
          help=f"tokens of every answer (default {_OUTPUT})"),
     Flag(name="num-requests", read=integer(1), metavar="N", group=_JOB,
          help=f"requests (default {_REQUESTS})"),
-    Flag(name="machine", metavar="NAME|FILE", group=_MACHINE,
+    Flag(name="machine", aliases=("--hardware",), metavar="NAME|FILE", group=_MACHINE,
          help="plan for a machine one does not have: a preset (a wrong name lists them), a .toml "
          "file like theirs, or what `windlass doctor --json` printed elsewhere (default: this "
          "machine, measured once)"),
-    Flag(name="device-memory", read=size, metavar="SIZE", group=_MACHINE,
-         help="memory of the machine's GPU that may be used (default: 90 % of it)"),
     Flag(name="replay", read=Path, metavar="FILE", group=_JOB,
          help="what --routing-trace of an earlier run of this model wrote: how much memory for how "
          "many tokens/s, one answer at a time"),
@@ -74,10 +76,8 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         sizes = sizes_of(model, options, backend)
         workload = _workload(values, options, model)
         budget = _budget(values, profile)
-        found = explain(
-            Problem(model.spec, sizes, profile), workload, budget, wanted,
-            device_memory=values["device_memory"],
-        )  # fmt: skip
+        sizes = _with_device(sizes, model, profile, options)
+        found = explain(Problem(model.spec, sizes, profile), workload, budget, wanted)
         single = None
         if trace is not None:
             problem = Problem(model.spec, sizes, profile)
@@ -112,8 +112,6 @@ def _check(values: Mapping[str, Any]) -> None:
     if values["workload"] is not None and lengths:
         name = lengths[0].replace("_", "-")
         raise UsageError(f"--{name}: not beside --workload, whose own lengths are planned for")
-    if values["device_memory"] is not None and values["machine"] is None:
-        raise UsageError("--device-memory: allowed with a --machine that has a GPU")
 
 
 def options_to_plan(
@@ -149,17 +147,21 @@ def machine_to_plan(
     from windlass.perf.sizes import Backend
 
     if values["machine"] is not None:
-        from windlass.hardware.preset import load_machine
+        from windlass.hardware.preset import in_fp32, load_machine
 
-        profile = load_machine(values["machine"])
-        if profile.device is None and values["device_memory"] is not None:
-            raise UsageError(f"--device-memory: {profile.name} has no GPU")
+        profile = _on_device(load_machine(values["machine"]), options)
+        if not profile.captured and options.dtype != "bfloat16":
+            profile = in_fp32(profile)
         return profile, Backend("cpu", options.threads or profile.threads)
+    from windlass.device.cuda import cuda_index
     from windlass.doctor.examine import Subject, examine
 
+    if cuda_index(options.device) is None and options.device_memory is not None:
+        raise UsageError("--device-memory: this machine has no GPU, allowed with one")
     subject = Subject(
         cache=cache_folder(),
         model=measured,
+        device=options.device,
         threads=options.threads,
         moe_backend=options.moe_backend,
         dtype=options.dtype,
@@ -170,7 +172,31 @@ def machine_to_plan(
         say_line(f"plan: {report.noise}")
     has_native = not isinstance(library.load(), str) and options.moe_backend != "torch"
     threads = options.threads or useful_threads(model)
-    return report.profile, Backend("cpu" if has_native else "torch", threads)
+    return _on_device(report.profile, options), Backend("cpu" if has_native else "torch", threads)
+
+
+def _on_device(profile: "HardwareProfile", options: EngineOptions) -> "HardwareProfile":
+    """The machine without its GPU, where the CPU is to compute alone."""
+    if options.device == CPU:
+        return replace(profile, device=None, down=None, up=None)
+    if profile.device is None and (options.device != AUTO or options.device_memory is not None):
+        name = "device" if options.device != AUTO else "device-memory"
+        raise UsageError(f"--{name}: {profile.name} has no GPU, allowed with one")
+    return profile
+
+
+def _with_device(
+    sizes: "Sizes", model: "CheckpointFolder", profile: "HardwareProfile", options: EngineOptions
+) -> "Sizes":
+    """The sizes, with those of the machine's GPU where it has one. What its context takes, and the
+    host's libraries for it, is only known where it runs."""
+    from windlass.build.checkpoint_sizes import device_sizes
+
+    if profile.device is None:
+        return sizes
+    memory = options.device_memory or int(_DEVICE_SHARE * profile.device.memory_bytes)
+    device = device_sizes(model, budget_bytes=memory, process_bytes=_CONTEXT_BYTES, backend=CUDA)
+    return replace(sizes, device=device, process_bytes=sizes.process_bytes + _LIBRARY_BYTES)
 
 
 def _budget(values: Mapping[str, Any], profile: "HardwareProfile") -> int:

@@ -19,6 +19,7 @@ from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
 from windlass.cli.summary import (
     burst_lines,
     draft_lines,
+    memory_words,
     phase_json,
     phase_lines,
     plan_lines,
@@ -215,7 +216,7 @@ def _summary_lines(summary: "Summary", options: "JobOptions") -> list[str]:
             *prefetch_lines(stats),
             *draft_lines(stats),
             *burst_lines(stats),
-            f"memory: {format_bytes(stats.peak_rss_bytes)} at the peak",
+            f"memory: {memory_words(stats)}",
             f"plan: {options.plan_file}",
         ]
         if stats.prefix_cache_queries:
@@ -268,6 +269,7 @@ def _summary_json(
             "weights_wait_time": stats.wait_s,
             "pass_time": stats.pass_s,
             "peak_rss_bytes": stats.peak_rss_bytes,
+            "peak_device_bytes": stats.peak_device_bytes,
             **phase_json(stats, summary.check),
         }
     return document

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.expectation import Check
+from windlass.ids import DEVICE, DISK, HOST
 from windlass.phases import MODULES
 from windlass.units import format_bytes, format_seconds
 
@@ -18,13 +19,22 @@ def plan_lines(engine: "Engine") -> list[str]:
     return [*engine.plan.lines(), *engine.notes]
 
 
+def memory_words(stats: EngineStats) -> str:
+    """What was taken at once, of the process's memory and of a device's."""
+    own = f"{format_bytes(stats.peak_rss_bytes)} at the peak"
+    if not stats.peak_device_bytes:
+        return own
+    return f"{own}, {format_bytes(stats.peak_device_bytes)} of the device's"
+
+
 def weights_words(stats: EngineStats) -> str:
     """Where experts were found."""
     shares = stats.expert_shares
     if not shares:
         return "experts found in memory: none needed"
-    host, disk = 100 * shares["host"], 100 * shares["disk"]
-    return f"experts found in memory: {host:.1f} %, on disk: {disk:.1f} %"
+    words = {DEVICE: "on the device", HOST: "in memory", DISK: "on disk"}
+    found = (f"{words[tier]}: {100 * share:.1f} %" for tier, share in shares.items())
+    return f"experts found {', '.join(found)}"
 
 
 def prefetch_lines(stats: EngineStats) -> list[str]:

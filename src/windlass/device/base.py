@@ -1,13 +1,15 @@
 """The seam between memory management and a device: its memory, tensors in it, and asynchronous
 copies into it. Knows bytes and files, not weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
 
 from windlass.device.streams import OVER, Event, Streams
+from windlass.errors import BudgetError
 from windlass.ids import DISK, Route
 
 # Direct I/O wants file offsets, lengths and addresses on this boundary: the page size, and at
@@ -99,6 +101,19 @@ class Copy:
 
 
 Done = Callable[[Exception | None], None]
+
+
+@contextmanager
+def room_on_device(what: str) -> Iterator[None]:
+    """BudgetError where a device has no room for `what`, in place of torch's error."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = " ".join(str(error).split(". ")[:2])
+        raise BudgetError(
+            f"device memory: no room for {what}: give less to others, or another"
+            f" --device-memory ({reason})"
+        ) from error
 
 
 class Allocator(Protocol):

@@ -1,19 +1,27 @@
-"""How fast a GPU and the links to it are, through torch: Windlass has no kernels of its own there
-yet, so only plain types are measured. Tested with a device that computes on the host."""
+"""How fast a GPU and the links to it are: experts by the kernels of the device where they are
+given, all else through torch. Of packed weights a rate follows from that of bf16 and their bytes.
+Tested with a device that computes on the host."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
-from typing import Protocol
+from itertools import cycle, islice
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from windlass.doctor.timing import Timing, measure
+from windlass.hardware.preset import BYTES_PER_WEIGHT
 from windlass.hardware.profile import Curve, LinkRates, Processor
+from windlass.kernels.interface import ExpertGroups, Kernels
+from windlass.models.spec import SwiGlu
 from windlass.units import KIB, MIB
 
+_GROUP = 8  # experts of one call of the kernels
+_BESIDE_BYTES = 64 * MIB  # of a copy, while the host attends
+_BESIDE_SAMPLES = 5
 _TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -49,28 +57,46 @@ class Shapes:
     prompt: int = 2048
 
 
+class HostAttention(NamedTuple):
+    """A call of the host's decode attention, and the bytes of keys and values that it reads."""
+
+    call: Callable[[], object]
+    num_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceRates:
-    """All that a profile says of a device."""
+    """All that a profile says of a device. `attention_beside_copies`: bytes/s of the host's
+    attention while both links carry weights; None where it was not asked for."""
 
     processor: Processor
     down: LinkRates
     up: LinkRates
     spread: dict[str, float]
+    attention_beside_copies: float | None = None
 
 
-def measure_device(accelerator: Accelerator, shapes: Shapes = Shapes()) -> DeviceRates:
-    """Links both ways at once with pinned memory, one at a time with pageable memory; products,
-    attention and memory as torch has them."""
-    bench = _Bench(accelerator, shapes)
+def measure_device(
+    accelerator: Accelerator,
+    shapes: Shapes = Shapes(),
+    *,
+    kernels: Kernels | None = None,
+    attention: HostAttention | None = None,
+) -> DeviceRates:
+    """Links both ways at once and each alone with pinned memory, one at a time with pageable
+    memory; experts by `kernels`, those of the device; products, attention and memory as torch has
+    them; the host's `attention` while links are busy."""
+    bench = _Bench(accelerator, shapes, kernels)
     down, up = bench.links()
-    return DeviceRates(bench.processor(), down, up, bench.spread)
+    beside = None if attention is None else bench.beside_copies(attention, down, up)
+    return DeviceRates(bench.processor(), down, up, bench.spread, beside)
 
 
 class _Bench:
-    def __init__(self, accelerator: Accelerator, shapes: Shapes) -> None:
+    def __init__(self, accelerator: Accelerator, shapes: Shapes, kernels: Kernels | None) -> None:
         self._on = accelerator
         self._shapes = shapes
+        self._kernels = kernels
         self.spread: dict[str, float] = {}
 
     def _time(self, name: str, calls: Sequence[Callable[[], object]], *, batch: int = 8) -> Timing:
@@ -91,18 +117,47 @@ class _Bench:
     def links(self) -> tuple[LinkRates, LinkRates]:
         both: list[tuple[float, float]] = []
         pageable: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+        alone: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
         for size in self._shapes.copies:
-            copiers = [self._on.copier(size, down=down, pinned=True) for down in (True, False)]
+            copiers = [self._on.copier(size, down=one, pinned=True) for one in (True, False)]
             both.append((size, size / self._time(f"link, {size} bytes", copiers).median_s))
-            for down, points in pageable.items():
-                name = f"link {'down' if down else 'up'}, pageable, {size} bytes"
-                copier = self._on.copier(size, down=down, pinned=False)
-                points.append((size, size / self._time(name, [copier]).median_s))
-        rate = Curve(tuple(both))
-        return (
-            LinkRates(rate=rate, pageable=Curve(tuple(pageable[True]))),
-            LinkRates(rate=rate, pageable=Curve(tuple(pageable[False]))),
-        )
+            for is_down in (True, False):
+                for how, points in (("pageable", pageable), ("alone", alone)):
+                    name = f"link {'down' if is_down else 'up'}, {how}, {size} bytes"
+                    copier = self._on.copier(size, down=is_down, pinned=points is alone)
+                    points[is_down].append((size, size / self._time(name, [copier]).median_s))
+        down, up = (
+            LinkRates(
+                rate=Curve(tuple(both)), pageable=Curve(tuple(pageable[is_down])),
+                alone=Curve(tuple(alone[is_down])),
+            )
+            for is_down in (True, False)
+        )  # fmt: skip
+        return down, up
+
+    def beside_copies(self, attention: HostAttention, down: LinkRates, up: LinkRates) -> float:
+        """Bytes/s of the host's attention while both links are busy from its begin to its end."""
+        size = min(_BESIDE_BYTES, self._shapes.copies[-1])
+        begin = time.perf_counter()
+        attention.call()
+        alone_s = time.perf_counter() - begin
+        # copies last twice as long as attention does alone
+        copies = [
+            (self._on.copier(size, down=is_down, pinned=True), link.rate.at(size))
+            for is_down, link in ((True, down), (False, up))
+        ]
+        samples = []
+        for _ in range(_BESIDE_SAMPLES):
+            for copy, rate in copies:
+                for _ in range(1 + int(2 * alone_s * rate / size)):
+                    copy()
+            begin = time.perf_counter()
+            attention.call()
+            samples.append(time.perf_counter() - begin)
+            self._on.synchronize()
+        timing = Timing(tuple(samples))
+        self.spread["decode attention beside copies"] = timing.spread
+        return attention.num_bytes / timing.median_s
 
     # --- the device -------------------------------------------------------------------------------
 
@@ -111,6 +166,12 @@ class _Bench:
         for kind, dtype in _TYPES.items():
             experts[kind] = self._experts(kind, dtype)
             dense[kind] = self._dense(kind, dtype)
+        for kind, size in BYTES_PER_WEIGHT.items():
+            if kind not in experts:
+                experts[kind], dense[kind] = (
+                    _narrower(one["bfloat16"], BYTES_PER_WEIGHT["bfloat16"] / size)
+                    for one in (experts, dense)
+                )
         large = torch.ones(self._shapes.large_bytes // 4, device=self._on.device)
         memory = self._time("device memory", [large.sum])
         del large
@@ -140,6 +201,8 @@ class _Bench:
             for _ in range(max(1, self._shapes.cold_bytes // num_bytes))
         ]
         turn = cycle(weights)
+        if self._kernels is not None:
+            return self._grouped(f"device experts {kind}", turn, self._kernels)
 
         def call(x_ND: torch.Tensor) -> torch.Tensor:
             gate_up, down = next(turn)
@@ -147,6 +210,31 @@ class _Bench:
             return linear(silu(gate) * up, down)
 
         return self._curve(f"device experts {kind}", call, 6 * hidden * inner, dtype)
+
+    def _grouped(
+        self, name: str, turn: Iterator[tuple[torch.Tensor, torch.Tensor]], kernels: Kernels
+    ) -> Curve:
+        """FLOP/s over rows of one expert, of some experts a call."""
+        hidden, inner = self._shapes.hidden, self._shapes.intermediate
+        points = []
+        for rows in self._shapes.rows:
+            x_TD = self._random(rows * _GROUP, hidden, dtype=torch.float32)
+            out = torch.empty_like(x_TD)
+            ids_TA = torch.arange(_GROUP, device=self._on.device).repeat_interleave(rows)
+            groups = kernels.group(ids_TA[:, None], _GROUP)
+
+            def call(
+                x_TD: torch.Tensor = x_TD, groups: ExpertGroups = groups, out: torch.Tensor = out
+            ) -> None:
+                experts = {
+                    i: {"gate": gate_up[:inner], "up": gate_up[inner:], "down": down}
+                    for i, (gate_up, down) in enumerate(islice(turn, _GROUP))
+                }
+                kernels.experts(x_TD, experts, groups, SwiGlu(), out)
+
+            timing = self._time(f"{name}, {rows} rows", [call])
+            points.append((rows, 6 * hidden * inner * rows * _GROUP / timing.median_s))
+        return Curve(tuple(points))
 
     def _dense(self, kind: str, dtype: torch.dtype) -> Curve:
         hidden = self._shapes.hidden
@@ -192,3 +280,8 @@ class _Bench:
         )
         timing = self._time("device prefill attention", [attend])
         return 4 * heads * dim * prompt * (prompt + 1) / 2 / timing.median_s
+
+
+def _narrower(curve: Curve, times: float) -> Curve:
+    """Of weights with so many times fewer bytes: few rows wait for their bytes, many do not."""
+    return Curve(tuple((rows, min(curve.best, rate * times)) for rows, rate in curve.points))

@@ -10,14 +10,20 @@ from typing import Literal
 
 import torch
 
-from windlass.device.cuda import find_cuda
+from windlass.device.cuda_rates import find_cuda
 from windlass.device.processors import default_threads
 from windlass.doctor.bench_model import KINDS, checkpoint_model, random_model
-from windlass.doctor.device_rates import Accelerator, DeviceRates, measure_device
+from windlass.doctor.device_rates import (
+    Accelerator,
+    DeviceRates,
+    HostAttention,
+    measure_device,
+)
 from windlass.doctor.disk import DiskRates, measure_disk, scratch_checkpoint
 from windlass.doctor.environment import Environment, read_environment
 from windlass.doctor.kernel_rates import (
     Findings,
+    decode_attention,
     measure_attention,
     measure_memory,
     measure_products,
@@ -30,18 +36,20 @@ from windlass.doctor.timing import Load
 from windlass.hardware.profile import HardwareProfile, Processor
 from windlass.kernels.interface import Kernels
 from windlass.kernels.select import choose_kernels
-from windlass.options import EngineOptions
+from windlass.options import AUTO, CPU, EngineOptions
 from windlass.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
     """What is examined. `model`: a checkpoint whose disk, shapes and formats are measured; None for
-    usual shapes, all formats and a file in `cache`, which also keeps reports. None in `threads`:
+    usual shapes, all formats and a file in `cache`, which also keeps reports. `device`: "cpu" where
+    no GPU is looked for, else which. None in `threads`:
     all that this process may use."""
 
     cache: Path
     model: Path | None = None
+    device: str = AUTO
     threads: int | None = None
     moe_backend: Literal["auto", "torch", "cpu"] = "auto"
     dtype: str = "auto"
@@ -101,7 +109,7 @@ def _prepared(subject: Subject) -> Iterator[_Place]:
         kernels = choose_kernels(
             subject.moe_backend, threads=threads, bf16_activations=subject.dtype == "bfloat16"
         )
-        gpu = find_cuda()
+        gpu = find_cuda(subject.device)
         environment = read_environment(
             subject.model or subject.cache,
             kernels,
@@ -128,6 +136,7 @@ class _Examination:
         self._tell = tell
         self._findings = Findings()
         self._notes: list[str] = []
+        self._attention: HostAttention | None = None  # as the host has it
 
     def run(self, accelerator: Accelerator | None) -> Report:
         load, begin = Load(), time.perf_counter()
@@ -136,7 +145,7 @@ class _Examination:
         device = None
         if accelerator is not None:
             self._tell("measuring the GPU and its links")
-            device = measure_device(accelerator)
+            device = measure_device(accelerator, attention=self._attention)
             self._findings.spread |= device.spread
         return Report(
             environment=self._environment,
@@ -167,6 +176,7 @@ class _Examination:
         self._tell("measuring the overhead of calls")
         overhead = measure_overhead(
             EngineOptions(
+                device=CPU,
                 threads=threads,
                 host_memory=small_budget(),
                 moe_backend="cpu" if self._kernels.name == "cpu" else "torch",
@@ -179,6 +189,7 @@ class _Examination:
         measured = random_model(next(kinds)) if model is None else checkpoint_model(model)
         try:
             decode, prefill = measure_attention(measured, self._kernels, self._findings)
+            self._attention = HostAttention(*decode_attention(measured, self._kernels))
             while True:
                 measure_products(measured, self._kernels, self._findings)
                 kind = next(kinds, None) if model is None else None
@@ -208,6 +219,8 @@ class _Examination:
     def _profile(
         self, disk: DiskRates, host: Processor, device: DeviceRates | None
     ) -> HardwareProfile:
+        if device is not None:
+            host = replace(host, attention_beside_copies=device.attention_beside_copies)
         return HardwareProfile(
             name=f"{self._environment.cpu}, {self._environment.threads} threads",
             captured=datetime.now(UTC).isoformat(timespec="seconds"),

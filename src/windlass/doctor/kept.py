@@ -40,6 +40,7 @@ def kept_profile(options: EngineOptions) -> "HardwareProfile | None":
         subject = Subject(
             cache=cache_folder(),
             model=model,
+            device=options.device,
             threads=options.threads,
             moe_backend=options.moe_backend,
             dtype=options.dtype,

@@ -183,18 +183,25 @@ def measure_attention(
 ) -> tuple[float, float]:
     """Bytes/s of keys and values in decode (bf16, contexts of 512), FLOP/s of a prompt."""
     heads = _heads(model) or _Heads(32, 4, 128, 128, False)
-    decode = _time_attention(kernels, heads, (_CONTEXT, 1), _SEQUENCES)
-    prefill = _time_attention(kernels, heads, (_PROMPT, _PROMPT), 1)
+    call, num_bytes = decode_attention(model, kernels)
+    decode = measure(call, samples=9)
+    prefill = measure(_attention_call(kernels, heads, (_PROMPT, _PROMPT), 1), samples=9)
     findings.spread["decode attention"] = decode.spread
     findings.spread["prefill attention"] = prefill.spread
-    num_bytes = _SEQUENCES * _CONTEXT * heads.bytes_per_token
     flops = heads.flops_per_position * _PROMPT * (_PROMPT + 1) // 2
     return num_bytes / decode.median_s, flops / prefill.median_s
 
 
-def _time_attention(
+def decode_attention(model: BenchModel, kernels: Kernels) -> tuple[Callable[[], object], int]:
+    """A call of it, and the bytes of keys and values that it reads."""
+    heads = _heads(model) or _Heads(32, 4, 128, 128, False)
+    call = _attention_call(kernels, heads, (_CONTEXT, 1), _SEQUENCES)
+    return call, _SEQUENCES * _CONTEXT * heads.bytes_per_token
+
+
+def _attention_call(
     kernels: Kernels, heads: _Heads, lengths: tuple[int, int], sequences: int
-) -> Timing:
+) -> Callable[[], object]:
     """`sequences` with `lengths` = (positions, of these rows of the call), pages in random order,
     as they are after a while."""
     positions, rows = lengths
@@ -216,4 +223,4 @@ def _time_attention(
     q_THd = torch.randn(sequences * rows, heads.query, heads.key_dim)
     options = AttentionOptions(scale=heads.key_dim**-0.5, value_dim=heads.value_dim)
     stores = PagedRows(keys), PagedRows(values)
-    return measure(lambda: kernels.attention(q_THd, *stores, work, options), samples=9)
+    return lambda: kernels.attention(q_THd, *stores, work, options)

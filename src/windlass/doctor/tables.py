@@ -137,6 +137,9 @@ def _processor_lines(processor: Processor, spread: Mapping[str, float], prefix: 
         ("  of each expert in it, us", processor.expert_s * 1e6, ""),
     )  # fmt: skip
     rows = [[name, f"{value:.1f} {_spread(spread, key)}"] for name, value, key in singles]
+    if (beside := processor.attention_beside_copies) is not None:
+        shown = f"{beside / 1e9:.1f} {_spread(spread, 'decode attention beside copies')}"
+        rows.insert(2, ["  while both links are busy", shown])
     lines += table(("", ""), rows)[2:]
     for title, name in (("expert networks", "experts"), ("dense products", "dense")):
         curves: Mapping[str, Curve] = getattr(processor, name)
@@ -163,7 +166,8 @@ def _link_lines(profile: HardwareProfile) -> list[str]:
     sizes = [size for size, _ in profile.down.rate.points]
     rows = []
     for name, link in (("host to device", profile.down), ("device to host", profile.up)):
-        for how, curve in (("pinned", link.rate), ("pageable", link.pageable)):
+        curves = ("pinned", link.rate), ("pinned, alone", link.alone), ("pageable", link.pageable)
+        for how, curve in curves:
             if curve is not None:
                 rows.append([f"{name}, {how}", *(_giga(curve.at(size)) for size in sizes)])
     return ["", *table(("links, GB/s by copy", *(format_bytes(size) for size in sizes)), rows)]

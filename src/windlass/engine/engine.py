@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from windlass.device.base import Device
+from windlass.device.base import Device, room_on_device
 from windlass.device.host_memory import peak_resident_bytes
 from windlass.device.streams import Streams
 from windlass.engine.admission import Admission, ScheduledSequence
@@ -75,6 +75,7 @@ class EngineParts:
     resources: ExitStack
     speculation: Callable[[], str] = str  # whether it pays, in words
     forecast_sources: Callable[[], str] = str  # which are on and off, in words
+    device_peak: Callable[[], int] = int  # bytes of a device's memory that were taken at once
     abandon: Callable[[], object] = object  # returns when nothing of a failed pass is under way
 
     def computing(self) -> AbstractContextManager[None]:
@@ -288,6 +289,7 @@ def _stats_of(parts: EngineParts, plan: Plan) -> dict[str, Any]:
     return {
         "weights": parts.weights.stats(),
         "peak_rss_bytes": peak_resident_bytes(),
+        "peak_device_bytes": parts.device_peak(),
         "running": len(own.running),
         "waiting": len(own.waiting),
         "num_preemptions": own.num_preemptions,
@@ -321,9 +323,10 @@ def _prompt_scores(outcome: Outcome) -> Iterator[PromptScore]:
 
 @contextmanager
 def _or_restart(parts: EngineParts) -> Iterator[None]:
-    """Computes; after a failure all that run are computed again."""
+    """Computes; after a failure all that run are computed again. BudgetError where a device has
+    too little memory for it."""
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), room_on_device("a pass"):
             yield
     except BaseException:
         parts.abandon()

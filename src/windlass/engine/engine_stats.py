@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from windlass.ids import Part
+from windlass.ids import DEVICE, DISK, HOST, Part
 from windlass.phases import PhaseStats
 from windlass.weights.stats import StoreStats
 
@@ -31,6 +31,7 @@ class EngineStats:
     weights: StoreStats  # what was read, found and prefetched
     pass_s: float  # spent in passes
     peak_rss_bytes: int  # of the process
+    peak_device_bytes: int = 0  # taken of a device's memory at once, by anybody; 0 without one
     running: int
     waiting: int
     num_preemptions: int = 0  # sequences that gave their pages back, to be computed again
@@ -67,10 +68,17 @@ class EngineStats:
     def expert_shares(self) -> dict[str, float]:
         """Where the experts were that passes needed, as shares of them by tier; empty where none
         was needed."""
-        if not self.expert_requests:
-            return {}
-        host = self.expert_hits / self.expert_requests
-        return {"host": host, "disk": 1 - host}
+        asked = self.expert_requests
+        return {tier: found / asked for tier, found in self.expert_places.items()} if asked else {}
+
+    @property
+    def expert_places(self) -> dict[str, int]:
+        """The same as numbers of them, that of the tier that passes take them from first."""
+        hits, missed = self.expert_hits, self.expert_requests - self.expert_hits
+        if self.weights.hits_below is None:
+            return {HOST: hits, DISK: missed}
+        host = self.weights.hits_below.get(Part.EXPERT, 0)
+        return {DEVICE: hits, HOST: host, DISK: missed - host}
 
     @property
     def prefill_s(self) -> float:

@@ -8,6 +8,7 @@ Rates at n rows follow the roofline of a processor and its own memory (MoE-Light
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from windlass.hardware.assumed import ROW_SHARE
 from windlass.hardware.profile import Curve, HardwareProfile, LinkRates, Processor
 
 FOLDER = Path(__file__).parent / "presets"
+_ALSO = {"4090": "rtx4090"}  # what a preset is called besides
 # Stored, scales included: groups of 128 (fp8: 128 x 128, mxfp4: 32)
-_BYTES_PER_WEIGHT = {
+BYTES_PER_WEIGHT = {
     "bfloat16": 2.0, "float16": 2.0, "float32": 4.0, "fp8": 1.0, "mxfp4": 0.53, "int8": 1.02,
     "int4": 0.52, "gptq": 0.52, "awq": 0.52,
 }  # fmt: skip
@@ -46,8 +48,9 @@ def preset_names() -> list[str]:
 def load_machine(name: str) -> HardwareProfile:
     """A preset by name, or a file: .toml as presets are, .json as `windlass doctor --json` prints
     (or the profile in it). UsageError where it is neither, or not well formed."""
-    path = FOLDER / f"{name}.toml"
-    if name not in preset_names():
+    preset = _ALSO.get(name.lower(), name.lower())
+    path = FOLDER / f"{preset}.toml"
+    if preset not in preset_names():
         path = Path(name).expanduser()
         if path.suffix not in (".toml", ".json") or not path.is_file():
             raise UsageError(
@@ -64,6 +67,26 @@ def load_machine(name: str) -> HardwareProfile:
     if isinstance(document, dict) and isinstance(document.get("profile"), dict):
         document = document["profile"]
     return HardwareProfile.from_json(document, what=f"machine {path.name}")
+
+
+def in_fp32(profile: HardwareProfile) -> HardwareProfile:
+    """A preset whose device multiplies rows of fp32, as it does unless it is told to round them:
+    no faster than fp32, whatever weights are stored in."""
+    device = profile.device
+    if device is None:
+        return profile
+    best = device.dense["float32"].best
+    curves = (
+        {
+            kind: Curve(tuple((rows, min(best, rate)) for rows, rate in curve.points))
+            for kind, curve in own.items()
+        }
+        for own in (device.experts, device.dense)
+    )
+    experts, dense = curves
+    attention = min(device.prefill_attention, best / 2)
+    wide = replace(device, experts=experts, dense=dense, prefill_attention=attention)
+    return replace(profile, device=wide)
 
 
 def profile_of(document: Mapping[str, Any], *, what: str) -> HardwareProfile:
@@ -126,7 +149,7 @@ def _processor(values: Mapping[str, Any]) -> Processor:
             values["flops32"] if kind == "float32" else values["flops"],
             values["memory_rate"],
         )
-        for kind, num_bytes in _BYTES_PER_WEIGHT.items()
+        for kind, num_bytes in BYTES_PER_WEIGHT.items()
     }
     return Processor(
         name=values["name"],

@@ -63,12 +63,15 @@ class Processor:
     call_s: float  # seconds that a module's call costs beside its work
     expert_s: float  # the same of each expert of a call
     captures: bool = True  # few tokens of resident layers do without these two: runtime/capture.py
+    attention_beside_copies: float | None = None  # `decode_attention` while links carry weights
 
     def __post_init__(self) -> None:
         _check_positive(
             self, "memory_bytes", "memory_rate", "decode_attention", "prefill_attention", "row_rate"
         )
         _check_not_negative(self, "call_s", "expert_s")
+        if self.attention_beside_copies is not None:
+            _check_positive(self, "attention_beside_copies")
         for name in ("experts", "dense"):
             if not getattr(self, name):
                 raise UsageError(f"profile: {name} of {self.name}: got none, allowed 1 or more")
@@ -80,6 +83,12 @@ class LinkRates:
 
     rate: Curve  # from or to pinned memory, all copy engines busy
     pageable: Curve | None = None
+    alone: Curve | None = None  # pinned, while nothing goes the other way
+
+    @property
+    def weights(self) -> Curve:
+        """As large copies of one direction find it: little goes the other way beside them."""
+        return self.alone or self.rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +163,7 @@ _PLAIN: dict[str, type] = {
 }  # fmt: skip
 _OPTIONAL = {"device", "down", "up", "spread"}
 _CAPTURES = {"captures", "repeats"}  # the second is what it was called
+_BESIDE = "attention_beside_copies"
 _NESTED = {"disk", "host", *_OPTIONAL}
 _PROCESSOR: dict[str, type] = {
     "name": str, "memory_bytes": int, "memory_rate": float, "decode_attention": float,
@@ -215,23 +225,27 @@ def _numbers(document: object, what: str) -> dict[str, float]:
 
 
 def _processor(document: object, what: str) -> Processor:
+    optional = {*_CAPTURES, _BESIDE}
     fields = _Fields(
-        document, what, {*_PROCESSOR, "experts", "dense", *_CAPTURES}, optional=_CAPTURES
+        document, what, {*_PROCESSOR, "experts", "dense", *optional}, optional=optional
     )
+    has_beside = fields.document.get(_BESIDE) is not None
     return Processor(
         **{name: fields.value(name, kind) for name, kind in _PROCESSOR.items()},
         experts=_curves(fields.document["experts"], f"{what}: experts"),
         dense=_curves(fields.document["dense"], f"{what}: dense"),
         captures=all(fields.value(name, bool) for name in _CAPTURES if name in fields.document),
+        attention_beside_copies=fields.value(_BESIDE, float) if has_beside else None,
     )
 
 
 def _link(document: object, what: str) -> LinkRates:
-    fields = _Fields(document, what, {"rate", "pageable"}, optional={"pageable"})
-    pageable = fields.document.get("pageable")
+    others = ("pageable", "alone")
+    fields = _Fields(document, what, {"rate", *others}, optional=others)
+    found = {name: fields.document.get(name) for name in others}
     return LinkRates(
         rate=fields.curve("rate"),
-        pageable=None if pageable is None else _curve(pageable, f"{what}: pageable"),
+        **{name: None if one is None else fields.curve(name) for name, one in found.items()},
     )
 
 
@@ -241,12 +255,20 @@ def _processor_json(processor: Processor) -> dict[str, Any]:
         "experts": {kind: _points(curve) for kind, curve in processor.experts.items()},
         "dense": {kind: _points(curve) for kind, curve in processor.dense.items()},
         "captures": processor.captures,
+        **(
+            {}
+            if processor.attention_beside_copies is None
+            else {_BESIDE: processor.attention_beside_copies}
+        ),
     }
 
 
 def _link_json(link: LinkRates) -> dict[str, Any]:
-    pageable = None if link.pageable is None else _points(link.pageable)
-    return {"rate": _points(link.rate), "pageable": pageable}
+    others = {"pageable": link.pageable, "alone": link.alone}
+    return {
+        "rate": _points(link.rate),
+        **{name: None if one is None else _points(one) for name, one in others.items()},
+    }
 
 
 def _points(curve: Curve) -> list[list[float]]:

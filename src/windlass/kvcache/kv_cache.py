@@ -17,6 +17,7 @@ from windlass.kvcache.pages import PagePool
 from windlass.tensors import INT8_ZERO, PagedRows
 from windlass.units import round_up
 
+_PLACE_BYTES = 256  # tensors begin at multiples of it
 _ALIGN = 16  # elements: a vector of the widest unit
 _SCALE = torch.float32
 _STATE = torch.float32
@@ -84,22 +85,25 @@ class KvCache:
         self._values: dict[int, PagedRows] = {}
         self._stored: dict[int, tuple[PagedRows, ...]] = {}
         self._states: dict[int, tuple[torch.Tensor, ...]] = {}
+        num_bytes = num_pages * page_tokens * bytes_per_token(shapes, dtype)
+        num_bytes += state_slots * state_bytes(shapes)
+        room = _Room(memory, num_bytes, sum(map(_num_tensors, shapes)))
         for layer, shape in enumerate(shapes):
             if shape is None:
                 continue
             if isinstance(shape, StateShape):
                 self._states[layer] = tuple(
-                    memory.zeros(state_slots, *own, dtype=_STATE) for own in shape.shapes
+                    room.zeros(state_slots, *own, dtype=_STATE) for own in shape.shapes
                 )
                 continue
             rows = (num_pages, shape.num_heads, page_tokens)
-            keys = self._keys[layer] = _zero_rows(memory, rows, shape.key_dim, dtype)
+            keys = self._keys[layer] = _zero_rows(room, rows, shape.key_dim, dtype)
             if shape.value_in_key:
                 view = keys.rows_PKBd[..., : shape.value_dim]
                 self._values[layer] = PagedRows(view, keys.scales_PKB)
                 self._stored[layer] = (keys,)
             else:
-                values = self._values[layer] = _zero_rows(memory, rows, shape.value_dim, dtype)
+                values = self._values[layer] = _zero_rows(room, rows, shape.value_dim, dtype)
                 self._stored[layer] = (keys, values)
         self.pool = PagePool(num_pages)
         self._free_states = list(range(state_slots - 1, -1, -1))
@@ -164,14 +168,35 @@ class KvCache:
         assert all(0 <= slot < self._state_slots for slot in free), "a free slot is out of range"
 
 
+class _Room:
+    """Memory for several tensors, side by side: an allocator of a device would round up each."""
+
+    def __init__(self, memory: Allocator, num_bytes: int, num_tensors: int) -> None:
+        self._whole = memory.zeros(num_bytes + num_tensors * _PLACE_BYTES, dtype=torch.uint8)
+        self._at = 0
+
+    def zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Those that come next."""
+        begin, size = self._at, dtype.itemsize * prod(shape)
+        self._at += round_up(size, _PLACE_BYTES)
+        return self._whole[begin : begin + size].view(dtype).view(shape)
+
+
+def _num_tensors(shape: CacheShape | None) -> int:
+    """That a layer has, at most."""
+    if shape is None:
+        return 0
+    return len(shape.shapes) if isinstance(shape, StateShape) else 4
+
+
 def _zero_rows(
-    memory: Allocator, rows: tuple[int, int, int], width: int, dtype: torch.dtype
+    room: _Room, rows: tuple[int, int, int], width: int, dtype: torch.dtype
 ) -> PagedRows:
     shape = (*rows, round_up(width, _ALIGN))
     if dtype is not torch.int8:
-        return PagedRows(memory.zeros(*shape, dtype=dtype))
-    codes = memory.empty(*shape, dtype=torch.uint8).fill_(INT8_ZERO)
-    return PagedRows(codes, memory.zeros(*rows, dtype=_SCALE))
+        return PagedRows(room.zeros(*shape, dtype=dtype))
+    codes = room.zeros(*shape, dtype=torch.uint8).fill_(INT8_ZERO)
+    return PagedRows(codes, room.zeros(*rows, dtype=_SCALE))
 
 
 def _clear(store: PagedRows, pages: torch.Tensor) -> None:

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from windlass.errors import UsageError
-from windlass.perf.bounds import Bounds
+from windlass.perf.bounds import Bounds, bounds_of
+from windlass.perf.device_cost import DEVICE_LANES
 from windlass.perf.job_passes import Limits, PassRun, compose
 from windlass.perf.op_cost import Seen
 from windlass.perf.simulation import PassTimes
@@ -15,7 +16,7 @@ from windlass.plan import Plan
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.workload import Workload
 
-LANES = ("disk", "down", "up", "host", "device")
+LANES = DEVICE_LANES
 _PHASES = ("load", "prefill", "mixed", "decode")
 _FEW_SEQUENCES = 256  # of a large job, that are looked at one by one
 _MOMENT_S = 1e-9
@@ -117,7 +118,7 @@ def estimate(
     parts = _parts(workload, plan.max_num_seqs)
     composed = [[_as_run(one, plan) for one in compose(part, limits)] for part in parts]
     times = PassTimes(problem, plan, composed[-1], on_clock=on_clock)
-    bounds = Bounds(problem, plan)
+    bounds = bounds_of(problem, plan)
     counted = [_count(runs, times, bounds) for runs in composed]
     sums = counted[-1]
     if len(parts) > 1:

@@ -47,7 +47,7 @@ class Limits:
         return cls(
             plan.max_num_batched_tokens,
             plan.max_num_seqs,
-            plan.host.kv_pages,
+            plan.kv_pages,
             plan.page_tokens,
             plan.mixed_prefill_tokens,
             plan.burst_tokens,

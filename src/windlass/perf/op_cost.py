@@ -1,5 +1,6 @@
 """What the operations of a pass cost on a machine: FLOPs and bytes of the model over the rates of a
-profile. Pure arithmetic; seconds. What runtime/simulated.py asks of `Costs`, on a host.
+profile. Pure arithmetic; seconds. What runtime/simulated.py asks of `Costs`, on a host; with a
+device: perf/device_cost.py.
 
 Attention's matrices are dense products; its scores cost the bytes of keys and values for generated
 rows and FLOPs for prompt rows (kernels/interface.py). Norms, rotation, routing and sums cost the
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from windlass.errors import UsageError
-from windlass.hardware.profile import Curve, Processor
+from windlass.hardware.profile import Curve, HardwareProfile, Processor
 from windlass.ids import DISK_TO_HOST, Part, Route, WeightKey
 from windlass.models.spec import Attention, Gqa, Recurrent
 from windlass.perf.flops import (
@@ -32,7 +33,7 @@ _DIRECT_BYTES = 8192  # that a direct read of one row of the embedding moves
 # the head. A network's share of routing, of one call for some experts, and of the sum:
 _ROUTE, _EXPERTS, _COMBINE = 0.4, 0.3, 0.3
 # Choosing a token greedily, and its text: 5 to 10 us and 30 to 50 us (2 Zen 5 cores, 2026-11-25)
-_SAMPLE_S = 50e-6
+SAMPLE_S = 50e-6
 _SAMPLE_READS = 3  # of a row of logits
 
 
@@ -56,6 +57,11 @@ class Seen:
     @property
     def num_rows(self) -> int:
         return self.decode_rows + self.prompt_rows
+
+    def share(self, part: float) -> "Seen":
+        """Of `part` of the sequences; the rest has `1 - part`."""
+        decode, prompt = round(part * self.decode_rows), round(part * self.prompt_rows)
+        return Seen(decode, part * self.decode_positions, prompt, part * self.prompt_positions)
 
 
 def seen_by(segments: Sequence[Segment]) -> Seen:
@@ -131,6 +137,8 @@ class OpCost:
     """`Costs` of a machine whose host computes. `scale`: of what happens once per pass, and
     `weights`: of each layer, where the spec stands for one with more layers of the same kinds."""
 
+    lane = "host"  # that computes
+
     def __init__(
         self,
         problem: Problem,
@@ -142,26 +150,34 @@ class OpCost:
     ) -> None:
         """`kv_numbers`: what a position adds to the KV cache of the whole model. `keeps_all`: all
         weights are resident, so that layers of a few tokens are captured (`runtime/capture.py`)."""
-        spec, sizes, host = problem.spec, problem.sizes, problem.profile.host
+        spec, sizes = problem.spec, problem.sizes
         self._spec = spec
         self._sizes = sizes
         self._profile = problem.profile
-        self._rates = OpRates(host, sizes.weight_kinds)
+        self._processor = own = self._computes_on(problem.profile)
+        self._rates = OpRates(own, sizes.weight_kinds)
         self._kv_bytes = sizes.bytes_per_token / max(1, kv_numbers)  # of a number
         self._weights = weights or [1.0] * len(spec.blocks)
         self._scale = scale
-        self._captures = keeps_all and host.captures
-        self._call_s, self._expert_s = host.call_s, host.expert_s
+        self._captures = keeps_all and own.captures
+        self._call_s, self._expert_s = own.call_s, own.expert_s
         self._seen: dict[int, Seen] = {}  # by first row of a micro-batch, of the current pass
         self._block_reads: dict[tuple[Part, int], float] = {}
+
+    @staticmethod
+    def _computes_on(profile: HardwareProfile) -> Processor:
+        return profile.host
+
+    def _on(self, seconds: float) -> LaneWork:
+        return LaneWork(LaneJob(self.lane, seconds))
 
     # --- Costs ------------------------------------------------------------------------------------
 
     def embed(self, batch: Batch) -> LaneWork:
         self._seen = {micro.first_token: seen_by(micro.segments) for micro in batch.micro_batches}
-        host, is_captured = self._profile.host, self._captures and is_capturable(batch)
-        self._call_s, self._expert_s = (0.0, 0.0) if is_captured else (host.call_s, host.expert_s)
-        return _on_host(self.embed_s(batch.num_tokens) * self._scale)
+        own, is_captured = self._processor, self._captures and is_capturable(batch)
+        self._call_s, self._expert_s = (0.0, 0.0) if is_captured else (own.call_s, own.expert_s)
+        return self._on(self.embed_s(batch.num_tokens) * self._scale)
 
     def embedding_rows(self, num_rows: int) -> float:
         rate = self._profile.disk.at(_DIRECT_BYTES)
@@ -169,31 +185,31 @@ class OpCost:
 
     def attention(self, layer: int, rows: MicroBatch) -> LaneWork:
         seconds = self.attention_s(layer, self._seen[rows.first_token])
-        return _on_host(seconds * self._weights[layer])
+        return self._on(seconds * self._weights[layer])
 
     def route(self, layer: int, num_rows: int) -> LaneWork:
-        return _on_host(self.route_s(layer, num_rows) * self._weights[layer])
+        return self._on(self.route_s(layer, num_rows) * self._weights[layer])
 
     def experts(self, layer: int, num_rows: Sequence[int]) -> LaneWork:
         flops = 2 * expert_matrices(self._spec, layer)
         seconds = sum(self._rates.expert(flops, count) for count in num_rows)
         seconds += len(num_rows) * self._expert_s + _EXPERTS * self._call_s
-        return _on_host(seconds * self._weights[layer])
+        return self._on(seconds * self._weights[layer])
 
     def combine(self, layer: int, num_rows: int) -> LaneWork:
-        return _on_host(self.combine_s(layer, num_rows) * self._weights[layer])
+        return self._on(self.combine_s(layer, num_rows) * self._weights[layer])
 
     def dense(self, layer: int, num_rows: int) -> LaneWork:
         flops = 2 * expert_matrices(self._spec, layer)
         numbers = num_rows * sum(ffn_row_numbers(self._spec, layer))
         seconds = self._rates.product(Part.FFN, flops, num_rows) + self._rates.rows(numbers)
         seconds += self._call_s
-        return _on_host(seconds * self._weights[layer])
+        return self._on(seconds * self._weights[layer])
 
     def head(self, chunk: int, num_rows: int) -> LaneWork:
         chunks = max(1, self._sizes.num_parts.get(Part.HEAD, 1))
-        seconds = self.head_s(num_rows) / chunks + self._profile.host.call_s
-        return _on_host(seconds * self._scale)
+        seconds = self.head_s(num_rows) / chunks + self._processor.call_s
+        return self._on(seconds * self._scale)
 
     def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[Route, float]]:
         return ((DISK_TO_HOST, self.read_s(key, num_bytes)),)
@@ -224,14 +240,14 @@ class OpCost:
     def scores_s(self, layer: int, seen: Seen) -> float:
         """Keys and values that generated rows read, and what prompt rows multiply; of a recurrent
         layer its states."""
-        attention, host = self._spec.blocks[layer].attention, self._profile.host
+        attention, own = self._spec.blocks[layer].attention, self._processor
         if attention is None:
             return 0.0
         if isinstance(attention, Recurrent):
             per_row = attention_flops(attention, 0)
             state = 2 * _F32 * state_numbers(attention) * seen.decode_rows  # read and written
-            return self._rates.memory(state) + seen.prompt_rows * per_row / host.prefill_attention
-        return softmax_s(attention, seen, self._kv_bytes, host)
+            return self._rates.memory(state) + seen.prompt_rows * per_row / own.prefill_attention
+        return softmax_s(attention, seen, self._kv_bytes, own)
 
     def route_s(self, layer: int, num_rows: int) -> float:
         """Norm, router and shared expert."""
@@ -258,7 +274,7 @@ class OpCost:
     def sample_s(self, num_rows: int) -> float:
         """Drawing a token for each of `num_rows` rows of logits, after the pass."""
         moved = _SAMPLE_READS * _F32 * self._spec.vocab_size
-        return num_rows * (_SAMPLE_S + self._rates.memory(moved))
+        return num_rows * (SAMPLE_S + self._rates.memory(moved))
 
 
 def visible(attention: Attention, seen: Seen) -> tuple[float, float]:
@@ -272,13 +288,9 @@ def visible(attention: Attention, seen: Seen) -> tuple[float, float]:
     )
 
 
-def softmax_s(attention: Attention, seen: Seen, kv_bytes: float, host: Processor) -> float:
+def softmax_s(attention: Attention, seen: Seen, kv_bytes: float, own: Processor) -> float:
     """Keys and values that decode rows read, and what prompt rows multiply. `kv_bytes`: of a
     number in the KV cache."""
     decode, prompt = visible(attention, seen)
-    seconds = decode * kept_numbers(attention) * kv_bytes / host.decode_attention
-    return seconds + prompt * attention_flops(attention, 1) / host.prefill_attention
-
-
-def _on_host(seconds: float) -> LaneWork:
-    return LaneWork(LaneJob("host", seconds))
+    seconds = decode * kept_numbers(attention) * kv_bytes / own.decode_attention
+    return seconds + prompt * attention_flops(attention, 1) / own.prefill_attention

@@ -114,9 +114,11 @@ def kv_numbers(spec: ModelSpec) -> int:
     return sum(kept_numbers(block.attention) for block in spec.blocks)
 
 
-def held_shares(plan: Plan, sizes: Sizes) -> dict[Part, float]:
-    """Share of each kind of part that the plan has slots for."""
-    slots = plan.host.slots
+def held_shares(plan: Plan, sizes: Sizes, *, tier: str | None = None) -> dict[Part, float]:
+    """Share of each kind of part that the plan has slots for where passes take weights from, or in
+    the `tier` of that name."""
+    own = plan.top if tier is None else next(one for one in plan.tiers if one.name == tier)
+    slots = own.slots
     return {
         part: min(1.0, slots.get(part, 0) / keys) for part, keys in sizes.num_parts.items() if keys
     }

@@ -2,9 +2,10 @@
 between them. Of a large model a few layers stand for all. Seconds."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import log2
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,10 @@ from numpy.typing import NDArray
 from windlass.checkpoint.part_reads import Read
 from windlass.forecast.interface import ExpertTable
 from windlass.forecast.usage import UsageForecast
-from windlass.ids import Part
-from windlass.models.spec import Block, Ffn, ModelSpec, Moe
+from windlass.ids import Home, Part
+from windlass.models.spec import ModelSpec, Moe
+from windlass.perf.device_cost import DEVICE_LANES, DeviceCost
+from windlass.perf.device_pass_cost import DevicePassCost, Placed
 from windlass.perf.job_passes import PassRun
 from windlass.perf.op_cost import OpCost
 from windlass.perf.pass_cost import (
@@ -23,19 +26,26 @@ from windlass.perf.pass_cost import (
     held_shares,
     kv_numbers,
 )
+from windlass.perf.sample import Sample, parts_of, sample_layers, slots_of
 from windlass.perf.sizes import Problem, Sizes
-from windlass.plan import Plan
+from windlass.plan import Plan, TierPlan
 from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.prefetch.prefetcher import Prefetcher
+from windlass.prefetch.tiers import LowerPolicy, UpperPolicy
 from windlass.runtime.clock import Clock, Lanes, Span
 from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
 from windlass.schedule.batch import Batch, RowGroup, Segment, make_batch
 from windlass.schedule.observer import RoutedTokens
 from windlass.schedule.passes import PassShape, run_pass
+from windlass.units import MIB
+from windlass.weights.eviction import EvictionPolicy
 
 _MOST_EXPERTS = 768  # of a model on the clock: a pass over them takes about 20 ms
-_PIPELINE_SLOTS = 16  # of experts on their way, however many layers there are
 _MOST_POINTS = 4  # passes that are run on the clock
+# On the link to a device: blocks in flight, and bytes of one. A run's are shorter, for the sake of
+# who overtakes; of passes that want what comes anyway a clock is spared most of them.
+LINK_DEPTH, _LINK_BLOCK = 2, 16 * MIB
+_LINKS = ("disk", "down", "up")
 _EXACT_DRAWS = 4096  # rows times experts up to which routing is drawn row by row
 
 
@@ -75,49 +85,7 @@ class UniformRouter:
         return counts
 
 
-# --- a few layers for all -------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A model of some of the layers. `weights`: how much more than itself each stands for, less
-    what all do; `factor`: layers of the whole for each of the sample."""
-
-    spec: ModelSpec
-    weights: tuple[float, ...]
-    factor: float
-
-
-def sample_layers(spec: ModelSpec, *, most_experts: int) -> Sample:
-    """Layers of every kind, in their order, in nearly the shares that the whole has of them."""
-    blocks = spec.blocks
-    kinds: dict[Block, list[int]] = {}
-    for layer, block in enumerate(blocks):
-        kinds.setdefault(block, []).append(layer)
-    widest = max(b.ffn.num_experts if isinstance(b.ffn, Moe) else 1 for b in kinds)
-    wanted = max(most_experts // widest, 2 * len(kinds), 4)
-    if wanted >= len(blocks):
-        return Sample(spec, (1.0,) * len(blocks), 1.0)
-    kept: list[tuple[int, float]] = []
-    for layers in kinds.values():
-        count = max(1, round(wanted * len(layers) / len(blocks)))
-        step = len(layers) / count
-        kept += [(layers[int(i * step)], step) for i in range(count)]
-    kept.sort()
-    factor = len(blocks) / len(kept)
-    chosen = replace(spec, blocks=tuple(blocks[layer] for layer, _ in kept))
-    return Sample(chosen, tuple(step / factor for _, step in kept), factor)
-
-
-def _parts_of(sample: Sample, sizes: Sizes) -> dict[Part, int]:
-    """Parts of each kind that the sample has."""
-    networks = [block.ffn for block in sample.spec.blocks]
-    own = {
-        Part.EXPERT: sum(f.num_experts for f in networks if isinstance(f, Moe)),
-        Part.BLOCK: len(networks),
-        Part.FFN: sum(isinstance(f, Ffn) for f in networks),
-    }
-    return {part: own.get(part, count) for part, count in sizes.num_parts.items() if count}
+# --- passes on the clock --------------------------------------------------------------------------
 
 
 def _keeps_all(plan: Plan, sizes: Sizes) -> bool:
@@ -126,20 +94,58 @@ def _keeps_all(plan: Plan, sizes: Sizes) -> bool:
     )
 
 
-def _slots_of(plan: Plan, sizes: Sizes, sample: Sample) -> dict[Part, int]:
-    """The plan's slots for the sample: the share that stays, and those on their way."""
-    slots: dict[Part, int] = {}
-    # those of a layer stay until its last group has passed, however many layers there are
-    again = max(ExpertTable.of(sample.spec).num_experts) if plan.groups > 1 else 0
-    for part, count in _parts_of(sample, sizes).items():
-        whole, given = sizes.num_parts[part], plan.host.slots.get(part, 0)
-        moving = min(given, 2 if part is not Part.EXPERT else _PIPELINE_SLOTS + again)
-        kept = (given - moving) * count / whole
-        slots[part] = count if given >= whole else min(count, moving + int(kept))
-    return slots
+class _Timing(NamedTuple):
+    """A sample of the model, the lanes of the machine, and what operations ask of them."""
+
+    sample: Sample
+    lanes: Lanes
+    costs: OpCost
 
 
-# --- passes on the clock --------------------------------------------------------------------------
+def _lanes_of(plan: Plan) -> Sequence[str]:
+    return ("disk", "host") if plan.above is None else DEVICE_LANES
+
+
+def _costs_of(problem: Problem, plan: Plan, sample: Sample) -> OpCost:
+    numbers = kv_numbers(problem.spec)
+    own, scale = replace(problem, spec=sample.spec), 1 / sample.factor
+    if plan.above is None:
+        return OpCost(
+            own, kv_numbers=numbers, weights=sample.weights, scale=scale,
+            keeps_all=_keeps_all(plan, problem.sizes),
+        )  # fmt: skip
+    return DeviceCost(own, kv_numbers=numbers, weights=sample.weights, scale=scale)
+
+
+def _weights_of(
+    problem: Problem, plan: Plan, on: _Timing, forecast: UsageForecast
+) -> SimulatedWeights:
+    """Slots of the tier that passes take weights from, over those of the host where that is
+    another."""
+    sizes, sample = problem.sizes, on.sample
+    parts = parts_of(sample, sizes)
+
+    def tier(own: TierPlan, slot_bytes: Mapping[Part, int], **more: Any) -> SimulatedParts:
+        reads = {part: (Read("", 0, size, 0),) for part, size in slot_bytes.items()}
+        slots = slots_of(plan, own, sizes, sample)
+        return SimulatedParts(parts, slots, lambda key: reads[key.part], **more)
+
+    def policy(own: SimulatedParts) -> EvictionPolicy:
+        floor = floor_of(forecast.outlook.table, own.slots.get(Part.EXPERT, 0))
+        return ExpectedNextUse(forecast.outlook, floor=floor)
+
+    host, depth = tier(plan.host, sizes.slot_bytes), plan.read_threads + 1
+    if plan.above is None:
+        return SimulatedWeights(on.lanes, on.costs, host, policy=policy(host), depth=depth)
+    assert sizes.device is not None, "a plan of a device for a machine without"
+    above = tier(plan.above, sizes.device.slot_bytes, block_bytes=_LINK_BLOCK)
+    kept = {part for part, count in above.slots.items() if count >= parts[part]}
+    lower = LowerPolicy(policy(host), kept)
+    below = SimulatedWeights(on.lanes, on.costs, host, policy=lower, depth=depth)
+    return SimulatedWeights(
+        on.lanes, on.costs, above, policy=UpperPolicy(policy(above), lower), depth=LINK_DEPTH,
+        tier_below=below,
+    )  # fmt: skip
 
 
 class ClockedModel:
@@ -157,26 +163,17 @@ class ClockedModel:
         self._sample = sample = sample_layers(spec, most_experts=_MOST_EXPERTS)
         self._plan = plan
         self._threads = problem.profile.threads
-        costs = OpCost(
-            replace(problem, spec=sample.spec), kv_numbers=kv_numbers(spec), weights=sample.weights,
-            scale=1 / sample.factor, keeps_all=_keeps_all(plan, sizes),
-        )  # fmt: skip
         table = ExpertTable.of(sample.spec)
         forecast = UsageForecast(table)
-        self.lanes = Lanes(Clock(), ("disk", "host"), keeps_spans=keeps_spans)
-        parts = _parts_of(sample, sizes)
-        reads = {part: (Read("", 0, size, 0),) for part, size in sizes.slot_bytes.items()}
-        slots = _slots_of(plan, sizes, sample)
-        floor = floor_of(table, slots.get(Part.EXPERT, 0))
-        policy = ExpectedNextUse(forecast.outlook, floor=floor)
-        self._weights = SimulatedWeights(
-            self.lanes, costs,
-            SimulatedParts(parts, slots, lambda key: reads[key.part]),
-            policy=policy, depth=plan.read_threads + 1,
-        )  # fmt: skip
+        costs = _costs_of(problem, plan, sample)
+        self.lanes = Lanes(Clock(), _lanes_of(plan), keeps_spans=keeps_spans)
+        self._weights = _weights_of(problem, plan, _Timing(sample, self.lanes, costs), forecast)
         self._shape = PassShape.of(sample.spec, sizes.num_parts.get(Part.HEAD, 0)).whole
         cache = self._weights.cache
-        prefetcher = Prefetcher(self._shape, cache, forecast)
+        below = self._weights.tier_below
+        prefetcher = Prefetcher(
+            self._shape, cache, forecast, below=None if below is None else below.cache
+        )
         self._runtime = SimulatedRuntime(
             self.lanes, costs, self._weights,
             prefetcher=prefetcher if plan.overlap else None, forecast=forecast,
@@ -191,9 +188,13 @@ class ClockedModel:
     def run(self, one: PassRun) -> Timed:
         """One pass like `one`; times are those of the whole model."""
         plan = self._plan
-        batch = batch_of(one, micro_batch_tokens=plan.micro_batch_tokens, groups=plan.groups)
+        batch = batch_of(
+            one, micro_batch_tokens=plan.micro_batch_tokens, groups=plan.groups,
+            on_host=plan.host_attention,
+        )  # fmt: skip
         begin, busy = self.lanes.clock.now, self.lanes.busy()
-        read = self._weights.cache.stats().bytes_read
+        lowest = self._weights.tier_below or self._weights
+        read = lowest.cache.stats().bytes_read
         run_pass(self._runtime, self._shape, batch)
         factor = self._sample.factor
         seconds = (self.lanes.clock.now - begin) * factor
@@ -202,12 +203,15 @@ class ClockedModel:
         return Timed(
             seconds,
             busy,
-            (self._weights.cache.stats().bytes_read - read) * factor,
+            (lowest.cache.stats().bytes_read - read) * factor,
         )
 
 
-def batch_of(one: PassRun, *, micro_batch_tokens: int, groups: int = 1) -> Batch:
-    """Rows as many as those of `one`, that see as many positions on average."""
+def batch_of(
+    one: PassRun, *, micro_batch_tokens: int, groups: int = 1, on_host: float = 0.0
+) -> Batch:
+    """Rows as many as those of `one`, that see as many positions on average; `on_host`: share of
+    the sequences that have their home there."""
     seen, segments = one.seen, []
     if seen.decode_rows:
         first = max(0, round(seen.decode_positions / seen.decode_rows) - 1)
@@ -220,6 +224,12 @@ def batch_of(one: PassRun, *, micro_batch_tokens: int, groups: int = 1) -> Batch
             count = min(length, seen.prompt_rows - at)
             segments.append(_segment(first, count, is_prompt=True))
     logits = [replace(s, wants_logits=i < one.num_logits) for i, s in enumerate(segments)]
+    if on_host:
+        homes = [int((i + 1) * on_host) > int(i * on_host) for i in range(len(logits))]
+        theirs = [
+            replace(s, home=Home.HOST) for s, is_so in zip(logits, homes, strict=True) if is_so
+        ]
+        logits = [*theirs, *(s for s, is_so in zip(logits, homes, strict=True) if not is_so)]
     return make_batch(logits, micro_batch_tokens=micro_batch_tokens, groups=groups)
 
 
@@ -235,13 +245,14 @@ def _segment(first: int, count: int, *, is_prompt: bool) -> Segment:
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """A pass that was timed. `slower`: its seconds over the least that was estimated; `disk`: the
-    share of them that the disk worked; `host`: the host's seconds over what was estimated."""
+    """A pass that was timed. `slower`: its seconds over the least that was estimated; `links`: the
+    share of them that each link worked; `computing`: the seconds of each processor over what was
+    estimated."""
 
     rows: int
     slower: float
-    disk: float
-    host: float
+    links: Mapping[str, float]
+    computing: Mapping[str, float]
 
 
 class PassTimes:
@@ -256,10 +267,9 @@ class PassTimes:
         *,
         on_clock: bool = True,
     ) -> None:
-        self._pass_cost = PassCost(problem)
-        self._held = held_shares(plan, problem.sizes)
+        self._estimated, self._costs = _estimates(problem, plan)
         model = ClockedModel(problem, plan) if on_clock else None
-        cold = self._pass_cost.of(runs[0], {}) if model is None else model.run(runs[0])
+        cold = self._estimated(runs[0], True) if model is None else model.run(runs[0])
         self._points = [self._point(one, model) for one in _choose(runs)][::-1]
         warm = self.of(runs[0])
         self.load = Timed(
@@ -268,24 +278,29 @@ class PassTimes:
         )
 
     def of(self, one: PassRun) -> Timed:
-        """A pass like `one`, with weights where the passes before left them. The disk may work more
-        than it must: it is never idle while anything is hinted."""
-        estimated = self._pass_cost.of(one, self._held)
+        """A pass like `one`, with weights where the passes before left them. Links may work more
+        than they must: none is idle while anything is hinted."""
+        estimated = self._estimated(one, False)
         at = bisect_left([point.rows for point in self._points], one.num_rows)
         high = self._points[min(at, len(self._points) - 1)]
         low = self._points[max(at - 1, 0)] if high.rows > one.num_rows else high
         share = _share(log2(low.rows), log2(high.rows), log2(max(1, one.num_rows)))
         seconds = max(estimated.busy.values()) * _mean(low.slower, high.slower, share)
-        host = min(seconds, estimated.busy["host"] * _mean(low.host, high.host, share))
-        disk = seconds * _mean(low.disk, high.disk, share)
-        return Timed(seconds, {"disk": disk, "host": host})
+        busy = {
+            lane: seconds * _mean(worked, high.links[lane], share)
+            for lane, worked in low.links.items()
+        }
+        for lane, slower in low.computing.items():
+            more = _mean(slower, high.computing[lane], share)
+            busy[lane] = min(seconds, estimated.busy[lane] * more)
+        return Timed(seconds, busy)
 
     def sample_s(self, num_rows: int) -> float:
         """Drawing a token for each of `num_rows` rows of logits, after the pass."""
-        return self._pass_cost.costs.sample_s(num_rows)
+        return self._costs.sample_s(num_rows)
 
     def _point(self, one: PassRun, model: ClockedModel | None) -> _Point:
-        estimated = self._pass_cost.of(one, self._held)
+        estimated = self._estimated(one, False)
         timed = estimated
         if model is not None:
             model.run(one)  # finds the weights as a pass of another size left them
@@ -293,9 +308,22 @@ class PassTimes:
         return _Point(
             one.num_rows,
             timed.seconds / max(estimated.busy.values()),
-            min(1.0, timed.busy["disk"] / timed.seconds),
-            timed.busy["host"] / estimated.busy["host"],
+            {k: min(1.0, timed.busy[k] / timed.seconds) for k in estimated.busy if k in _LINKS},
+            {
+                k: timed.busy[k] / worked if worked else 0.0
+                for k, worked in estimated.busy.items()
+                if k not in _LINKS
+            },
         )
+
+
+def _estimates(problem: Problem, plan: Plan) -> tuple[Callable[[PassRun, bool], Timed], OpCost]:
+    """What a pass takes without a clock, of the first where it is so; and costs of operations."""
+    if plan.above is None:
+        cost, held = PassCost(problem), held_shares(plan, problem.sizes)
+        return lambda one, is_first: cost.of(one, {} if is_first else held), cost.costs
+    above, placed = DevicePassCost(problem), Placed.of(plan, problem.sizes)
+    return lambda one, is_first: above.of(one, placed.cold if is_first else placed), above.costs
 
 
 def _share(low: float, high: float, value: float) -> float:

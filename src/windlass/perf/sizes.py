@@ -17,6 +17,16 @@ class Backend:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSizes:
+    """What a device above the host weighs, in bytes."""
+
+    budget_bytes: int  # that may be taken of it in all
+    process_bytes: int  # there before anything is allocated: its context, kernels, other programs
+    slot_bytes: Mapping[Part, int]  # as its slots are laid out
+    backend: str  # the name of its kernels
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """What the checkpoint and the process weigh, in bytes."""
 
@@ -34,6 +44,7 @@ class Sizes:
     weight_kinds: Mapping[Part, str] = field(default_factory=dict)
     drafts: int = 0  # guessed tokens of a sequence in a pass at most, each with logits
     draft_bytes_per_token: int = 0  # of tokens in the KV cache: what guesses are made from
+    device: DeviceSizes | None = None  # that passes compute on, if it is not the host
 
 
 @dataclass(frozen=True, slots=True)

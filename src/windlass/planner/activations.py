@@ -37,6 +37,11 @@ _PROCESS_BYTES = 12 * MIB  # what Python and the allocator take while a job runs
 # One widened tile and what unpacking into it makes; the rows, moved rows, results and weights of a
 # row-count comparison.
 _TORCH_BYTES = TILE_BYTES + 8 * UNPACK_BYTES + 4 * PROBE_BYTES
+# Of a device: torch's allocator rounds up and keeps blocks of each size; the BLAS its workspace
+_DEVICE_SLACK = 1.25
+_WORKSPACE_BYTES = 96 * MIB
+STAGING_BYTES = 256 * MIB  # that rows on their way may take, if two micro-batches do not take more
+_SPLIT, _LATENT_SPLIT = 256, 1024  # positions of a split (kernels/triton/decode.py)
 _NATIVE_GROUPS = 1024  # of k with scales of their own, in a matrix with activation order
 
 
@@ -70,6 +75,75 @@ def activation_bytes(
         scratch = _native_scratch_bytes(spec, backend.threads, rows)
         scratch += _captured_bytes(spec, min(seqs, MOST_CAPTURED), page_tokens)
     return round(_SLACK * _F32 * (kept + max(phases))) + scratch + _PROCESS_BYTES
+
+
+def device_activation_bytes(
+    spec: ModelSpec, *, rows: int, micro_rows: int, seqs: int, context: int
+) -> int:
+    """The same of a pass on a device (kernels/triton/): hidden states and expert outputs by place
+    in fp32; rows that are multiplied, in 16 bits; partial sums of attention over splits of
+    `context` positions; and what libraries keep for themselves."""
+    width, micro = spec.hidden_size, min(rows, micro_rows)
+    attention = max(
+        micro * _native_attention(one, width, 1, 0)
+        + min(micro, seqs) * _split_numbers(one, context)
+        for one in _attentions(spec)
+    )
+    network = max(_device_network(block.ffn, width) for block in spec.blocks)
+    kept = (2 + max(_top_k(block.ffn) for block in spec.blocks)) * rows * width
+    phases = max(attention, rows * network, seqs * (2 * spec.vocab_size + 2 * width))
+    return round(_DEVICE_SLACK * _F32 * (kept + phases)) + _WORKSPACE_BYTES
+
+
+def _device_network(ffn: Ffn | Moe | None, width: int) -> int:
+    """For each row: its norm, routing, and hidden rows of all its experts, which one call has."""
+    if ffn is None:
+        return 0
+    if isinstance(ffn, Ffn):
+        return 2 * width + 2 * ffn.intermediate
+    inner = ffn.top_k * ffn.expert.intermediate
+    shared = width + 2 * ffn.shared.ffn.intermediate if ffn.shared else 0
+    return 2 * width + _routing(ffn) + inner + shared
+
+
+def _split_numbers(attention: Attention, context: int) -> int:
+    """Of one row of decode attention: sums of each split of the positions that it sees."""
+    match attention:
+        case Gqa():
+            heads, dim, split = attention.num_heads, attention.head_dim, _SPLIT
+            context = min(context, attention.window or context)
+        case Mla():
+            heads, dim, split = attention.num_heads, attention.kv_lora_rank, _LATENT_SPLIT
+        case _:
+            return 0
+    return -(-context // split) * heads * (dim + 2)
+
+
+def host_side_bytes(
+    spec: ModelSpec, *, threads: int, micro_rows: int, seqs: int, attends: bool
+) -> int:
+    """What the host holds of a pass on a device: logits of rows that it draws from, and, where it
+    `attends`, rows on their way (runtime/host_attention.py), results and the kernels' scratch."""
+    numbers = seqs * (spec.vocab_size + 2 * spec.hidden_size)
+    scratch = 0
+    if attends:
+        each = max(_exchanged(one) for one in _attentions(spec))
+        numbers += micro_rows * each
+        scratch = _native_scratch_bytes(spec, threads, micro_rows)
+        scratch += max(STAGING_BYTES, 2 * _F32 * micro_rows * each)
+    return round(_SLACK * _F32 * numbers) + scratch + _PROCESS_BYTES
+
+
+def _exchanged(attention: Attention) -> int:
+    """Numbers of a row that cross the link for host attention, both ways."""
+    match attention:
+        case Gqa():
+            return 2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim
+        case Mla():
+            latent = attention.kv_lora_rank + attention.rope.dim
+            return attention.num_heads * (latent + attention.kv_lora_rank) + latent
+        case _:
+            return 0
 
 
 def gathered_bytes(spec: ModelSpec, rows: int) -> int:

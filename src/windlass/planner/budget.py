@@ -10,11 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from windlass.errors import BudgetError, UsageError
-from windlass.ids import Part
+from windlass.ids import DEVICE, Part
 from windlass.models.spec import ModelSpec, Moe
 from windlass.perf.sizes import Sizes
 from windlass.plan import HOST, PART_WORDS, PartSlots, Plan, Schedule, TierPlan
-from windlass.planner.activations import activation_bytes, gathered_bytes
+from windlass.planner.activations import (
+    activation_bytes,
+    device_activation_bytes,
+    gathered_bytes,
+)
 from windlass.schedule.batch import CHUNK_TOKENS, most_drafts
 from windlass.units import MIB, format_bytes, round_up
 
@@ -58,14 +62,15 @@ class PlanConstraints:
     mixed_prefill_tokens: int | None = None
     burst_tokens: int | None = None  # 0: lockstep
     prefix_caching: bool = True
+    host_attention: float | None = None  # of machines with a device
 
     @classmethod
     def of(cls, plan: Plan) -> "PlanConstraints":
-        """What fixes every choice of `plan` that can be fixed."""
-        host = plan.host
+        """What fixes every choice of `plan` that can be fixed. Experts: where passes take them
+        from; pages: of all memories."""
         return cls(
-            expert_slots=host.of(Part.EXPERT).slots,
-            kv_pages=host.kv_pages,
+            expert_slots=plan.top.of(Part.EXPERT).slots,
+            kv_pages=plan.kv_pages,
             **{
                 one.name: getattr(plan, one.name)
                 for one in fields(cls)
@@ -77,12 +82,12 @@ class PlanConstraints:
 def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: PlanConstraints) -> Plan:
     """The plan for a budget. BudgetError names the smallest budget that works."""
     check_constraints(wanted, spec)
-    draft = _Draft(spec, sizes, wanted)
+    draft = Draft(spec, sizes, wanted)
     smallest = draft.smallest()
     if host_memory < smallest:
-        named = round_up(smallest + NOISE_BYTES, 8 * MIB) // MIB
         raise BudgetError(
-            f"host memory: got {format_bytes(host_memory)}, this model needs at least {named}MiB"
+            f"host memory: got {format_bytes(host_memory)}, this model needs at least"
+            f" {named_budget(smallest + NOISE_BYTES)}"
             f" ({format_bytes(sizes.process_bytes)} for the process itself,"
             f" {format_bytes(smallest - sizes.process_bytes)} to run):"
             " raise --host-memory"
@@ -90,15 +95,20 @@ def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: PlanConst
     return draft.fill(host_memory)
 
 
+def named_budget(num_bytes: int) -> str:
+    """As a user may give it."""
+    return f"{round_up(num_bytes, 8 * MIB) // MIB}MiB"
+
+
 def bytes_here(plan: Plan, spec: ModelSpec, sizes: Sizes) -> int:
     """What `plan`, which another process may have made, adds up to in this one."""
     host, seqs, rows = plan.host, plan.max_num_seqs, plan.max_num_batched_tokens
-    draft = _Draft(spec, sizes, PlanConstraints.of(plan))
+    draft = Draft(spec, sizes, PlanConstraints.of(plan))
     return draft.total(host.slots, seqs, rows, host.kv_pages) + host.forecast_bytes
 
 
-class _Draft:
-    """One planning problem; all methods are pure."""
+class Draft:
+    """Planning of one memory, that passes work in; all methods are pure."""
 
     def __init__(self, spec: ModelSpec, sizes: Sizes, wanted: PlanConstraints) -> None:
         self._spec = spec
@@ -214,6 +224,14 @@ class _Draft:
     def _activations(self, seqs: int, rows: int) -> int:
         micro = self._micro_rows(seqs)
         is_model_based = self._wanted.schedule == "model-based"
+        if self._sizes.backend.name == DEVICE:
+            return device_activation_bytes(
+                self._spec,
+                rows=min(rows, micro) if is_model_based else rows,
+                micro_rows=micro,
+                seqs=seqs + most_drafts(seqs, self._sizes.drafts),
+                context=self._wanted.max_model_len or _LONGEST_TABLE,
+            )
         gathered = gathered_bytes(self._spec, rows) if (self._wanted.groups or 1) > 1 else 0
         return gathered + activation_bytes(
             self._spec,

@@ -48,10 +48,16 @@ class Figures:
 
 def find_bursts(problem: Problem, plan: Plan, work: Workload | None) -> Figures | None:
     """Figures for the sequences of `work` that run at once, else for as many as gain most. None
-    where bursts make no difference: one sequence, or all experts resident."""
+    where bursts make no difference (one sequence, or all experts resident), and beside a device, of
+    whose reuse nothing is known."""
     held = held_shares(plan, problem.sizes)
     most = plan.max_num_seqs if work is None else min(plan.max_num_seqs, work.num_sequences)
-    if most < 2 or held.get(Part.EXPERT, 1.0) == 1 or plan.schedule == "model-based":
+    if (
+        plan.above is not None
+        or most < 2
+        or held.get(Part.EXPERT, 1.0) == 1
+        or plan.schedule == "model-based"
+    ):
         return None
     context = _CONTEXT if work is None else work.mean_prompt_tokens + work.mean_output_tokens / 2
     costs = _Costs(problem, held, context)

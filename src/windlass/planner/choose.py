@@ -8,8 +8,9 @@ from windlass.perf.accuracy import Prediction
 from windlass.perf.estimate import Estimate
 from windlass.perf.sizes import Problem
 from windlass.plan import Plan
-from windlass.planner.budget import PlanConstraints, make_plan
+from windlass.planner.budget import PlanConstraints
 from windlass.planner.bursts import with_bursts
+from windlass.planner.device_budget import plan_for
 from windlass.planner.search import Candidate, search
 from windlass.units import format_seconds
 from windlass.workload import USUAL_OUTPUT, Job, Workload
@@ -72,7 +73,7 @@ def choose_plan(
     Raises BudgetError where nothing fits."""
     context = None
     if not job.is_bounded:
-        plain = make_plan(problem.spec, problem.sizes, host_memory, wanted)
+        plain = plan_for(problem.spec, problem.sizes, host_memory, wanted)
         context = min(plain.max_model_len, _USUAL_CONTEXT)
     found = search(problem, job.workload, host_memory, wanted, context=context)
     weighs = problem.sizes.process_bytes + max(0, growth())
@@ -86,7 +87,7 @@ def choose_plan(
 
 def plain_plan(problem: Problem, host_memory: int, wanted: PlanConstraints) -> Chosen:
     """By plain rules, for whatever comes. BudgetError where nothing fits."""
-    plan = make_plan(problem.spec, problem.sizes, host_memory, wanted)
+    plan = plan_for(problem.spec, problem.sizes, host_memory, wanted)
     if wanted.burst_tokens is None:
         plan = with_bursts(problem, plan, None)
     return Chosen(problem=problem, plan=plan)
@@ -102,10 +103,15 @@ def _again(
         max_num_seqs=plan.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens,
         micro_batch_tokens=plan.micro_batch_tokens,
-        kv_pages=plan.host.kv_pages,
+        kv_pages=plan.kv_pages,
     )
+    if plan.above is not None:
+        values = replace(
+            values, groups=plan.groups, max_model_len=plan.max_model_len,
+            host_attention=plan.host_attention,
+        )  # fmt: skip
     try:
-        again = make_plan(problem.spec, problem.sizes, host_memory, values)
+        again = plan_for(problem.spec, problem.sizes, host_memory, values)
     except BudgetError:
         return None
     return replace(again, burst_tokens=plan.burst_tokens, burst_max_seqs=plan.burst_max_seqs)

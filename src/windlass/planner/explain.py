@@ -3,18 +3,18 @@ limits it, what more memory would bring, and the plans that come next. Pure arit
 search."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from windlass.ids import Part
+from windlass.perf.device_cost import few_rows
 from windlass.perf.estimate import Estimate
 from windlass.perf.flops import num_parameters
 from windlass.perf.sizes import Problem, Sizes
-from windlass.plan import PART_WORDS, Plan
+from windlass.plan import HOST, PART_WORDS, Plan, TierPlan
 from windlass.planner.budget import PlanConstraints
 from windlass.planner.bursts import MOST_SEQS, find_bursts
-from windlass.planner.frozen_gpu_plan import DeviceReport, report_device
-from windlass.planner.search import Candidate, search
+from windlass.planner.search import Candidate, replanned, search
 from windlass.units import GIB, format_bytes, format_seconds
 from windlass.workload import Workload
 
@@ -37,7 +37,8 @@ class Tier:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """`more_host_s`: seconds that the job would take with one more GiB of host memory."""
+    """`more_host_s`, `more_device_s`: seconds that the job would take with one more GiB of that
+    memory; of a device None without one."""
 
     model: str
     machine: str
@@ -47,7 +48,7 @@ class Explanation:
     alternatives: tuple[Candidate, ...]
     tiers: tuple[Tier, ...]
     more_host_s: float
-    device: DeviceReport | None  # of a machine with a GPU
+    more_device_s: float | None = None
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -71,12 +72,14 @@ class Explanation:
                 {"name": t.name, "budget": t.budget, "used": t.used, "holds": dict(t.holds)}
                 for t in self.tiers
             ],
-            "one_more_gib": {"host": {"total_s": self.more_host_s, "saves_s": self._saves_s}},
+            "one_more_gib": {
+                name: {"total_s": seconds, "saves_s": self._saves_s(seconds)}
+                for name, seconds in self._more().items()
+            },
             "alternatives": [
                 {"plan": one.plan.to_json(), "estimate": one.estimate.to_json()}
                 for one in self.alternatives
             ],
-            "device": None if self.device is None else self.device.to_json(),
             "notes": list(self.notes),
         }
 
@@ -98,22 +101,25 @@ class Explanation:
             f" ({found.prefill_tokens_s:.3g} tokens/s), decode {format_seconds(found.decode_s)}"
             f" ({found.decode_tokens_s:.3g} tokens/s)",
             *_bottleneck_lines(found),
-            self._more_line(),
+            *(self._more_line(name, seconds) for name, seconds in self._more().items()),
             *self._alternative_lines(),
-            *([] if self.device is None else ["", *self.device.lines()]),
             *(f"note: {note}" for note in self.notes),
         ]
 
-    @property
-    def _saves_s(self) -> float:
-        return max(0.0, self.best.estimate.total_s - self.more_host_s)
+    def _more(self) -> dict[str, float]:
+        """Seconds with one more GiB, by memory."""
+        device = {} if self.more_device_s is None else {"device": self.more_device_s}
+        return {"host": self.more_host_s, **device}
 
-    def _more_line(self) -> str:
-        saved = self._saves_s
+    def _saves_s(self, seconds: float) -> float:
+        return max(0.0, self.best.estimate.total_s - seconds)
+
+    def _more_line(self, name: str, seconds: float) -> str:
+        saved = self._saves_s(seconds)
         if saved < 0.005 * self.best.estimate.total_s:
-            return "one more GiB of host memory would bring nothing"
+            return f"one more GiB of {name} memory would bring nothing"
         share = 100 * saved / self.best.estimate.total_s
-        return f"one more GiB of host memory would save {format_seconds(saved)} ({share:.0f} %)"
+        return f"one more GiB of {name} memory would save {format_seconds(saved)} ({share:.0f} %)"
 
     def _alternative_lines(self) -> list[str]:
         if not self.alternatives:
@@ -131,16 +137,13 @@ def explain(
     workload: Workload,
     host_memory: int,
     wanted: PlanConstraints,
-    *,
-    device_memory: int | None = None,
 ) -> Explanation:
-    """The best plan for the job on the host, and what is to be known of it; what a device would
-    bring, within `device_memory` bytes. BudgetError where nothing fits."""
+    """The best plan for the job, and what is to be known of it. BudgetError where nothing fits."""
     spec, sizes, profile = problem.spec, problem.sizes, problem.profile
     found = search(problem, workload, host_memory, wanted)
     best, *others = found
     workload = workload.sharing(best.plan.prefix_caching)
-    richer = search(problem, workload, host_memory + GIB, wanted)[0]
+    more_host_s, more_device_s = _with_more(problem, workload, host_memory, wanted, best)
     return Explanation(
         model=f"{spec.family}, {num_parameters(spec) / 1e9:.3g} B parameters,"
         f" {format_bytes(sum(weight_bytes(sizes).values()))} of weights",
@@ -149,12 +152,26 @@ def explain(
         workload=workload,
         best=best,
         alternatives=tuple(others[:NUM_ALTERNATIVES]),
-        tiers=(host_tier(best.plan, sizes), disk_tier(best.plan, sizes)),
-        more_host_s=richer.estimate.total_s,
-        device=None
-        if profile.device is None
-        else report_device(problem, workload, host_memory, device_memory),
+        tiers=tiers_of(best.plan, sizes),
+        more_host_s=more_host_s,
+        more_device_s=more_device_s,
         notes=_notes(problem, best.plan, workload),
+    )
+
+
+def _with_more(
+    problem: Problem, work: Workload, host_memory: int, wanted: PlanConstraints, best: Candidate
+) -> tuple[float, float | None]:
+    """Seconds of the job with one more GiB of host memory, and of device memory. Beside a device
+    the choices of the best plan are kept: a search of such plans takes long."""
+    device = problem.sizes.device
+    if device is None:
+        return search(problem, work, host_memory + GIB, wanted)[0].estimate.total_s, None
+    larger = replace(device, budget_bytes=device.budget_bytes + GIB)
+    richer = replace(problem, sizes=replace(problem.sizes, device=larger))
+    return (
+        replanned(problem, work, host_memory + GIB, wanted, best).estimate.total_s,
+        replanned(richer, work, host_memory, wanted, best).estimate.total_s,
     )
 
 
@@ -163,11 +180,15 @@ def weight_bytes(sizes: Sizes) -> dict[Part, int]:
     return {part: sizes.slot_bytes[part] * count for part, count in sizes.num_parts.items()}
 
 
-def host_tier(plan: Plan, sizes: Sizes) -> Tier:
+def tiers_of(plan: Plan, sizes: Sizes) -> tuple[Tier, ...]:
+    """Every memory of the plan, the host's first, and the disk."""
+    return (*(_tier(own, sizes) for own in plan.tiers), disk_tier(plan, sizes))
+
+
+def _tier(own: TierPlan, sizes: Sizes) -> Tier:
     """What the budget holds; adds up to the plan's total."""
-    own = plan.host
     holds = {
-        "process": own.process_bytes,
+        "process" if own.name == HOST else "context": own.process_bytes,
         "activations": own.activation_bytes,
         "KV cache": own.kv_pages * own.kv_page_bytes,
         "forecast": own.forecast_bytes,
@@ -182,8 +203,10 @@ def host_tier(plan: Plan, sizes: Sizes) -> Tier:
 
 
 def disk_tier(plan: Plan, sizes: Sizes) -> Tier:
-    """The checkpoint: what memory holds beside it, and what each pass over all experts reads."""
-    kept = sum(part.num_bytes for part in plan.host.parts)
+    """The checkpoint: what memory holds beside it, and what each pass over all experts reads. Two
+    memories hold the same parts, as far as they can."""
+    most = {part: max(tier.of(part).slots for tier in plan.tiers) for part in sizes.num_parts}
+    kept = sum(sizes.slot_bytes[part] * count for part, count in most.items())
     total = sum(weight_bytes(sizes).values())
     return Tier("disk", None, {"weights also in memory": kept, "weights read": total - kept})
 
@@ -197,22 +220,33 @@ def _tier_line(tier: Tier) -> str:
 def _bottleneck_lines(found: Estimate) -> list[str]:
     """The bottleneck of the job, and of each phase of some length."""
     busy = ", ".join(
-        f"{name} {100 * seconds / found.total_s:.0f} %"
+        f"{_lane(name)} {100 * seconds / found.total_s:.0f} %"
         for name, seconds in found.busy.items()
         if seconds
     )
     lines = [
-        f"bottleneck: {found.bottleneck}; busy: {busy}; its bound is"
+        f"bottleneck: {_lane(found.bottleneck)}; busy: {busy}; its bound is"
         f" {100 * found.share_of_bound:.0f} % of the time"
     ]
     for name, phase in found.phases.items():
         if phase.passes and phase.seconds >= 0.01 * found.total_s:
-            bound = phase.bound.get(phase.bottleneck, 0.0)
+            shares = {lane: 100 * s / phase.seconds for lane, s in phase.bound.items() if s}
+            others = ", ".join(
+                f"{_lane(lane)} {share:.0f} %"
+                for lane, share in sorted(shares.items(), key=lambda item: -item[1])
+                if lane != phase.bottleneck
+            )
             lines.append(
                 f"  {name}: {phase.passes} passes in {format_seconds(phase.seconds)}, bound by"
-                f" {phase.bottleneck} ({100 * bound / phase.seconds:.0f} %)"
+                f" {_lane(phase.bottleneck)} ({shares.get(phase.bottleneck, 0.0):.0f} %)"
+                + (f", least of others: {others}" if len(shares) > 2 else "")
             )
     return lines
+
+
+def _lane(name: str) -> str:
+    """A resource, for people."""
+    return f"link {name}" if name in ("down", "up") else name
 
 
 def _shared(work: Workload) -> str:
@@ -221,11 +255,13 @@ def _shared(work: Workload) -> str:
 
 
 def _choices(plan: Plan) -> str:
-    experts = plan.host.of(Part.EXPERT)
+    experts = plan.top.of(Part.EXPERT)
+    above = plan.above
     return (
         f"{plan.max_num_seqs} sequences, {plan.max_num_batched_tokens} tokens, attention by"
-        f" {plan.micro_batch_tokens}, KV cache of {plan.host.kv_pages * plan.page_tokens} tokens,"
+        f" {plan.micro_batch_tokens}, KV cache of {plan.kv_pages * plan.page_tokens} tokens,"
         f" experts resident {experts.slots} of {experts.num_parts}"
+        + (f", {100 * plan.host_attention:.0f} % of attention on the host" if above else "")
         + (f", {plan.groups} groups" if plan.groups > 1 else "")
         + (f", bursts of {plan.burst_tokens} tokens" if plan.burst_tokens else "")
     )
@@ -236,6 +272,11 @@ def _notes(problem: Problem, plan: Plan, workload: Workload) -> tuple[str, ...]:
     bursts = find_bursts(problem, plan, workload)
     if bursts is not None and (plan.burst_tokens or bursts.num_sequences <= MOST_SEQS):
         notes += (bursts.line(plan),)
+    if plan.above is not None and (rows := few_rows(problem)):
+        notes += (
+            f"an expert in RAM with up to {rows} rows would be computed there sooner than fetched;"
+            " this version fetches it, so that results depend on nothing else in a pass",
+        )
     if workload.longest > plan.max_model_len:
         notes += (
             f"sequences longer than {plan.max_model_len} tokens do not fit and count as that long",

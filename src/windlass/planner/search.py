@@ -7,11 +7,12 @@ decides between the last few.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from windlass.errors import BudgetError, UsageError
 from windlass.models.spec import ModelSpec
+from windlass.perf.device_pass_cost import DevicePassCost, Placed
 from windlass.perf.estimate import Estimate, estimate, steady_seconds
 from windlass.perf.job_passes import PassRun
 from windlass.perf.op_cost import Seen
@@ -22,9 +23,9 @@ from windlass.planner.budget import (
     PAGE_TOKENS,
     SMALLEST_CONTEXT,
     PlanConstraints,
-    make_plan,
 )
 from windlass.planner.bursts import with_bursts
+from windlass.planner.device_budget import plan_for
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.units import round_up
 from windlass.workload import Workload
@@ -32,13 +33,16 @@ from windlass.workload import Workload
 _SEQS = (
     1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048
 )  # fmt: skip
+_MORE_SEQS = (3072, 4096, 6144)  # where a device's rows take so much less of a pass
 _ROWS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _FEW_MICRO_ROWS = 256  # of a call of attention, instead of as many as a plain plan has
 # Of the pages that all sequences of a pass would take at their full length: they are not all there
 # at once, and who finds none waits or is computed again.
 _PAGE_SHARES = (1.0, 0.8, 0.6, 0.4)
+_SHARE_STEP = 0.25  # of attention on the host
+_GROUPS = (1, 2)  # where the host attends: the experts of one beside the attention of the other
 _COMPOSED = 18  # plans whose passes are composed
-_CLOCKED = 6  # plans that run on the clock
+_CLOCKED, _CLOCKED_ABOVE = 6, 4  # plans that run on the clock; with a device, which takes longer
 _AS_FAST = 1.005  # of the best plan's seconds: less than estimates can tell apart
 _COARSE_WAVES = 2  # of sequences, in the coarse workload
 _COARSE_LEVELS = 4  # lengths in it
@@ -69,9 +73,9 @@ def search(
     """
     machine = _Machine(problem.spec, problem.sizes, host_memory, context or 0)
     work = machine.fitting(workload, wanted)
-    pass_cost, sizes = PassCost(problem), problem.sizes
+    seconds_of, sizes = _pass_seconds(problem), problem.sizes
     grid = machine.grid(work, wanted)
-    ranked = sorted(grid, key=lambda plan: _closed_form(pass_cost, sizes, plan, work))
+    ranked = sorted(grid, key=lambda plan: _closed_form(seconds_of(plan), plan, work))
     some = _spread(ranked, _COMPOSED, each=3)
 
     def coarse(plan: Plan) -> float:
@@ -80,19 +84,30 @@ def search(
         more = work.computed_tokens / part.computed_tokens
         return found.load_s + (found.total_s - found.load_s) * more
 
-    best = _spread(sorted(some, key=coarse), _CLOCKED, each=2)
-    best += machine.other_micro_batches(best[0], wanted)
+    most = _CLOCKED if sizes.device is None else _CLOCKED_ABOVE
+    best = _spread(sorted(some, key=coarse), most, each=2)
+    best += machine.neighbours(best[0], wanted)
     found = [Candidate(plan, estimate(problem, plan, work)) for plan in best]
     least = min(one.estimate.total_s for one in found)
 
     def rank(one: Candidate) -> tuple[float, int]:
         """Of plans as fast, the one that holds fewer pages, which must be touched before use."""
-        return max(one.estimate.total_s, _AS_FAST * least), one.plan.host.kv_pages
+        return max(one.estimate.total_s, _AS_FAST * least), one.plan.kv_pages
 
     found.sort(key=rank)
     if wanted.burst_tokens is None:
         found = [_with_bursts(problem, one, work) for one in found]
     return found
+
+
+def replanned(
+    problem: Problem, workload: Workload, host_memory: int, wanted: PlanConstraints, best: Candidate
+) -> Candidate:
+    """The choices of `best` within other budgets."""
+    machine = _Machine(problem.spec, problem.sizes, host_memory, 0)
+    plan = machine.again(best.plan, wanted)
+    work = workload.sharing(plan.prefix_caching).shortened(plan.max_model_len)
+    return Candidate(plan, estimate(problem, plan, work))
 
 
 def _with_bursts(problem: Problem, one: Candidate, work: Workload) -> Candidate:
@@ -114,45 +129,85 @@ class _Machine:
     def fitting(self, workload: Workload, wanted: PlanConstraints) -> Workload:
         """The workload with no sequence longer than a plan can hold, and as plans share prompts.
         BudgetError where nothing fits."""
-        plain = make_plan(self._spec, self._sizes, self._host_memory, wanted)
+        plain = self._plain(wanted)
         workload, most = workload.sharing(plain.prefix_caching), plain.max_model_len
         if workload.longest <= most:
             return workload
         longest = min(workload.longest, self._spec.max_positions)
         if wanted.max_model_len is None and wanted.kv_pages is None:
             alone = replace(wanted, kv_pages=_pages(longest), max_num_seqs=wanted.max_num_seqs or 1)
-            most = longest if self._plan(alone) else most
+            tried = [replace(alone, host_attention=one) for one in self._shares(wanted)]
+            most = longest if any(map(self._plan, tried)) else most
         return workload.shortened(most)
 
     def grid(self, work: Workload, wanted: PlanConstraints) -> list[Plan]:
         """All plans of the grid that fit, and the one by plain rules."""
         found: dict[Plan, None] = {}
-        for seqs in _choices(_SEQS, work.num_sequences, wanted.max_num_seqs):
+        known = _SEQS if self._sizes.device is None else (*_SEQS, *_MORE_SEQS)
+        for seqs in _choices(known, work.num_sequences, wanted.max_num_seqs):
             fewest = round_up(seqs + CHUNK_TOKENS, CHUNK_TOKENS)
             sizes = [fewest, *(rows for rows in _ROWS if rows > fewest)]
             most = max(fewest, seqs + min(seqs, work.num_sequences) * max(work.prompt_tokens))
             for rows in _choices(sizes, most, wanted.max_num_batched_tokens):
                 values = replace(wanted, max_num_seqs=seqs, max_num_batched_tokens=rows)
                 for pages in self._page_counts(seqs, work, wanted):
-                    plans = self._plan(replace(values, kv_pages=pages))
-                    found |= {p: None for p in plans if p.max_model_len >= work.longest}
-        plain = make_plan(self._spec, self._sizes, self._host_memory, wanted)
+                    for one in self._divided(replace(values, kv_pages=pages), work):
+                        plans = self._plan(one)
+                        found |= {p: None for p in plans if p.max_model_len >= work.longest}
+        plain = self._plain(wanted)
         if plain.max_model_len >= work.longest or not found:
             found[plain] = None
         return list(found)
 
-    def other_micro_batches(self, plan: Plan, wanted: PlanConstraints) -> list[Plan]:
-        """The same plan with fewer rows per call of attention, and more weights."""
-        if wanted.micro_batch_tokens is not None or plan.micro_batch_tokens <= _FEW_MICRO_ROWS:
-            return []
-        values = replace(
-            wanted,
-            max_num_seqs=plan.max_num_seqs,
-            max_num_batched_tokens=plan.max_num_batched_tokens,
-            kv_pages=plan.host.kv_pages,
-            micro_batch_tokens=_FEW_MICRO_ROWS,
-        )
-        return self._plan(values)
+    def neighbours(self, plan: Plan, wanted: PlanConstraints) -> list[Plan]:
+        """The same plan with fewer rows per call of attention, and more weights; with a little more
+        or less of attention on the host."""
+        fixed = _choices_of(plan, wanted)
+        found: list[Plan] = []
+        if wanted.micro_batch_tokens is None and plan.micro_batch_tokens > _FEW_MICRO_ROWS:
+            found += self._plan(replace(fixed, micro_batch_tokens=_FEW_MICRO_ROWS))
+        if plan.above is None or wanted.host_attention is not None:
+            return found
+        for share in (plan.host_attention - _SHARE_STEP / 2, plan.host_attention + _SHARE_STEP / 2):
+            if 0 < share < 1:
+                found += self._plan(replace(fixed, host_attention=share))
+        return found
+
+    def again(self, plan: Plan, wanted: PlanConstraints) -> Plan:
+        """The same choices. BudgetError where they do not fit."""
+        fixed = replace(
+            _choices_of(plan, wanted), micro_batch_tokens=plan.micro_batch_tokens,
+            burst_tokens=plan.burst_tokens,
+        )  # fmt: skip
+        return plan_for(self._spec, self._sizes, self._host_memory, fixed)
+
+    def _divided(self, values: PlanConstraints, work: Workload) -> Iterator[PlanConstraints]:
+        """The values, with what a device leaves to its host; as they are on a machine without."""
+        if self._sizes.device is None:
+            yield values
+            return
+        longest = max(work.longest, self._context, 2)
+        values = replace(values, max_model_len=values.max_model_len or longest)
+        for share in self._shares(values):
+            for groups in _GROUPS if values.groups is None and share else (values.groups,):
+                yield replace(values, groups=groups, host_attention=share)
+
+    def _shares(self, wanted: PlanConstraints) -> Sequence[float | None]:
+        """Of attention on the host, that are tried."""
+        if self._sizes.device is None or wanted.host_attention is not None:
+            return (wanted.host_attention,)
+        return tuple(_SHARE_STEP * i for i in range(round(1 / _SHARE_STEP) + 1))
+
+    def _plain(self, wanted: PlanConstraints) -> Plan:
+        """By plain rules; with a device too small for keys and values, those on the host."""
+        first, *others = self._shares(wanted)
+        try:
+            return plan_for(self._spec, self._sizes, self._host_memory, wanted)
+        except BudgetError:
+            for share in others[::-1]:
+                if plans := self._plan(replace(wanted, host_attention=share)):
+                    return plans[0]
+            raise
 
     def _page_counts(self, seqs: int, work: Workload, wanted: PlanConstraints) -> Sequence[int]:
         if wanted.kv_pages is not None:
@@ -166,9 +221,19 @@ class _Machine:
     def _plan(self, values: PlanConstraints) -> list[Plan]:
         """The plan with these values, if it fits."""
         try:
-            return [make_plan(self._spec, self._sizes, self._host_memory, values)]
+            return [plan_for(self._spec, self._sizes, self._host_memory, values)]
         except (BudgetError, UsageError):
             return []
+
+
+def _choices_of(plan: Plan, wanted: PlanConstraints) -> PlanConstraints:
+    """What was chosen of the plan beside what follows from it."""
+    return replace(
+        PlanConstraints.of(plan), expert_slots=wanted.expert_slots,
+        micro_batch_tokens=wanted.micro_batch_tokens, burst_tokens=wanted.burst_tokens,
+        max_model_len=wanted.max_model_len if plan.above is None else plan.max_model_len,
+        prefix_caching=wanted.prefix_caching,
+    )  # fmt: skip
 
 
 def _choices(values: Iterable[int], most: int, fixed: int | None) -> list[int]:
@@ -191,17 +256,39 @@ def _spread(plans: Sequence[Plan], most: int, *, each: int) -> list[Plan]:
     return kept
 
 
-def _closed_form(pass_cost: PassCost, sizes: Sizes, plan: Plan, work: Workload) -> float:
+PassSeconds = Callable[[PassRun], float]
+
+
+def _pass_seconds(problem: Problem) -> Callable[[Plan], PassSeconds]:
+    """Of passes under any plan, by a closed form."""
+    sizes = problem.sizes
+    if sizes.device is None:
+        cost = PassCost(problem)
+
+        def on_host(plan: Plan) -> PassSeconds:
+            held = held_shares(plan, sizes)
+            return lambda one: cost.of(one, held).seconds
+
+        return on_host
+    device_cost = DevicePassCost(problem)
+
+    def on_device(plan: Plan) -> PassSeconds:
+        placed = Placed.of(plan, sizes)
+        return lambda one: device_cost.of(one, placed).seconds
+
+    return on_device
+
+
+def _closed_form(pass_seconds: PassSeconds, plan: Plan, work: Workload) -> float:
     """Seconds of the job as a steady state."""
     prompt, output = work.mean_prompt_tokens, work.mean_output_tokens
-    hold = plan.host.kv_pages * plan.page_tokens / (prompt + output / 2 + plan.page_tokens / 2)
+    hold = plan.kv_pages * plan.page_tokens / (prompt + output / 2 + plan.page_tokens / 2)
     alive = max(1, min(plan.max_num_seqs, work.num_sequences, int(hold)))
-    held = held_shares(plan, sizes)
     middle = (prompt + work.mean_shared_tokens) / 2  # positions that a prompt row sees
 
     def seconds(decode: float, prefill: float) -> float:
         seen = Seen(round(decode), decode * (prompt + output / 2), round(prefill), prefill * middle)
-        return pass_cost.of(PassRun(1, seen, max(1, round(decode))), held).seconds
+        return pass_seconds(PassRun(1, seen, max(1, round(decode))))
 
     return steady_seconds(work, alive, plan.max_num_batched_tokens, seconds)
 

@@ -5,8 +5,8 @@ from dataclasses import fields
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
 from windlass.models.spec import ModelSpec
-from windlass.perf.sizes import Sizes
-from windlass.plan import Plan
+from windlass.perf.sizes import DeviceSizes, Sizes
+from windlass.plan import Plan, TierPlan
 from windlass.planner.budget import (
     MIN_SLOTS,
     NOISE_BYTES,
@@ -15,6 +15,7 @@ from windlass.planner.budget import (
     bytes_here,
     page_bytes,
 )
+from windlass.planner.device_budget import host_bytes_here
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.units import format_bytes
 
@@ -28,11 +29,24 @@ def validate_plan(
     _check_ranges(plan, spec, sizes)
     _check_wanted(plan, wanted, sizes)
     needed = bytes_here(plan, spec, sizes)
+    if plan.above is not None and sizes.device is not None:
+        needed = host_bytes_here(plan, spec, sizes)
+        _check_device(plan.above, sizes.device)
     room = min(budget, plan.host.budget_bytes)
     if needed > room + NOISE_BYTES:  # the process itself is never twice the same
         raise BudgetError(
             f"plan: needs {format_bytes(needed)} here, of which the process itself takes"
             f" {format_bytes(sizes.process_bytes)}; got {format_bytes(room)}"
+        )
+
+
+def _check_device(above: TierPlan, device: DeviceSizes) -> None:
+    room = min(device.budget_bytes, above.budget_bytes)
+    needed = above.total_bytes - above.process_bytes + device.process_bytes
+    if needed > room + NOISE_BYTES:
+        raise BudgetError(
+            f"plan: needs {format_bytes(needed)} of the device, of which its context takes"
+            f" {format_bytes(device.process_bytes)}; got {format_bytes(room)}"
         )
 
 

@@ -4,10 +4,11 @@ import heapq
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from windlass.ids import DISK_TO_HOST, HOST, Route
+from windlass.ids import DEVICE, DISK_TO_HOST, HOST, Route
 
+HOST_TO_DEVICE = Route(HOST, DEVICE)
 # Lanes that move bytes, by the route that they serve
-ROUTE_LANES = {DISK_TO_HOST: "disk", Route(HOST, "device"): "down"}
+ROUTE_LANES = {DISK_TO_HOST: "disk", HOST_TO_DEVICE: "down"}
 
 
 class Span(NamedTuple):

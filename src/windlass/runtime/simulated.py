@@ -18,15 +18,16 @@ from windlass.checkpoint.part_reads import Read
 from windlass.forecast.interface import ExpertForecast
 from windlass.ids import DISK_TO_HOST, Part, Route, WeightKey
 from windlass.prefetch.prefetcher import Prefetcher
-from windlass.runtime.clock import Clock, Lanes, LaneWork, Span
+from windlass.runtime.clock import HOST_TO_DEVICE, Clock, Lanes, LaneWork, Span
 from windlass.runtime.routed_groups import RoutedGroups
 from windlass.schedule.batch import Batch, MicroBatch, RowGroup
 from windlass.schedule.observer import RoutedTokens
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.weights.cache import WeightCache
+from windlass.weights.chain import Chain
 from windlass.weights.eviction import EvictionPolicy
-from windlass.weights.io_queue import IoQueue, Link, Priority, Ticket
-from windlass.weights.residency import Entry, num_slots
+from windlass.weights.io_queue import BLOCK_BYTES, IoQueue, Link, Priority, Ticket
+from windlass.weights.residency import Below, Entry, num_slots
 from windlass.weights.slots import Slots
 
 
@@ -78,8 +79,7 @@ class Costs(Protocol):
     def head(self, chunk: int, num_rows: int) -> LaneWork: ...
 
     def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[Route, float]]:
-        """Routes that a block of a part passes on its way into its slot, and the seconds on
-        each."""
+        """Routes that a block of a part may pass, and the seconds on each."""
         ...
 
 
@@ -102,31 +102,26 @@ class _ClockedQueue(IoQueue[_Bytes]):
         self._costs = costs
 
     def _move(self, ticket: Ticket[_Bytes], block: _Bytes) -> None:
-        way = list(self._costs.block(block.key, block.num_bytes))
-
-        def go_on() -> None:
-            if not way:
-                self.arrived(ticket, block.num_bytes)
-                return
-            route, seconds = way.pop(0)
-            self._lanes.of(route).put(seconds, go_on, block.key.part)
-
-        go_on()
+        costs = dict(self._costs.block(block.key, block.num_bytes))
+        self._lanes.of(ticket.route).put(
+            costs[ticket.route], lambda: self.arrived(ticket, block.num_bytes), block.key.part
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class SimulatedParts:
-    """Parts of each kind and slots for them. `reads`: of each part, as the checkpoint has them."""
+    """Parts of each kind and slots for them. `reads`: of each part, as its tier has them."""
 
     num_keys: Mapping[Part, int]
     slots: Mapping[Part, int]
     reads: Callable[[WeightKey], Sequence[Read]]
+    block_bytes: int = BLOCK_BYTES  # most of what a link to a device moves at once
 
 
 class SimulatedWeights:
-    """Slots that fill by the clock."""
+    """Slots that fill by the clock: from disk, or from the slots of the tier below."""
 
-    route, below = DISK_TO_HOST, None
+    cache: WeightCache
 
     def __init__(
         self,
@@ -136,11 +131,23 @@ class SimulatedWeights:
         *,
         policy: EvictionPolicy,
         depth: int,
+        tier_below: "SimulatedWeights | None" = None,
     ) -> None:
         """`depth`: blocks in flight at once."""
+        self.route = DISK_TO_HOST
+        self.below: Below | None = None
+        self._chain: Chain[_Bytes] | None = None
         self._reads = parts.reads
         self._clock = lanes.clock
-        self._queue = _ClockedQueue(lanes, costs, depth)
+        if tier_below is None:
+            self._queue = _ClockedQueue(lanes, costs, depth)
+        else:
+            self.route = HOST_TO_DEVICE
+            self._queue = tier_below._queue
+            self._queue.add(self.route, Link(depth, parts.block_bytes, parts.block_bytes // 4))
+            self.below = tier_below.cache.feed
+            self._chain = Chain(tier_below.cache, self._queue, self.route)
+        self.tier_below = tier_below
         given = num_slots(parts.num_keys, parts.slots)
         self.cache = WeightCache(
             parts.num_keys,
@@ -185,8 +192,18 @@ class SimulatedWeights:
     def fetch(
         self, entry: Entry, *, priority: Priority, on_done: Callable[[], None]
     ) -> Ticket[_Bytes]:
-        pieces = [_Bytes(entry.key, read.num_bytes) for read in self._reads(entry.key)]
-        return self._queue.enqueue(DISK_TO_HOST, pieces, priority=priority, on_done=on_done)
+        if self._chain is not None:
+            return self._chain.fetch(entry.key, self._pieces, priority=priority, on_done=on_done)
+        pieces = self._pieces(entry)
+        return self._queue.enqueue(self.route, pieces, priority=priority, on_done=on_done)
+
+    def _pieces(self, entry: Entry) -> list[_Bytes]:
+        return [_Bytes(entry.key, read.num_bytes) for read in self._reads(entry.key)]
+
+    def read_from_disk(self, part: Part) -> bool:
+        """Whether no tier has a slot for parts of that kind."""
+        below = self.tier_below
+        return not self.cache.fits(part) and (below is None or below.read_from_disk(part))
 
     def now(self) -> float:
         return self._clock.now
@@ -262,11 +279,11 @@ class SimulatedRuntime:
         self._groups.begin(batch)
         self._num_logits = len(batch.logit_rows) + len(batch.scored_rows)
         self._batch = batch
-        if self._weights.cache.fits(Part.EMBED):
+        if self._weights.read_from_disk(Part.EMBED):
+            self._read_rows(batch.num_tokens)
+        elif self._weights.cache.fits(Part.EMBED):
             with self._weights.lease(WeightKey(Part.EMBED)):
                 pass
-        else:
-            self._read_rows(batch.num_tokens)
         if self._prefetcher is not None:
             self._prefetcher.begin(batch, self.clock.now)
         self._forecast.begin(batch, self._router.begin(batch))

@@ -109,7 +109,6 @@ def _counters(
     stats: EngineStats,
 ) -> list[tuple[str, str, str | None, Mapping[str, float]]]:
     store = stats.weights
-    missed = stats.expert_requests - stats.expert_hits
     return [
         ("prompt_tokens", "Prompt tokens computed.", None, {"": stats.prompt_tokens}),
         ("generation_tokens", "Tokens generated.", None, {"": stats.generated_tokens}),
@@ -123,7 +122,7 @@ def _counters(
          {"": stats.wait_s}),
         ("expert_requests", "Experts that passes needed.", None, {"": stats.expert_requests}),
         ("expert_evictions", "Parts that gave way to others.", None, {"": store.evictions}),
-        ("expert_hits", "Where they were.", "tier", {"host": stats.expert_hits, "disk": missed}),
+        ("expert_hits", "Where they were.", "tier", stats.expert_places),
         ("link_bytes", "Bytes moved, by the tier that they come from.", "link",
          {route.source: moved for route, moved in store.link_bytes.items()}),
         ("expert_prefetch_issued", "Parts read ahead.", None, {"": store.prefetch_issued}),

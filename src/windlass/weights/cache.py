@@ -14,9 +14,29 @@ from windlass.weights.eviction import EvictionPolicy
 from windlass.weights.feed import Feed
 from windlass.weights.hints import Hint
 from windlass.weights.io_queue import IoQueue
-from windlass.weights.residency import Entry, Mover, Residency, nearest_first
+from windlass.weights.residency import Below, Entry, Mover, Residency, nearest_first
 from windlass.weights.slots import Slots
 from windlass.weights.stats import PartPlaces, StoreStats
+
+
+class _Asked:
+    """Parts by kind that were demanded, those that were here, and of the others those that were in
+    the tier below."""
+
+    def __init__(self) -> None:
+        self.requests, self.hits, self.hits_below = (
+            Counter[Part](),
+            Counter[Part](),
+            Counter[Part](),
+        )
+
+    def note(self, key: WeightKey, entry: Entry | None, below: Below | None) -> None:
+        """`key`, which has `entry` here, is demanded."""
+        self.requests[key.part] += 1
+        if entry is not None and entry.ticket is None:
+            self.hits[key.part] += 1
+        elif below is not None and below.has(key):
+            self.hits_below[key.part] += 1
 
 
 class WeightCache:
@@ -46,7 +66,7 @@ class WeightCache:
         if not self._resident.fits(Part.EXPERT):
             num_experts = max(1, self._resident.num_slots(Part.EXPERT) // 4)
         self._group_size = 1 if one_by_one else num_experts
-        self._requests, self._hits = Counter[Part](), Counter[Part]()
+        self._asked = _Asked()
         self._wait_s = 0.0
 
     # --- state ------------------------------------------------------------------------------------
@@ -84,8 +104,9 @@ class WeightCache:
                 bytes_read=self._queue.bytes_read,
                 reads=self._queue.num_reads,
                 link_bytes=self._queue.link_bytes,
-                requests=dict(self._requests),
-                hits=dict(self._hits),
+                requests=dict(self._asked.requests),
+                hits=dict(self._asked.hits),
+                hits_below=None if self._mover.below is None else dict(self._asked.hits_below),
                 wait_s=self._wait_s,
                 **self.feed.counters(),
                 evictions=self._resident.evictions,
@@ -128,8 +149,8 @@ class WeightCache:
     def count_hits(self, part: Part, count: int) -> None:
         """Parts that were used without a lease, because they are there for good."""
         with self._changed:
-            self._requests[part] += count
-            self._hits[part] += count
+            self._asked.requests[part] += count
+            self._asked.hits[part] += count
 
     # --- one caller's demands ---------------------------------------------------------------------
 
@@ -151,12 +172,11 @@ class WeightCache:
             demand, keys = Demand(), tuple(keys)
             self.feed.settle(keys if settles else ())
             for key in nearest_first(keys, self._mover.below):
-                self._requests[key.part] += 1
                 entry = self._resident.entries.get(key)
+                self._asked.note(key, entry, self._mover.below)
                 if entry is None:
                     demand.waiting.append(key)
                 else:
-                    self._hits[key.part] += entry.ticket is None
                     self.feed.watch(entry, demand)
             self.feed.demands.append(demand)
             self.feed.pump()

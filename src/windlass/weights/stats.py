@@ -27,6 +27,7 @@ class StoreStats:
     prefetch_cancelled_bytes: int
     prefetch_late_bytes: int
     evictions: int
+    hits_below: Mapping[Part, int] | None = None  # resident in the tier below alone; None without
 
 
 class Place(IntEnum):

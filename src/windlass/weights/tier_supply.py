@@ -1,7 +1,6 @@
 """Parts that a weight store has copied from the store of the tier below, into a layout of their
 own. Knows slots of both, not who wants what."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -40,10 +39,8 @@ class TierSupply:
         self._chain = Chain(below.cache, self.queue, self.route)
         self._device_layout = DeviceLayout()
         self._known: dict[WeightKey, tuple[Placed, str]] = {}
-        sizes: Counter[Part] = Counter()
-        for key in self.layout.parts:
-            sizes[key.part] = max(sizes[key.part], self._place(key).part_reads.num_bytes)
-        self.slot_bytes: Mapping[Part, int] = sizes
+        parts = ((key.part, supply.part_reads(key)) for key in self.layout.parts)
+        self.slot_bytes: Mapping[Part, int] = self._device_layout.slot_bytes(parts)
 
     def part_reads(self, key: WeightKey) -> PartReads:
         return self._learn(key)[0].part_reads

@@ -1,0 +1,135 @@
+"""How long a pass takes where a device computes beside its host, without a clock: as
+perf/pass_cost.py, on five lanes. Pure arithmetic; seconds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from windlass.ids import Part
+from windlass.models.spec import Moe
+from windlass.perf.device_cost import DeviceCost
+from windlass.perf.flops import active_experts
+from windlass.perf.job_passes import PassRun
+from windlass.perf.pass_cost import (
+    PassCost,
+    Timed,
+    contention,
+    held_shares,
+    kv_numbers,
+    layer_kinds,
+)
+from windlass.perf.sizes import Problem, Sizes
+from windlass.plan import HOST, Plan
+from windlass.weights.io_queue import BLOCK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where a plan has things: shares of each kind of part that have slots on the device and on
+    the host, the share of sequences that attend on the host, groups of a pass."""
+
+    above: Mapping[Part, float]
+    below: Mapping[Part, float]
+    on_host: float
+    groups: int
+
+    @classmethod
+    def of(cls, plan: Plan, sizes: Sizes) -> "Placed":
+        return cls(
+            held_shares(plan, sizes), held_shares(plan, sizes, tier=HOST), plan.host_attention,
+            plan.groups,
+        )  # fmt: skip
+
+    @property
+    def cold(self) -> "Placed":
+        """Before the first pass."""
+        return Placed({}, {}, self.on_host, self.groups)
+
+
+class _Rows(NamedTuple):
+    """Seconds of the device for so many rows, and bytes of weights that they want."""
+
+    attention: float
+    experts: float
+    again: float  # reading experts from its memory once more, for each further group
+    wanted: dict[Part, float]
+
+
+class DevicePassCost:
+    """Passes of one model on one machine, whatever the plan."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.costs = DeviceCost(problem, kv_numbers=kv_numbers(problem.spec))
+        self._problem = problem
+        self._host = PassCost(problem)  # what rows want does not depend on who computes
+        self._kinds = layer_kinds(problem.spec)
+        self._by_rows: dict[int, _Rows] = {}
+
+    def of(self, one: PassRun, placed: Placed) -> Timed:
+        """A pass like `one` that finds parts where they are `placed`."""
+        rows = self._rows(one.num_rows)
+        costs, seen, on_host = self.costs, one.seen, placed.on_host
+        own = seen.share(1 - on_host)
+        attention, up, host, down = rows.attention, 0.0, 0.0, 0.0
+        for layer, count in self._kinds:
+            theirs = costs.host_rows(layer, seen, on_host)
+            attention += count * costs.scores_s(layer, own if theirs.num_rows else seen)
+            if theirs.num_rows:
+                sent, seconds, back = costs.host_attention_s(layer, theirs)
+                up, host, down = up + count * sent, host + count * seconds, down + count * back
+        experts, head = rows.experts, costs.head_s(one.num_logits)
+        fetched, read = self.moved_bytes(one, placed)
+        computing = max(attention, host) + experts
+        if placed.groups > 1:
+            experts += (placed.groups - 1) * rows.again
+            computing = max(attention + experts, host)
+        busy = {
+            "disk": read / self._problem.profile.disk.at(BLOCK_BYTES),
+            "down": costs.fetch_s(fetched) + down,
+            "up": up,
+            "host": host,
+            "device": attention + experts + head,
+        }
+        seconds = max(*busy.values(), computing + head)
+        seconds += contention(busy["disk"], busy["host"], seconds, self._problem.profile.threads)
+        return Timed(seconds, busy, read)
+
+    def moved_bytes(
+        self, one: PassRun, placed: Placed, *, at_least: bool = False
+    ) -> tuple[float, float]:
+        """Bytes of weights that a pass fetches from the host, and that it reads from disk. What the
+        device holds is what the host holds too: both keep what is used next. Where it must be
+        `at_least` that, none of it is."""
+        fetched = read = 0.0
+        for part, num_bytes in self._rows(one.num_rows).wanted.items():
+            if part is Part.HEAD and not one.num_logits:
+                continue
+            above, below = placed.above.get(part, 0.0), placed.below.get(part, 0.0)
+            fetched += num_bytes * (1 - above)
+            kept = min(1.0, above + below) if at_least else max(above, below)
+            read += num_bytes * (1 - kept)
+        return fetched, read
+
+    def _rows(self, rows: int) -> _Rows:
+        known = self._by_rows.get(rows)
+        if known is not None:
+            return known
+        spec, costs = self._problem.spec, self.costs
+        attention, experts, again = costs.embed_s(rows), 0.0, 0.0
+        for layer, count in self._kinds:
+            block = spec.blocks[layer]
+            if block.attention is not None:
+                attention += count * costs.projections_s(layer, rows)
+            if isinstance(block.ffn, Moe):
+                active = active_experts(block.ffn.num_experts, block.ffn.top_k, rows)
+                each = max(1, round(rows * block.ffn.top_k / active))
+                seconds = costs.route_s(layer, rows) + costs.combine_s(layer, rows)
+                seconds += active * costs.expert_s(layer, each)
+                experts += count * (seconds + costs.experts(layer, ()).last.seconds)
+                num_bytes = active * self._problem.sizes.slot_bytes[Part.EXPERT]
+                again += count * num_bytes / costs.memory_rate
+            elif block.ffn is not None:
+                experts += count * costs.dense(layer, rows).last.seconds
+        found = _Rows(attention, experts, again, self._host.wanted_bytes(rows))
+        self._by_rows[rows] = found
+        return found
