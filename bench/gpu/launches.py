@@ -12,18 +12,18 @@ from windlass.kernels.triton.tiles import expert_tile, few_tile
 
 HIDDEN, INNER, EXPERTS, TOP_K = 2048, 768, 128, 8  # Qwen3-30B-A3B
 TWO_SIZES = ("bf16", "int4 g128")  # formats whose tiles of 32 rows are compiled too
-ALL_FORMATS = (80, 90, 120)  # others differ from them in registers of a block, not in instructions
-SOME_FORMATS = ("bf16", "int4 g128", "mxfp4")
+ALL_FORMATS = (80, 90)  # others differ from them in registers of a block, not in instructions
+SOME_FORMATS = TWO_SIZES
 
 
 def launches(capability: int) -> Iterator[tuple[str, Callable[[], None]]]:
     """Names, and what launches on an architecture of such a capability."""
     for name in FORMATS if capability in ALL_FORMATS else SOME_FORMATS:
-        narrow = torch.bfloat16 if capability >= 80 else torch.float32
-        for dtype in dict.fromkeys((narrow, torch.float32)):
-            kind = "fp32" if dtype is torch.float32 else "16 bits"
+        if capability >= 80:
             for rows in (16, 32) if name in TWO_SIZES else (16,):
-                yield f"experts {name} by {kind}, {rows} rows", _experts(name, dtype, rows)
+                launch = _experts(name, torch.bfloat16, rows)
+                yield f"experts {name} by 16 bits, {rows} rows", launch
+        yield f"experts {name} by fp32, 32 rows", _experts(name, torch.float32, 32)
         yield f"experts {name}, few", _few(name, capability)
     yield "combine", _combine
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from windlass.errors import UsageError
+from windlass.kernels import rowwise
 from windlass.kernels.interface import (
     AttentionOptions,
     AttentionWork,
@@ -250,4 +251,5 @@ class CudaKernels:
     def pointwise(
         self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
     ) -> torch.Tensor:
-        return function(x)  # a device computes each element alone
+        # a device computes each element alone; the interpreter's tensors are a CPU's
+        return function(x) if x.is_cuda else rowwise.pointwise(function, x)

@@ -12,7 +12,7 @@ from windlass.tensors import Weight
 from windlass.units import MIB
 
 # smaller calls than 256 rows are no faster than kernels of our own
-_STEPS = Steps((16, 32, 64, 128, 256, 512, 1024, 2048), (16, 32, 256), 256, 32 * MIB)
+_STEPS = Steps((16, 32, 64, 128, 256, 512, 1024, 2048), (16, 32, 64), 256, 32 * MIB)
 _BYTES = 16  # that rows begin at multiples of, or the library takes other kernels
 
 
