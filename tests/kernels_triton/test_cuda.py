@@ -1,6 +1,8 @@
 """The kernels of a CUDA device behind their protocol: as torch's, bits of a row its own, nothing
 read of what tensors contain."""
 
+from typing import Any
+
 import pytest
 import torch
 from gpu.expert_slots import FORMATS, Layer, Make, Sizes, make_layer, packed, plain
@@ -14,7 +16,7 @@ from windlass.kernels.cuda import CudaKernels
 from windlass.kernels.interface import AttentionOptions, Kernels
 from windlass.kernels.reference import TorchKernels
 from windlass.kernels.select_device import choose_device_kernels
-from windlass.kernels.triton import dense, expert_table
+from windlass.kernels.triton import dense, expert_table, launch
 from windlass.models.spec import (
     ClampedSwiGlu,
     GeGlu,
@@ -190,10 +192,13 @@ def test_the_bits_of_a_row_among_experts_are_its_own(kernels: CudaKernels) -> No
 
 
 def test_experts_that_lie_alike_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    launches, run = [], expert_table.run_experts
-    monkeypatch.setattr(
-        expert_table, "run_experts", lambda *args: (launches.append(args[2].tolist()), run(*args))
-    )
+    launches: list[list[int]] = []
+
+    def counted(*args: Any) -> None:
+        launches.append(args[2].tolist())
+        launch.run_experts(*args)
+
+    monkeypatch.setattr(expert_table, "run_experts", counted)
     layer, other = _layer(plain(BF16)), _layer(plain(BF16))
     x_TD, ids_TA = _routed(4)
     want = _experts(EXACT, layer, x_TD, ids_TA)
@@ -241,7 +246,7 @@ def test_attention_of_both_kinds_of_rows() -> None:
     want = TORCH.attention(q, keys, values, work, options)
     assert error(EXACT.attention(q, keys, values, work, options), want) < TOLERANCES[FP32]
     narrow = [PagedRows(x.rows_PKBd.bfloat16()) for x in (keys, values)]
-    got = NARROW.attention(q, *narrow, work, options)
+    got = NARROW.attention(q, narrow[0], narrow[1], work, options)
     assert error(got, want) < TOLERANCES[BF16]
 
 

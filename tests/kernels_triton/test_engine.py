@@ -32,7 +32,9 @@ def _logprobs(engine: Engine, lengths: tuple[int, ...], steps: int = 2) -> list[
 
 def _on_device(path: Path, plan: Plan, kernels: CudaKernels) -> Engine:
     """With all weights in slots above the host's."""
-    above = tuple(replace(own, slots=own.num_parts, slot_bytes=None) for own in plan.host.parts)
+    above = tuple(
+        replace(own, slots=own.num_parts or own.slots, slot_bytes=None) for own in plan.host.parts
+    )
     tiers = plan.host, replace(plan.host, name="device", parts=above)
     options = EngineOptions(
         model=str(path), plan=replace(plan, tiers=tiers), generation_config="vllm",

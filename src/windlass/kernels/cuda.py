@@ -18,12 +18,10 @@ from windlass.kernels.interface import (
     ExpertGroups,
     Routes,
 )
-from windlass.kernels.triton import launch, linear, routing, small
+from windlass.kernels.triton import launch, routing, small
 from windlass.kernels.triton.attention import CudaAttention
-from windlass.kernels.triton.dense import DenseProducts
 from windlass.kernels.triton.expert_table import grouped_experts
-from windlass.kernels.triton.linear import Linear
-from windlass.kernels.triton.tiles import linear_tile
+from windlass.kernels.triton.products import Products
 from windlass.models.spec import Activation, Norm, ReluSquared, Rope, Routing
 from windlass.tensors import PackedStack, PagedRows, Tensors, Weight, plain_or_none
 
@@ -46,8 +44,7 @@ class CudaKernels:
                 f"dtype: got 'bfloat16', but sm_{capability} multiplies no bf16: allowed are 'auto'"
                 " and 'float32'"
             )
-        self._is_narrow = bf16_activations
-        self._dense = DenseProducts()
+        self._products = Products(is_narrow=bf16_activations)
         self._attention = CudaAttention(is_narrow=bf16_activations)
 
     @property
@@ -67,61 +64,15 @@ class CudaKernels:
         *,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self._linear(self._rows(x_TD, w), w, bias_E, out)
+        return self._products.linear(self._products.rows(x_TD, w), w, bias_E, out)
 
     def linears(self, x_TD: torch.Tensor, w: Tensors, names: Sequence[str]) -> list[torch.Tensor]:
-        rows: dict[torch.dtype, torch.Tensor] = {}  # of the types that are multiplied in
-        found = []
-        for name in names:
-            one = w[f"{name}.weight"]
-            compute = self._compute(one)
-            if compute not in rows:
-                rows[compute] = self._rows(x_TD, one)
-            found.append(self._linear(rows[compute], one, plain_or_none(w, f"{name}.bias"), None))
-        return found
-
-    def _linear(
-        self,
-        x_TD: torch.Tensor,
-        w: Weight,
-        bias_E: torch.Tensor | None,
-        out: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Of rows in the type that is multiplied in."""
-        y_TE = self._dense.linear(x_TD, w)
-        if y_TE is not None:
-            y_TE = y_TE if bias_E is None else y_TE.add_(bias_E)
-            return y_TE if out is None else out.copy_(y_TE)
-        matrices = Linear.of(w, x_TD.dtype)
-        features, _ = matrices.shape
-        if out is None:
-            out = torch.empty(
-                len(x_TD), matrices.num * features, dtype=torch.float32, device=x_TD.device
-            )
-        if len(x_TD):
-            tile = linear_tile(matrices.matrix, x_TD.dtype, rows=len(x_TD))
-            bias_E = None if bias_E is None else bias_E.contiguous()
-            parts = out.unflatten(1, (matrices.num, features))
-            linear.run_linear(x_TD, matrices, bias_E, tile, out=parts)
-        return out
+        return self._products.linears(x_TD, w, names)
 
     def batched_linear(
         self, x_THa: torch.Tensor, w_Hba: torch.Tensor | PackedStack
     ) -> torch.Tensor:
-        """Recurrent states, which are fp32, are multiplied in fp32 always."""
-        is_state = isinstance(w_Hba, torch.Tensor) and w_Hba.dtype is torch.float32
-        x_THa = x_THa.contiguous() if is_state else self._rows(x_THa, w_Hba)
-        heads, features, _ = w_Hba.shape
-        out = torch.empty(len(x_THa), heads, features, dtype=torch.float32, device=x_THa.device)
-        # a packed stack's scales and codes lie different distances apart: a launch for each head
-        stack = w_Hba.matrices if isinstance(w_Hba, PackedStack) else (w_Hba,)
-        step = heads // len(stack)
-        for i, w in enumerate(stack):
-            part = slice(i * step, (i + 1) * step)
-            matrices = Linear.of(w, x_THa.dtype)
-            tile = linear_tile(matrices.matrix, x_THa.dtype, rows=len(x_THa))
-            linear.run_linear(x_THa[:, part], matrices, None, tile, out=out[:, part])
-        return out
+        return self._products.batched_linear(x_THa, w_Hba)
 
     def expert_ffn(self, x_ND: torch.Tensor, w: Tensors, activation: Activation) -> torch.Tensor:
         up_NI = self.linear(x_ND, w["up"], plain_or_none(w, "up_bias"))
@@ -140,21 +91,8 @@ class CudaKernels:
         out: torch.Tensor,
     ) -> None:
         if experts and len(x_TD):
-            x_TD = self._rows(x_TD, next(iter(experts.values()))["up"])
+            x_TD = self._products.rows(x_TD, next(iter(experts.values()))["up"])
             grouped_experts(x_TD, experts, groups, activation, out)
-
-    def _compute(self, w: Weight) -> torch.dtype:
-        """The type that rows are multiplied with `w` in."""
-        if not self._is_narrow:
-            return torch.float32
-        return w.dtype if isinstance(w, torch.Tensor) else torch.bfloat16
-
-    def _rows(self, x: torch.Tensor, w: Weight) -> torch.Tensor:
-        """Contiguous, in the type that they are multiplied with `w` in."""
-        compute = self._compute(w)
-        if self._is_narrow and compute is torch.float32:
-            x = x.bfloat16()
-        return x.to(compute).contiguous()
 
     # --- attention --------------------------------------------------------------------------------
 
