@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) setup.py
 build/constraints-torch-%.txt: constraints.txt
 	mkdir -p build && sed 's/^torch==.*/torch==$*/; /^triton==/d' $< > $@
 
-# Beside the other: torch for CPUs needs no Triton, and tests of kernels neither transformers nor linters.
+# Beside the other: torch for CPUs needs no Triton, and tests of kernels no linters.
 .venv-kernels/.installed: pyproject.toml constraints.txt setup.py
 	test -x $(KERNELS)/python || $(PYTHON) -m venv .venv-kernels
 	$(KERNELS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[kernels-test]'

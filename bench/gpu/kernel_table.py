@@ -99,10 +99,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path)
     parser.add_argument("--check", action="store_true")
-    parser.add_argument("--architectures", type=int, nargs="+", default=list(SHARED))
+    parser.add_argument(
+        "--architectures", type=int, nargs="+", help="all; checked: those of the table"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
-    table = compile_all(args.architectures)
+    known = [int(name.removeprefix("sm_")) for name in read(args.path)] if args.check else []
+    table = compile_all(args.architectures or known or list(SHARED))
     if not args.check:
         args.path.write_text(to_text(table), encoding="utf-8")
         return 0

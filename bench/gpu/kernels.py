@@ -35,7 +35,7 @@ from gpu.tolerances import TOLERANCES, error
 from windlass.kernels.interface import ExpertGroups
 from windlass.kernels.reference import TorchKernels
 from windlass.kernels.triton.launch import ExpertSlots, run_experts, run_experts_few
-from windlass.kernels.triton.tiles import few_tile, row_tile
+from windlass.kernels.triton.tiles import expert_tile, few_tile
 
 ROOT = Path(__file__).resolve().parents[2]
 SEED = 7
@@ -89,8 +89,6 @@ class Bench:
     def __init__(self, shapes: Shapes, *, is_dry: bool) -> None:
         self.shapes, self.report = shapes, Report()
         self.device = torch.device("cpu" if is_dry else "cuda")
-        major, minor = (9, 0) if is_dry else torch.cuda.get_device_capability()
-        self.capability = 10 * major + minor
         self._kernels = TorchKernels()
 
     def on_device(self, layer: Layer, dtype: torch.dtype) -> ExpertSlots:
@@ -115,11 +113,11 @@ class Bench:
         out_PD = torch.full(shape, float("nan"), device=self.device)
         slots_E = slots_E.to(self.device)
         if variant == "few":
-            tile = few_tile(self.capability, experts)
+            tile = few_tile()
             return lambda: run_experts_few(
                 routed.x_TD, routed.ids_TA, slots_E, experts, out_PD, tile
             ), out_PD
-        tile = row_tile(self.capability, experts, rows=VARIANTS[variant])
+        tile = expert_tile(experts, BF16, rows=VARIANTS[variant])
         return lambda: run_experts(
             routed.x_TD, routed.groups, slots_E, experts, out_PD, tile
         ), out_PD

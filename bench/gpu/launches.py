@@ -8,19 +8,22 @@ import torch
 from gpu.expert_slots import FORMATS, Layer, Sizes, make_layer
 from windlass.kernels.reference import TorchKernels
 from windlass.kernels.triton.launch import combine, run_experts, run_experts_few
-from windlass.kernels.triton.tiles import few_tile, row_tile
+from windlass.kernels.triton.tiles import expert_tile, few_tile
 
 HIDDEN, INNER, EXPERTS, TOP_K = 2048, 768, 128, 8  # Qwen3-30B-A3B
 TWO_SIZES = ("bf16", "int4 g128")  # formats whose tiles of 32 rows are compiled too
-ALL_FORMATS = (80, 90, 120)  # others differ from them in registers of a block, not in instructions
-SOME_FORMATS = ("bf16", "int4 g128", "mxfp4")
+ALL_FORMATS = (80, 90)  # others differ from them in registers of a block, not in instructions
+SOME_FORMATS = TWO_SIZES
 
 
 def launches(capability: int) -> Iterator[tuple[str, Callable[[], None]]]:
     """Names, and what launches on an architecture of such a capability."""
     for name in FORMATS if capability in ALL_FORMATS else SOME_FORMATS:
-        for rows in (16, 32) if name in TWO_SIZES else (16,):
-            yield f"experts {name}, {rows} rows", _experts(name, capability, rows)
+        if capability >= 80:
+            for rows in (16, 32) if name in TWO_SIZES else (16,):
+                launch = _experts(name, torch.bfloat16, rows)
+                yield f"experts {name} by 16 bits, {rows} rows", launch
+        yield f"experts {name} by fp32, 32 rows", _experts(name, torch.float32, 32)
         yield f"experts {name}, few", _few(name, capability)
     yield "combine", _combine
 
@@ -31,17 +34,14 @@ def _layer(name: str) -> Layer:
     return make_layer(FORMATS[name], Sizes(1, HIDDEN, INNER, spare=0))
 
 
-def _experts(name: str, capability: int, rows: int) -> Callable[[], None]:
+def _experts(name: str, dtype: torch.dtype, rows: int) -> Callable[[], None]:
     def launch() -> None:
-        dtype = torch.float16 if capability < 80 else torch.bfloat16
-        if name == "bf16" and capability < 80:
-            dtype = torch.float32  # no weight is rounded, and there is no dot of bf16
         layer, x_TD = _layer(name), torch.empty(16, HIDDEN, dtype=dtype)
         ids_TA = torch.zeros(16, TOP_K, dtype=torch.int64)
         run_experts(
             x_TD, TorchKernels().group(ids_TA, EXPERTS), torch.zeros(EXPERTS, dtype=torch.int32),
             experts := layer.experts_for(dtype), torch.empty(16 * TOP_K, HIDDEN),
-            row_tile(capability, experts, rows=rows),
+            expert_tile(experts, dtype, rows=rows),
         )  # fmt: skip
 
     return launch
@@ -54,7 +54,7 @@ def _few(name: str, capability: int) -> Callable[[], None]:
         run_experts_few(
             torch.empty(1, HIDDEN, dtype=dtype), torch.zeros(1, TOP_K, dtype=torch.int64),
             torch.zeros(EXPERTS, dtype=torch.int32), experts, torch.empty(TOP_K, HIDDEN),
-            few_tile(capability, experts),
+            few_tile(),
         )  # fmt: skip
 
     return launch

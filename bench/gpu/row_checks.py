@@ -14,12 +14,13 @@ from gpu.tolerances import TOLERANCES, error
 from windlass.kernels import routing as reference
 from windlass.kernels import rowwise
 from windlass.kernels.dequantise import dequantise
-from windlass.kernels.interface import AttentionOptions
+from windlass.kernels.interface import AttentionOptions, AttentionWork
 from windlass.kernels.triton import small
-from windlass.kernels.triton.decode import DecodeRows, paged_decode
-from windlass.kernels.triton.linear import FEW, Linear, linear_tile, run_linear
+from windlass.kernels.triton.attention import CudaAttention
+from windlass.kernels.triton.linear import FEW, Linear, run_linear
 from windlass.kernels.triton.logits import HeadState, scan
 from windlass.kernels.triton.routing import route
+from windlass.kernels.triton.tiles import linear_tile
 from windlass.models.spec import RmsNorm, SoftmaxTopK
 from windlass.tensors import Packed, PagedRows
 
@@ -80,7 +81,8 @@ def row_checks(sizes: RowSizes) -> Iterator[Check]:
     """Each as soon as it is done."""
     for name in sizes.models:
         for products in (torch.bfloat16, FP32):
-            yield _decode(sizes, name, products)
+            for is_prompt in (False, True):
+                yield _attention(sizes, name, products, is_prompt=is_prompt)
     for name in sizes.formats:
         for dtype in (torch.bfloat16, FP32):
             yield _linear(sizes, name, dtype)
@@ -92,7 +94,8 @@ def _seconds(sizes: RowSizes, call: Callable[[], object]) -> float | None:
     return triton.testing.do_bench(call) / 1000 if sizes.is_timed else None
 
 
-def _decode(sizes: RowSizes, name: str, products: torch.dtype) -> Check:
+def _attention(sizes: RowSizes, name: str, products: torch.dtype, *, is_prompt: bool) -> Check:
+    """Of one row of each sequence."""
     heads, num, page = sizes.models[name], sizes.sequences, 32
     per_row = -(-sizes.positions // page)
     shape = (num * per_row, heads.kv_heads, page, heads.dim)
@@ -108,30 +111,42 @@ def _decode(sizes: RowSizes, name: str, products: torch.dtype) -> Check:
     scale = heads.dim**-0.5
     options = AttentionOptions(scale=scale, value_dim=value_dim, window=heads.window, sinks_H=sinks)
 
-    def run(rows: slice = slice(None)) -> torch.Tensor:
-        decode = DecodeRows(pages[rows], lengths[rows], sizes.positions)
-        return paged_decode(q_THd[rows], PagedRows(keys), PagedRows(values), decode, options)
+    attend = CudaAttention(is_narrow=products.itemsize == 2)
 
-    got = run()
+    def work_of(rows: range) -> AttentionWork:
+        own = tuple(tuple(pages[i].tolist()) for i in rows)
+        first = tuple(int(lengths[i]) - 1 for i in rows)
+        num = len(rows)
+        return AttentionWork(tuple(range(num)), (1,) * num, first, own, (is_prompt,) * num)
+
+    def run(rows: range, work: AttentionWork) -> torch.Tensor:
+        q = q_THd[rows.start : rows.stop]
+        return attend(q, PagedRows(keys), PagedRows(values), work, options)
+
+    def alone(i: int) -> torch.Tensor:
+        return run(range(i, i + 1), work_of(range(i, i + 1)))[0]
+
+    all_rows, work = range(num), work_of(range(num))
+    got = run(all_rows, work)
     want = torch.stack(
         [
-            _attention(heads, q_THd[i], keys[pages[i]], values[pages[i]], int(lengths[i]), options)
+            _reference(heads, q_THd[i], keys[pages[i]], values[pages[i]], int(lengths[i]), options)
             for i in range(num)
         ]
     )
     seen = lengths.clamp(max=heads.window) if heads.window else lengths
     width = heads.dim + (0 if heads.value_dim else heads.dim)
     return Check(
-        f"decode {name} by {products}",
+        f"{'prompts' if is_prompt else 'decode'} {name} by {products}",
         error(got, want),
         TOLERANCES[products],
-        all(torch.equal(run(slice(i, i + 1))[0], got[i]) for i in (0, num - 1)),
-        _seconds(sizes, run),
+        all(torch.equal(alone(i), got[i]) for i in (0, num - 1)),
+        _seconds(sizes, lambda: run(all_rows, work)),
         int(seen.sum()) * heads.kv_heads * width * keys.itemsize,
     )
 
 
-def _attention(
+def _reference(
     heads: Heads,
     q_Hd: torch.Tensor,
     keys: torch.Tensor,
@@ -160,7 +175,7 @@ def _linear(sizes: RowSizes, name: str, dtype: torch.dtype, *, few: bool = False
     x_TD = torch.randn(sizes.rows[-1], sizes.hidden, device=sizes.device).to(dtype)
 
     def run(rows: int) -> torch.Tensor:
-        tile = FEW if few else linear_tile(w, dtype, rows=rows)
+        tile = FEW if few else linear_tile(w.matrix, dtype, rows=rows)
         return run_linear(x_TD[:rows], w, None, tile, few=few)[:, 0]
 
     got = run(len(x_TD))

@@ -9,12 +9,13 @@ import torch
 
 from gpu.expert_slots import FORMATS, Sizes, make_layer
 from gpu.launches import ALL_FORMATS, SOME_FORMATS, TWO_SIZES
-from windlass.kernels.interface import AttentionOptions
+from windlass.kernels.interface import AttentionOptions, AttentionWork
 from windlass.kernels.triton import small
-from windlass.kernels.triton.decode import DecodeRows, paged_decode
-from windlass.kernels.triton.linear import FEW, Linear, linear_tile, run_linear
+from windlass.kernels.triton.attention import attention_blocks, attention_tiles, paged_attention
+from windlass.kernels.triton.linear import FEW, Linear, run_linear
 from windlass.kernels.triton.logits import HeadState, scan
 from windlass.kernels.triton.routing import route
+from windlass.kernels.triton.tiles import linear_tile
 from windlass.models.spec import (
     RmsNorm,
     Rope,
@@ -60,14 +61,17 @@ NARROW = ("Qwen3-30B-A3B", "Qwen3-Next", "DeepSeek-V2-Lite")  # also with produc
 def row_launches(capability: int) -> Iterator[Launch]:
     """As `launches.launches`. Below sm_80 there is no dot of 16 bits that is worth it."""
     narrow = torch.bfloat16 if capability >= 80 else torch.float16
-    for name, heads in MODELS.items():
-        if capability >= 80:
-            yield f"decode {name}, 16 bits", _decode(heads, narrow, narrow)
-        if name in NARROW or capability < 80:
-            yield f"decode {name}, fp32 over 16 bits", _decode(heads, FP32, narrow)
-    yield "decode Qwen3-30B-A3B, fp32", _decode(MODELS["Qwen3-30B-A3B"], FP32, FP32)
     products = narrow if capability >= 80 else FP32
-    yield "decode Qwen3-30B-A3B, int8", _decode(MODELS["Qwen3-30B-A3B"], products, INT8)
+    for kind, is_prompt in (("decode", False), ("prompts", True)):
+        for name, heads in MODELS.items():
+            launch = partial(_attention, heads, is_prompt)
+            if capability >= 80:
+                yield f"{kind} {name}, 16 bits", launch(narrow, narrow)
+            if name in NARROW or capability < 80:
+                yield f"{kind} {name}, fp32 over 16 bits", launch(FP32, narrow)
+        launch = partial(_attention, MODELS["Qwen3-30B-A3B"], is_prompt)
+        yield f"{kind} Qwen3-30B-A3B, fp32", launch(FP32, FP32)
+        yield f"{kind} Qwen3-30B-A3B, int8", launch(products, INT8)
     for name in FORMATS if capability in ALL_FORMATS else SOME_FORMATS:
         is_more = name in TWO_SIZES
         for dtype in dict.fromkeys((products, FP32) if is_more else (products,)):
@@ -85,22 +89,28 @@ def _rows(heads: Heads, width: int, dtype: torch.dtype) -> PagedRows:
     return PagedRows(torch.empty(*shape, width, dtype=dtype))
 
 
-def _decode(heads: Heads, products: torch.dtype, stored: torch.dtype) -> Callable[[], object]:
+def _attention(
+    heads: Heads, is_prompt: bool, products: torch.dtype, stored: torch.dtype
+) -> Callable[[], object]:
     def launch() -> None:
         keys = _rows(heads, heads.dim, stored)
         values = _rows(heads, heads.dim, stored)
         if heads.value_dim:
             values = PagedRows(keys.rows_PKBd[..., : heads.value_dim], keys.scales_PKB)
-        pages_TP = torch.zeros(ROWS, 64, dtype=torch.int32)
-        rows = DecodeRows(pages_TP, torch.zeros(ROWS, dtype=torch.int32), 2048)
         options = AttentionOptions(
             scale=0.1,
             value_dim=heads.value_dim or heads.dim,
             window=heads.window,
             sinks_H=torch.empty(heads.heads) if heads.has_sinks else None,
         )
+        work = AttentionWork((0,), (ROWS,), (2048 - ROWS,), ((0,) * 64,), (is_prompt,))
+        group, stored_type = heads.heads // heads.kv_heads, keys.rows_PKBd.dtype
+        blocks = attention_blocks(group, heads.dim, products, stored_type, is_prompt=is_prompt)
+        rows = blocks.rows(group)
+        tiles = attention_tiles(work, is_prompt=is_prompt, rows=rows, like=torch.empty(0))
         q_THd = torch.empty(ROWS, heads.heads, heads.dim, dtype=products)
-        paged_decode(q_THd, keys, values, rows, options)
+        out = torch.empty(ROWS, heads.heads, options.value_dim)
+        paged_attention(q_THd, keys, values, tiles, blocks, options, out)
 
     return launch
 
@@ -113,7 +123,7 @@ def _matrix(name: str) -> Weight:
 def _linear(name: str, dtype: torch.dtype, rows: int) -> Callable[[], object]:
     def launch() -> None:
         w = Linear.of(_matrix(name), dtype)
-        tile = linear_tile(w, dtype, rows=rows) if rows else FEW
+        tile = linear_tile(w.matrix, dtype, rows=rows) if rows else FEW
         run_linear(torch.empty(ROWS, HIDDEN, dtype=dtype), w, None, tile, few=not rows)
 
     return launch

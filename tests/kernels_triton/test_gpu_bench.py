@@ -14,7 +14,7 @@ def test_a_dry_run_passes_every_check(tmp_path: Path) -> None:
     kinds = [check["check"].split(" ")[0] for check in checks]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == {
         "error": 12, "bits": 6, "bf16:": 1, "rate": 5,
-        "decode": 2, "linear": 3, "norm": 1, "routing": 1, "logits": 1,
+        "decode": 2, "prompts": 2, "linear": 3, "norm": 1, "routing": 1, "logits": 1,
     }  # fmt: skip
 
 

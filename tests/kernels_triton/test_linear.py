@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu.expert_slots import FORMATS, Sizes, make_layer
+from gpu.expert_slots import FORMATS, Sizes, make_layer, packed
 from gpu.tolerances import TOLERANCES, error
 
+from windlass.formats import WeightFormat
 from windlass.kernels.dequantise import dequantise
 from windlass.kernels.triton.launch import Tile
-from windlass.kernels.triton.linear import Linear, linear_tile, run_linear
+from windlass.kernels.triton.linear import Linear, run_linear
+from windlass.kernels.triton.tiles import linear_tile
 from windlass.tensors import Packed
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -59,6 +61,26 @@ def test_packed(name: str) -> None:
         assert error(got, want) < TOLERANCES[dtype]
 
 
+TRANSPOSED = FORMATS | {
+    "int4 groups": packed(WeightFormat(code="int4", columns=8, zero="rows", has_groups=True)),
+    "fp8 tensor": packed(WeightFormat(code="e4m3", rows=0), FP32),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in TRANSPOSED if name != "bf16"])
+def test_the_transpose_of_a_packed_matrix(name: str) -> None:
+    """Rows times what is stored, instead of its transpose."""
+    torch.manual_seed(1)
+    w = make_layer(TRANSPOSED[name], Sizes(1, 144, 40)).experts[0]["up"]
+    assert isinstance(w, Packed)
+    narrow = FP16 if name.startswith(("gptq", "awq")) else BF16
+    for dtype, few in ((FP32, False), (FP32, True), (narrow, False)):
+        x = normal(2, 40).to(dtype)
+        got = run_linear(x, Linear.of(w.t(), dtype), None, TILE, few=few)[:, 0]
+        want = x.double() @ dequantise(w, 0, 40).double()
+        assert error(got, want) < TOLERANCES[dtype]
+
+
 @pytest.mark.parametrize("few", [False, True])
 def test_bits_of_a_row_are_its_own(*, few: bool) -> None:
     x, w = normal(5 if few else 40, 72).to(BF16), normal(40, 72, seed=1).to(BF16)
@@ -74,5 +96,5 @@ def test_rows_alone_decide_nothing_but_the_rows_of_a_tile() -> None:
     GPU to show: the interpreter's own products differ."""
     for compute, weights in ((FP32, FP32), (FP32, BF16), (BF16, BF16)):
         linear = Linear.of(normal(40, 72).to(weights), compute)
-        few, many = (linear_tile(linear, compute, rows=rows) for rows in (16, 17))
+        few, many = (linear_tile(linear.matrix, compute, rows=rows) for rows in (16, 17))
         assert few == replace(many, rows=16) and many.rows == 32

@@ -38,10 +38,13 @@ def test_the_committed_table(tmp_path: Path) -> None:
     multiply by tiles, and shared memory that fits."""
     path = BENCH / "gpu" / "kernel_table.json"
     table = read(path)
-    assert set(table) == {f"sm_{capability}" for capability in SHARED}
+    assert (
+        {"sm_75", "sm_80", "sm_90"} <= set(table) <= {f"sm_{capability}" for capability in SHARED}
+    )
     for architecture, rows in table.items():
         if architecture != "sm_75":
-            tiles = [r for name, r in rows.items() if name.endswith((": gate_up", ": down"))]
+            tiles = [r for name, r in rows.items() if name.endswith((": gate_up", ": down"))
+                     and "by 16 bits" in name]  # fmt: skip
             assert {r.mma for r in tiles} == {"HMMA.16816"}
             assert not any(r.spills for r in rows.values())
             limit = SHARED[int(architecture.removeprefix("sm_"))]

@@ -35,11 +35,8 @@ from windlass.models.spec import (
     SwiGlu,
 )
 from windlass.tensors import PackedStack, PagedRows, Tensors, Weight, plain_or_none
-from windlass.units import round_up
 
 _FEW_ROWS = (12, 128)
-_LANES = 64  # elements; a multiple of every vector loop's step in torch's pointwise code
-_GRAIN = 32768  # elements; torch runs a pointwise call of at most this size in one thread
 
 
 def _matmul(x_TD: torch.Tensor, w_ED: torch.Tensor) -> torch.Tensor:
@@ -218,17 +215,7 @@ class TorchKernels:
     def pointwise(
         self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
     ) -> torch.Tensor:
-        """torch computes the tail of a vector loop, and of each thread's share, with scalar code of
-        other rounding. Here every share is a multiple of the vector length, so all elements take
-        the vector code (a test compares all offsets)."""
-        flat = x.reshape(-1)
-        size, threads = flat.numel(), torch.get_num_threads()
-        if size >= _GRAIN * threads:  # torch then cuts into exactly `threads` shares
-            return function(_fill_up(flat, _LANES * threads))[:size].view(x.shape)
-        shares = [
-            function(_fill_up(part, _LANES))[: len(part)] for part in torch.split(flat, _GRAIN)
-        ]
-        return (torch.cat(shares) if len(shares) != 1 else shares[0]).view(x.shape)
+        return rowwise.pointwise(function, x)
 
     def attention(
         self,
@@ -257,12 +244,3 @@ class TorchKernels:
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """In its tanh form."""
     return torch.nn.functional.gelu(x, approximate="tanh")
-
-
-def _fill_up(flat: torch.Tensor, step: int) -> torch.Tensor:
-    size = round_up(flat.numel(), step)
-    if size == flat.numel():
-        return flat
-    padded = flat.new_zeros(size)
-    padded[: flat.numel()] = flat
-    return padded

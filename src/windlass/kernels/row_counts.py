@@ -10,6 +10,7 @@ slower, never different. The padding is at most a third above 16 rows.
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -19,17 +20,35 @@ from windlass.units import round_up
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 ALIGN = 64  # bytes; what torch's allocator gives, and a multiple of all vector lengths
+
+
+class Steps(NamedTuple):
+    """Row counts that are compared."""
+
+    counts: tuple[int, ...]  # ascending
+    bases: tuple[int, ...]  # rows of the smallest block, ascending: the first that will do
+    least: int  # rows: what a base will do for if it is admitted with others
+    probe_bytes: int  # of the rows and results that are compared
+
+
 # sgemm is at its full rate at 512 rows; larger calls are cut
 # and fewer than 16 take no less time than 16
-_STEPS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-_BASES = (8, 16, 32)
+HOST_STEPS = Steps((16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512), (8, 16, 32), 0, PROBE_BYTES)
 
 
 class RowLadder:
     """Admitted row counts per (inner, outer) shape of one product function."""
 
-    def __init__(self, product: Product) -> None:
+    def __init__(
+        self,
+        product: Product,
+        *,
+        steps: Steps = HOST_STEPS,
+        like: torch.Tensor | None = None,
+    ) -> None:
+        """`like`: of the type and on the device of what is multiplied; fp32 on the host if None."""
         self._product = product
+        self._steps, self._like = steps, like
         self._admitted: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def counts(self, weight_shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -50,11 +69,14 @@ class RowLadder:
         return cuts
 
     def _measure(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        steps = _steps(shape)
+        steps = _within_probe(self._steps, shape)
+        bases, least = self._steps.bases, self._steps.least
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(shape, generator=generator)
         x = torch.randn(*shape[:-2], steps[-1], shape[-1], generator=generator)
-        for base in _BASES:
+        if self._like is not None:
+            weight, x = weight.to(self._like), x.to(self._like)
+        for base in bases:
             reference = torch.cat(
                 [
                     self._product(x[..., i : i + base, :].clone(), weight)
@@ -67,7 +89,7 @@ class RowLadder:
                 for count in steps
                 if count % base == 0 and self._agrees(x, weight, reference, count)
             ]
-            if len(admitted) > 1 or base == _BASES[-1]:
+            if (len(admitted) > 1 and admitted[-1] >= least) or base == bases[-1]:
                 return tuple(admitted) or (base,)
         raise AssertionError("unreachable: the last base always returns")
 
@@ -84,11 +106,11 @@ class RowLadder:
         return torch.equal(found[..., 1:, :], reference[..., : count - 1, :])
 
 
-def _steps(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Row counts to compare: those whose rows and results keep to PROBE_BYTES."""
+def _within_probe(steps: Steps, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Row counts to compare."""
     per_row = 4 * math.prod(shape[:-2]) * max(shape[-2:])
-    most = max(_BASES[-1], PROBE_BYTES // per_row)
-    return tuple(count for count in _STEPS if count <= most)
+    most = max(steps.bases[-1], steps.probe_bytes // per_row)
+    return tuple(count for count in steps.counts if count <= most)
 
 
 def padded_width(width: int) -> int:

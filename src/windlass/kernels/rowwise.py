@@ -1,17 +1,45 @@
 """What happens to single rows, in torch: norms, rotary positions, the sum of expert outputs, the
-way into the cache.
+way into the cache, elementwise functions.
 
 Everything is elementwise or a sum over a row, so that a row's bits do not depend on other rows.
 Shape legend: kernels/interface.py; f = rope.dim / 2 frequencies, A experts of a row.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from windlass.models.spec import LayerNorm, Norm, RmsNorm, Rope
 from windlass.tensors import INT8_ZERO, PagedRows
+from windlass.units import round_up
 
 _LARGEST = 127  # code of int8, either way: rounding is symmetric
+_LANES = 64  # elements; a multiple of every vector loop's step in torch's pointwise code
+_GRAIN = 32768  # elements; torch runs a pointwise call of at most this size in one thread
 _COMBINE_ROWS = 256  # rows combined at once: their expert outputs stay in the cache
+
+
+def pointwise(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """See `Kernels.pointwise`; of a CPU.
+
+    torch computes the tail of a vector loop, and of each thread's share, with scalar code of other
+    rounding. Here every share is a multiple of the vector length, so all elements take the vector
+    code (a test compares all offsets)."""
+    flat = x.reshape(-1)
+    size, threads = flat.numel(), torch.get_num_threads()
+    if size >= _GRAIN * threads:  # torch then cuts into exactly `threads` shares
+        return function(_fill_up(flat, _LANES * threads))[:size].view(x.shape)
+    shares = [function(_fill_up(part, _LANES))[: len(part)] for part in torch.split(flat, _GRAIN)]
+    return (torch.cat(shares) if len(shares) != 1 else shares[0]).view(x.shape)
+
+
+def _fill_up(flat: torch.Tensor, step: int) -> torch.Tensor:
+    size = round_up(flat.numel(), step)
+    if size == flat.numel():
+        return flat
+    padded = flat.new_zeros(size)
+    padded[: flat.numel()] = flat
+    return padded
 
 
 def normalise(

@@ -56,6 +56,17 @@ def activate(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
     return y
 
 
+@triton.jit(do_not_specialize=["size"])  # another for each pass
+def activate_rows(gate, up, out, size, alpha, limit, ACTIVATION: tl.constexpr, BN: tl.constexpr):
+    """out = activation of as many numbers, all fp32."""
+    i = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    u = tl.load(up + i, mask=i < size, other=0.0)
+    g = u
+    if ACTIVATION != "relu2":
+        g = tl.load(gate + i, mask=i < size, other=0.0)
+    tl.store(out + i, activate(g, u, alpha, limit, ACTIVATION), mask=i < size)
+
+
 @triton.jit
 def _inputs(x, row, is_alive, k0, K, BK: tl.constexpr, EVEN: tl.constexpr):
     """Rows of x (.., K) at columns from k0: (BM, BK), zeros beyond."""

@@ -1,6 +1,6 @@
 """Launches of experts.py: which tiles, which grids."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from windlass.tensors import Packed, Tensors, plain_or_none
 _ACTIVATIONS = {SwiGlu: "silu", GeGlu: "gelu", ReluSquared: "relu2"}
 _PLANNED = 16  # tiles that one program plans
 _COMBINED = 512  # columns of a program that combines
+_ACTIVATED = 1024  # numbers of a program that activates
 _MOST_TILES = 65535  # of a grid's second dimension
 
 
@@ -73,13 +74,35 @@ class ExpertSlots:
             activation=activation,
         )
 
-    @property
-    def activation_args(self) -> tuple[float, float, str]:
-        """alpha, limit, name."""
-        kind = self.activation
-        if isinstance(kind, ClampedSwiGlu):
-            return kind.alpha, kind.limit, "clamped"
-        return 1.0, 0.0, _ACTIVATIONS[type(kind)]
+    def moved(self, num_bytes: int) -> "ExpertSlots":
+        """As tensors lie that are so many bytes further on in their slot."""
+        return replace(
+            self,
+            gate=self.gate.moved(num_bytes),
+            up=self.up.moved(num_bytes),
+            down=self.down.moved(num_bytes),
+            gate_bias=self.gate_bias.moved(num_bytes),
+            up_bias=self.up_bias.moved(num_bytes),
+            down_bias=self.down_bias.moved(num_bytes),
+        )
+
+
+def _activation_args(kind: Activation) -> tuple[float, float, str]:
+    """alpha, limit, name."""
+    if isinstance(kind, ClampedSwiGlu):
+        return kind.alpha, kind.limit, "clamped"
+    return 1.0, 0.0, _ACTIVATIONS[type(kind)]
+
+
+def activate(gate_NI: torch.Tensor, up_NI: torch.Tensor, kind: Activation) -> torch.Tensor:
+    """What a network makes of them, all contiguous and fp32; `gate_NI` is not read where the
+    activation has none."""
+    out_NI, size = torch.empty_like(up_NI), up_NI.numel()
+    alpha, limit, name = _activation_args(kind)
+    kernels.activate_rows[(triton.cdiv(size, _ACTIVATED),)](
+        gate_NI, up_NI, out_NI, size, alpha, limit, ACTIVATION=name, BN=_ACTIVATED
+    )
+    return out_NI
 
 
 def run_experts(
@@ -99,7 +122,7 @@ def run_experts(
     )  # fmt: skip
     e, inner = experts, experts.intermediate
     hidden_PI = torch.empty(num_places, inner, dtype=x_TD.dtype, device=x_TD.device)
-    alpha, limit, name = e.activation_args
+    alpha, limit, name = _activation_args(e.activation)
     common = dict(BM=tile.rows, BN=tile.features, num_warps=tile.warps, num_stages=tile.stages)
     kernels.gate_up[(triton.cdiv(inner, tile.features), most)](
         x_TD, groups.rows, tiles_3M, most, slots_E, e.arena, e.slot_bytes, e.gate, e.up,
@@ -121,7 +144,7 @@ def run_experts_few(
     assert x_TD.is_contiguous() and out_PD.is_contiguous(), "rows that are not contiguous"
     e, inner, num_places = experts, experts.intermediate, ids_TA.numel()
     hidden_PI = torch.empty(num_places, inner, dtype=torch.float32, device=x_TD.device)
-    alpha, limit, name = e.activation_args
+    alpha, limit, name = _activation_args(e.activation)
     common = dict(BN=tile.features, num_warps=tile.warps, num_stages=tile.stages)
     kernels.gate_up_few[(triton.cdiv(inner, tile.features), num_places)](
         x_TD, ids_TA, slots_E, e.arena, e.slot_bytes, e.gate, e.up, e.gate_bias, e.up_bias,

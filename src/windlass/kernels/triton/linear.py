@@ -14,11 +14,10 @@ import triton.language as tl
 
 from windlass.kernels.triton import unpack
 from windlass.kernels.triton.launch import Tile
-from windlass.kernels.triton.matrix import Matrix, block_columns, matrix_at
+from windlass.kernels.triton.matrix import Matrix, block_columns, matrix_at, memory_of, tensors_of
 from windlass.tensors import Packed, PackedStack, Weight
 
 FEW = Tile(features=8, columns=512)  # of the kernel without a dot
-_ALIGN = 256  # bytes; of the address that offsets count from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +36,12 @@ class Linear:
         assert not isinstance(w, PackedStack), "a stack of packed matrices: one at a time"
         first: torch.Tensor | Packed
         if isinstance(w, Packed):
-            parts = [x for x in (w.codes, w.scales, w.zeros, w.groups) if x is not None]
             num, step, first = 1, 0, w
         else:
             w = w if w.dim() == 3 else w[None]
-            parts, first = [w], w[0]
+            first = w[0]
             num, step = len(w), w.stride(0) * w.itemsize
-        memory = _memory(parts)
+        memory = memory_of(tensors_of(w))
         matrix = matrix_at(first, memory.data_ptr(), compute)
         shape = first.shape[0], first.shape[1]
         return cls(memory=memory, matrix=matrix, num=num, step=step, shape=shape)
@@ -51,28 +49,6 @@ class Linear:
     def on(self, memory: torch.Tensor) -> "Linear":
         """The same in a copy of its memory, at an address as even."""
         return replace(self, memory=memory)
-
-
-def _memory(parts: list[torch.Tensor]) -> torch.Tensor:
-    """The bytes that hold them all, of one storage."""
-    storage = parts[0].untyped_storage()
-    start = storage.data_ptr()
-    assert all(x.untyped_storage().data_ptr() == start for x in parts), "a matrix in two places"
-    whole = torch.empty(0, dtype=torch.uint8, device=parts[0].device).set_(storage)
-    return whole[(min(x.data_ptr() for x in parts) - start) // _ALIGN * _ALIGN :]
-
-
-def linear_tile(w: Linear, compute: torch.dtype, *, rows: int) -> Tile:
-    """For so many rows in the type `compute`; only a tile's rows depend on their number. Products
-    of fp32 are no tensor core's: smaller tiles, and no copies ahead of weights that are widened,
-    for want of registers (docs/gpu.md)."""
-    most = 16 if rows <= 16 else 32
-    code = w.matrix.code.value
-    if compute is torch.float32:
-        features = 64 if code in ("int4", "e2m1") else 32  # loads of 8 bytes
-        is_same = w.matrix.element.value == tl.float32
-        return Tile(rows=most, features=features, columns=32, stages=3 if is_same else 1)
-    return Tile(rows=most, columns=64 if code == "plain" else 128)
 
 
 @triton.jit

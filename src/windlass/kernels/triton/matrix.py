@@ -5,13 +5,14 @@ a kernel adds a slot's address. Offsets are bytes from the slot's first, best mu
 bytes off make a copy of 16 bytes eight of 2); strides are in those of `element`.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 
 from windlass.formats import WeightFormat
-from windlass.tensors import Packed, Weight
+from windlass.tensors import Packed, PackedStack, Weight
 
 TYPES: dict[torch.dtype, Any] = {
     torch.bfloat16: tl.bfloat16,
@@ -20,6 +21,7 @@ TYPES: dict[torch.dtype, Any] = {
     torch.uint8: tl.uint8,
     torch.int32: tl.int32,
 }
+SLOT_BYTES = 256  # that addresses which offsets count from are multiples of
 MAX_BLOCK = 128  # columns of a tile at most; blocks of weights as wide or wider are a tile's own
 MIN_BLOCK = 16  # columns that a dot takes at least
 
@@ -29,7 +31,9 @@ class Matrix(NamedTuple):
 
     `scaling`: "none"; "end": one scale for a row's whole sum; "sums": for the sum of each block of
     columns; "spread": on each number, by blocks; "gathered": on each number, by its column's group.
-    All but the last two leave codes as they are, which any type holds exactly.
+    All but the last two leave codes as they are, which any type holds exactly. `is_transposed`:
+    codes and scales are those of the transpose (K, N), what is said here of n and k is said of its,
+    and scales are on each number.
     """
 
     at: int
@@ -45,6 +49,7 @@ class Matrix(NamedTuple):
     zero: Any  # "none" or how words of zero points are ordered: "low" first or "awq"
     zero_add: Any
     has_groups: Any
+    is_transposed: Any
     scales_at: int = 0
     scales_sn: int = 0
     scales_sk: int = 0
@@ -54,6 +59,11 @@ class Matrix(NamedTuple):
     zeros_sk: int = 0  # along groups
     groups_at: int = 0
 
+    def moved(self, num_bytes: int) -> "Matrix":
+        """So many bytes further on."""
+        places = {n: getattr(self, n) for n in ("at", "scales_at", "zeros_at", "groups_at")}
+        return self._replace(**{name: at + num_bytes for name, at in places.items()})
+
 
 class Vector(NamedTuple):
     """A bias by its place in a slot, or none."""
@@ -62,6 +72,9 @@ class Vector(NamedTuple):
     stride: int
     element: Any
     is_there: Any
+
+    def moved(self, num_bytes: int) -> "Vector":
+        return self._replace(at=self.at + num_bytes)
 
 
 NO_VECTOR = Vector(0, 1, tl.constexpr(tl.float32), tl.constexpr(False))
@@ -75,15 +88,16 @@ def matrix_at(w: Weight, slot: int, compute: torch.dtype) -> Matrix:
         n, k = w.stride()
         return _matrix(w.data_ptr() - slot, n, k, w.dtype)
     assert isinstance(w, Packed), "kernels take one matrix"
-    assert not w.is_transposed, "the transpose of a packed matrix: no kernel has it"
     form = w.format
     sn, sk = w.codes.stride() if form.packing == "rows" else w.codes.stride()[::-1]
     found = _matrix(w.codes.data_ptr() - slot, sn, sk, _bytes_or_words(w.codes))
     is_power = w.scales.dtype == torch.uint8
+    scaling = _scaling(form, is_power=is_power, compute=compute)
     found = found._replace(
         code=tl.constexpr(form.code),
         packing=tl.constexpr(form.packing),
-        scaling=tl.constexpr(_scaling(form, is_power=is_power, compute=compute)),
+        scaling=tl.constexpr(scaling),
+        is_transposed=tl.constexpr(w.is_transposed),
         is_power=tl.constexpr(is_power),
         rows=tl.constexpr(form.rows),
         columns=tl.constexpr(form.columns),
@@ -114,6 +128,25 @@ def vector_at(v: torch.Tensor | None, slot: int) -> Vector:
     )
 
 
+def tensors_of(w: Weight) -> list[torch.Tensor]:
+    """What it is stored in."""
+    if isinstance(w, torch.Tensor):
+        return [w]
+    if isinstance(w, PackedStack):
+        return [x for matrix in w.matrices for x in tensors_of(matrix)]
+    return [x for x in (w.codes, w.scales, w.zeros, w.groups) if x is not None]
+
+
+def memory_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The bytes (uint8) that hold them all, of one storage, from a multiple of SLOT_BYTES in it."""
+    storage = parts[0].untyped_storage()
+    start = storage.data_ptr()
+    is_one = all(x.untyped_storage().data_ptr() == start for x in parts)
+    assert is_one, "tensors of one launch: in two allocations"
+    whole = torch.empty(0, dtype=torch.uint8, device=parts[0].device).set_(storage)
+    return whole[(min(x.data_ptr() for x in parts) - start) // SLOT_BYTES * SLOT_BYTES :]
+
+
 def block_columns(w: Matrix, wanted: int) -> int:
     """Columns of a tile whose sum has one scale for each row: `wanted` at most."""
     return min(wanted, int(w.columns.value)) if w.scaling.value == "sums" else wanted
@@ -122,7 +155,9 @@ def block_columns(w: Matrix, wanted: int) -> int:
 def _matrix(at: int, sn: int, sk: int, dtype: torch.dtype) -> Matrix:
     """Of plain numbers."""
     names = dict(code="plain", packing="rows", scaling="none", zero="none")
-    numbers = dict(is_power=False, rows=1, columns=0, zero_add=0, has_groups=False)
+    numbers = dict(
+        is_power=False, rows=1, columns=0, zero_add=0, has_groups=False, is_transposed=False
+    )
     words = {name: tl.constexpr(value) for name, value in {**names, **numbers}.items()}
     return Matrix(at, sn, sk, tl.constexpr(TYPES[dtype]), **words)
 

@@ -164,9 +164,29 @@ def number_scales(base, w, n0, k0, N, K, BN: tl.constexpr, BK: tl.constexpr, NG:
 
 
 @triton.jit
+def _transposed(base, w, n0, k0, N, K, BN: tl.constexpr, BK: tl.constexpr):
+    """(BK, BN) in fp32: the tile's numbers, scaled, as the stored matrix (K, N) has them."""
+    NG: tl.constexpr = 1 if w.columns == 0 or w.columns >= BN else BN // w.columns
+    tile = numbers(base, w, k0, n0, K, N, tl.float32, BK, BN, NG, False)
+    return tile * number_scales(base, w, k0, n0, K, N, BK, BN, NG)
+
+
+@triton.jit
+def _add_wide(acc, x, wide, IS_POWER: tl.constexpr, TYPE: tl.constexpr):
+    """acc + x . wide (BK, BN), which is fp32: in two numbers of 16 bits where one would round."""
+    high = wide.to(TYPE)
+    if not IS_POWER and TYPE != tl.float32:  # what 16 bits leave of it, too
+        rest = (wide - high.to(tl.float32)).to(TYPE)
+        acc = tl.dot(x, rest, acc, input_precision="ieee")
+    return tl.dot(x, high, acc, input_precision="ieee")
+
+
+@triton.jit
 def add_dot(acc, x, base, w, n0, k0, N, K, TYPE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
             EVEN: tl.constexpr):  # fmt: skip
     """acc (BM, BN) + x (BM, BK) . tile.T, sums in fp32; the rest is `row_scales`'s."""
+    if w.is_transposed:
+        return _add_wide(acc, x, _transposed(base, w, n0, k0, N, K, BN, BK), w.is_power, TYPE)
     NG: tl.constexpr = 1 if w.columns == 0 or w.columns >= BK else BK // w.columns
     tile = numbers(base, w, n0, k0, N, K, TYPE, BN, BK, NG, EVEN)
     if w.scaling == "sums":
@@ -175,11 +195,7 @@ def add_dot(acc, x, base, w, n0, k0, N, K, TYPE: tl.constexpr, BN: tl.constexpr,
         acc += part * tl.trans(block_scales(base, w, n0, k0, N, K, BN, 1))
     elif w.scaling == "spread" or w.scaling == "gathered":
         wide = tile.to(tl.float32) * number_scales(base, w, n0, k0, N, K, BN, BK, NG)
-        high = wide.to(TYPE)
-        if not w.is_power and TYPE != tl.float32:  # what 16 bits leave of it, too
-            rest = (wide - high.to(tl.float32)).to(TYPE)
-            acc = tl.dot(x, tl.trans(rest), acc, input_precision="ieee")
-        acc = tl.dot(x, tl.trans(high), acc, input_precision="ieee")
+        acc = _add_wide(acc, x, tl.trans(wide), w.is_power, TYPE)
     else:
         acc = tl.dot(x, tl.trans(tile), acc, input_precision="ieee")
     return acc
@@ -189,6 +205,8 @@ def add_dot(acc, x, base, w, n0, k0, N, K, TYPE: tl.constexpr, BN: tl.constexpr,
 def add_product(acc, x, base, w, n0, k0, N, K, BN: tl.constexpr, BK: tl.constexpr,
                 EVEN: tl.constexpr):  # fmt: skip
     """acc (BN,) + tile . x (BK,), all in fp32 and without a dot; the rest is `row_scales`'s."""
+    if w.is_transposed:
+        return acc + tl.sum(_transposed(base, w, n0, k0, N, K, BN, BK) * x[:, None], 0)
     NG: tl.constexpr = 1 if w.columns == 0 or w.columns >= BK else BK // w.columns
     tile = numbers(base, w, n0, k0, N, K, tl.float32, BN, BK, NG, EVEN)
     if w.scaling == "spread" or w.scaling == "gathered":
@@ -205,7 +223,7 @@ def add_product(acc, x, base, w, n0, k0, N, K, BN: tl.constexpr, BK: tl.constexp
 @triton.jit
 def row_scales(base, w, n0, N, BN: tl.constexpr):
     """(BN,) in fp32: what a row's sum is multiplied by; ones where it is scaled already."""
-    if w.scaling == "end":
+    if w.scaling == "end" and not w.is_transposed:
         scales = tl.reshape(block_scales(base, w, n0, 0, N, 1, BN, 1), (BN,))
     else:
         scales = tl.full((BN,), 1.0, tl.float32)
