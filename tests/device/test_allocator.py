@@ -11,7 +11,10 @@ from windlass.device.host_memory import HostAllocator
 SOURCE = Path(windlass.__file__).parent
 MAKERS = {"arange", "empty", "from_numpy", "frombuffer", "full", "ones", "tensor", "zeros"}
 # frequencies and angles are computed by the host, and then given to the device
-BY_HOST = {"decoder/rope.py": {"arange", "tensor"}}
+BY_HOST = {
+    "decoder/rope.py": {"arange", "tensor"},
+    "runtime/host_attention.py": {"empty", "tensor"},
+}
 
 
 def _made(path: Path) -> set[str]:
