@@ -292,6 +292,8 @@ def _stats_of(parts: EngineParts, plan: Plan) -> dict[str, Any]:
         "peak_device_bytes": parts.device_peak(),
         "running": len(own.running),
         "waiting": len(own.waiting),
+        "running_batch": sum(one.is_batch for one in own.running),
+        "waiting_batch": own.waiting.num_batch,
         "num_preemptions": own.num_preemptions,
         "burst_passes": own.turns.num_passes,
         "bursts_have_lost": own.turns.have_lost,
