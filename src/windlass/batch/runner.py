@@ -33,6 +33,7 @@ class RunSettings:
     created: int  # seconds since 1970, of every response
     max_retries: int
     window: int  # sequences in flight
+    shares_service: bool = False  # others go on with it when this has been stopped
 
 
 @dataclass(slots=True, eq=False)
@@ -48,11 +49,12 @@ class _Flight:
         assert self.row.custom_id is not None, "malformed rows never fly"
         return [
             Request(
-                request_id=f"{self.row.index}.{i}.{self.attempt}",
+                request_id=f"batch.{self.row.index}.{i}.{self.attempt}",
                 prompt_token_ids=prompt.token_ids,
                 params=prompt.params,
                 # the prompts of one row must not draw the same numbers
                 seed_key=self.row.custom_id if i == 0 else f"{self.row.custom_id}#{i}",
+                is_batch=True,
             )
             for i, prompt in enumerate(self.api.prompts)
         ]
@@ -60,7 +62,7 @@ class _Flight:
 
 class BatchRunner:
     """Runs `rows` to their ends, or until `stopping` says so: the pass under way is finished then,
-    and the service is closed."""
+    and the service is closed; one that is shared goes on without the rows that have not ended."""
 
     def __init__(
         self, service: Service, model: ServedModel, ledger: Ledger, settings: RunSettings
@@ -77,17 +79,19 @@ class BatchRunner:
     def run(self, rows: Iterator[JobRow], *, stopping: Stopping, progress: JobProgress) -> None:
         """Raises JobError if a result cannot be stored; what the engine raises passes through."""
         more = True
-        while not stopping.is_stopping():
-            more = more and self._admit(rows, stopping, progress)
-            if not self._flying:
-                return
-            # whole windows at a time: a pass does not begin with the first row alone
-            self._stream.submit(self._launched)
-            self._launched.clear()
-            self._take_all(_LOOK_EVERY_S)
-            self._tick(progress)
-        self._service.close()
-        self._take_all(0)
+        with self._stream:  # nothing of this stays in the service, however it ends
+            while not stopping.is_stopping():
+                more = more and self._admit(rows, stopping, progress)
+                if not self._flying:
+                    return
+                # whole windows at a time: a pass does not begin with the first row alone
+                self._stream.submit(self._launched)
+                self._launched.clear()
+                self._take_all(_LOOK_EVERY_S)
+                self._tick(progress)
+            if not self._settings.shares_service:
+                self._service.close()
+            self._take_all(0)
 
     def _admit(self, rows: Iterator[JobRow], stopping: Stopping, progress: JobProgress) -> bool:
         """Fills the window. False when there are no more rows."""
@@ -215,15 +219,19 @@ class BatchRunner:
         response: dict[str, Any] | None,
         error: dict[str, Any] | None,
     ) -> None:
-        line = result_line(
-            {
-                "id": f"batch_req_{_key(row)}",
-                "custom_id": row.custom_id,
-                "response": response,
-                "error": error,
-            }
-        )
-        self._ledger.add(row.index, row.digest, state, line)
+        self._ledger.add(row.index, row.digest, state, row_line(row, response, error))
+
+
+def row_line(row: JobRow, response: dict[str, Any] | None, error: dict[str, Any] | None) -> bytes:
+    """The result line of a row."""
+    return result_line(
+        {
+            "id": f"batch_req_{_key(row)}",
+            "custom_id": row.custom_id,
+            "response": response,
+            "error": error,
+        }
+    )
 
 
 def result_line(result: Mapping[str, Any]) -> bytes:

@@ -34,7 +34,8 @@ from windlass.options import EngineOptions, model_name, resolve_model
 from windlass.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from windlass.batch.job import JobEngine, JobOptions, LeftRows, Summary
+    from windlass.batch.job import JobOptions, LeftRows, Summary
+    from windlass.batch.job_engine import JobEngine
     from windlass.batch.progress import JobProgress
 
 EXIT_ROWS_FAILED = 3
