@@ -56,6 +56,7 @@ class JobOptions:
     trace_file: Path | None = None  # the engine writes it; known here to keep files apart
     routing_trace_file: Path | None = None  # likewise
     overwrite: bool = False
+    name: str = "row"  # begins the ids of requests
     strict: bool = False
     endpoint: Endpoint | None = None  # the only one that rows may name
     retry_failed: bool = True
@@ -351,7 +352,9 @@ def _runner(
         ),
     )
     window = WINDOW * engine.capacity
-    settings = RunSettings(manifest.created, options.max_retries, window, shares_service=shares)
+    settings = RunSettings(
+        options.name, manifest.created, options.max_retries, window, shares_service=shares
+    )
     return BatchRunner(service, model, ledger, settings)
 
 

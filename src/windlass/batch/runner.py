@@ -30,6 +30,7 @@ class Stopping(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
+    name: str  # begins the ids of requests, which no others in the service have
     created: int  # seconds since 1970, of every response
     max_retries: int
     window: int  # sequences in flight
@@ -40,6 +41,7 @@ class RunSettings:
 class _Flight:
     """A row in the engine: one request per prompt."""
 
+    name: str
     row: JobRow
     api: ApiRequest
     attempt: int = 0
@@ -49,7 +51,7 @@ class _Flight:
         assert self.row.custom_id is not None, "malformed rows never fly"
         return [
             Request(
-                request_id=f"batch.{self.row.index}.{i}.{self.attempt}",
+                request_id=f"{self.name}.{self.row.index}.{i}.{self.attempt}",
                 prompt_token_ids=prompt.token_ids,
                 params=prompt.params,
                 # the prompts of one row must not draw the same numbers
@@ -138,7 +140,7 @@ class BatchRunner:
             api = parse_body(row.endpoint, row.body, self._model)
             # the body may be large and is no longer needed
             row = JobRow(row.index, row.line, row.digest, row.custom_id)
-            self._launch(_Flight(row, api))
+            self._launch(_Flight(self._settings.name, row, api))
         except RequestError as error:
             status, body = error_response(error)
             self._store_response(row, JournalState.REFUSED, status, body)

@@ -97,7 +97,6 @@ class Engine:
         self._rules = setup.rules
         self._expectation = setup.expectation
         self._parts = parts
-        self._weights = parts.weights
         self._admission = parts.admission
         self._tracer = parts.tracer
         self._dropped = weakref.finalize(self, _close_aside, parts.resources)
@@ -176,7 +175,7 @@ class Engine:
         if not took.prompt_tokens:
             self._admission.turns.took(took.output_tokens, seconds)
         self._tracer.counter("rows", rows=batch.num_tokens)
-        self._tracer.counter("disk", bytes=self._weights.stats().bytes_read)
+        self._tracer.counter("disk", bytes=self._parts.weights.stats().bytes_read)
         return result
 
     def _take(self, rows: list[ScheduledSequence], outcome: Outcome) -> StepResult:
@@ -189,8 +188,7 @@ class Engine:
             sequence.num_computed += segment.num_tokens - len(drafts)
             for place, _ in enumerate(segment.targets, segment.first_position + 1):
                 sequence.prompt_logprobs[place] = next(scores)
-            if segment.is_prompt:
-                self._prompt_tokens += segment.num_tokens
+            self._prompt_tokens += segment.num_tokens * segment.is_prompt
             if not segment.wants_logits:
                 continue
             logits_RV = outcome.logits[taken : taken + segment.num_logits]
@@ -269,7 +267,7 @@ class Engine:
     def check(self) -> None:
         """Invariants of all stores; cheap enough for tests after every step."""
         self._admission.check()
-        self._weights.check()
+        self._parts.weights.check()
 
     def close(self) -> None:
         """Ends the reader threads, writes the trace. Idempotent."""
