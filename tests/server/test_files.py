@@ -198,7 +198,7 @@ def test_too_many_files(tmp_path: Path) -> None:
 
 def test_a_file_that_has_expired_is_gone(server: DataServer) -> None:
     wanted = {"expires_after[anchor]": "created_at", "expires_after[seconds]": "3600"}
-    file = server.upload(b"x", **wanted).json
+    file = server.send_form([form(b"x", **wanted, purpose="batch")]).json
     assert file["expires_at"] == file["created_at"] + 3600
     store = server.data.files
     found = store.get(file["id"])

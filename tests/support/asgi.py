@@ -44,8 +44,9 @@ async def ask(
     leaves_after: int | None = None,
     pause_s: float = 0.0,
 ) -> Answered:
-    """One request; `path` may have a query. `body`: JSON of it is sent, or `pieces` as they are. `leaves_after`: pieces of
-    the answer after which the client is gone. `pause_s`: that the client takes for a piece."""
+    """One request. `path` may have a query. `body`: JSON of it is sent, or `pieces` as they are.
+    `leaves_after`: pieces of the answer after which the client is gone. `pause_s`: that the client
+    takes for a piece."""
     path, _, query = path.partition("?")
     given = {"host": "localhost", "content-type": "application/json", **(headers or {})}
     scope = {

@@ -97,6 +97,7 @@ class Engine:
         self._rules = setup.rules
         self._expectation = setup.expectation
         self._parts = parts
+        self._weights = parts.weights
         self._admission = parts.admission
         self._tracer = parts.tracer
         self._dropped = weakref.finalize(self, _close_aside, parts.resources)
@@ -133,8 +134,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Drops a request; unknown ids are ignored, it may just have ended."""
-        request = self._open.pop(request_id)
-        if request is not None:
+        if (request := self._open.pop(request_id)) is not None:
             self._admission.drop(request)
 
     # --- steps ------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ class Engine:
         if not took.prompt_tokens:
             self._admission.turns.took(took.output_tokens, seconds)
         self._tracer.counter("rows", rows=batch.num_tokens)
-        self._tracer.counter("disk", bytes=self._parts.weights.stats().bytes_read)
+        self._tracer.counter("disk", bytes=self._weights.stats().bytes_read)
         return result
 
     def _take(self, rows: list[ScheduledSequence], outcome: Outcome) -> StepResult:
@@ -267,7 +267,7 @@ class Engine:
     def check(self) -> None:
         """Invariants of all stores; cheap enough for tests after every step."""
         self._admission.check()
-        self._parts.weights.check()
+        self._weights.check()
 
     def close(self) -> None:
         """Ends the reader threads, writes the trace. Idempotent."""

@@ -122,6 +122,7 @@ class BatchWorker:
             finally:
                 with self._book.changed:
                     self._busy.discard(batch.id)
+                    self._book.changed.notify_all()  # the other thread may want it now
 
     def _next(self, wants: Callable[[Batch], bool]) -> Batch | None:
         """None once the server stops."""
