@@ -266,17 +266,26 @@ class Admission:
 
     def check(self) -> None:
         """Pages are held by running sequences only, and by several only where their prompts
-        agree."""
-        held = {home: Counter[int]() for home in Home}
-        for sequence in self.running:
-            held[sequence.home].update(sequence.pages)
-        self._kv.check(held)
-        for sequence in self.running:
-            assert len(set(sequence.pages)) == len(sequence.pages), "a sequence has a page twice"
-            self.prompt_pages.check(sequence)
-        assert all(isinstance(one, QueuedSequence) or not one.pages for one in self.waiting), (
-            "a waiting sequence holds pages"
-        )
+        agree; sequences of batches are behind the others."""
+        _check(self._kv, self.prompt_pages, self.running, self.waiting)
+
+
+def _check(
+    kv: KvTiers, prompt_pages: PromptPages, running: list[Sequence], waiting: WaitingQueue
+) -> None:
+    held = {home: Counter[int]() for home in Home}
+    for sequence in running:
+        held[sequence.home].update(sequence.pages)
+    kv.check(held)
+    for sequence in running:
+        assert len(set(sequence.pages)) == len(sequence.pages), "a sequence has a page twice"
+        prompt_pages.check(sequence)
+    assert all(isinstance(one, QueuedSequence) or not one.pages for one in waiting), (
+        "a waiting sequence holds pages"
+    )
+    for ranks in ([one.is_batch for one in running], [one.is_batch for one in waiting]):
+        assert ranks == sorted(ranks), "a batch is before others"
+    assert sum(one.is_batch for one in waiting) == waiting.num_batch, "miscounted"
 
 
 def may_want(kv: KvTiers, lengths: OutputLengths, sequence: Sequence) -> float:

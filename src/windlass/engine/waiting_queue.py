@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Collection, Iterator
+from itertools import islice
 
 from windlass.engine.request import WINDOW, Request
 from windlass.engine.sequence import QueuedSequence, Sequence

@@ -30,7 +30,7 @@ async def batches(state: ServerState, request: Request) -> Response:
         wish = read_wish(await read_object(request, state.limits.body_bytes))
         batch = await asyncio.to_thread(data.book.create, wish)
     except RequestError as error:
-        return refusal(error)
+        return refusal(error, request.url.path)
     except UsageError as error:
         raise HttpError(400, str(error)) from error
     except OSError as error:
@@ -48,7 +48,7 @@ async def cancel(state: ServerState, request: Request) -> Response:
     try:
         found = await asyncio.to_thread(data.book.cancel, _found(data, request).id)
     except RequestError as error:
-        return refusal(error)
+        return refusal(error, request.url.path)
     except OSError as error:
         raise no_room(error) from error
     return JSONResponse(_shown(state, data, found))

@@ -41,7 +41,7 @@ async def files(state: ServerState, request: Request) -> Response:
                   show=StoredFile.shown, also=("purpose", "order"))
         )  # fmt: skip
     except RequestError as error:
-        return refusal(error)
+        return refusal(error, request.url.path)
 
 
 async def file(state: ServerState, request: Request) -> Response:
@@ -84,7 +84,7 @@ async def _upload(data: DataFolder, request: Request) -> Response:
         except ClientDisconnect as error:
             raise HttpError(400, "the request's body did not arrive whole") from error
         except RequestError as error:
-            return refusal(error)
+            return refusal(error, request.url.path)
         except UsageError as error:
             raise HttpError(400, str(error), headers={"connection": "close"}) from error
         except OSError as error:
