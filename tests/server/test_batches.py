@@ -6,27 +6,24 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from data_server import BOUNDARY, IDENTITY, DataServer, data_server, form, jobs, rows
+from data_server import BOUNDARY, IDENTITY, DataServer, data_server, form, jobs, rows, serve_fake
 from fake_engine import FakeEngine
-from processes import PATIENCE_S, running
+from processes import PATIENCE_S, forked
 from windlass.batch.job import run_job
 from windlass.batch.journal import Journal
 from windlass.batch.progress import LineProgress
 
-FAKE = Path(__file__).parents[1] / "support/fake_engine.py"
-SRC = Path(__file__).parents[2] / "src"
 TIMES = (
     "in_progress_at", "finalizing_at", "completed_at", "failed_at", "expired_at", "cancelling_at",
     "cancelled_at",
@@ -354,27 +351,18 @@ def test_others_do_not_wait_for_a_batch(server: DataServer) -> None:
 # --- as a process ---------------------------------------------------------------------------------
 
 
-SERVE = [
-    sys.executable, str(FAKE), "serve", "model", "--port", "0", "--data-dir", "data",
-    "--served-model-name", "fake",
-]  # fmt: skip
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SRC), "FAKE_STEP_S": "0.02", "FAKE_CAPACITY": "8"}
-
-
 class Process:
     """`windlass serve` with the fake engine, spoken to over a socket."""
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
+    def __init__(self, process: BaseProcess, log: Path) -> None:
         self.process = process
-        assert process.stderr is not None
-        self.said, self.port = [], 0
-        for line in process.stderr:
-            self.said.append(line)
-            if line.startswith("listening at"):
-                self.port = int(line.split(",")[0].rsplit(":", 1)[1])
-            if line.startswith("ready"):
-                return
-        pytest.fail("".join(self.said))
+        deadline = time.monotonic() + PATIENCE_S
+        while not log.exists() or "\nready" not in log.read_text():
+            assert process.is_alive() and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.01)
+        found = re.search(r"listening at http://127.0.0.1:(\d+)", log.read_text())
+        assert found is not None
+        self.port = int(found[1])
 
     def ask(self, path: str, data: bytes | None = None, kind: str = "application/json") -> bytes:
         url = f"http://127.0.0.1:{self.port}{path}"
@@ -383,24 +371,20 @@ class Process:
             found: bytes = answered.read()
             return found
 
-    def batch(self, batch_id: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.ask(f"/v1/batches/{batch_id}"))
-        return found
-
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Process]:
-    with running(SERVE, cwd=folder, env=ENVIRONMENT) as process:
-        yield Process(process)
+def serving(folder: Path, log: str) -> Iterator[Process]:
+    with forked(serve_fake, str(folder), log) as process:
+        yield Process(process, folder / log)
 
 
 def test_kill_9_at_any_moment_loses_doubles_and_changes_no_row(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
-    content, chance = rows(150, n=2), random.Random(3)
+    content, chance = rows(100, n=2), random.Random(3)
     journal = Path()
-    for kill in range(2):
-        with serving(tmp_path) as server:
+    for kill in range(3):
+        with serving(tmp_path, f"log{kill}") as server:
             if kill == 0:
                 kind = f"multipart/form-data; boundary={BOUNDARY}"
                 file = json.loads(server.ask("/v1/files", form(content, purpose="batch"), kind))
@@ -412,31 +396,33 @@ def test_kill_9_at_any_moment_loses_doubles_and_changes_no_row(tmp_path: Path) -
                 batch = json.loads(server.ask("/v1/batches", json.dumps(wish).encode()))
                 journal = tmp_path / "data/batches" / batch["id"] / "output.jsonl.journal"
             deadline = time.monotonic() + PATIENCE_S
-            while not journal.exists() or journal.read_bytes().count(b"\n") < 8 + 30 * kill:
+            while not journal.exists() or journal.read_bytes().count(b"\n") < 8 + 16 * kill:
                 assert time.monotonic() < deadline, "the batch did not get there"
                 time.sleep(0.005)
             time.sleep(chance.random() * 0.05)
             server.process.kill()
-            server.process.wait()
-        done = journal.read_bytes().count(b"\n")
-        assert 0 < done < 150
-    with serving(tmp_path) as server:
-        second = subprocess.run(
-            SERVE, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
-            timeout=PATIENCE_S, check=False,
-        )  # fmt: skip
-        assert second.returncode == 2
-        assert second.stderr.splitlines()[-1] == (
+            server.process.join()
+        assert 0 < journal.read_bytes().count(b"\n") < 100
+    with serving(tmp_path, "log") as server:
+        with forked(serve_fake, str(tmp_path), "second") as second:
+            second.join(PATIENCE_S)
+            assert second.exitcode == 2
+        assert (tmp_path / "second").read_text().splitlines()[-1] == (
             "windlass: data folder: got 'data', which another server is using; --data-dir gives "
             "this one its own"
         )
         deadline = time.monotonic() + PATIENCE_S
-        while (found := server.batch(batch["id"]))["status"] != "completed":
+        while True:
+            found = json.loads(server.ask(f"/v1/batches/{batch['id']}"))
+            if found["status"] == "completed":
+                break
             assert time.monotonic() < deadline, found
             time.sleep(0.02)
-        assert found["request_counts"] == {"total": 150, "completed": 150, "failed": 0}
+        assert found["request_counts"] == {"total": 100, "completed": 100, "failed": 0}
         got = server.ask(f"/v1/files/{found['output_file_id']}/content")
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(PATIENCE_S) == 0
+        assert server.process.pid is not None
+        os.kill(server.process.pid, signal.SIGTERM)
+        server.process.join(PATIENCE_S)
+        assert server.process.exitcode == 0
     out, _ = of_run_batch(tmp_path, content, batch["created_at"])
     assert got == out

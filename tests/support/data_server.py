@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -9,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from asgi import Answered, ask
-from fake_engine import FakeEngine
+from fake_engine import FakeEngine, install
 from windlass.batch.job import JobOptions
+from windlass.cli import main
 from windlass.engine.service import Service
 from windlass.protocol.openai import ServedModel
 from windlass.server.app import make_app
@@ -138,3 +141,13 @@ def rows(number: int, **body: Any) -> bytes:
         for i in range(number)
     ]
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+
+
+def serve_fake(folder: str, log: str) -> None:
+    """`windlass serve` with the fake engine, in a process of its own: data in `folder`/data, what
+    it says in `folder`/`log`."""
+    os.chdir(folder)
+    os.environ |= {"FAKE_STEP_S": "0.02", "FAKE_CAPACITY": "8"}
+    sys.stderr = open(log, "w", buffering=1)
+    install()
+    sys.exit(main(["serve", "model", "--port", "0", "--data-dir", "data", "-a", "fake"]))

@@ -15,8 +15,9 @@ from windlass.engine.outputs import NOT_FINITE, RequestOutput
 from windlass.engine.request import Request
 from windlass.engine.service import Service
 from windlass.errors import RequestError
-from windlass.protocol.openai import ApiRequest, ServedModel, parse_body
-from windlass.protocol.responses import error_response, response_body
+from windlass.protocol.openai import ServedModel
+from windlass.protocol.responses import error_response
+from windlass.protocol.rows import RowRequest, read_row
 
 _LOOK_EVERY_S = 0.25  # at whoever may stop the job, and for progress, however long a pass takes
 _LINE_BREAKS = {"\u2028": "\\u2028", "\u2029": "\\u2029", "\x85": "\\u0085"}
@@ -43,7 +44,7 @@ class _Flight:
 
     name: str
     row: JobRow
-    api: ApiRequest
+    request: RowRequest
     attempt: int = 0
     outputs: dict[int, RequestOutput] = field(default_factory=dict)  # prompt index -> result
 
@@ -58,7 +59,7 @@ class _Flight:
                 seed_key=self.row.custom_id if i == 0 else f"{self.row.custom_id}#{i}",
                 is_batch=True,
             )
-            for i, prompt in enumerate(self.api.prompts)
+            for i, prompt in enumerate(self.request.api.prompts)
         ]
 
 
@@ -137,10 +138,11 @@ class BatchRunner:
             return
         assert row.endpoint is not None and row.body is not None, "a row is a request or malformed"
         try:
-            api = parse_body(row.endpoint, row.body, self._model)
+            key, created = _key(row), self._settings.created
+            request = read_row(row.endpoint, row.body, self._model, key=key, created=created)
             # the body may be large and is no longer needed
             row = JobRow(row.index, row.line, row.digest, row.custom_id)
-            self._launch(_Flight(self._settings.name, row, api))
+            self._launch(_Flight(self._settings.name, row, request))
         except RequestError as error:
             status, body = error_response(error)
             self._store_response(row, JournalState.REFUSED, status, body)
@@ -168,15 +170,13 @@ class BatchRunner:
             choice.finish_reason not in ("stop", "length") for choice in output.outputs
         ):
             self._retry(flight, output.error or "the engine gave it up")
-        elif len(flight.outputs) == len(flight.api.prompts):
+        elif len(flight.outputs) == len(flight.request.api.prompts):
             outputs = [flight.outputs[i] for i in range(len(flight.outputs))]
-            row = flight.row
-            body = response_body(flight.api, outputs, key=_key(row), created=self._settings.created)
-            self._store_response(row, JournalState.OK, 200, body)
+            self._store_response(flight.row, JournalState.OK, 200, flight.request.answer(outputs))
 
     def _land(self, request_id: str) -> tuple[_Flight, int]:
         flight, number = self._flying.pop(request_id)
-        self._num_sequences -= flight.api.prompts[number].params.n
+        self._num_sequences -= flight.request.api.prompts[number].params.n
         return flight, number
 
     def _give_up(self, flight: _Flight, reason: str, code: str) -> None:
