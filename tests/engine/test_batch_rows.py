@@ -1,10 +1,14 @@
 """Sequences of batches beside others: they have what those leave, and lose nothing."""
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from admission_machine import PAGE_TOKENS, Machine
+from engines import engine_for, make_model, prompts, request, run_all
 from windlass.engine.bursts import Turns
+from windlass.engine.outputs import RequestOutput
 from windlass.schedule.batch import CHUNK_TOKENS
 
 SIZES = st.tuples(st.integers(1, 150), st.integers(1, 60))
@@ -111,3 +115,38 @@ def test_a_wave_of_a_batch_is_not_waited_for():
     machine.add(8, 2, name="now")
     assert names(machine.step()) == ["now"]
     assert names(machine.step()) == ["now", "a"]
+
+
+def test_what_gave_way_has_the_same_bits(tmp_path):
+    """On a model: two places, three batch requests, others that come again and again."""
+    make_model("qwen3_moe", tmp_path)
+    batch = [
+        replace(
+            request(f"b{i}", p, max_tokens=24, temperature=0.9, seed=i, logprobs=2), is_batch=True
+        )
+        for i, p in enumerate(prompts((70, 9, 20)))
+    ]
+    others = [request(f"o{i}", p, max_tokens=4) for i, p in enumerate(prompts([40] * 6, seed=1))]
+    with engine_for(tmp_path, max_num_seqs=2) as engine:
+        alone = run_all(engine, batch)
+    results: dict[str, RequestOutput] = {}
+    left, steps = list(others), 0
+    with engine_for(tmp_path, max_num_seqs=2) as engine:
+        for one in batch:
+            engine.add(one)
+        while engine.has_work:
+            if steps % 5 == 3 and left:
+                engine.add(left.pop())
+                engine.add(left.pop())
+                waiting = engine.stats()
+                assert waiting.waiting - waiting.waiting_batch == 2
+                assert waiting.running_batch == waiting.running
+                results |= {one.request_id: one for one in engine.step().finished}
+                assert engine.stats().running_batch == 0  # both began in that pass
+            results |= {one.request_id: one for one in engine.step().finished}
+            engine.check()
+            steps += 1
+        assert engine.stats().num_preemptions >= 4
+    assert len(results) == 9
+    for name, output in alone.items():
+        assert results[name].outputs == output.outputs

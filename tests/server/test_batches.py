@@ -128,6 +128,8 @@ def test_a_file_that_is_no_batch_fails_it_and_says_where(
         ({"completion_window": "soon"}, "completion_window"),
         ({"completion_window": None}, "completion_window"),
         ({"metadata": {"a": 1}}, "metadata"),
+        ({"metadata": {"a": "\ud800"}}, "metadata"),
+        ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
         ({"output_expires_after": {"anchor": "created_at", "seconds": 1}},
          "output_expires_after.seconds"),
         ({"priority": 1}, "priority"),

@@ -148,19 +148,25 @@ def read_wish(body: Mapping[str, Any]) -> BatchWish:
 
 
 def _metadata(given: dict[str, Any] | None) -> dict[str, str] | None:
-    if given is None:
-        return None
-    is_right = len(given) <= _MOST_METADATA and all(
-        isinstance(value, str) and len(name) <= _LONGEST_KEY and len(value) <= _LONGEST_VALUE
-        for name, value in given.items()
-    )
-    if not is_right:
+    for name, value in (given or {}).items():
+        if not isinstance(value, str) or len(name) > _LONGEST_KEY or len(value) > _LONGEST_VALUE:
+            raise RequestError(
+                f"metadata.{shorten(name)}: got {shorten(value)}, allowed names of {_LONGEST_KEY} "
+                f"characters with texts of {_LONGEST_VALUE}",
+                param="metadata",
+            )
+        if _has_surrogates(name + value):
+            raise RequestError("metadata: got half a character", param="metadata")
+    if given is not None and len(given) > _MOST_METADATA:
         raise RequestError(
-            f"metadata: allowed at most {_MOST_METADATA} names of {_LONGEST_KEY} characters with "
-            f"texts of {_LONGEST_VALUE}",
-            param="metadata",
+            f"metadata: got {len(given)} names, allowed {_MOST_METADATA}", param="metadata"
         )
     return given
+
+
+def _has_surrogates(text: str) -> bool:
+    """JSON may escape them; no UTF-8 has them."""
+    return any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _lifetime(given: dict[str, Any] | None) -> int | None:
