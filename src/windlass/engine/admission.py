@@ -118,10 +118,7 @@ class Admission:
     def compose(self, starts: Starts) -> list[ScheduledSequence]:
         """The rows of the next pass, those of the host first, so that it begins; empty only when
         there is nothing to do. `starts` makes the sequences of what is taken from the queue."""
-        rows = self._compose(starts)
-        if self._kv.num_homes > 1:
-            rows.sort(key=lambda row: row.sequence.home is not Home.HOST)
-        return rows
+        return sorted(self._compose(starts), key=_place)
 
     def _compose(self, starts: Starts) -> list[ScheduledSequence]:
         rows: list[ScheduledSequence] = []
@@ -141,8 +138,7 @@ class Admission:
             turn = [able[number] for number in self.turns.choose(list(able), first)]
             # oldest first, at the cost of the youngest, which is in its prompt from then on
             decoding = [c for c in turn if not c.in_prompt and self._grow(c)]
-        room = self._max_rows
-        mixed = self._mixed_prefill_rows
+        room, mixed = self._max_rows, self._mixed_prefill_rows
         prompt_room = room if mixed is None or not decoding else mixed
         for is_batch in (False, True):
             # a newcomer may have driven some out
@@ -152,7 +148,7 @@ class Admission:
                 room -= rows[-1].segment.num_tokens
             used = self._add_prompts(starts, min(room, prompt_room), rows, is_batch=is_batch)
             room, prompt_room = room - used, prompt_room - used
-        return sorted(rows, key=lambda row: row.segment.is_prompt)
+        return rows
 
     def _add_prompts(
         self, starts: Starts, room: int, rows: list[ScheduledSequence], *, is_batch: bool
@@ -163,9 +159,8 @@ class Admission:
             if sequence.in_prompt and sequence.is_batch == is_batch:
                 left -= self._add_prompt(sequence, left, rows)
         full: set[Home] = set()
-        while left > 0 and self.waiting and self.waiting.is_batch == is_batch:
-            place = self.waiting.next(full)
-            if place is None:
+        while left > 0 and self.waiting.is_batch == is_batch:
+            if (place := self.waiting.next(full)) is None:
                 break
             newcomer = self.waiting[place]
             known = self._make_room(newcomer, left)
@@ -179,8 +174,7 @@ class Admission:
         return room - left
 
     def _make_room(self, newcomer: QueuedSequence | Sequence, room: int) -> Known | None:
-        """What is known of a newcomer's prompt, if it may begin now. Sequences of batches give way
-        to others, the youngest first."""
+        """What is known of its prompt, if it may begin now. Batches give way, the youngest first."""
         home = newcomer.queued.home
         while True:
             known = self.prompt_pages.find(newcomer.queued)
@@ -188,20 +182,13 @@ class Admission:
             if not fitting_rows(left, room):
                 return None
             has_seat = len(self.running) < self._max_num_seqs and self._kv.device.has_free_state
-            if has_seat and self._has_pages(newcomer, known):
+            held = self.prompt_pages.num_held(known)
+            if has_seat and _fits(self._kv, self.lengths, self.running, newcomer, held):
                 return known
             batch = [c for c in self.running if c.is_batch and (c.home is home or not has_seat)]
             if newcomer.is_batch or not batch:
                 return None
             self._preempt(batch[-1])
-
-    def _has_pages(self, newcomer: QueuedSequence | Sequence, known: Known) -> bool:
-        home = newcomer.queued.home
-        needed = self._kv.pages_for(min(newcomer.num_tokens + 1, newcomer.max_total - 1))
-        needed -= self.prompt_pages.num_held(known)
-        own = [c for c in self.running if c.home is home and (newcomer.is_batch or not c.is_batch)]
-        kept = sum(may_want(self._kv, self.lengths, one) for one in own)
-        return needed + kept <= self._kv.of(home).num_free_pages
 
     def _admit(self, sequence: Sequence, known: Known) -> None:
         self.prompt_pages.take(sequence, known)
@@ -268,6 +255,26 @@ class Admission:
         """Pages are held by running sequences only, and by several only where their prompts
         agree; sequences of batches are behind the others."""
         _check(self._kv, self.prompt_pages, self.running, self.waiting)
+
+
+def _place(row: ScheduledSequence) -> tuple[bool, bool]:
+    """Of a row in its pass: by home, then what is generated before prompts."""
+    return row.sequence.home is not Home.HOST, row.segment.is_prompt
+
+
+def _fits(
+    kv: KvTiers,
+    lengths: OutputLengths,
+    running: list[Sequence],
+    newcomer: QueuedSequence | Sequence,
+    num_held: int,
+) -> bool:
+    """Whether there are pages for a newcomer, of which others hold `num_held` already."""
+    home = newcomer.queued.home
+    needed = kv.pages_for(min(newcomer.num_tokens + 1, newcomer.max_total - 1)) - num_held
+    own = [c for c in running if c.home is home and (newcomer.is_batch or not c.is_batch)]
+    kept = sum(may_want(kv, lengths, one) for one in own)
+    return needed + kept <= kv.of(home).num_free_pages
 
 
 def _check(
