@@ -174,7 +174,7 @@ class Admission:
         return room - left
 
     def _make_room(self, newcomer: QueuedSequence | Sequence, room: int) -> Known | None:
-        """What is known of its prompt, if it may begin now. Batches give way, the youngest first."""
+        """What is known of its prompt, if it may begin now. Batches give way, youngest first."""
         home = newcomer.queued.home
         while True:
             known = self.prompt_pages.find(newcomer.queued)
