@@ -253,7 +253,9 @@ def _is_batch(entry: tuple[str, _Running]) -> bool:
 def fake_store_stats(passes: int) -> StoreStats:
     """Three of four experts are found; of what is prefetched half is used."""
     counts: dict[str, Any] = {
-        field.name: 0 for field in fields(StoreStats) if field.name not in ("requests", "hits")
+        field.name: 0
+        for field in fields(StoreStats)
+        if field.name not in ("requests", "hits", "hits_below")
     }
     return StoreStats(
         **{
