@@ -601,3 +601,24 @@ def test_a_terminal_gets_one_live_line() -> None:
         progress.update(snapshot(6))
     assert "hello [x]" in stream.getvalue()
     assert "rows 6/10" in stream.getvalue()
+
+
+def test_rows_of_responses_are_whole_and_the_same_in_every_run(tmp_path: Path) -> None:
+    body = {"input": "hello", "max_output_tokens": 9, "instructions": "be brief"}
+    wrong = {**body, "stream": True}
+    rows = [
+        {"custom_id": name, "method": "POST", "url": "/v1/responses", "body": own}
+        for name, own in (("a", body), ("b", wrong), ("c", {**body, "previous_response_id": "x"}))
+    ]
+    summary = run(options(tmp_path, *rows))
+    assert (summary.ok, summary.refused) == (1, 2)
+    good, streamed, follows = results(tmp_path / "out")
+    answer = good["response"]["body"]
+    assert answer["object"] == "response" and answer["created_at"] == 1790000000
+    assert answer["status"] in ("completed", "incomplete") and answer["store"] is False
+    assert answer["output"][0]["content"][0]["text"]
+    assert streamed["response"]["body"]["error"]["param"] == "stream"
+    assert follows["response"]["body"]["error"]["param"] == "previous_response_id"
+    before = (tmp_path / "out").read_bytes()
+    run(options(tmp_path, overwrite=True))
+    assert (tmp_path / "out").read_bytes() == before

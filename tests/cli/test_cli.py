@@ -427,6 +427,7 @@ OPTIONS = {
     "serve": ENGINE | {
         "--host", "--port", "--api-key", "--served-model-name", "-a", "--alias",
         "--sse-ping-interval", "--max-requests", "--max-body-size", "--shutdown-timeout",
+        "--data-dir", "--max-file-size",
         "--tool-call-parser", "--reasoning-parser",
     },
     "generate": ENGINE | {

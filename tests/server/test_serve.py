@@ -1,11 +1,13 @@
 """`windlass serve` as a process, driven by the openai client over a real socket."""
 
+import json
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -19,8 +21,11 @@ MESSAGES: Any = [{"role": "user", "content": "Tell me of the sea."}]
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Running]:
-    with serving("demo", "--host-memory", "1GiB", "--max-num-seqs", "8") as running:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    data = str(tmp_path_factory.mktemp("data"))
+    with serving(
+        "demo", "--host-memory", "1GiB", "--max-num-seqs", "8", "--data-dir", data
+    ) as running:
         yield running
 
 
@@ -124,6 +129,48 @@ def test_log_probabilities_of_a_prompt(server: Running) -> None:
         assert [one["rank"] for one in step.values() if one["logprob"] == best] == [1]
     with pytest.raises(openai.BadRequestError, match="only without stream"):
         client.completions.create(**wanted, stream=True, extra_body={"prompt_logprobs": 1})
+
+
+def test_a_batch_of_the_client_beside_others(server: Running, tmp_path: Path) -> None:
+    """Its rows have the bits of the same requests alone; others come first."""
+    client = server.client()
+    wanted: Any = {"messages": MESSAGES, "max_tokens": 40, "seed": 5, "logprobs": True}
+    with (tmp_path / "in.jsonl").open("w") as file:
+        for i in range(24):
+            row = {
+                "custom_id": str(i),
+                "method": "POST",
+                "url": "/v1/chat/completions",
+                "body": {**wanted, "seed": i},
+            }
+            file.write(json.dumps(row) + "\n")
+    source = client.files.create(file=tmp_path / "in.jsonl", purpose="batch")
+    assert client.files.retrieve(source.id) == source
+    batch = client.batches.create(
+        input_file_id=source.id, endpoint="/v1/chat/completions", completion_window="24h",
+        metadata={"for": "a test"},
+    )  # fmt: skip
+    alone = client.chat.completions.create(model="demo", **wanted)
+    deadline = time.monotonic() + PATIENCE_S
+    while (found := client.batches.retrieve(batch.id)).status != "completed":
+        assert time.monotonic() < deadline and found.status in (
+            "validating", "in_progress", "finalizing",
+        ), found  # fmt: skip
+        time.sleep(0.05)
+    assert found.request_counts is not None and found.output_file_id is not None
+    assert (found.request_counts.total, found.request_counts.completed) == (24, 24)
+    assert [one.id for one in client.batches.list(limit=5)][:1] == [batch.id]
+    assert source.id in [one.id for one in client.files.list(purpose="batch")]
+    lines = client.files.content(found.output_file_id).text.splitlines()
+    results = [json.loads(line) for line in lines]
+    assert [one["custom_id"] for one in results] == [str(i) for i in range(24)]
+    choice = results[5]["response"]["body"]["choices"][0]
+    assert choice == alone.to_dict()["choices"][0]  # type: ignore[index]
+    assert client.files.delete(source.id).deleted
+    with pytest.raises(openai.NotFoundError, match="No such File"):
+        client.files.retrieve(source.id)
+    with pytest.raises(openai.BadRequestError, match="Cannot cancel"):
+        client.batches.cancel(batch.id)
 
 
 def test_errors_reach_the_client_as_its_own_classes(server: Running) -> None:

@@ -44,12 +44,14 @@ async def ask(
     leaves_after: int | None = None,
     pause_s: float = 0.0,
 ) -> Answered:
-    """One request. `body`: JSON of it is sent, or `pieces` as they are. `leaves_after`: pieces of
-    the answer after which the client is gone. `pause_s`: that the client takes for a piece."""
+    """One request. `path` may have a query. `body`: JSON of it is sent, or `pieces` as they are.
+    `leaves_after`: pieces of the answer after which the client is gone. `pause_s`: that the client
+    takes for a piece."""
+    path, _, query = path.partition("?")
     given = {"host": "localhost", "content-type": "application/json", **(headers or {})}
     scope = {
         "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
-        "method": method, "path": path, "raw_path": path.encode(), "query_string": b"",
+        "method": method, "path": path, "raw_path": path.encode(), "query_string": query.encode(),
         "scheme": "http", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80), "root_path": "",
         "headers": [(name.lower().encode(), value.encode()) for name, value in given.items()],
     }  # fmt: skip

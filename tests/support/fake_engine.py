@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from windlass.cli import generate, main, run_batch
+from windlass.cli import generate, main, run_batch, serve
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.expectation import Rates
 from windlass.engine.live_view import LiveView, RowNow
@@ -86,6 +86,9 @@ class FakePlan:
 
     def to_json(self) -> dict[str, Any]:
         return {"host_memory": 1 << 20}
+
+    max_num_seqs = 4
+    tiers: tuple[object, ...] = ()
 
     def lines(self) -> list[str]:
         return ["plan: a fake one"]
@@ -172,7 +175,7 @@ class FakeEngine:
         self._passes += 1
         places = self.capacity
         finished, deltas = [], []
-        for request_id, running in list(self._running.items()):
+        for request_id, running in sorted(self._running.items(), key=_is_batch):
             if places <= 0:
                 break
             places -= len(running.sequences)
@@ -232,6 +235,7 @@ class FakeEngine:
             pass_s=self._passes * self._step_s,
             peak_rss_bytes=1 << 20,
             running=len(self._running),
+            running_batch=sum(map(_is_batch, self._running.items())),
             waiting=0,
         )
 
@@ -242,10 +246,16 @@ class FakeEngine:
         self.is_closed = True
 
 
+def _is_batch(entry: tuple[str, _Running]) -> bool:
+    return entry[1].request.is_batch
+
+
 def fake_store_stats(passes: int) -> StoreStats:
     """Three of four experts are found; of what is prefetched half is used."""
     counts: dict[str, Any] = {
-        field.name: 0 for field in fields(StoreStats) if field.name not in ("requests", "hits")
+        field.name: 0
+        for field in fields(StoreStats)
+        if field.name not in ("requests", "hits", "hits_below")
     }
     return StoreStats(
         **{
@@ -317,7 +327,7 @@ class FakeOptions:
 
 def install() -> None:
     """Puts the fake in place of `windlass.build.open`, and of what measures for it."""
-    for command in (generate, run_batch):
+    for command in (generate, run_batch, serve):
         command.kept_profile = lambda options: None  # type: ignore[attr-defined]
     build = ModuleType("windlass.build.open")
     build.open_engine = open_fake  # type: ignore[attr-defined]

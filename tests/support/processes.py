@@ -13,7 +13,9 @@ from typing import Any
 PATIENCE_S = 120  # of what only a hanging process reaches, however busy the machine
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["windlass.build.open", "windlass.quantize.convert"])
+_CONTEXT.set_forkserver_preload(
+    ["windlass.build.open", "windlass.quantize.convert", "windlass.server.run"]
+)
 
 
 @contextmanager

@@ -4,62 +4,32 @@ only place that knows the order of these steps."""
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from windlass.batch.jobfile import JobFile
+from windlass.batch.job_engine import JobEngine, JobModel
+from windlass.batch.jobfile import JobFile, Malformed
 from windlass.batch.journal import Journal, JournalState, write_error
 from windlass.batch.ledger import Ledger
 from windlass.batch.manifest import Manifest, refuse_difference
 from windlass.batch.progress import JobProgress
 from windlass.batch.prompt_lengths import job_lengths
-from windlass.batch.runner import BatchRunner, RunSettings, Stopping
+from windlass.batch.runner import BatchRunner, RunSettings, Stopping, row_line
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.expectation import Check
 from windlass.engine.grammars import grammars_bytes
 from windlass.engine.request import WINDOW
-from windlass.engine.service import Service, SteppedEngine
+from windlass.engine.service import Service
 from windlass.engine.text_limits import most_chars
 from windlass.errors import JobError, UsageError
 from windlass.files import replace_file, sync_folder, temporary_file
 from windlass.params import SamplingParams
-from windlass.phases import PhaseStats
-from windlass.protocol.answers import AUTO, ParserTokenizer, choose_parsers
-from windlass.protocol.openai import ChatTokenizer, ServedModel
+from windlass.protocol.answers import AUTO, choose_parsers
+from windlass.protocol.openai import ChatTokenizer, Endpoint, ServedModel
 from windlass.workload import Job
-
-
-class PlanLike(Protocol):
-    """A plan as a job sees it."""
-
-    def to_json(self) -> dict[str, Any]: ...
-
-
-class JobTokenizer(ChatTokenizer, ParserTokenizer, Protocol):
-    """The tokenizer as a job sees it."""
-
-
-class JobEngine(SteppedEngine, Protocol):
-    """The engine as a job sees it."""
-
-    @property
-    def plan(self) -> PlanLike: ...
-    @property
-    def tokenizer(self) -> JobTokenizer: ...
-    @property
-    def max_model_len(self) -> int: ...
-    @property
-    def limited_by(self) -> str: ...
-    @property
-    def default_params(self) -> SamplingParams: ...
-    @property
-    def fingerprint(self) -> Mapping[str, object]: ...
-    @property
-    def capacity(self) -> int: ...
-    def compare(self, phases: Mapping[str, PhaseStats]) -> Check | None: ...
 
 
 class EngineSource(Protocol):
@@ -86,7 +56,9 @@ class JobOptions:
     trace_file: Path | None = None  # the engine writes it; known here to keep files apart
     routing_trace_file: Path | None = None  # likewise
     overwrite: bool = False
+    name: str = "row"  # begins the ids of requests
     strict: bool = False
+    endpoint: Endpoint | None = None  # the only one that rows may name
     retry_failed: bool = True
     max_retries: int = 2
     tool_call_parser: str = AUTO
@@ -153,43 +125,103 @@ class LeftRows:
         return own + (grammars_bytes(vocab_size) if self.file.wants_grammars else 0)
 
 
+class OpenJob:
+    """A job's input and what is known of its results, locked. A context manager. Raises UsageError
+    for wrong files or settings, JobError where the job cannot go on; finished rows are then safe in
+    the journal."""
+
+    def __init__(self, options: JobOptions, progress: JobProgress) -> None:
+        _check_paths(options)
+        self._options = options
+        self._progress = progress
+        self._file = JobFile(
+            options.input_file, strict=options.strict, endpoint=options.endpoint, notes=progress
+        )
+        progress.note("getting ready")
+        with ExitStack() as stack:
+            self._journal = journal = stack.enter_context(Journal(options.journal_file))
+            # an attempt that brought nothing leaves nothing behind
+            stack.callback(journal.remove_if_empty)
+            self._stored = _stored_manifest(options, journal)
+            self._ledger = Ledger(
+                self._file,
+                journal,
+                retry_failed=options.retry_failed,
+                forget_all=options.overwrite,
+            )
+            self._held = stack.pop_all()
+        _greet(options, self._ledger, journal, progress)
+
+    def __enter__(self) -> "OpenJob":
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._held.__exit__(*exc)
+
+    @property
+    def is_done(self) -> bool:
+        return self._ledger.num_done == len(self._ledger)
+
+    @property
+    def left(self) -> LeftRows:
+        return LeftRows(self._file, self._ledger, self._options)
+
+    @property
+    def max_model_len(self) -> int | None:
+        """What its engine must have; None for what fits."""
+        return _context_length(self._options, self._stored)
+
+    def run(self, engine: JobModel, service: Service, stopping: Stopping, *, shares: bool) -> None:
+        """Runs what is left, to the end or until `stopping` says so. `shares`: others use the
+        service too."""
+        options = self._options
+        manifest = _settle_manifest(options, engine, self._stored, self._journal)
+        _write_plan(options, engine)
+        self._progress.note("no pass has ended yet")
+        runner = _runner(options, engine, service, self._ledger, manifest, shares=shares)
+        rows = self._file.rows(self._ledger.open_rows)
+        runner.run(rows, stopping=stopping, progress=self._progress)
+        self._journal.sync()
+
+    def summary(self) -> Summary:
+        """How it stands, without times."""
+        return _summary(self._ledger)
+
+    def write_output(self, rest: Malformed | None = None) -> None:
+        """All results in input order; each file appears whole or not at all. `rest`: what is said
+        of rows without one, if there are any."""
+        assert self.is_done or rest is not None, "rows without a result"
+        _write_output(self._options, self._lines(rest))
+
+    def _lines(self, rest: Malformed | None) -> Iterator[tuple[JournalState, bytes]]:
+        left = self._file.rows(self._ledger.open_rows)
+        for result in self._ledger.results():
+            if result is None:
+                assert rest is not None, "rows without a result"
+                error = {"code": rest.code, "message": rest.message}
+                result = JournalState.FAILED, row_line(next(left), None, error)
+            yield result
+
+
 def run_job(
     options: JobOptions, source: EngineSource, *, progress: JobProgress, stopping: Stopping
 ) -> Summary:
-    """Runs what is left of the job; complete if not stopped. Raises UsageError for wrong files or
-    settings, JobError where the job cannot go on; finished rows are then safe in the journal."""
-    _check_paths(options)
-    job = JobFile(options.input_file, strict=options.strict, notes=progress)
-    progress.note("getting ready")
-    with ExitStack() as stack:
-        journal = stack.enter_context(Journal(options.journal_file))
-        # an attempt that brought nothing leaves nothing behind
-        stack.callback(journal.remove_if_empty)
-        stored = _stored_manifest(options, journal)
-        ledger = Ledger(
-            job, journal, retry_failed=options.retry_failed, forget_all=options.overwrite
-        )
-        _greet(options, ledger, journal, progress)
+    """Runs what is left of the job; complete if not stopped. Raises as `OpenJob` does."""
+    with OpenJob(options, progress) as job, ExitStack() as stack:
         load_s = run_s = 0.0
         engine = stats = None
-        if ledger.num_done < len(ledger):
+        if not job.is_done:
             begin = time.monotonic()
-            context = _context_length(options, stored)
-            engine = source.open(context, LeftRows(job, ledger, options))
+            engine = source.open(job.max_model_len, job.left)
             service = stack.enter_context(Service(engine))
             load_s = time.monotonic() - begin
-            manifest = _settle_manifest(options, engine, stored, journal)
-            _write_plan(options, engine)
-            progress.note("no pass has ended yet")
             begin = time.monotonic()
-            runner = _runner(options, engine, service, ledger, manifest)
-            runner.run(job.rows(ledger.open_rows), stopping=stopping, progress=progress)
+            job.run(engine, service, stopping, shares=False)
             run_s = time.monotonic() - begin
             stats = service.stats()
-            journal.sync()
-        summary = replace(_summary(ledger, load_s, run_s), stats=stats)
+        summary = replace(job.summary(), load_s=load_s, run_s=run_s, stats=stats)
         if summary.is_complete:
-            _write_output(options, ledger)
+            job.write_output()
         if engine is not None and stats is not None:
             summary = replace(summary, check=engine.compare(stats.phases))
     return summary
@@ -260,7 +292,7 @@ def _context_length(options: JobOptions, stored: Manifest | None) -> int | None:
 
 
 def _settle_manifest(
-    options: JobOptions, engine: JobEngine, stored: Manifest | None, journal: Journal
+    options: JobOptions, engine: JobModel, stored: Manifest | None, journal: Journal
 ) -> Manifest:
     """Compares the loaded engine with the job's, or begins the job with it. Only here, where rows
     can run, does the job that is to be overwritten end."""
@@ -277,7 +309,7 @@ def _settle_manifest(
     return manifest
 
 
-def _write_plan(options: JobOptions, engine: JobEngine) -> None:
+def _write_plan(options: JobOptions, engine: JobModel) -> None:
     text = json.dumps(engine.plan.to_json(), indent=1) + "\n"
     try:
         replace_file(options.plan_file, text.encode())
@@ -300,7 +332,13 @@ def _greet(options: JobOptions, ledger: Ledger, journal: Journal, progress: JobP
 
 
 def _runner(
-    options: JobOptions, engine: JobEngine, service: Service, ledger: Ledger, manifest: Manifest
+    options: JobOptions,
+    engine: JobModel,
+    service: Service,
+    ledger: Ledger,
+    manifest: Manifest,
+    *,
+    shares: bool,
 ) -> BatchRunner:
     model = ServedModel(
         options.served_names,
@@ -313,25 +351,27 @@ def _runner(
             engine.tokenizer, options.tool_call_parser, options.reasoning_parser
         ),
     )
-    settings = RunSettings(manifest.created, options.max_retries, WINDOW * engine.capacity)
+    window = WINDOW * engine.capacity
+    settings = RunSettings(
+        options.name, manifest.created, options.max_retries, window, shares_service=shares
+    )
     return BatchRunner(service, model, ledger, settings)
 
 
-def _summary(ledger: Ledger, load_s: float, run_s: float) -> Summary:
+def _summary(ledger: Ledger) -> Summary:
     return Summary(
         rows=len(ledger),
         ok=ledger.count(JournalState.OK),
         refused=ledger.count(JournalState.REFUSED),
         failed=ledger.count(JournalState.FAILED),
         rows_before=ledger.num_before,
-        load_s=load_s,
-        run_s=run_s,
+        load_s=0.0,
+        run_s=0.0,
         stats=None,
     )
 
 
-def _write_output(options: JobOptions, ledger: Ledger) -> None:
-    """All results in input order; each file appears whole or not at all."""
+def _write_output(options: JobOptions, lines: Iterator[tuple[JournalState, bytes]]) -> None:
     targets = [options.output_file]
     if options.error_file is not None:
         targets.append(options.error_file)
@@ -339,7 +379,7 @@ def _write_output(options: JobOptions, ledger: Ledger) -> None:
     try:
         with ExitStack() as stack:
             files: list[BinaryIO] = [stack.enter_context(path.open("wb")) for path in temporary]
-            for state, line in ledger.results():
+            for state, line in lines:
                 files[0 if state is JournalState.OK else -1].write(line)
             for file in files:
                 file.flush()

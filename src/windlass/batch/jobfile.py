@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -31,6 +31,22 @@ _BODY_COPIES = 3  # of a body, before its prompt is text
 _MARGIN = 1.15  # over what is held by the count
 _CHUNK_BYTES, _MOST_CHUNKS = 60, 100_000  # that Python's encoder of JSON holds at a time
 _MALFORMED_COPIES = 9  # of a line: itself, decoded and half read at 4 bytes a character
+
+
+class LineProblem(NamedTuple):
+    """What is wrong with a line (from 1); `code` as `Malformed` has it."""
+
+    line: int
+    code: str
+    message: str
+
+
+class BadLines(UsageError):
+    """Lines that a job cannot have. `problems`: the first of them."""
+
+    def __init__(self, message: str, problems: Sequence[LineProblem]) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +94,20 @@ class Notes(Protocol):
 
 
 class JobFile:
-    """A scanned input file. Raises UsageError if it cannot be read or holds a `custom_id` twice,
-    or, if `strict`, any malformed line. `notes` hears now and then how far the scan is."""
+    """A scanned input file. Raises UsageError if it cannot be read, BadLines if it holds a
+    `custom_id` twice, or, if `strict`, any malformed line. `endpoint`: lines that name another one
+    are malformed. `notes` hears now and then how far the scan is."""
 
-    def __init__(self, path: Path, *, strict: bool = False, notes: Notes | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        strict: bool = False,
+        endpoint: Endpoint | None = None,
+        notes: Notes | None = None,
+    ) -> None:
         self.path = path
+        self._endpoint = endpoint
         self._offsets = array("Q")
         self._lines = array("Q")
         self._digests = bytearray()
@@ -107,7 +132,7 @@ class JobFile:
 
     def _row(self, file: BinaryIO, index: int) -> JobRow:
         file.seek(self._offsets[index])
-        row = _parse(file.readline(), self._lines[index])
+        row = _parse(file.readline(), self._lines[index], self._endpoint)
         start = index * DIGEST_BYTES
         if row is None or row.digest != self._digests[start : start + DIGEST_BYTES]:
             raise JobError(
@@ -117,7 +142,7 @@ class JobFile:
 
     def _scan(self, notes: Notes | None, *, strict: bool) -> None:
         ids = bytearray()  # 8 bytes per row: candidates for duplicates
-        malformed: list[str] = []
+        malformed: list[LineProblem] = []
         with _open(self.path) as file:
             size = os.fstat(file.fileno()).st_size
             offset = 0
@@ -127,7 +152,7 @@ class JobFile:
                     told_at = time.monotonic()
                     done = f"{format_bytes(offset)} of {format_bytes(size)}"
                     notes.note(f"scanning {self.path}: {number - 1} lines, {done}")
-                row = _parse(text, number)
+                row = _parse(text, number, self._endpoint)
                 if row is not None:
                     self._offsets.append(offset)
                     self._lines.append(number)
@@ -139,13 +164,15 @@ class JobFile:
                     if row.malformed is not None:
                         self.num_malformed += 1
                         if len(malformed) < _MAX_REPORTED:
-                            malformed.append(row.malformed.message)
+                            problem = row.malformed
+                            malformed.append(LineProblem(number, problem.code, problem.message))
                 offset += len(text)
         self._refuse_duplicates(np.frombuffer(ids, dtype=np.uint64))
         if strict and malformed:
-            raise UsageError(
+            raise BadLines(
                 f"{self.path}: {self.num_malformed} malformed lines, --strict allows none:\n  "
-                + "\n  ".join(malformed)
+                + "\n  ".join(problem.message for problem in malformed),
+                malformed,
             )
 
     def _refuse_duplicates(self, ids: "np.ndarray[Any, np.dtype[np.uint64]]") -> None:
@@ -155,21 +182,27 @@ class JobFile:
         suspects = sorted(set(order[same].tolist()) | set(order[same + 1].tolist()))
         seen: dict[str, int] = {}
         found: list[str] = []
+        problems: list[LineProblem] = []
         with _open(self.path) as file:
             for index in suspects:
                 file.seek(self._offsets[index])
-                row = _parse(file.readline(), self._lines[index])
+                row = _parse(file.readline(), self._lines[index], self._endpoint)
                 if row is None or row.custom_id is None:
                     continue
                 first = seen.setdefault(row.custom_id, row.line)
                 if first != row.line:
-                    found.append(f"{shorten(row.custom_id)}: lines {first} and {row.line}")
+                    same_id = f"{shorten(row.custom_id)}: lines {first} and {row.line}"
+                    found.append(same_id)
+                    problems.append(
+                        LineProblem(row.line, "duplicate_custom_id", f"custom_id {same_id}")
+                    )
         if found:
             more = len(found) - _MAX_REPORTED
-            raise UsageError(
+            raise BadLines(
                 f"{self.path}: custom_id must be unique:\n  "
                 + "\n  ".join(found[:_MAX_REPORTED])
-                + (f"\n  and {more} more" if more > 0 else "")
+                + (f"\n  and {more} more" if more > 0 else ""),
+                problems[:_MAX_REPORTED],
             )
 
 
@@ -189,8 +222,9 @@ def _id_hash(row: JobRow) -> bytes:
     return hashlib.blake2b(row.custom_id.encode(), digest_size=8).digest()
 
 
-def _parse(text: bytes, number: int) -> JobRow | None:
-    """The row of one line, None if the line is empty. Never raises."""
+def _parse(text: bytes, number: int, only: Endpoint | None) -> JobRow | None:
+    """The row of one line, None if the line is empty. Never raises. `only`: the endpoint that it
+    may name, if not any."""
     if number == 1:
         text = text.removeprefix(_BOM)
     text = text.strip()
@@ -203,7 +237,7 @@ def _parse(text: bytes, number: int) -> JobRow | None:
         # known even if the rest is wrong, so that the error row can be joined to its request
         if isinstance(document, dict) and isinstance(document.get("custom_id"), str):
             custom_id = document["custom_id"]
-        endpoint, body, canonical = _request(document)
+        endpoint, body, canonical = _request(document, only)
     except (_MalformedLine, RecursionError) as error:
         code = error.code if isinstance(error, _MalformedLine) else "invalid_json_line"
         malformed = Malformed(code, f"line {number}: {error}")
@@ -273,7 +307,7 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON number")
 
 
-def _request(document: Any) -> tuple[Endpoint, dict[str, Any], bytes]:
+def _request(document: Any, only: Endpoint | None = None) -> tuple[Endpoint, dict[str, Any], bytes]:
     """Endpoint, body and canonical form of a decoded line."""
     if not isinstance(document, dict):
         raise _MalformedLine("invalid_request", f"got {shorten(document)}, allowed an object")
@@ -296,8 +330,10 @@ def _request(document: Any) -> tuple[Endpoint, dict[str, Any], bytes]:
         )
     try:
         endpoint = Endpoint(document["url"])
+        if only not in (None, endpoint):
+            raise ValueError("another endpoint than the batch's")
     except ValueError as error:
-        allowed = " or ".join(Endpoint)
+        allowed = only or " or ".join(Endpoint)
         raise _MalformedLine(
             "invalid_url", f"url: got {shorten(document['url'])}, allowed {allowed}"
         ) from error

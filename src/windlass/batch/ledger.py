@@ -56,11 +56,11 @@ class Ledger:
     def sync_if_due(self) -> None:
         self._journal.sync_if_due()
 
-    def results(self) -> Iterator[tuple[JournalState, bytes]]:
-        """JournalState and result line of every row in input order; all must be done."""
-        assert self.num_done == len(self), "rows without a result"
+    def results(self) -> Iterator[tuple[JournalState, bytes] | None]:
+        """JournalState and result line of every row in input order; None where there is none."""
         for code, offset, length in zip(self._codes, self._offsets, self._lengths, strict=True):
-            yield _STATES[int(code) - 1], self._journal.result(int(offset), int(length))
+            line = self._journal.result(int(offset), int(length)) if code else b""
+            yield (_STATES[int(code) - 1], line) if code else None
 
     def _match(self, job: JobFile) -> None:
         digests = job.digests().view(_DIGEST)

@@ -13,6 +13,10 @@ from windlass.files import replace_file
 FORMAT = 1
 
 
+class SettingsDiffer(UsageError):
+    """A job was begun under other settings than these."""
+
+
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """`options` and `engine` must be equal on a resume; `recorded` may differ. `created` (seconds
@@ -50,7 +54,7 @@ class Manifest:
 
 
 def refuse_difference(stored: Mapping[str, Any], now: Mapping[str, Any], *, output: Path) -> None:
-    """Raises UsageError naming every field that differs."""
+    """Raises SettingsDiffer naming every field that differs."""
     plain = json.loads(json.dumps(dict(now), default=str))
     changed = [
         f"{name}: the job has {stored.get(name)!r}, now {plain.get(name)!r}"
@@ -58,7 +62,7 @@ def refuse_difference(stored: Mapping[str, Any], now: Mapping[str, Any], *, outp
         if stored.get(name) != plain.get(name)
     ]
     if changed:
-        raise UsageError(
+        raise SettingsDiffer(
             f"{output} belongs to a job with other settings, which would mix results:\n  "
             + "\n  ".join(changed)
             + "\nUse the job's settings to resume it, another --output-file, or --overwrite to "

@@ -14,7 +14,8 @@ from windlass.engine.text_limits import LONG_TEXT
 from windlass.errors import RequestError, UsageError
 from windlass.kvcache.pages import block_keys, readable_blocks
 from windlass.params import SamplingParams
-from windlass.protocol.openai import ChatTokenizer, ServedModel, parse_body
+from windlass.protocol.openai import ChatTokenizer, ServedModel
+from windlass.protocol.rows import read_row
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.workload import USUAL_OUTPUT, Job, Workload, expected_output
 
@@ -114,10 +115,10 @@ def _of_row(row: JobRow, model: ServedModel) -> tuple[list[_Sequence], bool]:
     if row.malformed is not None or row.endpoint is None or row.body is None:
         return [], True
     try:
-        api = parse_body(row.endpoint, row.body, model)
+        api = read_row(row.endpoint, row.body, model, key="", created=0).api
     except (RequestError, UsageError):
         return [], True
-    names = ("max_tokens", "max_completion_tokens")
+    names = ("max_tokens", "max_completion_tokens", "max_output_tokens")
     limited = model.default_params.max_tokens is not None or any(
         row.body.get(name) is not None for name in names
     )

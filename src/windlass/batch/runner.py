@@ -15,8 +15,9 @@ from windlass.engine.outputs import NOT_FINITE, RequestOutput
 from windlass.engine.request import Request
 from windlass.engine.service import Service
 from windlass.errors import RequestError
-from windlass.protocol.openai import ApiRequest, ServedModel, parse_body
-from windlass.protocol.responses import error_response, response_body
+from windlass.protocol.openai import ServedModel
+from windlass.protocol.responses import error_response
+from windlass.protocol.rows import RowRequest, read_row
 
 _LOOK_EVERY_S = 0.25  # at whoever may stop the job, and for progress, however long a pass takes
 _LINE_BREAKS = {"\u2028": "\\u2028", "\u2029": "\\u2029", "\x85": "\\u0085"}
@@ -30,17 +31,20 @@ class Stopping(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
+    name: str  # begins the ids of requests, which no others in the service have
     created: int  # seconds since 1970, of every response
     max_retries: int
     window: int  # sequences in flight
+    shares_service: bool = False  # others go on with it when this has been stopped
 
 
 @dataclass(slots=True, eq=False)
 class _Flight:
     """A row in the engine: one request per prompt."""
 
+    name: str
     row: JobRow
-    api: ApiRequest
+    request: RowRequest
     attempt: int = 0
     outputs: dict[int, RequestOutput] = field(default_factory=dict)  # prompt index -> result
 
@@ -48,19 +52,20 @@ class _Flight:
         assert self.row.custom_id is not None, "malformed rows never fly"
         return [
             Request(
-                request_id=f"{self.row.index}.{i}.{self.attempt}",
+                request_id=f"{self.name}.{self.row.index}.{i}.{self.attempt}",
                 prompt_token_ids=prompt.token_ids,
                 params=prompt.params,
                 # the prompts of one row must not draw the same numbers
                 seed_key=self.row.custom_id if i == 0 else f"{self.row.custom_id}#{i}",
+                is_batch=True,
             )
-            for i, prompt in enumerate(self.api.prompts)
+            for i, prompt in enumerate(self.request.api.prompts)
         ]
 
 
 class BatchRunner:
     """Runs `rows` to their ends, or until `stopping` says so: the pass under way is finished then,
-    and the service is closed."""
+    and the service is closed; one that is shared goes on without the rows that have not ended."""
 
     def __init__(
         self, service: Service, model: ServedModel, ledger: Ledger, settings: RunSettings
@@ -77,17 +82,19 @@ class BatchRunner:
     def run(self, rows: Iterator[JobRow], *, stopping: Stopping, progress: JobProgress) -> None:
         """Raises JobError if a result cannot be stored; what the engine raises passes through."""
         more = True
-        while not stopping.is_stopping():
-            more = more and self._admit(rows, stopping, progress)
-            if not self._flying:
-                return
-            # whole windows at a time: a pass does not begin with the first row alone
-            self._stream.submit(self._launched)
-            self._launched.clear()
-            self._take_all(_LOOK_EVERY_S)
-            self._tick(progress)
-        self._service.close()
-        self._take_all(0)
+        with self._stream:  # nothing of this stays in the service, however it ends
+            while not stopping.is_stopping():
+                more = more and self._admit(rows, stopping, progress)
+                if not self._flying:
+                    return
+                # whole windows at a time: a pass does not begin with the first row alone
+                self._stream.submit(self._launched)
+                self._launched.clear()
+                self._take_all(_LOOK_EVERY_S)
+                self._tick(progress)
+            if not self._settings.shares_service:
+                self._service.close()
+            self._take_all(0)
 
     def _admit(self, rows: Iterator[JobRow], stopping: Stopping, progress: JobProgress) -> bool:
         """Fills the window. False when there are no more rows."""
@@ -131,10 +138,11 @@ class BatchRunner:
             return
         assert row.endpoint is not None and row.body is not None, "a row is a request or malformed"
         try:
-            api = parse_body(row.endpoint, row.body, self._model)
+            key, created = _key(row), self._settings.created
+            request = read_row(row.endpoint, row.body, self._model, key=key, created=created)
             # the body may be large and is no longer needed
             row = JobRow(row.index, row.line, row.digest, row.custom_id)
-            self._launch(_Flight(row, api))
+            self._launch(_Flight(self._settings.name, row, request))
         except RequestError as error:
             status, body = error_response(error)
             self._store_response(row, JournalState.REFUSED, status, body)
@@ -162,15 +170,13 @@ class BatchRunner:
             choice.finish_reason not in ("stop", "length") for choice in output.outputs
         ):
             self._retry(flight, output.error or "the engine gave it up")
-        elif len(flight.outputs) == len(flight.api.prompts):
+        elif len(flight.outputs) == len(flight.request.api.prompts):
             outputs = [flight.outputs[i] for i in range(len(flight.outputs))]
-            row = flight.row
-            body = response_body(flight.api, outputs, key=_key(row), created=self._settings.created)
-            self._store_response(row, JournalState.OK, 200, body)
+            self._store_response(flight.row, JournalState.OK, 200, flight.request.answer(outputs))
 
     def _land(self, request_id: str) -> tuple[_Flight, int]:
         flight, number = self._flying.pop(request_id)
-        self._num_sequences -= flight.api.prompts[number].params.n
+        self._num_sequences -= flight.request.api.prompts[number].params.n
         return flight, number
 
     def _give_up(self, flight: _Flight, reason: str, code: str) -> None:
@@ -215,15 +221,19 @@ class BatchRunner:
         response: dict[str, Any] | None,
         error: dict[str, Any] | None,
     ) -> None:
-        line = result_line(
-            {
-                "id": f"batch_req_{_key(row)}",
-                "custom_id": row.custom_id,
-                "response": response,
-                "error": error,
-            }
-        )
-        self._ledger.add(row.index, row.digest, state, line)
+        self._ledger.add(row.index, row.digest, state, row_line(row, response, error))
+
+
+def row_line(row: JobRow, response: dict[str, Any] | None, error: dict[str, Any] | None) -> bytes:
+    """The result line of a row."""
+    return result_line(
+        {
+            "id": f"batch_req_{_key(row)}",
+            "custom_id": row.custom_id,
+            "response": response,
+            "error": error,
+        }
+    )
 
 
 def result_line(result: Mapping[str, Any]) -> bytes:

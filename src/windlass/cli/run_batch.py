@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from windlass import __version__
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options
 from windlass.cli.flags import Command, Flag, integer
+from windlass.cli.job_identity import job_identity
 from windlass.cli.output import drop_output
 from windlass.cli.parser_flags import PARSER_FLAGS
 from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
@@ -29,20 +30,18 @@ from windlass.cli.summary import (
 )
 from windlass.doctor.kept import kept_profile, with_kept_usage
 from windlass.errors import UsageError, WindlassError
-from windlass.hub.locate import Located, identity_of, locate
+from windlass.hub.locate import Located, locate
 from windlass.options import EngineOptions, model_name, resolve_model
 from windlass.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from windlass.batch.job import JobEngine, JobOptions, LeftRows, Summary
+    from windlass.batch.job import JobOptions, LeftRows, Summary
+    from windlass.batch.job_engine import JobEngine
     from windlass.batch.progress import JobProgress
 
 EXIT_ROWS_FAILED = 3
 _LAST_SECOND = 253402300799  # of the year 9999, where calendars end
 _FILES, _JOB = "files", "job"
-# what results depend on; everything else may change between two runs of one job
-_IDENTITY = ("dtype", "kv_cache_dtype", "load_format", "generation_config", "seed",
-             "tool_call_parser", "reasoning_parser")  # fmt: skip
 
 
 def _path(text: str) -> Path:
@@ -149,15 +148,9 @@ def _job_options(values: Mapping[str, Any], engine: EngineOptions) -> "JobOption
     from windlass.batch.job import JobOptions
 
     folder = resolve_model(engine.model)
-    tokenizer = resolve_model(engine.tokenizer) if engine.tokenizer else None
     given: str | None = values["served_model_name"]
     names = [given] if given else [model_name(folder), values["model"]]
-    identity = {key: values[key] for key in _IDENTITY}
-    identity |= {
-        "checkpoint": identity_of(folder),
-        "tokenizer": identity_of(tokenizer) if tokenizer else None,
-        "served_model_name": names[0],
-    }
+    identity = job_identity(values, engine, names[0])
     recorded = {flag.key: values[flag.key] for flag in FLAGS if flag.key not in identity}
     return JobOptions(
         input_file=values["input_file"],

@@ -1,20 +1,26 @@
 """`windlass serve`: an OpenAI-compatible server of one model."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from windlass import __version__
 from windlass.cli.engine_flags import CONFIG_FLAG, ENGINE_FLAGS, engine_options, say_line
 from windlass.cli.flags import Command, Flag, integer, number, size
+from windlass.cli.job_identity import job_identity
 from windlass.cli.parser_flags import PARSER_FLAGS
 from windlass.cli.summary import plan_lines
-from windlass.doctor.kept import kept_profile, with_kept_usage
+from windlass.doctor.kept import cache_folder, kept_profile, with_kept_usage
 from windlass.errors import UsageError
 from windlass.hub.locate import locate
-from windlass.options import model_name, resolve_model
+from windlass.options import EngineOptions, model_name, resolve_model
 from windlass.units import MIB, format_bytes
 
 if TYPE_CHECKING:
+    from windlass.batch.job import JobOptions
     from windlass.engine.engine import Engine
+    from windlass.server.data_folder import DataFolder
     from windlass.server.state import Loaded
 
 _SERVER = "server"
@@ -56,6 +62,11 @@ FLAGS = (
          help="longest request (default 64MiB)"),
     Flag(name="shutdown-timeout", read=_seconds, metavar="S", default=30.0, group=_SERVER,
          help="seconds that answers get to end after SIGTERM (default 30)"),
+    Flag(name="data-dir", read=Path, metavar="DIR", group=_SERVER,
+         help="where /v1/files and /v1/batches keep what they have; a server that is started again "
+         "goes on with its batches (default: windlass/serve/MODEL in the user's cache)"),
+    Flag(name="max-file-size", read=size, metavar="SIZE", default=512 * MIB, group=_SERVER,
+         help="longest uploaded file (default 512MiB)"),
     *PARSER_FLAGS,
     *ENGINE_FLAGS,
     CONFIG_FLAG,
@@ -88,11 +99,14 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         drain_s=float("inf") if drain < 0 else drain,
     )
 
+    state = make_state(names, limits)
+
     def load(note: Callable[[str], None]) -> "Loaded":
         from windlass.build.open import open_engine
         from windlass.engine.service import Service
         from windlass.protocol.answers import choose_parsers
         from windlass.protocol.openai import ServedModel
+        from windlass.server.batch_worker import RowEngine
 
         def downloaded(done: int, total: int) -> None:
             note(f"downloading, {format_bytes(done)} of {format_bytes(total)}")
@@ -109,13 +123,53 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
                 engine.tokenizer, values["tool_call_parser"], values["reasoning_parser"]
             ),
         )  # fmt: skip
-        return Loaded(Service(engine), served, engine.tokenizer, _facts(engine))
+        service = Service(engine)
+        if not isinstance(state.data, str):
+            jobs = _jobs(values, located.options, names)
+            state.data.worker.start(RowEngine(engine, service, jobs))
+        return Loaded(service, served, engine.tokenizer, _facts(engine))
 
     address = Address(host=values["host"], port=values["port"], keys=keys)
     if not keys and address.host not in ("127.0.0.1", "localhost", "::1"):
         say_line(f"no --api-key: whoever reaches {address.host} may ask")
-    serve(make_state(names, limits), address, load, say=say_line)
+    with ExitStack() as stack:
+        state.data = _data_folder(values, names[0], stack)
+        serve(state, address, load, say=say_line)
     return 0
+
+
+def _data_folder(values: Mapping[str, Any], name: str, stack: ExitStack) -> "DataFolder | str":
+    """Where files and batches are; why there are none, where another server has the folder and
+    none was named. Raises UsageError where a folder that was named cannot be had."""
+    from windlass.server.data_folder import data_folder
+
+    given: Path | None = values["data_dir"]
+    folder = given or cache_folder() / "windlass/serve" / name.replace("/", "--")
+    opening = data_folder(folder, most_bytes=values["max_file_size"], say=say_line)
+    try:
+        data = stack.enter_context(opening)
+    except UsageError as error:
+        if given is not None:
+            raise
+        say_line(f"no files, no batches: {error}")
+        return str(error)
+    say_line(f"files and batches: {folder}")
+    return data
+
+
+def _jobs(values: Mapping[str, Any], engine: EngineOptions, names: tuple[str, ...]) -> "JobOptions":
+    """What the jobs of batches have in common."""
+    from windlass.batch.job import JobOptions
+
+    return JobOptions(
+        input_file=Path(), output_file=Path(), error_file=None, created=0,
+        served_names=names,
+        identity=job_identity(values, engine, names[0]),
+        recorded={"version": __version__},
+        max_model_len=engine.max_model_len,
+        tool_call_parser=values["tool_call_parser"],
+        reasoning_parser=values["reasoning_parser"],
+    )  # fmt: skip
 
 
 class _Clients:

@@ -12,6 +12,10 @@ rows as generated rows). The oldest sequence never gives way while there is a yo
 gave way returns first and in the order of age: the oldest comes to its end whatever the others do,
 so all do. Where sequences have several homes (`kvcache/kv_tiers.py`) each has pages of its own, and
 all this holds within it; a home without room does not hold up the other.
+
+Sequences of batches come behind all others, however old: they have the rows that those leave of a
+pass, none begins while another waits, and where a place, a page or a state is wanting the youngest
+of them gives way in the same pass. No row of theirs is in it yet then, so they can.
 """
 
 from collections import Counter
@@ -81,7 +85,7 @@ class Admission:
         self._is_filling = False  # a wave takes in prompts
         self.prompt_pages = PromptPages(kv, long_rope_after=long_rope_after)
         self.waiting = WaitingQueue(max_num_seqs)
-        self.running: list[Sequence] = []  # oldest first
+        self.running: list[Sequence] = []  # oldest first, those of batches behind the others
         self.num_preemptions = 0
         self._num_begun = 0
 
@@ -114,72 +118,85 @@ class Admission:
     def compose(self, starts: Starts) -> list[ScheduledSequence]:
         """The rows of the next pass, those of the host first, so that it begins; empty only when
         there is nothing to do. `starts` makes the sequences of what is taken from the queue."""
-        rows = self._compose(starts)
-        if self._kv.num_homes > 1:
-            rows.sort(key=lambda row: row.sequence.home is not Home.HOST)
-        return rows
+        return sorted(self._compose(starts), key=_place)
 
     def _compose(self, starts: Starts) -> list[ScheduledSequence]:
         rows: list[ScheduledSequence] = []
         if self._mixed_prefill_rows == 0:
-            self._is_filling |= not self.running
+            only_batch = not self.running or self.running[0].is_batch
+            self._is_filling |= not self.running or (only_batch and not self.waiting.is_batch)
             if self._is_filling:
-                self._add_prompts(starts, self._max_rows, rows)
+                used = self._add_prompts(starts, self._max_rows, rows, is_batch=False)
+                if used or only_batch:  # else those that are there do not wait for a batch's
+                    self._add_prompts(starts, self._max_rows - used, rows, is_batch=True)
                 self._is_filling = bool(rows)
             if rows:
                 return rows
         decoding: list[Sequence] = []
         while not decoding and (able := {c.number: c for c in self.running if not c.in_prompt}):
-            turn = [able[number] for number in self.turns.choose(list(able))]
+            first = [number for number, c in able.items() if not c.is_batch]
+            turn = [able[number] for number in self.turns.choose(list(able), first)]
             # oldest first, at the cost of the youngest, which is in its prompt from then on
             decoding = [c for c in turn if not c.in_prompt and self._grow(c)]
-        room = self._max_rows
-        for following, sequence in zip(range(len(decoding))[::-1], decoding, strict=True):
-            rows.append(self._generated(sequence, room - following))  # a row for each that follows
-            room -= rows[-1].segment.num_tokens
-        if rows and self._mixed_prefill_rows is not None:
-            room = min(room, self._mixed_prefill_rows)
-        self._add_prompts(starts, room, rows)
+        room, mixed = self._max_rows, self._mixed_prefill_rows
+        prompt_room = room if mixed is None or not decoding else mixed
+        for is_batch in (False, True):
+            # a newcomer may have driven some out
+            mine = [c for c in decoding if c.is_batch == is_batch and not c.in_prompt][:room]
+            for following, sequence in zip(range(len(mine))[::-1], mine, strict=True):
+                rows.append(self._generated(sequence, room - following))  # a row for each to follow
+                room -= rows[-1].segment.num_tokens
+            used = self._add_prompts(starts, min(room, prompt_room), rows, is_batch=is_batch)
+            room, prompt_room = room - used, prompt_room - used
         return rows
 
-    def _add_prompts(self, starts: Starts, room: int, rows: list[ScheduledSequence]) -> None:
-        """Prompt rows of those that run, then of newcomers."""
+    def _add_prompts(
+        self, starts: Starts, room: int, rows: list[ScheduledSequence], *, is_batch: bool
+    ) -> int:
+        """Prompt rows of those that run, then of newcomers; returns their number."""
+        left = room
         for sequence in self.running:
-            if sequence.in_prompt:
-                room -= self._add_prompt(sequence, room, rows)
+            if sequence.in_prompt and sequence.is_batch == is_batch:
+                left -= self._add_prompt(sequence, left, rows)
         full: set[Home] = set()
-        while room > 0 and self.waiting and len(self.running) < self._max_num_seqs:
-            place = self.waiting.next(full)
-            if place is None:
+        while left > 0 and self.waiting.is_batch == is_batch:
+            if (place := self.waiting.next(full)) is None:
                 break
             newcomer = self.waiting[place]
-            known = self.prompt_pages.find(newcomer.queued)
-            if not self._can_admit(newcomer, known, room):
+            known = self._make_room(newcomer, left)
+            if known is None:
                 full.add(newcomer.queued.home)
-                if len(full) == self._kv.num_homes:
-                    break
                 continue
             self.waiting.take(place)
             sequence = starts.start(newcomer) if isinstance(newcomer, QueuedSequence) else newcomer
             self._admit(sequence, known)
-            room -= self._add_prompt(sequence, room, rows)
+            left -= self._add_prompt(sequence, left, rows)
+        return room - left
 
-    def _can_admit(self, newcomer: QueuedSequence | Sequence, known: Known, room: int) -> bool:
+    def _make_room(self, newcomer: QueuedSequence | Sequence, room: int) -> Known | None:
+        """What is known of its prompt, if it may begin now. Batches give way, youngest first."""
         home = newcomer.queued.home
-        left = newcomer.queued.num_tokens - self.prompt_pages.num_ready(known)
-        needed = self._kv.pages_for(min(newcomer.num_tokens + 1, newcomer.max_total - 1))
-        needed -= self.prompt_pages.num_held(known)
-        running = [one for one in self.running if one.home is home]
-        kept = sum(may_want(self._kv, self.lengths, one) for one in running)
-        fits = needed + kept <= self._kv.of(home).num_free_pages
-        return fits and self._kv.device.has_free_state and fitting_rows(left, room) > 0
+        while True:
+            known = self.prompt_pages.find(newcomer.queued)
+            left = newcomer.queued.num_tokens - self.prompt_pages.num_ready(known)
+            if not fitting_rows(left, room):
+                return None
+            has_seat = len(self.running) < self._max_num_seqs and self._kv.device.has_free_state
+            held = self.prompt_pages.num_held(known)
+            if has_seat and _fits(self._kv, self.lengths, self.running, newcomer, held):
+                return known
+            batch = [c for c in self.running if c.is_batch and (c.home is home or not has_seat)]
+            if newcomer.is_batch or not batch:
+                return None
+            self._preempt(batch[-1])
 
     def _admit(self, sequence: Sequence, known: Known) -> None:
         self.prompt_pages.take(sequence, known)
         sequence.state_slot = self._kv.device.take_state()
         if sequence.number < 0:  # it has not run before
             sequence.number, self._num_begun = self._num_begun, self._num_begun + 1
-        self.running.append(sequence)
+        others = sum(not one.is_batch for one in self.running)
+        self.running.insert(len(self.running) if sequence.is_batch else others, sequence)
 
     def _grow(self, sequence: Sequence) -> bool:
         """Pages for all of the sequence's tokens, at the cost of younger ones; False if it had to
@@ -236,17 +253,46 @@ class Admission:
 
     def check(self) -> None:
         """Pages are held by running sequences only, and by several only where their prompts
-        agree."""
-        held = {home: Counter[int]() for home in Home}
-        for sequence in self.running:
-            held[sequence.home].update(sequence.pages)
-        self._kv.check(held)
-        for sequence in self.running:
-            assert len(set(sequence.pages)) == len(sequence.pages), "a sequence has a page twice"
-            self.prompt_pages.check(sequence)
-        assert all(isinstance(one, QueuedSequence) or not one.pages for one in self.waiting), (
-            "a waiting sequence holds pages"
-        )
+        agree; sequences of batches are behind the others."""
+        _check(self._kv, self.prompt_pages, self.running, self.waiting)
+
+
+def _place(row: ScheduledSequence) -> tuple[bool, bool]:
+    """Of a row in its pass: by home, then what is generated before prompts."""
+    return row.sequence.home is not Home.HOST, row.segment.is_prompt
+
+
+def _fits(
+    kv: KvTiers,
+    lengths: OutputLengths,
+    running: list[Sequence],
+    newcomer: QueuedSequence | Sequence,
+    num_held: int,
+) -> bool:
+    """Whether there are pages for a newcomer, of which others hold `num_held` already."""
+    home = newcomer.queued.home
+    needed = kv.pages_for(min(newcomer.num_tokens + 1, newcomer.max_total - 1)) - num_held
+    own = [c for c in running if c.home is home and (newcomer.is_batch or not c.is_batch)]
+    kept = sum(may_want(kv, lengths, one) for one in own)
+    return needed + kept <= kv.of(home).num_free_pages
+
+
+def _check(
+    kv: KvTiers, prompt_pages: PromptPages, running: list[Sequence], waiting: WaitingQueue
+) -> None:
+    held = {home: Counter[int]() for home in Home}
+    for sequence in running:
+        held[sequence.home].update(sequence.pages)
+    kv.check(held)
+    for sequence in running:
+        assert len(set(sequence.pages)) == len(sequence.pages), "a sequence has a page twice"
+        prompt_pages.check(sequence)
+    assert all(isinstance(one, QueuedSequence) or not one.pages for one in waiting), (
+        "a waiting sequence holds pages"
+    )
+    for ranks in ([one.is_batch for one in running], [one.is_batch for one in waiting]):
+        assert ranks == sorted(ranks), "a batch is before others"
+    assert sum(one.is_batch for one in waiting) == waiting.num_batch, "miscounted"
 
 
 def may_want(kv: KvTiers, lengths: OutputLengths, sequence: Sequence) -> float:

@@ -41,14 +41,16 @@ class Turns:
         """Whether all decode, because that was measured to be faster."""
         return self._guard is not None and self._guard.verdict == "loses"
 
-    def choose(self, able: Sequence[int]) -> Sequence[int]:
-        """Of those who could decode, oldest first, who does in this pass."""
+    def choose(self, able: Sequence[int], first: Sequence[int] = ()) -> Sequence[int]:
+        """Of those who could decode, oldest first, who does in this pass. `first`: of them, those
+        who do not wait for a turn of the others."""
         self._num_able = len(able)
         if not self.burst_tokens or not 1 < len(able) <= self.max_seqs:
             self._order = []
             return able
         if self._guard is not None and not self._guard.is_on:
             return able
+        able = first or able
         order = [one for one in self._order if one in able]
         has_turn = bool(order) and order[0] == self._order[0]
         order += [one for one in able if one not in order]

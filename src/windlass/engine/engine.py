@@ -134,8 +134,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Drops a request; unknown ids are ignored, it may just have ended."""
-        request = self._open.pop(request_id)
-        if request is not None:
+        if (request := self._open.pop(request_id)) is not None:
             self._admission.drop(request)
 
     # --- steps ------------------------------------------------------------------------------------
@@ -189,8 +188,7 @@ class Engine:
             sequence.num_computed += segment.num_tokens - len(drafts)
             for place, _ in enumerate(segment.targets, segment.first_position + 1):
                 sequence.prompt_logprobs[place] = next(scores)
-            if segment.is_prompt:
-                self._prompt_tokens += segment.num_tokens
+            self._prompt_tokens += segment.num_tokens * segment.is_prompt
             if not segment.wants_logits:
                 continue
             logits_RV = outcome.logits[taken : taken + segment.num_logits]
@@ -292,6 +290,8 @@ def _stats_of(parts: EngineParts, plan: Plan) -> dict[str, Any]:
         "peak_device_bytes": parts.device_peak(),
         "running": len(own.running),
         "waiting": len(own.waiting),
+        "running_batch": sum(one.is_batch for one in own.running),
+        "waiting_batch": own.waiting.num_batch,
         "num_preemptions": own.num_preemptions,
         "burst_passes": own.turns.num_passes,
         "bursts_have_lost": own.turns.have_lost,

@@ -23,7 +23,8 @@ class DraftStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Totals since the engine was built, except `running` and `waiting` (sequences now)."""
+    """Totals since the engine was built, except `running` and `waiting` (sequences now, those of
+    batches among them)."""
 
     passes: int
     prompt_tokens: int  # that were computed
@@ -34,6 +35,8 @@ class EngineStats:
     peak_device_bytes: int = 0  # taken of a device's memory at once, by anybody; 0 without one
     running: int
     waiting: int
+    running_batch: int = 0
+    waiting_batch: int = 0
     num_preemptions: int = 0  # sequences that gave their pages back, to be computed again
     burst_passes: int = 0  # in which one sequence decoded while others waited
     bursts_have_lost: bool = False  # all together had brought more tokens per second

@@ -14,13 +14,15 @@ WINDOW = 2
 class Request:
     """One prompt, already tokenised. `seed_key` is a stable name (a `custom_id`) from which seeds
     of unseeded requests are derived, so that order and restarts change nothing. `wants_deltas`:
-    somebody looks at log-probabilities before the end."""
+    somebody looks at log-probabilities before the end. `is_batch`: nobody waits for it: it gives
+    way to all others."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     seed_key: str
     wants_deltas: bool = False
+    is_batch: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,10 @@ class QueuedSequence:
         return self
 
     @property
+    def is_batch(self) -> bool:
+        return self.request.is_batch
+
+    @property
     def num_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
 
@@ -118,6 +122,10 @@ class Sequence:
     @property
     def home(self) -> Home:
         return self.queued.home
+
+    @property
+    def is_batch(self) -> bool:
+        return self.queued.is_batch
 
     @property
     def num_prompt(self) -> int:

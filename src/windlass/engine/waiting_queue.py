@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Collection, Iterator
+from itertools import islice
 
 from windlass.engine.request import WINDOW, Request
 from windlass.engine.sequence import QueuedSequence, Sequence
@@ -11,13 +12,15 @@ from windlass.kvcache.pages import num_alike
 
 class WaitingQueue:
     """Newcomers in the order they came, behind sequences that were preempted: those return first
-    and in the order of age. `most`: sequences that may run at once."""
+    and in the order of age. Those of batches are behind all others, in the same order among
+    themselves. `most`: sequences that may run at once."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._waiting: deque[QueuedSequence | Sequence] = deque()
         self._last_keys: tuple[bytes, ...] = ()  # of the prompt that was taken last
         self._num_passed_over = 0  # times in a row that the first in the queue was
+        self.num_batch = 0  # of those who wait
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -25,16 +28,26 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[QueuedSequence | Sequence]:
         return iter(self._waiting)
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether only batches have something left that waits."""
+        return self.num_batch == len(self._waiting)
+
     def add(self, queued: QueuedSequence) -> None:
-        self._waiting.append(queued)
+        place = len(self._waiting) - (0 if queued.is_batch else self.num_batch)
+        self._waiting.insert(place, queued)
+        self.num_batch += queued.is_batch
 
     def put_back(self, sequence: Sequence) -> None:
         """A sequence that was preempted; of several the youngest comes first."""
-        self._waiting.appendleft(sequence)
+        place = len(self._waiting) - self.num_batch if sequence.is_batch else 0
+        self._waiting.insert(place, sequence)
+        self.num_batch += sequence.is_batch
 
     def drop(self, request: Request) -> None:
         """Forgets all sequences of `request`."""
         self._waiting = deque(one for one in self._waiting if one.request is not request)
+        self.num_batch = sum(one.is_batch for one in self._waiting)
 
     def next(self, full: Collection[Home] = ()) -> int | None:
         """Place in the queue of what is admitted next, of those whose home is not `full`: the
@@ -45,7 +58,9 @@ class WaitingQueue:
         is_due = self._num_passed_over >= self._most
         first: int | None = None
         most = 0
-        for place, one in enumerate(self._waiting):
+        # nobody of a batch is looked at while others wait
+        many = len(self._waiting) - self.num_batch or self.num_batch
+        for place, one in enumerate(islice(self._waiting, many)):
             if one.queued.home in full:
                 continue
             if first is None:
@@ -66,4 +81,5 @@ class WaitingQueue:
         """What waits at `place` is admitted."""
         self._last_keys = self._waiting[place].queued.block_keys
         self._num_passed_over = self._num_passed_over + 1 if place else 0
+        self.num_batch -= self._waiting[place].is_batch
         del self._waiting[place]

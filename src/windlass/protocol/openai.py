@@ -66,6 +66,7 @@ _COMPLETION = frozenset((*_COMMON, "prompt", "add_special_tokens", "echo"))
 class Endpoint(StrEnum):
     CHAT = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
+    RESPONSES = "/v1/responses"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,8 +101,8 @@ class ApiRequest:
 def parse_body(
     endpoint: Endpoint, body: Mapping[str, Any], model: ServedModel, *, may_stream: bool = False
 ) -> ApiRequest:
-    """Checks a body and turns it into tokens. Raises RequestError (also for a wrong model, with
-    code `model_not_found`)."""
+    """Checks a body of chat or completions and turns it into tokens. Raises RequestError (also for
+    a wrong model, with code `model_not_found`)."""
     is_chat = endpoint is Endpoint.CHAT
     check_model(body, model)
     _refuse_unsupported(body, is_chat=is_chat)
@@ -180,10 +181,11 @@ def _echo(token_ids: Sequence[int], tokenizer: ChatTokenizer) -> Echo:
 
 
 def text_chars(endpoint: Endpoint, body: Mapping[str, Any]) -> int:
-    """Characters of what a body's prompt is made of: all texts of its messages, or the longest text
-    of a completion. No value of the body need be right."""
-    chat = endpoint is Endpoint.CHAT
-    left: list[Any] = [body.get("messages" if chat else "prompt")]
+    """Characters of what a body's prompt is made of: all texts of its messages or input, or the
+    longest text of a completion. No value of the body need be right."""
+    chat = endpoint is not Endpoint.COMPLETIONS
+    names = {Endpoint.CHAT: "messages", Endpoint.COMPLETIONS: "prompt", Endpoint.RESPONSES: "input"}
+    left: list[Any] = [body.get(names[endpoint])]
     sizes = [0]
     while left:
         value = left.pop()

@@ -13,9 +13,9 @@ from starlette.routing import Route
 from windlass.protocol.chat_writer import chat_dialect
 from windlass.protocol.openai import Endpoint
 from windlass.server import anthropic_routes as anthropic
+from windlass.server import batch_routes, file_routes, watching
 from windlass.server import model_routes as own
 from windlass.server import response_routes as responses
-from windlass.server import watching
 from windlass.server.errors import HttpError
 from windlass.server.gate import Gate
 from windlass.server.openai_routes import answer
@@ -50,6 +50,12 @@ def make_app(state: ServerState, *, keys: Sequence[str] = (), host: str = "127.0
         "/v1/responses/{id}": ("GET DELETE", responses.kept),
         "/v1/responses/{id}/input_items": ("GET", responses.input_items),
         "/v1/responses/{id}/cancel": ("POST", responses.cancel),
+        "/v1/files": ("GET POST", file_routes.files),
+        "/v1/files/{name}": ("GET DELETE", file_routes.file),
+        "/v1/files/{name}/content": ("GET", file_routes.content),
+        "/v1/batches": ("GET POST", batch_routes.batches),
+        "/v1/batches/{name}": ("GET", batch_routes.batch),
+        "/v1/batches/{name}/cancel": ("POST", batch_routes.cancel),
     }
     return Starlette(
         routes=[

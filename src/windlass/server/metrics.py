@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -27,12 +28,19 @@ _COUNTS = (1, 2, 5, 10, 20)
 
 
 class Metrics:
-    """Of one server. `stats`: the engine's counters, None while there is no engine."""
+    """Of one server. `stats`: the engine's counters, None while there is no engine. `batches`:
+    counts of batches, None where there are none."""
 
-    def __init__(self, model_name: str, stats: Callable[[], EngineStats | None]) -> None:
+    def __init__(
+        self,
+        model_name: str,
+        stats: Callable[[], EngineStats | None],
+        batches: Callable[[], Mapping[str, Any] | None],
+    ) -> None:
         self._registry = CollectorRegistry()
         self._label = model_name
         self._stats = stats
+        self._batches = batches
 
         def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
             found = Histogram(
@@ -71,7 +79,8 @@ class Metrics:
         self.ended.labels(self._label, reason).inc()
 
     def engine(self) -> Iterator[Metric]:
-        """What the engine counts."""
+        """What the engine and the batches count."""
+        yield from self._of_batches()
         stats = self._stats()
         if stats is None:
             return
@@ -85,6 +94,17 @@ class Metrics:
             for key, value in values.items():
                 counter.add_metric([self._label] if label is None else [self._label, key], value)
             yield counter
+
+    def _of_batches(self) -> Iterator[Metric]:
+        found = self._batches() or {}
+        for name, what, label, values in (
+            ("batches", "Batches.", "status", found.get("by_status", {})),
+            ("batch_rows", "Rows of batches that have not ended.", "state", found.get("rows", {})),
+        ):
+            gauge = GaugeMetricFamily(_PREFIX + name, what, labels=["model_name", label])
+            for key, value in values.items():
+                gauge.add_metric([self._label, key], value)
+            yield gauge
 
 
 class _Engine:
@@ -101,6 +121,8 @@ def _gauges(stats: EngineStats) -> list[tuple[str, str, float]]:
     return [
         ("num_requests_running", "Sequences under way.", stats.running),
         ("num_requests_waiting", "Sequences that wait.", stats.waiting),
+        ("num_batch_requests_running", "Of those under way, batches'.", stats.running_batch),
+        ("num_batch_requests_waiting", "Of those that wait, batches'.", stats.waiting_batch),
         ("peak_memory_bytes", "Most memory that the process had.", stats.peak_rss_bytes),
     ]
 

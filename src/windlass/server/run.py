@@ -118,6 +118,8 @@ class _Run:
     async def _drain(self) -> None:
         state = self._state
         state.is_draining = True
+        if not isinstance(state.data, str):
+            await asyncio.to_thread(state.data.worker.stop)  # their rows run when it starts again
         if state.num_open:
             self._say(f"finishing {state.num_open} answers, no more are taken")
         loop = asyncio.get_running_loop()

@@ -12,6 +12,7 @@ from windlass.engine.service import Service
 from windlass.protocol.kept_responses import KeptResponses
 from windlass.protocol.openai import ServedModel
 from windlass.protocol.tokenizing import WholeTokenizer
+from windlass.server.data_folder import DataFolder
 from windlass.server.errors import HttpError
 from windlass.server.metrics import Metrics
 from windlass.server.watchers import Watchers
@@ -47,7 +48,8 @@ class Loaded:
 
 @dataclass(slots=True)
 class ServerState:
-    """`names`: of the model, the first is written into answers."""
+    """`names`: of the model, the first is written into answers. `data`: where files and batches
+    are, or why there are none."""
 
     names: tuple[str, ...]
     limits: ServerLimits
@@ -61,6 +63,7 @@ class ServerState:
     watchers: Watchers = field(default_factory=Watchers)
     limits_over: bool = False  # what is under way is not waited for
     responses: KeptResponses = field(default_factory=KeptResponses)
+    data: DataFolder | str = "this server has no data folder (--data-dir)"
 
     def stats(self) -> EngineStats | None:
         """Counters; None while loading."""
@@ -80,6 +83,16 @@ class ServerState:
             raise HttpError(503, f"the engine has ended: {self.loaded.service.failure}")
         return self.loaded
 
+    def data_folder(self) -> DataFolder:
+        """Raises HttpError 503 where there is none."""
+        if isinstance(self.data, str):
+            raise HttpError(503, f"there are no files and no batches: {self.data}")
+        return self.data
+
+    def batch_stats(self) -> dict[str, Any] | None:
+        """Counts of batches; None where there are none."""
+        return None if isinstance(self.data, str) else self.data.book.stats()
+
     @contextmanager
     def answering(self) -> Iterator[None]:
         """While an answer is under way. Raises HttpError 429 where there are too many."""
@@ -97,6 +110,6 @@ class ServerState:
 
 def make_state(names: tuple[str, ...], limits: ServerLimits) -> ServerState:
     """Of a server whose model is yet to be loaded."""
-    metrics = Metrics(names[0], lambda: state.stats())
+    metrics = Metrics(names[0], lambda: state.stats(), lambda: state.batch_stats())
     state = ServerState(names, limits, metrics)
     return state
