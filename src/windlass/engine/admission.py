@@ -15,12 +15,15 @@ all this holds within it; a home without room does not hold up the other.
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 from windlass.engine.answer_lengths import OutputLengths
 from windlass.engine.bursts import Turns
 from windlass.engine.drafting import Drafting
+from windlass.engine.pace import Pace
 from windlass.engine.prompt_pages import Known, PromptPages
 from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
@@ -45,10 +48,12 @@ class Starts(Protocol):
 
 
 class Decoding(NamedTuple):
-    """Who decodes in a pass, and what is guessed of what they go on with."""
+    """Who decodes in a pass, what is guessed of what they go on with, and how many rows of prompts
+    there are beside; None for all that there is room for."""
 
     turns: Turns
     drafting: Drafting | None = None
+    pace: Pace | None = None
 
 
 class Admission:
@@ -74,7 +79,7 @@ class Admission:
         self._max_num_seqs = max_num_seqs
         self._max_rows = max_rows
         self._mixed_prefill_rows = mixed_prefill_rows
-        self.turns, self._drafting = decoding or Decoding(Turns())
+        self.turns, self._drafting, self.pace = decoding or Decoding(Turns())
         most = self._drafting.most if self._drafting else 0
         self._most_drafts = most_drafts(max_num_seqs, most)
         self.lengths = OutputLengths()
@@ -139,6 +144,9 @@ class Admission:
             room -= rows[-1].segment.num_tokens
         if rows and self._mixed_prefill_rows is not None:
             room = min(room, self._mixed_prefill_rows)
+        if self.pace is not None:
+            newcomers = islice(self.waiting, self._max_num_seqs - len(self.running))
+            room = self.pace.split(_wanted(self.running, newcomers), room, is_alone=not rows)
         self._add_prompts(starts, room, rows)
         return rows
 
@@ -226,6 +234,7 @@ class Admission:
         """Adds the next chunk of a prompt and returns its number of rows. What rows before it have
         computed, here or earlier, is done."""
         self.prompt_pages.skip(sequence)
+        room = room if self.pace is None else min(room, self.pace.share)
         count = fitting_rows(sequence.num_prompt - sequence.num_computed, room)
         if count:
             first = sequence.num_computed
@@ -247,6 +256,12 @@ class Admission:
         assert all(isinstance(one, QueuedSequence) or not one.pages for one in self.waiting), (
             "a waiting sequence holds pages"
         )
+
+
+def _wanted(running: list[Sequence], newcomers: Iterable[Sequence | QueuedSequence]) -> list[int]:
+    """Rows of prompts that are still to be computed, one number for each."""
+    left = [one.num_prompt - one.num_computed for one in running if one.in_prompt]
+    return left + [one.queued.num_tokens for one in newcomers]
 
 
 def may_want(kv: KvTiers, lengths: OutputLengths, sequence: Sequence) -> float:

@@ -34,6 +34,7 @@ class EngineStats:
     peak_device_bytes: int = 0  # taken of a device's memory at once, by anybody; 0 without one
     running: int
     waiting: int
+    kv_cache_usage: float = 0.0  # share of the cache's pages that sequences hold now
     num_preemptions: int = 0  # sequences that gave their pages back, to be computed again
     burst_passes: int = 0  # in which one sequence decoded while others waited
     bursts_have_lost: bool = False  # all together had brought more tokens per second

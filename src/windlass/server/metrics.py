@@ -101,6 +101,7 @@ def _gauges(stats: EngineStats) -> list[tuple[str, str, float]]:
     return [
         ("num_requests_running", "Sequences under way.", stats.running),
         ("num_requests_waiting", "Sequences that wait.", stats.waiting),
+        ("kv_cache_usage_perc", "Share of the KV cache that sequences hold.", stats.kv_cache_usage),
         ("peak_memory_bytes", "Most memory that the process had.", stats.peak_rss_bytes),
     ]
 

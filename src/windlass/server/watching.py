@@ -34,6 +34,7 @@ def _whole(state: ServerState, loaded: Loaded) -> dict[str, Any]:
         "open_requests": state.num_open,
         "running": found.running,
         "waiting": found.waiting,
+        "kv_cache_usage": found.kv_cache_usage,
         "passes": found.passes,
         "prompt_tokens": found.prompt_tokens,
         "generated_tokens": found.generated_tokens,
