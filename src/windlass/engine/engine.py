@@ -295,7 +295,8 @@ def _stats_of(parts: EngineParts, plan: Plan) -> dict[str, Any]:
         "peak_device_bytes": parts.device_peak(),
         "running": len(own.running),
         "waiting": len(own.waiting),
-        "kv_cache_usage": own.num_held_pages / max(1, plan.top.kv_pages),
+        "kv_cache_usage": sum(own.num_held_pages.values())
+        / max(1, sum(tier.kv_pages for tier in plan.tiers)),
         "num_preemptions": own.num_preemptions,
         "burst_passes": own.turns.num_passes,
         "bursts_have_lost": own.turns.have_lost,
