@@ -46,6 +46,11 @@ _REFUSED = {
 }
 
 
+_CHAT_OPTIONS = (
+    "use_tqdm", "on_error", "on_result", "chat_template_kwargs", "continue_final_message",
+)  # fmt: skip
+
+
 class LLM:
     """A model ready to answer, of a folder or of a name on the hub. Use as a context manager, or
     call `close`. Several threads may call it; prompts of all are computed together.
@@ -154,26 +159,25 @@ class LLM:
         **options: Any,
     ) -> list[RequestOutput]:
         """`generate` for one conversation or a list of them, through the chat template. `options`:
-        `use_tqdm`, `on_error`, `on_result`; `chat_template_kwargs` are the template's variables."""
-        _refuse_unknown(options, ("use_tqdm", "on_error", "on_result", "chat_template_kwargs"))
+        `use_tqdm`, `on_error`, `on_result`, `continue_final_message` (answers go on with the last
+        message); `chat_template_kwargs` are the template's variables."""
+        _refuse_unknown(options, _CHAT_OPTIONS)
         is_one = bool(messages) and isinstance(messages[0], Mapping)
         encoder = ChatEncoder(
             self._engine.tokenizer,
             self._engine.max_model_len - 1,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
+            goes_on=options.get("continue_final_message", False),
             chat_template=chat_template,
             variables=options.get("chat_template_kwargs"),
         )
         rows = [messages] if is_one else list(messages)
         pairs = _pairs(rows, sampling_params or self.get_default_sampling_params())
         return self._run(
-            pairs,
-            encoder,
-            options.get("use_tqdm", True),
-            options.get("on_error", "raise"),
+            pairs, encoder, options.get("use_tqdm", True), options.get("on_error", "raise"),
             options.get("on_result"),
-        )
+        )  # fmt: skip
 
     def generate_iter(
         self,

@@ -230,7 +230,9 @@ def _biases(value: object) -> dict[int, float]:
     for key, bias in value.items():
         if not str(key).isdecimal():  # JSON objects have string keys
             raise _wrong("logit_bias", {key: bias}, allowed)
-        if not isinstance(bias, (int, float)) or isinstance(bias, bool) or bias != bias:
+        if not isinstance(bias, (int, float)) or isinstance(bias, bool):
             raise _wrong("logit_bias", {key: bias}, allowed)
-        result[int(key)] = float(min(100.0, max(-100.0, bias)))  # clamped, as vLLM does
+        if not -100 <= bias <= 100:  # vLLM's are clamped; a clamp would be silent
+            raise _wrong("logit_bias", {key: bias}, allowed)
+        result[int(key)] = float(bias)
     return result

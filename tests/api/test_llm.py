@@ -257,6 +257,9 @@ def test_chat_takes_one_conversation_or_many(llm: LLM) -> None:
         True,
         False,
     ]
+    begun = [*hello, {"role": "assistant", "content": "Well"}]
+    (going,) = llm.chat(begun, SHORT, continue_final_message=True)
+    assert going.prompt == "<user>hi<assistant>Well"
     with pytest.raises(UsageError, match=r"unknown option: use_tqmd \(did you mean use_tqdm\?\)"):
         llm.chat(hello, SHORT, use_tqmd=False)
 

@@ -23,7 +23,7 @@ def test_lists_and_keys_are_normalised_and_survive_replace() -> None:
     params = SamplingParams(
         stop="END",
         stop_token_ids=[7, 8],
-        logit_bias={"5": 200, 6: -1},  # type: ignore[dict-item]  # keys of JSON, top_k=-1
+        logit_bias={"5": 100, 6: -1},  # type: ignore[dict-item]  # keys of JSON, top_k=-1
     )
     for same in (params, dataclasses.replace(params, n=2)):
         assert same.stop == ("END",)
@@ -44,7 +44,8 @@ def test_lists_and_keys_are_normalised_and_survive_replace() -> None:
         ("stop", [""]), ("stop", 5), ("stop", ["a", 5]), ("stop_token_ids", ["a"]),
         ("stop_token_ids", [-1]), ("stop_token_ids", 5), ("ignore_eos", 1), ("logprobs", -2),
         ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"1": "b"}),
-        ("logit_bias", [1]), ("logit_bias", {"1": float("nan")}), ("allowed_token_ids", []),
+        ("logit_bias", [1]), ("logit_bias", {"1": 100.5}), ("logit_bias", {"1": float("nan")}),
+        ("allowed_token_ids", []),
         ("allowed_token_ids", [-5]), ("output_kind", "delta"), ("detokenize", None),
     ],
 )  # fmt: skip

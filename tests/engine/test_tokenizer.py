@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from tokenizers_for_tests import ALL, CORPUS, byte_level, sentencepiece_bpe
 from windlass.engine.tokenizer import Tokenizer, load
 from windlass.errors import CheckpointError, RequestError
+from windlass.protocol.continued import continued
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content']"
@@ -124,6 +126,32 @@ def test_chat_renders_as_transformers_renders_it(
     ids = theirs.apply_chat_template(MESSAGES, tokenize=True, return_dict=False, **options)
     options = {"tools": tools, "add_generation_prompt": prompt, "variables": variables}
     assert ours.apply_chat_template(MESSAGES, **options) == ids
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA])
+@pytest.mark.parametrize("content", ["Once upon", "Once upon  ", "im_end", "a <s> b"])
+def test_an_answer_goes_on_where_transformers_lets_it(
+    tmp_path: Path, template: str, content: str
+) -> None:
+    fields = config(bos_token="<s>", eos_token="</s>", chat_template=template)
+    folder = checkpoint(tmp_path, "metaspace_unigram", tokenizer_config__json=fields)
+    messages = [MESSAGES[0], {"role": "assistant", "content": content}]
+    render = partial(load(folder).render_chat, add_generation_prompt=False)
+    expected = reference(folder).apply_chat_template(
+        messages, tokenize=False, continue_final_message=True
+    )
+    assert continued(messages, render) == expected
+
+
+def test_long_texts_have_the_ids_of_short_ones(tmp_path: Path) -> None:
+    """They go another way, which holds no other thread up."""
+    tokenizer = load(checkpoint(tmp_path))
+    text = "The quick brown fox. Grüße 👋\n" * 1000
+    for special in (False, True):
+        known = tokenizer._backend.encode(text, add_special_tokens=special).ids
+        assert tokenizer.encode(text, special) == known
+    with pytest.raises(RequestError, match="not valid Unicode"):
+        tokenizer.encode(text + "\ud800")
 
 
 OLDER = {

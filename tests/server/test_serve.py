@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,74 @@ def test_prompts_are_scored_as_an_evaluation_asks(server: Running) -> None:
         )
 
 
+def test_a_scored_prompt_comes_in_pieces_too(server: Running) -> None:
+    client = server.client()
+    wanted: Any = {"model": "demo", "prompt": "In the beginning", "max_tokens": 3, "logprobs": 1}
+    wanted |= {"echo": True, "seed": 3}
+    (whole,) = client.completions.create(**wanted).choices
+    chunks = [one.choices[0] for one in client.completions.create(**wanted, stream=True)]
+    assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert whole.logprobs is not None
+    for name, values in whole.logprobs.model_dump().items():
+        assert [v for chunk in chunks for v in chunk.logprobs.model_dump()[name]] == values  # type: ignore[union-attr]
+
+
+def test_characters_of_several_tokens_come_whole(server: Running) -> None:
+    text = "👋🏽世界é"
+    wanted: Any = {"model": "demo", "messages": MESSAGES, "max_tokens": 200, "stream": True}
+    stream = server.client().chat.completions.create(
+        **wanted, extra_body={"structured_outputs": {"choice": [text]}}
+    )
+    pieces = [one.choices[0].delta.content or "" for one in stream]
+    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces)
+
+
+POST = (
+    b"POST /v1/completions HTTP/%s\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    b"content-length: %d\r\n%s\r\n"
+)
+BODY = b'{"prompt": "a", "max_tokens": 2}'
+STREAM = b'{"prompt": "a", "max_tokens": 2, "stream": true}'
+
+
+def asked(server: Running, *pieces: bytes) -> tuple[int, Any]:
+    """Status and body of what comes until the server closes; each piece is sent once something has
+    come for the one before."""
+    came = b""
+    with (
+        socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection,
+        suppress(ConnectionResetError),  # it has not read all
+    ):
+        for piece in pieces:
+            connection.sendall(piece)
+            came = connection.recv(1 << 16)
+        while more := connection.recv(1 << 16):
+            came += more
+    head, _, body = came.partition(b"\r\n\r\n")
+    return int(head.split()[1]), json.loads(body)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "status", "said"),
+    [
+        ([POST % (b"1.0", len(BODY), b"") + BODY], 200, ""),
+        ([POST % (b"1.0", len(STREAM), b"") + STREAM], 400, "from HTTP/1.1 on"),
+        ([POST % (b"1.1", len(BODY), b"expect: 100-continue\r\nconnection: close\r\n"), BODY],
+         200, ""),
+        ([POST % (b"1.1", 1 << 40, b"expect: 100-continue\r\n")], 413, "too large"),
+        ([b"NONSENSE\r\n\r\n"], 400, "not readable as HTTP"),
+        ([b"GET /health HTTP/1.1\r\nx-long: " + b"a" * (1 << 17)], 431, "headers: too large"),
+        ([b"GET /health HTTP/1.1\r\n" + b"x-a: b\r\n" * (1 << 14) + b"\r\n"], 431, "headers"),
+    ],
+)  # fmt: skip
+def test_bytes_that_no_client_library_sends(
+    server: Running, pieces: list[bytes], status: int, said: str
+) -> None:
+    found, body = asked(server, *pieces)
+    assert found == status, body
+    assert said in body.get("error", {}).get("message", "")
+
+
 def test_log_probabilities_of_a_prompt(server: Running) -> None:
     client, ids = server.client(), [610, 273, 271]
     wanted: Any = {"model": "demo", "prompt": ids, "max_tokens": 1}
@@ -190,12 +259,15 @@ def test_a_client_that_leaves_frees_its_rows(server: Running) -> None:
         extra_body={"ignore_eos": True},
     )  # fmt: skip
     next(iter(stream))
+    assert server.get("/v1/stats")[1]["kv_cache_usage"] > 0
     stream.close()
     deadline = time.monotonic() + PATIENCE_S
     while server.get("/v1/stats")[1]["running"] and time.monotonic() < deadline:
         time.sleep(0.05)
     status, stats = server.get("/v1/stats")
     assert status == 200 and stats["running"] == stats["open_requests"] == 0
+    assert stats["kv_cache_usage"] == stats["waiting"] == 0
+    assert server.get("/v1/stats")[1]["passes"] == stats["passes"], "nobody is computed for"
 
 
 def test_a_signal_lets_answers_end_and_then_the_server() -> None:

@@ -26,7 +26,7 @@ class Machine:
 
     def __init__(
         self, *, pages, seqs, rows, states=0, long_rope_after=None, mixed_prefill_rows=None,
-        turns=None, drafting=None, host_pages=0,
+        turns=None, drafting=None, pace=None, host_pages=0,
     ):  # fmt: skip
         shapes = [PagedShape(1, 4, 4)] + [StateShape(((1, 1), (1, 1, 1)))] * bool(states)
         self.kv = KvCache(
@@ -42,7 +42,7 @@ class Machine:
         self.admission = Admission(
             KvTiers(self.kv, host), max_num_seqs=seqs, max_rows=rows,
             long_rope_after=long_rope_after, mixed_prefill_rows=mixed_prefill_rows,
-            decoding=Decoding(turns or Turns(), drafting),
+            decoding=Decoding(turns or Turns(), drafting, pace),
         )  # fmt: skip
         self.rows = rows
         self.finished: list[Sequence] = []

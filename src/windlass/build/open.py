@@ -25,6 +25,7 @@ from windlass.engine.bursts import Turns
 from windlass.engine.engine import Engine, EngineParts, EngineSetup
 from windlass.engine.grammars import Grammars
 from windlass.engine.layer_drafts import LayerDrafts
+from windlass.engine.pace import Pace
 from windlass.engine.request_rules import RequestRules
 from windlass.engine.tokenizer import Tokenizer
 from windlass.engine.tokenizer import load as load_tokenizer
@@ -247,6 +248,7 @@ def _setup(
         ),
         expectation=EngineExpectation(chosen),
         keeps_bursts=options.burst_tokens is not None,
+        is_paced=source is not None and job is None,
     )
 
 
@@ -322,7 +324,11 @@ def _assemble(
         max_rows=plan.max_num_batched_tokens,
         long_rope_after=_long_rope_after(spec),
         mixed_prefill_rows=plan.mixed_prefill_tokens,
-        decoding=Decoding(Turns(plan.burst_tokens, plan.burst_max_seqs, guard), drafting),
+        decoding=Decoding(
+            Turns(plan.burst_tokens, plan.burst_max_seqs, guard),
+            drafting,
+            Pace() if setup.is_paced else None,
+        ),
     )
 
     return Engine(

@@ -34,6 +34,14 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _ping(text: str) -> float:
+    """From 0.1 on: comments sooner than that would be most of what is sent; -1 for none."""
+    value = number(text)
+    if value < 0.1 and value != -1:
+        raise UsageError(f"value: got {text}, allowed 0.1 or more, or -1 for none")
+    return value
+
+
 def _port(text: str) -> int:
     value = integer(0)(text)
     if value > 65535:
@@ -53,13 +61,16 @@ FLAGS = (
     Flag(name="served-model-name", aliases=("-a", "--alias"), metavar="NAME", group=_SERVER,
          help="the name requests may use and answers carry; several with commas (default: the "
          "model's)"),
-    Flag(name="sse-ping-interval", read=_seconds, metavar="S", default=15.0, group=_SERVER,
+    Flag(name="sse-ping-interval", read=_ping, metavar="S", default=15.0, group=_SERVER,
          help="seconds of silence after which a stream gets a comment, so that clients do not give "
          "up while a long prompt is read (default 15; -1: none)"),
     Flag(name="max-requests", read=integer(1), metavar="N", default=256, group=_SERVER,
          help="requests under way or waiting; more get status 429 (default 256)"),
     Flag(name="max-body-size", read=size, metavar="SIZE", default=64 * MIB, group=_SERVER,
          help="longest request (default 64MiB)"),
+    Flag(name="request-timeout", read=_seconds, metavar="S", default=-1.0, group=_SERVER,
+         help="seconds that an answer may take, waiting included, before it ends with an error "
+         "(default -1: for ever)"),
     Flag(name="shutdown-timeout", read=_seconds, metavar="S", default=30.0, group=_SERVER,
          help="seconds that answers get to end after SIGTERM (default 30)"),
     Flag(name="data-dir", read=Path, metavar="DIR", group=_SERVER,
@@ -92,8 +103,10 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     located = locate(engine_options(values))
     names = _names(values["served_model_name"], located.options.model, values["model"])
     ping, drain = values["sse_ping_interval"], values["shutdown_timeout"]
+    most = values["request_timeout"]
     limits = ServerLimits(
-        ping_s=None if ping < 0 else max(ping, 0.1),
+        ping_s=None if ping < 0 else ping,
+        answer_s=None if most < 0 else most,
         body_bytes=values["max_body_size"],
         answers=values["max_requests"],
         drain_s=float("inf") if drain < 0 else drain,

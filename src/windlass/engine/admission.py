@@ -19,12 +19,15 @@ of them gives way in the same pass. No row of theirs is in it yet then, so they 
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 from windlass.engine.answer_lengths import OutputLengths
 from windlass.engine.bursts import Turns
 from windlass.engine.drafting import Drafting
+from windlass.engine.pace import Pace
 from windlass.engine.prompt_pages import Known, PromptPages
 from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
@@ -49,10 +52,12 @@ class Starts(Protocol):
 
 
 class Decoding(NamedTuple):
-    """Who decodes in a pass, and what is guessed of what they go on with."""
+    """Who decodes in a pass, what is guessed of what they go on with, and how many rows of prompts
+    there are beside; None for all that there is room for."""
 
     turns: Turns
     drafting: Drafting | None = None
+    pace: Pace | None = None
 
 
 class Admission:
@@ -78,7 +83,7 @@ class Admission:
         self._max_num_seqs = max_num_seqs
         self._max_rows = max_rows
         self._mixed_prefill_rows = mixed_prefill_rows
-        self.turns, self._drafting = decoding or Decoding(Turns())
+        self.turns, self._drafting, self.pace = decoding or Decoding(Turns())
         most = self._drafting.most if self._drafting else 0
         self._most_drafts = most_drafts(max_num_seqs, most)
         self.lengths = OutputLengths()
@@ -146,8 +151,13 @@ class Admission:
             for following, sequence in zip(range(len(mine))[::-1], mine, strict=True):
                 rows.append(self._generated(sequence, room - following))  # a row for each to follow
                 room -= rows[-1].segment.num_tokens
-            used = self._add_prompts(starts, min(room, prompt_room), rows, is_batch=is_batch)
-            room, prompt_room = room - used, prompt_room - used
+            paced = min(room, prompt_room)
+            if self.pace is not None:
+                newcomers = islice(self.waiting, self._max_num_seqs - len(self.running))
+                wanted = _wanted([*self.running, *newcomers], is_batch=is_batch)
+                paced = self.pace.split(wanted, paced, is_alone=not rows)
+            used = self._add_prompts(starts, paced, rows, is_batch=is_batch)
+            room, prompt_room = room - used, (paced if used else prompt_room) - used
         return rows
 
     def _add_prompts(
@@ -243,6 +253,7 @@ class Admission:
         """Adds the next chunk of a prompt and returns its number of rows. What rows before it have
         computed, here or earlier, is done."""
         self.prompt_pages.skip(sequence)
+        room = room if self.pace is None else min(room, self.pace.share)
         count = fitting_rows(sequence.num_prompt - sequence.num_computed, room)
         if count:
             first = sequence.num_computed
@@ -293,6 +304,18 @@ def _check(
     for ranks in ([one.is_batch for one in running], [one.is_batch for one in waiting]):
         assert ranks == sorted(ranks), "a batch is before others"
     assert sum(one.is_batch for one in waiting) == waiting.num_batch, "miscounted"
+
+
+def _wanted(prompts: Iterable[Sequence | QueuedSequence], *, is_batch: bool) -> list[int]:
+    """Rows of prompts that are still to be computed, a number for each: those of batches, or the
+    others."""
+    own = (one for one in prompts if one.is_batch == is_batch)
+    left = (one.num_tokens if isinstance(one, QueuedSequence) else _left(one) for one in own)
+    return [rows for rows in left if rows]
+
+
+def _left(sequence: Sequence) -> int:
+    return max(0, sequence.num_prompt - sequence.num_computed)
 
 
 def may_want(kv: KvTiers, lengths: OutputLengths, sequence: Sequence) -> float:

@@ -56,6 +56,7 @@ class EngineSetup:
     expectation: Expectation | None = None
     speculative: SpeculativeConfig | None = None
     keeps_bursts: bool = False  # whatever is measured
+    is_paced: bool = False  # somebody waits for each answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +173,8 @@ class Engine:
         )
         if self._parts.drafting is not None and not has_filled:
             self._parts.drafting.passed(batch.segments, took)
+        if self._admission.pace is not None:
+            self._admission.pace.took(took.prompt_tokens, seconds)
         if not took.prompt_tokens:
             self._admission.turns.took(took.output_tokens, seconds)
         self._tracer.counter("rows", rows=batch.num_tokens)
@@ -292,6 +295,8 @@ def _stats_of(parts: EngineParts, plan: Plan) -> dict[str, Any]:
         "waiting": len(own.waiting),
         "running_batch": sum(one.is_batch for one in own.running),
         "waiting_batch": own.waiting.num_batch,
+        "kv_cache_usage": sum(own.num_held_pages.values())
+        / max(1, sum(tier.kv_pages for tier in plan.tiers)),
         "num_preemptions": own.num_preemptions,
         "burst_passes": own.turns.num_passes,
         "bursts_have_lost": own.turns.have_lost,

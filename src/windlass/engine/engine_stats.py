@@ -37,6 +37,7 @@ class EngineStats:
     waiting: int
     running_batch: int = 0
     waiting_batch: int = 0
+    kv_cache_usage: float = 0.0  # share of the cache's pages that sequences hold now
     num_preemptions: int = 0  # sequences that gave their pages back, to be computed again
     burst_passes: int = 0  # in which one sequence decoded while others waited
     bursts_have_lost: bool = False  # all together had brought more tokens per second

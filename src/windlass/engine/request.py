@@ -28,7 +28,8 @@ class Request:
 @dataclass(frozen=True, slots=True)
 class Delta:
     """New text and tokens of one choice of a request in one step. `logprobs`: of each token, where
-    the request wants any. The last one has a `finish_reason` and a `stop_reason`."""
+    the request wants any; the first one has those of the prompt then. The last one has a
+    `finish_reason` and a `stop_reason`."""
 
     request_id: str
     index: int
@@ -37,6 +38,7 @@ class Delta:
     logprobs: tuple[LogprobsOfStep, ...] = ()
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: tuple[LogprobsOfStep | None, ...] = ()
 
 
 def joined(deltas: Sequence[Delta]) -> Delta:
@@ -49,6 +51,7 @@ def joined(deltas: Sequence[Delta]) -> Delta:
         text="".join(one.text for one in deltas),
         token_ids=tuple(token for one in deltas for token in one.token_ids),
         logprobs=tuple(step for one in deltas for step in one.logprobs),
+        prompt_logprobs=deltas[0].prompt_logprobs,
     )
 
 

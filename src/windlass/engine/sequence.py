@@ -176,10 +176,12 @@ class Sequence:
             self.logprobs.add(sampled)
             if self.request.wants_deltas:
                 logprobs = (sampled.as_logprobs(tokenizer),)
+        is_first = self.request.wants_deltas and len(self.output_ids) == 1
+        scores = self.prompt_output(tokenizer) if is_first else None
         new_text = self._decide(token)
         return Delta(
             self.request.request_id, self.queued.index, new_text, (token,), logprobs,
-            self.finish_reason, self.stop_reason,
+            self.finish_reason, self.stop_reason, scores or (),
         )  # fmt: skip
 
     def _decide(self, token: int) -> str:

@@ -35,6 +35,7 @@ _DIGESTED = ("tokenizer.json", "tokenizer_config.json", _SPECIAL_FILE, _ADDED_FI
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BYTE_OF_CHAR = {char: byte for byte, char in enumerate(CHAR_OF_BYTE)}
+_HOLDS_UP = 1 << 14  # characters whose encoding takes long enough to be felt elsewhere
 _PIECE = 1 << 14  # characters that are counted at a time
 _CUT_TOKENS = 16  # more than one cut between pieces can add
 
@@ -104,9 +105,15 @@ class Tokenizer:
         if self._doubles_first_space and text[:1] in (" ", "▁"):
             text = " " + text
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) < _HOLDS_UP:
+                found = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            else:  # lets other threads go on meanwhile, as the above does not
+                (found,) = self._backend.encode_batch_fast(
+                    [text], add_special_tokens=add_special_tokens
+                )
         except TypeError as error:  # a lone surrogate, which JSON can write
             raise RequestError("prompt: not valid Unicode", param="prompt") from error
+        ids: list[int] = found.ids
         return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

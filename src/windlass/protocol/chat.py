@@ -2,10 +2,12 @@
 read."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from windlass.errors import RequestError, WindlassError
 from windlass.protocol.answers import AnswerForm
+from windlass.protocol.continued import continued
 from windlass.protocol.fields import optional
 from windlass.protocol.messages import read_messages
 from windlass.protocol.served import ServedModel, encoded
@@ -14,7 +16,8 @@ from windlass.structured import StructuredOutputs
 
 _TEMPLATE_OWN = ("messages", "conversation", "tools", "add_generation_prompt", "tokenize",
                  "chat_template", "return_dict", "return_tensors")  # fmt: skip
-_THINKS = "<think>"
+_THINKS, _THOUGHT = "<think>", "</think>"
+_VARIABLES = ("reasoning_effort", "verbosity")  # fields that some templates read
 
 
 class Chat(NamedTuple):
@@ -25,29 +28,36 @@ class Chat(NamedTuple):
     calls: StructuredOutputs | None
 
 
-def read_chat(body: Mapping[str, Any], model: ServedModel) -> Chat:
-    """By the chat template. Raises RequestError."""
+def read_chat(body: Mapping[str, Any], model: ServedModel, *, is_cut: bool = False) -> Chat:
+    """By the chat template. `is_cut`: a prompt may be too long. Raises RequestError."""
     tools = read_tools(body)
-    text = _rendered(body, tools, model)
+    goes_on = bool(optional(body, "continue_final_message", bool))
+    text = _rendered(body, tools, model, goes_on=goes_on)
     form = AnswerForm(
         parsers=model.parsers,
         tools=tools.schemas(),
-        is_thinking=text.rstrip().endswith(_THINKS),
+        is_thinking=_is_open(body) if goes_on else text.rstrip().endswith(_THINKS),
         is_forced=tools.is_forced,
         named=tools.named,
         is_parallel=tools.is_parallel,
         shows_reasoning=optional(body, "include_reasoning", bool) is not False,
     )
-    ids = encoded(text, model, "messages", special=False)
+    ids = encoded(text, model, "messages", special=False, is_cut=is_cut)
     return Chat(ids, form, tools.constraint(form.free_until))
 
 
-def _rendered(body: Mapping[str, Any], tools: ToolUse, model: ServedModel) -> str:
+def _is_open(body: Mapping[str, Any]) -> bool:
+    """Whether the last message, which the answer goes on with, ends within its reasoning."""
+    content = body["messages"][-1].get("content")
+    return isinstance(content, str) and content.rfind(_THINKS) > content.rfind(_THOUGHT)
+
+
+def _rendered(body: Mapping[str, Any], tools: ToolUse, model: ServedModel, *, goes_on: bool) -> str:
     messages = read_messages(body)
     variables = optional(body, "chat_template_kwargs", dict)
-    effort = optional(body, "reasoning_effort", str)
-    if effort is not None:
-        variables = {"reasoning_effort": effort, **(variables or {})}
+    given = {name: optional(body, name, str) for name in _VARIABLES}
+    named = {name: value for name, value in given.items() if value is not None}
+    variables = {**named, **(variables or {})} or None
     refused = next((name for name in variables or () if name in _TEMPLATE_OWN), None)
     if refused is not None:
         raise RequestError(
@@ -55,15 +65,21 @@ def _rendered(body: Mapping[str, Any], tools: ToolUse, model: ServedModel) -> st
             param="chat_template_kwargs",
         )
     generate = optional(body, "add_generation_prompt", bool)
+    if goes_on and generate:
+        raise RequestError(
+            "continue_final_message: allowed only without add_generation_prompt",
+            param="continue_final_message",
+        )
 
     def render(shown: tuple[dict[str, Any], ...]) -> str:
-        return model.tokenizer.render_chat(
-            messages,
-            list(shown) or None,
-            add_generation_prompt=generate is not False,
+        template = partial(
+            model.tokenizer.render_chat,
+            tools=list(shown) or None,
+            add_generation_prompt=generate is not False and not goes_on,
             variables=variables,
             now=model.now,
         )
+        return continued(messages, template) if goes_on else template(messages)
 
     try:
         text = render(tools.shown)

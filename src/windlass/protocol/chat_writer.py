@@ -11,7 +11,7 @@ from windlass.engine.request import Delta
 from windlass.protocol.chunks import ChunkWriter
 from windlass.protocol.dialect import PING, Asked, Dialect
 from windlass.protocol.openai import ApiRequest, Endpoint, parse_body
-from windlass.protocol.responses import error_body, response_body
+from windlass.protocol.responses import error_body, num_cached, response_body
 from windlass.protocol.served import ServedModel
 
 _DONE = "data: [DONE]\n\n"
@@ -36,13 +36,16 @@ class ChatWriter:
 
     def end(self, outputs: Sequence[RequestOutput]) -> str:
         wants = self._api.delivery.include_usage
-        return f"data: {self._chunks.usage()}\n\n{_DONE}" if wants else _DONE
+        usage = f"data: {self._chunks.usage(num_cached(outputs))}\n\n" if wants else ""
+        return usage + _DONE
 
     def failed(self, message: str) -> str:
         return f"data: {json.dumps(error_body(message, kind='server_error'))}\n\n"
 
     def body(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        return response_body(self._api, outputs, key=self._key, created=self._created)
+        return response_body(
+            self._api, outputs, key=self._key, created=self._created, tells_cached=True
+        )
 
 
 def chat_dialect(endpoint: Endpoint) -> Dialect:

@@ -67,8 +67,11 @@ class ChunkWriter:
         if self._is_chat:
             choice["delta"] = self._delta(number, delta)
             wanted = params.logprobs
+            names_ids = self._request.delivery.names_ids
             choice["logprobs"] = (
-                None if wanted is None else chat_logprobs(delta.token_ids, delta.logprobs, wanted)
+                None
+                if wanted is None
+                else chat_logprobs(delta.token_ids, delta.logprobs, wanted, names_ids=names_ids)
             )
         else:
             choice |= self._completion(prompt, number, delta)
@@ -108,7 +111,12 @@ class ChunkWriter:
             text = own.echo.text + text
         found: dict[str, Any] = {"text": text, "logprobs": None}
         if own.params.logprobs is not None:
-            writer = self._logprobs.setdefault(number, CompletionLogprobs(own.params.logprobs))
+            names_ids = self._request.delivery.names_ids
+            writer = self._logprobs.setdefault(
+                number, CompletionLogprobs(own.params.logprobs, names_ids=names_ids)
+            )
+            if own.echo is not None and delta.prompt_logprobs:
+                writer.add_prompt(own.echo, own.token_ids, delta.prompt_logprobs)
             if self._request.delivery.has_output:
                 writer.add(delta.token_ids, delta.logprobs)
             found["logprobs"] = writer.take()
@@ -116,9 +124,10 @@ class ChunkWriter:
             found["prompt_token_ids"] = list(own.token_ids)
         return found
 
-    def usage(self) -> str:
-        """The last chunk, where the body wants it."""
-        return self._text([], usage(self._num_prompt, self._num_generated))
+    def usage(self, cached: int) -> str:
+        """The last chunk, where the body wants it. `cached`: tokens of prompts that were not
+        computed again."""
+        return self._text([], usage(self._num_prompt, self._num_generated, cached))
 
     def _chunk(self, choices: list[dict[str, Any]], **more: object) -> str:
         delivery = self._request.delivery

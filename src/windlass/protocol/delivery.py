@@ -8,7 +8,8 @@ from windlass.protocol.fields import optional, refuse_unknown
 
 
 class Delivery(NamedTuple):
-    """How a body wants its answer. `has_output`: false where it asks for the prompt alone."""
+    """How a body wants its answer. `has_output`: false where it asks for the prompt alone.
+    `token_ids`: ids are told beside texts; `names_ids`: log-probabilities name tokens by them."""
 
     stream: bool = False
     include_usage: bool = False
@@ -16,6 +17,7 @@ class Delivery(NamedTuple):
     echo: bool = False
     has_output: bool = True
     token_ids: bool = False
+    names_ids: bool = False
 
 
 def read_delivery(body: Mapping[str, Any], *, may_stream: bool) -> Delivery:
@@ -39,6 +41,7 @@ def read_delivery(body: Mapping[str, Any], *, may_stream: bool) -> Delivery:
         continuous_usage=wants["continuous_usage_stats"],
         echo=bool(optional(body, "echo", bool)),
         token_ids=bool(optional(body, "return_token_ids", bool)),
+        names_ids=bool(optional(body, "return_tokens_as_token_ids", bool)),
     )
 
 

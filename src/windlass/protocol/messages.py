@@ -9,7 +9,7 @@ from windlass.engine.template_wants import TEXT_PARTS, arguments_of
 from windlass.errors import RequestError
 from windlass.protocol.fields import optional, refuse_unknown, required, shorten
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # Names that are checked; any other reaches the template, unless it is one of these misspelt.
 _FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "function_call",
            "reasoning", "reasoning_content", "reasoning_details", "thinking", "refusal",
@@ -43,6 +43,8 @@ def _message(message: object, place: str) -> dict[str, Any]:
     for name in _TEXTS:
         optional(message, name, str, where=where)
     result = {name: value for name, value in message.items() if value is not None}
+    if role == "function":  # the role that tools had first
+        result["role"] = "tool"
     calls = optional(message, "tool_calls", list, where=where) or []
     result.pop("tool_calls", None)
     call = result.pop("function_call", None)  # the name that tool calls had first

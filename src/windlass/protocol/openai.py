@@ -31,34 +31,33 @@ SAMPLING = (
     "prompt_logprobs",
 )  # fmt: skip
 # Read and without effect on any token.
-_NO_EFFECT = (
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "cache_salt", "request_id",
-)  # fmt: skip
+_NO_EFFECT: dict[str, type] = {
+    "user": str, "metadata": dict, "store": bool, "service_tier": str, "safety_identifier": str,
+    "prompt_cache_key": str, "prompt_cache_retention": str, "cache_salt": str, "request_id": str,
+    "prediction": dict,
+}  # fmt: skip
 # Fields at the values with which they ask for nothing, and why other values are refused.
 _NOTHING: dict[str, tuple[tuple[object, ...], str]] = {
     "use_beam_search": ((False,), "allowed only false: not supported"),
     "length_penalty": ((1, 1.0), "allowed only 1, without beam search"),
     "priority": ((0,), "allowed only 0: rows of a job are equal"),
-    "truncate_prompt_tokens": ((), "not supported: no prompt is cut"),
-    "return_tokens_as_token_ids": ((False,), "allowed only false: not supported"),
     "vllm_xargs": (({},), "not supported"),
 }  # fmt: skip
 _NOTHING_CHAT: dict[str, tuple[tuple[object, ...], str]] = {
     "echo": ((False,), "not supported in chat: allowed only false"),
     "add_special_tokens": ((False,), "allowed only false: the template writes special tokens"),
-    "continue_final_message": ((False,), "allowed only false: not supported"),
     "modalities": ((["text"],), "allowed only ['text']: not supported"),
     "functions": (([],), "not supported, allowed tools"),
     "function_call": (("none", "auto"), "not supported, allowed tools"),
     "documents": (([],), "not supported, allowed in chat_template_kwargs"),
 }
 _COMMON = (*SAMPLING, *_NO_EFFECT, *_NOTHING, "model", "max_tokens", "logprobs", "best_of",
-           "stream", "stream_options", "return_token_ids", "response_format")  # fmt: skip
+           "stream", "stream_options", "return_token_ids", "response_format",
+           "truncate_prompt_tokens", "return_tokens_as_token_ids")  # fmt: skip
 _CHAT = frozenset(
     (*_COMMON, *_NOTHING_CHAT, "messages", "max_completion_tokens", "top_logprobs", "tools",
      "tool_choice", "parallel_tool_calls", "chat_template_kwargs", "add_generation_prompt",
-     "reasoning_effort", "include_reasoning")
+     "continue_final_message", "reasoning_effort", "verbosity", "include_reasoning")
 )  # fmt: skip
 _COMPLETION = frozenset((*_COMMON, "prompt", "add_special_tokens", "echo"))
 
@@ -111,8 +110,10 @@ def parse_body(
     if delivery.stream and params.prompt_logprobs is not None:
         raise RequestError("prompt_logprobs: allowed only without stream", param="prompt_logprobs")
     if delivery.echo and params.logprobs is not None:
-        if delivery.stream:
-            raise RequestError("echo: with logprobs, allowed only without stream", param="echo")
+        if delivery.stream and params.n > 1:
+            raise RequestError(
+                f"n: got {params.n}, allowed 1 in a stream with echo and logprobs", param="n"
+            )
         params = replace(params, prompt_logprobs=echo_logprobs(params.logprobs))
     limit = _Limit(
         asked=_max_tokens(body, is_chat=is_chat, least=0 if delivery.echo else 1),
@@ -129,9 +130,11 @@ def parse_body(
             param=field,
             code="context_length_exceeded",
         )
-    chat = read_chat(body, model) if is_chat else None
+    most = _kept_tokens(body, limit)
+    chat = read_chat(body, model, is_cut=most is not None) if is_chat else None
     form = chat.form if chat else AnswerForm()
-    prompts = [chat.token_ids] if chat else _prompts(body, model)
+    prompts = [chat.token_ids] if chat else _prompts(body, model, is_cut=most is not None)
+    prompts = prompts if most is None else [ids[-most:] for ids in prompts]
     _check_sequences(len(prompts), params.n)
     params = _with_structure(params, body, chat)
     return ApiRequest(
@@ -141,7 +144,7 @@ def parse_body(
             Prompt(
                 tuple(ids),
                 _fit(params, limit, len(ids), field),
-                _echo(ids, model.tokenizer) if delivery.echo else None,
+                _echo(ids, model.tokenizer, delivery) if delivery.echo else None,
             )
             for ids in prompts
         ),
@@ -172,12 +175,27 @@ def _with_structure(
     return replace(params, structured_outputs=found, skip_special_tokens=shows)
 
 
-def _echo(token_ids: Sequence[int], tokenizer: ChatTokenizer) -> Echo:
-    first, whole = token_ids[:1], token_ids
+def _echo(token_ids: Sequence[int], tokenizer: ChatTokenizer, delivery: Delivery) -> Echo:
+    first = tokenizer.decode(token_ids[:1], skip_special_tokens=False)
     return Echo(
-        tokenizer.decode(whole, skip_special_tokens=False),
-        tokenizer.decode(first, skip_special_tokens=False),
+        tokenizer.decode(token_ids, skip_special_tokens=False),
+        f"token_id:{token_ids[0]}" if delivery.names_ids and token_ids else first,
     )
+
+
+def _kept_tokens(body: Mapping[str, Any], limit: "_Limit") -> int | None:
+    """How many of a prompt's tokens, the last ones, are kept; None for all."""
+    most = optional(body, "truncate_prompt_tokens", int)
+    if most is None:
+        return None
+    if most == -1:  # what the answer leaves
+        return max(1, limit.in_all - (limit.asked or 1))
+    if most < 1:
+        raise RequestError(
+            f"truncate_prompt_tokens: got {most}, allowed -1 for as many as fit, or 1 or more",
+            param="truncate_prompt_tokens",
+        )
+    return most
 
 
 def text_chars(endpoint: Endpoint, body: Mapping[str, Any]) -> int:
@@ -222,6 +240,8 @@ def _refuse_unsupported(body: Mapping[str, Any], *, is_chat: bool) -> None:
     refuse_unknown(body, _CHAT if is_chat else _COMPLETION)
     for name, (nothing, why) in {**_NOTHING, **(_NOTHING_CHAT if is_chat else {})}.items():
         only(body, name, nothing, why)
+    for name, kind in _NO_EFFECT.items():
+        optional(body, name, kind)
     # best_of = n means what leaving it out means
     only(body, "best_of", (body.get("n") or 1,), "allowed only the value of n")
 
@@ -278,7 +298,7 @@ def _max_tokens(body: Mapping[str, Any], *, is_chat: bool, least: int) -> int | 
     return next(iter(given.values()), None)
 
 
-def _prompts(body: Mapping[str, Any], model: ServedModel) -> list[list[int]]:
+def _prompts(body: Mapping[str, Any], model: ServedModel, *, is_cut: bool) -> list[list[int]]:
     prompt = body.get("prompt")
     special = optional(body, "add_special_tokens", bool)
     if isinstance(prompt, str) or is_token_ids(prompt):
@@ -291,7 +311,9 @@ def _prompts(body: Mapping[str, Any], model: ServedModel) -> list[list[int]]:
     result = []
     for i, item in enumerate(prompt):
         if isinstance(item, str):
-            result.append(encoded(item, model, "prompt", special=special is not False))
+            result.append(
+                encoded(item, model, "prompt", special=special is not False, is_cut=is_cut)
+            )
         elif is_token_ids(item):
             result.append(item)
         else:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from windlass.errors import RequestError
+from windlass.protocol.continued import continued
 
 
 class PromptTokenizer(Protocol):
@@ -58,13 +59,19 @@ class PromptEncoder:
 
 class ChatEncoder:
     """Of a conversation, by the chat template; `options` are those of `render_chat`. `at_most`: as
-    above."""
+    above. `goes_on`: the answer goes on with the last message."""
 
-    def __init__(self, tokenizer: PromptTokenizer, at_most: int, **options: Any) -> None:
+    def __init__(
+        self, tokenizer: PromptTokenizer, at_most: int, *, goes_on: bool = False, **options: Any
+    ) -> None:
         self._tokenizer = tokenizer
         self._at_most = at_most
-        self._options = options
+        self._goes_on = goes_on
+        self._options = {**options, "add_generation_prompt": False} if goes_on else options
 
     def encode(self, row: Any) -> tuple[str | None, list[int]]:
-        text = self._tokenizer.render_chat(row, **self._options)
+        def render(messages: Sequence[Mapping[str, Any]]) -> str:
+            return self._tokenizer.render_chat(messages, **self._options)
+
+        text = continued(row, render) if self._goes_on else render(row)
         return text, self._tokenizer.encode(text, add_special_tokens=False, at_most=self._at_most)

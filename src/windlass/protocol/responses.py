@@ -7,7 +7,6 @@ from typing import Any
 
 from windlass.engine.outputs import CompletionOutput, Logprob, LogprobsOfStep, RequestOutput
 from windlass.errors import RequestError
-from windlass.protocol.answers import AnswerForm
 from windlass.protocol.delivery import Delivery
 from windlass.protocol.openai import ApiRequest, Echo, Endpoint, Prompt
 
@@ -20,15 +19,18 @@ def response_body(
     *,
     key: str,
     created: int,
+    tells_cached: bool = False,
 ) -> dict[str, Any]:
-    """The body of a 200. `outputs` are in the order of `request.prompts`; `key` ends the id."""
+    """The body of a 200. `outputs` are in the order of `request.prompts`; `key` ends the id.
+    `tells_cached`: what of the prompts was not computed again, which depends on what came before.
+    """
     is_chat, delivery = request.endpoint is Endpoint.CHAT, request.delivery
     choices: list[dict[str, Any]] = []
     for prompt, output in zip(request.prompts, outputs, strict=True):
         top = prompt.params.logprobs
         for choice in sorted(output.outputs, key=lambda each: each.index):
             if is_chat:
-                shaped = _chat_choice(choice, top, request.form, f"{key}/{len(choices)}")
+                shaped = _chat_choice(choice, top, request, f"{key}/{len(choices)}")
             else:
                 shaped = _completion_choice(choice, prompt, output, delivery)
             if delivery.token_ids:
@@ -36,6 +38,7 @@ def response_body(
                 shaped["token_ids"] = list(choice.token_ids) if delivery.has_output else []
             if not is_chat and not delivery.echo and output.prompt_logprobs is not None:
                 shaped["prompt_logprobs"] = _prompt_logprobs(output.prompt_logprobs)
+            shaped["stop_reason"] = choice.stop_reason
             choices.append({"index": len(choices), **shaped})
     body: dict[str, Any] = {
         "id": id_of(request.endpoint, key),
@@ -43,7 +46,7 @@ def response_body(
         "created": created,
         "model": request.model,
         "choices": choices,
-        "usage": usage_of(request, outputs),
+        "usage": usage_of(request, outputs, tells_cached=tells_cached),
     }
     if delivery.token_ids and is_chat:
         body["prompt_token_ids"] = list(outputs[0].prompt_token_ids)
@@ -74,21 +77,43 @@ def id_of(endpoint: Endpoint, key: str) -> str:
     return ("chatcmpl-" if endpoint is Endpoint.CHAT else "cmpl-") + key
 
 
-def usage_of(request: ApiRequest, outputs: Sequence[RequestOutput]) -> dict[str, int]:
+def usage_of(
+    request: ApiRequest, outputs: Sequence[RequestOutput], *, tells_cached: bool = False
+) -> dict[str, Any]:
     """Of all prompts together."""
     num_generated = sum(len(c.token_ids) for output in outputs for c in output.outputs)
     return usage(
         sum(len(output.prompt_token_ids) for output in outputs),
         num_generated if request.delivery.has_output else 0,
+        num_cached(outputs) if tells_cached else None,
     )
 
 
-def usage(num_prompt: int, num_generated: int) -> dict[str, int]:
-    return {
+def num_cached(outputs: Sequence[RequestOutput]) -> int:
+    """Tokens of prompts that were not computed again."""
+    return sum(output.num_cached_tokens for output in outputs)
+
+
+def usage(num_prompt: int, num_generated: int, cached: int | None = None) -> dict[str, Any]:
+    counted = {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_generated,
         "total_tokens": num_prompt + num_generated,
     }
+    if cached is None:
+        return counted
+    return {**counted, "prompt_tokens_details": {"cached_tokens": cached}}
+
+
+def _named_by_ids(steps: Sequence[LogprobsOfStep]) -> tuple[LogprobsOfStep, ...]:
+    """The same, with `token_id:ID` for the text of each token, as vLLM has it."""
+    return tuple(
+        {
+            i: one._replace(decoded_token=f"token_id:{i}", token_bytes=None)
+            for i, one in step.items()
+        }
+        for step in steps
+    )
 
 
 def error_body(
@@ -113,13 +138,14 @@ def error_response(error: RequestError) -> tuple[int, dict[str, Any]]:
 
 
 def _chat_choice(
-    choice: CompletionOutput, top: int | None, form: AnswerForm, key: str
+    choice: CompletionOutput, top: int | None, request: ApiRequest, key: str
 ) -> dict[str, Any]:
     logprobs = None
     if top is not None and choice.logprobs is not None:
-        logprobs = chat_logprobs(choice.token_ids, choice.logprobs, top)
-    read = form.read(choice.text)
-    message: dict[str, Any] = {"role": "assistant", "content": read.content}
+        names_ids = request.delivery.names_ids
+        logprobs = chat_logprobs(choice.token_ids, choice.logprobs, top, names_ids=names_ids)
+    read = request.form.read(choice.text)
+    message: dict[str, Any] = {"role": "assistant", "content": read.content, "refusal": None}
     if read.reasoning:
         message |= reasoning_fields(read.reasoning)
     if read.calls:
@@ -154,11 +180,12 @@ def finish_reason(reason: str | None, *, has_calls: bool) -> str | None:
 
 
 def chat_logprobs(
-    token_ids: Sequence[int], steps: Sequence[LogprobsOfStep], top: int
+    token_ids: Sequence[int], steps: Sequence[LogprobsOfStep], top: int, *, names_ids: bool = False
 ) -> dict[str, Any]:
     """Log-probabilities of a chat answer's tokens."""
+    steps = _named_by_ids(steps) if names_ids else steps
     pairs = zip(token_ids, steps, strict=True)
-    return {"content": [_chat_step(token, step, top) for token, step in pairs]}
+    return {"content": [_chat_step(token, step, top) for token, step in pairs], "refusal": None}
 
 
 def _chat_step(token: int, step: LogprobsOfStep, top: int) -> dict[str, Any]:
@@ -182,9 +209,10 @@ def _completion_choice(
     logprobs, echo = None, prompt.echo
     text = choice.text if delivery.has_output else ""
     if prompt.params.logprobs is not None and choice.logprobs is not None:
-        writer = CompletionLogprobs(prompt.params.logprobs)
+        writer = CompletionLogprobs(prompt.params.logprobs, names_ids=delivery.names_ids)
         if echo is not None:
-            writer.add_prompt(echo, output.prompt_token_ids, output.prompt_logprobs or ())
+            steps = output.prompt_logprobs or ()
+            writer.add_prompt(echo, output.prompt_token_ids, steps)
         if delivery.has_output:
             writer.add(choice.token_ids, choice.logprobs)
         logprobs = writer.take()
@@ -198,8 +226,9 @@ def _completion_choice(
 class CompletionLogprobs:
     """Log-probabilities of a completion in OpenAI's four lists, piece by piece."""
 
-    def __init__(self, top: int) -> None:
+    def __init__(self, top: int, *, names_ids: bool) -> None:
         self._top = top
+        self._names_ids = names_ids
         self._offset = 0  # where the character begins that the token begins or goes on with
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._lists: dict[str, list[Any]] = self._empty()
@@ -213,6 +242,7 @@ class CompletionLogprobs:
 
     def add(self, token_ids: Sequence[int], steps: Sequence[LogprobsOfStep]) -> None:
         """One step for each token."""
+        steps = _named_by_ids(steps) if self._names_ids else steps
         for token, step in zip(token_ids, steps, strict=True):
             own = step[token]
             name, data = _name(token, own), _bytes(token, own)

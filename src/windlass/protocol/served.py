@@ -45,12 +45,13 @@ class ServedModel:
     parsers: AnswerParsers = AnswerParsers()
 
 
-def encoded(text: str, model: ServedModel, field: str, *, special: bool) -> list[int]:
-    """Its ids, unless there are sure to be more than fit."""
+def encoded(
+    text: str, model: ServedModel, field: str, *, special: bool, is_cut: bool = False
+) -> list[int]:
+    """Its ids, unless there are sure to be more than fit; all of them if it `is_cut` then."""
+    most = None if is_cut else model.max_model_len - 1
     try:
-        return model.tokenizer.encode(
-            text, add_special_tokens=special, at_most=model.max_model_len - 1
-        )
+        return model.tokenizer.encode(text, add_special_tokens=special, at_most=most)
     except RequestError as error:
         raise RequestError(str(error), param=field, code=error.code) from error
 

@@ -9,7 +9,8 @@ from windlass.protocol.fields import optional, refuse_unknown, required, shorten
 from windlass.protocol.openai import ServedModel, check_model, is_token_ids
 
 _TOKENIZE = ("model", "prompt", "messages", "add_special_tokens", "add_generation_prompt", "tools",
-             "tool_choice", "chat_template_kwargs", "return_token_strs")  # fmt: skip
+             "tool_choice", "chat_template_kwargs", "return_token_strs",
+             "continue_final_message")  # fmt: skip
 
 
 class WholeTokenizer(Protocol):
@@ -24,9 +25,9 @@ def tokenized(body: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
     """The ids of a `prompt`, or of `messages` by the chat template. Raises RequestError."""
     refuse_unknown(body, _TOKENIZE)
     check_model(body, model)
-    if ("prompt" in body) == ("messages" in body):
+    if (body.get("prompt") is None) == (body.get("messages") is None):
         raise RequestError("prompt: allowed one of prompt and messages", param="prompt")
-    if "messages" in body:
+    if body.get("messages") is not None:
         ids = read_chat(body, model).token_ids
     else:
         special = optional(body, "add_special_tokens", bool)

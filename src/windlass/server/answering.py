@@ -15,10 +15,15 @@ class Answer:
     """All that comes of one body. Of one task; `close` gives up what has not ended, within the pass
     under way."""
 
-    def __init__(self, service: Service, api: ApiRequest, key: str) -> None:
+    def __init__(
+        self, service: Service, api: ApiRequest, key: str, *, most_s: float | None = None
+    ) -> None:
         """Submits every prompt. Raises RequestError if one cannot run here, UsageError when no more
-        are taken. `key`: names the requests, and their seeds where they have none."""
+        are taken. `key`: names the requests, and their seeds where they have none. `most_s`: that
+        all may take."""
         loop = asyncio.get_running_loop()
+        self._most_s = most_s
+        self._end = None if most_s is None else loop.time() + most_s
         self._changed = asyncio.Event()
         self._number = {f"{key}-{i}": i for i in range(len(api.prompts))}
         self.outputs: dict[int, RequestOutput] = {}  # that have ended, by the prompt's number
@@ -38,7 +43,8 @@ class Answer:
 
     async def deltas(self, ping_s: float | None) -> AsyncIterator[tuple[int, Delta] | None]:
         """Pieces with their prompt's number as they come, until all have ended; None each time that
-        nothing has come for `ping_s`. Raises what ended the service."""
+        nothing has come for `ping_s`. Raises what ended the service, and TimeoutError."""
+        loop = asyncio.get_running_loop()
         while True:
             self._changed.clear()
             # asked before: what comes between this and `take` is taken
@@ -52,8 +58,12 @@ class Answer:
                 continue
             if has_ended:
                 break
+            left = None if self._end is None else self._end - loop.time()
+            if left is not None and left <= 0:
+                raise TimeoutError(f"the answer has taken {self._most_s:g} s, the most allowed")
             try:
-                await asyncio.wait_for(self._changed.wait(), ping_s)
+                waits = [one for one in (ping_s, left) if one is not None]
+                await asyncio.wait_for(self._changed.wait(), min(waits, default=None))
             except TimeoutError:
                 yield None
         if len(self.outputs) < len(self._number):

@@ -15,7 +15,6 @@ from windlass.server.errors import ANTHROPIC, HttpError
 _OPEN_PATHS = frozenset({"/", "/health", "/version"})  # without a key: they tell no prompts
 _REQUEST_ID = "x-request-id"
 _LONGEST_ID = 128
-_ALLOWED_HEADERS = "authorization, content-type, x-api-key, x-request-id, anthropic-version"
 
 
 class Gate:
@@ -57,7 +56,7 @@ class Gate:
 
         try:
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
-                await _preflight(tell, allowed=is_local)
+                await _preflight(tell, headers, allowed=is_local)
                 return
             self._check(scope["path"], headers, origin, is_local=is_local)
         except HttpError as error:
@@ -90,12 +89,14 @@ class Gate:
         return any([hmac.compare_digest(found, key) for key in self._keys])
 
 
-async def _preflight(send: Send, *, allowed: bool) -> None:
+async def _preflight(send: Send, asked: Headers, *, allowed: bool) -> None:
     headers = []
     if allowed:
+        # clients send headers of their own, and whoever may ask may send any
+        wanted = asked.get("access-control-request-headers", "content-type")
         headers = [
-            (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS"),
-            (b"access-control-allow-headers", _ALLOWED_HEADERS.encode()),
+            (b"access-control-allow-methods", b"GET, HEAD, POST, DELETE, OPTIONS"),
+            (b"access-control-allow-headers", wanted.encode("latin-1")),
             (b"access-control-max-age", b"600"),
         ]
     status = 204 if allowed else 403

@@ -123,6 +123,7 @@ def _gauges(stats: EngineStats) -> list[tuple[str, str, float]]:
         ("num_requests_waiting", "Sequences that wait.", stats.waiting),
         ("num_batch_requests_running", "Of those under way, batches'.", stats.running_batch),
         ("num_batch_requests_waiting", "Of those that wait, batches'.", stats.waiting_batch),
+        ("kv_cache_usage_perc", "Share of the KV cache that sequences hold.", stats.kv_cache_usage),
         ("peak_memory_bytes", "Most memory that the process had.", stats.peak_rss_bytes),
     ]
 

@@ -29,7 +29,10 @@ async def answer(state: ServerState, dialect: Dialect, request: Request) -> Resp
         try:
             # templates, long texts, grammars: off the loop
             api, writer = await asyncio.to_thread(_read, dialect, body, loaded, key)
-            found = Answer(state.require().service, api, key)
+            if api.delivery.stream and request.scope["http_version"] == "1.0":
+                raise HttpError(400, "stream: allowed from HTTP/1.1 on")
+            most_s = state.limits.answer_s
+            found = Answer(state.require().service, api, key, most_s=most_s)
         except RequestError as error:
             return refusal(renamed(error, dialect.names), path)
         stack.callback(found.close)
@@ -72,6 +75,8 @@ async def _unless_left(request: Request, found: Answer) -> list[RequestOutput]:
         raise
     except UsageError as error:
         raise HttpError(503, str(error)) from error
+    except TimeoutError as error:
+        raise HttpError(504, str(error), code="timeout") from error
     except Exception as error:
         raise HttpError(500, f"the engine has ended: {error}") from error
     finally:

@@ -12,6 +12,7 @@ import uvicorn
 
 from windlass.errors import UsageError, WindlassError
 from windlass.server.app import make_app
+from windlass.server.http import HttpProtocol
 from windlass.server.state import Loaded, ServerState
 
 _LOOK_S = 0.1  # between looks at what is still under way
@@ -74,7 +75,7 @@ class _Run:
             uvicorn.Config(
                 app, host=address.host, port=address.port, log_config=None, access_log=False,
                 lifespan="off", server_header=False, timeout_graceful_shutdown=5,
-                h11_max_incomplete_event_size=1 << 16,
+                http=HttpProtocol, ws="none",
             )
         )  # fmt: skip
         self._error: WindlassError | None = None

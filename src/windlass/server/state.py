@@ -22,11 +22,13 @@ from windlass.server.watchers import Watchers
 class ServerLimits:
     """Of what clients may ask. `ping_s`: of silence until a comment is sent in a stream, None for
     none. `body_bytes`: of a request. `answers`: under way or waiting at once, bodies beyond are
-    told to come again. `drain_s`: for answers to end once the server is told to."""
+    told to come again. `answer_s`: that one may take, None for ever. `drain_s`: for answers to end
+    once the server is told to."""
 
     ping_s: float | None = 15.0
     body_bytes: int = 64 << 20
     answers: int = 256
+    answer_s: float | None = None
     drain_s: float = 30.0
 
 

@@ -37,6 +37,7 @@ def _whole(state: ServerState, loaded: Loaded) -> dict[str, Any]:
         "running_batch": found.running_batch,
         "waiting_batch": found.waiting_batch,
         "batches": state.batch_stats(),
+        "kv_cache_usage": found.kv_cache_usage,
         "passes": found.passes,
         "prompt_tokens": found.prompt_tokens,
         "generated_tokens": found.generated_tokens,
