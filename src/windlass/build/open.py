@@ -334,7 +334,6 @@ def _assemble(
             Pace() if setup.is_paced else None,
         ),
     )
-
     return Engine(
         setup,
         EngineParts(
