@@ -82,16 +82,6 @@ def floats_or_none(tensors: Tensors, name: str, *, multiplier: float = 1.0) -> t
     return found
 
 
-def number(tensors: Tensors, name: str) -> float:
-    """The only element of a tensor, looked up once."""
-    kept = tensors.prepared if isinstance(tensors, StoredTensors) else {}
-    found = kept.get(name)
-    if found is None:
-        found = kept[name] = plain(tensors, name).item()
-    assert isinstance(found, float), f"{name}: kept as something else"
-    return found
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class PagedRows:
     """Keys or values of a layer: a row for each page (P), head (K) and token (B). Rows are of a

@@ -13,6 +13,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDel
 
 from delta_model import DELTA_CASES, VOCAB, DeltaModel, make_delta_checkpoint
 from dense_model import TOLERANCE, Checkpoint
+from segment_rows import rows_of
 from windlass.decoder.delta import delta_attention
 from windlass.decoder.recurrent import state_shapes
 from windlass.decoder.state_rows import CHUNK, StateSegment
@@ -86,7 +87,8 @@ class Layer:
         self.states = torch.full((5, *conv), 7.0), torch.full((5, *state), 7.0)
 
     def run(self, rows: torch.Tensor, segments: list[StateSegment]) -> torch.Tensor:
-        return delta_attention(self.kernels, self.spec, self.weights, rows, segments, self.states)
+        given = self.kernels, self.spec, self.weights, rows, rows_of(segments)
+        return delta_attention(*given, self.states)
 
     def run_alone(self, cuts: list[int], *, prompt: int, slot: int = 2) -> torch.Tensor:
         """One sequence, cut into calls; positions below `prompt` are prompt."""

@@ -9,6 +9,7 @@ from transformers import Lfm2MoeConfig, NemotronHConfig
 from transformers.models.lfm2_moe.modeling_lfm2_moe import Lfm2MoeShortConv
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMamba2Mixer
 
+from segment_rows import rows_of
 from windlass.decoder.recurrent import recurrent_attention, state_shapes
 from windlass.decoder.state_rows import CHUNK, StateSegment
 from windlass.kernels.reference import TorchKernels
@@ -88,7 +89,8 @@ class Layer:
                 )
             )
             first += count
-        return recurrent_attention(KERNELS, self.spec, self.weights, rows, segments, self.states)
+        given = KERNELS, self.spec, self.weights, rows, rows_of(segments)
+        return recurrent_attention(*given, self.states)
 
     def alone(self) -> torch.Tensor:
         """The prompt, then what was generated."""

@@ -156,7 +156,9 @@ def test_kernels_work_on_tensors_of_the_device_on_a_stream():
                 x + torch.arange(WIDTH)
             with pytest.raises(Race, match="not pinned"):
                 x.copy_(host)
-            x[x.new_tensor([0, 1], dtype=torch.int64)] = 2.0  # one number is handed over
+            with pytest.raises(Race, match="waits for an upload"):
+                x.new_tensor([0, 1], dtype=torch.int64)
+            x[device.tensor([0, 1], dtype=torch.int64)] = 2.0  # one number is handed over
             with device.in_kernel():
                 x += torch.arange(WIDTH)
         assert s.on_host(x)[0].tolist() == [2.0, 3.0, 2.0, 3.0]

@@ -110,8 +110,8 @@ def _odd_copy(folder, target):
 def test_copies_of_odd_tensors_are_part_of_the_plan(folder, tmp_path, monkeypatch):
     copied = [0]
 
-    def watched(part_reads, memory, *, is_known):
-        views = make_views(part_reads, memory, is_known=is_known)
+    def watched(part_reads, memory, **given):
+        views = make_views(part_reads, memory, **given)
         if views.has_copies:
             tensors = [t for t in views.tensors.values() if isinstance(t, torch.Tensor)]
             storages = {t.untyped_storage().data_ptr(): t for t in tensors}

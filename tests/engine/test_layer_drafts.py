@@ -54,8 +54,8 @@ def said(monkeypatch) -> list[tuple[Batch, torch.Tensor]]:
     runs: list[tuple[Batch, torch.Tensor]] = []
     run = passes.run_draft
 
-    def noted(runtime, shape, batch, states):
-        outcome = run(runtime, shape, batch, states)
+    def noted(runtime, shape, batch, states, rows):
+        outcome = run(runtime, shape, batch, states, rows)
         runs.append((batch, outcome.logits.clone()))
         return outcome
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from windlass.engine.outputs import NOT_FINITE, NOTHING_ALLOWED
 from windlass.engine.sampling import (
+    Likeliest,
     Sampled,
     Sampler,
     choice_seed,
@@ -287,3 +288,28 @@ def test_constraints_that_leave_no_token_are_refused_before_any_pass() -> None:
     assert caught.value.param == "allowed_token_ids"
     sampler(4, min_tokens=0, allowed_token_ids=[2, 1], **stops)
     sampler(4, min_tokens=3, allowed_token_ids=[2, 3], **stops)
+
+
+@pytest.mark.parametrize(
+    ("params", "is_enough"),
+    [
+        ({}, True),
+        (dict(temperature=0.5), False),
+        (dict(logprobs=0), False),
+        (dict(logit_bias={1: 2.0}), False),
+        (dict(allowed_token_ids=[1]), False),
+        (dict(presence_penalty=0.1), False),
+        (dict(min_tokens=1), False),  # the end of the text is not to be drawn yet
+        (dict(min_tokens=1, stop_token_ids=[3]), False),
+    ],
+)
+def test_where_the_likeliest_token_is_all_that_is_asked(params, is_enough):
+    one = sampler(4, eos=(2,), **(dict(temperature=0) | params))
+    assert one.takes_likeliest == is_enough
+    one.sample(torch.tensor([1.0, 5.0, 4.0, 5.0]))
+    assert one.takes_likeliest == (is_enough or "min_tokens" in params)
+    if one.takes_likeliest:
+        assert one.sample(Likeliest(1, 5.0)) == Sampled(1)
+        for wrong in (math.nan, math.inf, -math.inf):
+            with pytest.raises(RequestError, match="not finite"):
+                one.sample(Likeliest(1, wrong))

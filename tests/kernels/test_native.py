@@ -457,5 +457,5 @@ def test_combine(native, rows, per_row, width, has_shared, seed):
     start.zero_()
     native.combine(weights, outputs, shared, start, 1.0)
     assert torch.equal(alone, start)
-    native.scale(alone, 0.3)
+    native.scale(alone, torch.tensor(0.3))
     assert torch.equal(alone, start * 0.3)

@@ -265,7 +265,7 @@ def test_what_happens_to_rows() -> None:
         hidden = normal(5, 16, seed=4)
         kernels.accumulate(hidden, normal(5, 16, seed=5), 0.5)
         kernels.accumulate(hidden, normal(5, 16, seed=6), 1.0)
-        kernels.scale(hidden, 1.5)
+        kernels.scale(hidden, torch.tensor(1.5))
         kernels.gate(hidden, normal(5, 1, seed=7))
         weights, outputs = normal(5, 3, seed=8), normal(5, 3, 16, seed=9)
         kernels.combine(weights, outputs, hidden.clone(), hidden, 0.7)

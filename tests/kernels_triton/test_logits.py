@@ -4,8 +4,9 @@ import pytest
 import torch
 from gpu.tolerances import TOLERANCES, error
 
-from windlass.decoder.score import RunningLogprobs
+from windlass.decoder.score import begin_scan, logprobs
 from windlass.device.host_memory import HostAllocator
+from windlass.kernels.logit_scan import scan_logits
 from windlass.kernels.triton.logits import HeadState, scan
 
 VOCABULARY = 4100
@@ -43,10 +44,10 @@ def test_log_probabilities_of_targets() -> None:
     targets = [3, 4098, 2499]
     logits = logits_RV()
     state = scanned(logits, torch.tensor(targets))
-    want = RunningLogprobs(targets, HostAllocator())
+    want = begin_scan(HostAllocator(), len(targets), torch.tensor(targets))
     for first, end in RANGES:
-        want.add(slice(0, 3), first, logits[:, first:end].clone())
-    assert error(state.logprobs(), want.logprobs()) < TOLERANCES[torch.float32]
+        scan_logits(want, logits[:, first:end].clone(), first)
+    assert error(state.logprobs(), logprobs(want)) < TOLERANCES[torch.float32]
 
 
 def test_bits_of_a_row_are_its_own() -> None:

@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from dequantised import dequantised
 from engines import engine_for, logprob_rows, make_model, prompts, request, run_all
 from windlass.cli import main
-from windlass.decoder.score import RunningLogprobs
+from windlass.decoder.score import begin_scan, best_logprobs, logprobs
 from windlass.device.host_memory import HostAllocator
 from windlass.engine.outputs import RequestOutput
 from windlass.errors import UsageError
+from windlass.kernels.logit_scan import scan_logits
 from windlass.options import EngineOptions
 from windlass.quantize.perplexity import measure
 
@@ -44,12 +45,16 @@ def test_logprobs_from_ranges_of_the_vocabulary() -> None:
     logits = torch.randn(6, 90, generator=generator) * 30
     targets = [0, 89, 30, 29, 60, 45]
     expected = logits.double().log_softmax(-1).gather(1, torch.tensor(targets)[:, None])[:, 0]
-    running = RunningLogprobs(targets, HostAllocator())
+    scan = begin_scan(HostAllocator(), len(targets), torch.tensor(targets))
     for column in (0, 30, 60):
         for rows in (slice(0, 4), slice(4, 8)):
-            running.add(rows, column, logits[rows, column : column + 30].clone())
-    torch.testing.assert_close(running.logprobs().double(), expected, rtol=1e-6, atol=1e-5)
-    assert RunningLogprobs([], HostAllocator()).logprobs().shape == (0,)
+            scan_logits(scan.rows(rows), logits[rows, column : column + 30].clone(), column)
+    torch.testing.assert_close(logprobs(scan).double(), expected, rtol=1e-6, atol=1e-5)
+    assert scan.ids_R.equal(logits.argmax(1)) and scan.tops_R.equal(logits.amax(1))
+    best = logits.double().log_softmax(-1).amax(1)
+    torch.testing.assert_close(best_logprobs(scan).double(), best, rtol=1e-6, atol=1e-5)
+    nothing = begin_scan(HostAllocator(), 0)
+    assert logprobs(nothing).shape == best_logprobs(nothing).shape == (0,)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "qwen3_next", "phimoe"])

@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from engines import engine_for, make_model, prompts, request, run_all
-from fake_cuda import FakeCuda, on_device
+from engines import engine_for, engine_on, make_model, prompts, request, run_all
+from fake_cuda import FakeCuda
 from fake_streams import Race
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.request import Request
 from windlass.ids import Part
-from windlass.kernels.reference import TorchKernels
 from windlass.weights.stats import StoreStats
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
@@ -26,10 +25,10 @@ POINTS = (
     "wait of down in Lane.submit",  # before they are written
     "record of down in Lane.submit",  # weights are there
     "synchronisation with down in Lane.arrive",
-    "record of compute in DeviceStreams.on_host",  # results are there
-    "wait of up in DeviceStreams.on_host",
-    "record of up in DeviceStreams.on_host",  # and on the host
-    "synchronisation with up in DeviceStreams.on_host",
+    "record of compute in DeviceStreams.to_host",  # results are there
+    "wait of up in DeviceStreams.to_host",
+    "record of up in DeviceStreams.to_host",  # and on the host
+    "synchronisation with up in ToHost.wait",
 )
 TIGHT: dict[str, Any] = dict(
     moe_expert_cache_size="64KiB", max_model_len=64, max_num_seqs=3, max_num_batched_tokens=100
@@ -59,9 +58,7 @@ def _run(
         with engine_for(path, **options) as engine:
             results = run_all(engine, _requests()[:count])
             return _found(results), engine._weights.stats()
-    kernels = on_device(device, TorchKernels)
-    with device.watched(), engine_for(path, device=device, kernels=kernels, **options) as engine:
-        engine._weights._queue.changed.wait = device.wait  # type: ignore[method-assign]
+    with engine_on(device, path, **options) as engine:
         results = run_all(engine, _requests()[:count])
         return _found(results), engine._weights.stats()
 

@@ -36,9 +36,9 @@ class RecordingRuntime:
         self.calls.append(("begin", batch.num_tokens))
         return "hidden"
 
-    def join(self, weights, states, batch):
+    def join(self, weights, states, rows, batch):
         assert weights.part is Part.JOIN and weights in self.held
-        self.calls.append(("join", states, batch.num_tokens))
+        self.calls.append(("join", states, *rows, batch.num_tokens))
         return "hidden"
 
     def enter_draft_head(self, weights, hidden, batch):
@@ -161,12 +161,12 @@ def test_the_layer_that_drafts_runs_alone_and_unforeseen():
     batch = make_batch([_segment(0, 0, 100)], micro_batch_tokens=64)
     runtime = RecordingRuntime(experts=(2, 3))
     shape = PassShape((DENSE, EXPERTS), 1, draft=EXPERTS)
-    assert run_draft(runtime, shape, batch, "states") == "logits"
+    assert run_draft(runtime, shape, batch, "states", [3, 5]) == "logits"
     assert not runtime.held
     assert runtime.calls == [
-        ("join", "states", 100), ("attend", 2, 0, 64), ("attend", 2, 64, 36), ("attended", 2, 0),
-        ("attended", 2, 64), ("route", 2, 0, 100), ("experts", 2, 3), ("experts", 2, 2),
-        ("combine", 2), ("draft head", 2), ("head", 0),
+        ("join", "states", 3, 5, 100), ("attend", 2, 0, 64), ("attend", 2, 64, 36),
+        ("attended", 2, 0), ("attended", 2, 64), ("route", 2, 0, 100), ("experts", 2, 3),
+        ("experts", 2, 2), ("combine", 2), ("draft head", 2), ("head", 0),
     ]  # fmt: skip
     assert shape.whole.layers == (DENSE, EXPERTS, EXPERTS)
 

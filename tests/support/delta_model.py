@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from dense_model import KERNELS, Checkpoint, feed_forward
+from segment_rows import rows_of
 from windlass.decoder import block as math
 from windlass.decoder.attention import attention_output, project, value_width
 from windlass.decoder.recurrent import recurrent_attention, state_shapes
@@ -134,7 +135,8 @@ class DeltaModel:
             if isinstance(block.attention, Recurrent):
                 h = math.attention_input(KERNELS, self.spec, w, x)
                 caches = self.caches[layer]
-                y = recurrent_attention(KERNELS, block.attention, w, h, segments, caches)
+                given = KERNELS, block.attention, w, h, rows_of(segments)
+                y = recurrent_attention(*given, caches)
                 math.add_attention(KERNELS, self.spec, layer, w, x, y)
             else:
                 self._softmax(layer, w, x, segments)

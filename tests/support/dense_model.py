@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from families import VOCAB
+from segment_rows import rows_of
 from windlass.checkpoint.layout import build_layout, with_stored_head
 from windlass.decoder import block as math
 from windlass.decoder.attention import CosSin, attention_output, project
@@ -128,7 +129,7 @@ def _mix(
     segment = StateSegment(first_row=0, num_rows=len(x), first_position=0, slot=0, is_prompt=True)
     states = [torch.zeros(1, *shape) for shape in state_shapes(attention, spec.hidden_size)]
     h = math.attention_input(kernels, spec, w, x)
-    y = recurrent_attention(kernels, attention, w, h, [segment], states)
+    y = recurrent_attention(kernels, attention, w, h, rows_of([segment]), states)
     math.add_attention(kernels, spec, layer, w, x, y)
 
 

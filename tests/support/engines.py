@@ -1,6 +1,7 @@
 """Engines over tiny random checkpoints, for tests of everything below the fronts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from delta_model import DELTA_CASES, make_delta_checkpoint
+from fake_cuda import FakeCuda, on_device
 from families import ALIKE, CASES, VOCAB, make_checkpoint
 from windlass.build.open import open_engine
 from windlass.device.base import Device
@@ -15,6 +17,7 @@ from windlass.engine.engine import Engine
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.request import Request
 from windlass.kernels.interface import Kernels
+from windlass.kernels.reference import TorchKernels
 from windlass.options import EngineOptions
 from windlass.params import SamplingParams
 from windlass.units import MIB
@@ -50,6 +53,16 @@ def engine_for(
     options.setdefault("max_num_batched_tokens", 512)
     options.setdefault("generation_config", "vllm")
     return open_engine(EngineOptions(model=str(path), **options), device=device, kernels=kernels)
+
+
+@contextmanager
+def engine_on(device: FakeCuda, path: Path, **options: Any) -> Iterator[Engine]:
+    """The same on `device`, by torch's kernels."""
+    options.setdefault("moe_backend", "torch")
+    kernels = on_device(device, TorchKernels)
+    with device.watched(), engine_for(path, device=device, kernels=kernels, **options) as engine:
+        engine._weights._queue.changed.wait = device.wait  # type: ignore[method-assign]
+        yield engine
 
 
 def request(name: str, prompt: Iterable[int], *, max_tokens: int = 8, **params: Any) -> Request:

@@ -109,6 +109,8 @@ class FakeCuda:
         self.streams = FakeStreams(self.order, self.memory, self._maybe_arrive)
         self.allocated_bytes = 0
         self.num_kernels = self.num_copies = 0
+        # of copies, those on other streams than `down`
+        self.num_uploads = self.num_downloads = self.downloaded_bytes = 0
         self._lane = Lane(self.streams)
         self._under_way = 0
         self._failed: deque[tuple[Done, Exception]] = deque()
@@ -254,8 +256,11 @@ class FakeCuda:
             return func(*args, **kwargs)
         if name in _LOOKS:
             self._look(args[0], name)
+        is_upload = name == "new_tensor" and self.is_here(args[0])
+        if is_upload and not self._in_kernel:
+            self.memory.fail("the host waits for an upload from memory that is not pinned")
         made = func(*args, **kwargs)
-        if name == "new_tensor" and self.is_here(args[0]):  # as if with the device of the other
+        if is_upload:  # as if with the device of the other
             self._touch(self._stream(name), made, is_pinned=False)
         return made
 
@@ -356,6 +361,10 @@ class FakeCuda:
         self._note(stream, tick, source, "a copy", writes=False)
         self._note(stream, tick, into, "a copy", writes=True)
         self.num_copies += 1
+        self.num_uploads += stream is self.streams.compute and self.is_here(into)
+        if stream is self.streams.up:
+            self.num_downloads += 1
+            self.downloaded_bytes += source.nbytes
         if into.numel():
             there, here = _bytes_of(into), _bytes_of(source)
             stream.enqueue(lambda: there.fill(POISON))

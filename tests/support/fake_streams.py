@@ -59,6 +59,7 @@ class Order:
         self.late = late
         self.without = without
         self.points: Counter[str] = Counter()
+        self.waits: Counter[str] = Counter()  # of the host, for what it did not know to be over
         self.host = Line("host")
         self.streams: list[FakeStream] = []
 
@@ -151,6 +152,8 @@ class FakeEvent:
 
     def synchronize(self) -> None:
         if self._order.keeps(f"synchronisation with {self._stream.name}"):
+            name, known = self._stream.name, self._order.host.clock
+            self._order.waits[name] += self.clock.get(name, 0) > known.get(name, 0)
             self._order.run_until(lambda: self.is_over)
             self._order.host.knows(self.clock)
 

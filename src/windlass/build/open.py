@@ -315,7 +315,11 @@ def _assemble(
     if isinstance(runtime, DraftingHostRuntime):
         assert drafting is not None, "a layer that drafts is read where it is asked for alone"
         layer_drafts = LayerDrafts(
-            runtime, shape, drafting, micro_batch_tokens=plan.micro_batch_tokens
+            runtime,
+            shape,
+            drafting,
+            micro_batch_tokens=plan.micro_batch_tokens,
+            takes_likeliest=machine.memory.streams.runs_ahead,
         )
     guard = None if setup.keeps_bursts else WindowGuard(window=_BURST_STRETCHES)
     admission = Admission(
@@ -330,7 +334,6 @@ def _assemble(
             Pace() if setup.is_paced else None,
         ),
     )
-
     return Engine(
         setup,
         EngineParts(

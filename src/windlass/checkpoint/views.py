@@ -1,13 +1,14 @@
 """Canonical tensors and packed matrices over the bytes of a slot. Pure functions; the only place
 where stored bytes get a type."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from windlass.checkpoint.layout import ITEM_BYTES
 from windlass.checkpoint.part_reads import PartReads, Placement
+from windlass.device.streams import HostStreams, Streams
 from windlass.errors import CheckpointError
 from windlass.models.names import (
     Layout,
@@ -30,6 +31,9 @@ _DTYPES = {
     "U8": torch.uint8,
     "I32": torch.int32,
 }
+
+
+_HOST = HostStreams()
 
 
 class Views(NamedTuple):
@@ -60,10 +64,17 @@ def copied_bytes(layout: Layout, tensors: Mapping[str, TensorInfo]) -> int:
     return most
 
 
-def make_views(part_reads: PartReads, memory: torch.Tensor, *, is_known: bool = False) -> Views:
-    """All tensors of a part whose bytes are in `memory` (uint8). Only a tensor that begins at a
-    place where torch cannot view its type (odd, in effect) is copied. CheckpointError where one
-    that should say nothing does; not looked at again where the part `is_known`."""
+def make_views(
+    part_reads: PartReads,
+    memory: torch.Tensor,
+    *,
+    is_known: bool = False,
+    streams: Streams = _HOST,
+) -> Views:
+    """All tensors of a part whose bytes are in `memory` (uint8) of the device of `streams`. Only a
+    tensor that begins at a place where torch cannot view its type (odd, in effect) is copied.
+    CheckpointError where one that should say nothing does, or numbers of groups are none; they are
+    not looked at again where the part `is_known`."""
     tensors = StoredTensors()
     parts: dict[str, dict[Role, torch.Tensor]] = {}
     shapes: dict[str, PackedShape] = {}
@@ -73,6 +84,7 @@ def make_views(part_reads: PartReads, memory: torch.Tensor, *, is_known: bool = 
         stored = memory[at : at + place.num_bytes]
         if _says_nothing(place):
             if not is_known:
+                (stored,) = streams.on_host(stored)
                 _check_nothing(place, tensor_name, _canonical(stored.clone(), place))
             continue
         if stored.storage_offset() % ITEM_BYTES[place.dtype]:
@@ -85,16 +97,15 @@ def make_views(part_reads: PartReads, memory: torch.Tensor, *, is_known: bool = 
             shapes[place.name] = place.packed
             parts.setdefault(place.name, {})[place.role] = tensor
     for name, shape in shapes.items():
-        tensors[name] = _packed(name, shape, parts[name])
+        if not is_known and "groups" in parts[name]:
+            (groups,) = streams.on_host(parts[name]["groups"])
+            _check_groups(name, shape, groups, parts[name]["scales"].shape)
+        tensors[name] = _packed(shape, parts[name])
     return Views(tensors, has_copies)
 
 
-def _packed(name: str, shape: PackedShape, tensors: dict[Role, torch.Tensor]) -> Weight:
+def _packed(shape: PackedShape, tensors: dict[Role, torch.Tensor]) -> Weight:
     """One matrix, or one for each head, over the views of its tensors."""
-    if "groups" in tensors:
-        scales = tensors["scales"].shape
-        by_rows = shape.format.packing == "rows"
-        _check_groups(name, tensors["groups"], scales[-1] if by_rows else scales[0])
     if len(shape.shape) == 2:
         return _matrix(shape, tensors)
     by_rows = shape.format.packing == "rows"
@@ -165,8 +176,11 @@ def _listed(codes: list[int]) -> str:
     return ", ".join(map(str, codes[:6])) + (", ..." if len(codes) > 6 else "")
 
 
-def _check_groups(name: str, groups: torch.Tensor, num_groups: int) -> None:
+def _check_groups(
+    name: str, shape: PackedShape, groups: torch.Tensor, scales: Sequence[int]
+) -> None:
     """Kernels trust the numbers of groups."""
+    num_groups = scales[-1] if shape.format.packing == "rows" else scales[0]
     least, most = int(groups.min()), int(groups.max())
     if least < 0 or most >= num_groups:
         raise CheckpointError(

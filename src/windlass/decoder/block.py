@@ -14,7 +14,7 @@ import torch
 
 from windlass.kernels.interface import Kernels
 from windlass.models.spec import ModelSpec, Moe, Shared
-from windlass.tensors import Tensors, Weight, floats_or_none, number, plain, plain_or_none
+from windlass.tensors import Tensors, Weight, floats_or_none, plain, plain_or_none
 
 # What `add_network` and `add_experts` need of a part, where the block has it.
 OUTPUT_TENSORS = tuple(
@@ -34,7 +34,8 @@ class ExpertOutputs(NamedTuple):
 def embed(spec: ModelSpec, rows_TD: torch.Tensor) -> torch.Tensor:
     """Rows of the embedding table, in its stored type -> hidden states fp32."""
     if spec.embed_multiplier_as_stored:
-        return rows_TD.float() * rows_TD.new_tensor(spec.embed_multiplier).float()
+        stored = torch.tensor(spec.embed_multiplier, dtype=rows_TD.dtype)
+        return rows_TD.float() * stored.item()
     return rows_TD.float() * spec.embed_multiplier
 
 
@@ -138,7 +139,7 @@ def add_experts(
 
 def _end(k: Kernels, spec: ModelSpec, layer: int, w: Tensors, x_TD: torch.Tensor) -> None:
     if spec.blocks[layer].output_scale:
-        k.scale(x_TD, number(w, "output_scale"))
+        k.scale(x_TD, plain(w, "output_scale"))
 
 
 def final_norm(k: Kernels, spec: ModelSpec, w: Tensors, x_TD: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from windlass.decoder.attention import linear
 from windlass.decoder.state_rows import (
     Decays,
-    StateSegment,
+    StateRows,
     begin,
     convolve,
     heads_first,
@@ -53,7 +53,7 @@ def delta_attention(
     spec: GatedDelta,
     w: Tensors,
     h_TD: torch.Tensor,
-    segments: Sequence[StateSegment],
+    rows: StateRows,
     states: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Token mixing of one layer -> (T, D); advances the states of the segments' slots in place.
@@ -61,13 +61,13 @@ def delta_attention(
     `states`: of the convolution (slots, C, kernel - 1) and recurrent (slots, H, d, v), fp32; a
     segment at position 0 overwrites what its slot held. The segments cover all rows.
     """
-    begin(segments, states)
-    inputs = _project(kernels, spec, w, h_TD, segments, states[0])
+    begin(rows.segments, states)
+    inputs = _project(kernels, spec, w, h_TD, rows, states[0])
 
     def advance(rows: slice, state: torch.Tensor, is_prompt: bool) -> torch.Tensor:
         return (_chunk if is_prompt else _token)(kernels, inputs.at(rows), state)
 
-    out_THv = scan(advance, segments, states[1], torch.empty_like(inputs.v_nHv))
+    out_THv = scan(advance, rows.segments, states[1], torch.empty_like(inputs.v_nHv))
     return _output(kernels, spec, w, h_TD, out_THv)
 
 
@@ -76,12 +76,12 @@ def _project(
     spec: GatedDelta,
     w: Tensors,
     h_TD: torch.Tensor,
-    segments: Sequence[StateSegment],
+    rows: StateRows,
     conv_state: torch.Tensor,
 ) -> _Inputs:
     *mixed, step_TH, beta_TH = kernels.linears(h_TD, w, _PROJECTIONS)
     mixed_TC = torch.cat(mixed, dim=-1)
-    mixed_TC = convolve(mixed_TC, w, segments, conv_state)
+    mixed_TC = convolve(mixed_TC, w, rows, conv_state)
     mixed_TC = kernels.pointwise(F.silu, mixed_TC)
     width = spec.num_k_heads * spec.k_head_dim
     q, k, v = mixed_TC[:, :width], mixed_TC[:, width : 2 * width], mixed_TC[:, 2 * width :]

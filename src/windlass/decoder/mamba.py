@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from windlass.decoder.attention import linear
 from windlass.decoder.state_rows import (
     Decays,
-    StateSegment,
+    StateRows,
     begin,
     convolve,
     heads_first,
@@ -47,7 +47,7 @@ def mamba(
     spec: Mamba2,
     w: Tensors,
     h_TD: torch.Tensor,
-    segments: Sequence[StateSegment],
+    rows: StateRows,
     states: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Token mixing of one layer -> (T, D); advances the states of the segments' slots in place.
@@ -55,11 +55,11 @@ def mamba(
     `states`: of the convolution (slots, C, kernel - 1) and recurrent (slots, H, d, v), fp32. The
     segments cover all rows.
     """
-    begin(segments, states)
+    begin(rows.segments, states)
     parts = linear(kernels, w, "state_proj", h_TD)
     widths = [spec.inner, spec.conv_dim, spec.num_heads]
     gate, mixed_TC, step_TH = torch.split(parts, widths, dim=-1)
-    mixed_TC = convolve(mixed_TC, w, segments, states[0])
+    mixed_TC = convolve(mixed_TC, w, rows, states[0])
     mixed_TC = kernels.pointwise(F.silu, mixed_TC)
     shared = spec.num_groups * spec.state_dim
     x, k, q = torch.split(mixed_TC, [spec.inner, shared, shared], dim=-1)
@@ -76,7 +76,7 @@ def mamba(
     def advance(rows: slice, state: torch.Tensor, is_prompt: bool) -> torch.Tensor:
         return (_chunk if is_prompt else _token)(kernels, inputs.at(rows), state)
 
-    out_THv = scan(advance, segments, states[1], torch.empty_like(x_THv))
+    out_THv = scan(advance, rows.segments, states[1], torch.empty_like(x_THv))
     out_THv += x_THv * plain(w, "d").float()[:, None]
     gated = out_THv.flatten(1) * kernels.pointwise(F.silu, gate)
     return linear(kernels, w, "o_proj", _group_norm(spec, plain(w, "out_norm.weight"), gated))

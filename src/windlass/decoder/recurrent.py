@@ -7,7 +7,7 @@ import torch
 from windlass.decoder.delta import delta_attention
 from windlass.decoder.mamba import mamba
 from windlass.decoder.short_conv import short_convolution
-from windlass.decoder.state_rows import StateSegment
+from windlass.decoder.state_rows import StateRows
 from windlass.kernels.interface import Kernels
 from windlass.models.spec import GatedDelta, Mamba2, Recurrent, ShortConv
 from windlass.tensors import Tensors
@@ -32,15 +32,15 @@ def recurrent_attention(
     attention: Recurrent,
     w: Tensors,
     h_TD: torch.Tensor,
-    segments: Sequence[StateSegment],
+    rows: StateRows,
     states: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """Token mixing of one layer -> (T, D); advances `states` (slots, *shape), each as
     `state_shapes` has it, at the segments' slots in place."""
     match attention:
         case GatedDelta():
-            return delta_attention(kernels, attention, w, h_TD, segments, states)
+            return delta_attention(kernels, attention, w, h_TD, rows, states)
         case Mamba2():
-            return mamba(kernels, attention, w, h_TD, segments, states)
+            return mamba(kernels, attention, w, h_TD, rows, states)
         case ShortConv():
-            return short_convolution(kernels, w, h_TD, segments, states)
+            return short_convolution(kernels, w, h_TD, rows, states)

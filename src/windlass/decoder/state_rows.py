@@ -33,6 +33,15 @@ class StateSegment:
         return slice(self.first_row, self.first_row + self.num_rows)
 
 
+class StateRows(NamedTuple):
+    """The rows of all sequences of a call; of those that have a single one, that row and their
+    slot, int64, in memory of the device that computes."""
+
+    segments: Sequence[StateSegment]
+    single_rows: torch.Tensor
+    single_slots: torch.Tensor
+
+
 def begin(segments: Sequence[StateSegment], states: Sequence[torch.Tensor]) -> None:
     """Clears the states of sequences that begin."""
     for segment in segments:
@@ -44,21 +53,17 @@ def begin(segments: Sequence[StateSegment], states: Sequence[torch.Tensor]) -> N
                 state[segment.slot].zero_()
 
 
-def convolve(
-    x_TC: torch.Tensor, w: Tensors, segments: Sequence[StateSegment], state: torch.Tensor
-) -> torch.Tensor:
+def convolve(x_TC: torch.Tensor, w: Tensors, rows: StateRows, state: torch.Tensor) -> torch.Tensor:
     """Causal convolution per channel, over each sequence's rows and the last ones before them,
     which `state` (slots, C, K - 1) holds and is advanced. `w`: `conv.weight` (C, K), `conv.bias`
     where the part has it."""
     taps_CK, bias_C = plain(w, "conv.weight").float(), plain_or_none(w, "conv.bias")
     out_TC = x_TC.new_empty(x_TC.shape)
     # decoding sequences have one row each and go together: sums are elementwise, in tap order
-    single = [s for s in segments if s.num_rows == 1]
-    if single:
-        rows = x_TC.new_tensor([s.first_row for s in single], dtype=torch.int64)
-        slots = x_TC.new_tensor([s.slot for s in single], dtype=torch.int64)
-        window = torch.cat((state[slots], x_TC[rows, :, None]), dim=2)
-        out_TC[rows] = _taps(window.unbind(2), taps_CK)
+    segments, single, slots = rows
+    if len(single):
+        window = torch.cat((state[slots], x_TC[single, :, None]), dim=2)
+        out_TC[single] = _taps(window.unbind(2), taps_CK)
         state[slots] = window[:, :, 1:]
     for segment in segments:
         if segment.num_rows > 1:

@@ -4,7 +4,7 @@ ended; nothing but a stream, an event or the host that waited orders two accesse
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -30,10 +30,27 @@ class Stream(Protocol):
         ...
 
 
+class ToHost(NamedTuple):
+    """Tensors on their way to the host. `sources` are kept: who makes memory must not give theirs
+    to other work before they are copied."""
+
+    copies: tuple[torch.Tensor, ...]
+    sources: tuple[torch.Tensor, ...]
+    end: Event
+
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        """The copies, once they are there, for the host to read."""
+        self.end.synchronize()
+        return self.copies
+
+
 class Streams(Protocol):
     """Of one device: `compute` has its kernels, and copies to it that they need at once; `down` the
     copies of weights to it, `up` those to the host, `back` those of what the host has made of
-    them."""
+    them. `runs_ahead`: what is asked of it goes on by itself, so that looking at results costs time
+    in which nothing more is asked."""
+
+    runs_ahead: bool
 
     @property
     def compute(self) -> Stream: ...
@@ -51,9 +68,13 @@ class Streams(Protocol):
         """What this thread asks of torch inside, on tensors of the device, is work of `stream`."""
         ...
 
+    def to_host(self, *tensors: torch.Tensor) -> ToHost:
+        """What `compute` has made of `tensors` begins to be copied to the host, once it has. Those
+        that lie there are not copied. `compute` must not write them before somebody has waited."""
+        ...
+
     def on_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What `compute` has made of `tensors`, once it has, for the host to read. Those that lie
-        there are not copied."""
+        """The same, waited for."""
         ...
 
     def pinned(self, like: torch.Tensor) -> torch.Tensor:
@@ -85,11 +106,15 @@ class _ProgramOrder:
 class HostStreams:
     """`Streams` of the host itself, where there is nothing to wait for."""
 
+    runs_ahead = False
     compute = down = up = back = _ProgramOrder()
     _here = nullcontext()
 
     def on(self, stream: Stream) -> AbstractContextManager[None]:
         return self._here
+
+    def to_host(self, *tensors: torch.Tensor) -> ToHost:
+        return ToHost(tensors, tensors, OVER)
 
     def on_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tensors
@@ -101,6 +126,7 @@ class HostStreams:
 class DeviceStreams(ABC):
     """`Streams` of a device that works by itself; of its memory only streams and copies reach."""
 
+    runs_ahead = True
     compute: Stream
     down: Stream
     up: Stream
@@ -112,9 +138,15 @@ class DeviceStreams(ABC):
     @abstractmethod
     def pinned(self, like: torch.Tensor) -> torch.Tensor: ...
 
-    def on_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def to_host(self, *tensors: torch.Tensor) -> ToHost:
         self.up.wait(self.compute.record())
         with self.on(self.up):
-            copies = tuple(self.pinned(one).copy_(one, non_blocking=True) for one in tensors)
-        self.up.record().synchronize()
-        return copies
+            copies = tuple(self._copied(one) for one in tensors)
+        return ToHost(copies, tensors, self.up.record())
+
+    def _copied(self, tensor: torch.Tensor) -> torch.Tensor:
+        made = self.pinned(tensor)
+        return made.copy_(tensor, non_blocking=True) if tensor.numel() else made
+
+    def on_host(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.to_host(*tensors).wait()

@@ -9,7 +9,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from windlass.engine.outputs import RequestOutput
 from windlass.engine.phase_meter import PhaseMeter, Readings
 from windlass.engine.request import Delta, Request, StepResult, joined
 from windlass.engine.request_rules import RequestRules
+from windlass.engine.sampling import Likeliest
 from windlass.engine.sequence import PromptScore, Sequence
 from windlass.engine.tokenizer import Tokenizer
 from windlass.errors import RequestError
@@ -41,6 +43,8 @@ from windlass.speculative import SpeculativeConfig
 from windlass.trace import Tracer
 from windlass.weights.store import WeightStore
 from windlass.workload import Workload
+
+_RowOfLogits = torch.Tensor | Likeliest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +150,8 @@ class Engine:
         with self._parts.computing():  # pages are cleared
             has_filled = _draft(self._parts)
             rows = self._admission.compose(self._open)
+        if self._parts.streams.runs_ahead:
+            rows = [_of_likeliest(row) for row in rows]
         if not rows:
             assert not self._open, "requests wait, but nothing can run"
             return StepResult((), ())
@@ -158,7 +164,8 @@ class Engine:
             with _or_restart(parts), parts.computing():
                 outcome = _join([run_pass(parts.runtime, parts.shape, one) for one in passes])
             self._passes += len(passes)
-            with self._tracer.span("sample", rows=len(outcome.logits)):
+            num_rows = sum(segment.num_logits for segment in segments)
+            with self._tracer.span("sample", rows=num_rows):
                 result = self._take(rows, outcome)
             if self._parts.layer_drafts is not None:
                 self._parts.layer_drafts.keep(rows, outcome.states)
@@ -184,8 +191,7 @@ class Engine:
     def _take(self, rows: list[ScheduledSequence], outcome: Outcome) -> StepResult:
         finished: list[RequestOutput] = []
         deltas: list[Delta] = []
-        taken = 0
-        scores = _prompt_scores(outcome)
+        drawn_from, scores = _RowsOfLogits(outcome), _prompt_scores(outcome)
         for sequence, segment in rows:
             drafts = _drafts(segment)
             sequence.num_computed += segment.num_tokens - len(drafts)
@@ -194,9 +200,7 @@ class Engine:
             self._prompt_tokens += segment.num_tokens * segment.is_prompt
             if not segment.wants_logits:
                 continue
-            logits_RV = outcome.logits[taken : taken + segment.num_logits]
-            taken += segment.num_logits
-            deltas += self._advance(sequence, logits_RV, drafts)
+            deltas += self._advance(sequence, drawn_from.of(segment), drafts)
             if sequence.finish_reason is not None:
                 self._admission.remove(sequence)
                 output = self._open.end(sequence)
@@ -205,7 +209,7 @@ class Engine:
         return StepResult(tuple(finished), tuple(deltas))
 
     def _advance(
-        self, sequence: Sequence, logits_RV: torch.Tensor, drafts: tuple[int, ...]
+        self, sequence: Sequence, rows: Iterable[_RowOfLogits], drafts: tuple[int, ...]
     ) -> list[Delta]:
         """The sequence's next tokens as one delta: that after its last row, and for as long as the
         guess in the row behind is the token that was drawn, that after it. None where its request's
@@ -214,8 +218,8 @@ class Engine:
         deltas: list[Delta] = []
         before = sequence.num_computed
         try:
-            for logits_V, draft in zip(logits_RV, (*drafts, None), strict=True):
-                deltas.append(sequence.advance(logits_V, self.tokenizer))
+            for row, draft in zip(rows, (*drafts, None), strict=True):
+                deltas.append(sequence.advance(row, self.tokenizer))
                 self._generated_tokens += 1
                 if sequence.finish_reason is not None or deltas[-1].token_ids != (draft,):
                     break
@@ -320,6 +324,32 @@ def _drafts(segment: Segment) -> tuple[int, ...]:
     return segment.token_ids[segment.num_tokens - segment.num_drafts :]
 
 
+def _of_likeliest(row: ScheduledSequence) -> ScheduledSequence:
+    """The row, without logits of which nothing is asked but the likeliest token."""
+    sequence, segment = row
+    if not (segment.wants_logits and sequence.takes_likeliest):
+        return row
+    return ScheduledSequence(sequence, replace(segment, takes_likeliest=True))
+
+
+class _RowsOfLogits:
+    """What a pass gives of each segment that wants logits, one after the other."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        self._logits_RV = outcome.logits
+        self._num_whole = 0  # rows that were given
+        columns = outcome.likeliest, outcome.likeliest_logits
+        self._likeliest = map(Likeliest, *(column.tolist() for column in columns))
+
+    def of(self, segment: Segment) -> Iterable[_RowOfLogits]:
+        """Its rows."""
+        if segment.takes_likeliest:
+            return list(islice(self._likeliest, segment.num_logits))
+        first, self._num_whole = self._num_whole, self._num_whole + segment.num_logits
+        rows: torch.Tensor = self._logits_RV[first : self._num_whole]
+        return rows
+
+
 def _prompt_scores(outcome: Outcome) -> Iterator[PromptScore]:
     """Of all targets, in segment order."""
     columns = outcome.logprobs, outcome.best, outcome.best_logprobs
@@ -356,14 +386,8 @@ def _join(outcomes: list[Outcome]) -> Outcome:
     """Of passes one after the other, as of one."""
     if len(outcomes) == 1:
         return outcomes[0]
-    has_states = outcomes[0].states is not None
-    return Outcome(
-        torch.cat([outcome.logits for outcome in outcomes]),
-        torch.cat([outcome.logprobs for outcome in outcomes]),
-        torch.cat([outcome.best for outcome in outcomes]),
-        torch.cat([outcome.best_logprobs for outcome in outcomes]),
-        torch.cat([outcome.states for outcome in outcomes]) if has_states else None,
-    )
+    columns = ([getattr(one, field.name) for one in outcomes] for field in fields(Outcome))
+    return Outcome(*(None if own[0] is None else torch.cat(own) for own in columns))
 
 
 def _close_aside(resources: ExitStack) -> None:

@@ -39,11 +39,14 @@ class LayerDrafts:
         drafting: Drafting,
         *,
         micro_batch_tokens: int,
+        takes_likeliest: bool,
     ) -> None:
+        """`takes_likeliest`: the device finds the likeliest tokens, and logits stay there."""
         self._runtime = runtime
         self._shape = shape
         self._drafting = drafting
         self._micro_batch_tokens = micro_batch_tokens
+        self._takes_likeliest = takes_likeliest
         self._kept: list[_Rows] = []
         self._states: Any = None  # of the rows of the pass
 
@@ -60,6 +63,7 @@ class LayerDrafts:
                     segment,
                     token_ids=sequence.following(first, last),
                     wants_logits=segment.wants_logits and sequence.finish_reason is None,
+                    takes_likeliest=self._takes_likeliest,
                     num_drafts=0,
                     targets=(),
                 )
@@ -80,10 +84,9 @@ class LayerDrafts:
             one.segment if is_wanted else replace(one.segment, wants_logits=False) for one in seen
         ]
         batch = make_batch(segments, micro_batch_tokens=self._micro_batch_tokens)
-        if len(rows) < len(states):
-            states = states[rows]
-        outcome = run_draft(self._runtime, self._shape, batch, states)
-        for sequence, token in zip(guessing, outcome.logits.argmax(1).tolist(), strict=True):
+        outcome = run_draft(self._runtime, self._shape, batch, states, rows)
+        tokens = outcome.likeliest if self._takes_likeliest else outcome.logits.argmax(1)
+        for sequence, token in zip(guessing, tokens.tolist(), strict=True):
             if sequence.pages:  # it may have been given up since
                 self._drafting.hear(sequence, token)
         return any(one.segment.is_prompt for one in seen)

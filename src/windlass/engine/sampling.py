@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -33,6 +33,14 @@ class TokenTexts(Protocol):
     """What a token is in UTF-8: a part of a character perhaps."""
 
     def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class Likeliest(NamedTuple):
+    """All that is asked of a row of logits where nothing but the likeliest token can be drawn. Of
+    equal ones it is the first, and where there is a NaN the logit is one."""
+
+    token_id: int
+    logit: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +122,32 @@ class Sampler:
             or params.repetition_penalty != 1.0
         )
 
-    def sample(self, logits_V: torch.Tensor, grammar_V: NDArray[np.bool_] | None = None) -> Sampled:
-        """The next token from fp32 logits (V,), which are left as they are. `grammar_V`: the
-        tokens that a grammar allows."""
-        raw_V = logits_V.detach().cpu().numpy()
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether `Likeliest` is enough for all tokens that are still to be drawn, unless a grammar
+        forbids some."""
+        params = self._params
+        return (
+            params.is_greedy
+            and params.logprobs is None
+            and not (self._has_penalties or self._allowed.size or self._bias_ids.size)
+            and not self._is_too_short
+        )
+
+    def sample(
+        self, row: torch.Tensor | Likeliest, grammar_V: NDArray[np.bool_] | None = None
+    ) -> Sampled:
+        """The next token from fp32 logits (V,), which are left as they are, or where it
+        `takes_likeliest`, from that. `grammar_V`: the tokens that a grammar allows."""
+        if isinstance(row, Likeliest):
+            assert self.takes_likeliest and grammar_V is None, "more is asked of a row"
+            _check_finite(row.logit)
+            self._record(row.token_id)
+            return Sampled(row.token_id)
+        raw_V = row.detach().numpy()
         assert raw_V.shape == (self._vocab_size,) and raw_V.dtype == np.float32, raw_V.shape
         best = int(raw_V.argmax())  # a NaN counts as the maximum
-        if not np.isfinite(raw_V[best]):
-            raise RequestError("the model's logits are not finite", code=NOT_FINITE)
+        _check_finite(raw_V[best])
         own_V = self._constrained(raw_V, grammar_V)
         if own_V is not raw_V:
             best = int(own_V.argmax())
@@ -145,6 +171,10 @@ class Sampler:
             )
         return np.array(token_ids, dtype=np.int64)
 
+    @property
+    def _is_too_short(self) -> bool:
+        return self._step < self._params.min_tokens and self._stop_ids.size > 0
+
     def _record(self, token_id: int) -> None:
         self._step += 1
         if self._has_penalties:
@@ -153,7 +183,7 @@ class Sampler:
 
     def _constrained(self, raw_V: Floats, grammar_V: NDArray[np.bool_] | None) -> Floats:
         """Grammar, allowed ids, min_tokens, bias and penalties; a copy only where one acts."""
-        too_short = self._step < self._params.min_tokens and self._stop_ids.size > 0
+        too_short = self._is_too_short
         penalised = self._has_penalties and bool(self._counts or self._seen)
         is_free = grammar_V is None
         if is_free and not (too_short or penalised or self._allowed.size or self._bias_ids.size):
@@ -197,6 +227,11 @@ class Sampler:
             kept = inside if kept is None else kept[inside]
         place = _place(weights_K, uniform(self._seed, self._step))
         return place if kept is None else int(kept[place])
+
+
+def _check_finite(logit: Any) -> None:
+    if not np.isfinite(logit):
+        raise RequestError("the model's logits are not finite", code=NOT_FINITE)
 
 
 def _above_floor(logits_V: Floats, highest: float, params: SamplingParams) -> Ids | None:

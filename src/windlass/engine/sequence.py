@@ -11,7 +11,7 @@ from windlass.engine.detokenizer import TextStream
 from windlass.engine.grammars import Constraint
 from windlass.engine.outputs import CompletionOutput, LogprobsOfStep
 from windlass.engine.request import Delta, Request
-from windlass.engine.sampling import Sampled, Sampler
+from windlass.engine.sampling import Likeliest, Sampled, Sampler
 from windlass.engine.tokenizer import Tokenizer
 from windlass.ids import Home
 
@@ -162,10 +162,16 @@ class Sequence:
         generated = self.output_ids[max(0, first - before) : max(0, last - before)]
         return prompt[first + 1 : last + 1] + tuple(generated)
 
-    def advance(self, logits_V: torch.Tensor, tokenizer: Tokenizer) -> Delta:
-        """Samples the next token of this sequence and decides whether it ends here."""
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether nothing but the likeliest token is asked of its rows of logits."""
+        return self.constraint is None and self.sampler.takes_likeliest
+
+    def advance(self, row: torch.Tensor | Likeliest, tokenizer: Tokenizer) -> Delta:
+        """Samples the next token of this sequence, as `Sampler.sample` does, and decides whether it
+        ends here."""
         allowed_V = self.constraint.allowed() if self.constraint else None
-        sampled = self.sampler.sample(logits_V, allowed_V)
+        sampled = self.sampler.sample(row, allowed_V)
         token = sampled.token_id
         if self.constraint is not None:
             self.constraint.accept(token)

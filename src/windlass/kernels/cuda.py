@@ -18,6 +18,7 @@ from windlass.kernels.interface import (
     ExpertGroups,
     Routes,
 )
+from windlass.kernels.logit_scan import scan_logits
 from windlass.kernels.triton import launch, routing, small
 from windlass.kernels.triton.attention import CudaAttention
 from windlass.kernels.triton.expert_table import grouped_experts
@@ -160,8 +161,10 @@ class CudaKernels:
     def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
         hidden_TD += y_TD if multiplier == 1 else y_TD * multiplier
 
-    def scale(self, hidden_TD: torch.Tensor, multiplier: float) -> None:
+    def scale(self, hidden_TD: torch.Tensor, multiplier: torch.Tensor) -> None:
         hidden_TD *= multiplier
+
+    scan_logits = staticmethod(scan_logits)
 
     def weighted_sum(
         self,

@@ -44,7 +44,7 @@ def _codes(w: Packed, first: int, last: int) -> torch.Tensor:
         return codes[:, :width].float()
     nibbles = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)[:, :width]
     if form.code == "e2m1":
-        return _E2M1.index_select(0, nibbles.flatten().int()).view(nibbles.shape)
+        return _E2M1.to(codes.device).index_select(0, nibbles.flatten().int()).view(nibbles.shape)
     return nibbles.float()
 
 
@@ -56,7 +56,8 @@ def _scales(w: Packed, first: int, last: int) -> torch.Tensor:
     scales = scales.float()
     if w.format.rows <= 1:
         return scales
-    rows = torch.arange(first, last) // w.format.rows - first // w.format.rows
+    rows = torch.arange(first, last, device=scales.device) // w.format.rows
+    rows -= first // w.format.rows
     return scales[rows]
 
 
@@ -93,14 +94,14 @@ def _over_columns(w: Packed, per_group: torch.Tensor) -> torch.Tensor:
 def _unpack_down(words: torch.Tensor, bits: int) -> torch.Tensor:
     """int32 words (a, b), each of 32 / bits numbers along the first dimension, lowest bits first ->
     (a * 32 / bits, b)."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)[:, None]
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)[:, None]
     numbers: torch.Tensor = (words[:, None] >> shifts) & (2**bits - 1)
     return numbers.flatten(0, 1)
 
 
 def _awq(words: torch.Tensor, first: int, last: int) -> torch.Tensor:
     """int32 words (a, N / 8) in AWQ's order -> columns `first` to `last` (a, n)."""
-    shifts = 4 * torch.tensor(_AWQ_NIBBLES, dtype=torch.int32)
+    shifts = 4 * torch.tensor(_AWQ_NIBBLES, dtype=torch.int32, device=words.device)
     part = words[:, _block_rows(8, first, last)]
     numbers: torch.Tensor = (part[:, :, None] >> shifts) & 15
     return numbers.flatten(1)[:, first % 8 : first % 8 + last - first]

@@ -31,12 +31,26 @@ class ExpertGroups(NamedTuple):
         return cls(places, places, torch.full((experts,), rows))
 
 
+class WorkTables(NamedTuple):
+    """What kernels of a device read of an `AttentionWork`, in its memory; int64 and contiguous."""
+
+    pages_SP: torch.Tensor  # of each sequence, oldest first, filled up with pages that nobody reads
+    sequences_T: torch.Tensor  # that each row belongs to
+    lengths_T: torch.Tensor  # positions that each row sees, its own the last
+
+    def by_row(self) -> "WorkTables":
+        """Each row as if it were a sequence of its own."""
+        each_T = torch.arange(len(self.sequences_T), device=self.sequences_T.device)
+        return WorkTables(self.pages_SP[self.sequences_T], each_T, self.lengths_T)
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionWork:
     """The rows of one attention call, sequence by sequence, as plain integers.
 
     Rows of a sequence are consecutive in the call and consecutive in position. `is_prompt` tells
-    whether they are prompt tokens; a sequence has rows of one kind in a call.
+    whether they are prompt tokens; a sequence has rows of one kind in a call. `tables`: the same
+    for kernels that do not run on the host, None for those that do.
     """
 
     first_row: tuple[int, ...]  # of each sequence
@@ -44,6 +58,7 @@ class AttentionWork:
     first_position: tuple[int, ...]
     pages: tuple[tuple[int, ...], ...]  # page ids of each sequence, oldest first
     is_prompt: tuple[bool, ...]
+    tables: WorkTables | None = None
 
     def by_row(self) -> "AttentionWork":
         """The same rows, each as if it were a sequence of its own: of another form only for whom
@@ -57,6 +72,7 @@ class AttentionWork:
             first_position=tuple(self.first_position[i] + row for i, row in each),
             pages=tuple(self.pages[i] for i, _ in each),
             is_prompt=tuple(self.is_prompt[i] for i, _ in each),
+            tables=None if self.tables is None else self.tables.by_row(),
         )
 
 
@@ -76,6 +92,21 @@ class Routes(NamedTuple):
     weights_TA: torch.Tensor  # fp32
     ids_TA: torch.Tensor  # int64
     scores_TE: torch.Tensor | None  # fp32, of all experts; None where they are not wanted
+
+
+class LogitScan(NamedTuple):
+    """What is known of rows' logits while ranges of the vocabulary go by, in the order of tokens.
+    Where no targets are given only `tops_R` and `ids_R` are wanted, and the others mean nothing."""
+
+    tops_R: torch.Tensor  # fp32: the largest so far; no number once one was
+    ids_R: torch.Tensor  # int64: its token, the first of equals
+    totals_R: torch.Tensor  # fp64: sum of exp(logit - top)
+    own_R: torch.Tensor  # fp32: the logit of the row's target
+    targets_R: torch.Tensor | None  # int64
+
+    def rows(self, some: slice) -> "LogitScan":
+        """Of those rows, which a change of it changes."""
+        return LogitScan(*(None if one is None else one[some] for one in self))  # type: ignore[arg-type]
 
 
 _Result = TypeVar("_Result")
@@ -230,8 +261,8 @@ class Kernels(Protocol):
         """Adds `multiplier` times `y_TD` to `hidden_TD`, in place."""
         ...
 
-    def scale(self, hidden_TD: torch.Tensor, multiplier: float) -> None:
-        """Multiplies `hidden_TD`, in place."""
+    def scale(self, hidden_TD: torch.Tensor, multiplier: torch.Tensor) -> None:
+        """Multiplies `hidden_TD` by the only element of `multiplier`, in place."""
         ...
 
     def weighted_sum(
@@ -253,6 +284,11 @@ class Kernels(Protocol):
     ) -> None:
         """Adds `multiplier` times (the weighted sum of each row's expert outputs, in the row's
         routing order, plus the shared expert's) to `hidden_TD`, in place."""
+        ...
+
+    def scan_logits(self, scan: LogitScan, logits_RC: torch.Tensor, first: int) -> None:
+        """Takes the logits of the tokens from `first` on into `scan`, in place. They may be
+        overwritten."""
         ...
 
     def read(self, x: torch.Tensor) -> None:

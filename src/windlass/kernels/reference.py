@@ -21,6 +21,7 @@ from windlass.kernels.interface import (
     Routes,
 )
 from windlass.kernels.limits import TILE_BYTES
+from windlass.kernels.logit_scan import scan_logits
 from windlass.kernels.row_counts import RowLadder, pad_rows
 from windlass.kernels.torch_attention import paged_attention
 from windlass.kernels.widened import WidenedWeights, widened_heads
@@ -186,7 +187,7 @@ class TorchKernels:
         # in two steps: a fused multiply-add would round otherwise in a vector's tail
         hidden_TD += y_TD * multiplier
 
-    def scale(self, hidden_TD: torch.Tensor, multiplier: float) -> None:
+    def scale(self, hidden_TD: torch.Tensor, multiplier: torch.Tensor) -> None:
         hidden_TD *= multiplier
 
     def weighted_sum(
@@ -216,6 +217,8 @@ class TorchKernels:
         self, function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor
     ) -> torch.Tensor:
         return rowwise.pointwise(function, x)
+
+    scan_logits = staticmethod(scan_logits)
 
     def attention(
         self,

@@ -1,14 +1,18 @@
-"""Where the tokens of a pass are in the KV cache. Knows no layers."""
+"""Where the tokens of a pass are in the KV cache, and all else that a device has to know of them,
+which goes there in one copy. Knows no layers."""
 
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import chain, count, repeat
 from typing import NamedTuple
 
 import torch
 
-from windlass.decoder.state_rows import StateSegment
+from windlass.decoder.state_rows import StateRows, StateSegment
 from windlass.device.base import Allocator
-from windlass.kernels.interface import AttentionWork
+from windlass.kernels.interface import AttentionWork, WorkTables
 from windlass.models.spec import Rope
-from windlass.schedule.batch import MicroBatch
+from windlass.schedule.batch import Batch, MicroBatch
 
 
 class AttentionMetadata(NamedTuple):
@@ -19,23 +23,97 @@ class AttentionMetadata(NamedTuple):
     offsets: torch.Tensor  # within those pages: (T,) int64
     long_rope: torch.Tensor  # whether of a sequence that may outgrow the original context
     work: AttentionWork
-    segments: list[StateSegment]
+    segments: StateRows
     tables: dict[Rope, tuple[torch.Tensor, torch.Tensor]]  # cos and sin, filled as layers ask
     length: int  # of the longest sequence so far: all positions are below
 
 
-def attention_metadata(micro: MicroBatch, page_tokens: int, memory: Allocator) -> AttentionMetadata:
-    """Of the tokens of `micro`, in `memory`; pages hold `page_tokens` tokens."""
-    positions: list[int] = []
-    pages: list[int] = []
-    long_rope: list[bool] = []
-    first_rows: list[int] = []
+class PassRows(NamedTuple):
+    """The tokens of a pass, all int64 and of one piece of memory."""
+
+    tokens_T: torch.Tensor
+    metadata: dict[int, AttentionMetadata]  # of micro-batches, by their first token
+    # rows of the pass, as the batch has them
+    whole_R: torch.Tensor
+    likeliest_R: torch.Tensor
+    scored_R: torch.Tensor
+    targets_R: torch.Tensor  # tokens, of the rows before
+    before_T: torch.Tensor  # what the caller gave
+
+
+class _Numbers:
+    """What goes to a device together."""
+
+    def __init__(self) -> None:
+        self._values: list[int] = []
+        self._sizes: list[int] = []
+
+    def add(self, values: Iterable[int]) -> int:
+        """Which of `sent` they will be."""
+        before = len(self._values)
+        self._values.extend(values)
+        self._sizes.append(len(self._values) - before)
+        return len(self._sizes) - 1
+
+    def sent(self, memory: Allocator) -> Sequence[torch.Tensor]:
+        return torch.split(memory.tensor(self._values, dtype=torch.int64), self._sizes)
+
+
+class _Micro(NamedTuple):
+    """Of a micro-batch, what no other has. `pages`: a table of the pages of its sequences, and of
+    each row which of them it belongs to; None where kernels run on the host, which reads the
+    work."""
+
+    micro: MicroBatch
+    work: AttentionWork
+    segments: tuple[StateSegment, ...]
+    single_rows: int
+    single_slots: int
+    pages: tuple[int, int] | None
+
+
+def pass_rows(
+    batch: Batch, page_tokens: int, memory: Allocator, before: Sequence[int] = ()
+) -> PassRows:
+    """Of `batch`, in `memory`; pages hold `page_tokens` tokens. `before`: further numbers."""
+    numbers = _Numbers()
+    segments, flat = batch.segments, chain.from_iterable
+    spans = [range(s.first_position, s.first_position + s.num_tokens) for s in segments]
+    of_all = (
+        flat(spans),
+        [
+            s.pages[at // page_tokens]
+            for s, span in zip(segments, spans, strict=True)
+            for at in span
+        ],
+        flat(repeat(int(s.long_rope), s.num_tokens) for s in segments),
+        flat(s.token_ids for s in segments),
+    )
+    rows = (*batch.whole_and_likeliest_rows, batch.scored_rows, batch.targets, before)
+    for own in (*of_all, *rows):
+        numbers.add(own)
+    micros = [_micro(one, numbers, memory) for one in batch.micro_batches]
+    sent = numbers.sent(memory)
+    positions_T, pages_T, long_T, tokens_T, *picked = sent[: len(of_all) + len(rows)]
+    each = positions_T, pages_T, positions_T % page_tokens, long_T.bool()
+    metadata = {
+        one.micro.first_token: _metadata(one, sent, each if len(micros) == 1 else _of(one, each))
+        for one in micros
+    }
+    return PassRows(tokens_T, metadata, *picked)
+
+
+def _of(one: _Micro, of_all: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Its rows."""
+    first = one.micro.first_token
+    return [numbers[first : first + one.micro.num_tokens] for numbers in of_all]
+
+
+def _micro(micro: MicroBatch, numbers: _Numbers, memory: Allocator) -> _Micro:
+    first_rows, row = [], 0
     for segment in micro.segments:
-        first_rows.append(len(positions))
-        span = range(segment.first_position, segment.first_position + segment.num_tokens)
-        positions.extend(span)
-        pages.extend(segment.pages[position // page_tokens] for position in span)
-        long_rope.extend([segment.long_rope] * segment.num_tokens)
+        first_rows.append(row)
+        row += segment.num_tokens
     work = AttentionWork(
         first_row=tuple(first_rows),
         num_rows=tuple(s.num_tokens for s in micro.segments),
@@ -43,7 +121,7 @@ def attention_metadata(micro: MicroBatch, page_tokens: int, memory: Allocator) -
         pages=tuple(s.pages for s in micro.segments),
         is_prompt=tuple(s.is_prompt for s in micro.segments),
     )
-    segments = [
+    segments = tuple(
         StateSegment(
             first_row=row,
             num_rows=s.num_tokens,
@@ -52,15 +130,41 @@ def attention_metadata(micro: MicroBatch, page_tokens: int, memory: Allocator) -
             is_prompt=s.is_prompt,
         )
         for row, s in zip(first_rows, micro.segments, strict=True)
-    ]
-    positions_T = memory.tensor(positions, dtype=torch.int64)
+    )
+    single = [s for s in segments if s.slot >= 0 and s.num_rows == 1]
+    pages = None
+    if memory.streams.runs_ahead:
+        longest = max(map(len, work.pages))
+        pages = (
+            numbers.add(chain.from_iterable(_filled_up(own, longest) for own in work.pages)),
+            numbers.add(chain.from_iterable(map(repeat, count(), work.num_rows))),
+        )
+    rows, slots = numbers.add(s.first_row for s in single), numbers.add(s.slot for s in single)
+    return _Micro(micro, work, segments, rows, slots, pages)
+
+
+def _filled_up(pages: tuple[int, ...], size: int) -> tuple[int, ...]:
+    """With pages that nobody reads."""
+    return pages + pages[-1:] * (size - len(pages))
+
+
+def _metadata(
+    one: _Micro, sent: Sequence[torch.Tensor], own: Iterable[torch.Tensor]
+) -> AttentionMetadata:
+    """`own`: positions, pages, offsets and kinds of rotation of its rows."""
+    micro, work = one.micro, one.work
+    positions_T, pages_T, offsets_T, long_T = own
+    if one.pages is not None:
+        pages, sequences = (sent[which] for which in one.pages)
+        tables = WorkTables(pages.view(len(work.pages), -1), sequences, positions_T + 1)
+        work = replace(work, tables=tables)
     return AttentionMetadata(
         positions_T,
-        memory.tensor(pages, dtype=torch.int64),
-        positions_T % page_tokens,
-        memory.tensor(long_rope, dtype=torch.bool),
+        pages_T,
+        offsets_T,
+        long_T,
         work,
-        segments,
+        StateRows(one.segments, sent[one.single_rows], sent[one.single_slots]),
         {},
         max(s.first_position + s.num_tokens for s in micro.segments),
     )

@@ -8,13 +8,13 @@ the host reads what a pass has computed; each time it waits for an event.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from windlass.decoder import block as math
 from windlass.decoder.router import router_weights
-from windlass.decoder.score import RunningLogprobs
 from windlass.device.base import Allocator
 from windlass.device.streams import Streams
 from windlass.forecast.interface import ExpertForecast
@@ -23,13 +23,14 @@ from windlass.kernels.interface import Kernels
 from windlass.kvcache.kv_cache import KvCache
 from windlass.models.spec import ModelSpec, Moe
 from windlass.prefetch.prefetcher import Prefetcher
-from windlass.runtime.attention_metadata import AttentionMetadata, attention_metadata
+from windlass.runtime.attention_metadata import AttentionMetadata, PassRows, pass_rows
 from windlass.runtime.attention_ops import AttentionOps
 from windlass.runtime.capture import ComputedBlock, LayerCapture
+from windlass.runtime.head import Final, Head
 from windlass.runtime.host_attention import HostAttention, OnHost
 from windlass.runtime.layer_ops import LayerOps
 from windlass.runtime.routing_report import RoutingReport
-from windlass.schedule.batch import CHUNK_TOKENS, Batch, MicroBatch, RowGroup
+from windlass.schedule.batch import Batch, MicroBatch, RowGroup
 from windlass.schedule.observer import RouterReader, RoutingObserver
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.tensors import Tensors, plain
@@ -37,13 +38,12 @@ from windlass.trace import Tracer
 from windlass.weights.store import Arrivals, Lease, WeightStore
 
 _EMBED = WeightKey(Part.EMBED)
-_SCORE_BYTES = 8 << 20  # of logits that only a score is taken of
 
 
 class _Rows(NamedTuple):
     """Rows of a layer on their way through its experts."""
 
-    counts: dict[int, int]  # rows of each expert that has any
+    counts: dict[int, int] | None  # rows of each expert that has any; None: nobody has looked
     block: ComputedBlock
     is_replayed: bool
 
@@ -54,20 +54,6 @@ class _DenseRows(NamedTuple):
     hidden_TD: torch.Tensor
     normed: torch.Tensor
     at_end: Tensors
-
-
-@dataclass(slots=True)
-class _Final:
-    """Rows on their way through the head."""
-
-    h_RD: torch.Tensor
-    logits_RV: torch.Tensor
-    bias_V: torch.Tensor | None
-    scores: RunningLogprobs
-    h_SD: torch.Tensor  # rows whose targets are scored
-    states_TD: torch.Tensor | None = None  # of all rows, where a layer drafts from them
-    drafts: bool = False  # these are that layer's
-    column: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,12 +94,12 @@ def _of(hidden: torch.Tensor, rows: MicroBatch | RowGroup) -> torch.Tensor:
     return hidden[rows.first_token : rows.first_token + rows.num_tokens]
 
 
-def _embedding(store: WeightStore, memory: Allocator, ids: Sequence[int]) -> torch.Tensor:
+def _embedding(store: WeightStore, batch: Batch, ids_T: torch.Tensor) -> torch.Tensor:
     """(T, D) in the stored type: of the resident table, or just those rows from disk."""
     if not store.cache.fits(Part.EMBED):
-        return store.read_rows(_EMBED, ids)
+        return store.read_rows(_EMBED, [token for own in batch.segments for token in own.token_ids])
     with store.lease(_EMBED) as lease:
-        return plain(lease.tensors, "weight")[memory.tensor(ids, dtype=torch.int64)]
+        return plain(lease.tensors, "weight")[ids_T]
 
 
 class _Routers:
@@ -161,6 +147,8 @@ class HostRuntime:
         ops = self._blocks, self._attention
         self._capture = LayerCapture(spec, ops, kernels, weights, tracer)
         self._routers = _Routers(spec, streams, foresight.router_readers)
+        self._head = Head(spec, kernels, machine.memory, tracer)
+        self._rows: PassRows | None = None  # of the pass under way
         self._metadata: Mapping[int, AttentionMetadata] = {}
         self._outputs: torch.Tensor | None = None
 
@@ -214,11 +202,16 @@ class HostRuntime:
             hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
 
-    def _embed(self, batch: Batch) -> torch.Tensor:
+    def _embed(self, batch: Batch, before: Sequence[int] = ()) -> torch.Tensor:
         """Hidden states of the batch's tokens; where they are, for attention."""
-        self._metadata = _metadata_of(batch, self._kv.page_tokens, self._memory)
-        tokens = [token for segment in batch.segments for token in segment.token_ids]
-        return math.embed(self._spec, _embedding(self._weights, self._memory, tokens))
+        self._rows = rows = pass_rows(batch, self._kv.page_tokens, self._memory, before)
+        self._metadata = rows.metadata
+        return math.embed(self._spec, _embedding(self._weights, batch, rows.tokens_T))
+
+    @property
+    def _rows_of_pass(self) -> PassRows:
+        assert self._rows is not None, "no pass has begun"
+        return self._rows
 
     def replay(self, layer: int) -> bool:
         if self._routing.wants_states:
@@ -260,7 +253,8 @@ class HostRuntime:
 
     def _routed(self, layer: int, done: ComputedBlock, *, is_replayed: bool) -> Routed:
         counts = self._routing.tell(layer, done.routed, done.hidden_TD)
-        return Routed(tuple(counts), _Rows(counts, done, is_replayed))
+        chosen = range(len(done.routed.groups.counts_E)) if counts is None else counts
+        return Routed(tuple(chosen), _Rows(counts, done, is_replayed))
 
     def _expert_outputs(self, places: int, width: int) -> torch.Tensor:
         """Memory of one layer's expert outputs, the same for all layers and groups of a pass."""
@@ -274,7 +268,10 @@ class HostRuntime:
         block = data.block
         experts = {lease.key.index: lease.tensors for lease in arrived}
         if not (data.is_replayed and self._capture.experts(layer, experts, block)):
-            rows = sum(data.counts[expert] for expert in experts)
+            if data.counts is None:  # what they have on average
+                rows = len(block.outputs) * len(experts) // len(block.routed.groups.counts_E)
+            else:
+                rows = sum(data.counts[expert] for expert in experts)
             self._blocks.experts(layer, experts, block.routed, block.outputs, rows)
 
     def leave_experts(self, layer: int, routed: Routed) -> None:
@@ -296,75 +293,58 @@ class HostRuntime:
         hidden, normed_TD, at_end = normed
         self._blocks.dense(layer, weights.tensors, at_end, hidden, normed_TD)
 
-    def enter_head(self, hidden: torch.Tensor, batch: Batch) -> _Final:
+    def enter_head(self, hidden: torch.Tensor, batch: Batch) -> Final:
         self._routing.end(hidden)
-        rows, scored = batch.logit_rows, batch.scored_rows
         with self._weights.lease(WeightKey(Part.FINAL)) as lease:
-            h_RD, h_SD = (self._blocks.final_norm(lease.tensors, hidden, r) for r in (rows, scored))
-            bias_V = plain(lease.tensors, "head_bias").clone() if self._spec.head_bias else None
-        logits_RV = h_RD.new_empty(len(rows), self._spec.vocab_size)
-        scores = RunningLogprobs(batch.targets, self._memory)
-        return _Final(h_RD, logits_RV, bias_V, scores, h_SD)
+            w = lease.tensors
+            bias_V = plain(w, "head_bias").clone() if self._spec.head_bias else None
+            rows = self._rows_of_pass
+            return self._head.begin(rows, partial(self._blocks.final_norm, w, hidden), bias_V)
 
-    def head(self, weights: Lease, final: _Final) -> None:
-        w_VD = weights.tensors["weight"]
-        part = slice(final.column, final.column + w_VD.shape[0])
-        with self._tracer.span("head", rows=final.h_RD.shape[0], chunk=weights.key.index):
-            bias = None if final.bias_V is None else final.bias_V[part]
-            if final.h_RD.shape[0]:
-                out_RV = final.logits_RV[:, part]
-                math.logits(self._kernels, self._spec, w_VD, bias, final.h_RD, out_RV)
-            # a few rows at a time: logits of all of them would be larger than the pass itself
-            step = max(CHUNK_TOKENS, _SCORE_BYTES // (4 * w_VD.shape[0]))
-            for first in range(0, final.h_SD.shape[0], step):
-                h_SD = final.h_SD[first : first + step]
-                logits_SV = h_SD.new_empty(h_SD.shape[0], w_VD.shape[0])
-                math.logits(self._kernels, self._spec, w_VD, bias, h_SD, logits_SV)
-                final.scores.add(slice(first, first + step), final.column, logits_SV)
-        final.column = part.stop
+    def head(self, weights: Lease, final: Final) -> None:
+        self._head.add(weights.key.index, weights.tensors["weight"], final)
 
-    def finish(self, final: _Final) -> Outcome:
+    def finish(self, final: Final) -> Outcome:
         self._outputs = None
         self._capture.end()
-        if self._prefetcher is not None and not final.drafts:
-            self._prefetcher.end(self._weights.now())
-        results = final.logits_RV, final.scores.logprobs(), *final.scores.best()
-        logits, own, best, bests = self._streams.on_host(*results)
-        return Outcome(logits, own, best, bests, final.states_TD)
-
-
-def _metadata_of(
-    batch: Batch, page_tokens: int, memory: Allocator
-) -> Mapping[int, AttentionMetadata]:
-    """Of its micro-batches, by their first token."""
-    return {
-        micro.first_token: attention_metadata(micro, page_tokens, memory)
-        for micro in batch.micro_batches
-    }
+        logits, own, best, bests, ids, tops = self._streams.on_host(*final.results)
+        if not final.drafts:
+            self._routing.finish()
+            if self._prefetcher is not None:
+                self._prefetcher.end(self._weights.now())
+        return Outcome(logits, own, best, bests, ids, tops, final.states_TD)
 
 
 class DraftingHostRuntime(HostRuntime):
     """Implements `DraftRuntime`, where the last block of the model drafts. Nobody is told of what
     that layer routes: it is no part of the pass that forecasts are of."""
 
-    def enter_head(self, hidden: torch.Tensor, batch: Batch) -> _Final:
+    def enter_head(self, hidden: torch.Tensor, batch: Batch) -> Final:
         final = super().enter_head(hidden, batch)
         with self._weights.lease(WeightKey(Part.FINAL)) as lease:
             final.states_TD = math.final_norm(self._kernels, self._spec, lease.tensors, hidden)
         return final
 
-    def join(self, weights: Lease, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def join(
+        self, weights: Lease, states: torch.Tensor, rows: Sequence[int], batch: Batch
+    ) -> torch.Tensor:
         with self._tracer.span("embed", rows=batch.num_tokens):
-            embedded = self._embed(batch)
+            embedded = self._embed(batch, before=rows)
+            if len(rows) < len(states):
+                states = states[self._rows_of_pass.before_T]
             hidden = math.join(self._kernels, self._spec, weights.tensors, embedded, states)
             hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
 
-    def enter_draft_head(self, weights: Lease, hidden: torch.Tensor, batch: Batch) -> _Final:
+    def enter_draft_head(self, weights: Lease, hidden: torch.Tensor, batch: Batch) -> Final:
         assert not self._spec.head_bias, "no family that drafts has a bias of the head"
-        h_RD = hidden[self._memory.tensor(batch.logit_rows, dtype=torch.int64)]
-        if batch.logit_rows:
-            h_RD = math.draft_norm(self._kernels, self._spec, weights.tensors, h_RD)
-        logits_RV = h_RD.new_empty(len(h_RD), self._spec.vocab_size)
-        scores = RunningLogprobs([], self._memory)
-        return _Final(h_RD, logits_RV, None, scores, h_RD[:0], drafts=True)
+        w = weights.tensors
+
+        def normed(rows_R: torch.Tensor) -> torch.Tensor:
+            if not len(rows_R):
+                return hidden[:0]
+            return math.draft_norm(self._kernels, self._spec, w, hidden[rows_R])
+
+        final = self._head.begin(self._rows_of_pass, normed)
+        final.drafts = True
+        return final

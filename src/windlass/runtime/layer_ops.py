@@ -1,7 +1,7 @@
 """What a layer computes after its attention, module by module, on weights that are given. Knows
 not where they come from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -116,14 +116,13 @@ class LayerOps:
             y_TD = dense_ffn(self._kernels, ffn, w, normed)
             math.add_network(self._kernels, self._spec, layer, block, hidden, y_TD)
 
-    def final_norm(self, w: Tensors, hidden: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+    def final_norm(self, w: Tensors, hidden: torch.Tensor, rows_R: torch.Tensor) -> torch.Tensor:
         """Those rows before the head, normed."""
-        if len(rows) == hidden.shape[0]:  # all of them: rows come in their order
+        if len(rows_R) == hidden.shape[0]:  # all of them: rows come in their order
             return math.final_norm(self._kernels, self._spec, w, hidden)
-        if not rows:
+        if not len(rows_R):
             return hidden[:0]
-        picked = hidden[hidden.new_tensor(rows, dtype=torch.int64)]
-        return math.final_norm(self._kernels, self._spec, w, picked)
+        return math.final_norm(self._kernels, self._spec, w, hidden[rows_R])
 
     def _moe(self, layer: int) -> Moe:
         moe = self._spec.blocks[layer].ffn

@@ -311,6 +311,7 @@ class SimulatedRuntime:
         assert self._batch is not None, "a layer outside a pass"
         tokens = self._router.route(layer, self._batch, group)
         counts = {e: n for e, n in enumerate(np.asarray(tokens.counts_E).tolist()) if n}
+        self._groups.route()
         if (of_all := self._groups.add(tokens)) is not None:
             self._forecast.observe(of_all)
         self._do(self._costs.route(layer, group.num_tokens), "route")

@@ -36,6 +36,7 @@ class Segment:
     is_prompt: bool
     long_rope: bool
     wants_logits: bool  # after the last token, and after those that `num_drafts` says
+    takes_likeliest: bool = False  # of those logits, only the likeliest token is asked for
     # Of the last tokens, those that are guesses: logits are wanted after each of them and after the
     # one before them. A guess that was wrong is computed for nothing, and so are those behind it.
     num_drafts: int = 0
@@ -112,12 +113,21 @@ class Batch:
     @property
     def logit_rows(self) -> list[int]:
         """Tokens of the pass after which logits are wanted, as indices, in segment order."""
-        rows: list[int] = []
+        whole, likeliest = self.whole_and_likeliest_rows
+        return sorted(whole + likeliest) if likeliest else whole
+
+    @property
+    def whole_and_likeliest_rows(self) -> tuple[list[int], list[int]]:
+        """Of `logit_rows`, those of which more is asked than the likeliest token, and the others,
+        both in segment order."""
+        whole: list[int] = []
+        likeliest: list[int] = []
         first = 0
         for segment in self.segments:
             first += segment.num_tokens
+            rows = likeliest if segment.takes_likeliest else whole
             rows.extend(range(first - segment.num_logits, first))
-        return rows
+        return whole, likeliest
 
     @property
     def scored_rows(self) -> list[int]:

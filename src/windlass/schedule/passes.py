@@ -75,13 +75,16 @@ def run_pass(rt: Runtime, shape: PassShape, batch: Batch) -> Outcome:
     return rt.finish(final)
 
 
-def run_draft(rt: DraftRuntime, shape: PassShape, batch: Batch, states: Any) -> Outcome:
-    """Runs the layer that drafts over `batch`, with the states of the tokens before: the logits of
-    what follows `batch.logit_rows`. Nothing of it is foreseen; it is read when it is wanted."""
+def run_draft(
+    rt: DraftRuntime, shape: PassShape, batch: Batch, states: Any, rows: Sequence[int]
+) -> Outcome:
+    """Runs the layer that drafts over `batch`, with the states of the tokens before, those `rows`
+    of `states`: the logits of what follows `batch.logit_rows`. Nothing of it is foreseen; it is
+    read when it is wanted."""
     assert shape.draft is not None, "the model has no layer that drafts"
     layer = len(shape.layers)
     with rt.lease(WeightKey(Part.JOIN, layer)) as weights:
-        hidden = rt.join(weights, states, batch)
+        hidden = rt.join(weights, states, rows, batch)
     if not rt.replay(layer):
         _layer_alone(rt, layer, shape.draft, hidden, batch.groups)
     with rt.lease(WeightKey(Part.JOIN, layer)) as weights:

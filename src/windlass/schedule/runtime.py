@@ -19,14 +19,18 @@ class Routed:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a pass gives: logits (rows wanted, vocabulary); of each target, in segment order, its
-    log-probability, the likeliest token in its place and the log-probability of that; and the last
-    states of all rows, where a layer that drafts wants them."""
+    """What a pass gives: logits (rows of which they are wanted, vocabulary); of each target, in
+    segment order, its log-probability, the likeliest token in its place and the log-probability of
+    that; of each row of which only the likeliest token is wanted, that and its logit
+    (`Batch.whole_and_likeliest_rows`); and the last states of all rows, where a layer that drafts
+    wants them."""
 
     logits: Any
     logprobs: Any
     best: Any
     best_logprobs: Any
+    likeliest: Any = None
+    likeliest_logits: Any = None
     states: Any = None
 
 
@@ -107,9 +111,9 @@ class Runtime(Protocol):
 class DraftRuntime(Runtime, Protocol):
     """The same where a layer drafts."""
 
-    def join(self, weights: Any, states: Any, batch: Batch) -> Any:
-        """Embeds the tokens and joins them with the states of those before -> hidden states of the
-        layer that drafts."""
+    def join(self, weights: Any, states: Any, rows: Sequence[int], batch: Batch) -> Any:
+        """Embeds the tokens and joins each with the state of the one before, those `rows` of
+        `states` -> hidden states of the layer that drafts."""
         ...
 
     def enter_draft_head(self, weights: Any, hidden: Any, batch: Batch) -> Any:

@@ -76,7 +76,8 @@ class WeightStore:
         }
         self._queue = supply.queue
         self._changed = self._queue.changed
-        self._compute = supply.device.streams.compute
+        self._streams = streams = supply.device.streams
+        self._compute = streams.compute
         self.cache = WeightCache(
             num_keys,
             self._arenas,
@@ -187,7 +188,8 @@ class WeightStore:
         if entry.key in self._seen and alike.tensors is not None and not moved_by % _LARGEST_ITEM:
             content.tensors = alike.tensors.moved(moved_by)
             return content.tensors
-        views = make_views(part_reads, memory.data, is_known=entry.key in self._seen)
+        is_known = entry.key in self._seen
+        views = make_views(part_reads, memory.data, is_known=is_known, streams=self._streams)
         self._seen.add(entry.key)
         if not views.has_copies:  # copies are outside the budget's slots: they end with the lease
             content.tensors = views.tensors

@@ -185,8 +185,8 @@ class NativeKernels(TorchKernels):
     def accumulate(self, hidden_TD: torch.Tensor, y_TD: torch.Tensor, multiplier: float) -> None:
         sums.accumulate(self._session, hidden_TD, y_TD, multiplier)
 
-    def scale(self, hidden_TD: torch.Tensor, multiplier: float) -> None:
-        sums.scale(self._session, hidden_TD, multiplier)
+    def scale(self, hidden_TD: torch.Tensor, multiplier: torch.Tensor) -> None:
+        sums.scale(self._session, hidden_TD, multiplier.item())
 
     def weighted_sum(
         self,
