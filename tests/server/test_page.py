@@ -57,6 +57,7 @@ def test_a_chat_appears_with_its_times(page: Page) -> None:
 
 
 def test_an_answer_can_be_stopped(page: Page, server: Running) -> None:
+    page.evaluate("document.querySelector('#clear').click()")  # the model's context is short
     chat(page, "Tell me all that you know.")
     page.wait_for("document.querySelector('.assistant:last-child').textContent.length > 5")
     page.evaluate("document.querySelector('#stop').click()")
