@@ -296,9 +296,8 @@ def _assemble(
     """The engine, which takes over what `opened` holds. Nothing made here may hold the engine: one
     that is dropped must end by itself."""
     plan, spec, tracer = setup.plan, model.spec, machine.tracer
-    assert not (plan.prefix_caching and plan.top.state_slots), (
-        "no state is kept of a prompt's prefix"
-    )
+    keeps_states = plan.prefix_caching and plan.top.state_slots
+    assert not keeps_states, "no state is kept of a prompt's prefix"
     shape = pass_shape(spec, model.layout)
     outfit = make_outfit(options, model, plan, str(setup.fingerprint["model"]), opened)
     weights = open_weights(model, plan, tiers, outfit, tracer)
@@ -315,24 +314,18 @@ def _assemble(
     if isinstance(runtime, DraftingHostRuntime):
         assert drafting is not None, "a layer that drafts is read where it is asked for alone"
         layer_drafts = LayerDrafts(
-            runtime,
-            shape,
-            drafting,
-            micro_batch_tokens=plan.micro_batch_tokens,
+            runtime, shape, drafting, micro_batch_tokens=plan.micro_batch_tokens,
             takes_likeliest=machine.memory.streams.runs_ahead,
-        )
+        )  # fmt: skip
     guard = None if setup.keeps_bursts else WindowGuard(window=_BURST_STRETCHES)
+    turns = Turns(plan.burst_tokens, plan.burst_max_seqs, guard)
     admission = Admission(
         kv,
         max_num_seqs=plan.max_num_seqs,
         max_rows=plan.max_num_batched_tokens,
         long_rope_after=_long_rope_after(spec),
         mixed_prefill_rows=plan.mixed_prefill_tokens,
-        decoding=Decoding(
-            Turns(plan.burst_tokens, plan.burst_max_seqs, guard),
-            drafting,
-            Pace() if setup.is_paced else None,
-        ),
+        decoding=Decoding(turns, drafting, Pace() if setup.is_paced else None),
     )
     return Engine(
         setup,

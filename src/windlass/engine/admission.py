@@ -114,8 +114,7 @@ class Admission:
         self.waiting.drop(request)
 
     def restart(self) -> None:
-        """After a pass that failed: no row of it counts, so nothing may be read that it was to
-        compute. All that run are computed again."""
+        """After a pass that failed: nothing of it counts, and all that run are computed again."""
         while self.running:
             self._preempt(self.running[-1])
         self._kv.forget_all()
@@ -139,10 +138,9 @@ class Admission:
                 return rows
         decoding: list[Sequence] = []
         while not decoding and (able := {c.number: c for c in self.running if not c.in_prompt}):
-            first = [number for number, c in able.items() if not c.is_batch]
-            turn = [able[number] for number in self.turns.choose(list(able), first)]
+            turn = self.turns.choose(list(able), [i for i, c in able.items() if not c.is_batch])
             # oldest first, at the cost of the youngest, which is in its prompt from then on
-            decoding = [c for c in turn if not c.in_prompt and self._grow(c)]
+            decoding = [c for c in map(able.get, turn) if c and not c.in_prompt and self._grow(c)]
         room, mixed = self._max_rows, self._mixed_prefill_rows
         prompt_room = room if mixed is None or not decoding else mixed
         for is_batch in (False, True):
@@ -154,7 +152,7 @@ class Admission:
             paced = min(room, prompt_room)
             if self.pace is not None:
                 newcomers = islice(self.waiting, self._max_num_seqs - len(self.running))
-                wanted = _wanted([*self.running, *newcomers], is_batch=is_batch)
+                wanted = _wanted((*self.running, *newcomers), is_batch=is_batch)
                 paced = self.pace.split(wanted, paced, is_alone=not rows)
             used = self._add_prompts(starts, paced, rows, is_batch=is_batch)
             room, prompt_room = room - used, (paced if used else prompt_room) - used
@@ -185,7 +183,6 @@ class Admission:
 
     def _make_room(self, newcomer: QueuedSequence | Sequence, room: int) -> Known | None:
         """What is known of its prompt, if it may begin now. Batches give way, youngest first."""
-        home = newcomer.queued.home
         while True:
             known = self.prompt_pages.find(newcomer.queued)
             left = newcomer.queued.num_tokens - self.prompt_pages.num_ready(known)
@@ -195,10 +192,10 @@ class Admission:
             held = self.prompt_pages.num_held(known)
             if has_seat and _fits(self._kv, self.lengths, self.running, newcomer, held):
                 return known
-            batch = [c for c in self.running if c.is_batch and (c.home is home or not has_seat)]
-            if newcomer.is_batch or not batch:
+            last = _last_of_batch(self.running, None if not has_seat else newcomer.queued.home)
+            if newcomer.is_batch or last is None:
                 return None
-            self._preempt(batch[-1])
+            self._preempt(last)
 
     def _admit(self, sequence: Sequence, known: Known) -> None:
         self.prompt_pages.take(sequence, known)
@@ -245,9 +242,8 @@ class Admission:
             return row
         # nobody gives way for a guess: there is still a chunk for prompts, a page for each
         most = min(room - (last - first) - CHUNK_TOKENS, self._most_drafts // len(self.running))
-        kv = self._kv.of(sequence.home)
-        spare = kv.num_free_pages - len(self.running)
-        return _with_drafts(row, self._drafting.propose(sequence)[: max(0, most)], kv, spare)
+        drafts = self._drafting.propose(sequence)[: max(0, most)]
+        return _with_drafts(row, drafts, self._kv.of(sequence.home), len(self.running))
 
     def _add_prompt(self, sequence: Sequence, room: int, rows: list[ScheduledSequence]) -> int:
         """Adds the next chunk of a prompt and returns its number of rows. What rows before it have
@@ -256,16 +252,20 @@ class Admission:
         room = room if self.pace is None else min(room, self.pace.share)
         count = fitting_rows(sequence.num_prompt - sequence.num_computed, room)
         if count:
-            first = sequence.num_computed
-            span = (first, first + count)
+            span = (sequence.num_computed, sequence.num_computed + count)
             rows.append(_row(self.prompt_pages, sequence, span, is_prompt=True))
-            self.prompt_pages.fill(sequence, first, first + count)
+            self.prompt_pages.fill(sequence, *span)
         return count
 
     def check(self) -> None:
-        """Pages are held by running sequences only, and by several only where their prompts
-        agree; sequences of batches are behind the others."""
+        """Pages are held by running sequences only, by several only where prompts agree."""
         _check(self._kv, self.prompt_pages, self.running, self.waiting)
+
+
+def _last_of_batch(running: list[Sequence], home: Home | None) -> Sequence | None:
+    """The youngest sequence of a batch, with that home if one is named."""
+    own = (c for c in reversed(running) if c.is_batch and home in (None, c.home))
+    return next(own, None)
 
 
 def _place(row: ScheduledSequence) -> tuple[bool, bool]:
@@ -356,14 +356,14 @@ def _row(
 
 
 def _with_drafts(
-    row: ScheduledSequence, drafts: tuple[int, ...], kv: KvCache, spare_pages: int
+    row: ScheduledSequence, drafts: tuple[int, ...], kv: KvCache, num_running: int
 ) -> ScheduledSequence:
-    """The row with guesses behind it, as many as its pages and `spare_pages` have room for. The
-    last token of a sequence is never computed."""
+    """The row with guesses behind it, as many as its pages have room for, and those that are free
+    beyond one for each of `num_running`. The last token of a sequence is never computed."""
     sequence, segment = row
     drafts = drafts[: max(0, sequence.max_total - 1 - sequence.num_tokens)]
     missing = kv.pages_for(sequence.num_tokens + len(drafts)) - len(sequence.pages)
-    if 0 < missing <= spare_pages:
+    if 0 < missing <= kv.num_free_pages - num_running:
         sequence.pages.extend(kv.take_pages(missing))
     drafts = drafts[: len(sequence.pages) * kv.page_tokens - sequence.num_tokens]
     more = replace(
