@@ -21,6 +21,7 @@ from windlass.engine.outputs import RequestOutput
 from windlass.engine.request import Request
 from windlass.engine.request_feed import FeedEntry, RequestFeed
 from windlass.engine.service import Service
+from windlass.engine.tokenizer import Tokenizer
 from windlass.errors import RequestError, UsageError
 from windlass.hub.locate import locate
 from windlass.options import EngineOptions
@@ -106,6 +107,15 @@ class LLM:
         """What `sampling_params=None` means: the checkpoint's generation_config.json."""
         own = self._engine.default_params
         return replace(own, max_tokens=own.max_tokens or SamplingParams().max_tokens)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer that prompts go through."""
+        return self._engine.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self._engine.max_model_len
 
     def get_metrics(self) -> EngineStats:
         """The engine's counters since it was opened: passes, tokens, what was read, found in memory
