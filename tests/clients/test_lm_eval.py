@@ -1,5 +1,5 @@
-"""lm-eval-harness: in this process, against the server and with transformers, on the same made tasks.
-Numbers are what the harness logs of each request."""
+"""lm-eval-harness: in this process, against the server and with transformers, on the same made
+tasks. Numbers are what the harness logs of each request."""
 
 import json
 import subprocess

@@ -113,7 +113,9 @@ def test_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
     with scripted_server() as server:
         pass
     assert bench(server, "--model", "m", "--ready-check-timeout-sec", "0") == 1
-    assert re.search(r"windlass: 127\.0\.0\.1:\d+/v1/completions: .*Connect", capsys.readouterr().err)
+    assert re.search(
+        r"windlass: 127\.0\.0\.1:\d+/v1/completions: .*Connect", capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,9 @@ def test_numbers_of_a_report() -> None:
     assert (found["total_input_tokens"], found["total_output_tokens"]) == (30, 6)
     assert (found["request_throughput"], found["output_throughput"]) == (1.0, 3.0)
     assert found["request_goodput"] == 0.5 and found["max_concurrent_requests"] == 2
-    assert found["mean_ttft_ms"] == pytest.approx(200) and found["p50_ttft_ms"] == pytest.approx(200)
+    assert found["mean_ttft_ms"] == pytest.approx(200) and found["p50_ttft_ms"] == pytest.approx(
+        200
+    )
     assert found["mean_tpot_ms"] == pytest.approx(100)  # of the first alone: (0.5 - 0.1) / 4
     assert found["median_itl_ms"] == pytest.approx(200) and found["max_output_tokens_per_s"] == 4
     assert found["p99.9_itl_ms"] == pytest.approx(299.8)

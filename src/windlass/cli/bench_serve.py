@@ -1,5 +1,5 @@
-"""`windlass bench serve`: loads an OpenAI server and measures its answers, with the flags, labels and
-JSON names of `vllm bench serve`."""
+"""`windlass bench serve`: loads an OpenAI server and measures its answers, with the flags, labels
+and JSON names of `vllm bench serve`."""
 
 import asyncio
 import json
