@@ -1,22 +1,16 @@
 """`windlass bench serve`: loads an OpenAI server and measures its answers, with the flags, labels
 and JSON names of `vllm bench serve`."""
 
-import asyncio
 import json
 import os
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from windlass.cli.engine_flags import CONFIG_FLAG, say_line
 from windlass.cli.flags import Command, Flag, choice, integer, number, several
 from windlass.errors import UsageError
-from windlass.load.answers import ENDPOINTS, Ask, Endpoint, ServerError, fetch
-from windlass.load.arrivals import Pace, send
-from windlass.load.http_client import Server
-from windlass.load.prompts import RandomPrompts, read_prompts
-from windlass.load.report import GOODPUT_METRICS, METRICS, Report, Wanted
+from windlass.load.names import ENDPOINTS, GOODPUT_METRICS, METRICS
 
 EXIT_SOME_FAILED, EXIT_ALL_FAILED = 3, 1
 _SERVER, _PROMPTS, _LOAD, _RESULTS = "server", "prompts", "load", "results"
@@ -131,9 +125,12 @@ FLAGS = (
 
 
 def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
+    from windlass.cli.bench_run import measured, save
+
     if (values["dataset_name"] == "custom") != (values["dataset_path"] is not None):
         raise UsageError("--dataset-path: allowed with --dataset-name custom, and needed there")
-    report, model = asyncio.run(_measured(values))
+    api_key = values["api_key"] or os.environ.get("OPENAI_API_KEY")
+    report, model = measured({**values, "api_key": api_key})
     for line in report.lines():
         print(line)
     for failed in report.failed[:_SHOWN_ERRORS]:
@@ -141,95 +138,10 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     if not all(one.has_usage for one in report.good):
         say_line("no usage in some streams: there, pieces of text were counted as tokens")
     if values["save_result"]:
-        _save(values, model, report)
+        say_line(f"saved {save(values, model, report)}")
     if report.failed:
         return EXIT_SOME_FAILED if report.good else EXIT_ALL_FAILED
     return 0
-
-
-async def _measured(values: Mapping[str, Any]) -> tuple[Report, str]:
-    key = values["api_key"] or os.environ.get("OPENAI_API_KEY")
-    url = values["base_url"] or f"http://{values['host']}:{values['port']}"
-    server = Server.at(url, {"authorization": f"Bearer {key}"} if key else {})
-    backend = values["backend"]
-    fields = dict(values["extra_body"])
-    if values["ignore_eos"]:
-        fields["ignore_eos"] = True
-    if values["temperature"] is not None:
-        fields["temperature"] = values["temperature"]
-    endpoint = Endpoint(
-        server,
-        backend,
-        values["endpoint"] or ENDPOINTS[backend],
-        values["model"] or await _first_model(server),
-        fields,
-    )
-    await endpoint.wait(values["ready_check_timeout_sec"])
-    asks = await _asks(values, endpoint)
-    pace = Pace(
-        values["request_rate"], values["burstiness"], values["max_concurrency"], values["seed"]
-    )
-    if values["num_warmups"]:
-        await send(endpoint, (asks * values["num_warmups"])[: values["num_warmups"]], Pace())
-    answers, seconds = await send(endpoint, asks, pace)
-    wanted = Wanted(
-        metrics=values["percentile_metrics"],
-        percentiles=values["metric_percentiles"],
-        goodput=values["goodput"],
-        rate=pace.rate,
-        most=pace.most,
-    )
-    return Report(answers, seconds, wanted), endpoint.model
-
-
-async def _first_model(server: Server) -> str:
-    found = (await fetch(server, "GET", "/v1/models")).get("data")
-    if not found:
-        raise ServerError("/v1/models: the server names no model, use --model")
-    name: str = found[0]["id"]
-    return name
-
-
-async def _asks(values: Mapping[str, Any], endpoint: Endpoint) -> list[Ask]:
-    if values["dataset_name"] == "custom":
-        return read_prompts(
-            values["dataset_path"], values["num_prompts"], values["custom_output_len"]
-        )
-    prompts = RandomPrompts(
-        count=values["num_prompts"],
-        input_len=values["random_input_len"],
-        output_len=values["random_output_len"],
-        prefix_len=values["random_prefix_len"],
-        range_ratio=values["random_range_ratio"],
-        seed=values["seed"],
-    )
-    return await prompts.make(endpoint)
-
-
-def _save(values: Mapping[str, Any], model: str, report: Report) -> None:
-    moment = datetime.now().strftime("%Y%m%d-%H%M%S")
-    label, most = values["label"] or values["backend"], values["max_concurrency"]
-    bound = "" if most is None else f"-concurrency{most}"
-    rate = values["request_rate"]
-    name = f"{label}-{rate}qps{bound}-{model.rpartition('/')[2]}-{moment}.json"
-    path = (values["result_dir"] or Path()) / (values["result_filename"] or name)
-    document = {
-        "date": moment,
-        "backend": values["backend"],
-        "label": values["label"],
-        "model_id": model,
-        "num_prompts": values["num_prompts"],
-        "request_rate": "inf" if rate == float("inf") else rate,
-        "burstiness": values["burstiness"],
-        "max_concurrency": most,
-        **report.to_json(detailed=values["save_detailed"]),
-    }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"--result-filename: {path}: {error.strerror}") from error
-    say_line(f"saved {path}")
 
 
 COMMAND = Command(

@@ -27,7 +27,8 @@ class WindlassLM(TemplateLM):
     of answers whose task says nothing. `add_bos_token`: None for what the checkpoint says.
     `prefix_token_id`: what empty contexts are (BOS, else EOS). `think_end_token`: the text that
     ends reasoning, which is cut off; `enable_thinking` and `chat_template_args` are for the
-    template. `batch_size` and `max_batch_size` are planned, so they are not read.
+    template. `batch_size` and `max_batch_size` are not read, passes are planned; nor is `device`,
+    which the harness names unasked.
     """
 
     def __init__(
@@ -41,8 +42,6 @@ class WindlassLM(TemplateLM):
     ) -> None:
         super().__init__()
         own = {name: options.pop(name, None) for name in _OWN}
-        if device not in (None, "cpu"):
-            options["device"] = device
         if own["max_length"] is not None:
             options["max_model_len"] = int(own["max_length"]) + 1  # and a token to be generated
         llm = LLM(pretrained, **options)

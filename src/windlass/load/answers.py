@@ -5,16 +5,11 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from windlass.errors import WindlassError
 from windlass.load.http_client import HttpError, Response, Server, ask
 
-Backend = Literal["openai", "openai-chat"]
-ENDPOINTS: Mapping[Backend, str] = {
-    "openai": "/v1/completions",
-    "openai-chat": "/v1/chat/completions",
-}
 _RETRY_S = 0.5
 _TEXTS = ("content", "reasoning_content", "reasoning", "refusal", "tool_calls")
 
@@ -75,10 +70,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """How requests are made: `fields` are those of every body."""
+    """How requests are made. `backend`: one of `ENDPOINTS`; `fields`: those of every body."""
 
     server: Server
-    backend: Backend
+    backend: str
     path: str
     model: str
     fields: Mapping[str, Any]

@@ -8,14 +8,7 @@ from typing import Any
 import numpy as np
 
 from windlass.load.answers import Answer
-
-METRICS: Mapping[str, tuple[str, str]] = {
-    "ttft": ("TTFT", "Time to First Token"),
-    "tpot": ("TPOT", "Time per Output Token (excl. 1st token)"),
-    "itl": ("ITL", "Inter-token Latency"),
-    "e2el": ("E2EL", "End-to-end Latency"),
-}
-GOODPUT_METRICS = ("ttft", "tpot", "e2el")
+from windlass.load.names import METRICS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
