@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from live_server import Running
 from processes import PATIENCE_S
-from serving import Running
 from windlass.options import resolve_model
 
 REQUESTS, PROMPT, OUTPUT = 6, 40, 9

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from live_server import Running
 from processes import PATIENCE_S
-from serving import Running
 
 HERE = Path(__file__).parent
 

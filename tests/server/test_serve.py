@@ -16,7 +16,6 @@ import pytest
 
 from live_server import Running, serving
 from processes import PATIENCE_S
-from serving import Running, serving
 from windlass import LLM, SamplingParams
 
 MESSAGES: Any = [{"role": "user", "content": "Tell me of the sea."}]
