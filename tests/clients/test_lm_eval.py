@@ -4,6 +4,7 @@ tasks. Numbers are what the harness logs of each request."""
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,20 @@ lm_eval = pytest.importorskip("lm_eval", exc_type=ImportError)
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The made tasks, with the place of their data written in; the model is registered."""
-    from windlass.evals.harness import register
-
-    register()
     folder = tmp_path_factory.mktemp("tasks")
     for path in (HERE / "tasks").glob("*.yaml"):
         text = path.read_text().replace("DATA", str(HERE / "tasks" / "made.jsonl"))
         (folder / path.name).write_text(text)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("HF_DATASETS_OFFLINE", "1")
+        patch.setenv("HF_HOME", str(folder / "home"))
+        from windlass.evals.harness import register
+
+        register()
+        yield folder
 
 
 def evaluated(
