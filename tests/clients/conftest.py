@@ -9,5 +9,7 @@ from live_server import Running, serving
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Running]:
-    with serving("demo", "--host-memory", "1GiB", "--max-num-seqs", "8") as running:
+    with serving(
+        "demo", "--host-memory", "1GiB", "--max-num-seqs", "8", "--kv-cache-dtype", "float32"
+    ) as running:
         yield running

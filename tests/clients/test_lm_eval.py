@@ -17,7 +17,8 @@ from windlass.options import resolve_model
 HERE = Path(__file__).parent
 TASKS = ("made_choice", "made_text", "made_answer")
 NUM_CHOICES = 4 + 3 + 3 + 3 + 2
-HERE_ARGS = "pretrained=demo,host_memory=1GiB,threads=1,expert_usage=off"
+# transformers keeps keys and values as it computes them
+HERE_ARGS = "pretrained=demo,host_memory=1GiB,threads=1,expert_usage=off,kv_cache_dtype=float32"
 
 pytestmark = [
     pytest.mark.slow,
@@ -104,16 +105,17 @@ def test_scores_of_the_server_are_those_of_transformers(
 
 def test_chats_of_the_server(tasks: Path, server: Running) -> None:
     url = f"http://127.0.0.1:{server.port}/v1/chat/completions"
-    chats = {"names": ("made_answer",), "apply_chat_template": True}
+    chats: dict[str, Any] = {"names": ("made_answer",), "apply_chat_template": True}
     found = evaluated(tasks, "local-chat-completions", f"model=demo,base_url={url}", **chats)
     assert len(found["made_answer"]) == 5
     assert found == evaluated(tasks, "windlass", HERE_ARGS, **chats)
 
 
 def test_a_run_goes_on_from_the_harness_cache(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from windlass.evals import harness
+    from windlass.evals import harness, scoring
 
-    asked, inner = [], harness.scores
+    asked: list[int] = []
+    inner = scoring.scores
 
     def breaking(jobs: Any, pairs: Any, note: Any) -> None:
         def noting(place: int, score: Any) -> None:
@@ -125,7 +127,7 @@ def test_a_run_goes_on_from_the_harness_cache(tasks: Path, monkeypatch: pytest.M
         inner(jobs, pairs, noting)
 
     monkeypatch.setattr(harness, "scores", breaking)
-    cache = {"names": ("made_choice",), "use_cache": str(tasks / "cache" / "db")}
+    cache: dict[str, Any] = {"names": ("made_choice",), "use_cache": str(tasks / "cache" / "db")}
     with pytest.raises(KeyboardInterrupt):
         evaluated(tasks, "windlass", HERE_ARGS, **cache)
     found = evaluated(tasks, "windlass", HERE_ARGS, **cache)

@@ -27,8 +27,6 @@ class Scripted:
     bodies: list[Any] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     lock: Lock = field(default_factory=Lock)
-    running: int = 0
-    most_running: int = 0
 
 
 class _Server(ThreadingHTTPServer):
@@ -67,18 +65,12 @@ class _Handler(BaseHTTPRequestHandler):
             script.bodies.append(body)
             script.headers.append({k.lower(): v for k, v in self.headers.items()})
             status = script.statuses.pop(0) if script.statuses else 200
-            script.running += 1
-            script.most_running = max(script.most_running, script.running)
-        try:
-            if status != 200:
-                self._whole(status, {"error": {"message": f"refused, {status}"}})
-            elif body.get("stream"):
-                self._stream(body)
-            else:
-                self._whole(200, {"choices": [], "usage": _usage(body)})
-        finally:
-            with script.lock:
-                script.running -= 1
+        if status != 200:
+            self._whole(status, {"error": {"message": f"refused, {status}"}})
+        elif body.get("stream"):
+            self._stream(body)
+        else:
+            self._whole(200, {"choices": [], "usage": _usage(body)})
 
     def _whole(self, status: int, document: Any) -> None:
         data = json.dumps(document).encode()

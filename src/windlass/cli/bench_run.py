@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from windlass.errors import UsageError
-from windlass.load.answers import Ask, Endpoint, ServerError, fetch
+from windlass.load.answers import Ask, Endpoint, ServerError, fetch, patiently
 from windlass.load.arrivals import Pace, send
 from windlass.load.http_client import Server
 from windlass.load.names import ENDPOINTS
@@ -32,14 +33,11 @@ async def _measured(values: Mapping[str, Any]) -> tuple[Report, str]:
         fields["ignore_eos"] = True
     if values["temperature"] is not None:
         fields["temperature"] = values["temperature"]
-    endpoint = Endpoint(
-        server,
-        backend,
-        values["endpoint"] or ENDPOINTS[backend],
-        values["model"] or await _first_model(server),
-        fields,
-    )
-    await endpoint.wait(values["ready_check_timeout_sec"])
+    end = time.monotonic() + values["ready_check_timeout_sec"]
+    model = values["model"] or await patiently(lambda: _first_model(server), end)
+    path = values["endpoint"] or ENDPOINTS[backend]
+    endpoint = Endpoint(server, backend, path, model, fields)
+    await patiently(lambda: endpoint.whole(Ask("Hello", 1)), end)
     asks = await _asks(values, endpoint)
     pace = Pace(
         values["request_rate"], values["burstiness"], values["max_concurrency"], values["seed"]

@@ -22,7 +22,7 @@ _OWN = ("max_length", "max_gen_toks", "add_bos_token", "prefix_token_id", "think
 TokenisedPair = tuple[tuple[str, str], list[int], list[int]]
 
 
-class WindlassLM(TemplateLM):
+class WindlassLM(TemplateLM):  # type: ignore[misc]  # lm_eval is not there for the types
     """A model by `pretrained`, a folder or a name on the hub, and keywords of `LLM`.
 
     `max_length`: tokens that a text may have, at most those that the engine reads. `max_gen_toks`:
@@ -127,7 +127,7 @@ class WindlassLM(TemplateLM):
         keys = [key for key, _, _ in requests]
         pairs = [Pair(context, continuation) for _, context, continuation in requests]
         return [
-            tuple(score)
+            (score.logprob, score.is_greedy)
             for score in self._scores("loglikelihood", keys, pairs, is_quiet=disable_tqdm)
         ]
 

@@ -3,13 +3,14 @@
 import asyncio
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from windlass.errors import WindlassError
 from windlass.load.http_client import HttpError, Response, Server, ask
 
+_T = TypeVar("_T")
 _RETRY_S = 0.5
 _TEXTS = ("content", "reasoning_content", "reasoning", "refusal", "tool_calls")
 
@@ -104,26 +105,28 @@ class Endpoint:
             answer.error = "a stream without text"
         return answer
 
-    async def wait(self, seconds: float) -> None:
-        """Until the server answers, at most so long. Raises ServerError."""
-        end = time.monotonic() + seconds
-        while True:
-            try:
-                await fetch(self.server, "POST", self.path, self.body(Ask("Hello", 1)))
-                return
-            except NotReadyError:
-                if time.monotonic() >= end:
-                    raise
-            await asyncio.sleep(_RETRY_S)
+    async def whole(self, one: Ask) -> dict[str, Any]:
+        """The answer, not streamed. Raises ServerError."""
+        return await fetch(self.server, "POST", self.path, self.body(one))
 
     async def prompt_tokens(self, prompt: str) -> int:
         """What the server counts of a prompt. Raises ServerError."""
-        found = await fetch(self.server, "POST", self.path, self.body(Ask(prompt, 1)))
-        usage = found.get("usage") or {}
+        usage = (await self.whole(Ask(prompt, 1))).get("usage") or {}
         if not isinstance(usage.get("prompt_tokens"), int):
             raise ServerError(f"{self.path}: no usage in the answer, which random prompts need")
         tokens: int = usage["prompt_tokens"]
         return tokens
+
+
+async def patiently(ask_it: Callable[[], Awaitable[_T]], end: float) -> _T:
+    """Asks again until `end`, of `time.monotonic`, while nothing is ready. Raises ServerError."""
+    while True:
+        try:
+            return await ask_it()
+        except NotReadyError:
+            if time.monotonic() >= end:
+                raise
+        await asyncio.sleep(_RETRY_S)
 
 
 async def fetch(server: Server, method: str, path: str, body: Any = None) -> dict[str, Any]:
