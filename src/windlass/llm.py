@@ -112,11 +112,6 @@ class LLM:
         """The tokenizer that prompts go through."""
         return self._engine.tokenizer
 
-    @property
-    def max_model_len(self) -> int:
-        """Tokens that a prompt and its answer may have together."""
-        return self._engine.max_model_len
-
     def get_metrics(self) -> EngineStats:
         """The engine's counters since it was opened: passes, tokens, what was read, found in memory
         and prefetched (`weights`)."""
@@ -252,9 +247,7 @@ class LLM:
             except RequestError as error:
                 if on_error == "raise":
                     raise _of_prompt(place, error) from error
-                text = row if isinstance(row, str) else None
-                failure = RequestOutput.failed(request_id, str(error), prompt=text)
-                entry = FeedEntry(request_id, text, failure=failure)
+                entry = _failed(request_id, row, error)
             yield entry
 
     def _check_open(self) -> None:
@@ -269,6 +262,13 @@ def _open(named: EngineOptions) -> Engine:
 
 def _prompt_encoder(engine: Engine) -> PromptEncoder:
     return PromptEncoder(engine.tokenizer, engine.max_model_len - 1)
+
+
+def _failed(request_id: str, row: Any, error: RequestError) -> FeedEntry:
+    text = row if isinstance(row, str) else None
+    return FeedEntry(
+        request_id, text, failure=RequestOutput.failed(request_id, str(error), prompt=text)
+    )
 
 
 def _of_prompt(place: int, error: RequestError) -> RequestError:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from windlass.engine.outputs import RequestOutput
 from windlass.errors import RequestError
 from windlass.params import SamplingParams
+from windlass.plan import Plan
 
 Prompt = Mapping[str, Any]
 
@@ -14,7 +15,7 @@ class Answering(Protocol):
     """What is needed of `LLM`."""
 
     @property
-    def max_model_len(self) -> int: ...
+    def plan(self) -> Plan: ...
 
     def generate_iter(
         self, prompts: Iterable[Prompt], sampling_params: Iterable[SamplingParams]
@@ -31,7 +32,8 @@ class Jobs:
 
     @property
     def max_model_len(self) -> int:
-        return self._llm.max_model_len
+        """Tokens that a prompt and its answer may have together."""
+        return self._llm.plan.max_model_len
 
     def results(
         self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]
