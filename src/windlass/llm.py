@@ -194,9 +194,8 @@ class LLM:
         `finish_reason` error. Leaving the loop early aborts what is under way. Draws as in
         `generate`: by a prompt's place in this call."""
         self._check_open()
-        if isinstance(prompts, (str, Mapping)):
-            prompts = [prompts]
-        pairs = _pairs(prompts, sampling_params or self.get_default_sampling_params())
+        rows = [prompts] if isinstance(prompts, (str, Mapping)) else prompts
+        pairs = _pairs(rows, sampling_params or self.get_default_sampling_params())
         return self._feed.results(self._entries(pairs, _prompt_encoder(self._engine), "return"))
 
     def _run(
