@@ -1,5 +1,5 @@
 # The targets are the manual: setup native demo test lint coverage wheel-test bench mutate, test-native test-kernels
-# kernel-table test-gpu bench-gpu.
+# test-clients kernel-table test-gpu bench-gpu.
 # `make demo` or `make test` is the only command needed on a fresh machine with Python 3.11.
 
 PYTHON ?= python3
@@ -12,6 +12,7 @@ endif
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 KERNELS := .venv-kernels/bin
+CLIENTS := .venv-clients/bin
 DEMO_OUT := out/demo
 FORECAST := out/forecast
 NATIVE := src/windlass/kernels/cpu/libwindlass_cpu.so
@@ -19,8 +20,8 @@ NATIVE_SOURCES := $(wildcard native/*.py native/CMakeLists.txt native/include/*.
 PYTHON_FILES := src tests bench scripts demo native setup.py
 
 .PHONY: setup native demo test test-all test-native coverage lint types format wheel wheel-test bench bench-kernels \
-  bench-peers bench-ablation bench-prediction bench-prefetcher bench-latency bench-decode bench-drafts golden \
-  mutate test-kernels kernel-table check-kernel-table test-gpu bench-gpu clean
+  bench-peers bench-servers bench-ablation bench-prediction bench-prefetcher bench-latency bench-decode bench-drafts \
+  golden mutate test-kernels test-clients kernel-table check-kernel-table test-gpu bench-gpu clean
 
 setup: $(STAMP) native
 
@@ -36,6 +37,16 @@ build/constraints-torch-%.txt: constraints.txt
 .venv-kernels/.installed: pyproject.toml constraints.txt setup.py
 	test -x $(KERNELS)/python || $(PYTHON) -m venv .venv-kernels
 	$(KERNELS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[kernels-test]'
+	touch $@
+
+# Programs that drive the server, beside the others: guidellm wants other versions than these.
+.venv-clients/.installed: pyproject.toml constraints.txt tests/clients/requirements.txt tests/clients/package.json
+	test -x $(CLIENTS)/python || $(PYTHON) -m venv .venv-clients
+	$(CLIENTS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' \
+	  -r tests/clients/requirements.txt
+	test -x .venv-clients/guidellm/bin/python || $(PYTHON) -m venv .venv-clients/guidellm
+	.venv-clients/guidellm/bin/python -m pip install --quiet --disable-pip-version-check 'guidellm==0.8.*'
+	! command -v npm || npm install --prefix tests/clients --no-package-lock --silent
 	touch $@
 
 native: $(NATIVE)
@@ -60,6 +71,10 @@ test-native: $(STAMP)
 # Triton's kernels in its interpreter, on any machine.
 test-kernels: .venv-kernels/.installed
 	TRITON_INTERPRET=1 $(KERNELS)/python -m pytest tests/kernels_triton
+
+# lm-eval, guidellm and npm's openai drive the server; what is not installed is skipped by name.
+test-clients: .venv-clients/.installed native
+	PATH="$$PATH:$(CURDIR)/.venv-clients/guidellm/bin" $(CLIENTS)/python -m pytest -rs tests/clients
 
 # What ptxas makes of them for each architecture, no GPU needed; a check that none of it got worse.
 kernel-table check-kernel-table: .venv-kernels/.installed
@@ -104,6 +119,11 @@ bench-kernels: setup
 
 bench-peers: setup
 	$(BIN)/python -m bench.peers --json bench/results/peers.json --resume
+
+# LLAMA_SERVER=<llama.cpp's llama-server>
+bench-servers: setup
+	$(BIN)/python -m bench.servers $(if $(LLAMA_SERVER),--llama-server $(LLAMA_SERVER)) \
+	  --json bench/results/servers.json
 
 bench-ablation: setup
 	$(BIN)/python bench/ablation.py --grid --json bench/results/ablation.json
@@ -164,4 +184,4 @@ bench-gpu: setup
 	mkdir -p out/gpu && $(BIN)/python bench/gpu/kernels.py --out out/gpu
 
 clean:
-	rm -rf $(VENV) .venv-kernels $(NATIVE) build dist out .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-kernels .venv-clients tests/clients/node_modules $(NATIVE) build dist out .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis

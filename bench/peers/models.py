@@ -98,7 +98,7 @@ def load(name: str, folder: Path) -> Model:
 def prepare(model: Model, engine: str, form: str) -> str | None:
     """Writes the weights of an engine in a format, unless they are there; why not, if impossible.
     The random checkpoint is what the others are made from."""
-    _prepare_checkpoint(model)
+    prepare_checkpoint(model)
     path = model.file(engine, form)
     if path.exists():
         return None
@@ -122,7 +122,8 @@ def prepare(model: Model, engine: str, form: str) -> str | None:
     return f"{path.name} cannot be written: {said[-1]}"
 
 
-def _prepare_checkpoint(model: Model) -> None:
+def prepare_checkpoint(model: Model) -> None:
+    """Writes the random checkpoint, unless it is there."""
     written = model.checkpoint / "config.json"
     if not written.exists():
         print(f"{model.name}: writing the random checkpoint", flush=True)

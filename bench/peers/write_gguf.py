@@ -3,7 +3,8 @@
     python -m peers.write_gguf MODEL OUT FORMAT          FORMAT: bf16, q8_0 or q4_0
 
 Every matrix is in the format, embedding and head too; norms and routers are fp32, as in files made
-by llama.cpp's own converter. There is no tokenizer: prompts are token ids. Needs `gguf`.
+by llama.cpp's own converter. A tokenizer.json beside the weights (BPE of bytes) comes along;
+without one prompts are token ids. Needs `gguf`.
 """
 
 import json
@@ -109,8 +110,29 @@ def _describe(writer: gguf.GGUFWriter, config: dict[str, Any], file_type: int) -
     writer.add_expert_used_count(config["num_experts_per_tok"])
     if config["model_type"] == "qwen3_moe":
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
-    writer.add_tokenizer_model("none")
     writer.add_vocab_size(config["vocab_size"])
+
+
+def _describe_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int) -> None:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        writer.add_tokenizer_model("none")
+        return
+    found = json.loads(path.read_text(encoding="utf-8"))
+    ids = dict(found["model"]["vocab"])
+    special = {each["content"]: each["id"] for each in found["added_tokens"]}
+    tokens = [f"[unused{number}]" for number in range(vocab_size)]
+    kinds = [gguf.TokenType.UNUSED] * vocab_size
+    for token, number in (ids | special).items():
+        tokens[number] = token
+        kinds[number] = gguf.TokenType.CONTROL if token in special else gguf.TokenType.NORMAL
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([" ".join(pair) for pair in found["model"]["merges"]])
+    writer.add_eos_token_id(min(special.values()))
+    writer.add_add_bos_token(False)
 
 
 def write_twin(folder: Path, out: Path, form: str) -> None:
@@ -120,6 +142,7 @@ def write_twin(folder: Path, out: Path, form: str) -> None:
     part = out.with_suffix(".part")
     writer = gguf.GGUFWriter(part, _ARCHITECTURES[config["model_type"]])
     _describe(writer, config, _FILE_TYPES[form])
+    _describe_tokenizer(writer, folder, config["vocab_size"])
     tensors = list(_names(config))
     for name, sources in tensors:
         stacked = (len(sources),) if len(sources) > 1 else ()

@@ -21,6 +21,7 @@ from windlass.engine.outputs import RequestOutput
 from windlass.engine.request import Request
 from windlass.engine.request_feed import FeedEntry, RequestFeed
 from windlass.engine.service import Service
+from windlass.engine.tokenizer import Tokenizer
 from windlass.errors import RequestError, UsageError
 from windlass.hub.locate import locate
 from windlass.options import EngineOptions
@@ -107,6 +108,10 @@ class LLM:
         own = self._engine.default_params
         return replace(own, max_tokens=own.max_tokens or SamplingParams().max_tokens)
 
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer that prompts go through."""
+        return self._engine.tokenizer
+
     def get_metrics(self) -> EngineStats:
         """The engine's counters since it was opened: passes, tokens, what was read, found in memory
         and prefetched (`weights`)."""
@@ -189,9 +194,8 @@ class LLM:
         `finish_reason` error. Leaving the loop early aborts what is under way. Draws as in
         `generate`: by a prompt's place in this call."""
         self._check_open()
-        if isinstance(prompts, (str, Mapping)):
-            prompts = [prompts]
-        pairs = _pairs(prompts, sampling_params or self.get_default_sampling_params())
+        rows = [prompts] if isinstance(prompts, (str, Mapping)) else prompts
+        pairs = _pairs(rows, sampling_params or self.get_default_sampling_params())
         return self._feed.results(self._entries(pairs, _prompt_encoder(self._engine), "return"))
 
     def _run(
@@ -242,9 +246,7 @@ class LLM:
             except RequestError as error:
                 if on_error == "raise":
                     raise _of_prompt(place, error) from error
-                text = row if isinstance(row, str) else None
-                failure = RequestOutput.failed(request_id, str(error), prompt=text)
-                entry = FeedEntry(request_id, text, failure=failure)
+                entry = _failed(request_id, row, error)
             yield entry
 
     def _check_open(self) -> None:
@@ -259,6 +261,13 @@ def _open(named: EngineOptions) -> Engine:
 
 def _prompt_encoder(engine: Engine) -> PromptEncoder:
     return PromptEncoder(engine.tokenizer, engine.max_model_len - 1)
+
+
+def _failed(request_id: str, row: Any, error: RequestError) -> FeedEntry:
+    text = row if isinstance(row, str) else None
+    return FeedEntry(
+        request_id, text, failure=RequestOutput.failed(request_id, str(error), prompt=text)
+    )
 
 
 def _of_prompt(place: int, error: RequestError) -> RequestError:

@@ -17,7 +17,7 @@ _TOO_LARGE = 1e30  # stays finite in the sampler's fp32
 # Fields of vLLM that Windlass does not apply: accepted at their default, else refused.
 _UNSUPPORTED = (
     "repetition_detection", "thinking_token_budget", "flat_logprobs",
-    "logprob_token_ids", "prompt_logprob_token_ids", "prompt_logprob_start", "bad_words",
+    "logprob_token_ids", "prompt_logprob_token_ids", "bad_words",
     "stream_interval", "skip_reading_prefix_cache", "extra_args",
 )  # fmt: skip
 
@@ -43,7 +43,8 @@ class SamplingParams:
     After construction `stop` and `stop_token_ids` are tuples (None becomes ()), `logit_bias` has
     int keys (None becomes {}), `top_k` is 0 for "all", `allowed_token_ids` is a tuple or None,
     `structured_outputs` (a mapping is read) a StructuredOutputs or None.
-    `max_tokens` None means the rest of the context.
+    `max_tokens` None means the rest of the context. `prompt_logprob_start`: the first prompt token
+    whose log-probability is wanted; what comes before may have been computed for another prompt.
     """
 
     n: int = 1
@@ -139,6 +140,11 @@ class SamplingParams:
                 "None, 0 for those of the prompt's own tokens, 1 for the likeliest beside each:"
                 " more are not supported",
             )  # fmt: skip
+        if self.prompt_logprob_start is not None:
+            _integer("prompt_logprob_start", self.prompt_logprob_start, 0)
+            if self.prompt_logprobs is None:
+                raise _wrong("prompt_logprob_start", self.prompt_logprob_start,
+                             "only beside prompt_logprobs")  # fmt: skip
 
     def _check_length(self) -> None:
         if self.max_tokens is not None:

@@ -62,7 +62,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(field: str, value: Any) -> 
         {"bad_words": ["x"]},
         {"thinking_token_budget": 5}, {"flat_logprobs": True}, {"extra_args": {"a": 1}},
         {"repetition_detection": object()}, {"stream_interval": 2}, {"logprob_token_ids": [1]},
-        {"skip_reading_prefix_cache": True}, {"prompt_logprob_start": 0},
+        {"skip_reading_prefix_cache": True},
         {"prompt_logprob_token_ids": [1]},
     ],
 )  # fmt: skip
@@ -78,6 +78,8 @@ def test_fields_that_contradict_each_other() -> None:
     with pytest.raises(UsageError, match="min_tokens: got 20, allowed at most max_tokens=16"):
         SamplingParams(min_tokens=20)
     assert SamplingParams(min_tokens=20, max_tokens=None).min_tokens == 20
+    with pytest.raises(UsageError, match="prompt_logprob_start: got 3.*prompt_logprobs"):
+        SamplingParams(prompt_logprob_start=3)
     with pytest.raises(UsageError, match="stop: .*detokenize"):
         SamplingParams(stop="a", detokenize=False)
 

@@ -386,6 +386,7 @@ def test_help_and_import_load_nothing_heavy() -> None:
         "import sys, windlass.cli\n"
         "for words in (['--help'], ['run-batch', '--help'], ['generate', '--help'],\n"
         "              ['quantize', '--help'], ['synth', '--help'], ['--version'],\n"
+        "              ['bench', 'serve', '--help'],\n"
         "              ['run-batch', '--nope']):\n"
         "    windlass.cli.main(words)\n"
         "heavy = {'torch', 'transformers', 'numpy', 'tokenizers', 'jinja2', 'rich',\n"
@@ -429,6 +430,16 @@ OPTIONS = {
         "--sse-ping-interval", "--max-requests", "--max-body-size", "--shutdown-timeout",
         "--data-dir", "--max-file-size",
         "--tool-call-parser", "--reasoning-parser",
+    },
+    "bench serve": {
+        "--backend", "--endpoint-type", "--base-url", "--host", "--port", "--endpoint", "--api-key",
+        "--model", "-m", "--dataset-name", "--dataset-path", "--num-prompts", "--random-input-len",
+        "--input-len", "--random-output-len", "--output-len", "--random-prefix-len",
+        "--random-range-ratio", "--custom-output-len", "--seed", "--ignore-eos", "--temperature",
+        "--extra-body", "--request-rate", "--burstiness", "--max-concurrency",
+        "--ready-check-timeout-sec", "--num-warmups", "--percentile-metrics",
+        "--metric-percentiles", "--goodput", "--save-result", "--save-detailed", "--result-dir",
+        "--result-filename", "--label", "--disable-tqdm", "--config",
     },
     "generate": ENGINE | {
         "--chat", "--system", "--max-tokens", "-n", "--temperature", "--temp", "--top-p", "--top-k",

@@ -212,6 +212,17 @@ def test_choices_share_the_prompt_and_a_scored_one_computes_all():
     assert machine.admission.prompt_pages.num_asked == 3 * 200
 
 
+@pytest.mark.parametrize("start, computed", [(192, 72), (193, 8), (199, 8), (128, 136)])
+def test_a_prompt_that_is_scored_from_a_token_on_computes_the_row_before_it(start, computed):
+    machine = Machine(pages=100, seqs=8, rows=4000)
+    for name in "01":
+        machine.add(name, HEADER, 3, scored=True, start=start)
+    machine.step()
+    assert machine.prompt_rows == 200 + computed
+    pages = machine.admission.prompt_pages
+    assert (pages.num_asked, pages.num_found) == (2 * (start - 1), 200 - computed)
+
+
 def test_the_last_token_of_a_prompt_is_always_computed():
     machine = Machine(pages=100, seqs=8, rows=4000)
     machine.add("0", HEADER[:128], 3, n=2)
@@ -368,6 +379,7 @@ def _wanted():
         request("5", second + own[4], max_tokens=30, logprobs=2),
         request("6", first[:128], max_tokens=20, logprobs=2),
         request("7", first + own[5], max_tokens=4, logprobs=2),
+        request("8", first + own[5], max_tokens=1, prompt_logprobs=1, prompt_logprob_start=150),
     ]
 
 
@@ -441,7 +453,8 @@ def test_bits_are_those_without_sharing(engine_of, without, rows):
     assert stats.prefix_cache_hits >= 5 * 128
     assert stats.prompt_tokens + stats.prefix_cache_hits == counts.prompt_tokens
     assert later.prefix_cache_hits >= 2 * stats.prefix_cache_hits
-    assert results["7"].num_cached_tokens == 128 and results["4"].num_cached_tokens == 0
+    cached = {name: one.num_cached_tokens for name, one in results.items()}
+    assert (cached["4"], cached["7"], cached["8"]) == (0, 128, 128)
 
 
 @pytest.mark.parametrize("pages", [8, 10])

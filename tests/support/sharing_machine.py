@@ -74,8 +74,13 @@ class Machine:
 
         self.kv.take_pages = take_pages  # type: ignore[method-assign]
 
-    def add(self, name, prompt, max_output, *, n=1, longest=0, scored=False):
-        params = SamplingParams(n=n, max_tokens=max_output, prompt_logprobs=0 if scored else None)
+    def add(self, name, prompt, max_output, *, n=1, longest=0, scored=False, start=None):
+        params = SamplingParams(
+            n=n,
+            max_tokens=max_output,
+            prompt_logprobs=0 if scored else None,
+            prompt_logprob_start=start,
+        )
         one = Request(name, tuple(prompt), params, "")
         keys = block_keys(prompt, CHUNK_TOKENS) if self.shares else ()
         for index in range(n):
@@ -112,8 +117,8 @@ class Machine:
             self.cells[page][position % PAGE_TOKENS] = values[position]
         seen = [cell for page in segment.pages for cell in self.cells[page]]
         assert seen[:last] == values[:last], "a row reads what another sequence wrote"
-        if sequence.scores_prompt and segment.is_prompt:
-            places = range(segment.first_position, last)
+        if segment.targets:
+            places = range(segment.first_position + 1, last + (last < sequence.num_prompt))
             sequence.prompt_logprobs.update(dict.fromkeys(places, PromptScore(0.0, 0, 0.0)))
 
     def _draw(self, sequence):
@@ -125,7 +130,6 @@ class Machine:
         ) or sequence.num_tokens == sequence.max_total:
             self.admission.remove(sequence)
             self.finished[sequence.request.request_id, sequence.queued.index] = sequence
-            if sequence.scores_prompt:
-                assert len(sequence.prompt_logprobs) == sequence.num_prompt, (
-                    "a token was not scored"
-                )
+            if sequence.first_scored is not None:
+                wanted = range(sequence.first_scored, sequence.num_prompt)
+                assert set(wanted) <= set(sequence.prompt_logprobs), "a token was not scored"

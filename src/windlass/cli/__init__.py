@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from windlass import __version__
-from windlass.cli import doctor, generate, quantize, replay, run_batch, serve, synth
+from windlass.cli import bench_serve, doctor, generate, quantize, replay, run_batch, serve, synth
 from windlass.cli import plan_command as plan
 from windlass.cli.engine_flags import refuse_known, translate_known
 from windlass.cli.flags import (
@@ -24,7 +24,7 @@ from windlass.errors import UsageError, WindlassError
 
 COMMANDS: tuple[Command, ...] = (
     run_batch.COMMAND, serve.COMMAND, generate.COMMAND, plan.COMMAND, doctor.COMMAND,
-    quantize.COMMAND, synth.COMMAND, replay.COMMAND,
+    quantize.COMMAND, synth.COMMAND, replay.COMMAND, bench_serve.COMMAND,
 )  # fmt: skip
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -73,10 +73,11 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"windlass {__version__}")
         return 0
-    name, rest = arguments[0], arguments[1:]
+    names = [each.name for each in COMMANDS]
+    words = 2 if " ".join(arguments[:2]) in names else 1  # `bench serve` has two
+    name, rest = " ".join(arguments[:words]), arguments[words:]
     command = next((each for each in COMMANDS if each.name == name), None)
     if command is None:
-        names = [each.name for each in COMMANDS]
         raise UsageError(
             f"unknown command: {name}{nearest(name, names)}, allowed {', '.join(names)}"
         )

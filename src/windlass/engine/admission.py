@@ -339,7 +339,8 @@ def _row(
 ) -> ScheduledSequence:
     """The sequence's rows at positions from the first of `span` up to its last."""
     first, last = span
-    is_scored = is_prompt and sequence.scores_prompt
+    scored = sequence.first_scored
+    is_scored = is_prompt and scored is not None and last >= scored
     segment = Segment(
         sequence=sequence.number,
         token_ids=sequence.tokens(first, last),

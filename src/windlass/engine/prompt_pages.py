@@ -1,9 +1,9 @@
 """Pages of prompts: sequences whose prompts begin alike hold the same. Knows counts, no tensors.
 
 A prompt may read blocks that others compute up to its last token, whose row it must compute for the
-logits; one whose tokens are scored computes all of its rows. Blocks end where chunks may, so that
-results are those of a prompt that was computed in two chunks: the same bits as ever. Prompts find
-what others of their home have computed.
+logits, or to the one before the first whose log-probability is wanted. Blocks end where chunks may,
+so that results are those of a prompt that was computed in two chunks: the same bits as ever.
+Prompts find what others of their home have computed.
 """
 
 from collections.abc import Hashable
@@ -70,7 +70,7 @@ class PromptPages:
             sequence.pages.extend(pages)
         sequence.pages.extend(fresh)
         sequence.num_cached = 0
-        self.num_asked += 0 if queued.scores_prompt else queued.num_tokens
+        self.num_asked += (queued.first_scored or queued.num_tokens + 1) - 1
 
     def skip(self, sequence: Sequence) -> None:
         """Moves a sequence in its prompt past the blocks that others have computed."""
@@ -115,6 +115,5 @@ class PromptPages:
 
 
 def _num_readable(queued: QueuedSequence) -> int:
-    if queued.scores_prompt:
-        return 0
-    return min(len(queued.block_keys), readable_blocks(queued.num_tokens, CHUNK_TOKENS))
+    computed = queued.first_scored or queued.num_tokens  # after the row that it must compute
+    return min(len(queued.block_keys), readable_blocks(computed, CHUNK_TOKENS))

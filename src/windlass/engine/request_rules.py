@@ -48,6 +48,12 @@ class RequestRules:
             raise RequestError(
                 f"prompt token ids: allowed 0 to {self.vocab_size - 1}", param="prompt"
             )
+        if (params.prompt_logprob_start or 0) >= num_prompt:
+            raise RequestError(
+                f"prompt_logprob_start: got {params.prompt_logprob_start}, allowed a place in the"
+                f" prompt, 0 to {num_prompt - 1}",
+                param="prompt_logprob_start",
+            )
         self.sampler(request, 0)  # checks the ids that the parameters name
         if params.structure is not None:
             self.grammars.check(params.structure)

@@ -47,10 +47,13 @@ class QueuedSequence:
         return len(self.request.prompt_token_ids) + self.max_output
 
     @property
-    def scores_prompt(self) -> bool:
-        """Whether its pass gives log-probabilities of the prompt: those of all sequences are
-        one."""
-        return self.request.params.prompt_logprobs is not None and self.index == 0
+    def first_scored(self) -> int | None:
+        """The first token of the prompt whose log-probability its passes give, which is that after
+        the token before it; None: of no token. Those of all sequences of a request are one's."""
+        params = self.request.params
+        if params.prompt_logprobs is None or self.index:
+            return None
+        return max(1, params.prompt_logprob_start or 0)
 
 
 class PromptScore(NamedTuple):
@@ -140,8 +143,8 @@ class Sequence:
         return self.queued.max_total
 
     @property
-    def scores_prompt(self) -> bool:
-        return self.queued.scores_prompt
+    def first_scored(self) -> int | None:
+        return self.queued.first_scored
 
     @property
     def in_prompt(self) -> bool:
@@ -219,14 +222,15 @@ class Sequence:
         return new_text
 
     def prompt_output(self, tokenizer: Tokenizer) -> tuple[LogprobsOfStep | None, ...] | None:
-        """Of each prompt token but the first, which follows nothing; None if not asked for. Beside
-        it the likeliest token, where one is asked for; a rank is known of that alone."""
-        if not self.scores_prompt:
+        """Of each prompt token but the first, which follows nothing, and those before the first
+        that is wanted; None if not asked for. Beside it the likeliest token, where one is asked
+        for; a rank is known of that alone."""
+        if self.first_scored is None:
             return None
         has_best = bool(self.request.params.prompt_logprobs)
         steps: list[LogprobsOfStep | None] = []
         for place, token in enumerate(self.request.prompt_token_ids):
-            if not place:
+            if place < self.first_scored:
                 steps.append(None)
                 continue
             found = self.prompt_logprobs[place]

@@ -1,0 +1,1 @@
+"""Windlass's server beside llama.cpp's."""
