@@ -428,7 +428,7 @@ OPTIONS = {
     "serve": ENGINE | {
         "--host", "--port", "--api-key", "--served-model-name", "-a", "--alias",
         "--sse-ping-interval", "--max-requests", "--max-body-size", "--shutdown-timeout",
-        "--data-dir", "--max-file-size",
+        "--data-dir", "--max-file-size", "--request-timeout",
         "--tool-call-parser", "--reasoning-parser",
     },
     "bench serve": {
@@ -457,7 +457,7 @@ OPTIONS = {
                        "--expert-cache-policy", "--expert-map-store", "--load-format",
                        "--generation-config"}) | {
         "--workload", "-i", "--prompt-len", "--output-len", "--num-requests", "--machine",
-        "--replay", "--json",
+        "--hardware", "--replay", "--json",
     },
     "replay": {
         "--expert-forecast", "--expert-cache-policy", "--resident", "--oracle", "--max-num-seqs",
