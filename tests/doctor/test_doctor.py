@@ -363,7 +363,7 @@ def test_overhead_solves_for_calls_experts_and_rows():
 class FakeAccelerator:
     """Computes on the host; remembers its copies."""
 
-    name, memory_bytes, device = "fake", 1 << 30, torch.device("cpu")
+    name, memory_bytes, device, capability = "fake", 1 << 30, torch.device("cpu"), 90
 
     def __init__(self) -> None:
         self.copies: list[tuple[int, bool, bool]] = []
