@@ -13,6 +13,7 @@ from windlass.build.open import open_engine
 from windlass.engine.engine import Engine
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.request import Request
+from windlass.errors import BudgetError
 from windlass.hardware.profile import HardwareProfile
 from windlass.ids import HOST, Route
 from windlass.options import EngineOptions
@@ -148,7 +149,7 @@ class Runs:
 
     def plan(self, like: Plan, *, device_memory: int | None = None, **changes: Any) -> Plan:
         """By plain rules, with the rows and sequences of `like`, one group, all attention on the
-        device, prompts before decoding, but for `changes`."""
+        device, prompts before decoding, but for `changes`; fewer sequences where not all fit."""
         problem = self.problem
         assert problem is not None and problem.sizes.device is not None, "nothing was planned yet"
         device = problem.sizes.device
@@ -160,14 +161,20 @@ class Runs:
         weighs = problem.sizes.process_bytes + self.size.spare
         sizes = replace(problem.sizes, device=device, process_bytes=weighs)
         values: dict[str, Any] = {
-            "max_num_seqs": like.max_num_seqs, "max_model_len": like.max_model_len,
+            "max_model_len": like.max_model_len,
             "max_num_batched_tokens": like.max_num_batched_tokens, "groups": 1,
             "host_attention": 0.0, "schedule": "module-based", "mixed_prefill_tokens": 0,
             "burst_tokens": 0, "prefix_caching": False,
             "expert_slots": self.size.layer_slots and self.size.layer_slots * self.size.layers,
         }  # fmt: skip
-        wanted = PlanConstraints(**{**values, **changes})
-        return plan_for(problem.spec, sizes, self.place.host_memory, wanted)
+        seqs = like.max_num_seqs
+        while True:
+            wanted = PlanConstraints(max_num_seqs=seqs, **{**values, **changes})
+            try:
+                return plan_for(problem.spec, sizes, self.place.host_memory, wanted)
+            except BudgetError:  # `like` may keep some of them on the host
+                if (seqs := seqs // 2) < like.max_num_seqs // 4 or not seqs:
+                    raise
 
     def requests(self, count: int | None = None, *, output_tokens: int | None = None) -> Requests:
         """The first of the job, the same whatever their number."""

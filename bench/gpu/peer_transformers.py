@@ -1,4 +1,4 @@
-"""transformers with accelerate's offloading, under the same cap of a GPU's memory as `engine.py` has,
+"""transformers with accelerate's offloading, under the cap of a GPU's memory that `engine.py` has,
 on a checkpoint of the same shape with random weights.
 
     python bench/gpu/peer_transformers.py --size NAME --out FOLDER [--minutes 9] [--layers N]

@@ -47,7 +47,7 @@ class Report:
                 continue
             try:
                 check()
-            except Exception as error:  # whatever it is, it is the result of this check
+            except Exception as error:  # noqa: BLE001  whatever it is, it is this check's result
                 self.add(name, passed=False, error=f"{type(error).__name__}: {error}")
             took = time.monotonic() - begin
             self._longest_s = max(self._longest_s, took)

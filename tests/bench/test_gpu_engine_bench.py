@@ -14,11 +14,12 @@ from fake_torch_cuda import FakeTorchCuda, fake_cuda
 from windlass.build import devices
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-from gpu import engine as bench
-from gpu import peer_transformers
 from gpu.engine_runs import Runs
 from gpu.report import Report
 from gpu.sizes import SIZES
+
+from gpu import engine as bench
+from gpu import peer_transformers
 from windlass.models.registry import read_spec
 from windlass.models.spec import Moe
 from windlass.perf.flops import expert_matrices

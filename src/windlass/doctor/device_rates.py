@@ -228,9 +228,7 @@ class _Bench:
             def call(
                 x_TD: torch.Tensor = x_TD, groups: ExpertGroups = groups, out: torch.Tensor = out
             ) -> None:
-                kernels.experts(
-                    x_TD, dict(enumerate(islice(turn, _GROUP))), groups, SwiGlu(), out
-                )
+                kernels.experts(x_TD, dict(enumerate(islice(turn, _GROUP))), groups, SwiGlu(), out)
 
             timing = self._time(f"{name}, {rows} rows", [call])
             points.append((rows, 6 * hidden * inner * rows * _GROUP / timing.median_s))
