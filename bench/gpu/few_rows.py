@@ -3,7 +3,7 @@ oracle, how soon an error is told."""
 
 import time
 from functools import partial
-from typing import Any
+from unittest.mock import patch
 
 from gpu.engine_runs import Runs, run_all
 from gpu.report import Report
@@ -100,25 +100,22 @@ class FewRows:
 
     def failing_worker(self) -> None:
         """A copy that raises is an error of the pass that waits for it, and the engine closes."""
-        runs, raised = self._runs, []
+        runs = self._runs
+        raised: list[float] = []
         folder = runs.size.folder(runs.place.folder, runs.size.few_layers[1])
         few = runs.options(model=str(folder), device_memory=None, max_num_seqs=1,
                            max_model_len=self._one_len,
                            moe_expert_cache_size=str(self._top_k))  # fmt: skip
-        real = Lane._steps
 
-        def steps(self: Lane, *args: Any) -> Any:
+        def steps(*args: object) -> None:
             raised.append(time.perf_counter())
             raise RuntimeError("the copy engine is gone")
 
         with runs.open(few) as engine:
             run_all(engine, runs.requests(1))
-            Lane._steps = steps  # type: ignore[method-assign]
-            try:
+            with patch.object(Lane, "_steps", steps):
                 error = _error_of(engine, runs)
-                after_s = time.perf_counter() - raised[0] if raised else float("nan")
-            finally:
-                Lane._steps = real  # type: ignore[method-assign]
+            after_s = time.perf_counter() - raised[0] if raised else float("nan")
         passed = error == "the copy engine is gone" and after_s < _ERROR_S
         self._report.add("a worker that fails", passed=passed, error=error, after_s=after_s)
 

@@ -52,8 +52,8 @@ _GPT_OSS_20B = {
     },
 }  # fmt: skip
 _DRY = {
-    "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8,
+    "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4,
     "num_experts_per_tok": 2, "max_position_embeddings": 256,
 }  # fmt: skip
 
@@ -113,7 +113,7 @@ SIZES = {
         Size(name="gpt-oss-8", config=_GPT_OSS_20B, device_memory=8 * GIB),
         # says only that the script works
         Size(name="dry", config=preset("qwen3-30b-a3b") | _DRY, device_memory=1700 * MIB,
-             sequences=10, prompt_tokens=8, output_tokens=3, one_tokens=4, spare=0,
-             few_layers=(1, 2), layer_slots=4),
+             sequences=9, prompt_tokens=8, output_tokens=3, one_tokens=4, spare=0,
+             few_layers=(1, 2), layer_slots=2),
     )
 }  # fmt: skip
