@@ -38,6 +38,7 @@ from windlass.doctor.device_rates import measure_device
 from windlass.hardware.assumed import assumed_profile
 from windlass.hardware.preset import load_machine
 from windlass.hardware.profile import HardwareProfile
+from windlass.kernels.cpu.library import load
 from windlass.kernels.select_device import choose_device_kernels
 from windlass.plan import Plan
 from windlass.units import parse_bytes
@@ -158,6 +159,12 @@ def _profile(args: argparse.Namespace) -> tuple[HardwareProfile, Mapping[str, st
     return profile, {"rates": "the GPU and its links measured, the host and the disk assumed"}
 
 
+def _host_kernels() -> str:
+    """What attends on the host: "native", or why torch's slower ones do."""
+    found = load()
+    return found if isinstance(found, str) else "native"
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Whole engines on a GPU.")
     add = parser.add_argument
@@ -179,8 +186,8 @@ def main(arguments: list[str] | None = None) -> int:
     about: dict[str, Any] = {
         "bench": "gpu/engine", "size": size.name, "layers": size.layers, "version": VERSION,
         "machine": torch.cuda.get_device_name(cuda_index(args.device)), "torch": torch.__version__,
-        "triton": find_spec("triton") is not None, "device_memory": size.device_memory,
-        "host_memory": memory, "dtype": args.dtype, "sequences": size.sequences,
+        "triton": find_spec("triton") is not None, "host_kernels": _host_kernels(),
+        "device_memory": size.device_memory, "host_memory": memory, "dtype": args.dtype, "sequences": size.sequences,
         "prompt_tokens": size.prompt_tokens, "output_tokens": size.output_tokens,
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
