@@ -187,7 +187,8 @@ def main(arguments: list[str] | None = None) -> int:
         "bench": "gpu/engine", "size": size.name, "layers": size.layers, "version": VERSION,
         "machine": torch.cuda.get_device_name(cuda_index(args.device)), "torch": torch.__version__,
         "triton": find_spec("triton") is not None, "host_kernels": _host_kernels(),
-        "device_memory": size.device_memory, "host_memory": memory, "dtype": args.dtype, "sequences": size.sequences,
+        "device_memory": size.device_memory, "host_memory": memory, "dtype": args.dtype,
+        "sequences": size.sequences,
         "prompt_tokens": size.prompt_tokens, "output_tokens": size.output_tokens,
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
