@@ -1,5 +1,5 @@
 # The targets are the manual: setup native demo test lint coverage wheel-test bench mutate, test-native test-kernels
-# test-clients kernel-table test-gpu bench-gpu.
+# test-clients kernel-table test-gpu bench-gpu bench-gpu-peer.
 # `make demo` or `make test` is the only command needed on a fresh machine with Python 3.11.
 
 PYTHON ?= python3
@@ -21,7 +21,8 @@ PYTHON_FILES := src tests bench scripts demo native setup.py
 
 .PHONY: setup native demo test test-all test-native coverage lint types format wheel wheel-test bench bench-kernels \
   bench-peers bench-servers bench-ablation bench-prediction bench-prefetcher bench-latency bench-decode bench-drafts \
-  golden mutate test-kernels test-clients kernel-table check-kernel-table test-gpu bench-gpu clean
+  golden mutate test-kernels test-clients kernel-table check-kernel-table test-gpu bench-gpu \
+  bench-gpu-peer clean
 
 setup: $(STAMP) native
 
@@ -175,13 +176,29 @@ golden: setup
 mutate: setup
 	$(BIN)/python scripts/mutate.py
 
-test-gpu: setup
-	$(BIN)/python -m pytest -m gpu -rs
-	mkdir -p out/gpu && $(BIN)/python bench/gpu/kernels.py --out out/gpu
+# On a machine with a GPU, from src/, nothing installed: GPU_PYTHON is one that has torch with CUDA and
+# its Triton, pytest, tokenizers, safetensors, jinja2.
+GPU_PYTHON ?= python3
+GPU_RUN := PYTHONPATH=src $(GPU_PYTHON)
+SIZE ?= kernels
 
-# So far the kernels alone: there is no runtime on a GPU yet.
-bench-gpu: setup
-	mkdir -p out/gpu && $(BIN)/python bench/gpu/kernels.py --out out/gpu
+# What is marked `gpu`, then the kernels' own script.
+test-gpu: | out/gpu
+	$(GPU_RUN) -m pytest -m gpu -rs tests/gpu tests/doctor
+	$(GPU_RUN) bench/gpu/kernels.py --out out/gpu
+
+# SIZE=kernels, or deepseek-v2-lite-8, qwen3-30b-16, mixtral-16, mixtral-24, gpt-oss-8: each fits ten
+# minutes. MORE="--layers 16" and the like go to the script.
+bench-gpu: | out/gpu
+	$(GPU_RUN) $(if $(filter kernels,$(SIZE)),bench/gpu/kernels.py,bench/gpu/engine.py --size $(SIZE)) \
+	  --out out/gpu $(MORE)
+
+# transformers with accelerate under the same cap.
+bench-gpu-peer: | out/gpu
+	$(GPU_RUN) bench/gpu/peer_transformers.py --size $(SIZE) --out out/gpu $(MORE)
+
+out/gpu:
+	mkdir -p $@
 
 clean:
 	rm -rf $(VENV) .venv-kernels .venv-clients tests/clients/node_modules $(NATIVE) build dist out .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -363,7 +363,7 @@ def test_overhead_solves_for_calls_experts_and_rows():
 class FakeAccelerator:
     """Computes on the host; remembers its copies."""
 
-    name, memory_bytes, device = "fake", 1 << 30, torch.device("cpu")
+    name, memory_bytes, device, capability = "fake", 1 << 30, torch.device("cpu"), 90
 
     def __init__(self) -> None:
         self.copies: list[tuple[int, bool, bool]] = []
@@ -555,12 +555,16 @@ def test_a_report_shows_everything_and_survives_json(quick, tiny, tmp_path, monk
         copies=(KIB,), rows=(1,), hidden=8, intermediate=4, cold_bytes=1, large_bytes=4096,
         heads=(2, 1, 4), sequences=1, context=4, prompt=4,
     )  # fmt: skip
-    monkeypatch.setattr(
-        examine_module,
-        "measure_device",
-        lambda gpu, **more: device_rates.measure_device(gpu, small, **more),
-    )
+    given = []
+
+    def measure_device(gpu, **more):
+        given.append(more["kernels"])
+        return device_rates.measure_device(gpu, small, **more)
+
+    monkeypatch.setattr(examine_module, "measure_device", measure_device)
     report = examine(Subject(cache=tmp_path, model=tiny, moe_backend="torch", threads=1))
+    (kernels,) = given
+    assert type(kernels).__name__ == "_Placed", "not those that a run has on the device"
     assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
     text = "\n".join(report.lines())
     for words in ("processor:", "memory read", "in flight", "expert networks", "dense products",

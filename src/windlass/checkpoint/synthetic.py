@@ -109,15 +109,30 @@ def write_random_checkpoint(
             for info in shard.tensors:
                 for piece in weights.pieces(info, 0, info.end - info.begin):
                     stream.write(piece)
-    if tokenizer:
-        _write_tokenizer(out, weights.spec)
     if len(weights.shards) > 1:
         _write_json(out / INDEX_FILE, _index(weights))
     # last, so that an interrupted folder is not taken for a checkpoint
-    special = {"eos_token_id": _EOS_ID, "pad_token_id": _PAD_ID} if tokenizer else {}
+    _write_settings(config, out, weights.spec if tokenizer else None, dtype)
+    return weights.num_bytes
+
+
+def write_settings(config: Mapping[str, Any], out: Path, *, dtype: str = "bfloat16") -> None:
+    """The same without weights, which load_format "dummy" does without."""
+    spec = read_description(config).spec
+    _prepare(out, 0)
+    _write_settings(config, out, spec, dtype)
+
+
+def _write_settings(
+    config: Mapping[str, Any], out: Path, tokenized: ModelSpec | None, dtype: str
+) -> None:
+    """Configurations, and a tokenizer for the vocabulary of `tokenized`."""
+    special = {}
+    if tokenized is not None:
+        _write_tokenizer(out, tokenized)
+        special = {"eos_token_id": _EOS_ID, "pad_token_id": _PAD_ID}
     _write_json(out / "generation_config.json", {"do_sample": False, **special})
     _write_json(out / "config.json", {**config, **special, "dtype": dtype, "torch_dtype": dtype})
-    return weights.num_bytes
 
 
 def random_source(

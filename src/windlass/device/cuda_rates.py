@@ -18,6 +18,7 @@ class MeasuredCuda:
         self.device = torch.device("cuda", index)
         self.name: str = properties.name
         self.memory_bytes: int = properties.total_memory
+        self.capability: int = 10 * properties.major + properties.minor
 
     def copier(self, num_bytes: int, *, down: bool, pinned: bool) -> Callable[[], None]:
         """Starts a copy of `num_bytes` to the device (`down`) or from it, each time it is called;

@@ -3,7 +3,7 @@ given, all else through torch. Of packed weights a rate follows from that of bf1
 Tested with a device that computes on the host."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -17,6 +17,7 @@ from windlass.hardware.preset import BYTES_PER_WEIGHT
 from windlass.hardware.profile import Curve, LinkRates, Processor
 from windlass.kernels.interface import ExpertGroups, Kernels
 from windlass.models.spec import SwiGlu
+from windlass.tensors import StoredTensors
 from windlass.units import KIB, MIB
 
 _GROUP = 8  # experts of one call of the kernels
@@ -31,6 +32,7 @@ class Accelerator(Protocol):
     name: str
     memory_bytes: int
     device: torch.device
+    capability: int  # 90 for sm_90
 
     def copier(self, num_bytes: int, *, down: bool, pinned: bool) -> Callable[[], None]:
         """Starts a copy to (`down`) or from the device each time it is called."""
@@ -196,13 +198,13 @@ class _Bench:
     def _experts(self, kind: str, dtype: torch.dtype) -> Curve:
         hidden, inner = self._shapes.hidden, self._shapes.intermediate
         num_bytes = 3 * hidden * inner * dtype.itemsize
-        weights = [
-            (self._random(2 * inner, hidden, dtype=dtype), self._random(hidden, inner, dtype=dtype))
-            for _ in range(max(1, self._shapes.cold_bytes // num_bytes))
-        ]
-        turn = cycle(weights)
+        count = max(_GROUP, self._shapes.cold_bytes // num_bytes)
+        arena = self._random(count, 3, hidden * inner, dtype=dtype)  # one memory, as slots have it
         if self._kernels is not None:
-            return self._grouped(f"device experts {kind}", turn, self._kernels)
+            return self._grouped(f"device experts {kind}", arena, self._kernels)
+        turn = cycle(
+            (own[:2].reshape(2 * inner, hidden), own[2].reshape(hidden, inner)) for own in arena
+        )
 
         def call(x_ND: torch.Tensor) -> torch.Tensor:
             gate_up, down = next(turn)
@@ -211,11 +213,11 @@ class _Bench:
 
         return self._curve(f"device experts {kind}", call, 6 * hidden * inner, dtype)
 
-    def _grouped(
-        self, name: str, turn: Iterator[tuple[torch.Tensor, torch.Tensor]], kernels: Kernels
-    ) -> Curve:
-        """FLOP/s over rows of one expert, of some experts a call."""
+    def _grouped(self, name: str, arena: torch.Tensor, kernels: Kernels) -> Curve:
+        """FLOP/s over rows of one expert, of some experts a call; `arena`: (experts, 3, weights of
+        a matrix)."""
         hidden, inner = self._shapes.hidden, self._shapes.intermediate
+        turn = cycle([_stored(own, hidden, inner) for own in arena])
         points = []
         for rows in self._shapes.rows:
             x_TD = self._random(rows * _GROUP, hidden, dtype=torch.float32)
@@ -226,11 +228,7 @@ class _Bench:
             def call(
                 x_TD: torch.Tensor = x_TD, groups: ExpertGroups = groups, out: torch.Tensor = out
             ) -> None:
-                experts = {
-                    i: {"gate": gate_up[:inner], "up": gate_up[inner:], "down": down}
-                    for i, (gate_up, down) in enumerate(islice(turn, _GROUP))
-                }
-                kernels.experts(x_TD, experts, groups, SwiGlu(), out)
+                kernels.experts(x_TD, dict(enumerate(islice(turn, _GROUP))), groups, SwiGlu(), out)
 
             timing = self._time(f"{name}, {rows} rows", [call])
             points.append((rows, 6 * hidden * inner * rows * _GROUP / timing.median_s))
@@ -280,6 +278,15 @@ class _Bench:
         )
         timing = self._time("device prefill attention", [attend])
         return 4 * heads * dim * prompt * (prompt + 1) / 2 / timing.median_s
+
+
+def _stored(own: torch.Tensor, hidden: int, inner: int) -> StoredTensors:
+    """The expert whose matrices are the rows of `own`, as a slot has it: kernels keep what they
+    look up of it."""
+    tensors = StoredTensors()
+    tensors["gate"], tensors["up"] = own[0].view(inner, hidden), own[1].view(inner, hidden)
+    tensors["down"] = own[2].view(hidden, inner)
+    return tensors
 
 
 def _narrower(curve: Curve, times: float) -> Curve:

@@ -36,6 +36,7 @@ from windlass.doctor.timing import Load
 from windlass.hardware.profile import HardwareProfile, Processor
 from windlass.kernels.interface import Kernels
 from windlass.kernels.select import choose_kernels
+from windlass.kernels.select_device import choose_device_kernels
 from windlass.options import AUTO, CPU, EngineOptions
 from windlass.units import format_bytes
 
@@ -145,7 +146,9 @@ class _Examination:
         device = None
         if accelerator is not None:
             self._tell("measuring the GPU and its links")
-            device = measure_device(accelerator, attention=self._attention)
+            device = measure_device(
+                accelerator, kernels=self._device_kernels(accelerator), attention=self._attention
+            )
             self._findings.spread |= device.spread
         return Report(
             environment=self._environment,
@@ -155,6 +158,15 @@ class _Examination:
             others=load.cores(),
             seconds=time.perf_counter() - begin,
             notes=tuple(self._notes),
+        )
+
+    def _device_kernels(self, accelerator: Accelerator) -> Kernels:
+        """What a run computes with there, so that rates of experts are its own."""
+        return choose_device_kernels(
+            "torch" if self._subject.moe_backend == "torch" else "auto",  # cpu: that is the host's
+            accelerator.device,
+            capability=accelerator.capability,
+            bf16_activations=self._subject.dtype == "bfloat16",
         )
 
     def _disk(self) -> DiskRates:
