@@ -26,7 +26,8 @@ def choose_device_kernels(
 ) -> Kernels:
     """`backend`: "triton", "torch" (slower many times over: what the other is compared with), or
     "auto": Triton's where it is installed, else torch's with one warning that says so.
-    `capability`: 90 for sm_90. `captures`: of graphs, which Triton's have. UsageError for what the device cannot do."""
+    `capability`: 90 for sm_90. `captures`: of graphs, which Triton's have. UsageError for what the
+    device cannot do."""
     if backend not in ("auto", "triton", "torch"):
         raise UsageError(f"moe_backend: got {backend!r} for a GPU, allowed auto, triton or torch")
     has_triton = find_spec("triton") is not None
