@@ -70,9 +70,7 @@ class _Call(NamedTuple):
 class FakeGraphs:
     """Implements `Graphs`."""
 
-    def __init__(
-        self, in_kernel: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> None:
+    def __init__(self, in_kernel: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         """`in_kernel`: what is asked for inside is the device's own."""
         self.in_kernel = in_kernel
         self._recording: _Recording | None = None
