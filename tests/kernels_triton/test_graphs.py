@@ -37,13 +37,13 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3"])
 def test_the_same_bits_as_without(
-    family: str, kernels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cuda_graphs, "_LEAST_POSITIONS", 16)
     monkeypatch.setattr(cuda_graphs, "_LEAST_PAGES", 1)
     replayed = watch_replays(monkeypatch)
-    make_model(family, tmp_path, dtype=torch.bfloat16)
+    make_model("gpt_oss", tmp_path, dtype=torch.bfloat16)
     open_engine = partial(graph_engine, tmp_path, kernels, plan=plan_of(tmp_path))
     job = partial(answers, lengths=(4, 2), steps=(3, 4))
     with open_engine(enforce_eager=True) as (engine, _):
