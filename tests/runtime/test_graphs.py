@@ -112,7 +112,7 @@ def test_experts_that_are_held_are_those_of_the_table() -> None:
     capture.begin(_work(0))
     results = []
     for slots in ({0: 7}, {1: 3, 2: 5}, {3: 1}, {2: (6, "otherwise")}):
-        held.hold({e: {"slot": slot} for e, slot in slots.items()})  # type: ignore[misc]
+        held.hold({e: {"slot": slot} for e, slot in slots.items()})  # type: ignore[dict-item]
 
         def body() -> torch.Tensor | str:
             return "alone" if held.found(_Found.of) is None else held.slots_E + 0

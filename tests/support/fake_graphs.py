@@ -55,7 +55,7 @@ class _Place(NamedTuple):
         if storage is None:
             raise GraphError(f"{what} touches memory that is gone, {self.shape} {self.dtype}")
         made = torch.empty(0, dtype=self.dtype)
-        return made.set_(storage, self.offset, self.shape, self.strides)  # type: ignore[call-overload, no-any-return]
+        return made.set_(storage, self.offset, self.shape, self.strides)
 
 
 class _Call(NamedTuple):
@@ -234,4 +234,4 @@ def _key(tensor: torch.Tensor) -> int:
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """All of its memory."""
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload, no-any-return]
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())

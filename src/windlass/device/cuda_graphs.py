@@ -18,7 +18,7 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, body: Callable[[], _Result]) -> tuple[Graph, _Result]:
         graph = torch.cuda.CUDAGraph()

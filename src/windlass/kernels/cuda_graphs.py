@@ -39,10 +39,9 @@ class RowTables:
         self.positions = max(_LEAST_POSITIONS, 1 << _longest(work).bit_length())
         self._pages = max(_LEAST_PAGES, 1 << max(map(len, work.pages)).bit_length())
         self._all = memory.empty(self.num_rows * (5 + self._pages), dtype=torch.int32)
-        first, second = self._all.split((5 * self.num_rows, self.num_rows * self._pages))
         # sequence, row, number of rows (1), position, row once more: as tiles of kernels have it
-        self.tiles_5T = first.view(5, -1)
-        self.pages_TP = second.view(self.num_rows, -1)
+        self.tiles_5T = self._all[: 5 * self.num_rows].view(5, -1)
+        self.pages_TP = self._all[5 * self.num_rows :].view(self.num_rows, -1)
 
     def has_room(self, work: AttentionWork) -> bool:
         pages = max(map(len, work.pages))
