@@ -63,6 +63,8 @@ class EngineOptions:
     `expert_forecast`, `expert_cache_policy`: names (`EXPERT_FORECASTS`, `EXPERT_CACHE_POLICIES`) of
     who expects uses of experts and who gives them up; `expert_map_store`: where FineMoE's maps are
     kept from run to run.
+    `enforce_eager`: every pass is asked for kernel by kernel, also one of few rows, which is
+    otherwise replayed as the last one was (CUDA graphs, on a GPU); results are the same bits.
     `plan`: one to replay, or its file; what else is said must agree with it. `model` and
     `tokenizer`: folders, or names on the hub until `hub/locate.py` has found them, each with its
     revision.
@@ -94,6 +96,7 @@ class EngineOptions:
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     load_mode: Literal["auto", "dio", "buffered"] = "auto"
     moe_backend: Literal["auto", "torch", "cpu"] = "auto"
+    enforce_eager: bool = False
     trace: Path | None = None
     routing_trace: Path | None = None
     routing_trace_inputs: bool = False

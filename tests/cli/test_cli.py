@@ -417,7 +417,7 @@ ENGINE = MODEL | {
     "--enable-prefix-caching",
     "--expert-usage", "--expert-forecast", "--expert-cache-policy", "--expert-map-store",
     "--no-enable-prefix-caching",
-    "--burst-tokens", "--batch-groups", "--device", "-dev", "--device-memory",
+    "--burst-tokens", "--batch-groups", "--enforce-eager", "--device", "-dev", "--device-memory",
 }  # fmt: skip
 OPTIONS = {
     "run-batch": ENGINE | {

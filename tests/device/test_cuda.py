@@ -8,6 +8,7 @@ import torch
 from fake_torch_cuda import FakeTorchCuda, fake_cuda
 from windlass.device.base import Copy
 from windlass.device.cuda import CudaDevice, CudaHost, cuda_index
+from windlass.device.cuda_graphs import CudaGraphs
 from windlass.device.cuda_rates import find_cuda
 from windlass.device.streams import OVER
 from windlass.errors import BudgetError, UsageError
@@ -196,3 +197,22 @@ def test_too_little_memory_is_one_error(device, monkeypatch):
     monkeypatch.setattr(torch, "empty", refuse)
     with pytest.raises(BudgetError, match="no room for 8.00 KiB at once: .* Tried to allocate 8"):
         device.allocate(5000)
+
+
+def test_a_graph_is_captured_on_the_stream_of_kernels_and_ended_whatever_happens(device, fake_cuda):
+    graphs, calls = CudaGraphs(CPU), fake_cuda.calls
+    with device.streams.on(device.streams.compute):
+        calls.clear()
+        graph, result = graphs.capture(lambda: calls.append(("body",)) or 5)
+        graph.replay()
+        begun = ("capture", "compute", (0, 7), "thread_local")
+        assert result == 5
+        assert calls == [begun, ("body",), ("captured",), ("replay", "compute")]
+        calls.clear()
+        with pytest.raises(ZeroDivisionError):
+            graphs.capture(lambda: 1 / 0)
+        assert calls == [begun, ("captured",)]
+        fake_cuda.failing = "CUDA error: operation not permitted"
+        with pytest.raises(RuntimeError, match="not permitted"):
+            graphs.capture(lambda: None)
+        fake_cuda.failing = ""

@@ -11,11 +11,15 @@ import torch
 
 from engines import make_model
 from fake_cuda import FakeCuda, on_device
+from fake_graphs import FakeGraphs
+from graph_kernels import GraphKernels
 from windlass.build import open as build
 from windlass.build.devices import Gpu
 from windlass.device.cuda import Usage
 from windlass.engine.engine import Engine
 from windlass.ids import DEVICE
+from windlass.kernels.cuda_graphs import GraphCaptures
+from windlass.kernels.interface import Kernels
 from windlass.kernels.reference import TorchKernels
 from windlass.options import CPU, EngineOptions
 from windlass.units import GIB
@@ -26,6 +30,9 @@ TAKEN = 300 << 20  # of the fake's memory, by its context
 
 class OnGpu:
     """Opens engines on it, by options alone."""
+
+    def keep_graphs(self) -> None:
+        """From now on, as a real one does; results are no longer those of a CPU to the bit."""
 
     is_exact = False  # whether what it computes is what a CPU does, to the bit
 
@@ -41,6 +48,10 @@ class OnFakeGpu(OnGpu):
         self._monkeypatch = monkeypatch
         self._seed = 0
         self.device = FakeCuda(name=DEVICE)
+        self._keeps_graphs = False
+
+    def keep_graphs(self) -> None:
+        self._keeps_graphs, self.is_exact = True, False
 
     @contextmanager
     def open(self, path: Path, **options: Any) -> Iterator[Engine]:
@@ -57,10 +68,18 @@ class OnFakeGpu(OnGpu):
         if options.device == CPU:
             return None
         device = self.device
+
+        def make() -> Kernels:
+            if not self._keeps_graphs:
+                return TorchKernels()
+            graphs = FakeGraphs(device.in_kernel)
+            captures = GraphCaptures(device, graphs)
+            return GraphKernels(captures, graphs.launch, device.unseen)
+
         return Gpu(
             device,
             "a fake GPU",
-            lambda: on_device(device, TorchKernels),
+            lambda: on_device(device, make),
             lambda readers: device.below,
             lambda: Usage(4 * GIB, TAKEN, 0),
             self.limits.append,

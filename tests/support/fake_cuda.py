@@ -249,6 +249,13 @@ class FakeCuda:
         finally:
             self._in_kernel = before
 
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """A kernel of which nobody is to know what it touches."""
+        self._stream("a kernel").drain()
+        with self._quiet():
+            yield
+
     def function(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call of torch's Python functions."""
         name = getattr(func, "__name__", "")

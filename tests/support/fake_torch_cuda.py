@@ -91,6 +91,9 @@ class FakeTorchCuda:
     def empty_cache(self) -> None:
         self.calls.append(("empty_cache",))
 
+    def graph_pool_handle(self) -> tuple[int, int]:
+        return 0, 7
+
     def reset_peak_memory_stats(self, device: Any) -> None:
         pass
 
@@ -132,6 +135,24 @@ class FakeTorchStream:
         self.cuda.calls.append(("wait", self.name, event.stream))
 
 
+class FakeTorchGraph:
+    def __init__(self, cuda: FakeTorchCuda) -> None:
+        self.cuda = cuda
+
+    def capture_begin(self, pool: tuple[int, int], capture_error_mode: str) -> None:
+        stream = self.cuda.current_stream().name
+        assert stream != "default", "CUDA captures no default stream"
+        self.cuda.calls.append(("capture", stream, pool, capture_error_mode))
+
+    def capture_end(self) -> None:
+        self.cuda.calls.append(("captured",))
+        if self.cuda.failing:
+            raise Error(self.cuda.failing)
+
+    def replay(self) -> None:
+        self.cuda.calls.append(("replay", self.cuda.current_stream().name))
+
+
 class FakeTorchEvent:
     cuda: FakeTorchCuda
 
@@ -165,7 +186,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeTorchCuda:
             "current_stream", "stream", "device", "cudart", "mem_get_info", "memory_reserved",
             "max_memory_reserved", "set_per_process_memory_fraction", "get_device_name",
             "get_device_capability",
-            "synchronize", "empty_cache", "reset_peak_memory_stats",
+            "synchronize", "empty_cache", "reset_peak_memory_stats", "graph_pool_handle",
         )
     }  # fmt: skip
     own = SimpleNamespace(
@@ -173,6 +194,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeTorchCuda:
         is_available=lambda: True,
         device_count=lambda: 1,
         Event=Event,
+        CUDAGraph=lambda: FakeTorchGraph(cuda),
         Stream=lambda device: FakeTorchStream(cuda, next(names)),
     )
     for name, value in vars(own).items():

@@ -10,7 +10,9 @@ from windlass.build.checkpoint_sizes import device_sizes
 from windlass.checkpoint.folder import CheckpointFolder
 from windlass.device.base import Device
 from windlass.device.cuda import CudaDevice, CudaHost, Usage, cuda_index, why_none
+from windlass.device.cuda_graphs import CudaGraphs
 from windlass.errors import BudgetError, UsageError
+from windlass.kernels.cuda_graphs import GraphCaptures
 from windlass.kernels.interface import Kernels
 from windlass.kernels.select_device import choose_device_kernels
 from windlass.options import AUTO, EngineOptions, read_plan
@@ -63,6 +65,7 @@ def open_gpu(options: EngineOptions, tracer: Tracer) -> Gpu | None:
             place,
             capability=device.capability,
             bf16_activations=options.dtype == "bfloat16",
+            captures=None if options.enforce_eager else GraphCaptures(device, CudaGraphs(place)),
         )
 
     def make_host(num_threads: int) -> Device:

@@ -65,7 +65,8 @@ from windlass.perf.sizes import Sizes
 from windlass.planner.choose import Chosen, choose_plan, plain_plan
 from windlass.planner.validate import validate_plan
 from windlass.prefetch.guard import WindowGuard
-from windlass.runtime.host import DraftingHostRuntime, HostRuntime, Machine
+from windlass.runtime.host import DraftingHostRuntime, HostRuntime
+from windlass.runtime.machine import Machine
 from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec
 from windlass.trace import Tracer
 from windlass.units import MIB, format_bytes
@@ -177,7 +178,7 @@ def _open(options: EngineOptions, found: _Given) -> Engine:
             readers = setup.plan.read_threads
             device = CpuDevice(readers, tracer=tracer) if gpu is None else gpu.make_host(readers)
             opened.callback(device.close)
-        machine = Machine(kernels, above or device, tracer)
+        machine = Machine(kernels, above or device, tracer, replays=not options.enforce_eager)
         down = found.profile.down if found.profile is not None else None
         if gpu is None or not setup.plan.host_attention:
             attends = choose_host_kernels(setup.plan, options, threads)

@@ -131,6 +131,9 @@ ENGINE_FLAGS = (
          help="sequences decode one after the other, N tokens a turn; 0: all in every pass "
          "(default: planned, bursts for few sequences that wait for reads, and given up where they "
          "measure slower; N is kept); results are the same bits"),
+    Flag(name="enforce-eager", read=None, default=False, group=_BATCHING,
+         help="ask for every pass kernel by kernel, also those of few tokens, which are otherwise "
+         "replayed as captured (on a GPU: CUDA graphs); slower, results are the same bits"),
     Flag(name="plan", read=Path, metavar="FILE", group=_MEMORY,
          help="replay a plan that an earlier run wrote (FILE.plan.json beside its output): the "
          "same values, or an error where they do not fit"),

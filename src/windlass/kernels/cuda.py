@@ -11,6 +11,7 @@ import torch
 
 from windlass.errors import UsageError
 from windlass.kernels import rowwise
+from windlass.kernels.cuda_graphs import GraphCaptures, RowTables
 from windlass.kernels.interface import (
     AttentionOptions,
     AttentionWork,
@@ -38,8 +39,15 @@ class CudaKernels:
     order of sums for all numbers of rows.
     """
 
-    def __init__(self, capability: int, *, bf16_activations: bool = False) -> None:
-        """`capability`: 90 for sm_90. Raises UsageError where it has no bf16."""
+    def __init__(
+        self,
+        capability: int,
+        *,
+        bf16_activations: bool = False,
+        captures: GraphCaptures | None = None,
+    ) -> None:
+        """`capability`: 90 for sm_90. Raises UsageError where it has no bf16. `captures`: of graphs
+        of the device, None where it is to have none."""
         if bf16_activations and capability < _FIRST_BF16:
             raise UsageError(
                 f"dtype: got 'bfloat16', but sm_{capability} multiplies no bf16: allowed are 'auto'"
@@ -47,13 +55,14 @@ class CudaKernels:
             )
         self._products = Products(is_narrow=bf16_activations)
         self._attention = CudaAttention(is_narrow=bf16_activations)
+        self._captures = captures
 
     @property
     def name(self) -> str:
         return "triton"
 
     def capture(self, label: Callable[[], str]) -> Capture | None:
-        return None
+        return None if self._captures is None else self._captures.new()
 
     # --- products ---------------------------------------------------------------------------------
 
@@ -93,7 +102,14 @@ class CudaKernels:
     ) -> None:
         if experts and len(x_TD):
             x_TD = self._products.rows(x_TD, next(iter(experts.values()))["up"])
-            grouped_experts(x_TD, experts, groups, activation, out)
+            captures = self._captures
+
+            def table(numbers: Sequence[int]) -> torch.Tensor:
+                if captures is not None:
+                    return captures.tensor(numbers)
+                return x_TD.new_tensor(numbers, dtype=torch.int32)
+
+            grouped_experts(x_TD, experts, groups, activation, out, table)
 
     # --- attention --------------------------------------------------------------------------------
 
@@ -105,7 +121,8 @@ class CudaKernels:
         work: AttentionWork,
         options: AttentionOptions,
     ) -> torch.Tensor:
-        return self._attention(q_THd, keys, values, work, options)
+        fixed: RowTables | None = None if self._captures is None else self._captures.rows
+        return self._attention(q_THd, keys, values, work, options, fixed)
 
     def rotate(
         self, x_THd: torch.Tensor, cos_Tf: torch.Tensor, sin_Tf: torch.Tensor, rope: Rope

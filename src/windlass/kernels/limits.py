@@ -8,6 +8,8 @@ PROBE_BYTES = 8 * MIB  # of the rows and results with which a shape's row counts
 TILE_ROWS = 32  # prompt rows that attention takes together
 BLOCK_PAGES = 2  # pages of keys that it takes at once
 ATTENTION_ELEMENTS = 4 << 20  # fp32; what the tiles of one attention step may take
+MOST_GRAPHED = 8  # numbers of rows whose passes a device keeps as graphs
+GRAPH_BYTES = 64 << 10  # that its driver takes for a graph of a layer or a piece of one [assumed]
 
 # The native library (a test reads them in native/src)
 NATIVE_ROWS = 512  # MC: rows whose packed copies are made at once

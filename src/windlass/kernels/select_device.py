@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 
 from windlass.errors import UsageError
+from windlass.kernels.cuda_graphs import GraphCaptures
 from windlass.kernels.interface import Kernels
 from windlass.kernels.reference import TorchKernels
 
@@ -16,11 +17,17 @@ _logger = logging.getLogger(__name__)
 
 
 def choose_device_kernels(
-    backend: str, device: torch.device, *, capability: int, bf16_activations: bool
+    backend: str,
+    device: torch.device,
+    *,
+    capability: int,
+    bf16_activations: bool,
+    captures: GraphCaptures | None = None,
 ) -> Kernels:
     """`backend`: "triton", "torch" (slower many times over: what the other is compared with), or
     "auto": Triton's where it is installed, else torch's with one warning that says so.
-    `capability`: 90 for sm_90. UsageError for what the device cannot do."""
+    `capability`: 90 for sm_90. `captures`: of graphs, which Triton's have. UsageError for what the
+    device cannot do."""
     if backend not in ("auto", "triton", "torch"):
         raise UsageError(f"moe_backend: got {backend!r} for a GPU, allowed auto, triton or torch")
     has_triton = find_spec("triton") is not None
@@ -29,7 +36,7 @@ def choose_device_kernels(
     if backend != "torch" and has_triton:
         from windlass.kernels.cuda import CudaKernels  # triton, where there is one
 
-        return CudaKernels(capability, bf16_activations=bf16_activations)
+        return CudaKernels(capability, bf16_activations=bf16_activations, captures=captures)
     if backend == "auto":
         _warn_once()
 

@@ -4,6 +4,8 @@ Mirrors runtime/host.py and the kernels; a test compares with measured peaks.
 """
 
 from windlass.kernels.limits import (
+    GRAPH_BYTES,
+    MOST_GRAPHED,
     NATIVE_INNER,
     NATIVE_ROUND_FLOATS,
     NATIVE_ROWS,
@@ -92,7 +94,29 @@ def device_activation_bytes(
     network = max(_device_network(block.ffn, width) for block in spec.blocks)
     kept = (2 + max(_top_k(block.ffn) for block in spec.blocks)) * rows * width
     phases = max(attention, rows * network, seqs * (2 * spec.vocab_size + 2 * width))
-    return round(_DEVICE_SLACK * _F32 * (kept + phases)) + _WORKSPACE_BYTES
+    numbers = kept + phases + _graph_numbers(spec, min(seqs, MOST_CAPTURED), context)
+    graphs = 3 * len(spec.blocks) * min(seqs, MOST_CAPTURED, MOST_GRAPHED) * GRAPH_BYTES
+    return round(_DEVICE_SLACK * _F32 * numbers) + graphs + _WORKSPACE_BYTES
+
+
+def _graph_numbers(spec: ModelSpec, most: int, context: int) -> int:
+    """What graphs of passes of up to `most` rows keep for good (kernels/cuda_graphs.py): what each
+    layer tells its experts, for each number of rows, with their outputs; and what all share within
+    a layer. Attention has room for twice the positions that there are."""
+    width = spec.hidden_size
+    rows = sum(range(most, max(0, most - MOST_GRAPHED), -1))
+    told = sum(
+        (3 + (block.ffn.shared is not None)) * width + 2 * _routing(block.ffn)
+        for block in spec.blocks
+        if isinstance(block.ffn, Moe)
+    )
+    outputs = max(_top_k(block.ffn) for block in spec.blocks) * width
+    attention = max(
+        _native_attention(one, width, 1, 0) + _split_numbers(one, 2 * context)
+        for one in _attentions(spec)
+    )
+    network = max(_device_network(block.ffn, width) for block in spec.blocks)
+    return rows * (told + outputs + width) + most * (attention + network)
 
 
 def _device_network(ffn: Ffn | Moe | None, width: int) -> int:

@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 
 from windlass.ids import Part, WeightKey
-from windlass.kernels.interface import Capture, CapturedExperts, Kernels
-from windlass.models.spec import Ffn, ModelSpec, Moe
+from windlass.kernels.interface import Capture, CapturedExperts
+from windlass.models.spec import Ffn, ModelSpec, Moe, Recurrent
 from windlass.runtime.attention_metadata import AttentionMetadata
 from windlass.runtime.attention_ops import AttentionOps
 from windlass.runtime.layer_ops import LayerOps, RoutedRows
+from windlass.runtime.machine import Machine
 from windlass.schedule.batch import Batch, is_capturable
 from windlass.tensors import Tensors
-from windlass.trace import Tracer
 from windlass.weights.store import WeightStore
 
 
@@ -43,27 +43,28 @@ class LayerCapture:
         self,
         spec: ModelSpec,
         ops: tuple[LayerOps, AttentionOps],
-        kernels: Kernels,
+        machine: Machine,
         weights: WeightStore,
-        tracer: Tracer,
     ) -> None:
         self._spec = spec
         self._blocks, self._attention = ops
-        self._kernels = kernels
+        self._machine = machine
+        self._tracer = machine.tracer
         self._weights = weights
-        self._tracer = tracer
         self._layers: dict[int, list[Tensors]] = {}  # weights of layers that are there for good
         self._alone: dict[int, Tensors] = {}  # and of blocks, where experts are not
         self._passes: dict[int, _Pass] = {}  # by their number of tokens
         self._pass: _Pass | None = None  # under way, if it can be captured
+        self._used: list[torch.Tensor] = []  # rows of each expert, of its layers that are in memory
 
     def begin(
         self, batch: Batch, hidden: torch.Tensor, metadata: Mapping[int, AttentionMetadata]
     ) -> tuple[torch.Tensor, Mapping[int, AttentionMetadata]]:
         """A pass begins: where its hidden states and the attention metadata of its micro-batches
         are from now on."""
-        self._pass = None
-        if not self._weights.cache.fits(Part.BLOCK) or not is_capturable(batch):
+        self._pass, self._used = None, []
+        fits = self._machine.replays and self._weights.cache.fits(Part.BLOCK)
+        if not fits or not is_capturable(batch):
             return hidden, metadata
         (now,) = metadata.values()
         now = now._replace(work=now.work.by_row())  # as many tiles as rows, whoever has them
@@ -71,14 +72,14 @@ class LayerCapture:
         self._pass = self._passes.get(batch.num_tokens)
         if self._pass is not None:
             return self._pass.hidden_TD, {0: self._pass.next(now, hidden)}
-        capture = self._kernels.capture(lambda: self._tracer.current)
+        capture = self._machine.kernels.capture(lambda: self._tracer.current)
         if capture is not None:
             self._pass = self._passes[batch.num_tokens] = _Pass(capture, now, hidden)
         return hidden, {0: now}
 
     def layer(self, layer: int) -> ComputedLayer | None:
         """See `Runtime.replay`; None where nothing was computed."""
-        if self._pass is None:
+        if self._pass is None or self._is_recurrent(layer):
             return None
         parts = self._layers.get(layer) or self._pin(layer)
         if parts is None:
@@ -92,14 +93,13 @@ class LayerCapture:
         if isinstance(self._spec.blocks[layer].ffn, Ffn):
             self._weights.cache.count_hits(Part.FFN, 1)
         if done.routed is not None:
-            used = done.routed.groups.counts_E.count_nonzero()
-            self._weights.cache.count_hits(Part.EXPERT, int(used))
+            self._used.append(done.routed.groups.counts_E.clone())  # looked at in the end
         return done
 
     def block(self, layer: int) -> ComputedBlock | None:
         """See `Runtime.replay_block`; None where nothing was computed."""
         now = self._pass
-        if now is None:
+        if now is None or self._is_recurrent(layer):
             return None
         key = WeightKey(Part.BLOCK, layer)
         block = self._alone.get(layer)
@@ -148,9 +148,18 @@ class LayerCapture:
 
     def end(self) -> None:
         """The pass has ended: what replays took is charged to the spans of their capture."""
+        if self._used:
+            used = torch.cat(self._used).count_nonzero()
+            (on_host,) = self._machine.memory.streams.on_host(used)
+            self._weights.cache.count_hits(Part.EXPERT, int(on_host))
+            self._used = []
         if self._pass is not None:
             for name, seconds in self._pass.capture.seconds().items():
                 self._tracer.seconds[name] += seconds
+
+    def _is_recurrent(self, layer: int) -> bool:
+        """Whether what it computes depends on which slots the host has given to its sequences."""
+        return isinstance(self._spec.blocks[layer].attention, Recurrent)
 
     def _pin(self, layer: int) -> list[Tensors] | None:
         """Block, and network or experts, where none of them may be evicted."""

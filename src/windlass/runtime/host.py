@@ -15,11 +15,9 @@ import torch
 
 from windlass.decoder import block as math
 from windlass.decoder.router import router_weights
-from windlass.device.base import Allocator
 from windlass.device.streams import Streams
 from windlass.forecast.interface import ExpertForecast
 from windlass.ids import Part, WeightKey
-from windlass.kernels.interface import Kernels
 from windlass.kvcache.kv_cache import KvCache
 from windlass.models.spec import ModelSpec, Moe
 from windlass.prefetch.prefetcher import Prefetcher
@@ -27,14 +25,14 @@ from windlass.runtime.attention_metadata import AttentionMetadata, PassRows, pas
 from windlass.runtime.attention_ops import AttentionOps
 from windlass.runtime.capture import ComputedBlock, LayerCapture
 from windlass.runtime.head import Final, Head
-from windlass.runtime.host_attention import HostAttention, OnHost
+from windlass.runtime.host_attention import OnHost
 from windlass.runtime.layer_ops import LayerOps
+from windlass.runtime.machine import Machine
 from windlass.runtime.routing_report import RoutingReport
 from windlass.schedule.batch import Batch, MicroBatch, RowGroup
 from windlass.schedule.observer import RouterReader, RoutingObserver
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.tensors import Tensors, plain
-from windlass.trace import Tracer
 from windlass.weights.store import Arrivals, Lease, WeightStore
 
 _EMBED = WeightKey(Part.EMBED)
@@ -54,22 +52,6 @@ class _DenseRows(NamedTuple):
     hidden_TD: torch.Tensor
     normed: torch.Tensor
     at_end: Tensors
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What a pass is computed with: kernels of a device, its memory for what they work on, and the
-    host's part of attention, where it has one."""
-
-    kernels: Kernels
-    memory: Allocator
-    tracer: Tracer
-    host: HostAttention | None = None
-
-    def abandon(self) -> None:
-        """A pass has failed: returns when nobody works on its keys and values any more."""
-        if self.host is not None:
-            self.host.drain()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +127,7 @@ class HostRuntime:
         self._blocks = LayerOps(spec, kernels, tracer=tracer, wants_scores=routing.wants_scores)
         self._attention = AttentionOps(spec, kernels, kv, machine.memory, tracer, machine.host)
         ops = self._blocks, self._attention
-        self._capture = LayerCapture(spec, ops, kernels, weights, tracer)
+        self._capture = LayerCapture(spec, ops, machine, weights)
         self._routers = _Routers(spec, streams, foresight.router_readers)
         self._head = Head(spec, kernels, machine.memory, tracer)
         self._rows: PassRows | None = None  # of the pass under way

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from windlass.kernels.cuda_graphs import RowTables
 from windlass.kernels.interface import AttentionOptions, AttentionWork
 from windlass.tensors import INT8_ZERO, PagedRows
 
@@ -294,14 +295,20 @@ class CudaAttention:
         values: PagedRows,
         work: AttentionWork,
         options: AttentionOptions,
+        fixed: RowTables | None = None,
     ) -> torch.Tensor:
+        """`fixed`: where the rows of `work` are, all decoded, in memory that does not move."""
         num_rows, heads, key_dim = q_THd.shape
         group, stored = heads // keys.rows_PKBd.shape[1], keys.rows_PKBd.dtype
         q_THd = q_THd.to(self._products(stored)).contiguous()
         out = q_THd.new_empty(num_rows, heads, options.value_dim, dtype=torch.float32)
         for is_prompt in set(work.is_prompt):
             blocks = attention_blocks(group, key_dim, q_THd.dtype, stored, is_prompt=is_prompt)
-            tiles = self._tiles(work, is_prompt, blocks.rows(group), q_THd)
+            if fixed is None:
+                tiles = self._tiles(work, is_prompt, blocks.rows(group), q_THd)
+            else:
+                ends = tuple(range(1, num_rows + 1))
+                tiles = AttentionTiles(fixed.pages_TP, fixed.tiles_5T, ends, fixed.positions)
             paged_attention(q_THd, keys, values, tiles, blocks, options, out)
         return out
 

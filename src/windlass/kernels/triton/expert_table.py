@@ -1,10 +1,11 @@
 """Where the experts are that a runtime has leased: from their tensors to slots of an arena."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from windlass.kernels.cuda_graphs import SlotTable
 from windlass.kernels.interface import ExpertGroups
 from windlass.kernels.triton.launch import ExpertSlots, run_experts
 from windlass.kernels.triton.matrix import SLOT_BYTES, memory_of, tensors_of
@@ -45,18 +46,30 @@ def grouped_experts(
     groups: ExpertGroups,
     activation: Activation,
     out: torch.Tensor,
+    table: Callable[[Sequence[int]], torch.Tensor],
 ) -> None:
     """See `Kernels.experts`; `x_TD` is contiguous and of the type that is multiplied in. Experts
-    that lie alike in one arena, as those of a device do, are one launch."""
+    that lie alike in one arena, as those of a device do, are one launch. `table`: int32 where
+    kernels read them."""
     num_experts = len(groups.counts_E)
-    launches: dict[tuple[int, str], tuple[ExpertSlots, list[int]]] = {}
-    for expert, w in experts.items():
-        place = _place(w, activation, x_TD.dtype)
-        launch = launches.setdefault(place.layout, (place.slots, [-1] * num_experts))
-        launch[1][expert] = place.slot
+    launches: list[tuple[ExpertSlots, torch.Tensor]] = []
+
+    def find(w: Tensors) -> _Place:
+        return _place(w, activation, x_TD.dtype)
+
+    first = experts.found(find) if isinstance(experts, SlotTable) else None
+    if first is not None:
+        assert isinstance(experts, SlotTable)
+        launches.append((first.slots, experts.slots_E))
+    else:
+        alike: dict[tuple[int, str], tuple[ExpertSlots, list[int]]] = {}
+        for expert, w in experts.items():
+            place = find(w)
+            launch = alike.setdefault(place.layout, (place.slots, [-1] * num_experts))
+            launch[1][expert] = place.slot
+        launches += [(slots, table(numbers)) for slots, numbers in alike.values()]
     rows = 16 if len(groups.order) <= 16 * num_experts else 32
-    for slots, table in launches.values():
-        slots_E = x_TD.new_tensor(table, dtype=torch.int32)
+    for slots, slots_E in launches:
         tile = expert_tile(slots, x_TD.dtype, rows=rows)
         run_experts(x_TD, groups, slots_E, slots, out, tile)
 
