@@ -171,7 +171,8 @@ class _Machine:
         for share in (plan.host_attention - _SHARE_STEP / 2, plan.host_attention + _SHARE_STEP / 2):
             if 0 < share < 1:
                 found += self._plan(replace(fixed, host_attention=share))
-        return found
+        # few pages, divided otherwise, may be too few of one home
+        return [one for one in found if one.max_model_len >= plan.max_model_len]
 
     def again(self, plan: Plan, wanted: PlanConstraints) -> Plan:
         """The same choices. BudgetError where they do not fit."""
