@@ -142,6 +142,7 @@ class _Source:
 def test_auto_takes_what_measured_rates_say_is_sooner(gpu, checkpoint, caplog, call_s, taken):
     """A GPU whose every call takes a second is not taken; with assumed rates it is."""
     path, known = checkpoint("qwen3_moe"), machine(with_device=True)
+    assert known.device is not None
     known = replace(known, device=replace(known.device, call_s=call_s, expert_s=call_s))
     with gpu.open(path, device="auto", source=_Source(), profile=known) as engine:
         assert (engine.plan.above is not None) == (taken == "GPU")

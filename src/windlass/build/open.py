@@ -184,7 +184,7 @@ def _open(options: EngineOptions, found: _Given) -> Engine:
             opened.callback(device.close)
         machine = Machine(kernels, above or device, tracer, replays=not options.enforce_eager)
         down = found.profile.down if found.profile is not None else None
-        if gpu is None or not setup.plan.host_attention:
+        if gpu is None or not setup.plan.host_computes:
             attends = choose_host_kernels(setup.plan, options, threads)
         else:
             attends = of_host
@@ -315,7 +315,7 @@ def _assemble(
     if outfit.recorder is not None and outfit.recorder.wants_states:
         outfit.recorder.add_routers(read_routers(spec, weights, machine.memory.streams))
     kv = open_kv(spec, plan, machine.memory, tiers.host)
-    machine = replace(machine, host=open_host(spec, plan, tiers, kv, tracer, opened))
+    machine = open_host(machine, spec, plan, tiers, (kv, weights), opened)
     foresight = outfit.foresight(plan, shape, weights)
     kind = DraftingHostRuntime if spec.drafts else HostRuntime
     runtime = kind(spec, machine, weights, kv.device, foresight)
