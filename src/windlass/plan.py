@@ -83,6 +83,9 @@ class Plan:
     # Share of the sequences, 0 to 1, whose attention the host computes and whose keys and values it
     # keeps, beside a device that does so for the others (MoE-Gen's omega). 0 without a device
     host_attention: float = 0.0
+    # Share of each layer's experts, 0 to 1, that the host computes for generated rows, beside a
+    # device that does all others and prompts. 0 without a device
+    host_experts: float = 0.0
 
     @property
     def host(self) -> TierPlan:
@@ -111,6 +114,11 @@ class Plan:
         return found
 
     @property
+    def host_computes(self) -> bool:
+        """Whether the host has a part of what passes compute, beside a device."""
+        return self.host_attention > 0 or self.host_experts > 0
+
+    @property
     def kv_pages(self) -> int:
         """Of all memories."""
         return sum(tier.kv_pages for tier in self.tiers)
@@ -126,7 +134,7 @@ class Plan:
         """All values by name, tiers and parts by theirs; `from_json` reads them back."""
         document = asdict(self)
         if self.above is None:
-            del document["host_attention"]  # there is nothing to say
+            del document["host_attention"], document["host_experts"]  # there is nothing to say
         for tier in document["tiers"]:
             tier["parts"] = {own.pop("part").value: own for own in tier["parts"]}
         document["tiers"] = {tier.pop("name"): tier for tier in document["tiers"]}
@@ -204,6 +212,11 @@ class Plan:
                 f"plan: the host computes attention of {100 * self.host_attention:.0f} % of the"
                 " sequences, beside the device"
             )
+        if self.host_experts:
+            lines.append(
+                f"plan: the host computes {100 * self.host_experts:.0f} % of the experts for"
+                " generated tokens, beside the device"
+            )
         if not self.overlap:
             lines.append("plan: no overlap: weights are read while nothing computes")
         return lines
@@ -222,7 +235,9 @@ def _held(own: PartSlots) -> str:
 # --- reading --------------------------------------------------------------------------------------
 
 
-_BEFORE = {"burst_tokens": 0, "burst_max_seqs": 0, "groups": 1, "host_attention": 0.0}
+_BEFORE = {
+    "burst_tokens": 0, "burst_max_seqs": 0, "groups": 1, "host_attention": 0.0, "host_experts": 0.0
+}  # fmt: skip
 
 
 def _read_tier(name: str, document: object, what: str) -> TierPlan:

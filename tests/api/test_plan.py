@@ -35,7 +35,10 @@ def test_json_brings_every_value_back(plan):
         assert Plan.from_json(json.loads(json.dumps(one.to_json()))) == one
     document = plan.to_json()
     # a plan without a device does not speak of what it leaves to the host
-    assert set(document) == {field.name for field in fields(Plan)} - {"host_attention"}
+    assert set(document) == {field.name for field in fields(Plan)} - {
+        "host_attention",
+        "host_experts",
+    }
     assert set(document["tiers"]) == {"host"}
     assert document["tiers"]["host"]["parts"]["expert"]["slots"] == plan.host.slots[Part.EXPERT]
 

@@ -36,8 +36,10 @@ class OnGpu:
 
     is_exact = False  # whether what it computes is what a CPU does, to the bit
 
-    def open(self, path: Path, **options: Any) -> AbstractContextManager[Engine]:
-        return build.open_engine(_options(path, **options))
+    def open(
+        self, path: Path, *, source: Any = None, profile: Any = None, **options: Any
+    ) -> AbstractContextManager[Engine]:
+        return build.open_engine(_options(path, **options), source=source, profile=profile)
 
 
 class OnFakeGpu(OnGpu):
@@ -54,12 +56,15 @@ class OnFakeGpu(OnGpu):
         self._keeps_graphs, self.is_exact = True, False
 
     @contextmanager
-    def open(self, path: Path, **options: Any) -> Iterator[Engine]:
+    def open(
+        self, path: Path, *, source: Any = None, profile: Any = None, **options: Any
+    ) -> Iterator[Engine]:
         self._seed += 1
         device = self.device = FakeCuda(name=DEVICE, seed=self._seed)
         self._monkeypatch.setattr(build, "open_gpu", self._open_gpu)
         self._monkeypatch.setattr(build, "uses_gpu", lambda options: options.device == "auto")
-        with device.watched(), build.open_engine(_options(path, **options)) as engine:
+        opened = super().open
+        with device.watched(), opened(path, source=source, profile=profile, **options) as engine:
             engine._weights._queue.changed.wait = device.wait  # type: ignore[method-assign]
             yield engine
         assert not device.memory.races

@@ -1,12 +1,15 @@
 """Whole engines on a GPU over pinned memory of the host over files, opened by options alone: what
 they say depends on none of what a plan decides, and their memory keeps to its budget."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engines import prompts, request, run_all
+from machines import machine
 from windlass.build.devices import LATER_BYTES
 from windlass.build.open import open_engine
 from windlass.device.lane import Lane
@@ -15,6 +18,7 @@ from windlass.errors import BudgetError, UsageError
 from windlass.ids import DISK_TO_HOST, HOST, Part, Route
 from windlass.options import EngineOptions
 from windlass.units import MIB
+from windlass.workload import Job, Workload
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
 TO_DEVICE = Route(HOST, "device")
@@ -122,6 +126,37 @@ def test_auto_without_room_on_the_gpu_says_why_the_cpu_computes(gpu, checkpoint,
     said = [line for line in caplog.messages if line.startswith("device auto")]
     (line,) = said
     assert "the CPU computes alone: device memory: got 16.00 MiB, this model needs" in line
+
+
+class _Source:
+    """One answer."""
+
+    def job(self, tokenizer, params, longest):
+        return Job(Workload((8,), (8,)), is_bounded=True)
+
+    def row_bytes(self, max_model_len, vocab_size):
+        return 0
+
+
+@pytest.mark.parametrize(("call_s", "taken"), [(1e-6, "GPU"), (1.0, "CPU")])
+def test_auto_takes_what_measured_rates_say_is_sooner(gpu, checkpoint, caplog, call_s, taken):
+    """A GPU whose every call takes a second is not taken; with assumed rates it is."""
+    path, known = checkpoint("qwen3_moe"), machine(with_device=True)
+    assert known.device is not None
+    known = replace(known, device=replace(known.device, call_s=call_s, expert_s=call_s))
+    with gpu.open(path, device="auto", source=_Source(), profile=known) as engine:
+        assert (engine.plan.above is not None) == (taken == "GPU")
+        lines = [*engine.notes, *caplog.messages]
+    (line,) = [one for one in lines if "device auto" in one]
+    if taken == "GPU":
+        assert re.search(r"the GPU computes: about .* by measured rates, the CPU alone ", line)
+        return
+    assert re.search(r"the CPU computes alone: about .*, with the GPU .* by measured rates", line)
+    assumed = replace(known, source="assumed")
+    for other in (dict(device="auto", profile=assumed), dict(device="cuda", profile=known)):
+        with gpu.open(path, source=_Source(), **other) as engine:
+            assert engine.plan.above is not None
+            assert not [one for one in engine.notes if "auto" in one]
 
 
 def test_a_worker_that_fails_ends_the_step_and_the_engine_closes(gpu, checkpoint, monkeypatch):

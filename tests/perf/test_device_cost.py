@@ -70,6 +70,19 @@ def test_a_pass_on_the_clock_takes_what_its_closed_form_says(
     assert timed.seconds >= max(timed.busy.values()) * (1 - 1e-2)  # some of it is ahead of its pass
 
 
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_experts_of_the_host_spare_the_link(share):
+    """The link carries the others alone; the host is as busy as its rates say."""
+    _, without, _ = _timed(2, 12, 8, {})
+    plan, timed, closed = _timed(2, 12, 8, {}, host_experts=share)
+    assert plan.host_experts == share
+    for lane in ("down", "host", "up"):
+        assert timed.busy[lane] == pytest.approx(closed.busy[lane], rel=0.3, abs=1e-3), lane
+    assert timed.busy["host"] > without.busy["host"] == 0
+    assert timed.busy["down"] < (1.1 - share) * without.busy["down"]
+    assert timed.seconds >= 0.99 * max(timed.busy.values())
+
+
 def test_attention_of_one_group_hides_behind_the_experts_of_another():
     """Where the host attends for as long as the device computes, two groups take little more than
     either; with slots for a layer's experts they fetch what one group does."""

@@ -3,47 +3,47 @@ bits at a fixed share, whatever else is chosen and whenever the host gets to it;
 without each wait; errors end the step, and nothing hangs."""
 
 import json
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from itertools import count, product
-from pathlib import Path
 from threading import Event, Timer
 from typing import Any
-from unittest import mock
 
 import pytest
-import torch
 
 from drafters import Corrected, bits
-from engines import engine_for, make_model, prompts, request, run_all
-from fake_cuda import FakeCuda, on_device
+from engines import engine_for, prompts, request, run_all
+from fake_cuda import FakeCuda
 from fake_streams import Race
 from nextn import make_nextn
+from two_processors import (
+    FEW,
+    Fails,
+    Model,
+    Results,
+    bits_in_spite,
+    bits_of,
+    some_requests,
+    tier_with,
+)
 from windlass.build import homes as build
 from windlass.build.open import open_engine
-from windlass.device.base import Device
 from windlass.device.cpu import CpuDevice
 from windlass.engine.drafting import Drafting
-from windlass.engine.engine import Engine
-from windlass.engine.request import Request
 from windlass.errors import UsageError
-from windlass.ids import Home, Part
+from windlass.ids import Home
 from windlass.kernels.reference import TorchKernels
 from windlass.kvcache.kv_tiers import home_of
 from windlass.models.registry import read_description
 from windlass.models.spec import Mla
 from windlass.options import EngineOptions, read_config
-from windlass.plan import HOST, Plan, TierPlan
-from windlass.runtime import host_attention
+from windlass.plan import HOST, Plan
 from windlass.runtime.host_attention import HostAttention, Staging
 from windlass.speculative import SpeculativeConfig
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
-FEW = {Part.EXPERT: 3, Part.BLOCK: 2, Part.FFN: 1, Part.HEAD: 1, Part.EMBED: 0}
-LENGTHS = (70, 3, 20, 33, 150)
 POINTS = (
     "record of compute in HostAttention.begin",  # queries, keys and values are there
     "wait of up in HostAttention.begin",  # before they are copied
@@ -53,82 +53,6 @@ POINTS = (
     "wait of compute in HostAttention.result",  # before kernels read it
     "wait of up in HostAttention._free_stage",  # and before its place is used again
 )
-Results = Mapping[str, object]
-
-
-def _requests(count: int = len(LENGTHS)) -> list[Request]:
-    return [
-        request(f"r{i}", prompt, max_tokens=2 + i, logprobs=2)
-        for i, prompt in enumerate(prompts(LENGTHS[:count]))
-    ]
-
-
-def _bits(engine: Engine, requests: list[Request]) -> Results:
-    choices = {name: one.outputs[0] for name, one in run_all(engine, requests).items()}
-    return {
-        name: (one.token_ids, one.cumulative_logprob, one.logprobs) for name, one in choices.items()
-    }
-
-
-def _tier(tier: TierPlan, name: str, slots: Mapping[Part, int], pages: int | None) -> TierPlan:
-    """`tier` with so many slots of some kinds, all that there are of the others, and pages."""
-    parts = tuple(
-        replace(own, slots=min(slots.get(own.part, 999), own.num_parts or 1), slot_bytes=None)
-        for own in tier.parts
-    )
-    pages = tier.kv_pages if pages is None else pages
-    return replace(tier, name=name, parts=parts, kv_pages=pages)
-
-
-class Model:
-    """A checkpoint, and what an engine without a device makes of the requests."""
-
-    def __init__(self, path: Path, family: str) -> None:
-        self.path = path
-        make_model(family, path, dtype=torch.bfloat16)
-        with engine_for(path, moe_backend="torch") as engine:
-            self.bits = _bits(engine, _requests())
-            self.plan: Plan = engine.plan
-
-    def plan_for(
-        self, share: float, slots: Mapping[Part, int] = FEW, pages: tuple[Any, Any] = (None, None),
-        **values: Any,
-    ) -> Plan:  # fmt: skip
-        host, device = (
-            _tier(self.plan.host, name, slots, own)
-            for name, own in zip((HOST, "device"), pages, strict=True)
-        )
-        return replace(self.plan, tiers=(host, device), host_attention=share, **values)
-
-    def open(
-        self, plan: Plan, *, device: Device | None = None, above: Device | None = None,
-        backend: Any = "torch", trace: Path | None = None,
-    ) -> Engine:  # fmt: skip
-        """Kernels of `backend` on the host, torch's on the device."""
-        options = EngineOptions(
-            model=str(self.path), plan=plan, generation_config="vllm", moe_backend=backend,
-            trace=trace,
-        )  # fmt: skip
-        kernels = on_device(above, TorchKernels) if isinstance(above, FakeCuda) else TorchKernels()
-        above = above or CpuDevice(1, name="device")
-        return open_engine(options, device=device, above=above, kernels=kernels)
-
-    def run_on(
-        self, device: FakeCuda, plan: Plan, requests: list[Request], **staging: int
-    ) -> Results:
-        """By a device with streams."""
-        with ExitStack() as held:
-            held.enter_context(mock.patch.object(build, "ThreadPoolExecutor", _worker_of(device)))
-            for name, value in staging.items():
-                held.enter_context(mock.patch.object(host_attention, name, value))
-            held.enter_context(device.watched())
-            engine = held.enter_context(self.open(plan, device=device.below, above=device))
-            engine._weights._queue.changed.wait = device.wait  # type: ignore[method-assign]
-            return _bits(engine, requests)
-
-
-def _worker_of(device: FakeCuda) -> Any:
-    return lambda *_: device.worker
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +74,7 @@ def test_no_race_and_what_a_cpu_says(family, share, model):
     groups = 1 + FAMILIES.index(family) % 3
     device = FakeCuda(name="device", seed=groups)
     plan = own.plan_for(share, groups=groups, micro_batch_tokens=64)
-    found = own.run_on(device, plan, _requests(3))
+    found = own.run_on(device, plan, some_requests(3))
     assert found == {name: own.bits[name] for name in found} and len(found) == 3
     assert not device.memory.races
     assert device.worker.num_jobs > 4 or share == 0
@@ -167,7 +91,7 @@ def test_nor_at_any_other_moments(family, seed, model):
         (0.5, 1.0, 0.0)[seed % 3], groups=1 + seed // 3 % 3, micro_batch_tokens=(64, 512)[seed % 2],
         max_num_batched_tokens=(100, 512)[seed // 2 % 2],
     )  # fmt: skip
-    assert own.run_on(device, plan, _requests(), _STAGING_BYTES=seed % 2 << 28) == own.bits
+    assert own.run_on(device, plan, some_requests(), _STAGING_BYTES=seed % 2 << 28) == own.bits
     assert not device.memory.races
 
 
@@ -194,7 +118,7 @@ def apart(request, model):
     def made(share: float) -> Results:
         plan = own.plan_for(share, {}, micro_batch_tokens=512)
         with own.open(plan, backend="cpu") as engine:
-            return _bits(engine, _requests())
+            return bits_of(engine, some_requests())
 
     return own, made
 
@@ -213,7 +137,7 @@ def test_bits_are_those_of_the_share_alone(values, apart):
     own, made = apart
     share = values["share"]
     with own.open(own.plan_for(**{"slots": {}, **values}), backend="cpu") as engine:
-        found = _bits(engine, _requests())
+        found = bits_of(engine, some_requests())
     assert found == made(share)
     homes = {name: home_of(name, share) for name in found}
     assert found == {name: made(1.0 if homes[name] is Home.HOST else 0.0)[name] for name in found}
@@ -229,7 +153,7 @@ def test_the_host_rounds_otherwise(apart):
 def test_what_the_worker_does_is_traced(model, tmp_path):
     own, trace = model("qwen3_next"), tmp_path / "trace.json"
     with own.open(own.plan_for(1.0, {}), trace=trace) as engine:
-        run_all(engine, _requests(1))
+        run_all(engine, some_requests(1))
     events = json.loads(trace.read_text())
     (lane,) = (e["tid"] for e in events if e.get("args") == {"name": "host attention"})
     found = [event for event in events if event["tid"] == lane and event["ph"] == "X"]
@@ -255,7 +179,7 @@ def test_few_pages_of_each_home(model):
             is_host = home_of(many[0].seed_key, 0.5) is Home.HOST
             assert (held[HOST] > 0) == is_host and (held["device"] > 0) != is_host
             engine.abort(many[0].request_id)
-            found.append(_bits(engine, many))
+            found.append(bits_of(engine, many))
             preempted += engine.stats().num_preemptions
     assert found[1:] == found[:1] * 3
     assert preempted > 0
@@ -271,14 +195,10 @@ def test_prompts_find_what_others_of_their_home_have_computed(model):
     for caching in (True, False):
         plan = own.plan_for(0.5, {}, prefix_caching=caching)
         with own.open(plan, backend="cpu") as engine:
-            found[caching] = _bits(engine, some)
+            found[caching] = bits_of(engine, some)
             hits = engine.stats().prefix_cache_hits
         assert hits == (128 * 4 if caching else 0)  # of each home the first computes them
     assert found[True] == found[False]
-
-
-class _Fails(Exception):
-    pass
 
 
 def _fail_once(monkeypatch: pytest.MonkeyPatch, job: int) -> None:
@@ -287,24 +207,10 @@ def _fail_once(monkeypatch: pytest.MonkeyPatch, job: int) -> None:
 
     def fail(self: HostAttention, given: Any) -> Any:
         if next(jobs) == job:
-            raise _Fails
+            raise Fails
         return compute(self, given)
 
     monkeypatch.setattr(HostAttention, "_compute", fail)
-
-
-def _bits_in_spite(engine: Engine, requests: list[Request]) -> Results:
-    """Of all steps but the one that fails."""
-    for one in requests:
-        engine.add(one)
-    results: dict[str, Any] = {}
-    with pytest.raises(_Fails):
-        while engine.has_work:
-            results |= {one.request_id: one for one in engine.step().finished}
-    engine.check()
-    while engine.has_work:
-        results |= {one.request_id: one for one in engine.step().finished}
-    return {name: one.outputs[0].token_ids for name, one in results.items()}
 
 
 @pytest.mark.parametrize("job", [1, 6, 20])
@@ -312,7 +218,7 @@ def test_a_worker_that_raises_ends_the_step_and_the_engine_goes_on(job, model, m
     own = model("qwen3_moe")
     _fail_once(monkeypatch, job)
     with own.open(own.plan_for(1.0, {}, groups=2, micro_batch_tokens=64)) as engine:
-        found = _bits_in_spite(engine, _requests())
+        found = bits_in_spite(engine, some_requests())
     assert found == {name: bits[0] for name, bits in own.bits.items()}
 
 
@@ -324,13 +230,13 @@ def test_pages_are_given_to_others_when_the_worker_has_left_them(model, monkeypa
         device = FakeCuda(name="device", seed=1, late=0.9)
         with monkeypatch.context() as patched:
             _fail_once(patched, 2)
-            patched.setattr(f"{__name__}._bits", _bits_in_spite)
+            patched.setattr("two_processors.bits_of", bits_in_spite)
             if not drains:
                 patched.setattr(HostAttention, "drain", lambda self: None)
             # a race, or the failure again, by when the moments have it
-            expected = nullcontext() if drains else pytest.raises((Race, _Fails))
+            expected = nullcontext() if drains else pytest.raises((Race, Fails))
             with expected:
-                found = own.run_on(device, plan, _requests())
+                found = own.run_on(device, plan, some_requests())
         assert not (drains and device.memory.races)
     assert found == {name: bits[0] for name, bits in own.bits.items()}
 
@@ -338,13 +244,13 @@ def test_pages_are_given_to_others_when_the_worker_has_left_them(model, monkeypa
 def test_native_kernels_may_be_those_of_both(model):
     own = model("deepseek_v3")
     with engine_for(own.path, moe_backend="cpu") as engine:
-        expected = _bits(engine, _requests())
+        expected = bits_of(engine, some_requests())
     plan = own.plan_for(0.5, {}, groups=2, micro_batch_tokens=64)
     options = EngineOptions(
         model=str(own.path), plan=plan, generation_config="vllm", moe_backend="cpu"
     )
     with open_engine(options, above=CpuDevice(1, name="device")) as engine:
-        assert _bits(engine, _requests()) == expected
+        assert bits_of(engine, some_requests()) == expected
 
 
 def test_the_layer_that_drafts_keeps_its_rows_where_the_sequence_is(tmp_path, monkeypatch):
@@ -356,7 +262,7 @@ def test_the_layer_that_drafts_keeps_its_rows_where_the_sequence_is(tmp_path, mo
     with engine_for(tmp_path, moe_backend="torch", speculative_config=guess) as engine:
         results, plan = run_all(engine, some), engine.plan
     monkeypatch.setattr(Drafting, "of", lambda config: Corrected(results))  # every other is right
-    tiers = tuple(_tier(plan.host, name, {}, None) for name in (HOST, "device"))
+    tiers = tuple(tier_with(plan.host, name, {}, None) for name in (HOST, "device"))
     options = EngineOptions(
         model=str(tmp_path), plan=replace(plan, tiers=tiers, host_attention=0.5),
         generation_config="vllm", moe_backend="torch", speculative_config=guess,
@@ -378,7 +284,7 @@ def test_closing_ends_the_worker_also_while_it_has_work(model, monkeypatch):
 
     monkeypatch.setattr(build, "ThreadPoolExecutor", make)
     with own.open(own.plan_for(1.0, {})) as engine:
-        run_all(engine, _requests(2))
+        run_all(engine, some_requests(2))
         gate = Event()
         first, second = (workers[0].submit(gate.wait) for _ in range(2))
         Timer(0.05, gate.set).start()

@@ -48,7 +48,7 @@ from windlass.runtime.attention_ops import ropes
 from windlass.schedule.passes import PassShape
 from windlass.checkpoint.weight_kinds import weight_kinds
 from windlass.checkpoint.layout import build_layout
-from windlass.models.spec import ModelSpec, Moe, Recurrent
+from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec, Moe, Recurrent
 from windlass.models.names import Layout, NameMap, TensorInfo
 from windlass.models.registry import read_spec
 from windlass.checkpoint.synthetic import random_source
@@ -198,3 +198,12 @@ def useful_threads(model: CheckpointFolder) -> int:
     if threads < useful and (note := quota_note()) is not None:
         _logger.warning(note)
     return min(threads, useful)
+
+
+def long_rope_after(spec: ModelSpec) -> int | None:
+    """Tokens up to which a sequence uses LongRoPE's short factors; None for other models."""
+    for block in spec.blocks:
+        rope = block.attention.rope if isinstance(block.attention, Gqa | Mla) else None
+        if rope is not None and isinstance(rope.scaling, LongRopeScaling):
+            return rope.scaling.original_max
+    return None

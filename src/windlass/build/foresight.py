@@ -61,6 +61,8 @@ class Outfit(NamedTuple):
             guard=WindowGuard() if self.is_guarded else None,
             below=weights.supply.below,
         )
+        if plan.host_experts:
+            prefetcher.leave_to_host(plan.host_experts)
         prefetcher.fill()
         return Foresight(self.forecast, prefetcher, tuple(observers), readers)
 

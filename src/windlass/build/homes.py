@@ -1,8 +1,9 @@
-"""Where keys, values and attention are: of the device that computes and, where a plan gives it
-sequences, of the host."""
+"""Where keys, values, attention and experts are: of the device that computes and, where a plan
+gives it a share, of the host."""
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 from windlass.build.checkpoint_sizes import CACHE_DTYPES, cache_shapes
@@ -17,7 +18,10 @@ from windlass.models.spec import ModelSpec
 from windlass.options import EngineOptions
 from windlass.plan import Plan
 from windlass.runtime.host_attention import HostAttention, Staging
-from windlass.trace import Tracer
+from windlass.runtime.host_experts import HostExperts
+from windlass.runtime.machine import Machine
+from windlass.weights.store import WeightStore
+from windlass.weights.tier_supply import TierSupply
 
 
 def open_kv(spec: ModelSpec, plan: Plan, memory: Allocator, host: Allocator) -> KvTiers:
@@ -35,28 +39,43 @@ def open_kv(spec: ModelSpec, plan: Plan, memory: Allocator, host: Allocator) -> 
 
 
 def choose_host_kernels(plan: Plan, options: EngineOptions, threads: int) -> Kernels | None:
-    """What the host attends with, where the plan has it do so."""
-    if not plan.host_attention:
+    """What the host attends and computes experts with, where the plan has it do so."""
+    if not plan.host_computes:
         return None
     is_bf16 = options.dtype == "bfloat16"
     return choose_kernels(options.moe_backend, threads=threads, bf16_activations=is_bf16)
 
 
 def host_fingerprint(plan: Plan, kernels: Kernels | None) -> dict[str, object]:
-    """What of it would change results: which sequences the host attends to, and how."""
+    """What of it would change results: which sequences the host attends to, which experts it
+    computes, and how."""
     if plan.above is None:
         return {}
     found: dict[str, object] = {"host_attention": plan.host_attention}
+    if plan.host_experts:  # journals of before do not speak of it
+        found["host_experts"] = plan.host_experts
     return found if kernels is None else {**found, "host_kernels": kernels.name}
 
 
 def open_host(
-    spec: ModelSpec, plan: Plan, tiers: Tiers, kv: KvTiers, tracer: Tracer, opened: ExitStack
-) -> HostAttention | None:
-    """The host's part of attention, with a thread of its own; None where the plan has none."""
+    machine: Machine, spec: ModelSpec, plan: Plan, tiers: Tiers, rest: tuple[KvTiers, WeightStore],
+    opened: ExitStack,
+) -> Machine:  # fmt: skip
+    """`machine` with the host's part of attention and of experts, which share a thread of its own,
+    where the plan has any."""
     if tiers.host_kernels is None or tiers.above is None:
-        return None
+        return machine
+    kv, weights = rest
+    kernels, above, tracer = tiers.host_kernels, tiers.above, machine.tracer
     worker = ThreadPoolExecutor(1, "host attention")
     opened.callback(worker.shutdown, cancel_futures=True)
-    store, staging = kv.of(Home.HOST), Staging.of(spec, plan)
-    return HostAttention(tiers.host_kernels, store, tiers.above, worker, staging, tracer)
+    if plan.host_attention:
+        store, staging = kv.of(Home.HOST), Staging.of(spec, plan)
+        attention = HostAttention(kernels, store, above, worker, staging, tracer)
+        machine = replace(machine, host=attention)
+    if plan.host_experts:
+        supply = weights.supply
+        assert isinstance(supply, TierSupply), "experts of the host without its slots"
+        experts = HostExperts(spec, plan, supply.store, (kernels, above, worker), tracer)
+        machine = replace(machine, experts=experts, replays=False)
+    return machine

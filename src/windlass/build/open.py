@@ -37,19 +37,21 @@ from windlass.ids import Part
 from windlass.kernels.interface import Kernels
 from windlass.kernels.select import choose_kernels
 from windlass.checkpoint.folder import CheckpointFolder, read_model
+from windlass.build.device_choice import CpuIsSooner, beside_cpu
 from windlass.build.devices import limit, open_gpu, sizes_above, uses_gpu
 from windlass.build.expected import EngineExpectation
 from windlass.build.foresight import follows_sequences, make_outfit
 from windlass.build.homes import choose_host_kernels, host_fingerprint, open_host, open_kv
 from windlass.build.routers import read_routers
 from windlass.build.tiers import Tiers, check_tiers, open_weights
-from windlass.build.checkpoint_sizes import wanted_of
+from windlass.build.checkpoint_sizes import long_rope_after, wanted_of
 from windlass.build.checkpoint_sizes import useful_threads
 from windlass.build.checkpoint_sizes import sizes_of
 from windlass.build.checkpoint_sizes import pass_shape
 from windlass.build.checkpoint_sizes import cache_dtype
 from windlass.build.checkpoint_sizes import CACHE_DTYPES
 from windlass.options import (
+    AUTO,
     CPU,
     EngineOptions,
     checkpoint_stamp,
@@ -67,7 +69,7 @@ from windlass.planner.validate import validate_plan
 from windlass.prefetch.guard import WindowGuard
 from windlass.runtime.host import DraftingHostRuntime, HostRuntime
 from windlass.runtime.machine import Machine
-from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec
+from windlass.models.spec import ModelSpec
 from windlass.trace import Tracer
 from windlass.units import MIB, format_bytes
 from windlass.version import VERSION
@@ -109,9 +111,9 @@ def open_engine(
 
     `device`: where weights and all that passes work on are; the host if None. `above`: where they
     are instead, copied from `device` as they are wanted; the plan that `options` name has a tier of
-    that name. Without both, `options` say whether a GPU is above the host; with "auto", and no plan
-    that fits one, a line of the log says why the CPU computes alone. The engine closes all of them;
-    so does a failure here.
+    that name. Without both, `options` say whether a GPU is above the host; with "auto" the CPU
+    computes alone where no plan fits a GPU, or measured rates say that the job ends sooner so, and
+    a line of the log says why. The engine closes all of them; so does a failure here.
     `kernels`: what computes; as the options say if None.
     `source`: what to plan for. `profile`: the machine it runs on, to be found before kernels are
     chosen here; one like this is assumed if None.
@@ -121,6 +123,8 @@ def open_engine(
     found = _Given(device, above, kernels, source, profile)
     try:
         return _open(options, found)
+    except CpuIsSooner as reason:
+        _logger.warning("device auto: %s", reason)
     except BudgetError as error:
         if device is not None or above is not None or not uses_gpu(options):
             raise
@@ -180,7 +184,7 @@ def _open(options: EngineOptions, found: _Given) -> Engine:
             opened.callback(device.close)
         machine = Machine(kernels, above or device, tracer, replays=not options.enforce_eager)
         down = found.profile.down if found.profile is not None else None
-        if gpu is None or not setup.plan.host_attention:
+        if gpu is None or not setup.plan.host_computes:
             attends = choose_host_kernels(setup.plan, options, threads)
         else:
             attends = of_host
@@ -220,12 +224,17 @@ def _setup(
         sizes = replace(sizes, process_bytes=sizes.process_bytes + beside)
         problem = replace(problem, sizes=sizes)
         chosen = _choose(_Choice(problem, wanted, options, replayed), job)
+    compared: tuple[str, ...] = ()
+    if job is not None and options.device == AUTO and found.above is None:
+        alone = replace(problem, sizes=replace(sizes, device=None))
+        compared = beside_cpu(chosen, lambda: _choose(_Choice(alone, wanted, options, None), job))
     plan, speculative = chosen.plan, options.speculative_config
     return EngineSetup(
         plan=plan,
         notes=(
             *model.spec.limits(),
             *chosen.lines(),
+            *compared,
             *([speculative.line()] if speculative else ()),
         ),
         speculative=speculative,
@@ -306,7 +315,7 @@ def _assemble(
     if outfit.recorder is not None and outfit.recorder.wants_states:
         outfit.recorder.add_routers(read_routers(spec, weights, machine.memory.streams))
     kv = open_kv(spec, plan, machine.memory, tiers.host)
-    machine = replace(machine, host=open_host(spec, plan, tiers, kv, tracer, opened))
+    machine = open_host(machine, spec, plan, tiers, (kv, weights), opened)
     foresight = outfit.foresight(plan, shape, weights)
     kind = DraftingHostRuntime if spec.drafts else HostRuntime
     runtime = kind(spec, machine, weights, kv.device, foresight)
@@ -324,7 +333,7 @@ def _assemble(
         kv,
         max_num_seqs=plan.max_num_seqs,
         max_rows=plan.max_num_batched_tokens,
-        long_rope_after=_long_rope_after(spec),
+        long_rope_after=long_rope_after(spec),
         mixed_prefill_rows=plan.mixed_prefill_tokens,
         decoding=Decoding(turns, drafting, Pace() if setup.is_paced else None),
     )
@@ -370,15 +379,6 @@ def largest_budget() -> int:
 def _budget(share: float) -> int:
     budget = resident_bytes() + int(share * available_bytes())
     return min([budget, *(group.limit - _LIMIT_MARGIN for group in memory_limits())])
-
-
-def _long_rope_after(spec: ModelSpec) -> int | None:
-    """Tokens up to which a sequence uses LongRoPE's short factors; None for other models."""
-    for block in spec.blocks:
-        rope = block.attention.rope if isinstance(block.attention, Gqa | Mla) else None
-        if rope is not None and isinstance(rope.scaling, LongRopeScaling):
-            return rope.scaling.original_max
-    return None
 
 
 def _fingerprint(

@@ -80,13 +80,20 @@ class Bounds:
         seconds = self._least(dense * rows, best, self._part(Part.BLOCK))
         flops = network * rows
         if isinstance(ffn, Moe):
-            active = active_experts(ffn.num_experts, ffn.top_k, rows)
-            experts = active * self._part(Part.EXPERT)
-            seconds += self._least(flops * ffn.top_k, self._rates.best_expert, experts)
+            seconds += self._experts_s(layer, rows, self._rates.best_expert, self._own)
         elif ffn is not None:
             best = self._rates.best_dense(Part.FFN)
             seconds += self._least(flops, best, self._part(Part.FFN))
         return seconds + self._scores(layer, one)
+
+    def _experts_s(self, layer: int, rows: int, best: float, processor: Processor) -> float:
+        """Least seconds of so many rows' experts on a processor; none in layers without."""
+        ffn = self._spec.blocks[layer].ffn
+        if not isinstance(ffn, Moe) or not rows:
+            return 0.0
+        num_bytes = active_experts(ffn.num_experts, ffn.top_k, rows) * self._part(Part.EXPERT)
+        flops = self._flops[layer][1] * rows * ffn.top_k
+        return max(flops / best, num_bytes / processor.memory_rate)
 
     def _scores(self, layer: int, one: PassRun) -> float:
         attention, own = self._spec.blocks[layer].attention, self._own
@@ -113,6 +120,8 @@ class DeviceBounds(Bounds):
         self._moves = DevicePassCost(problem)
         self._costs = DeviceCost(problem, kv_numbers=kv_numbers(problem.spec))
         _, self._down, self._up = links_of(problem.profile)
+        host = problem.profile.host
+        self._best_on_host = OpRates(host, problem.sizes.weight_kinds).best_expert
 
     @staticmethod
     def _computes_on(profile: HardwareProfile) -> Processor:
@@ -136,6 +145,7 @@ class DeviceBounds(Bounds):
                 numbers = exchanged_numbers(attention)
                 sent += count * theirs.num_rows * numbers[0]
                 result += count * theirs.num_rows * numbers[1]
+            host += count * self._host_experts_s(layer, one)
         return {
             "disk": read / self._profile.disk.best,
             "down": (fetched + SENT * result) / self._down.weights.best,
@@ -144,9 +154,20 @@ class DeviceBounds(Bounds):
             "device": self._computing(one),
         }
 
+    def _host_experts_s(self, layer: int, one: PassRun) -> float:
+        """Of the host's experts, for generated rows."""
+        host, rows, best = self._profile.host, one.seen.decode_rows, self._best_on_host
+        return self._placed.experts_on_host * self._experts_s(layer, rows, best, host)
+
     def _block(self, layer: int, one: PassRun) -> float:
-        """Without the scores that the host computes."""
+        """Without the scores and the experts that the host computes."""
         seconds = super()._block(layer, one)
+        if self._placed.experts_on_host and one.seen.decode_rows:
+            of_all, of_prompts = (
+                self._experts_s(layer, rows, self._rates.best_expert, self._own)
+                for rows in (one.num_rows, one.seen.prompt_rows)
+            )
+            seconds -= self._placed.experts_on_host * (of_all - of_prompts)
         theirs = self._costs.host_rows(layer, one.seen, self._placed.on_host)
         if theirs.num_rows:
             seconds -= self._scores(layer, one)

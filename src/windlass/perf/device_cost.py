@@ -78,6 +78,19 @@ class DeviceCost(OpCost):
         )  # fmt: skip
         return LaneWork(LaneJob(DEVICE, 0.0), (chain,))
 
+    def host_experts(self, layer: int, num_rows: Sequence[int]) -> LaneWork:
+        """Experts of the host with so many rows each: as soon as its rows have been routed, beside
+        the device's own."""
+        host, spec, weight = self._profile.host, self._spec, self._weights[layer]
+        flops, numbers = 2 * expert_matrices(spec, layer), sum(num_rows) * spec.hidden_size
+        seconds = sum(self._host_rates.expert(flops, rows) + host.expert_s for rows in num_rows)
+        chain = (
+            LaneJob("up", _copied(self._up, numbers) * weight),
+            LaneJob("host", (seconds + host.call_s) * weight),
+            LaneJob("down", _copied(self._down, numbers) * weight),
+        )  # fmt: skip
+        return LaneWork(LaneJob(DEVICE, 0.0), (chain,))
+
     def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[Route, float]]:
         more = self._weights[key.layer] if key.layer >= 0 else self._scale
         down = num_bytes / self._down.weights.at(num_bytes) * more
@@ -106,10 +119,20 @@ class DeviceCost(OpCost):
     def host_expert_s(self, layer: int, num_rows: int) -> float:
         """One expert over its rows on the host, as Fiddler (arXiv 2402.07033) would have it: rows
         up, products, results down."""
+        return sum(self.host_experts_s(layer, 1, num_rows)) - self._profile.host.call_s
+
+    def host_experts_s(
+        self, layer: int, experts: float, num_rows: int
+    ) -> tuple[float, float, float]:
+        """Of the link up, of the host and of the link down, for `experts` with `num_rows` each in
+        one call (runtime/host_experts.py)."""
         flops, host = 2 * expert_matrices(self._spec, layer), self._profile.host
         seconds = self._host_rates.expert(flops, num_rows) + host.expert_s
-        numbers = num_rows * self._spec.hidden_size
-        return seconds + _copied(self._up, numbers) + _copied(self._down, numbers)
+        numbers = round(experts * num_rows * self._spec.hidden_size)
+        return (
+            _copied(self._up, numbers), experts * seconds + host.call_s,
+            _copied(self._down, numbers),
+        )  # fmt: skip
 
     def fetched_expert_s(self, layer: int, num_rows: int) -> float:
         """The same of one that is fetched for it."""
@@ -145,7 +168,7 @@ def few_rows(problem: Problem) -> int:
     """Up to how many rows of an expert that lies in the host's memory it would be sooner computed
     there than fetched, and computed on the device; 0: never. By costs alone: which expert has how
     many rows in a pass follows from what else is in it, so that acting on it would make bits depend
-    on that."""
+    on that; a plan has a share of experts instead (`Plan.host_experts`)."""
     costs, spec = DeviceCost(problem, kv_numbers=1), problem.spec
     layer = next(i for i, block in enumerate(spec.blocks) if isinstance(block.ffn, Moe))
     most = 0

@@ -26,24 +26,26 @@ from windlass.weights.io_queue import BLOCK_BYTES
 @dataclass(frozen=True, slots=True)
 class Placed:
     """Where a plan has things: shares of each kind of part that have slots on the device and on
-    the host, the share of sequences that attend on the host, groups of a pass."""
+    the host, the share of sequences that attend on the host, groups of a pass, and the share of
+    experts that the host computes for generated rows."""
 
     above: Mapping[Part, float]
     below: Mapping[Part, float]
     on_host: float
     groups: int
+    experts_on_host: float = 0.0
 
     @classmethod
     def of(cls, plan: Plan, sizes: Sizes) -> "Placed":
         return cls(
             held_shares(plan, sizes), held_shares(plan, sizes, tier=HOST), plan.host_attention,
-            plan.groups,
+            plan.groups, plan.host_experts,
         )  # fmt: skip
 
     @property
     def cold(self) -> "Placed":
         """Before the first pass."""
-        return Placed({}, {}, self.on_host, self.groups)
+        return Placed({}, {}, self.on_host, self.groups, self.experts_on_host)
 
 
 class _Rows(NamedTuple):
@@ -78,11 +80,19 @@ class DevicePassCost:
                 sent, seconds, back = costs.host_attention_s(layer, theirs)
                 up, host, down = up + count * sent, host + count * seconds, down + count * back
         experts, head = rows.experts, costs.head_s(one.num_logits)
+        attends, beside = host, 0.0  # the host's experts, while the device computes its own
+        if placed.experts_on_host and seen.decode_rows:
+            prompts = self._rows(seen.prompt_rows).experts if seen.prompt_rows else 0.0
+            experts -= placed.experts_on_host * (rows.experts - prompts)
+            for layer, count in self._kinds:
+                sent, seconds, back = self._host_experts_s(layer, seen.decode_rows, placed)
+                up, host, down = up + count * sent, host + count * seconds, down + count * back
+                beside += count * (sent + seconds + back)
         fetched, read = self.moved_bytes(one, placed)
-        computing = max(attention, host) + experts
+        computing = max(attention, attends) + max(experts, beside)
         if placed.groups > 1:
             experts += (placed.groups - 1) * rows.again
-            computing = max(attention + experts, host)
+            computing = max(attention + max(experts, beside), host)
         busy = {
             "disk": read / self._problem.profile.disk.at(BLOCK_BYTES),
             "down": costs.fetch_s(fetched) + down,
@@ -105,10 +115,35 @@ class DevicePassCost:
             if part is Part.HEAD and not one.num_logits:
                 continue
             above, below = placed.above.get(part, 0.0), placed.below.get(part, 0.0)
-            fetched += num_bytes * (1 - above)
+            if part is Part.EXPERT:
+                fetched += self._fetched_experts(one, placed)
+            else:
+                fetched += num_bytes * (1 - above)
             kept = min(1.0, above + below) if at_least else max(above, below)
             read += num_bytes * (1 - kept)
         return fetched, read
+
+    def _fetched_experts(self, one: PassRun, placed: Placed) -> float:
+        """Bytes of experts. Of those that the host computes prompts alone want any, and where there
+        are none the device's slots are for the others."""
+        share, above = placed.experts_on_host, placed.above.get(Part.EXPERT, 0.0)
+        whole = self._rows(one.num_rows).wanted[Part.EXPERT]
+        if not share or not one.seen.decode_rows:
+            return whole * (1 - above)
+        prompts = one.seen.prompt_rows
+        if not prompts:
+            return whole * max(0.0, 1 - share - above)
+        theirs = self._rows(prompts).wanted[Part.EXPERT]
+        return (1 - above) * (whole - share * (whole - theirs))
+
+    def _host_experts_s(self, layer: int, rows: int, placed: Placed) -> tuple[float, float, float]:
+        """Of the link up, of the host and of the link down, for `rows` generated rows."""
+        moe = self._problem.spec.blocks[layer].ffn
+        if not isinstance(moe, Moe):
+            return 0.0, 0.0, 0.0
+        active = active_experts(moe.num_experts, moe.top_k, rows)
+        each = max(1, round(rows * moe.top_k / active))
+        return self.costs.host_experts_s(layer, active * placed.experts_on_host, each)
 
     def _rows(self, rows: int) -> _Rows:
         known = self._by_rows.get(rows)

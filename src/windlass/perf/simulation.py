@@ -34,6 +34,7 @@ from windlass.prefetch.prefetcher import Prefetcher
 from windlass.prefetch.tiers import LowerPolicy, UpperPolicy
 from windlass.runtime.clock import Clock, Lanes, Span
 from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
+from windlass.runtime.simulated_host import SimulatedHostExperts
 from windlass.schedule.batch import Batch, RowGroup, Segment, make_batch
 from windlass.schedule.observer import RoutedTokens
 from windlass.schedule.passes import PassShape, run_pass
@@ -179,6 +180,11 @@ class ClockedModel:
             prefetcher=prefetcher if plan.overlap else None, forecast=forecast,
             router=UniformRouter(sample.spec, usage=usage),
         )  # fmt: skip
+        if plan.host_experts and below is not None and isinstance(costs, DeviceCost):
+            prefetcher.leave_to_host(plan.host_experts)
+            self._runtime.host = SimulatedHostExperts(
+                self.lanes, below, table.num_experts, plan.host_experts, costs.host_experts
+            )
 
     @property
     def spans(self) -> list[Span]:

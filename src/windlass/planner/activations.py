@@ -144,10 +144,12 @@ def _split_numbers(attention: Attention, context: int) -> int:
 
 
 def host_side_bytes(
-    spec: ModelSpec, *, threads: int, micro_rows: int, seqs: int, attends: bool
-) -> int:
+    spec: ModelSpec, *, threads: int, micro_rows: int, seqs: int, attends: bool,
+    has_experts: bool = False,
+) -> int:  # fmt: skip
     """What the host holds of a pass on a device: logits of rows that it draws from, and, where it
-    `attends`, rows on their way (runtime/host_attention.py), results and the kernels' scratch."""
+    `attends` or `has_experts`, rows on their way (runtime/host_attention.py, host_experts.py),
+    results and the kernels' scratch."""
     numbers = seqs * (spec.vocab_size + 2 * spec.hidden_size)
     scratch = 0
     if attends:
@@ -155,7 +157,21 @@ def host_side_bytes(
         numbers += micro_rows * each
         scratch = _native_scratch_bytes(spec, threads, micro_rows)
         scratch += max(STAGING_BYTES, 2 * _F32 * micro_rows * each)
+    if has_experts:
+        scratch += _native_scratch_bytes(spec, threads, _staged_rows(seqs))
+        scratch += host_expert_bytes(spec, seqs)
     return round(_SLACK * _F32 * numbers) + scratch + _PROCESS_BYTES
+
+
+def host_expert_bytes(spec: ModelSpec, seqs: int) -> int:
+    """What rows on their way to the host's experts take (runtime/host_experts.py), on either side:
+    they, and what comes back for each of their places."""
+    most = max(_top_k(block.ffn) for block in spec.blocks)
+    return _F32 * _staged_rows(seqs) * (1 + most) * spec.hidden_size
+
+
+def _staged_rows(seqs: int) -> int:
+    return max(MOST_CAPTURED, 2 * seqs)
 
 
 def _exchanged(attention: Attention) -> int:

@@ -18,6 +18,7 @@ from windlass.planner.activations import (
     activation_bytes,
     device_activation_bytes,
     gathered_bytes,
+    host_expert_bytes,
 )
 from windlass.schedule.batch import CHUNK_TOKENS, most_drafts
 from windlass.units import MIB, format_bytes, round_up
@@ -63,6 +64,7 @@ class PlanConstraints:
     burst_tokens: int | None = None  # 0: lockstep
     prefix_caching: bool = True
     host_attention: float | None = None  # of machines with a device
+    host_experts: float | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> "PlanConstraints":
@@ -225,7 +227,8 @@ class Draft:
         micro = self._micro_rows(seqs)
         is_model_based = self._wanted.schedule == "model-based"
         if self._sizes.backend.name == DEVICE:
-            return device_activation_bytes(
+            beside = host_expert_bytes(self._spec, seqs) if self._wanted.host_experts else 0
+            return beside + device_activation_bytes(
                 self._spec,
                 rows=min(rows, micro) if is_model_based else rows,
                 micro_rows=micro,

@@ -96,6 +96,7 @@ class _DeviceDraft:
             tiers=(host, above),
             max_model_len=min(context, min(homes) * PAGE_TOKENS),
             host_attention=self._share,
+            host_experts=self._wanted.host_experts or 0.0,
         )
 
     def _above(self, pages: int | None) -> Plan:
@@ -178,7 +179,7 @@ class _DeviceDraft:
         sizes = self._sizes
         return sizes.row_buffer_bytes + host_side_bytes(
             self._spec, threads=sizes.backend.threads, micro_rows=size.micro_rows, seqs=size.seqs,
-            attends=self._share > 0,
+            attends=self._share > 0, has_experts=bool(self._wanted.host_experts),
         )  # fmt: skip
 
     def _forecast(self, left: int, above: TierPlan, size: _Size) -> int:

@@ -262,6 +262,7 @@ def _choices(plan: Plan) -> str:
         f" {plan.micro_batch_tokens}, KV cache of {plan.kv_pages * plan.page_tokens} tokens,"
         f" experts resident {experts.slots} of {experts.num_parts}"
         + (f", {100 * plan.host_attention:.0f} % of attention on the host" if above else "")
+        + (f", {100 * plan.host_experts:.0f} % of experts on the host" if plan.host_experts else "")
         + (f", {plan.groups} groups" if plan.groups > 1 else "")
         + (f", bursts of {plan.burst_tokens} tokens" if plan.burst_tokens else "")
     )
@@ -274,8 +275,10 @@ def _notes(problem: Problem, plan: Plan, workload: Workload) -> tuple[str, ...]:
         notes += (bursts.line(plan),)
     if plan.above is not None and (rows := few_rows(problem)):
         notes += (
-            f"an expert in RAM with up to {rows} rows would be computed there sooner than fetched;"
-            " this version fetches it, so that results depend on nothing else in a pass",
+            f"an expert in RAM with up to {rows} rows is computed there sooner than fetched; the"
+            f" host computes {100 * plan.host_experts:.0f} % of the experts for generated tokens: a"
+            " fixed share, so that results depend on nothing else in a pass, and none unless"
+            " measured rates say that it pays",
         )
     if workload.longest > plan.max_model_len:
         notes += (

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from windlass.errors import BudgetError, UsageError
 from windlass.models.spec import ModelSpec
+from windlass.perf.device_cost import few_rows
 from windlass.perf.device_pass_cost import DevicePassCost, Placed
 from windlass.perf.estimate import Estimate, estimate, steady_seconds
 from windlass.perf.job_passes import PassRun
@@ -40,6 +41,7 @@ _FEW_MICRO_ROWS = 256  # of a call of attention, instead of as many as a plain p
 # at once, and who finds none waits or is computed again.
 _PAGE_SHARES = (1.0, 0.8, 0.6, 0.4)
 _SHARE_STEP = 0.25  # of attention on the host
+_EXPERT_SHARES = (0.25, 0.5, 0.75, 1.0)  # of experts on the host, where rows are few
 _GROUPS = (1, 2)  # where the host attends: the experts of one beside the attention of the other
 _COMPOSED = 18  # plans whose passes are composed
 _CLOCKED, _CLOCKED_ABOVE = 6, 4  # plans that run on the clock; with a device, which takes longer
@@ -95,6 +97,7 @@ def search(
         return max(one.estimate.total_s, _AS_FAST * least), one.plan.kv_pages
 
     found.sort(key=rank)
+    found = [*machine.with_host_experts(problem, work, found[0], wanted), *found]
     if wanted.burst_tokens is None:
         found = [_with_bursts(problem, one, work) for one in found]
     return found
@@ -171,7 +174,27 @@ class _Machine:
         for share in (plan.host_attention - _SHARE_STEP / 2, plan.host_attention + _SHARE_STEP / 2):
             if 0 < share < 1:
                 found += self._plan(replace(fixed, host_attention=share))
-        return found
+        # few pages, divided otherwise, may be too few of one home
+        return [one for one in found if one.max_model_len >= plan.max_model_len]
+
+    def with_host_experts(
+        self, problem: Problem, work: Workload, best: Candidate, wanted: PlanConstraints
+    ) -> list[Candidate]:
+        """`best` with a share of its experts on the host, where measured costs and the clock say
+        that it ends sooner so."""
+        is_open = best.plan.above is not None and wanted.host_experts is None
+        if not is_open or not problem.profile.captured or not few_rows(problem):
+            return []
+        fixed = replace(_choices_of(best.plan, wanted), kv_pages=best.plan.kv_pages)
+        plans = [p for one in _EXPERT_SHARES for p in self._plan(replace(fixed, host_experts=one))]
+        tried = [
+            Candidate(plan, estimate(problem, plan, work))
+            for plan in plans
+            if plan.max_model_len >= work.longest
+        ]
+        sooner = min(tried, key=lambda one: one.estimate.total_s, default=best)
+        pays = _AS_FAST * sooner.estimate.total_s < best.estimate.total_s
+        return [sooner] if pays else []
 
     def again(self, plan: Plan, wanted: PlanConstraints) -> Plan:
         """The same choices. BudgetError where they do not fit."""

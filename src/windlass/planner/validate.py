@@ -94,6 +94,7 @@ def _check_ranges(plan: Plan, spec: ModelSpec, sizes: Sizes) -> None:
         ("groups", plan.groups, 1, None),
         ("burst_max_seqs", plan.burst_max_seqs, 0, seqs if plan.burst_tokens else 0),
         ("host_attention", plan.host_attention, 0, 0 if plan.above is None else 1),
+        ("host_experts", plan.host_experts, 0, 0 if plan.above is None else 1),
         ("state_slots", plan.top.state_slots, states, states),
         ("max_model_len", plan.max_model_len, 2, longest),
     ]

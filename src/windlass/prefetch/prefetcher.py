@@ -7,11 +7,13 @@ are the experts that the forecast thinks worth a read. Nothing switches mode.
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from windlass.forecast.interface import CERTAIN, ExpertForecast, Floats
 from windlass.ids import Part, WeightKey
 from windlass.prefetch.guard import WindowGuard
 from windlass.schedule.batch import Batch
+from windlass.schedule.expert_homes import host_experts
 from windlass.schedule.passes import PassShape
 from windlass.weights.cache import WeightCache
 from windlass.weights.hints import Hint
@@ -41,11 +43,19 @@ class Tier:
         self._held = cache.track(keys)
         self._above = above
         self.there = self._held if above is None else self._held.copy()  # of `keys`, here or above
+        self._not_wanted: NDArray[np.bool_] | None = None
 
     def look(self) -> None:
         """What is there now."""
-        if self._above is not None:
-            np.logical_or(self._held, self._above.there, out=self.there)
+        besides = self._not_wanted if self._above is None else self._above._held
+        if besides is not None:
+            np.logical_or(self._held, besides, out=self.there)
+
+    def leave(self, keys: NDArray[np.bool_] | None) -> None:
+        """From now on those of `keys` (a bitmap) count as there, whatever is said of them."""
+        assert self._above is None, "only the tier that passes take weights from"
+        self._not_wanted = keys
+        self.there = self._held if keys is None else self._held.copy()
 
     def hint(self, now: int, wanted: dict[WeightKey, Hint]) -> None:
         """Tells the cache what is wanted, as far as it does not know."""
@@ -99,6 +109,7 @@ class Prefetcher:
         self._pass = -1
         self._layer = 0
         self._guard = guard
+        self._at_host: NDArray[np.bool_] | None = None
         self._batch: Batch | None = None  # of the pass under way
         self._began = self._waited = 0.0
         self._waiting = 0.0  # share of decoding passes that waits for weights, lately
@@ -108,6 +119,17 @@ class Prefetcher:
             for tier in self._tiers:
                 tier.to_fill = used[np.argsort(-usage[used], kind="stable")]
 
+    def leave_to_host(self, share: float) -> None:
+        """In passes of generated rows alone the tier below computes that share of the experts: they
+        are wanted there."""
+        self._at_host = np.zeros(len(self._keys), bool)
+        flags = [
+            is_so
+            for layer, count in enumerate(self._table.num_experts)
+            for is_so in host_experts(layer, count, share)
+        ]
+        self._at_host[: self._experts.size] = flags
+
     def words(self) -> str:
         """What the guard has found, for people."""
         return self._guard.words() if self._guard is not None else ""
@@ -115,6 +137,9 @@ class Prefetcher:
     def begin(self, batch: Batch, now: float) -> None:
         """A pass over `batch` begins; seconds."""
         self._batch = batch
+        if self._at_host is not None:
+            has_prompts = any(one.is_prompt for one in batch.segments)
+            self._tiers[0].leave(None if has_prompts else self._at_host)
         self._began, self._waited = now, self._weights.waited_s
         if self._guard is not None:
             self._forecast.speculates = self._guard.is_on

@@ -26,6 +26,7 @@ from windlass.runtime.attention_ops import AttentionOps
 from windlass.runtime.capture import ComputedBlock, LayerCapture
 from windlass.runtime.head import Final, Head
 from windlass.runtime.host_attention import OnHost
+from windlass.runtime.host_experts import OnHost as OnHostExperts
 from windlass.runtime.layer_ops import LayerOps
 from windlass.runtime.machine import Machine
 from windlass.runtime.routing_report import RoutingReport
@@ -44,6 +45,7 @@ class _Rows(NamedTuple):
     counts: dict[int, int] | None  # rows of each expert that has any; None: nobody has looked
     block: ComputedBlock
     is_replayed: bool
+    on_host: OnHostExperts | None = None
 
 
 class _DenseRows(NamedTuple):
@@ -103,6 +105,13 @@ class _Routers:
                 reader.set_router(router)
 
 
+def _left(
+    done: ComputedBlock, on_host: OnHostExperts
+) -> tuple[ComputedBlock, dict[int, int] | None]:
+    """What the host leaves to the device, and rows of each expert there."""
+    return done._replace(routed=done.routed._replace(groups=on_host.groups)), on_host.counts
+
+
 class HostRuntime:
     """Implements `Runtime` on a machine that is given."""
 
@@ -119,6 +128,7 @@ class HostRuntime:
         self._memory = machine.memory
         self._streams = streams = machine.memory.streams
         self._tracer = tracer = machine.tracer
+        self._experts = machine.experts
         self._weights = weights
         self._kv = kv
         self._prefetcher = foresight.prefetcher
@@ -208,7 +218,7 @@ class HostRuntime:
         if done is None:
             return None
         self._routers.read(layer, done.at_end)
-        return self._routed(layer, done, is_replayed=True)
+        return self._routed(layer, done, None, is_replayed=True)
 
     def attend(
         self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch
@@ -231,12 +241,17 @@ class HostRuntime:
         at_end = self._blocks.output_tensors(weights.tensors)
         outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
         done = ComputedBlock(hidden, routed, shared_TD, at_end, outputs)
-        return self._routed(layer, done, is_replayed=False)
+        host = self._experts
+        on_host = None if host is None else host.begin(layer, routed, group, self._kernels)
+        return self._routed(layer, done, on_host, is_replayed=False)
 
-    def _routed(self, layer: int, done: ComputedBlock, *, is_replayed: bool) -> Routed:
+    def _routed(
+        self, layer: int, done: ComputedBlock, on_host: OnHostExperts | None, *, is_replayed: bool
+    ) -> Routed:
         counts = self._routing.tell(layer, done.routed, done.hidden_TD)
+        done, counts = (done, counts) if on_host is None else _left(done, on_host)
         chosen = range(len(done.routed.groups.counts_E)) if counts is None else counts
-        return Routed(tuple(chosen), _Rows(counts, done, is_replayed))
+        return Routed(tuple(chosen), _Rows(counts, done, is_replayed, on_host))
 
     def _expert_outputs(self, places: int, width: int) -> torch.Tensor:
         """Memory of one layer's expert outputs, the same for all layers and groups of a pass."""
@@ -259,6 +274,8 @@ class HostRuntime:
     def leave_experts(self, layer: int, routed: Routed) -> None:
         data: _Rows = routed.data
         block = data.block
+        if data.on_host is not None:
+            data.on_host.end(block.outputs)
         if not (data.is_replayed and self._capture.combine(layer, block)):
             self._blocks.combine(
                 layer, block.at_end, block.hidden_TD, block.routed, block.outputs, block.shared_TD

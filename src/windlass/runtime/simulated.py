@@ -37,6 +37,7 @@ class _Rows(NamedTuple):
 
     num_rows: int
     counts: Mapping[int, int]
+    on_host: Callable[[], None]  # waits for what the host computes
 
 
 class Router(Protocol):
@@ -209,6 +210,25 @@ class SimulatedWeights:
         return self._clock.now
 
 
+class HostPart(Protocol):
+    """What the host does of experts, beside a device."""
+
+    def begin(
+        self, layer: int, group: RowGroup, counts: Mapping[int, int]
+    ) -> tuple[Mapping[int, int], Callable[[], None]]:
+        """Of rows by expert: what is left to the device, and what waits for the host's."""
+        ...
+
+
+class _NoPart:
+    """Implements `HostPart` of a machine where passes have all experts from one processor."""
+
+    def begin(
+        self, layer: int, group: RowGroup, counts: Mapping[int, int]
+    ) -> tuple[Mapping[int, int], Callable[[], None]]:
+        return counts, lambda: None
+
+
 class SimulatedRuntime:
     """Implements `Runtime` on a clock."""
 
@@ -223,6 +243,7 @@ class SimulatedRuntime:
         router: Router,
     ) -> None:
         """Without a `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
+        self.host: HostPart = _NoPart()  # of experts; beside a device another may take its place
         self._lanes = lanes
         self._costs = costs
         self._weights = weights
@@ -315,7 +336,8 @@ class SimulatedRuntime:
         if (of_all := self._groups.add(tokens)) is not None:
             self._forecast.observe(of_all)
         self._do(self._costs.route(layer, group.num_tokens), "route")
-        return Routed(tuple(counts), _Rows(group.num_tokens, counts))
+        left, on_host = self.host.begin(layer, group, counts)
+        return Routed(tuple(left), _Rows(group.num_tokens, left, on_host))
 
     def experts(self, layer: int, arrived: Sequence[Entry], routed: Routed) -> None:
         data: _Rows = routed.data
@@ -324,6 +346,7 @@ class SimulatedRuntime:
 
     def leave_experts(self, layer: int, routed: Routed) -> None:
         data: _Rows = routed.data
+        data.on_host()
         self._do(self._costs.combine(layer, data.num_rows), "combine")
 
     def enter_dense(self, layer: int, weights: Entry, hidden: None, group: RowGroup) -> int:

@@ -35,7 +35,7 @@ class TierSupply:
         self.queue.carry(self.route, link)
         self.below: WeightCache | None = below.cache
         self.one_by_one = False
-        self._store = below
+        self.store = below
         self._chain = Chain(below.cache, self.queue, self.route)
         self._device_layout = DeviceLayout()
         self._known: dict[WeightKey, tuple[Placed, str]] = {}
@@ -52,16 +52,16 @@ class TierSupply:
         return self._chain.fetch(key, pieces, priority=priority, on_done=on_done)
 
     def rows(self, key: WeightKey) -> Rows:
-        return _RowsBelow(self._store, key, self.device)
+        return _RowsBelow(self.store, key, self.device)
 
     def check(self) -> None:
         self._chain.check()
-        self._store.check()
+        self.store.check()
 
     def _copies(self, into: DeviceMemory, entry: Entry) -> list[Copy]:
         """The part of `entry`, a part below, into its slot here."""
         placed, label = self._learn(entry.key)
-        source = self._store.memory_of(entry)
+        source = self.store.memory_of(entry)
         return [
             Copy(source.part(begin, num_bytes), into.part(at, num_bytes), label)
             for begin, at, num_bytes in placed.moves
@@ -74,7 +74,7 @@ class TierSupply:
         return known
 
     def _place(self, key: WeightKey) -> Placed:
-        return self._device_layout.place(self._store.supply.part_reads(key))
+        return self._device_layout.place(self.store.supply.part_reads(key))
 
 
 class _RowsBelow:
