@@ -22,6 +22,7 @@ from engines import engine_for, make_model, prompts, request, run_all
 from fake_cuda import FakeCuda, on_device
 from fake_streams import Race
 from nextn import make_nextn
+from processes import PATIENCE_S
 from windlass.build import homes as build
 from windlass.build.open import open_engine
 from windlass.device.base import Device
@@ -379,8 +380,10 @@ def test_closing_ends_the_worker_also_while_it_has_work(model, monkeypatch):
     monkeypatch.setattr(build, "ThreadPoolExecutor", make)
     with own.open(own.plan_for(1.0, {})) as engine:
         run_all(engine, _requests(2))
-        gate = Event()
-        first, second = (workers[0].submit(gate.wait) for _ in range(2))
+        begun, gate = Event(), Event()
+        first = workers[0].submit(lambda: begun.set() or gate.wait())
+        second = workers[0].submit(gate.wait)
+        assert begun.wait(PATIENCE_S)
         Timer(0.05, gate.set).start()
     assert first.result() and (second.cancelled() or second.done())
     with pytest.raises(RuntimeError):
