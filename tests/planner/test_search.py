@@ -108,8 +108,10 @@ JOBS = {
 
 @pytest.mark.parametrize(
     ("job", "gigabytes", "disk"),
-    [("even", 1, 6), ("even", 2, 0.3), ("ragged", 1, 0.3), ("ragged", 2, 6), ("ragged", 4, 0.3),
-     ("one", 1, 6), ("one", 3, 0.3), ("prompts", 2, 1), ("even", 20, 1), ("ragged", 20, 1)],
+    [("even", 1, 6), ("ragged", 1, 0.3), ("ragged", 4, 0.3), ("one", 1, 6), ("prompts", 2, 1),
+     *(pytest.param(*one, marks=pytest.mark.slow)
+       for one in (("even", 2, 0.3), ("ragged", 2, 6), ("one", 3, 0.3), ("even", 20, 1),
+                   ("ragged", 20, 1)))],
 )  # fmt: skip
 @few_layers()
 def test_near_the_best_of_a_grid_and_never_behind_plain_rules(job, gigabytes, disk):
@@ -167,7 +169,7 @@ def test_more_memory_never_slows():
     problem, work = Problem(OLMOE, sizes_of(OLMOE), machine(disk=2)), JOBS["ragged"]
     times = [
         search(problem, work, size * GIB // 2, PlanConstraints())[0].estimate.total_s
-        for size in (3, 4, 8, 40)
+        for size in (3, 8, 40)
     ]
     for less, more in zip(times, times[1:], strict=False):
         assert more <= 1.02 * less, times
