@@ -39,12 +39,12 @@ def _remember_row_counts() -> None:
     measure = RowLadder._measure
     known: dict[object, tuple[int, ...]] = {}
 
-    def remembered(ladder: RowLadder, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if ladder._like is not None:
-            return measure(ladder, shape)
-        key = ladder._product, ladder._steps, shape, torch.get_num_threads()
+    def remembered(self: RowLadder, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if self._like is not None:
+            return measure(self, shape)
+        key = self._product, self._steps, shape, torch.get_num_threads()
         if key not in known:
-            known[key] = measure(ladder, shape)
+            known[key] = measure(self, shape)
         return known[key]
 
     RowLadder._measure = remembered  # type: ignore[method-assign]

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from amounts import some
 from admission_machine import PAGE_TOKENS, Machine
+from amounts import some
 from sequences import PlainStarts
 from sharing_machine import Machine as Sharing
 from windlass.engine.bursts import Turns
