@@ -82,7 +82,7 @@ _OF_TORCH = ("mha", "wide")
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        *((name, CPU) for name in CASES),
+        *(pytest.param(name, *CPU.values, marks=CPU.marks) for name in CASES),
         *((name, "torch") for name in _OF_TORCH),
         *(
             pytest.param(name, "torch", marks=pytest.mark.slow)
