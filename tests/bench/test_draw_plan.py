@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from planning import few_layers
+from devices import quick_search
 from windlass.checkpoint.synthetic import preset
 from windlass.cli import main as windlass
 from windlass.runtime.clock import Span
@@ -33,7 +33,7 @@ def printed(folder):
     """What the command prints for a laptop with room for a part of the weights."""
     lengths = ["--prompt-len", "64", "--output-len", "16", "--num-requests", "32"]
     where = ["-m", str(folder), "--machine", "laptop", "--host-memory", "2GiB"]
-    with pytest.MonkeyPatch.context() as patch, few_layers():
+    with pytest.MonkeyPatch.context() as patch, quick_search():
         said: list[str] = []
         patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(words)))
         assert windlass(["plan", *where, *lengths, "--json"]) == 0

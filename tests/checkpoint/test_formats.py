@@ -51,10 +51,10 @@ def test_bits_do_not_depend_on_budget_batch_or_arrival(
         for i, p in enumerate(prompts((70, 3, 33)))
     ]
     alone = {}
-    for one in requests:
-        with engine_for(tmp_path, moe_backend=backend) as engine:
+    with engine_for(tmp_path, moe_backend=backend) as engine:
+        for one in requests:
             alone.update(run_all(engine, [one]))
-            slots = engine.plan.host.of(Part.EXPERT).slot_bytes or 0
+        slots = engine.plan.host.of(Part.EXPERT).slot_bytes or 0
     options: dict[str, Any] = dict(
         moe_expert_cache_size=f"{2 * slots // 1024}KiB", micro_batch_size=64, moe_backend=backend
     )

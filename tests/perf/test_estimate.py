@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from amounts import some
 from planning import SPECS, few_layers, machine, sizes_of
 from windlass.errors import UsageError
 from windlass.ids import Part
@@ -39,7 +40,7 @@ def _estimate(spec, budget, workload, profile=MACHINE, *, on_clock=True, **wante
 LENGTHS = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 60)), min_size=1, max_size=40)
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=some(8, of=16), deadline=None)
 @given(LENGTHS, st.sampled_from((1, 2, 4, 16)), st.integers(1, 64), st.booleans())
 def test_phases_add_up_and_keep_above_their_bounds(lengths, gigabytes, seqs, on_clock):
     work = Workload(*zip(*lengths, strict=True))
@@ -75,6 +76,7 @@ def test_a_layer_that_drafts_costs_as_one_more_of_each_pass():
 WORK = Workload.from_lengths(128, 16, 96)
 
 
+@few_layers()
 def test_a_slow_disk_binds_and_a_fast_one_leaves_the_host():
     slow = _estimate(OLMOE, 3 * GIB, WORK, machine(disk=0.1))
     fast = _estimate(OLMOE, 3 * GIB, WORK, machine(disk=1e6))
@@ -95,7 +97,7 @@ def test_a_faster_machine_is_never_slower(gigabytes, disk, compute, more):
     _check_faster(gigabytes, disk, compute, more, on_clock=False)
 
 
-@settings(max_examples=8, deadline=None)  # of a second each
+@settings(max_examples=some(3, of=8), deadline=None)  # of a second each
 @given(*FASTER)
 def test_a_faster_machine_is_never_slower_on_the_clock(gigabytes, disk, compute, more):
     with few_layers():
@@ -115,6 +117,7 @@ def _check_faster(gigabytes, disk, compute, more, *, on_clock):
     assert seconds(disk=disk * more, compute=compute * more) <= base / more**0.5 * slack
 
 
+@few_layers()
 def test_more_resident_experts_mean_less_reading():
     fixed = dict(max_num_seqs=32, max_num_batched_tokens=1024)
     found = [_estimate(OLMOE, 4 * GIB, WORK, expert_slots=n, **fixed) for n in (8, 64, 160)]
@@ -153,6 +156,7 @@ def test_samples_have_every_kind_of_layer_in_its_share():
         assert sum(own) * sample.factor == pytest.approx(count)
 
 
+@few_layers()
 def test_few_sequences_stand_for_a_large_job(monkeypatch):
     lengths = [(50 + 37 * i % 400, 1 + 29 * i % 120) for i in range(4000)]
     work = Workload(*zip(*lengths, strict=True))
@@ -193,6 +197,7 @@ def test_few_sequences_stand_for_a_large_job_that_shares(monkeypatch):
     assert some.total_s == pytest.approx(whole.total_s, rel=0.03)
 
 
+@few_layers()
 def test_passes_between_the_timed_ones_are_as_on_the_clock():
     problem, plan = Problem(OLMOE, sizes_of(OLMOE), MACHINE), _plan(OLMOE, 4 * GIB)
 
@@ -208,6 +213,7 @@ def test_passes_between_the_timed_ones_are_as_on_the_clock():
         assert times.of(decode(rows)).seconds == pytest.approx(found.seconds, rel=0.08), rows
 
 
+@few_layers()
 def test_baselines_are_slower():
     plan = _plan(OLMOE, 4 * GIB)
     problem = Problem(OLMOE, sizes_of(OLMOE), MACHINE)

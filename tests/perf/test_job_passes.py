@@ -5,6 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from admission_machine import PAGE_TOKENS, Machine
+from amounts import some
 from sequences import PlainStarts
 from sharing_machine import Machine as Sharing
 from windlass.engine.bursts import Turns
@@ -40,7 +41,7 @@ def _engine_passes(sizes, limits):
     return passes
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=some(50, of=150), deadline=None)
 @given(
     st.lists(SIZES, min_size=1, max_size=14), st.integers(1, 8), st.integers(0, 200),
     st.integers(0, 60), st.sampled_from((None, None, 0, 64, 128)),
@@ -66,7 +67,7 @@ def test_the_same_passes_as_the_engine(sizes, seqs, more_rows, more_pages, mixed
 
 
 @example([(1, 1)] * 3, 192, 2, 0, None)  # the second waits for the first to have computed all
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=some(20, of=60), deadline=None)
 @given(
     st.lists(SIZES, min_size=1, max_size=14), st.sampled_from((0, 40, 64, 130, 192)),
     st.integers(1, 8), st.sampled_from((0, 64, 200, 3000)), st.sampled_from((None, None, 0, 64)),

@@ -75,8 +75,22 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", ["torch", CPU])
-@pytest.mark.parametrize("name", CASES)
+# A process each. What torch's kernels take beside does not depend on the other cases.
+_OF_TORCH = ("mha", "wide")
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *(pytest.param(name, *CPU.values, marks=CPU.marks) for name in CASES),
+        *((name, "torch") for name in _OF_TORCH),
+        *(
+            pytest.param(name, "torch", marks=pytest.mark.slow)
+            for name in CASES
+            if name not in _OF_TORCH
+        ),
+    ],
+)
 def test_the_peak_stays_below_the_sum_of_the_plan(name, backend, tmp_path):
     config, case = CASES[name]
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from amounts import some
 from devices import device_problem, quick_search, small_spec, with_rates
 from planning import SPECS
 from windlass.errors import BudgetError, UsageError
@@ -38,7 +39,7 @@ def _added_up(tier: TierPlan, sizes: Sizes) -> int:
     return tier.process_bytes + tier.activation_bytes + slots + kept + tier.forecast_bytes
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=some(60, of=150), deadline=None)
 @given(
     st.sampled_from(sorted(SPECS)), st.floats(0.3, 80), st.floats(0.3, 200),
     st.sampled_from((None, 0.0, 0.25, 1.0)), st.one_of(st.none(), st.integers(1, 500)),

@@ -9,7 +9,6 @@ import pytest
 from devices import quick_search
 from engines import make_model
 from machines import machine
-from planning import few_layers
 from published import PUBLISHED
 from windlass.build.checkpoint_sizes import sizes_of
 from windlass.checkpoint.folder import read_model
@@ -26,8 +25,8 @@ from windlass.workload import Workload
 
 @pytest.fixture(scope="module", autouse=True)
 def fast():
-    """What is said follows from an estimate, however many layers it rests on."""
-    with few_layers():
+    """What is said follows from estimates, however few they are and layers they rest on."""
+    with quick_search():
         yield
 
 

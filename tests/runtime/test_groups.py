@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deferred import deferred
-from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
+from engines import BY_KIND, engine_for, make_model, prompts, request, run_all
 from fakes import FakeDevice
 from recorder import RoutingRecorder, observed_by
 from windlass.schedule.observer import RoutedTokens
@@ -40,7 +40,7 @@ def _requests():
     ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_KIND)
 def test_bits_do_not_depend_on_groups_nor_on_when_attention_is_computed(family, tmp_path):
     make_model(family, tmp_path, dtype=torch.bfloat16)
     expected, _, plan = _run(tmp_path, _requests())
@@ -60,9 +60,9 @@ def test_many_that_decode_do_so_in_groups(family, tmp_path):
     make_model(family, tmp_path, dtype=torch.bfloat16)
     many = [
         request(f"r{i}", prompt, max_tokens=3, logprobs=1)
-        for i, prompt in enumerate(prompts([3 + i % 5 for i in range(130)]))
+        for i, prompt in enumerate(prompts([3 + i % 5 for i in range(100)]))
     ]
-    options = dict(max_num_seqs=130, max_num_batched_tokens=320, moe_expert_cache_size="2")
+    options = dict(max_num_seqs=100, max_num_batched_tokens=320, moe_expert_cache_size="2")
     expected, one, _ = _run(tmp_path, many, **options)
     for groups in (2, 3):
         with deferred(seed=groups):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from backends import LIBRARY
-from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
+from engines import BY_KIND, engine_for, make_model, prompts, request, run_all
 from recorder import RoutingRecorder, Seen, observed_by
 from windlass.forecast.usage import UsageForecast
 from windlass.kernels.cpu.native_capture import NativeCapture
@@ -38,7 +38,7 @@ def moes_of(path):
     return {i: block.ffn for i, block in enumerate(spec.blocks) if isinstance(block.ffn, Moe)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", BY_KIND)
 def test_every_token_of_every_family_is_told_of_once_per_layer(family, tmp_path):
     make_model(family, tmp_path)
     recorder, moes = RoutingRecorder(), moes_of(tmp_path)

@@ -110,7 +110,7 @@ def test_without_any_of_its_waits_and_events_it_has(point, model):
     path, _ = model("qwen3_moe")
     device = FakeCuda(seed=1, without=point)
     with pytest.raises(Race, match="nothing orders them"):
-        _run(path, device)
+        _run(path, device, 1)
     assert device.order.points[point] > 0
 
 

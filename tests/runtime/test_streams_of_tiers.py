@@ -36,7 +36,7 @@ def _tier(tier: TierPlan, name: str, slots: dict[Part, int]) -> TierPlan:
     return replace(tier, name=name, parts=parts)
 
 
-def _run(path: Path, plan: Plan, device: FakeCuda):
+def _run(path: Path, plan: Plan, device: FakeCuda, count: int = 3):
     tiers = (_tier(plan.host, HOST, BELOW), _tier(plan.host, device.name, ABOVE))
     options = EngineOptions(
         model=str(path), plan=replace(plan, tiers=tiers), generation_config="vllm",
@@ -48,7 +48,7 @@ def _run(path: Path, plan: Plan, device: FakeCuda):
         open_engine(options, device=device.below, above=device, kernels=kernels) as engine,
     ):
         engine._weights._queue.changed.wait = device.wait  # type: ignore[method-assign]
-        results = run_all(engine, _requests())
+        results = run_all(engine, _requests()[:count])
         return {name: one.outputs[0] for name, one in results.items()}
 
 
@@ -81,9 +81,9 @@ def test_nor_at_any_other(model, seed):
 def test_without_any_wait_or_event_it_has_one(model):
     path, plan, _ = model
     whole = FakeCuda(name="device", seed=2)
-    _run(path, plan, whole)
+    _run(path, plan, whole, 1)
     for point in whole.order.points:
         device = FakeCuda(name="device", seed=2, without=point)
         with pytest.raises(Race, match="nothing orders them"):
-            _run(path, plan, device)
+            _run(path, plan, device, 1)
     assert len(whole.order.points) == 8

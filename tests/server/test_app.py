@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from amounts import some
 from asgi import Answered, ask
 from fake_engine import FakeEngine
 from fake_server import JSON, BrokenEngine, Server, error_of
@@ -312,7 +313,7 @@ NAMES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=some(50, of=150), deadline=None)
 @given(st.sampled_from([CHAT, COMPLETIONS, "/tokenize", "/detokenize"]), st.booleans(),
        st.dictionaries(NAMES, JSON, max_size=4))  # fmt: skip
 def test_no_body_is_an_internal_error(path: str, is_near: bool, changes: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from amounts import some
 from asgi import Answered
 from fake_engine import FakeEngine
 from fake_server import JSON, BrokenEngine, Server, error_of
@@ -175,7 +176,7 @@ VALUE = JSON | ITEM | st.lists(ITEM, max_size=2)
 VALUE |= st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": VALUE}), max_size=2)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=some(30, of=80), deadline=None)
 @given(st.sampled_from([RESPONSES, MESSAGES, COUNT, COUNT_INPUT]), st.booleans(),
        st.dictionaries(NAMES, VALUE, max_size=4))  # fmt: skip
 def test_no_body_is_an_internal_error(path: str, is_near: bool, changes: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Engines over tiny random checkpoints, for tests of everything below the fronts."""
 
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from amounts import rarely
 from delta_model import DELTA_CASES, make_delta_checkpoint
 from fake_cuda import FakeCuda, on_device
 from families import ALIKE, CASES, VOCAB, make_checkpoint
@@ -24,13 +26,29 @@ from windlass.units import MIB
 
 FAMILIES = (*CASES, *DELTA_CASES)
 GOLDEN = (*FAMILIES, *ALIKE)
+# One of each kind of attention or recurrence; the other families differ in what is around it.
+OF_A_KIND = (
+    "qwen3_moe", "deepseek_v3", "gpt_oss", "gemma4_text", "lfm2_moe", "nemotron_h", "qwen3_next",
+)  # fmt: skip
+BY_KIND = [*OF_A_KIND, *rarely(one for one in FAMILIES if one not in OF_A_KIND)]
+_MADE: dict[str, tuple[torch.nn.Module, dict[str, bytes]]] = {}
 
 
 def make_model(family: str, path: Path, **changes: Any) -> torch.nn.Module:
-    """A random checkpoint with a tokenizer beside it; returns transformers' model."""
-    make = make_delta_checkpoint if family in DELTA_CASES else make_checkpoint
-    model = make(family, path, **changes)
-    write_tokenizer(path)
+    """A random checkpoint with a tokenizer beside it; returns transformers' model, which is not to
+    be changed: a process makes each once."""
+    key = repr((family, sorted(changes.items())))
+    if key not in _MADE:
+        make = make_delta_checkpoint if family in DELTA_CASES else make_checkpoint
+        with tempfile.TemporaryDirectory() as folder:
+            made = make(family, Path(folder), **changes)
+            write_tokenizer(Path(folder))
+            files = {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+        _MADE[key] = made, files
+    model, files = _MADE[key]
+    path.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (path / name).write_bytes(content)
     return model
 
 

@@ -2,27 +2,40 @@
 
 import http.client
 import json
+import os
 import re
-import subprocess
 import sys
-import threading
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
-from processes import PATIENCE_S
+from processes import PATIENCE_S, forked, printing_to
+from windlass.cli import main
 
 QUIET = {"max_retries": 0, "timeout": PATIENCE_S}
 
 
 @dataclass
 class Running:
-    process: "subprocess.Popen[str]"
+    process: BaseProcess
     port: int
+
+    def signal(self, number: int) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def exit_code(self) -> int | None:
+        """When it has ended."""
+        self.process.join(PATIENCE_S)
+        return self.process.exitcode
 
     def client(self, **options: Any) -> openai.OpenAI:
         settings = {"api_key": "none", **QUIET, **options}
@@ -36,25 +49,22 @@ class Running:
             return response.status, json.loads(response.read())
 
 
+def _serve(arguments: tuple[str, ...]) -> None:
+    sys.exit(main(["serve", "--port", "0", "--threads", "1", *arguments]))
+
+
 @contextmanager
 def serving(*arguments: str) -> Iterator[Running]:
     """A server that is ready; killed at the end, if it has not ended."""
-    command = [sys.executable, "-m", "windlass.cli", "serve", "--port", "0", "--threads", "1"]
-    with subprocess.Popen(
-        [*command, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    ) as process:
-        try:
-            assert process.stderr is not None
-            said, port = [], 0
-            for line in process.stderr:
-                said.append(line)
-                found = re.match(r"listening at http://127\.0\.0\.1:(\d+)", line)
-                port = int(found[1]) if found else port
-                if line.startswith("ready"):
-                    break
-            else:
-                pytest.fail("".join(said))
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            yield Running(process, port)
-        finally:
-            process.kill()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        forked(printing_to, Path(folder), _serve, arguments) as process,
+    ):
+        said = Path(folder, "stderr")
+        while not said.exists() or "\nready" not in said.read_text():
+            if not process.is_alive():
+                pytest.fail(said.read_text() if said.exists() else f"exit {process.exitcode}")
+            time.sleep(0.02)
+        found = re.search(r"^listening at http://127\.0\.0\.1:(\d+)", said.read_text(), re.M)
+        assert found is not None, said.read_text()
+        yield Running(process, int(found[1]))
