@@ -12,8 +12,10 @@ SOURCE = Path(windlass.__file__).parent
 MAKERS = {"arange", "empty", "from_numpy", "frombuffer", "full", "ones", "tensor", "zeros"}
 # frequencies and angles are computed by the host, and then given to the device
 BY_HOST = {
+    "decoder/block.py": {"tensor"},
     "decoder/rope.py": {"arange", "tensor"},
     "runtime/host_attention.py": {"empty", "tensor"},
+    "runtime/host_experts.py": {"arange", "empty", "tensor"},
 }
 
 

@@ -23,7 +23,8 @@ from windlass.engine.drafting import Drafting
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.expectation import Check, Expectation, Rates
 from windlass.engine.layer_drafts import LayerDrafts
-from windlass.engine.live_view import LiveView, look
+from windlass.engine.live_view import LiveView
+from windlass.engine.looking import look
 from windlass.engine.open_requests import OpenRequests
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.phase_meter import PhaseMeter, Readings
