@@ -25,7 +25,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2 as httpx
 from limits import ENTER, MemoryGroup, run_bench
 from machine import describe
 
