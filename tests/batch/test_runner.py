@@ -243,6 +243,14 @@ def test_stopping_and_resuming_recomputes_nothing_and_changes_no_byte(tmp_path: 
     assert added + len(engine.added) <= 40 + 4 * 2 * engine.capacity
 
 
+def test_results_of_another_input_are_not_left_out_silently(tmp_path: Path) -> None:
+    run(options(tmp_path, *(request(f"r{i}", max_tokens=3) for i in range(5))))
+    log = Log()
+    run(options(tmp_path, request("other", max_tokens=3)), FakeEngine(), log=log)
+    assert any(line.startswith("5 results in ") and "will be without" in line for line in log.said)
+    assert len((tmp_path / "out").read_bytes().splitlines()) == 1
+
+
 def test_a_resume_on_another_day_renders_the_same_prompts(tmp_path: Path) -> None:
     prompts = []
     for created in (1790000000, 1790000000 + 86400):

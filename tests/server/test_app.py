@@ -27,6 +27,19 @@ def server() -> Iterator[Server]:
         yield server
 
 
+@pytest.mark.parametrize("code", ["grammar_failed", None])
+def test_an_error_is_the_same_in_a_stream(code: str | None) -> None:
+    server = Server(FakeEngine(fail_prompts={"hello": 9}, error_code=code))
+    with server.load():
+        body = {"prompt": "hello", "max_tokens": 4}
+        whole = server.post(COMPLETIONS, body)
+        streamed = server.post(COMPLETIONS, {**body, "stream": True})
+    kind = "invalid_request_error" if code else "server_error"
+    assert whole.status == (400 if code else 500)
+    assert json.loads(streamed.events[-1]) == whole.json
+    assert (whole.json["error"]["type"], whole.json["error"]["code"]) == (kind, code)
+
+
 def test_a_stream_says_what_the_whole_answer_says(server: Server) -> None:
     body = {**HELLO, "n": 2, "seed": 4, "logprobs": True, "top_logprobs": 2}
     whole = server.post(CHAT, body).json

@@ -324,6 +324,11 @@ def _greet(options: JobOptions, ledger: Ledger, journal: Journal, progress: JobP
         )
     else:
         progress.say(f"{options.input_file}: {len(ledger)} rows")
+    if ledger.num_strangers:
+        progress.say(
+            f"{ledger.num_strangers} results in {journal.path} are of rows that this input does not"
+            f" have: {options.output_file} will be without them"
+        )
     if journal.num_damaged:
         progress.say(
             f"{journal.path}: {journal.num_damaged} damaged records were left out; their rows run "

@@ -28,6 +28,7 @@ class Ledger:
         self._codes = np.zeros(len(job), np.uint8)
         self._offsets = np.zeros(len(job), np.uint64)
         self._lengths = np.zeros(len(job), np.uint32)
+        self.num_strangers = 0  # records of rows that the input does not have
         if journal.size_bytes and len(job) and not forget_all:  # else nothing can match
             self._match(job)
         if retry_failed:
@@ -70,6 +71,7 @@ class Ledger:
             keys = np.array([record.digest for record in records], _DIGEST)
             at = np.minimum(np.searchsorted(ordered, keys), len(ordered) - 1)
             known = np.flatnonzero(ordered[at] == keys)
+            self.num_strangers += len(keys) - len(known)
             self._place(order[at[known]], [records[i] for i in known.tolist()])
 
     def _place(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -33,7 +34,9 @@ async def _measured(values: Mapping[str, Any]) -> tuple[Report, str]:
         fields["ignore_eos"] = True
     if values["temperature"] is not None:
         fields["temperature"] = values["temperature"]
-    end = time.monotonic() + values["ready_check_timeout_sec"]
+    patience = values["ready_check_timeout_sec"]
+    end = time.monotonic() + patience
+    sys.stderr.write(f"asking {url}, for at most {patience:g} s until it answers\n")
     model = values["model"] or await patiently(lambda: _first_model(server), end)
     path = values["endpoint"] or ENDPOINTS[backend]
     endpoint = Endpoint(server, backend, path, model, fields)

@@ -92,7 +92,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         if error.name is None or error.name.startswith("windlass"):
             raise
         raise UsageError(
-            f"serve: {error.name} is not installed: pip install 'windlass[server]'"
+            f"serve: {error.name} is not installed: pip install '.[server]' in a checkout"
         ) from error
 
     given = (values["api_key"] or "").split(",")

@@ -70,7 +70,7 @@ def _by_transformers(folder: Path, found: list[str]) -> tokenizers.Tokenizer:
     except ImportError as error:
         raise CheckpointError(
             f"{folder}: no tokenizer.json, got {', '.join(found)}, which only transformers converts"
-            f" ({error}): pip install 'windlass[transformers]', or add a tokenizer.json"
+            f" ({error}): pip install transformers, or add a tokenizer.json"
         ) from error
     try:
         slow = AutoTokenizer.from_pretrained(

@@ -116,7 +116,7 @@ class Grammars:
             from llguidance import LLMatcher, LLParserLimits
         except ImportError as error:
             raise RequestError(
-                f"{wanted.source}: llguidance is not installed: pip install 'windlass[structured]'",
+                f"{wanted.source}: llguidance is not installed: pip install llguidance",
                 param=wanted.source,
                 code="unsupported_parameter",
             ) from error

@@ -8,7 +8,7 @@ from typing import Any
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.request import Delta
 from windlass.protocol.answers import AnswerReader
-from windlass.protocol.dialect import item_id, whole_delta
+from windlass.protocol.dialect import Failure, item_id, whole_delta
 from windlass.protocol.markup import Call, Content, Found, Reasoning
 from windlass.protocol.openai import ApiRequest
 
@@ -89,8 +89,9 @@ class MessageWriter:
         self._event("message_stop")
         return self._take()
 
-    def failed(self, message: str) -> str:
-        self._event("error", error=anthropic_error(message, 500)["error"])
+    def failed(self, failure: Failure) -> str:
+        status = 400 if failure.kind == "invalid_request_error" else 500
+        self._event("error", error=anthropic_error(failure.message, status)["error"])
         return self._take()
 
     def body(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:

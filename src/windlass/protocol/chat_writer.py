@@ -9,7 +9,7 @@ from typing import Any
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.request import Delta
 from windlass.protocol.chunks import ChunkWriter
-from windlass.protocol.dialect import PING, Asked, Dialect
+from windlass.protocol.dialect import PING, Asked, Dialect, Failure
 from windlass.protocol.openai import ApiRequest, Endpoint, parse_body
 from windlass.protocol.responses import error_body, num_cached, response_body
 from windlass.protocol.served import ServedModel
@@ -39,8 +39,9 @@ class ChatWriter:
         usage = f"data: {self._chunks.usage(num_cached(outputs))}\n\n" if wants else ""
         return usage + _DONE
 
-    def failed(self, message: str) -> str:
-        return f"data: {json.dumps(error_body(message, kind='server_error'))}\n\n"
+    def failed(self, failure: Failure) -> str:
+        message, kind, code = failure
+        return f"data: {json.dumps(error_body(message, kind=kind, code=code))}\n\n"
 
     def body(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         return response_body(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
 
-from windlass.engine.outputs import RequestOutput
+from windlass.engine.outputs import GRAMMAR_FAILED, NOTHING_ALLOWED, RequestOutput
 from windlass.engine.request import Delta
 from windlass.errors import RequestError
 from windlass.protocol.openai import ApiRequest
@@ -30,13 +30,28 @@ class Writer(Protocol):
         """All have ended, none with an error."""
         ...
 
-    def failed(self, message: str) -> str:
+    def failed(self, failure: "Failure") -> str:
         """The last event, instead of `end`."""
         ...
 
     def body(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         """The whole answer, instead of any of those above."""
         ...
+
+
+class Failure(NamedTuple):
+    """Why an answer ends before its end: `kind` and `code` in OpenAI's words."""
+
+    message: str
+    kind: str = "server_error"
+    code: str | None = None
+
+    @classmethod
+    def of(cls, output: RequestOutput) -> "Failure":
+        """Of an answer that has an error: of the request's own, or the server's."""
+        is_own = output.error_code in (NOTHING_ALLOWED, GRAMMAR_FAILED)
+        kind = "invalid_request_error" if is_own else "server_error"
+        return cls(str(output.error), kind, output.error_code)
 
 
 class Asked(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.request import Delta
 from windlass.protocol.answers import AnswerReader
-from windlass.protocol.dialect import PING, item_id, whole_delta
+from windlass.protocol.dialect import PING, Failure, item_id, whole_delta
 from windlass.protocol.markup import Call, Content, Found, Reasoning
 from windlass.protocol.response_request import ResponseRequest
 from windlass.protocol.responses import call_id, chat_logprobs
@@ -84,8 +84,8 @@ class ResponseWriter:
             self._keep(self._response, self._asked.items)
         return self._take()
 
-    def failed(self, message: str) -> str:
-        error = {"code": "server_error", "message": message}
+    def failed(self, failure: Failure) -> str:
+        error = {"code": failure.code or failure.kind, "message": failure.message}
         self._event(
             "response.failed", response={**self._response, "status": "failed", "error": error}
         )

@@ -65,7 +65,8 @@ class Answer:
                 waits = [one for one in (ping_s, left) if one is not None]
                 await asyncio.wait_for(self._changed.wait(), min(waits, default=None))
             except TimeoutError:
-                yield None
+                if ping_s is not None and (left is None or ping_s < left):
+                    yield None
         if len(self.outputs) < len(self._number):
             raise UsageError("the server has ended before the answer did")
 

@@ -114,7 +114,9 @@ class BatchWorker:
                 do(batch)
                 self._held.pop(batch.id, None)
             except SettingsDiffer as error:
-                self._hold(batch, str(error), _NEVER)
+                # the first line names a file, the last what only a command has
+                changed = "; ".join(map(str.strip, str(error).splitlines()[1:-1]))
+                self._hold(batch, f"begun with other settings of the server: {changed}", _NEVER)
             except (WindlassError, OSError) as error:
                 self._hold(batch, str(error), time.monotonic() + _AGAIN_S)
             except Exception as error:  # noqa: BLE001  thread boundary: the batch stands still

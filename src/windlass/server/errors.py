@@ -6,9 +6,10 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from windlass.engine.outputs import GRAMMAR_FAILED, NOTHING_ALLOWED, RequestOutput
+from windlass.engine.outputs import RequestOutput
 from windlass.errors import RequestError
 from windlass.protocol.anthropic_writer import anthropic_error
+from windlass.protocol.dialect import Failure
 from windlass.protocol.responses import error_body, error_response
 
 ANTHROPIC = "/v1/messages"  # where its paths begin
@@ -45,11 +46,9 @@ def refusal(error: RequestError, path: str) -> JSONResponse:
 
 def failure(output: RequestOutput, path: str) -> JSONResponse:
     """Of an answer that ended with an error."""
-    # what the request itself asked for
-    is_own = output.error_code in (NOTHING_ALLOWED, GRAMMAR_FAILED)
-    kind = "invalid_request_error" if is_own else "server_error"
-    body = error_body(str(output.error), kind=kind, code=output.error_code)
-    return _response(path, 400 if is_own else 500, body)
+    message, kind, code = Failure.of(output)
+    status = 400 if kind == "invalid_request_error" else 500
+    return _response(path, status, error_body(message, kind=kind, code=code))
 
 
 def _response(

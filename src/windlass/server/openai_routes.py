@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.request import Request as EngineRequest
 from windlass.errors import RequestError, UsageError
-from windlass.protocol.dialect import Asked, Dialect, Writer, renamed
+from windlass.protocol.dialect import Asked, Dialect, Failure, Writer, renamed
 from windlass.server.answering import Answer
 from windlass.server.bodies import read_object
 from windlass.server.errors import HttpError, failure, refusal
@@ -101,11 +101,12 @@ async def _events(
                 if text := writer.ping if piece is None else writer.piece(*piece):
                     yield text
         except Exception as error:  # noqa: BLE001  the status is sent: an event is all that is left
-            yield writer.failed(str(error))
+            code = "timeout" if isinstance(error, TimeoutError) else None
+            yield writer.failed(Failure(str(error), code=code))
             return
         outputs = [found.outputs[i] for i in range(len(found.outputs))]
         for output in outputs:
             if output.error is not None:
-                yield writer.failed(output.error)
+                yield writer.failed(Failure.of(output))
                 return
         yield await asyncio.to_thread(writer.end, outputs)

@@ -1,6 +1,7 @@
 """Runs the application: the port is open while the model loads, and a signal lets answers end."""
 
 import asyncio
+import logging
 import signal
 import socket
 import sys
@@ -69,6 +70,8 @@ class _Run:
         self._address = address
         self._load = load
         self._say = say
+        # of each request that is no HTTP: whoever reaches the port could fill the log
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         self._stop = asyncio.Event()
         app = make_app(state, keys=address.keys, host=address.host)
         self._server = _Server(
@@ -107,7 +110,8 @@ class _Run:
             family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             return socket.create_server(address[:2], family=family)
         except OSError as error:
-            raise UsageError(f"port: got {host}:{port}, which cannot be had: {error}") from error
+            why = (error.strerror or str(error)).partition(" (")[0]
+            raise UsageError(f"port: got {host}:{port}, which cannot be had: {why}") from error
 
     def _signalled(self) -> None:
         if self._state.is_draining:  # the second time
@@ -122,7 +126,7 @@ class _Run:
         if not isinstance(state.data, str):
             await asyncio.to_thread(state.data.worker.stop)  # their rows run when it starts again
         if state.num_open:
-            self._say(f"finishing {state.num_open} answers, no more are taken")
+            self._say(f"finishing what is under way ({state.num_open}), no more is taken")
         loop = asyncio.get_running_loop()
         end = loop.time() + state.limits.drain_s
         while state.num_open and loop.time() < end and not state.limits_over:
