@@ -21,6 +21,17 @@ pytestmark = pytest.mark.skipif(
 SHOTS = os.environ.get("SCREENSHOTS")  # a folder to keep them in, to be looked at
 
 
+# what the model would say is left to chance
+LONG_ANSWERS = """(() => {
+  const real = window.fetch;
+  window.fetch = (url, options) => {
+    const more = { ignore_eos: true, max_tokens: 100 };
+    if (options?.body) options.body = JSON.stringify({ ...JSON.parse(options.body), ...more });
+    return real(url, options);
+  };
+})()"""
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
     with serving(
@@ -36,6 +47,7 @@ def page(server: Running) -> Iterator[Page]:
         page.show(width=1280)
         page.command("Page.navigate", url=f"http://127.0.0.1:{server.port}/")
         page.wait_for("document.querySelector('#state')?.textContent === 'ready'")
+        page.evaluate(LONG_ANSWERS)
         yield page
 
 
