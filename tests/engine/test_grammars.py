@@ -290,7 +290,7 @@ def test_a_missing_program_is_named_with_its_extra(
     import sys
 
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(RequestError, match=r"windlass\[structured\]"):
+    with pytest.raises(RequestError, match="pip install llguidance"):
         engine.validate(wants("x", {"regex": "not-seen-before"}))
 
 

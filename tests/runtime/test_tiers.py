@@ -132,7 +132,8 @@ def test_a_device_that_holds_all_needs_few_slots_below(model):
         stats = engine.stats().weights
         assert stats.evictions == 0
         assert stats.link_bytes[TO_DEVICE] <= _part_bytes(engine)
-        assert stats.link_bytes[DISK_TO_HOST] <= model.stats.bytes_read * 1.25
+        # once, and what was read ahead into the one slot and went before it was copied: by chance
+        assert stats.link_bytes[DISK_TO_HOST] <= 2 * model.stats.bytes_read
 
 
 @pytest.mark.parametrize("seed", range(2))
