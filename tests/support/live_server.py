@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -25,8 +25,11 @@ QUIET = {"max_retries": 0, "timeout": PATIENCE_S}
 
 @dataclass
 class Running:
+    """`opened`: closed at the end."""
+
     process: BaseProcess
     port: int
+    opened: ExitStack
 
     def signal(self, number: int) -> None:
         assert self.process.pid is not None
@@ -39,7 +42,8 @@ class Running:
 
     def client(self, **options: Any) -> openai.OpenAI:
         settings = {"api_key": "none", **QUIET, **options}
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", **settings)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", **settings)
+        return self.opened.enter_context(client)
 
     def get(self, path: str) -> tuple[int, Any]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
@@ -67,4 +71,5 @@ def serving(*arguments: str) -> Iterator[Running]:
             time.sleep(0.02)
         found = re.search(r"^listening at http://127\.0\.0\.1:(\d+)", said.read_text(), re.M)
         assert found is not None, said.read_text()
-        yield Running(process, int(found[1]))
+        with ExitStack() as opened:
+            yield Running(process, int(found[1]), opened)
