@@ -14,6 +14,7 @@ class RowNow(NamedTuple):
     prompt_tokens: int
     computed: int
     generated: int
+    is_batch: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ def look(
         rows=tuple(
             RowNow(
                 one.request.request_id, one.num_prompt, min(one.num_computed, one.num_prompt),
-                len(one.output_ids),
+                len(one.output_ids), one.is_batch,
             )
             for one in running
         ),

@@ -90,8 +90,7 @@ class MessageWriter:
         return self._take()
 
     def failed(self, failure: Failure) -> str:
-        status = 400 if failure.kind == "invalid_request_error" else 500
-        self._event("error", error=anthropic_error(failure.message, status)["error"])
+        self._event("error", error=anthropic_error(failure.message, failure.status)["error"])
         return self._take()
 
     def body(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:

@@ -46,6 +46,11 @@ class Failure(NamedTuple):
     kind: str = "server_error"
     code: str | None = None
 
+    @property
+    def status(self) -> int:
+        """Of HTTP."""
+        return 400 if self.kind == "invalid_request_error" else 500
+
     @classmethod
     def of(cls, output: RequestOutput) -> "Failure":
         """Of an answer that has an error: of the request's own, or the server's."""

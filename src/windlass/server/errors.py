@@ -46,9 +46,10 @@ def refusal(error: RequestError, path: str) -> JSONResponse:
 
 def failure(output: RequestOutput, path: str) -> JSONResponse:
     """Of an answer that ended with an error."""
-    message, kind, code = Failure.of(output)
-    status = 400 if kind == "invalid_request_error" else 500
-    return _response(path, status, error_body(message, kind=kind, code=code))
+    found = Failure.of(output)
+    return _response(
+        path, found.status, error_body(found.message, kind=found.kind, code=found.code)
+    )
 
 
 def _response(

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from windlass.engine.engine_stats import EngineStats
 from windlass.engine.live_view import LiveView
 from windlass.server.metrics import named_values
 from windlass.server.state import Loaded, ServerState
@@ -31,7 +32,7 @@ async def stats(state: ServerState, request: Request) -> Response:
 def _whole(state: ServerState, loaded: Loaded) -> dict[str, Any]:
     found, view = loaded.service.stats(), loaded.service.look()
     return {
-        "open_requests": state.num_open,
+        **_shown(state, found, view),
         "running": found.running,
         "waiting": found.waiting,
         "running_batch": found.running_batch,
@@ -48,14 +49,21 @@ def _whole(state: ServerState, loaded: Loaded) -> dict[str, Any]:
         "expert_shares": found.expert_shares,
         "prefix_cache_queries": found.prefix_cache_queries,
         "prefix_cache_hits": found.prefix_cache_hits,
-        "prefetch": found.speculation,
-        "forecast_sources": found.forecast_sources,
         "drafts": asdict(found.drafts) if found.drafts is not None else None,
         "phases": found.phases_json(),
+        "experts": {**_places(view), **_details(view)},
+    }
+
+
+def _shown(state: ServerState, found: EngineStats, view: LiveView) -> dict[str, Any]:
+    """What the stream tells too."""
+    return {
+        "open_requests": state.num_open,
         "metrics": named_values(found),
+        "prefetch": found.speculation,
+        "forecast_sources": found.forecast_sources,
         "rows": [row._asdict() for row in view.rows],
         "tiers": [asdict(tier) for tier in view.tiers],
-        "experts": {**_places(view), **_details(view)},
     }
 
 
@@ -121,12 +129,7 @@ def _event(state: ServerState, warmth: Warmth) -> str:
     return json.dumps(
         {
             "status": "ok",
-            "open_requests": state.num_open,
-            "metrics": named_values(found),
-            "prefetch": found.speculation,
-            "forecast_sources": found.forecast_sources,
-            "rows": [row._asdict() for row in view.rows],
-            "tiers": [asdict(tier) for tier in view.tiers],
+            **_shown(state, found, view),
             "experts": {
                 **_places(view),
                 "used": any(found.uses for found in view.experts.values()),
