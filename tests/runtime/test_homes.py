@@ -4,7 +4,7 @@ without each wait; errors end the step, and nothing hangs."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from itertools import count, product
@@ -227,22 +227,25 @@ def test_a_worker_that_raises_ends_the_step_and_the_engine_goes_on(job, model, m
 
 
 def test_pages_are_given_to_others_when_the_worker_has_left_them(model, monkeypatch):
-    """After a pass that failed."""
+    """After a pass that failed. Not drained, it races; where the moments are such that it fails
+    again before anybody could see that, others are tried."""
     own = model("qwen3_moe")
     plan = own.plan_for(1.0, micro_batch_tokens=64)
-    for drains in (True, False):
-        device = FakeCuda(name="device", seed=1, late=0.9)
+
+    def run(device: FakeCuda) -> Results:
         with monkeypatch.context() as patched:
             _fail_once(patched, 2)
             patched.setattr("two_processors.bits_of", bits_in_spite)
-            if not drains:
-                patched.setattr(HostAttention, "drain", lambda self: None)
-            # a race, or the failure again, by when the moments have it
-            expected = nullcontext() if drains else pytest.raises((Race, Fails))
-            with expected:
-                found = own.run_on(device, plan, some_requests())
-        assert not (drains and device.memory.races)
-    assert found == {name: bits[0] for name, bits in own.bits.items()}
+            return own.run_on(device, plan, some_requests())
+
+    drained = FakeCuda(name="device", seed=1, late=0.9)
+    assert run(drained) == {name: bits[0] for name, bits in own.bits.items()}
+    assert not drained.memory.races
+    monkeypatch.setattr(HostAttention, "drain", lambda self: None)
+    with pytest.raises(Race):
+        for seed in range(12):
+            with suppress(Fails):
+                run(FakeCuda(name="device", seed=seed, late=0.5))
 
 
 def test_native_kernels_may_be_those_of_both(model):
