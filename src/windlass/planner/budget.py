@@ -264,14 +264,7 @@ class Draft:
             budget_bytes=host_memory,
             process_bytes=sizes.process_bytes,
             activation_bytes=self._activations(seqs, rows) + self._tables(),
-            parts=tuple(
-                PartSlots(
-                    part=part, slots=slots[part], slot_bytes=sizes.slot_bytes[part],
-                    num_parts=sizes.num_parts[part],
-                )
-                for part in PART_WORDS
-                if part in slots
-            ),
+            parts=parts_with(slots, sizes),
             kv_pages=pages,
             kv_page_bytes=page_bytes(sizes),
             state_slots=seqs if sizes.state_bytes else 0,
@@ -308,6 +301,18 @@ def least_expert_slots(spec: ModelSpec, groups: int) -> int:
     networks = [block.ffn for block in spec.blocks]
     of_layer = max((one.num_experts for one in networks if isinstance(one, Moe)), default=0)
     return max(least, of_layer + 1)
+
+
+def parts_with(slots: Mapping[Part, int], sizes: Sizes) -> tuple[PartSlots, ...]:
+    """So many slots, as a tier's plan has them."""
+    return tuple(
+        PartSlots(
+            part=part, slots=slots[part], slot_bytes=sizes.slot_bytes[part],
+            num_parts=sizes.num_parts[part],
+        )
+        for part in PART_WORDS
+        if part in slots
+    )  # fmt: skip
 
 
 def page_bytes(sizes: Sizes) -> int:

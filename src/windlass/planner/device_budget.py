@@ -13,7 +13,7 @@ from windlass.errors import BudgetError
 from windlass.ids import DEVICE, Part
 from windlass.models.spec import ModelSpec
 from windlass.perf.sizes import Backend, DeviceSizes, Sizes
-from windlass.plan import HOST, PART_WORDS, PartSlots, Plan, TierPlan
+from windlass.plan import HOST, Plan, TierPlan
 from windlass.planner.activations import host_side_bytes
 from windlass.planner.budget import (
     MOST_FORESEEN_SEQS,
@@ -25,6 +25,7 @@ from windlass.planner.budget import (
     make_plan,
     named_budget,
     page_bytes,
+    parts_with,
 )
 from windlass.units import format_bytes
 
@@ -152,14 +153,7 @@ class _DeviceDraft:
             budget_bytes=host_memory,
             process_bytes=sizes.process_bytes,
             activation_bytes=self._beside(size),
-            parts=tuple(
-                PartSlots(
-                    part=part, slots=slots[part], slot_bytes=sizes.slot_bytes[part],
-                    num_parts=sizes.num_parts[part],
-                )
-                for part in PART_WORDS
-                if part in slots
-            ),
+            parts=parts_with(slots, sizes),
             kv_pages=size.pages,
             kv_page_bytes=page_bytes(sizes),
             state_slots=0,
