@@ -34,7 +34,12 @@ class FewRows:
         reading its weights: launches and Python. By the difference of two numbers of layers."""
         few, more = self._runs.size.few_layers
         (short_s, _), (long_s, engine_plan) = (self._row_s(layers) for layers in (few, more))
-        self._layer_s = (long_s - short_s) / (more - few)
+        layer_s = (long_s - short_s) / (more - few)
+        if layer_s <= 0:
+            self._report.skip("launches at one row", f"{more} layers took no longer than {few}: "
+                              f"{1e6 * long_s:.0f} and {1e6 * short_s:.0f} us")  # fmt: skip
+            return
+        self._layer_s = layer_s
         host, device = engine_plan.host, self._runs.place.profile.device
         assert device is not None, "a profile without a device"
         moved = (host.of(Part.BLOCK).slot_bytes or 0) + self._top_k * self._expert_bytes

@@ -16,6 +16,7 @@ from windlass.build import devices
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 from gpu.engine_runs import Runs
+from gpu.few_rows import FewRows
 from gpu.report import Report
 from gpu.sizes import SIZES
 
@@ -36,7 +37,15 @@ def on_cpu(fake_cuda: FakeTorchCuda, monkeypatch: pytest.MonkeyPatch) -> FakeTor
     return fake_cuda
 
 
-def test_a_dry_run_passes_every_check(on_cpu, tmp_path):
+def _seconds_of_rows(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> None:
+    """What passes of one row through few layers and through more take: two noisy numbers whose
+    difference may have either sign on a busy machine."""
+    measured, left = FewRows._row_s, iter(seconds)
+    monkeypatch.setattr(FewRows, "_row_s", lambda self, n: (next(left), measured(self, n)[1]))
+
+
+def test_a_dry_run_passes_every_check(on_cpu, tmp_path, monkeypatch):
+    _seconds_of_rows(monkeypatch, 0.001, 0.003)
     arguments = ["--size", "dry", "--machine", "l4", "--host-memory", "8GiB", "--dtype", "auto"]
     assert bench.main([*arguments, "--out", str(tmp_path)]) == 0
     document = json.loads((tmp_path / "dry.json").read_text())
@@ -60,8 +69,20 @@ def test_a_dry_run_passes_every_check(on_cpu, tmp_path):
     more = found["model-based: memory within its budget"]["passes"]
     assert more > found["one group: memory within its budget"]["passes"]
     assert found["a worker that fails"]["error"] == "the copy engine is gone"
-    assert found["launches at one row"]["layer_us"] > 0 and found["prediction"]["took_s"] > 0
+    assert found["launches at one row"]["layer_us"] == pytest.approx(2000.0)
+    assert found["prediction"]["took_s"] > 0
     assert document["plan"]["tiers"]["device"]["parts"]["expert"]["slots"] == 4
+
+
+def test_layers_that_seem_to_take_no_time_give_no_figure(monkeypatch, tmp_path):
+    report = Report(tmp_path / "found.json", {"machine": "none"}, minutes=1)
+    took = iter([(0.003, None), (0.001, None)])
+    monkeypatch.setattr(FewRows, "_row_s", lambda self, layers: next(took))
+    runs: Any = SimpleNamespace(size=SIZES["dry"])
+    FewRows(runs, report).one_row()
+    assert [(one["verdict"], one["why"]) for one in report.checks] == [
+        ("skipped", "2 layers took no longer than 1: 1000 and 3000 us")
+    ]
 
 
 class _Fails:
