@@ -20,8 +20,8 @@ class Routed:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a pass gives: logits (rows of which they are wanted, vocabulary); of each target, in
-    segment order, its log-probability, the likeliest token in its place and the log-probability of
-    that; of each row of which only the likeliest token is wanted, that and its logit
+    segment order, its log-probability, the likeliest tokens in its place (targets, K), theirs and
+    its rank (None where no ranks are wanted); of each row of which only the likeliest token is wanted, that and its logit
     (`Batch.whole_and_likeliest_rows`); and the last states of all rows, where a layer that drafts
     wants them."""
 
@@ -29,6 +29,7 @@ class Outcome:
     logprobs: Any
     best: Any
     best_logprobs: Any
+    ranks: Any = None
     likeliest: Any = None
     likeliest_logits: Any = None
     states: Any = None
@@ -100,7 +101,8 @@ class Runtime(Protocol):
         ...
 
     def head(self, weights: Any, final: Any) -> None:
-        """Logits of one chunk of the vocabulary."""
+        """Logits of one chunk of the vocabulary. Once all were there they may come again, for the
+        ranks of targets."""
         ...
 
     def finish(self, final: Any) -> Outcome:
