@@ -59,5 +59,6 @@ def count_before(
     and lower. All of `scan` is known."""
     assert scan.targets_R is not None, "ranks are those of targets"
     own_R, place_R = scan.own_R[:, None], scan.targets_R[:, None] - first
-    lower_RC = torch.arange(logits_RC.shape[1], device=logits_RC.device) < place_R
-    ranks_R += ((logits_RC > own_R) | (lower_RC & (logits_RC == own_R))).sum(1)
+    number_C = scan.targets_R.new_ones(logits_RC.shape[1]).cumsum(0)  # from 1
+    is_lower_RC = number_C <= place_R
+    ranks_R += ((logits_RC > own_R) | (is_lower_RC & (logits_RC == own_R))).sum(1)
