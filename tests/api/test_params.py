@@ -47,7 +47,8 @@ def test_lists_and_keys_are_normalised_and_survive_replace() -> None:
         ("logit_bias", [1]), ("logit_bias", {"1": 100.5}), ("logit_bias", {"1": float("nan")}),
         ("allowed_token_ids", []),
         ("prompt_logprobs", 21), ("prompt_logprobs", -1), ("prompt_logprobs", False),
-        ("prompt_logprob_ranks", 1), ("allowed_token_ids", [-5]), ("output_kind", "delta"), ("detokenize", None),
+        ("prompt_logprob_ranks", 1), ("allowed_token_ids", [-5]),
+        ("output_kind", "delta"), ("detokenize", None),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named_with_what_is_allowed(field: str, value: Any) -> None:

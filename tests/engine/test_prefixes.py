@@ -417,10 +417,11 @@ def _wanted():
         request("2", first + own[2], max_tokens=30, logprobs=2, n=3, **sampled),
         request("3", first[:128], max_tokens=20, logprobs=2),
         request("4", first + own[3], max_tokens=3, logprobs=2, prompt_logprobs=0, n=2, **sampled),
-        request("5", second + own[4], max_tokens=30, logprobs=2),
+        request("5", second + own[4], max_tokens=30, logprobs=2, prompt_logprobs=3),
         request("6", first[:128], max_tokens=20, logprobs=2),
-        request("7", first + own[5], max_tokens=4, logprobs=2),
+        request("7", first + own[5], max_tokens=4, logprobs=2, prompt_logprobs=0),
         request("8", first + own[5], max_tokens=1, prompt_logprobs=1, prompt_logprob_start=150),
+        request("9", second + own[0], max_tokens=2, prompt_logprobs=3),
     ]
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from dequantised import dequantised
 from engines import engine_for, logprob_rows, make_model, prompts, request, run_all
 from windlass.cli import main
-from windlass.decoder.score import begin_scan, count_before, scores as scores_of
+from windlass.decoder.score import begin_scan, count_before
+from windlass.decoder.score import scores as scores_of
 from windlass.device.host_memory import HostAllocator
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.sampling import _with_logprobs
@@ -114,7 +115,9 @@ def test_alternatives_are_those_of_transformers_in_any_company(family: str, tmp_
         for i, (ids, top) in enumerate(zip(texts, tops, strict=True))
     ]
     with engine_for(tmp_path, max_num_batched_tokens=128, max_num_seqs=8) as engine:
-        company = [request("n", texts[1], max_tokens=2, prompt_logprobs=1, prompt_logprob_ranks=False)]
+        company = [
+            request("n", texts[1], max_tokens=2, prompt_logprobs=1, prompt_logprob_ranks=False)
+        ]
         together = run_all(engine, [*company, *requests])
         # the tokens that came first, as tokens of a prompt
         longer = [

@@ -205,7 +205,9 @@ def test_log_probabilities_of_a_prompt(server: Running) -> None:
     stream = client.completions.create(**wanted | {"max_tokens": 3, "n": 2}, stream=True, **asked)
     told = [one.choices[0] for one in stream]
     extras = {(one.index, place): one.model_extra for place, one in enumerate(told)}
-    assert [e["prompt_logprobs"] for e in extras.values() if e and "prompt_logprobs" in e] == [whole]
+    assert [e["prompt_logprobs"] for e in extras.values() if e and "prompt_logprobs" in e] == [
+        whole
+    ]
     assert min(place for index, place in extras if not index) in {
         place for (_, place), extra in extras.items() if extra and "prompt_logprobs" in extra
     }
@@ -228,7 +230,9 @@ def test_log_probabilities_of_a_chat_come_with_its_first_tokens(server: Running)
     assert chunks[1]["prompt_logprobs"] == whole["prompt_logprobs"]  # type: ignore[index]
 
 
-def test_an_echo_has_alternatives_of_each_token_and_prompt_logprobs_its_own(server: Running) -> None:
+def test_an_echo_has_alternatives_of_each_token_and_prompt_logprobs_its_own(
+    server: Running,
+) -> None:
     client, ids = server.client(), [610, 273, 271]
     wanted: Any = {"model": "demo", "prompt": ids, "max_tokens": 2, "echo": True, "logprobs": 5}
     wanted["temperature"] = 0

@@ -7,8 +7,8 @@ import torch
 from sequences import PlainStarts
 from windlass.device.host_memory import HostAllocator
 from windlass.engine.admission import Admission
-from windlass.engine.request import Request
 from windlass.engine.prompt_scores import ScoreRows
+from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
 from windlass.kvcache.kv_cache import KvCache, PagedShape
 from windlass.kvcache.kv_tiers import KvTiers

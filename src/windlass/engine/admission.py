@@ -117,8 +117,7 @@ class Admission:
         """After a pass that failed: nothing of it counts, and all that run are computed again."""
         while self.running:
             self._preempt(self.running[-1])
-        self._kv.forget_all()
-        self.prompt_pages.scores.forget_all()
+        self.prompt_pages.forget_all()
 
     def compose(self, starts: Starts) -> list[ScheduledSequence]:
         """The rows of the next pass, those of the host first, so that it begins; empty only when

@@ -27,7 +27,7 @@ class PromptPages:
     def __init__(self, kv: KvTiers, *, long_rope_after: int | None) -> None:
         self._kv = kv
         self._long_rope_after = long_rope_after
-        self.scores = KnownScores()
+        self._scores = KnownScores()
         self._block_pages = CHUNK_TOKENS // kv.page_tokens
         assert self._block_pages * kv.page_tokens == CHUNK_TOKENS, "a chunk is a number of pages"
         self.num_asked = 0  # tokens of prompts that might have been found
@@ -101,7 +101,7 @@ class PromptPages:
             name = self._name_of_scores(sequence.queued, place)
             if is_scored and name is not None:
                 scoring = sequence.queued.scoring
-                sequence.prompt_scores[place] = self.scores.begin(name, scoring)
+                sequence.prompt_scores[place] = self._scores.begin(name, scoring)
 
     def _finds_scores(self, sequence: Sequence, place: int) -> bool:
         """Whether those that are wanted of a block's rows need not be computed; the sequence has
@@ -116,7 +116,7 @@ class PromptPages:
 
     def _known_scores(self, queued: QueuedSequence, place: int) -> BlockScores | None:
         name = self._name_of_scores(queued, place)
-        return None if name is None else self.scores.find(name)
+        return None if name is None else self._scores.find(name)
 
     def _name_of_scores(self, queued: QueuedSequence, place: int) -> Hashable | None:
         """What those of a block's rows depend on; None where it has no name or no token follows."""
@@ -134,6 +134,11 @@ class PromptPages:
     def _block(self, sequence: Sequence, place: int) -> PageBlock | None:
         pool = self._kv.of(sequence.home).pool
         return pool.block_of(sequence.pages[place * self._block_pages])
+
+    def forget_all(self) -> None:
+        """Nothing that was computed counts any more; nobody may hold any page."""
+        self._kv.forget_all()
+        self._scores.forget_all()
 
     def check(self, sequence: Sequence) -> None:
         """A running sequence holds blocks by their names alone, each where it belongs."""

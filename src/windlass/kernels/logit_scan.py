@@ -7,7 +7,7 @@ from windlass.kernels.interface import LogitScan
 
 NONE = torch.iinfo(torch.int64).min  # below the number of any token
 _LOW = (1 << 32) - 1
-_TILE = 1 << 20  # logits that are looked at together: their fp64 and int64 take 8 MiB each
+_TILE = 1 << 18  # logits that are looked at together: each step of it takes 2 MiB of fp64 or int64
 
 
 def scan_logits(scan: LogitScan, logits_RC: torch.Tensor, first: int) -> None:
@@ -35,10 +35,8 @@ def _scan(scan: LogitScan, logits_RC: torch.Tensor, first: int) -> None:
     totals_R.mul_((before_R - tops_R).double().exp_()).add_(added_R)
     if best_RK is not None:
         count = best_RK.shape[1]
-        found_RC = _numbers(logits_RC, first)
-        if found_RC.shape[1] > count:
-            found_RC = found_RC.topk(count)[0]
-        best_RK.copy_(torch.cat((best_RK, found_RC), 1).topk(count)[0])
+        found_RK = torch.cat((best_RK, _numbers(logits_RC, first)), 1)
+        best_RK.copy_(found_RK.topk(count)[0])
 
 
 def _numbers(logits_RC: torch.Tensor, first: int) -> torch.Tensor:

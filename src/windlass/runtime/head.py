@@ -62,8 +62,8 @@ class Head:
         self,
         rows: PassRows,
         normed: Callable[[torch.Tensor], torch.Tensor],
+        scoring: Scoring,
         bias_V: torch.Tensor | None = None,
-        scoring: Scoring = Scoring(),
     ) -> Final:
         """The rows that are wanted; `normed` gives some of the pass after its last norm (R, D)."""
         whole_RD, likeliest_RD, scored_RD = map(

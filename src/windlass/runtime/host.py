@@ -298,7 +298,7 @@ class HostRuntime:
             w = lease.tensors
             bias_V = plain(w, "head_bias").clone() if self._spec.head_bias else None
             normed = partial(self._blocks.final_norm, w, hidden)
-            return self._head.begin(self._rows_of_pass, normed, bias_V, batch.scoring)
+            return self._head.begin(self._rows_of_pass, normed, batch.scoring, bias_V)
 
     def head(self, weights: Lease, final: Final) -> None:
         self._head.add(weights.key.index, weights.tensors["weight"], final)
@@ -311,8 +311,7 @@ class HostRuntime:
             self._routing.finish()
             if self._prefetcher is not None:
                 self._prefetcher.end(self._weights.now())
-        rank = ranks[0] if ranks else None
-        return Outcome(logits, own, best, bests, rank, ids, tops, final.states_TD)
+        return Outcome(logits, own, best, bests, *(ranks or [None]), ids, tops, final.states_TD)
 
 
 class DraftingHostRuntime(HostRuntime):
@@ -345,6 +344,6 @@ class DraftingHostRuntime(HostRuntime):
                 return hidden[:0]
             return math.draft_norm(self._kernels, self._spec, w, hidden[rows_R])
 
-        final = self._head.begin(self._rows_of_pass, normed)
+        final = self._head.begin(self._rows_of_pass, normed, batch.scoring)
         final.drafts = True
         return final

@@ -192,9 +192,7 @@ def make_batch(segments: list[Segment], *, micro_batch_tokens: int, groups: int 
     ends = [len(micro) * i // count for i in range(count + 1)]
     cut = tuple(RowGroup.of(micro[begin:end]) for begin, end in pairwise(ends))
     scored = [s.scoring for s in segments if s.targets]
-    scoring = Scoring(
-        max((one.top for one in scored), default=1), any(one.ranks for one in scored)
-    )
+    scoring = Scoring(max((one.top for one in scored), default=1), any(one.ranks for one in scored))
     return Batch(tuple(segments), sum(s.num_tokens for s in segments), cut, scoring)
 
 

@@ -21,9 +21,9 @@ class Routed:
 class Outcome:
     """What a pass gives: logits (rows of which they are wanted, vocabulary); of each target, in
     segment order, its log-probability, the likeliest tokens in its place (targets, K), theirs and
-    its rank (None where no ranks are wanted); of each row of which only the likeliest token is wanted, that and its logit
-    (`Batch.whole_and_likeliest_rows`); and the last states of all rows, where a layer that drafts
-    wants them."""
+    its rank (None where no ranks are wanted); of each row of which only the likeliest token is
+    wanted, that and its logit (`Batch.whole_and_likeliest_rows`); and the last states of all rows,
+    where a layer that drafts wants them."""
 
     logits: Any
     logprobs: Any
