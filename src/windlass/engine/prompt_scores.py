@@ -29,11 +29,12 @@ class ScoreRows(NamedTuple):
     @classmethod
     def of(cls, outcome: Outcome) -> "ScoreRows":
         """Of all targets of a pass, in segment order."""
-        found = outcome.logprobs, outcome.best, outcome.best_logprobs, outcome.ranks
-        logprobs, best, best_logprobs, ranks = (
-            None if one is None else one.detach().numpy() for one in found
+        return cls(
+            outcome.logprobs.numpy(),
+            outcome.best.numpy().astype(np.int32),
+            outcome.best_logprobs.numpy(),
+            None if outcome.ranks is None else outcome.ranks.numpy(),
         )
-        return cls(logprobs, best.astype(np.int32), best_logprobs, ranks)
 
     def rows(self, first: int, last: int, scoring: Scoring) -> "ScoreRows":
         """A copy of some, with what `scoring` says alone: others of the pass may want more."""

@@ -243,10 +243,9 @@ class Sequence:
             assert found is not None, "the pass of a row has run"
             token = self.request.prompt_token_ids[place]
             best = found.best_RK[row].tolist()
+            rank = best.index(token) + 1 if token in best else None
             if found.ranks_R is not None:
                 rank = int(found.ranks_R[row])
-            else:
-                rank = best.index(token) + 1 if token in best else None
             pairs = zip(best, found.best_logprobs_RK[row].tolist(), strict=True)
             top = tuple((i, logprob, 1 + n) for n, (i, logprob) in enumerate(pairs))[:count]
             own = Sampled(token, float(found.logprobs_R[row]), rank, top)
