@@ -127,7 +127,11 @@ def test_alternatives_are_those_of_transformers_in_any_company(family: str, tmp_
         ]  # fmt: skip
         told = run_all(engine, longer)
     alone: dict[str, RequestOutput] = {}
-    tiny = {"max_num_seqs": 1, "max_num_batched_tokens": 72, "moe_expert_cache_size": "1"}
+    tiny: dict[str, Any] = {
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": 72,
+        "moe_expert_cache_size": "1",
+    }
     with engine_for(tmp_path, schedule="model-based", micro_batch_size=64, **tiny) as engine:
         for one in requests:
             alone |= run_all(engine, [one])

@@ -311,7 +311,7 @@ class HostRuntime:
             self._routing.finish()
             if self._prefetcher is not None:
                 self._prefetcher.end(self._weights.now())
-        return Outcome(logits, own, best, bests, *(ranks or [None]), ids, tops, final.states_TD)
+        return Outcome(logits, own, best, bests, ids, tops, final.states_TD, *ranks)
 
 
 class DraftingHostRuntime(HostRuntime):

@@ -20,19 +20,19 @@ class Routed:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a pass gives: logits (rows of which they are wanted, vocabulary); of each target, in
-    segment order, its log-probability, the likeliest tokens in its place (targets, K), theirs and
-    its rank (None where no ranks are wanted); of each row of which only the likeliest token is
-    wanted, that and its logit (`Batch.whole_and_likeliest_rows`); and the last states of all rows,
-    where a layer that drafts wants them."""
+    segment order, its log-probability, the likeliest tokens in its place (targets, K) and
+    theirs; of each row of which only the likeliest token is wanted, that and its logit
+    (`Batch.whole_and_likeliest_rows`); the last states of all rows, where a layer that drafts wants
+    them; and ranks of targets, where they are wanted."""
 
     logits: Any
     logprobs: Any
     best: Any
     best_logprobs: Any
-    ranks: Any = None
     likeliest: Any = None
     likeliest_logits: Any = None
     states: Any = None
+    ranks: Any = None
 
 
 class Runtime(Protocol):
