@@ -83,8 +83,9 @@ def _run(case: _Case, dtype: Any) -> _Run:
         host_memory=2 * GIB, generation_config="vllm",
     )  # fmt: skip
     scored = SamplingParams(
-        max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, ignore_eos=True
-    )
+        max_tokens=1, temperature=0.0, prompt_logprobs=0, prompt_logprob_ranks=False,
+        detokenize=False, ignore_eos=True,
+    )  # fmt: skip
     greedy = SamplingParams(
         max_tokens=case.answer, temperature=0.0, detokenize=False, ignore_eos=True
     )

@@ -34,7 +34,7 @@ GOOD: dict[str, list[Any]] = {
     "n": [1, 2], "stream": [True, False], "stream_options": [{"include_usage": True}],
     "temperature": [0, 1.5], "top_p": [0.5], "top_k": [3], "min_p": [0.1], "seed": [7, -1],
     "stop": ["e", ["a", "b"]], "stop_token_ids": [[5]], "logit_bias": [{"5": 3}],
-    "logprobs": [True, 1, 5], "top_logprobs": [2], "echo": [True], "prompt_logprobs": [0, 1],
+    "logprobs": [True, 1, 5], "top_logprobs": [2], "echo": [True], "prompt_logprobs": [0, 1, 7],
     "min_tokens": [2], "ignore_eos": [True], "presence_penalty": [1], "frequency_penalty": [-1],
     "repetition_penalty": [1.2], "return_token_ids": [True], "best_of": [1], "suffix": ["x"],
     "return_tokens_as_token_ids": [True], "truncate_prompt_tokens": [1, -1], "user": ["u"],

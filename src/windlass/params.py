@@ -12,6 +12,8 @@ from windlass.structured import StructuredOutputs
 GREEDY_BELOW = 1e-5  # temperatures under it mean argmax, as in vLLM
 MAX_CHOICES = 16384  # vLLM's VLLM_MAX_N_SEQUENCES: one request must not fill the machine
 
+MAX_LOGPROBS = 20  # OpenAI's and vLLM's limit for alternatives of one token
+
 _TOO_LARGE = 1e30  # stays finite in the sampler's fp32
 
 # Fields of vLLM that Windlass does not apply: accepted at their default, else refused.
@@ -43,8 +45,10 @@ class SamplingParams:
     After construction `stop` and `stop_token_ids` are tuples (None becomes ()), `logit_bias` has
     int keys (None becomes {}), `top_k` is 0 for "all", `allowed_token_ids` is a tuple or None,
     `structured_outputs` (a mapping is read) a StructuredOutputs or None.
-    `max_tokens` None means the rest of the context. `prompt_logprob_start`: the first prompt token
-    whose log-probability is wanted; what comes before may have been computed for another prompt.
+    `max_tokens` None means the rest of the context. `prompt_logprobs`: alternatives of each token
+    of the prompt. `prompt_logprob_start`: the first whose log-probability is wanted. Without
+    `prompt_logprob_ranks` only ranks of tokens among the alternatives are told; all need the
+    output projection twice.
     """
 
     n: int = 1
@@ -73,6 +77,7 @@ class SamplingParams:
     logprob_token_ids: Sequence[int] | None = None
     prompt_logprob_token_ids: Sequence[int] | None = None
     prompt_logprob_start: int | None = None
+    prompt_logprob_ranks: bool = True
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
     logit_bias: Mapping[int, float] = None  # type: ignore[assignment]  # None becomes {}
     allowed_token_ids: Sequence[int] | None = None
@@ -134,12 +139,9 @@ class SamplingParams:
             _integer("seed", self.seed)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, -1)
-        if type(self.prompt_logprobs) is bool or self.prompt_logprobs not in (None, 0, 1):
-            raise _wrong(
-                "prompt_logprobs", self.prompt_logprobs,
-                "None, 0 for those of the prompt's own tokens, 1 for the likeliest beside each:"
-                " more are not supported",
-            )  # fmt: skip
+        if self.prompt_logprobs is not None:
+            _integer("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        _boolean("prompt_logprob_ranks", self.prompt_logprob_ranks)
         if self.prompt_logprob_start is not None:
             _integer("prompt_logprob_start", self.prompt_logprob_start, 0)
             if self.prompt_logprobs is None:

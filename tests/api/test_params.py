@@ -46,7 +46,9 @@ def test_lists_and_keys_are_normalised_and_survive_replace() -> None:
         ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"1": "b"}),
         ("logit_bias", [1]), ("logit_bias", {"1": 100.5}), ("logit_bias", {"1": float("nan")}),
         ("allowed_token_ids", []),
-        ("allowed_token_ids", [-5]), ("output_kind", "delta"), ("detokenize", None),
+        ("prompt_logprobs", 21), ("prompt_logprobs", -1), ("prompt_logprobs", False),
+        ("prompt_logprob_ranks", 1), ("allowed_token_ids", [-5]),
+        ("output_kind", "delta"), ("detokenize", None),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named_with_what_is_allowed(field: str, value: Any) -> None:
@@ -58,7 +60,6 @@ def test_a_wrong_value_is_named_with_what_is_allowed(field: str, value: Any) -> 
 @pytest.mark.parametrize(
     "given",
     [
-        {"prompt_logprobs": 2}, {"prompt_logprobs": -1}, {"prompt_logprobs": False},
         {"bad_words": ["x"]},
         {"thinking_token_budget": 5}, {"flat_logprobs": True}, {"extra_args": {"a": 1}},
         {"repetition_detection": object()}, {"stream_interval": 2}, {"logprob_token_ids": [1]},

@@ -108,13 +108,16 @@ def test_what_prompts_share_is_counted_as_the_engine_finds_it(tmp_path):
         tmp_path,
         {"prompt": [*HEADER, 5], "max_tokens": 1},
         {"prompt": [*HEADER, 6], "max_tokens": 1, "prompt_logprobs": 0, "n": 2},  # one is scored
+        {"prompt": [*HEADER, 7], "max_tokens": 1, "prompt_logprobs": 1},  # tells the same
+        {"prompt": [*HEADER[:128], 7], "max_tokens": 1, "prompt_logprobs": 1},
+        {"prompt": [*HEADER, 7], "max_tokens": 1, "prompt_logprobs": 2},
         {"prompt": HEADER[:128], "max_tokens": 1},  # its last token is computed: so is its block
         {"prompt": [[7] * 64, [7] * 65, [7] * 200], "max_tokens": 1},
         {"prompt": [8, *HEADER], "max_tokens": 1, "n": 3},
     )
     shared = _lengths(job).workload.shared_tokens
-    assert shared == (0, 0, 128, 64, 0, 64, 64, 0, 128, 128)
-    wanted = np.array([False, True, False, False, True])
+    assert shared == (0, 0, 128, 128, 64, 0, 64, 0, 64, 64, 0, 128, 128)
+    wanted = np.array([False, True, *[False] * 5, True])
     assert _lengths(job, wanted).workload.shared_tokens == (0, 128, 0, 128, 128)
 
 

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from amounts import rarely, some
 from engines import engine_for, make_model, prompts, request, run_all
 from sharing_machine import LONG_AFTER, PAGE_TOKENS, Machine, alone
+from windlass.engine import prompt_scores
 from windlass.engine.outputs import RequestOutput
+from windlass.engine.prompt_scores import KnownScores
 from windlass.engine.sequence import Sequence
 from windlass.kvcache.pages import PagePool, block_keys
-from windlass.schedule.batch import CHUNK_TOKENS
+from windlass.schedule.batch import CHUNK_TOKENS, Scoring
 from windlass.schedule.passes import run_pass
 
 
@@ -31,7 +33,7 @@ def streams(draw):
         arrival = chance.randrange(25)
         found.append({
             "name": str(i), "prompt": prompt, "max_output": chance.randint(1, 80),
-            "n": chance.choice((1, 1, 1, 3)), "scored": chance.random() < 0.2,
+            "n": chance.choice((1, 1, 1, 3)), "scored": chance.random() < 0.4,
             "longest": chance.choice((0, 0, 500)), "arrival": arrival,
             "leaves": arrival + chance.randint(1, 12) if chance.random() < 0.15 else None,
         })  # fmt: skip
@@ -200,7 +202,7 @@ def test_the_others_go_on_where_the_first_was_given_up():
     assert machine.prompt_rows == 192 + 2 * 68
 
 
-def test_choices_share_the_prompt_and_a_scored_one_computes_all():
+def test_choices_share_the_prompt_and_scored_ones_too():
     machine = Machine(pages=100, seqs=8, rows=4000)
     machine.add("0", HEADER, 3, n=4)
     machine.step()
@@ -209,19 +211,57 @@ def test_choices_share_the_prompt_and_a_scored_one_computes_all():
     machine.add("0", HEADER, 3, n=4, scored=True)  # only the first sequence scores
     machine.add("1", HEADER, 3, scored=True)
     machine.step()
-    assert machine.prompt_rows == 200 + 3 * 8 + 200
-    assert machine.admission.prompt_pages.num_asked == 3 * 200
+    assert machine.prompt_rows == 200 + 3 * 8 + 8
+    assert machine.admission.prompt_pages.num_asked == 5 * 200
 
 
-@pytest.mark.parametrize("start, computed", [(192, 72), (193, 8), (199, 8), (128, 136)])
-def test_a_prompt_that_is_scored_from_a_token_on_computes_the_row_before_it(start, computed):
+def _rows(machine, name, prompt, **options):
+    """Rows of the prompt that are computed, some time after all others."""
+    before = machine.prompt_rows
+    machine.add(name, prompt, 1, **options)
+    while machine.admission.running or machine.admission.waiting:
+        machine.step()
+    return machine.prompt_rows - before
+
+
+def test_a_scored_prompt_computes_rows_that_nobody_scored_before_this_token():
     machine = Machine(pages=100, seqs=8, rows=4000)
-    for name in "01":
-        machine.add(name, HEADER, 3, scored=True, start=start)
-    machine.step()
-    assert machine.prompt_rows == 200 + computed
+    assert _rows(machine, "0", HEADER) == 200
+    assert _rows(machine, "1", HEADER, scored=True) == 200  # pages are known, scores are not
+    assert len(machine.kv.pool._named) == 3  # computed again where they were
+    assert _rows(machine, "2", HEADER, scored=True) == 8
+    assert _rows(machine, "3", [*HEADER[:192], 5], scored=True) == 65  # what follows is another
+    assert _rows(machine, "4", [*HEADER[:192], 5, 5], scored=True) == 2
+    assert _rows(machine, "5", HEADER[:192], scored=True) == 64  # its last token is computed
+    assert _rows(machine, "6", HEADER, scored=True, longest=LONG_AFTER + 1) == 200
+    machine.admission.restart()  # a pass has failed
+    assert _rows(machine, "7", HEADER, scored=True) == 200
+
+
+@pytest.mark.parametrize("start, others", [(192, 72), (193, 8), (199, 8), (128, 136)])
+def test_rows_before_the_first_that_is_scored_need_no_scores(start, others):
+    machine = Machine(pages=100, seqs=8, rows=4000)
+    assert _rows(machine, "0", HEADER) == 200
+    assert _rows(machine, "1", HEADER, scored=True, start=start) == others
+    assert _rows(machine, "2", HEADER, scored=True, start=start) == 8
+    assert _rows(machine, "3", HEADER, scored=True) == 200
     pages = machine.admission.prompt_pages
-    assert (pages.num_asked, pages.num_found) == (2 * (start - 1), 200 - computed)
+    assert pages.num_asked == 4 * 200
+
+
+def test_what_is_known_of_scores_is_bounded():
+    known, scoring = KnownScores(), Scoring(top=20)
+    first = known.begin("first", scoring)
+    kept = prompt_scores._MOST // (CHUNK_TOKENS * 21)
+    for i in range(kept - 1):
+        known.begin(i, scoring)
+    assert known.find("first") is first
+    known.begin("one more", scoring)
+    assert known.find("first") is first and known.find(0) is None and known.find(1) is not None
+    assert known.begin("first", scoring) is not first
+    assert known.find(2) is not None
+    known.forget_all()
+    assert known.find("first") is None
 
 
 def test_the_last_token_of_a_prompt_is_always_computed():
@@ -377,10 +417,11 @@ def _wanted():
         request("2", first + own[2], max_tokens=30, logprobs=2, n=3, **sampled),
         request("3", first[:128], max_tokens=20, logprobs=2),
         request("4", first + own[3], max_tokens=3, logprobs=2, prompt_logprobs=0, n=2, **sampled),
-        request("5", second + own[4], max_tokens=30, logprobs=2),
+        request("5", second + own[4], max_tokens=30, logprobs=2, prompt_logprobs=3),
         request("6", first[:128], max_tokens=20, logprobs=2),
-        request("7", first + own[5], max_tokens=4, logprobs=2),
+        request("7", first + own[5], max_tokens=4, logprobs=2, prompt_logprobs=0),
         request("8", first + own[5], max_tokens=1, prompt_logprobs=1, prompt_logprob_start=150),
+        request("9", second + own[0], max_tokens=2, prompt_logprobs=3),
     ]
 
 

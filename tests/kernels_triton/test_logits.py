@@ -4,7 +4,7 @@ import pytest
 import torch
 from gpu.tolerances import TOLERANCES, error
 
-from windlass.decoder.score import begin_scan, logprobs
+from windlass.decoder.score import begin_scan, scores
 from windlass.device.host_memory import HostAllocator
 from windlass.kernels.logit_scan import scan_logits
 from windlass.kernels.triton.logits import HeadState, scan
@@ -47,7 +47,7 @@ def test_log_probabilities_of_targets() -> None:
     want = begin_scan(HostAllocator(), len(targets), torch.tensor(targets))
     for first, end in RANGES:
         scan_logits(want, logits[:, first:end].clone(), first)
-    assert error(state.logprobs(), logprobs(want)) < TOLERANCES[torch.float32]
+    assert error(state.logprobs(), scores(want).logprobs_R) < TOLERANCES[torch.float32]
 
 
 def test_bits_of_a_row_are_its_own() -> None:

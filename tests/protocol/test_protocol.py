@@ -192,6 +192,24 @@ def test_completions_refuse_and_name_the_field(fields: dict[str, Any], param: st
     assert caught.value.param == param
 
 
+def test_an_echo_asks_for_as_many_alternatives_of_the_prompt_and_for_no_ranks() -> None:
+    def asked(**fields: Any) -> tuple[int | None, bool, int | None]:
+        found = complete(**fields)
+        params = found.prompts[0].params
+        told = found.delivery.prompt_logprobs
+        return params.prompt_logprobs, params.prompt_logprob_ranks, told
+
+    assert asked(echo=True, logprobs=5) == (5, False, None)
+    assert asked(echo=True, logprobs=0, max_tokens=0) == (0, False, None)
+    assert asked(echo=True, logprobs=2, prompt_logprobs=4) == (4, True, 4)
+    assert asked(prompt_logprobs=20, max_tokens=0) == (20, True, 20)
+    for wrong in (21, -1, True):
+        with pytest.raises(RequestError, match="prompt_logprobs: got .*, allowed .* from 0 to 20"):
+            complete(prompt_logprobs=wrong)
+    with pytest.raises(RequestError, match="max_tokens: got 0, allowed at least 1"):
+        chat(prompt_logprobs=1, max_tokens=0)
+
+
 def test_too_long_is_a_400_with_openais_code() -> None:
     for call, field in (
         (lambda: complete(prompt="x" * 99), "prompt"),

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from safetensors.torch import save_file
 from dequantised import dequantised
 from engines import engine_for, logprob_rows, make_model, prompts, request, run_all
 from windlass.cli import main
-from windlass.decoder.score import begin_scan, best_logprobs, logprobs
+from windlass.decoder.score import begin_scan, count_before
+from windlass.decoder.score import scores as scores_of
 from windlass.device.host_memory import HostAllocator
 from windlass.engine.outputs import RequestOutput
+from windlass.engine.sampling import _with_logprobs
 from windlass.errors import UsageError
 from windlass.kernels.logit_scan import scan_logits
 from windlass.options import EngineOptions
@@ -41,20 +44,114 @@ def scores(output: RequestOutput) -> torch.Tensor:
 
 
 def test_logprobs_from_ranges_of_the_vocabulary() -> None:
+    """Also the likeliest and ranks, with equal logits within ranges and across."""
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(6, 90, generator=generator) * 30
-    targets = [0, 89, 30, 29, 60, 45]
-    expected = logits.double().log_softmax(-1).gather(1, torch.tensor(targets)[:, None])[:, 0]
-    scan = begin_scan(HostAllocator(), len(targets), torch.tensor(targets))
-    for column in (0, 30, 60):
-        for rows in (slice(0, 4), slice(4, 8)):
-            scan_logits(scan.rows(rows), logits[rows, column : column + 30].clone(), column)
-    torch.testing.assert_close(logprobs(scan).double(), expected, rtol=1e-6, atol=1e-5)
-    assert scan.ids_R.equal(logits.argmax(1)) and scan.tops_R.equal(logits.amax(1))
-    best = logits.double().log_softmax(-1).amax(1)
-    torch.testing.assert_close(best_logprobs(scan).double(), best, rtol=1e-6, atol=1e-5)
-    nothing = begin_scan(HostAllocator(), 0)
-    assert logprobs(nothing).shape == best_logprobs(nothing).shape == (0,)
+    logits[4:] = (logits[4:] / 30).round() / 2  # many are equal, some -0.0
+    targets = torch.tensor([0, 89, 30, 29, 60, 45])
+    every = logits.double().log_softmax(-1)
+    order = logits.sort(dim=1, descending=True, stable=True)[1]
+    for top in (1, 20, 40, 90):  # more than a range has, and all
+        scan = begin_scan(HostAllocator(), len(targets), targets, top=top)
+        ranks = torch.zeros_like(targets)
+        for again in (False, True):
+            for column, rows in product((0, 30, 60), (slice(0, 4), slice(4, 8))):
+                some = logits[rows, column : column + 30].clone()
+                if again:
+                    count_before(scan.rows(rows), ranks[rows], some, column)
+                else:
+                    scan_logits(scan.rows(rows), some, column)
+        own, best, best_logprobs = scores_of(scan)
+        expected = every.gather(1, targets[:, None])[:, 0]
+        torch.testing.assert_close(own.double(), expected, rtol=1e-6, atol=1e-6)
+        assert scan.ids_R.equal(logits.argmax(1)) and scan.tops_R.equal(logits.amax(1))
+        assert best.equal(order[:, :top])
+        expected = every.gather(1, best)
+        torch.testing.assert_close(best_logprobs.double(), expected, rtol=1e-6, atol=1e-6)
+        assert ranks.equal((order == targets[:, None]).nonzero()[:, 1])
+    nothing = scores_of(begin_scan(HostAllocator(), 0))
+    assert [tuple(one.shape) for one in nothing] == [(0,), (0, 1), (0, 1)]
+
+
+def test_bits_of_scores_do_not_depend_on_ranges_and_are_those_of_generated_tokens() -> None:
+    """Also where more rows come than are looked at together."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(70, 40_000, generator=generator) * 4
+    targets = torch.arange(70) * 3
+    found = []
+    for size in (40_000, 4096, 1000):
+        scan = begin_scan(HostAllocator(), 70, targets, top=5)
+        for column in range(0, 40_000, size):
+            scan_logits(scan, logits[:, column : column + size].contiguous(), column)
+        found.append(scores_of(scan))
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    own, best, best_logprobs = found[0]
+    for row in range(70):
+        drawn = _with_logprobs(logits[row].numpy(), int(targets[row]), 5)
+        assert drawn.logprob == own[row]
+        assert [one[:2] for one in drawn.top] == list(
+            zip(best[row].tolist(), best_logprobs[row].tolist(), strict=True)
+        )
+
+
+def expected_steps(model: torch.nn.Module, ids: Sequence[int], top: int) -> list[dict[int, int]]:
+    """Of each token but the first: ranks of itself and the likeliest."""
+    with torch.no_grad():
+        order = model(torch.tensor(ids)[None]).logits[0, :-1].argsort(-1, descending=True)
+    found = []
+    for token, row in zip(ids[1:], order.tolist(), strict=True):
+        found.append({token: 1 + row.index(token), **{i: 1 + n for n, i in enumerate(row[:top])}})
+    return found
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "phimoe"])  # one with a bias of the head
+def test_alternatives_are_those_of_transformers_in_any_company(family: str, tmp_path: Path) -> None:
+    model = make_model(family, tmp_path)
+    texts = prompts((2, 70, 140))
+    tops = (5, 20, 3)
+    requests = [
+        request(str(i), ids, max_tokens=1, logprobs=20, prompt_logprobs=top)
+        for i, (ids, top) in enumerate(zip(texts, tops, strict=True))
+    ]
+    with engine_for(tmp_path, max_num_batched_tokens=128, max_num_seqs=8) as engine:
+        company = [
+            request("n", texts[1], max_tokens=2, prompt_logprobs=1, prompt_logprob_ranks=False)
+        ]
+        together = run_all(engine, [*company, *requests])
+        # the tokens that came first, as tokens of a prompt
+        longer = [
+            request(f"{i}", [*ids, *together[str(i)].outputs[0].token_ids], max_tokens=1,
+                    prompt_logprobs=20, prompt_logprob_start=len(ids))
+            for i, ids in enumerate(texts)
+        ]  # fmt: skip
+        told = run_all(engine, longer)
+    alone: dict[str, RequestOutput] = {}
+    tiny: dict[str, Any] = {
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": 72,
+        "moe_expert_cache_size": "1",
+    }
+    with engine_for(tmp_path, schedule="model-based", micro_batch_size=64, **tiny) as engine:
+        for one in requests:
+            alone |= run_all(engine, [one])
+    for i, (ids, top) in enumerate(zip(texts, tops, strict=True)):
+        steps = together[str(i)].prompt_logprobs
+        assert steps is not None and steps == alone[str(i)].prompt_logprobs
+        assert [{t: own.rank for t, own in (step or {}).items()} for step in steps[1:]] == (
+            expected_steps(model, ids, top)
+        )
+        with torch.no_grad():
+            rows = model(torch.tensor(ids)[None]).logits[0, :-1].double().log_softmax(-1)
+        for step, row in zip(steps[1:], rows, strict=True):
+            assert step is not None
+            for token, own in step.items():
+                assert own.logprob == pytest.approx(float(row[token]), abs=1e-4)
+                assert own.decoded_token is not None
+        drawn, again = together[str(i)].outputs[0].logprobs, told[str(i)].prompt_logprobs
+        assert drawn is not None and again is not None and dict(drawn[0]) == again[-1]
+    known = together["n"].prompt_logprobs
+    assert known is not None and {one.rank for one in known[5].values()} <= {1, None}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "qwen3_next", "phimoe"])

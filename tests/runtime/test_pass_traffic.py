@@ -129,7 +129,7 @@ def _varied() -> list[Request]:
         dict(logprobs=1), dict(temperature=0.8, seed=3), dict(logit_bias={7: 3.0}),
         dict(repetition_penalty=1.3), dict(allowed_token_ids=[5, 9, 11]),
         dict(min_tokens=2, ignore_eos=False, stop_token_ids=list(range(40))),
-        dict(prompt_logprobs=1),
+        dict(prompt_logprobs=4),
     ]  # fmt: skip
     texts = prompts((4, 7, 5, 12, 6, 8, 10), seed=1)
     return plain + [

@@ -189,15 +189,80 @@ def test_bytes_that_no_client_library_sends(
 def test_log_probabilities_of_a_prompt(server: Running) -> None:
     client, ids = server.client(), [610, 273, 271]
     wanted: Any = {"model": "demo", "prompt": ids, "max_tokens": 1}
-    found = client.completions.create(**wanted, extra_body={"prompt_logprobs": 1})
-    first, *rest = found.choices[0].model_extra["prompt_logprobs"]  # type: ignore[index]
+    asked: Any = {"extra_body": {"prompt_logprobs": 5}}
+    answer = client.completions.create(**wanted, **asked)
+    whole = answer.choices[0].model_extra["prompt_logprobs"]  # type: ignore[index]
+    first, *rest = whole
     assert first is None and len(rest) == 2
     for token, step in zip(ids[1:], rest, strict=True):
-        best = max(one["logprob"] for one in step.values())
-        assert step[str(token)]["logprob"] <= best and 1 <= len(step) <= 2
-        assert [one["rank"] for one in step.values() if one["logprob"] == best] == [1]
-    with pytest.raises(openai.BadRequestError, match="only without stream"):
-        client.completions.create(**wanted, stream=True, extra_body={"prompt_logprobs": 1})
+        assert next(iter(step)) == str(token) and 5 <= len(step) <= 6
+        assert {one["rank"] for one in step.values()} >= {1, 2, 3, 4, 5}
+        ordered = sorted(step.values(), key=lambda one: one["rank"])
+        assert [one["logprob"] for one in ordered] == sorted(
+            (one["logprob"] for one in step.values()), reverse=True
+        )
+        assert all(one["decoded_token"] for one in step.values())
+    stream = client.completions.create(**wanted | {"max_tokens": 3, "n": 2}, stream=True, **asked)
+    told = [one.choices[0] for one in stream]
+    firsts = [next(i for i, one in enumerate(told) if one.index == choice) for choice in (0, 1)]
+    found = {i: (one.model_extra or {}).get("prompt_logprobs") for i, one in enumerate(told)}
+    assert found[firsts[0]] == whole
+    assert not any(one for i, one in found.items() if i != firsts[0])
+    nothing = client.completions.create(**wanted | {"max_tokens": 0}, **asked)
+    assert nothing.choices[0].text == "" and nothing.usage.completion_tokens == 0  # type: ignore[union-attr]
+    assert nothing.choices[0].model_extra["prompt_logprobs"] == whole  # type: ignore[index]
+    with pytest.raises(openai.BadRequestError, match="prompt_logprobs: got 21, allowed .*0 to 20"):
+        client.completions.create(**wanted, extra_body={"prompt_logprobs": 21})
+
+
+def test_log_probabilities_of_a_chat_come_with_its_first_tokens(server: Running) -> None:
+    client = server.client()
+    wanted: Any = {"model": "demo", "messages": MESSAGES, "max_tokens": 3, "seed": 3}
+    wanted |= {"extra_body": {"prompt_logprobs": 2, "return_token_ids": True}}
+    whole = client.chat.completions.create(**wanted).model_extra
+    chunks = [one.model_extra for one in client.chat.completions.create(**wanted, stream=True)]
+    assert whole is not None and len(whole["prompt_logprobs"]) == len(whole["prompt_token_ids"])
+    told = [place for place, one in enumerate(chunks) if one and "prompt_logprobs" in one]
+    assert told == [1]  # after that which begins the message
+    assert chunks[1]["prompt_logprobs"] == whole["prompt_logprobs"]  # type: ignore[index]
+
+
+def test_an_echo_has_alternatives_of_each_token_and_prompt_logprobs_its_own(
+    server: Running,
+) -> None:
+    client, ids = server.client(), [610, 273, 271]
+    wanted: Any = {"model": "demo", "prompt": ids, "max_tokens": 2, "echo": True, "logprobs": 5}
+    wanted["temperature"] = 0
+    plain = client.completions.create(**wanted).choices[0]
+    assert plain.logprobs is not None and plain.logprobs.top_logprobs is not None
+    tops, own = plain.logprobs.top_logprobs, plain.logprobs.token_logprobs
+    assert tops[0] is None and own is not None and len(tops) == len(own) == 5
+    for top, value in zip(tops[1:], own[1:], strict=True):
+        assert 5 <= len(top) <= 6 and value in top.values()
+    assert "prompt_logprobs" not in (plain.model_extra or {})
+    both = client.completions.create(**wanted, extra_body={"prompt_logprobs": 1}).choices[0]
+    assert both.logprobs == plain.logprobs and both.model_extra is not None
+    assert all(1 <= len(step) <= 2 for step in both.model_extra["prompt_logprobs"][1:])
+    with pytest.raises(openai.BadRequestError, match="logprobs: got 21, allowed 0 to 20"):
+        client.completions.create(**wanted | {"logprobs": 21})
+
+
+def test_scored_prompts_that_share_a_context_compute_it_once(server: Running) -> None:
+    """As lm-eval asks, within a list of prompts and from one request to the next."""
+    client, context = server.client(), [300 + 7 * i % 900 for i in range(200)]
+    wanted: Any = {"model": "demo", "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}
+
+    def scores(*ends: int) -> tuple[list[list[float]], int]:
+        found = client.completions.create(prompt=[[*context, end, 7] for end in ends], **wanted)
+        assert found.usage is not None and found.usage.prompt_tokens_details is not None
+        logs = [one.logprobs.token_logprobs for one in found.choices]  # type: ignore[union-attr]
+        return logs, found.usage.prompt_tokens_details.cached_tokens or 0  # type: ignore[return-value]
+
+    together, cached = scores(5, 6, 8, 9)
+    assert cached == 3 * 192
+    for end, known in zip((5, 6, 8, 9), together, strict=True):
+        alone, cached = scores(end)
+        assert cached == 192 and alone == [known]
 
 
 def test_a_batch_of_the_client_beside_others(server: Running, tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """Admission over pages that remember what each position depends on: whoever reads what another
 sequence wrote is found out."""
 
+import numpy as np
 import torch
 
 from sequences import PlainStarts
 from windlass.device.host_memory import HostAllocator
 from windlass.engine.admission import Admission
+from windlass.engine.prompt_scores import ScoreRows
 from windlass.engine.request import Request
-from windlass.engine.sequence import PromptScore, QueuedSequence, Sequence
+from windlass.engine.sequence import QueuedSequence, Sequence
 from windlass.kvcache.kv_cache import KvCache, PagedShape
 from windlass.kvcache.kv_tiers import KvTiers
 from windlass.kvcache.pages import block_keys
@@ -35,6 +37,11 @@ def chain(tokens, *, is_long):
 def drawn(value, index):
     """The token that follows; one in eight ends the sequence."""
     return hash((value, index, -7)) % 8
+
+
+def score(values, tokens, place):
+    """What the log-probability of the token at `place` depends on, as a number."""
+    return hash((values[place - 1], tokens[place]))
 
 
 def alone(prompt, index, max_output, *, is_long):
@@ -118,8 +125,14 @@ class Machine:
         seen = [cell for page in segment.pages for cell in self.cells[page]]
         assert seen[:last] == values[:last], "a row reads what another sequence wrote"
         if segment.targets:
-            places = range(segment.first_position + 1, last + (last < sequence.num_prompt))
-            sequence.prompt_logprobs.update(dict.fromkeys(places, PromptScore(0.0, 0, 0.0)))
+            targets = list(segment.targets)
+            assert targets == tokens[segment.first_position + 1 :][: len(targets)]
+            count = last - segment.first_position - (last == sequence.num_prompt)
+            assert len(targets) == count
+            places = range(segment.first_position + 1, segment.first_position + 1 + count)
+            found = np.array([score(values, tokens, place) for place in places])
+            pair = found[:, None]
+            sequence.take_scores(segment, ScoreRows(found, pair, pair, None), 0)
 
     def _draw(self, sequence):
         tokens = [*sequence.request.prompt_token_ids, *sequence.output_ids]
@@ -131,5 +144,10 @@ class Machine:
             self.admission.remove(sequence)
             self.finished[sequence.request.request_id, sequence.queued.index] = sequence
             if sequence.first_scored is not None:
-                wanted = range(sequence.first_scored, sequence.num_prompt)
-                assert set(wanted) <= set(sequence.prompt_logprobs), "a token was not scored"
+                prompt = tokens[: sequence.num_prompt]
+                values = chain(prompt, is_long=is_long)
+                for place in range(sequence.first_scored, sequence.num_prompt):
+                    block, row = divmod(place - 1, CHUNK_TOKENS)
+                    found = sequence.prompt_scores[block].rows
+                    assert found is not None, "a token was not scored"
+                    assert found.logprobs_R[row] == score(values, prompt, place), "another's score"

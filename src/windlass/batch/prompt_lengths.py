@@ -3,6 +3,7 @@ before anything runs: what the planner plans for. Of a large job, evenly spaced 
 what only rows near each other share is not seen then."""
 
 from collections import Counter
+from collections.abc import Hashable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from windlass.engine.text_limits import LONG_TEXT
 from windlass.errors import RequestError, UsageError
 from windlass.kvcache.pages import block_keys, readable_blocks
 from windlass.params import SamplingParams
-from windlass.protocol.openai import ChatTokenizer, ServedModel
+from windlass.protocol.openai import ChatTokenizer, Prompt, ServedModel
 from windlass.protocol.rows import read_row
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.workload import USUAL_OUTPUT, Job, Workload, expected_output
@@ -24,12 +25,13 @@ _NUM_PIECES = 16  # of a long text that are
 
 
 class _Sequence(NamedTuple):
-    """Tokens of prompt and answer; the keys of the prompt's blocks, and how many it may read."""
+    """Tokens of prompt and answer; the keys of the prompt's blocks, by which others find them; and
+    those by which it finds blocks that it may read."""
 
     prompt: int
     output: int
-    keys: tuple[bytes, ...]
-    num_readable: int
+    keys: tuple[Hashable, ...]
+    wanted: tuple[Hashable, ...]
 
 
 class _Glance:
@@ -95,15 +97,14 @@ def _shared(rows: list[list[_Sequence]]) -> list[tuple[_Sequence, int, int]]:
     As engine/prompt_pages.py has it, where blocks are found as long as the job lasts. (LongRoPE's
     two kinds of positions count as one: each computes a common beginning once.)"""
     num_rows = Counter(key for row in rows for key in {key for one in row for key in one.keys})
-    seen: set[bytes] = set()
+    seen: set[Hashable] = set()
     found: list[tuple[_Sequence, int, int]] = []
     for row in rows:
-        here: set[bytes] = set()
+        here: set[Hashable] = set()
         for one in row:
             # a key stands for all tokens up to its block's end: those known come first
-            readable = one.keys[: one.num_readable]
-            first = sum(key in seen for key in readable)
-            others = sum(key in here or num_rows[key] > 1 for key in readable)
+            first = sum(key in seen for key in one.wanted)
+            others = sum(key in here or num_rows[key] > 1 for key in one.wanted)
             found.append((one, first * CHUNK_TOKENS, others * CHUNK_TOKENS))
             here.update(one.keys)
             seen.update(one.keys)
@@ -128,11 +129,21 @@ def _of_row(row: JobRow, model: ServedModel) -> tuple[list[_Sequence], bool]:
         if not limited:  # the rest of the context
             expected = min(expected, USUAL_OUTPUT)
         length, keys = len(prompt.token_ids), block_keys(prompt.token_ids, CHUNK_TOKENS)
-        own = _Sequence(length, expected, keys, readable_blocks(length, CHUNK_TOKENS))
-        is_scored = prompt.params.prompt_logprobs is not None  # its first choice computes all
-        first = own._replace(num_readable=0) if is_scored else own
+        readable = keys[: readable_blocks(length, CHUNK_TOKENS)]
+        own = first = _Sequence(length, expected, keys, readable)
+        if prompt.params.prompt_logprobs is not None:
+            of_scores = _keys_of_scores(prompt, readable)
+            first = own._replace(keys=(*keys, *of_scores), wanted=of_scores)
         sequences += [first, *[own] * (prompt.params.n - 1)]
     return sequences, limited
+
+
+def _keys_of_scores(prompt: Prompt, keys: tuple[bytes, ...]) -> tuple[Hashable, ...]:
+    """Of blocks with the log-probabilities of what follows their rows, the next block's first token
+    among it (engine/prompt_pages.py)."""
+    params, following = prompt.params, prompt.token_ids[CHUNK_TOKENS::CHUNK_TOKENS]
+    told = params.prompt_logprobs or 1, params.prompt_logprob_ranks
+    return tuple((*pair, *told) for pair in zip(keys, following, strict=True))
 
 
 def file_lengths(

@@ -117,7 +117,7 @@ class Admission:
         """After a pass that failed: nothing of it counts, and all that run are computed again."""
         while self.running:
             self._preempt(self.running[-1])
-        self._kv.forget_all()
+        self.prompt_pages.forget_all()
 
     def compose(self, starts: Starts) -> list[ScheduledSequence]:
         """The rows of the next pass, those of the host first, so that it begins; empty only when
@@ -185,7 +185,7 @@ class Admission:
         """What is known of its prompt, if it may begin now. Batches give way, youngest first."""
         while True:
             known = self.prompt_pages.find(newcomer.queued)
-            left = newcomer.queued.num_tokens - self.prompt_pages.num_ready(known)
+            left = newcomer.queued.num_tokens - self.prompt_pages.num_ready(newcomer.queued, known)
             if not fitting_rows(left, room):
                 return None
             has_seat = len(self.running) < self._max_num_seqs and self._kv.device.has_free_state
@@ -352,6 +352,7 @@ def _row(
         home=sequence.home,
         wants_logits=last == sequence.num_tokens,
         targets=sequence.request.prompt_token_ids[first + 1 : last + 1] if is_scored else (),
+        scoring=sequence.queued.scoring,
     )
     return ScheduledSequence(sequence, segment)
 

@@ -28,10 +28,11 @@ from windlass.engine.looking import look
 from windlass.engine.open_requests import OpenRequests
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.phase_meter import PhaseMeter, Readings
+from windlass.engine.prompt_scores import ScoreRows
 from windlass.engine.request import Delta, Request, StepResult, joined
 from windlass.engine.request_rules import RequestRules
 from windlass.engine.sampling import Likeliest
-from windlass.engine.sequence import PromptScore, Sequence
+from windlass.engine.sequence import Sequence
 from windlass.engine.tokenizer import Tokenizer
 from windlass.errors import RequestError
 from windlass.params import SamplingParams
@@ -192,12 +193,12 @@ class Engine:
     def _take(self, rows: list[ScheduledSequence], outcome: Outcome) -> StepResult:
         finished: list[RequestOutput] = []
         deltas: list[Delta] = []
-        drawn_from, scores = _RowsOfLogits(outcome), _prompt_scores(outcome)
+        drawn_from, scores, scored = _RowsOfLogits(outcome), ScoreRows.of(outcome), 0
         for sequence, segment in rows:
             drafts = _drafts(segment)
             sequence.num_computed += segment.num_tokens - len(drafts)
-            for place, _ in enumerate(segment.targets, segment.first_position + 1):
-                sequence.prompt_logprobs[place] = next(scores)
+            sequence.take_scores(segment, scores, scored)
+            scored += len(segment.targets)
             self._prompt_tokens += segment.num_tokens * segment.is_prompt
             if not segment.wants_logits:
                 continue
@@ -349,12 +350,6 @@ class _RowsOfLogits:
         first, self._num_whole = self._num_whole, self._num_whole + segment.num_logits
         rows: torch.Tensor = self._logits_RV[first : self._num_whole]
         return rows
-
-
-def _prompt_scores(outcome: Outcome) -> Iterator[PromptScore]:
-    """Of all targets, in segment order."""
-    columns = outcome.logprobs, outcome.best, outcome.best_logprobs
-    return map(PromptScore, *(column.tolist() for column in columns))
 
 
 @contextmanager

@@ -1,14 +1,18 @@
 """Pages of prompts: sequences whose prompts begin alike hold the same. Knows counts, no tensors.
 
 A prompt may read blocks that others compute up to its last token, whose row it must compute for the
-logits, or to the one before the first whose log-probability is wanted. Blocks end where chunks may,
-so that results are those of a prompt that was computed in two chunks: the same bits as ever.
-Prompts find what others of their home have computed.
+logits. Blocks end where chunks may, so that results are those of a prompt that was computed in two
+chunks: the same bits as ever. Prompts find what others of their home have computed.
+
+Where log-probabilities of the prompt are wanted it also needs those of the tokens that follow a
+block's rows, the first token of the next among them. They are kept by that token too, apart from
+pages; where they are not known it computes the block again, into the same pages, to the same bits.
 """
 
 from collections.abc import Hashable
 from itertools import islice
 
+from windlass.engine.prompt_scores import BlockScores, KnownScores
 from windlass.engine.sequence import QueuedSequence, Sequence
 from windlass.kvcache.kv_tiers import KvTiers
 from windlass.kvcache.pages import PageBlock, readable_blocks
@@ -23,6 +27,7 @@ class PromptPages:
     def __init__(self, kv: KvTiers, *, long_rope_after: int | None) -> None:
         self._kv = kv
         self._long_rope_after = long_rope_after
+        self._scores = KnownScores()
         self._block_pages = CHUNK_TOKENS // kv.page_tokens
         assert self._block_pages * kv.page_tokens == CHUNK_TOKENS, "a chunk is a number of pages"
         self.num_asked = 0  # tokens of prompts that might have been found
@@ -43,11 +48,13 @@ class PromptPages:
         held = [block for block in known if block is not None and block.num_holders]
         return len(held) * self._block_pages
 
-    def num_ready(self, known: Known) -> int:
+    def num_ready(self, queued: QueuedSequence, known: Known) -> int:
         """Tokens at the beginning that need not be computed."""
         count = 0
-        for block in known:
+        for place, block in enumerate(known):
             if block is None or not block.is_full:
+                break
+            if _is_scored(queued, place) and self._known_scores(queued, place) is None:
                 break
             count += CHUNK_TOKENS
         return count
@@ -70,14 +77,14 @@ class PromptPages:
             sequence.pages.extend(pages)
         sequence.pages.extend(fresh)
         sequence.num_cached = 0
-        self.num_asked += (queued.first_scored or queued.num_tokens + 1) - 1
+        self.num_asked += queued.num_tokens
 
     def skip(self, sequence: Sequence) -> None:
         """Moves a sequence in its prompt past the blocks that others have computed."""
         most = _num_readable(sequence.queued)
         while (place := sequence.num_computed // CHUNK_TOKENS) < most:
             block = self._block(sequence, place)
-            if block is None or not block.is_full:
+            if block is None or not block.is_full or not self._finds_scores(sequence, place):
                 break
             sequence.num_computed += CHUNK_TOKENS
             sequence.num_cached += CHUNK_TOKENS
@@ -86,10 +93,39 @@ class PromptPages:
     def fill(self, sequence: Sequence, first: int, last: int) -> None:
         """Prompt rows from position `first` up to `last` are in the next pass: what comes later in
         it, or after it, may read them."""
+        is_scored = sequence.first_scored is not None and last >= sequence.first_scored
         for place in range(first // CHUNK_TOKENS, last // CHUNK_TOKENS):
             block = self._block(sequence, place)
             if block is not None:
                 block.is_full = True
+            name = self._name_of_scores(sequence.queued, place)
+            if is_scored and name is not None:
+                scoring = sequence.queued.scoring
+                sequence.prompt_scores[place] = self._scores.begin(name, scoring)
+
+    def _finds_scores(self, sequence: Sequence, place: int) -> bool:
+        """Whether those that are wanted of a block's rows need not be computed; the sequence has
+        them then, or will when the next pass has run."""
+        own = sequence.prompt_scores.get(place)
+        if not _is_scored(sequence.queued, place) or (own is not None and own.rows is not None):
+            return True
+        found = self._known_scores(sequence.queued, place)
+        if found is not None:
+            sequence.prompt_scores[place] = found
+        return found is not None
+
+    def _known_scores(self, queued: QueuedSequence, place: int) -> BlockScores | None:
+        name = self._name_of_scores(queued, place)
+        return None if name is None else self._scores.find(name)
+
+    def _name_of_scores(self, queued: QueuedSequence, place: int) -> Hashable | None:
+        """What those of a block's rows depend on; None where it has no name or no token follows."""
+        end = (place + 1) * CHUNK_TOKENS
+        if place >= len(queued.block_keys) or end >= queued.num_tokens:
+            return None
+        following = queued.request.prompt_token_ids[end]
+        name = (self.long_rope(queued), queued.block_keys[place])
+        return (*name, following, queued.home, queued.scoring)
 
     def _names(self, queued: QueuedSequence) -> list[Hashable]:
         is_long = self.long_rope(queued)
@@ -98,6 +134,11 @@ class PromptPages:
     def _block(self, sequence: Sequence, place: int) -> PageBlock | None:
         pool = self._kv.of(sequence.home).pool
         return pool.block_of(sequence.pages[place * self._block_pages])
+
+    def forget_all(self) -> None:
+        """Nothing that was computed counts any more; nobody may hold any page."""
+        self._kv.forget_all()
+        self._scores.forget_all()
 
     def check(self, sequence: Sequence) -> None:
         """A running sequence holds blocks by their names alone, each where it belongs."""
@@ -115,5 +156,10 @@ class PromptPages:
 
 
 def _num_readable(queued: QueuedSequence) -> int:
-    computed = queued.first_scored or queued.num_tokens  # after the row that it must compute
-    return min(len(queued.block_keys), readable_blocks(computed, CHUNK_TOKENS))
+    return min(len(queued.block_keys), readable_blocks(queued.num_tokens, CHUNK_TOKENS))
+
+
+def _is_scored(queued: QueuedSequence, place: int) -> bool:
+    """Whether log-probabilities of tokens that follow a block's rows are wanted."""
+    first = queued.first_scored
+    return first is not None and place >= readable_blocks(first, CHUNK_TOKENS)

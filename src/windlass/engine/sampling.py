@@ -278,18 +278,22 @@ def _place(weights_K: Floats, number: float) -> int:
 
 
 def _with_logprobs(raw_V: Floats, token_id: int, num_top: int) -> Sampled:
-    highest = raw_V.max()
-    total = np.exp(raw_V - highest).sum(dtype=np.float64)
-    log_total = float(highest) + float(np.log(total))
+    # in fp64, as those of prompts (decoder/score.py): the same bits once they are fp32
+    highest = np.float64(raw_V.max())
+    log_total = np.log(np.exp(raw_V - highest).sum())
     drawn = raw_V[token_id]
+
+    def logprob(token: int) -> float:
+        return float(np.float32(raw_V[token] - highest - log_total))
+
     rank = int(np.count_nonzero(raw_V > drawn)) + 1
     rank += int(np.count_nonzero(raw_V[:token_id] == drawn))
     top = _most_likely(raw_V, raw_V.size if num_top == -1 else min(num_top, raw_V.size))
     return Sampled(
         token_id,
-        float(drawn) - log_total,
+        logprob(token_id),
         rank,
-        tuple((int(t), float(raw_V[t]) - log_total, place + 1) for place, t in enumerate(top)),
+        tuple((int(t), logprob(t), place + 1) for place, t in enumerate(top)),
     )
 
 

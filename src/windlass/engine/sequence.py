@@ -3,17 +3,18 @@ the engine. Knows pages as numbers, no tensors but the row of logits it is given
 
 from array import array
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
 from windlass.engine.detokenizer import TextStream
 from windlass.engine.grammars import Constraint
 from windlass.engine.outputs import CompletionOutput, LogprobsOfStep
+from windlass.engine.prompt_scores import BlockScores, ScoreRows
 from windlass.engine.request import Delta, Request
 from windlass.engine.sampling import Likeliest, Sampled, Sampler
 from windlass.engine.tokenizer import Tokenizer
 from windlass.ids import Home
+from windlass.schedule.batch import CHUNK_TOKENS, Scoring, Segment
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,13 +56,11 @@ class QueuedSequence:
             return None
         return max(1, params.prompt_logprob_start or 0)
 
-
-class PromptScore(NamedTuple):
-    """Log-probability of a prompt's token, and the likeliest one in its place."""
-
-    logprob: float
-    best: int
-    best_logprob: float
+    @property
+    def scoring(self) -> Scoring:
+        """What is told of those tokens."""
+        params = self.request.params
+        return Scoring(max(1, params.prompt_logprobs or 0), params.prompt_logprob_ranks)
 
 
 class LogprobLog:
@@ -116,7 +115,7 @@ class Sequence:
     stop_reason: str | int | None = None
     cumulative_logprob: float = 0.0
     logprobs: LogprobLog = field(default_factory=LogprobLog)
-    prompt_logprobs: dict[int, PromptScore] = field(default_factory=dict)  # by position
+    prompt_scores: dict[int, BlockScores] = field(default_factory=dict)  # by block of rows
 
     @property
     def request(self) -> Request:
@@ -221,22 +220,36 @@ class Sequence:
             new_text += self.text.finish()
         return new_text
 
+    def take_scores(self, segment: Segment, found: ScoreRows, first: int) -> None:
+        """Of the segment's targets, which begin where a block does: those of `found` from row
+        `first` on."""
+        last = first + len(segment.targets)
+        for row in range(first, last, CHUNK_TOKENS):
+            block = (segment.first_position + row - first) // CHUNK_TOKENS
+            own = self.prompt_scores.setdefault(block, BlockScores())
+            own.rows = found.rows(row, min(row + CHUNK_TOKENS, last), segment.scoring)
+
     def prompt_output(self, tokenizer: Tokenizer) -> tuple[LogprobsOfStep | None, ...] | None:
         """Of each prompt token but the first, which follows nothing, and those before the first
-        that is wanted; None if not asked for. Beside it the likeliest token, where one is asked
-        for; a rank is known of that alone."""
+        that is wanted; None if not asked for. Beside it the likeliest tokens, as many as are asked
+        for. Where ranks are not, one is known of tokens that are among the likeliest."""
         if self.first_scored is None:
             return None
-        has_best = bool(self.request.params.prompt_logprobs)
-        steps: list[LogprobsOfStep | None] = []
-        for place, token in enumerate(self.request.prompt_token_ids):
-            if place < self.first_scored:
-                steps.append(None)
-                continue
-            found = self.prompt_logprobs[place]
-            rank = 1 if found.best == token else None
-            top = ((found.best, found.best_logprob, 1),) if has_best else ()
-            steps.append(Sampled(token, found.logprob, rank, top).as_logprobs(tokenizer))
+        count = self.request.params.prompt_logprobs
+        steps: list[LogprobsOfStep | None] = [None] * self.first_scored
+        for place in range(self.first_scored, self.num_prompt):
+            block, row = divmod(place - 1, CHUNK_TOKENS)
+            found = self.prompt_scores[block].rows
+            assert found is not None, "the pass of a row has run"
+            token = self.request.prompt_token_ids[place]
+            best = found.best_RK[row].tolist()
+            rank = best.index(token) + 1 if token in best else None
+            if found.ranks_R is not None:
+                rank = int(found.ranks_R[row])
+            pairs = zip(best, found.best_logprobs_RK[row].tolist(), strict=True)
+            top = tuple((i, logprob, 1 + n) for n, (i, logprob) in enumerate(pairs))[:count]
+            own = Sampled(token, float(found.logprobs_R[row]), rank, top)
+            steps.append(own.as_logprobs(tokenizer))
         return tuple(steps)
 
     def output(self, tokenizer: Tokenizer) -> CompletionOutput:

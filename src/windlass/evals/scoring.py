@@ -55,6 +55,7 @@ def _scored(start: int) -> SamplingParams:
         detokenize=False,
         ignore_eos=True,
         prompt_logprobs=1,
+        prompt_logprob_ranks=False,
         prompt_logprob_start=start,
     )
 

@@ -103,6 +103,9 @@ class LogitScan(NamedTuple):
     totals_R: torch.Tensor  # fp64: sum of exp(logit - top)
     own_R: torch.Tensor  # fp32: the logit of the row's target
     targets_R: torch.Tensor | None  # int64
+    # Of the likeliest tokens so far, logit and token as one number (`kernels/logit_scan.py`), the
+    # largest first, int64; None where only the one is wanted
+    best_RK: torch.Tensor | None = None
 
     def rows(self, some: slice) -> "LogitScan":
         """Of those rows, which a change of it changes."""

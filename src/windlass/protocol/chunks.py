@@ -15,6 +15,7 @@ from windlass.protocol.responses import (
     chat_logprobs,
     finish_reason,
     id_of,
+    prompt_logprobs,
     reasoning_fields,
     usage,
 )
@@ -82,7 +83,10 @@ class ChunkWriter:
             choice["stop_reason"] = delta.stop_reason
         if self._request.delivery.token_ids:
             choice["token_ids"] = list(delta.token_ids) if has_output else []
-        return self._chunk([choice])
+        of_prompt = prompt_logprobs(self._request.delivery, delta.prompt_logprobs)
+        if self._is_chat:
+            return self._chunk([choice], **of_prompt)
+        return self._chunk([choice | of_prompt])
 
     def _delta(self, number: int, delta: Delta) -> dict[str, Any]:
         """What is new of a chat's message."""

@@ -9,7 +9,9 @@ from windlass.protocol.fields import optional, refuse_unknown
 
 class Delivery(NamedTuple):
     """How a body wants its answer. `has_output`: false where it asks for the prompt alone.
-    `token_ids`: ids are told beside texts; `names_ids`: log-probabilities name tokens by them."""
+    `token_ids`: ids are told beside texts; `names_ids`: log-probabilities name tokens by them.
+    `prompt_logprobs`: alternatives of each token of a prompt, as vLLM tells them; None for none
+    of it."""
 
     stream: bool = False
     include_usage: bool = False
@@ -18,6 +20,7 @@ class Delivery(NamedTuple):
     has_output: bool = True
     token_ids: bool = False
     names_ids: bool = False
+    prompt_logprobs: int | None = None
 
 
 def read_delivery(body: Mapping[str, Any], *, may_stream: bool) -> Delivery:
@@ -43,15 +46,3 @@ def read_delivery(body: Mapping[str, Any], *, may_stream: bool) -> Delivery:
         token_ids=bool(optional(body, "return_token_ids", bool)),
         names_ids=bool(optional(body, "return_tokens_as_token_ids", bool)),
     )
-
-
-def echo_logprobs(wanted: int) -> int:
-    """`prompt_logprobs` of a body that wants its prompt repeated and so many `logprobs`. Raises
-    RequestError."""
-    if wanted > 1:
-        raise RequestError(
-            f"logprobs: got {wanted} with echo, allowed 0 or 1: of a prompt's tokens only the"
-            " likeliest is known beside the own",
-            param="logprobs",
-        )
-    return wanted

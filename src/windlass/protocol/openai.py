@@ -8,17 +8,16 @@ from typing import Any, NamedTuple
 
 from windlass.engine.text_limits import most_chars
 from windlass.errors import RequestError, UsageError
-from windlass.params import SamplingParams
+from windlass.params import MAX_LOGPROBS, SamplingParams
 from windlass.protocol.answers import AnswerForm
 from windlass.protocol.chat import Chat, read_chat
-from windlass.protocol.delivery import Delivery, echo_logprobs, read_delivery
+from windlass.protocol.delivery import Delivery, read_delivery
 from windlass.protocol.fields import only, optional, refuse_unknown, shorten
 from windlass.protocol.response_format import read_response_format
 from windlass.protocol.served import ChatTokenizer as ChatTokenizer  # for those who take bodies
 from windlass.protocol.served import ServedModel as ServedModel
 from windlass.protocol.served import encoded
 
-MAX_LOGPROBS = 20  # OpenAI's and vLLM's limit
 MAX_SEQUENCES = 128  # prompts times n of one body: OpenAI's limit for n
 COMPLETION_MAX_TOKENS = 16  # where a completion names none; in chat: the rest of the context
 
@@ -107,16 +106,18 @@ def parse_body(
     _refuse_unsupported(body, is_chat=is_chat)
     delivery = read_delivery(body, may_stream=may_stream)
     params = _sampling_params(body, model.default_params, is_chat=is_chat)
-    if delivery.stream and params.prompt_logprobs is not None:
-        raise RequestError("prompt_logprobs: allowed only without stream", param="prompt_logprobs")
+    delivery = delivery._replace(prompt_logprobs=params.prompt_logprobs)
     if delivery.echo and params.logprobs is not None:
         if delivery.stream and params.n > 1:
             raise RequestError(
                 f"n: got {params.n}, allowed 1 in a stream with echo and logprobs", param="n"
             )
-        params = replace(params, prompt_logprobs=echo_logprobs(params.logprobs))
+        wanted = max(params.logprobs, params.prompt_logprobs or 0)
+        has_ranks = params.prompt_logprobs is not None
+        params = replace(params, prompt_logprobs=wanted, prompt_logprob_ranks=has_ranks)
+    of_prompt = delivery.echo or (not is_chat and delivery.prompt_logprobs is not None)
     limit = _Limit(
-        asked=_max_tokens(body, is_chat=is_chat, least=0 if delivery.echo else 1),
+        asked=_max_tokens(body, is_chat=is_chat, least=0 if of_prompt else 1),
         default=model.default_params.max_tokens,
         in_all=model.max_model_len,
         why=model.limited_by and f", {model.limited_by}",

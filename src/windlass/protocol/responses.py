@@ -36,8 +36,8 @@ def response_body(
             if delivery.token_ids:
                 shaped |= {"prompt_token_ids": list(output.prompt_token_ids)} if not is_chat else {}
                 shaped["token_ids"] = list(choice.token_ids) if delivery.has_output else []
-            if not is_chat and not delivery.echo and output.prompt_logprobs is not None:
-                shaped["prompt_logprobs"] = _prompt_logprobs(output.prompt_logprobs)
+            if not is_chat:
+                shaped |= prompt_logprobs(delivery, output.prompt_logprobs)
             shaped["stop_reason"] = choice.stop_reason
             choices.append({"index": len(choices), **shaped})
     body: dict[str, Any] = {
@@ -50,26 +50,32 @@ def response_body(
     }
     if delivery.token_ids and is_chat:
         body["prompt_token_ids"] = list(outputs[0].prompt_token_ids)
-    if is_chat and outputs[0].prompt_logprobs is not None:
-        body["prompt_logprobs"] = _prompt_logprobs(outputs[0].prompt_logprobs)
+    if is_chat:
+        body |= prompt_logprobs(delivery, outputs[0].prompt_logprobs)
     return body
 
 
-def _prompt_logprobs(
-    steps: Sequence[LogprobsOfStep | None],
-) -> list[dict[str, dict[str, Any]] | None]:
-    """As vLLM has them: of each token of the prompt but the first, by ids."""
-    return [None if step is None else _prompt_step(step) for step in steps]
+def prompt_logprobs(
+    delivery: Delivery, steps: Sequence[LogprobsOfStep | None] | None
+) -> dict[str, Any]:
+    """The field as vLLM has it, by ids of each token of the prompt but the first; nothing where it
+    is not asked for."""
+    if delivery.prompt_logprobs is None or not steps:
+        return {}
+    count = delivery.prompt_logprobs
+    return {"prompt_logprobs": [step and _prompt_step(step, count) for step in steps]}
 
 
-def _prompt_step(step: LogprobsOfStep) -> dict[str, dict[str, Any]]:
+def _prompt_step(step: LogprobsOfStep, count: int) -> dict[str, dict[str, Any]]:
+    """The token itself, which comes first, and `count` of the likeliest."""
     return {
         str(token): {
             "logprob": _finite(own.logprob),
             "rank": own.rank,
             "decoded_token": own.decoded_token,
         }
-        for token, own in step.items()
+        for place, (token, own) in enumerate(step.items())
+        if not place or (own.rank or 0) <= count
     }
 
 

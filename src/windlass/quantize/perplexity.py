@@ -83,8 +83,9 @@ def _measure(
     engine: Engine, windows: list[tuple[int, ...]], on_step: Callable[[int, int], None]
 ) -> Perplexity:
     params = SamplingParams(
-        max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False, ignore_eos=True
-    )
+        max_tokens=1, temperature=0.0, prompt_logprobs=0, prompt_logprob_ranks=False,
+        detokenize=False, ignore_eos=True,
+    )  # fmt: skip
     total, done, logprob, count = sum(map(len, windows)), 0, 0.0, 0
     waiting = iter(enumerate(windows))
     in_engine = 0

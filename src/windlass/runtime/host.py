@@ -297,8 +297,8 @@ class HostRuntime:
         with self._weights.lease(WeightKey(Part.FINAL)) as lease:
             w = lease.tensors
             bias_V = plain(w, "head_bias").clone() if self._spec.head_bias else None
-            rows = self._rows_of_pass
-            return self._head.begin(rows, partial(self._blocks.final_norm, w, hidden), bias_V)
+            normed = partial(self._blocks.final_norm, w, hidden)
+            return self._head.begin(self._rows_of_pass, normed, batch.scoring, bias_V)
 
     def head(self, weights: Lease, final: Final) -> None:
         self._head.add(weights.key.index, weights.tensors["weight"], final)
@@ -306,12 +306,12 @@ class HostRuntime:
     def finish(self, final: Final) -> Outcome:
         self._outputs = None
         self._capture.end()
-        logits, own, best, bests, ids, tops = self._streams.on_host(*final.results)
+        logits, own, best, bests, ids, tops, *ranks = self._streams.on_host(*final.results)
         if not final.drafts:
             self._routing.finish()
             if self._prefetcher is not None:
                 self._prefetcher.end(self._weights.now())
-        return Outcome(logits, own, best, bests, ids, tops, final.states_TD)
+        return Outcome(logits, own, best, bests, ids, tops, final.states_TD, *ranks)
 
 
 class DraftingHostRuntime(HostRuntime):
@@ -344,6 +344,6 @@ class DraftingHostRuntime(HostRuntime):
                 return hidden[:0]
             return math.draft_norm(self._kernels, self._spec, w, hidden[rows_R])
 
-        final = self._head.begin(self._rows_of_pass, normed)
+        final = self._head.begin(self._rows_of_pass, normed, batch.scoring)
         final.drafts = True
         return final

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 from windlass.ids import Home
 from windlass.plan import Schedule
@@ -22,6 +23,14 @@ def fitting_rows(left: int, room: int) -> int:
 def most_drafts(sequences: int, each: int) -> int:
     """Drafted tokens of a pass of up to `sequences`, `each` of one: logits are kept for so many."""
     return min(sequences * each, max(MOST_CAPTURED, sequences))
+
+
+class Scoring(NamedTuple):
+    """What is told of a target beside its log-probability: so many of the likeliest tokens in its
+    place, and its own rank among all."""
+
+    top: int = 1
+    ranks: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +53,7 @@ class Segment:
     targets: tuple[
         int, ...
     ] = ()  # tokens whose log-probability is wanted, each after one of the first
+    scoring: Scoring = Scoring()
 
     @property
     def num_tokens(self) -> int:
@@ -94,6 +104,7 @@ class Batch:
     segments: tuple[Segment, ...]
     num_tokens: int
     groups: tuple[RowGroup, ...]
+    scoring: Scoring = Scoring()  # enough for all targets
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
@@ -180,7 +191,9 @@ def make_batch(segments: list[Segment], *, micro_batch_tokens: int, groups: int 
     count = min(groups, len(micro))
     ends = [len(micro) * i // count for i in range(count + 1)]
     cut = tuple(RowGroup.of(micro[begin:end]) for begin, end in pairwise(ends))
-    return Batch(tuple(segments), sum(s.num_tokens for s in segments), cut)
+    scored = [s.scoring for s in segments if s.targets]
+    scoring = Scoring(max((one.top for one in scored), default=1), any(one.ranks for one in scored))
+    return Batch(tuple(segments), sum(s.num_tokens for s in segments), cut, scoring)
 
 
 def is_capturable(batch: Batch) -> bool:
@@ -199,10 +212,8 @@ def passes_of(batch: Batch, schedule: Schedule) -> list[Batch]:
     FlexGen and DeepSpeed) every micro-batch by itself, so that weights pass once for each."""
     if schedule == "module-based":
         return [batch]
-    return [
-        Batch(micro.segments, micro.num_tokens, (RowGroup.of((replace(micro, first_token=0),)),))
-        for micro in batch.micro_batches
-    ]
+    alone = ((m, RowGroup.of((replace(m, first_token=0),))) for m in batch.micro_batches)
+    return [Batch(m.segments, m.num_tokens, (group,), batch.scoring) for m, group in alone]
 
 
 def _cut(segment: Segment, count: int) -> tuple[Segment, Segment]:

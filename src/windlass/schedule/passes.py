@@ -72,6 +72,8 @@ def run_pass(rt: Runtime, shape: PassShape, batch: Batch) -> Outcome:
     final = rt.enter_head(hidden, batch)
     if batch.logit_rows or batch.scored_rows:
         _head(rt, shape, final)
+        if batch.scoring.ranks:  # of tokens whose logits are known only now
+            _head(rt, shape, final)
     return rt.finish(final)
 
 

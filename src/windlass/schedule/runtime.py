@@ -20,10 +20,10 @@ class Routed:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What a pass gives: logits (rows of which they are wanted, vocabulary); of each target, in
-    segment order, its log-probability, the likeliest token in its place and the log-probability of
-    that; of each row of which only the likeliest token is wanted, that and its logit
-    (`Batch.whole_and_likeliest_rows`); and the last states of all rows, where a layer that drafts
-    wants them."""
+    segment order, its log-probability, the likeliest tokens in its place (targets, K) and
+    theirs; of each row of which only the likeliest token is wanted, that and its logit
+    (`Batch.whole_and_likeliest_rows`); the last states of all rows, where a layer that drafts wants
+    them; and ranks of targets, where they are wanted."""
 
     logits: Any
     logprobs: Any
@@ -32,6 +32,7 @@ class Outcome:
     likeliest: Any = None
     likeliest_logits: Any = None
     states: Any = None
+    ranks: Any = None
 
 
 class Runtime(Protocol):
@@ -100,7 +101,8 @@ class Runtime(Protocol):
         ...
 
     def head(self, weights: Any, final: Any) -> None:
-        """Logits of one chunk of the vocabulary."""
+        """Logits of one chunk of the vocabulary. Once all were there they may come again, for the
+        ranks of targets."""
         ...
 
     def finish(self, final: Any) -> Outcome:
