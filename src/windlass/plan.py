@@ -32,6 +32,9 @@ class HomeShares(NamedTuple):
         return min(1.0, self.host + self.streamed)
 
 
+ALL_ON_DEVICE = HomeShares()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartSlots:
     """Room for parts of one kind in a memory. What the checkpoint has of them is recorded for

@@ -19,9 +19,9 @@ from windlass.kvcache.staging import Reached, StreamedKv, staged_bytes_per_token
 from windlass.models.spec import ModelSpec
 from windlass.options import EngineOptions
 from windlass.plan import Plan
-from windlass.planner.activations import half_pages
 from windlass.runtime.host_attention import HostAttention, Staging
 from windlass.runtime.host_experts import HostExperts
+from windlass.runtime.kv_rounds import half_pages
 from windlass.runtime.kv_stream import KvStream, Way
 from windlass.runtime.machine import Machine
 from windlass.weights.store import WeightStore

@@ -66,4 +66,3 @@ def paged_kinds(shapes: Sequence[CacheShape | None]) -> list[PagedShape]:
 def staged_bytes_per_token(shapes: Sequence[CacheShape | None], dtype: torch.dtype) -> int:
     """Bytes of one position in a half."""
     return sum(shape.bytes_per_token(dtype) for shape in paged_kinds(shapes))
-

@@ -43,7 +43,6 @@ _TORCH_BYTES = TILE_BYTES + 8 * UNPACK_BYTES + 4 * PROBE_BYTES
 _DEVICE_SLACK = 1.25
 _WORKSPACE_BYTES = 96 * MIB
 STAGING_BYTES = 256 * MIB  # that rows on their way may take, if two micro-batches do not take more
-_HALF_BYTES = 64 * MIB  # of keys and values on their way: 5 ms of a link of 12 GB/s
 _SPLIT, _LATENT_SPLIT = 256, 1024  # positions of a split (kernels/triton/decode.py)
 _NATIVE_GROUPS = 1024  # of k with scales of their own, in a matrix with activation order
 
@@ -185,20 +184,6 @@ def _exchanged(attention: Attention) -> int:
             return attention.num_heads * (latent + attention.kv_lora_rank) + latent
         case _:
             return 0
-
-
-def half_pages(bytes_per_token: int, page_tokens: int, context: int) -> int:
-    """Pages that one of the two places for keys and values of the host has on a device
-    (kvcache/staging.py): of a sequence of `context` tokens, or several. `bytes_per_token`: in such
-    a place."""
-    usual = _HALF_BYTES // max(1, page_tokens * bytes_per_token)
-    return max(usual, -(-context // page_tokens) + 1)  # guesses may be behind the end
-
-
-def half_bytes(bytes_per_token: int, page_tokens: int, context: int) -> int:
-    """What such a place takes, with a page of zeros."""
-    pages = 1 + half_pages(bytes_per_token, page_tokens, context)
-    return pages * page_tokens * bytes_per_token + MIB
 
 
 def gathered_bytes(spec: ModelSpec, rows: int) -> int:

@@ -18,9 +18,9 @@ from windlass.planner.activations import (
     activation_bytes,
     device_activation_bytes,
     gathered_bytes,
-    half_bytes,
     host_expert_bytes,
 )
+from windlass.runtime.kv_rounds import half_bytes
 from windlass.schedule.batch import CHUNK_TOKENS, most_drafts
 from windlass.units import MIB, format_bytes, round_up
 

@@ -14,7 +14,7 @@ from windlass.ids import DEVICE, Part
 from windlass.models.spec import ModelSpec
 from windlass.perf.sizes import Backend, DeviceSizes, Sizes
 from windlass.plan import HOST, HomeShares, Plan, TierPlan
-from windlass.planner.activations import half_pages, host_side_bytes
+from windlass.planner.activations import host_side_bytes
 from windlass.planner.budget import (
     MOST_FORESEEN_SEQS,
     NOISE_BYTES,
@@ -28,6 +28,7 @@ from windlass.planner.budget import (
     page_bytes,
     parts_with,
 )
+from windlass.runtime.kv_rounds import half_pages
 from windlass.units import format_bytes
 
 _FORECAST_SHARE = 0.02  # of what is left for experts on the host

@@ -7,8 +7,10 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from windlass.schedule.batch import MicroBatch, Segment
+from windlass.units import MIB
 
 Wait = Callable[[], None]
+_HALF_BYTES = 64 * MIB  # 5 ms of a link of 12 GB/s
 
 
 class Run(NamedTuple):
@@ -25,6 +27,19 @@ class Round(NamedTuple):
     first_row: int
     num_rows: int
     segments: tuple[Segment, ...]
+
+
+def half_pages(bytes_per_token: int, page_tokens: int, context: int) -> int:
+    """Pages that one of the two places on the device has (kvcache/staging.py): those of a sequence
+    of `context` tokens, or of several. `bytes_per_token`: in such a place."""
+    usual = _HALF_BYTES // max(1, page_tokens * bytes_per_token)
+    return max(usual, -(-context // page_tokens) + 1)  # guesses may be behind the end
+
+
+def half_bytes(bytes_per_token: int, page_tokens: int, context: int) -> int:
+    """What such a place takes, with a page of zeros."""
+    pages = 1 + half_pages(bytes_per_token, page_tokens, context)
+    return pages * page_tokens * bytes_per_token + MIB
 
 
 def num_pages(segment: Segment, page_tokens: int) -> int:

@@ -5,7 +5,7 @@ the other is used, and what the rows add goes back:
     down      copy                        copy of the round behind ...
     host          wait, ask for kernels
     compute            write rows, attend -> record
-    up                                       wait, copy back -> record (the next use of the place)
+    up                                       wait, copy back -> record: for the next use of the place
 
 Copies come by the queue of weights, behind what is demanded and before what is only hinted at. A
 round that reads what an earlier one of its pass writes has that copied when it is its turn, behind
@@ -163,6 +163,8 @@ class KvStream:
     ) -> torch.Tensor:
         kind, kv = self._kv.kinds[layer], half.kv
         rows = slice(one.first_row, one.first_row + one.num_rows)
+        streams = self._memory.streams
+        streams.compute.wait(half.memory.last_use)  # where nothing has come, which waits for it
         if len(one.fresh):
             kv.clear(kind, one.fresh)
         for store, x_TKd in zip(kv.stored(kind), (got.key_TKd, got.value_TKv), strict=False):
@@ -182,9 +184,7 @@ class KvStream:
 
     def _copies(self, layer: int, half: Half, runs: Sequence[Run]) -> Iterator[Copy]:
         """Of those pages of a layer, from the host."""
-        places = zip(
-            self._kv.ram.places(layer), half.kv.places(self._kv.kinds[layer]), strict=True
-        )
+        places = zip(self._kv.ram.places(layer), half.kv.places(self._kv.kinds[layer]), strict=True)
         for (source, size), (into, _) in places:
             for page, slot, number in runs:
                 yield Copy(
@@ -209,9 +209,10 @@ class KvStream:
                     table = staged.table(window)
                     longest = max(map(len, table))
                     padded = (slots + (half.nowhere,) * (longest - len(slots)) for slots in table)
-                    wanted[window] = _Wanted(
-                        replace(work, pages=tuple(table)), *staged.wanted(window, written)
-                    ), numbers.add(chain.from_iterable(padded))
+                    wanted[window] = (
+                        _Wanted(replace(work, pages=tuple(table)), *staged.wanted(window, written)),
+                        numbers.add(chain.from_iterable(padded)),
+                    )
                 places = [numbers.add(some) for some in (*staged.places(), staged.fresh)]
                 rows = (
                     numbers.add(chain.from_iterable(map(repeat, count(), work.num_rows))),
