@@ -21,6 +21,7 @@ from windlass.build.open import open_engine
 from windlass.device import cuda
 from windlass.device.cpu import CpuDevice
 from windlass.engine.drafting import Drafting
+from windlass.engine.request import Request
 from windlass.errors import UsageError
 from windlass.ids import Home, Route
 from windlass.kernels.reference import TorchKernels
@@ -101,12 +102,17 @@ def test_nor_at_any_other_moments(family, seed, model, monkeypatch):
     assert not device.memory.races
 
 
+def _some() -> list[Request]:
+    """A prompt whose later rounds read what earlier ones write, and some that read nothing."""
+    return [request(f"r{i}", prompt) for i, prompt in enumerate(prompts((150, 60, 60)))]
+
+
 @pytest.mark.parametrize("point", POINTS)
 def test_without_any_of_its_waits_and_events_there_is_a_race(point, model):
     own = model("qwen3_moe")
     device = FakeCuda(name="device", seed=3, without=point)
     with pytest.raises(Race, match="nothing orders them"):
-        own.run_on(device, _plan(own, 1.0), [request("r", prompts((150,))[0])])
+        own.run_on(device, _plan(own, 1.0), _some())
     assert device.order.points[point] > 0
 
 
@@ -123,7 +129,7 @@ def test_what_a_pass_writes_itself_comes_behind_it(model, monkeypatch):
     monkeypatch.setattr(Staged, "wanted", at_once)
     device = FakeCuda(name="device", seed=3)
     with pytest.raises(Race, match="nothing orders them"):
-        own.run_on(device, _plan(own, 1.0), [request("r", prompts((150,))[0])])
+        own.run_on(device, _plan(own, 1.0), _some())
 
 
 def _fail_once(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
@@ -260,7 +266,7 @@ def test_the_share_is_part_of_the_plan_alone(model):
     assert make(0.5).shares == HomeShares(0.25, 0.5)
     pages = make(0.5).pages
     assert pages[Home.HOST] + pages[Home.STREAMED] == make(0.5).host.kv_pages
-    assert pages[Home.STREAMED] == round(pages[Home.HOST] * 2)
+    assert abs(pages[Home.STREAMED] - 2 * pages[Home.HOST]) <= 1
     with pytest.raises(UsageError, match=r"kv_offloading_share: got 0.9, allowed 0 to 0.75"):
         own.open(make(0.9))
     with pytest.raises(UsageError, match="kv_offloading_share: got 1.5, allowed a number from 0"):

@@ -2,6 +2,7 @@
 a layer of a few sequences at a time. Knows memory, not who comes when."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 
@@ -17,8 +18,8 @@ class Reached(HostAllocator):
         self._host = host
 
     def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        like = torch.empty(shape, dtype=dtype, device="meta")
-        return self._host.allocate(like.nbytes).data[: like.nbytes].zero_().view(dtype).view(shape)
+        num_bytes = dtype.itemsize * prod(shape)
+        return self._host.allocate(num_bytes).data[:num_bytes].zero_().view(dtype).view(shape)
 
 
 class Half:
