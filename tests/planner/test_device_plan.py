@@ -20,7 +20,7 @@ from windlass.planner.budget import PlanConstraints
 from windlass.planner.choose import choose_plan, plain_plan
 from windlass.planner.device_budget import plan_for
 from windlass.planner.explain import explain
-from windlass.planner.search import search
+from windlass.planner.search import _Machine, search
 from windlass.planner.validate import validate_plan
 from windlass.runtime.host_attention import Staging
 from windlass.runtime.kv_rounds import half_pages
@@ -190,10 +190,10 @@ def test_they_come_to_the_device_where_the_host_is_too_slow_to_attend():
         ),
     )  # fmt: skip
     assert weak.estimate.total_s < estimate(problem, other, long).total_s
-    assert _best(60, 24, long, host=0.05).plan.kv_offloading_share == 0
-    with quick_search():
-        forced = search(problem, WORK, 8 * GIB, PlanConstraints(kv_offloading_share=0.5))[0].plan
-    assert forced.kv_offloading_share == 0.5
+    machine = _Machine(SPEC, problem.sizes, 24 * GIB, 0)
+    some = machine._shares(PlanConstraints(kv_offloading_share=0.75))
+    assert some == [(0.0, 0.75), (0.25, 0.75)], "what the user says is kept"
+    assert {sum(one) for one in machine._shares(PlanConstraints()) if 0 not in one} == {1.0}
 
 
 def test_a_plan_that_is_chosen_keeps_its_homes_beside_a_process_that_has_grown():
