@@ -193,7 +193,7 @@ def test_they_come_to_the_device_where_the_host_is_too_slow_to_attend():
     machine = _Machine(SPEC, problem.sizes, 24 * GIB, 0)
     some = machine._shares(PlanConstraints(kv_offloading_share=0.75))
     assert some == [(0.0, 0.75), (0.25, 0.75)], "what the user says is kept"
-    assert {sum(one) for one in machine._shares(PlanConstraints()) if 0 not in one} == {1.0}
+    assert (0.5, 0.5) in machine._shares(PlanConstraints()), "nobody is left on the device"
 
 
 def test_a_plan_that_is_chosen_keeps_its_homes_beside_a_process_that_has_grown():

@@ -98,7 +98,7 @@ def test_rounds_have_all_rows_and_few_pages_and_all_that_rows_see(lengths, most,
         assert total <= most or len(one.segments) == 1
         staged = Staged(one, PAGE, NOWHERE)
         early, _ = staged.wanted(window, ())
-        came = {run.slot + i: run.page + i for run in early for i in range(run.count)}
+        came = {run.slot + i: run.page + i for run in early for i in range(run.num_pages)}
         slots = iter(zip(*staged.places(), strict=True))
         for segment, table in zip(one.segments, staged.table(window), strict=True):
             last = segment.first_position + segment.num_tokens

@@ -110,7 +110,7 @@ class DevicePassCost:
     def streamed_bytes(self, one: PassRun, placed: Placed) -> tuple[float, float]:
         """Bytes of keys and values that come from the host, and that go back."""
         come = gone = 0.0
-        for layer, count in self._kinds:
+        for layer, count in self._kinds if placed.streamed else ():
             theirs = self.costs.host_rows(layer, one.seen, placed.streamed)
             if theirs.num_rows:
                 some = self.costs.streamed_bytes(layer, theirs)

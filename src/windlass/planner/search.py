@@ -221,13 +221,13 @@ class _Machine:
         longest = max(work.longest, self._context, 2)
         values = replace(values, max_model_len=values.max_model_len or longest)
         for share in self._shares(values):
-            may_group = values.groups is None and share[0]
+            may_group = values.groups is None and share[0] and not share[1]
             for groups in _GROUPS if may_group else (values.groups,):
                 yield replace(_with(values, share), groups=groups)
 
     def _shares(self, wanted: PlanConstraints) -> Sequence[_Shares]:
         """Of sequences that attend on the host, and of those whose keys and values it keeps for the
-        device, that are tried: of both kinds where nobody is left on the device."""
+        device, that are tried: half of each kind where nobody is left on the device."""
         host, streamed = wanted.host_attention, wanted.kv_offloading_share
         if self._sizes.device is None:
             return ((host, streamed),)
@@ -238,7 +238,7 @@ class _Machine:
             return [(s, streamed) for s in some if s + streamed <= 1]
         return [
             *((s, 0.0) for s in some), *((0.0, s) for s in some[1:]),
-            *((s, 1 - s) for s in some[1:-1]),
+            (0.5, 0.5),
         ]  # fmt: skip
 
     def _plain(self, wanted: PlanConstraints) -> Plan:

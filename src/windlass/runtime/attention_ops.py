@@ -16,7 +16,7 @@ from windlass.models.spec import Gqa, Mla, ModelSpec, Recurrent, Rope
 from windlass.runtime.attention_metadata import AttentionMetadata
 from windlass.runtime.host_attention import HostAttention, OnHost
 from windlass.runtime.kv_stream import KvStream
-from windlass.schedule.batch import MicroBatch
+from windlass.schedule.batch import Batch, MicroBatch
 from windlass.tensors import Tensors, floats_or_none
 from windlass.trace import Tracer
 
@@ -31,16 +31,16 @@ class AttentionOps:
         kv: KvCache,
         memory: Allocator,
         tracer: Tracer,
-        elsewhere: tuple[HostAttention | None, KvStream | None] = (None, None),
+        below: tuple[HostAttention | None, KvStream | None] = (None, None),
     ) -> None:
-        """`memory`: of the device whose kernels are given, as `kv` is. `elsewhere`: attention of
+        """`memory`: of the device whose kernels are given, as `kv` is. `below`: attention of
         sequences whose home is the host, and of those whose keys and values come from there, where
         there are any."""
         self._spec = spec
         self._kernels = kernels
         self._kv = kv
         self._tracer = tracer
-        self._host, self._stream = elsewhere
+        self._host, self._stream = below
         self._ropes = {rope: RopeTable(rope, memory) for rope in ropes(spec)}
 
     def compute(
@@ -67,6 +67,11 @@ class AttentionOps:
                 assert self._stream is not None, "a sequence whose home is not there"
                 o_THv = self._stream.attend(layer, got, self._options(attention, w), streamed)
             self.finish(layer, w, x_TD, o_THv, got.gate_THv)
+
+    def begin_pass(self, batch: Batch, layers: range) -> None:
+        """A pass through `layers` of the model begins."""
+        if self._stream is not None:
+            self._stream.begin(batch, layers)
 
     def begin(
         self,

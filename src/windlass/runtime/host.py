@@ -135,9 +135,8 @@ class HostRuntime:
         self._forecast = foresight.forecast
         self._routing = routing = RoutingReport(foresight.forecast, foresight.observers, streams)
         self._blocks = LayerOps(spec, kernels, tracer=tracer, wants_scores=routing.wants_scores)
-        self._stream = machine.stream
-        elsewhere = machine.host, machine.stream
-        self._attention = AttentionOps(spec, kernels, kv, machine.memory, tracer, elsewhere)
+        below = machine.host, machine.stream
+        self._attention = AttentionOps(spec, kernels, kv, machine.memory, tracer, below)
         ops = self._blocks, self._attention
         self._capture = LayerCapture(spec, ops, machine, weights)
         self._routers = _Routers(spec, streams, foresight.router_readers)
@@ -196,13 +195,9 @@ class HostRuntime:
             hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
 
-    def _embed(
-        self, batch: Batch, layers: Sequence[int], before: Sequence[int] = ()
-    ) -> torch.Tensor:
-        """Hidden states of the batch's tokens, which go through `layers`; where they are, for
-        attention."""
-        if self._stream is not None:
-            self._stream.begin(batch, layers)
+    def _embed(self, batch: Batch, layers: range, before: Sequence[int] = ()) -> torch.Tensor:
+        """Hidden states of the tokens, which go through `layers`; where they are, for attention."""
+        self._attention.begin_pass(batch, layers)
         self._rows = rows = pass_rows(batch, self._kv.page_tokens, self._memory, before)
         self._metadata = rows.metadata
         return math.embed(self._spec, _embedding(self._weights, batch, rows.tokens_T))
@@ -335,7 +330,7 @@ class DraftingHostRuntime(HostRuntime):
         self, weights: Lease, states: torch.Tensor, rows: Sequence[int], batch: Batch
     ) -> torch.Tensor:
         with self._tracer.span("embed", rows=batch.num_tokens):
-            embedded = self._embed(batch, (len(self._spec.trunk.blocks),), rows)
+            embedded = self._embed(batch, range(len(self._spec.blocks))[-1:], rows)
             if len(rows) < len(states):
                 states = states[self._rows_of_pass.before_T]
             hidden = math.join(self._kernels, self._spec, weights.tensors, embedded, states)

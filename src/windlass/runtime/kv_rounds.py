@@ -18,7 +18,7 @@ class Run(NamedTuple):
 
     page: int
     slot: int
-    count: int
+    num_pages: int
 
 
 class Round(NamedTuple):
@@ -139,8 +139,8 @@ class Staged:
         for page in sorted(pages, key=self._slots.__getitem__):
             slot = self._slots[page]
             last = runs[-1] if runs else Run(-1, -1, 0)
-            if (page, slot) == (last.page + last.count, last.slot + last.count):
-                runs[-1] = last._replace(count=last.count + 1)
+            if (page, slot) == (last.page + last.num_pages, last.slot + last.num_pages):
+                runs[-1] = last._replace(num_pages=last.num_pages + 1)
             else:
                 runs.append(Run(page, slot, 1))
         return runs

@@ -5,7 +5,7 @@ the other is used, and what the rows add goes back:
     down      copy                        copy of the round behind ...
     host          wait, ask for kernels
     compute            write rows, attend -> record
-    up                                       wait, copy back -> record: for the next use of the place
+    up                                       wait, copy back -> record: before the next use
 
 Copies come by the queue of weights, behind what is demanded and before what is only hinted at. A
 round that reads what an earlier one of its pass writes has that copied when it is its turn, behind

@@ -20,6 +20,7 @@ from windlass.ids import DISK_TO_HOST, Part, Route, WeightKey
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.clock import HOST_TO_DEVICE, Clock, Lanes, LaneWork, Span
 from windlass.runtime.routed_groups import RoutedGroups
+from windlass.runtime.simulated_parts import HostPart, NoPart, StreamPart
 from windlass.schedule.batch import Batch, MicroBatch, RowGroup
 from windlass.schedule.observer import RoutedTokens
 from windlass.schedule.runtime import Outcome, Routed
@@ -227,35 +228,6 @@ class SimulatedWeights:
         return self._clock.now
 
 
-class HostPart(Protocol):
-    """What the host does of experts, beside a device."""
-
-    def begin(
-        self, layer: int, group: RowGroup, counts: Mapping[int, int]
-    ) -> tuple[Mapping[int, int], Callable[[], None]]:
-        """Of rows by expert: what is left to the device, and what waits for the host's."""
-        ...
-
-
-class _NoPart:
-    """Implements `HostPart` of a machine where passes have all experts from one processor."""
-
-    def begin(
-        self, layer: int, group: RowGroup, counts: Mapping[int, int]
-    ) -> tuple[Mapping[int, int], Callable[[], None]]:
-        return counts, lambda: None
-
-
-class StreamPart(Protocol):
-    """Attention over keys and values that come from the host, beside a device."""
-
-    def begin(self, batch: Batch) -> None: ...
-
-    def attend(self, layer: int, rows: MicroBatch) -> bool:
-        """All of it of a layer, if it is such rows'."""
-        ...
-
-
 class SimulatedRuntime:
     """Implements `Runtime` on a clock."""
 
@@ -270,7 +242,7 @@ class SimulatedRuntime:
         router: Router,
     ) -> None:
         """Without a `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
-        self.host: HostPart = _NoPart()  # of experts; beside a device another may take its place
+        self.host: HostPart = NoPart()  # of experts; beside a device another may take its place
         self.stream: StreamPart | None = None  # the same
         self._lanes = lanes
         self._costs = costs
