@@ -15,7 +15,7 @@ from windlass.errors import BudgetError, UsageError
 from windlass.ids import DEVICE, Home, Part
 from windlass.perf.estimate import estimate
 from windlass.perf.sizes import Sizes
-from windlass.plan import Plan, TierPlan
+from windlass.plan import HomeShares, Plan, TierPlan
 from windlass.planner.budget import PlanConstraints
 from windlass.planner.choose import choose_plan, plain_plan
 from windlass.planner.device_budget import plan_for
@@ -70,7 +70,7 @@ def test_no_plan_breaks_a_memory(name, device, host, share, seqs, pages, groups,
     assert plan.host.total_bytes == _added_up(plan.host, sizes) <= int(host * GIB)
     assert seqs is None or plan.max_num_seqs == seqs
     assert pages is None or plan.kv_pages == pages
-    assert plan.shares == (share or 0.0, streamed)
+    assert plan.shares == HomeShares(share or 0.0, streamed)
     share = plan.shares.below
     assert (plan.host.kv_pages > 0) >= (share == 1) and (above.kv_pages == 0) >= (share == 1)
     if streamed:

@@ -140,7 +140,7 @@ class KvCache:
             for one in (store.rows_PKBd, store.scales_PKB):
                 if one is not None:
                     at = one.storage_offset() * one.itemsize - self.whole.storage_offset()
-                    found.append((at, prod(one.shape[1:]) * one.itemsize))
+                    found.append((int(at), prod(one.shape[1:]) * one.itemsize))
         return found
 
     def give_pages(self, pages: Sequence[int]) -> None:

@@ -129,14 +129,12 @@ class HostRuntime:
         self._streams = streams = machine.memory.streams
         self._tracer = tracer = machine.tracer
         self._experts = machine.experts
-        self._weights = weights
-        self._kv = kv
+        self._weights, self._kv = weights, kv
         self._prefetcher = foresight.prefetcher
         self._forecast = foresight.forecast
         self._routing = routing = RoutingReport(foresight.forecast, foresight.observers, streams)
         self._blocks = LayerOps(spec, kernels, tracer=tracer, wants_scores=routing.wants_scores)
-        below = machine.host, machine.stream
-        self._attention = AttentionOps(spec, kernels, kv, machine.memory, tracer, below)
+        self._attention = AttentionOps(spec, kernels, kv, machine.memory, tracer, machine.below)
         ops = self._blocks, self._attention
         self._capture = LayerCapture(spec, ops, machine, weights)
         self._routers = _Routers(spec, streams, foresight.router_readers)

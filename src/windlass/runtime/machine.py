@@ -25,6 +25,11 @@ class Machine:
     experts: HostExperts | None = None
     replays: bool = True
 
+    @property
+    def below(self) -> tuple[HostAttention | None, KvStream | None]:
+        """Attention over keys and values that the host has."""
+        return self.host, self.stream
+
     def abandon(self) -> None:
         """A pass has failed: returns when nobody works on its keys and values, or reads weights for
         it, any more."""
