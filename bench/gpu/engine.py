@@ -66,6 +66,7 @@ class EngineBench:
             ("two groups", {"groups": 2}),
             ("host attention 0.5", {"host_attention": 0.5}),
             ("host attention 0.5, two groups", {"host_attention": 0.5, "groups": 2}),
+            ("keys and values in RAM", {"kv_offloading_share": 1.0}),
             ("no prefetch beside computation", {"overlap": False}),
             ("four fifths of the device memory", {"device_memory": less}),
         ]

@@ -163,7 +163,8 @@ class Runs:
         values: dict[str, Any] = {
             "max_model_len": like.max_model_len,
             "max_num_batched_tokens": like.max_num_batched_tokens, "groups": 1,
-            "host_attention": 0.0, "schedule": "module-based", "mixed_prefill_tokens": 0,
+            "host_attention": 0.0, "kv_offloading_share": 0.0,
+            "schedule": "module-based", "mixed_prefill_tokens": 0,
             "burst_tokens": 0, "prefix_caching": False,
             "expert_slots": self.size.layer_slots and self.size.layer_slots * self.size.layers,
         }  # fmt: skip

@@ -29,9 +29,11 @@ class WeightKey(NamedTuple):
 
 
 class Home(StrEnum):
-    """Where a sequence's keys and values are, and its attention is computed."""
+    """Where a sequence's keys and values are, and its attention is computed: both by one name, but
+    for those that are in the host's memory and go through the device's for each layer."""
 
     HOST = "host"
+    STREAMED = "streamed"
     DEVICE = "device"  # where passes are computed: the only one on a machine without another device
 
 

@@ -52,6 +52,8 @@ class EngineOptions:
     `device`: where passes compute: "cpu", "cuda" or one as "cuda:1"; "auto" for a GPU where torch
     has one and a plan fits it. `device_memory`: what may be taken of it in all.
     `kv_cache_dtype`: what keys and values are kept in, "auto" for the checkpoint's type.
+    `kv_offloading_share`: of the sequences, 0 to 1, whose keys and values are kept in the host's
+    memory and go to the GPU layer by layer; results are the same bits.
     `strict`: settings of config.json that nothing reads are an error, not a line of the log.
     `expert_usage`: "off", or the file that keeps how often experts are used from run to run; "auto"
     for one that the commands choose (`doctor/kept.py`).
@@ -81,6 +83,7 @@ class EngineOptions:
     device_memory: int | None = None
     moe_expert_cache_size: str | None = None
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "int8"] = "auto"
+    kv_offloading_share: float | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     micro_batch_size: int | None = None
@@ -130,6 +133,7 @@ class EngineOptions:
         read_device(self.device)
         if self.device == CPU and self.device_memory is not None:
             raise UsageError("device_memory: allowed with device auto or cuda, which has one")
+        self._check_share()
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads: got {self.threads}, allowed 1 or more")
         if self.expert_map_store is not None and self.expert_forecast != "finemoe":
@@ -144,6 +148,15 @@ class EngineOptions:
         self._check_files()
         if self.burst_tokens is not None and self.burst_tokens < 0:
             raise UsageError(f"burst_tokens: got {self.burst_tokens}, allowed 0 or more")
+
+    def _check_share(self) -> None:
+        share = self.kv_offloading_share
+        if share is None:
+            return
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise UsageError(f"kv_offloading_share: got {share!r}, allowed a number from 0 to 1")
+        if share and self.device == CPU:
+            raise UsageError("kv_offloading_share: allowed with device auto or cuda")
 
     def _check_files(self) -> None:
         """Each file that is written has a place of its own."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from windlass.errors import UsageError
 from windlass.ids import Home, Part
@@ -17,6 +17,22 @@ PART_WORDS: Mapping[Part, str] = {
     Part.HEAD: "head", Part.JOIN: "join of drafts", Part.FINAL: "last norm",
     Part.EMBED: "embedding",
 }  # fmt: skip
+
+
+class HomeShares(NamedTuple):
+    """Of the sequences, by where their keys and values are: those that the host attends to, and
+    those that come from its memory to the device. All others are the device's."""
+
+    host: float = 0.0
+    streamed: float = 0.0
+
+    @property
+    def below(self) -> float:
+        """Whose keys and values are in the host's memory."""
+        return min(1.0, self.host + self.streamed)
+
+
+ALL_ON_DEVICE = HomeShares()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +99,9 @@ class Plan:
     # Share of the sequences, 0 to 1, whose attention the host computes and whose keys and values it
     # keeps, beside a device that does so for the others (MoE-Gen's omega). 0 without a device
     host_attention: float = 0.0
+    # Share of the sequences, 0 to 1, whose keys and values are in the host's memory and come to the
+    # device that attends, layer by layer. Bits do not depend on it. 0 without a device
+    kv_offloading_share: float = 0.0
     # Share of each layer's experts, 0 to 1, that the host computes for generated rows, beside a
     # device that does all others and prompts. 0 without a device
     host_experts: float = 0.0
@@ -106,11 +125,29 @@ class Plan:
     def homes(self) -> dict[Home, TierPlan]:
         """Where sequences may have their keys and values, and the tier whose pages these are.
         Recurrent states are those of `top`."""
-        share, found = self.host_attention, {}
-        if share < 1:
+        share, found = self.shares, {}
+        if share.below < 1:
             found[Home.DEVICE] = self.top
-        if share > 0:
+        if share.host > 0:
             found[Home.HOST] = self.host
+        if share.streamed > 0:
+            found[Home.STREAMED] = self.host
+        return found
+
+    @property
+    def shares(self) -> "HomeShares":
+        """Of the sequences by their home."""
+        return HomeShares(self.host_attention, self.kv_offloading_share)
+
+    @property
+    def pages(self) -> dict[Home, int]:
+        """Of each home, those of the host as its sequences are."""
+        share, host = self.shares, self.host.kv_pages
+        found = dict.fromkeys(self.homes, self.top.kv_pages)
+        if Home.STREAMED in found:
+            found[Home.STREAMED] = round(host * share.streamed / share.below)
+        if Home.HOST in found:
+            found[Home.HOST] = host - found.get(Home.STREAMED, 0)
         return found
 
     @property
@@ -134,7 +171,8 @@ class Plan:
         """All values by name, tiers and parts by theirs; `from_json` reads them back."""
         document = asdict(self)
         if self.above is None:
-            del document["host_attention"], document["host_experts"]  # there is nothing to say
+            for name in ("host_attention", "kv_offloading_share", "host_experts"):
+                del document[name]  # there is nothing to say
         for tier in document["tiers"]:
             tier["parts"] = {own.pop("part").value: own for own in tier["parts"]}
         document["tiers"] = {tier.pop("name"): tier for tier in document["tiers"]}
@@ -212,6 +250,11 @@ class Plan:
                 f"plan: the host computes attention of {100 * self.host_attention:.0f} % of the"
                 " sequences, beside the device"
             )
+        if self.kv_offloading_share:
+            lines.append(
+                f"plan: keys and values of {100 * self.kv_offloading_share:.0f} % of the sequences"
+                " are in the host's memory, and go to the device layer by layer"
+            )
         if self.host_experts:
             lines.append(
                 f"plan: the host computes {100 * self.host_experts:.0f} % of the experts for"
@@ -236,7 +279,8 @@ def _held(own: PartSlots) -> str:
 
 
 _BEFORE = {
-    "burst_tokens": 0, "burst_max_seqs": 0, "groups": 1, "host_attention": 0.0, "host_experts": 0.0
+    "burst_tokens": 0, "burst_max_seqs": 0, "groups": 1, "host_attention": 0.0,
+    "kv_offloading_share": 0.0, "host_experts": 0.0,
 }  # fmt: skip
 
 

@@ -37,6 +37,7 @@ def test_json_brings_every_value_back(plan):
     # a plan without a device does not speak of what it leaves to the host
     assert set(document) == {field.name for field in fields(Plan)} - {
         "host_attention",
+        "kv_offloading_share",
         "host_experts",
     }
     assert set(document["tiers"]) == {"host"}

@@ -54,7 +54,7 @@ def test_a_dry_run_passes_every_check(on_cpu, tmp_path, monkeypatch):
     named = [name for name in found if name.endswith(": tokens")]
     assert [found[name]["compared_with"] for name in named] == [
         "none before it", "as planned", "as planned", "as planned", "none before it",
-        "host attention 0.5", "as planned", "as planned",
+        "host attention 0.5", "as planned", "as planned", "as planned",
     ]  # fmt: skip
     assert found["host attention 0.5: tokens"]["host_attention"] == 0.5
     runs = [one for name, one in found.items() if name.endswith(": memory within its budget")]

@@ -418,6 +418,7 @@ ENGINE = MODEL | {
     "--expert-usage", "--expert-forecast", "--expert-cache-policy", "--expert-map-store",
     "--no-enable-prefix-caching",
     "--burst-tokens", "--batch-groups", "--enforce-eager", "--device", "-dev", "--device-memory",
+    "--kv-offloading-share",
 }  # fmt: skip
 OPTIONS = {
     "run-batch": ENGINE | {
@@ -535,6 +536,8 @@ def test_values_become_engine_options() -> None:
             "cuda:1",
             "--device-memory",
             "7GiB",
+            "--kv-offloading-share",
+            "0.5",
             "--plan",
             "p.json",
             "--speculative-config",
@@ -558,6 +561,7 @@ def test_values_become_engine_options() -> None:
     assert (options.burst_tokens, engine_options(values()).burst_tokens) == (0, None)
     assert (options.batch_groups, engine_options(values()).batch_groups) == (3, None)
     assert (options.device, options.device_memory) == ("cuda:1", 7 << 30)
+    assert (options.kv_offloading_share, values()["kv_offloading_share"]) == (0.5, None)
     assert (engine_options(values()).device, values()["device_memory"]) == ("auto", None)
     for wrong in ("gpu", "cuda:", "cuda:x", "CUDA"):
         with pytest.raises(UsageError, match=rf"^--device: got '{wrong}', allowed auto, cpu, cuda"):

@@ -107,6 +107,26 @@ def test_what_the_host_holds_is_read_from_disk_once():
     assert missing > 20 and 0.5 * missing < read <= 1.1 * missing
 
 
+def test_keys_and_values_that_come_take_the_link_and_go_back():
+    """Beside a model that stays on the device: bytes of the positions before, of whole pages, on
+    the clock and in closed form; with experts on the same link both take longer."""
+    each = 6 * 4096 * 64  # layers, bytes, rows
+    plan, timed, closed = _timed(20, 24, 64, {}, kv_offloading_share=1.0)
+    assert plan.shares.streamed == 1 and plan.kv_pages == plan.host.kv_pages
+    costs = DeviceCost(device_problem(SPEC, 20 * GIB), kv_numbers=kv_numbers(SPEC))
+    down, up = costs.fetch_s(each * CONTEXT), costs.send_s(each * 32)
+    assert timed.busy["down"] == pytest.approx(down, rel=0.03)
+    assert closed.busy["down"] == pytest.approx(down, rel=0.01)
+    assert timed.busy["up"] == pytest.approx(up) and closed.busy["up"] == pytest.approx(up)
+    assert timed.busy["host"] == closed.busy["host"] == 0
+    assert timed.seconds == pytest.approx(closed.seconds, rel=0.25)
+    _, without, _ = _timed(20, 24, 64, {})
+    assert without.busy["down"] == 0 and without.seconds < timed.seconds
+    _, fetched, _ = _timed(2, 24, 64, {}, host_attention=1.0)
+    _, both, _ = _timed(2, 24, 64, {}, kv_offloading_share=1.0)
+    assert both.busy["down"] > fetched.busy["down"] + 0.8 * down
+
+
 @few_layers()
 def test_few_layers_stand_for_many():
     spec = small_spec(layers=24, experts=8)

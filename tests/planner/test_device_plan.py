@@ -12,17 +12,18 @@ from amounts import some
 from devices import device_problem, quick_search, small_spec, with_rates
 from planning import SPECS
 from windlass.errors import BudgetError, UsageError
-from windlass.ids import DEVICE, Part
+from windlass.ids import DEVICE, Home, Part
 from windlass.perf.estimate import estimate
 from windlass.perf.sizes import Sizes
-from windlass.plan import Plan, TierPlan
+from windlass.plan import HomeShares, Plan, TierPlan
 from windlass.planner.budget import PlanConstraints
 from windlass.planner.choose import choose_plan, plain_plan
 from windlass.planner.device_budget import plan_for
 from windlass.planner.explain import explain
-from windlass.planner.search import search
+from windlass.planner.search import _Machine, search
 from windlass.planner.validate import validate_plan
 from windlass.runtime.host_attention import Staging
+from windlass.runtime.kv_rounds import half_pages
 from windlass.units import GIB, MIB
 from windlass.workload import Job, Workload
 
@@ -44,13 +45,17 @@ def _added_up(tier: TierPlan, sizes: Sizes) -> int:
     st.sampled_from(sorted(SPECS)), st.floats(0.3, 80), st.floats(0.3, 200),
     st.sampled_from((None, 0.0, 0.25, 1.0)), st.one_of(st.none(), st.integers(1, 500)),
     st.one_of(st.none(), st.integers(1, 4000)), st.sampled_from((None, 2)),
-    st.sampled_from((0, 3 * MIB)),
+    st.sampled_from((0, 3 * MIB)), st.sampled_from((None, 0.5, 1.0)),
 )  # fmt: skip
-def test_no_plan_breaks_a_memory(name, device, host, share, seqs, pages, groups, state):
+def test_no_plan_breaks_a_memory(name, device, host, share, seqs, pages, groups, state, streamed):
     problem = device_problem(SPECS[name], device * GIB)
     sizes = replace(problem.sizes, state_bytes=state)
     assert sizes.device is not None
-    wanted = PlanConstraints(max_num_seqs=seqs, kv_pages=pages, host_attention=share, groups=groups)
+    streamed = min(streamed or 0.0, 1 - (share or 0.0))
+    wanted = PlanConstraints(
+        max_num_seqs=seqs, kv_pages=pages, host_attention=share, groups=groups,
+        kv_offloading_share=streamed,
+    )  # fmt: skip
     try:
         plan = plan_for(problem.spec, sizes, int(host * GIB), wanted)
     except BudgetError as error:
@@ -65,8 +70,14 @@ def test_no_plan_breaks_a_memory(name, device, host, share, seqs, pages, groups,
     assert plan.host.total_bytes == _added_up(plan.host, sizes) <= int(host * GIB)
     assert seqs is None or plan.max_num_seqs == seqs
     assert pages is None or plan.kv_pages == pages
-    assert plan.host_attention == (share or 0.0)
+    assert plan.shares == HomeShares(share or 0.0, streamed)
+    share = plan.shares.below
     assert (plan.host.kv_pages > 0) >= (share == 1) and (above.kv_pages == 0) >= (share == 1)
+    if streamed:
+        each, context = sizes.staged_bytes_per_token, plan.max_model_len
+        place = half_pages(each, plan.page_tokens, context) * plan.page_tokens * each
+        assert 2 * place < above.activation_bytes
+        assert plan.pages[Home.STREAMED] <= plan.host.kv_pages
     assert above.state_slots == (plan.max_num_seqs if state else 0) and not plan.host.state_slots
     for part, slots in above.slots.items():  # what is copied there has a slot to come through
         assert plan.host.slots[part] >= min(1, slots)
@@ -162,6 +173,27 @@ def test_keys_and_values_go_to_the_host_where_the_device_has_no_room_for_them():
     assert Staging.of(SPEC, small).num_bytes < small.host.activation_bytes
     large = _best(60, 24, long, host=0.02).plan
     assert large.host_attention == 0 and large.host.kv_pages == 0
+
+
+def test_they_come_to_the_device_where_the_host_is_too_slow_to_attend():
+    """Neither has room and speed for them; a link that is slow too has the device keep fewer."""
+    long = Workload.from_lengths(3000, 64, 64)
+    weak = _best(2, 24, long, host=0.05, down=2)
+    plan = weak.plan
+    assert plan.kv_offloading_share > 0 and plan.host_attention == 0 and plan.host.kv_pages > 0
+    problem = device_problem(SPEC, 2 * GIB, profile=with_rates(host=0.05, down=2))
+    other = plan_for(
+        SPEC, problem.sizes, 24 * GIB,
+        replace(
+            PlanConstraints.of(plan), host_attention=plan.kv_offloading_share,
+            kv_offloading_share=0.0, expert_slots=None,
+        ),
+    )  # fmt: skip
+    assert weak.estimate.total_s < estimate(problem, other, long).total_s
+    machine = _Machine(SPEC, problem.sizes, 24 * GIB, 0)
+    some = machine._shares(PlanConstraints(kv_offloading_share=0.75))
+    assert some == [(0.0, 0.75), (0.25, 0.75)], "what the user says is kept"
+    assert (0.5, 0.5) in machine._shares(PlanConstraints()), "nobody is left on the device"
 
 
 def test_a_plan_that_is_chosen_keeps_its_homes_beside_a_process_that_has_grown():

@@ -52,7 +52,8 @@ def sizes_of(spec: ModelSpec) -> Sizes:
         counts[Part.FFN] = len(dense)
     return Sizes(
         process_bytes=240 * MIB, slot_bytes=slots, num_parts=counts,
-        bytes_per_token=len(spec.blocks) * 4 * KIB, kv_cache_dtype="bfloat16",
+        bytes_per_token=len(spec.blocks) * 4 * KIB, staged_bytes_per_token=4 * KIB,
+        kv_cache_dtype="bfloat16",
         bytes_per_position=512, row_buffer_bytes=2 * MIB, state_bytes=0,
         backend=Backend("cpu", threads=2),
     )  # fmt: skip
@@ -88,6 +89,7 @@ def round_sizes(spec: ModelSpec) -> Sizes:
             Part.HEAD: -(-table // (16 * MIB)), Part.FINAL: 1, Part.EMBED: 1,
         },
         bytes_per_token=layers * 4 * KIB,
+        staged_bytes_per_token=4 * KIB,
         kv_cache_dtype="bfloat16",
         bytes_per_position=512,
         row_buffer_bytes=2 * MIB,

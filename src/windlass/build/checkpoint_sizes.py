@@ -32,6 +32,7 @@ from windlass.kvcache.kv_cache import (
     bytes_per_token,
     state_bytes,
 )
+from windlass.kvcache.staging import staged_bytes_per_token
 from windlass.checkpoint.part_reads import make_part_reads, slot_bytes
 from windlass.checkpoint.placement import DeviceLayout
 from windlass.weights.row_reader import row_buffer_bytes
@@ -102,6 +103,7 @@ def sizes_of(model: CheckpointFolder, options: EngineOptions, backend: Backend) 
         slot_bytes=slots,
         num_parts=Counter(key.part for key in model.layout.parts),
         bytes_per_token=bytes_per_token(shapes, CACHE_DTYPES[kept_in]),
+        staged_bytes_per_token=staged_bytes_per_token(shapes, CACHE_DTYPES[kept_in]),
         kv_cache_dtype=kept_in,
         bytes_per_position=sum(
             2 * bytes_per_position(rope) for rope in ropes(model.spec)
@@ -164,6 +166,7 @@ def wanted_of(options: EngineOptions, model: CheckpointFolder) -> PlanConstraint
         max_num_batched_tokens=options.max_num_batched_tokens,
         micro_batch_tokens=options.micro_batch_size,
         groups=options.batch_groups,
+        kv_offloading_share=options.kv_offloading_share,
         max_model_len=options.max_model_len,
         schedule=options.schedule,
         burst_tokens=options.burst_tokens,

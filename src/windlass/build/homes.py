@@ -8,34 +8,41 @@ from functools import partial
 
 from windlass.build.checkpoint_sizes import CACHE_DTYPES, cache_shapes
 from windlass.build.tiers import Tiers
-from windlass.device.base import Allocator
+from windlass.device import cuda
+from windlass.device.base import Allocator, Device
 from windlass.ids import Home
 from windlass.kernels.interface import Kernels
 from windlass.kernels.select import choose_kernels
 from windlass.kvcache.kv_cache import KvCache, PagedShape
 from windlass.kvcache.kv_tiers import KvTiers
+from windlass.kvcache.staging import Reached, StreamedKv, staged_bytes_per_token
 from windlass.models.spec import ModelSpec
 from windlass.options import EngineOptions
 from windlass.plan import Plan
 from windlass.runtime.host_attention import HostAttention, Staging
 from windlass.runtime.host_experts import HostExperts
+from windlass.runtime.kv_rounds import half_pages
+from windlass.runtime.kv_stream import KvStream, Way
 from windlass.runtime.machine import Machine
 from windlass.weights.store import WeightStore
 from windlass.weights.tier_supply import TierSupply
 
 
-def open_kv(spec: ModelSpec, plan: Plan, memory: Allocator, host: Allocator) -> KvTiers:
+def open_kv(spec: ModelSpec, plan: Plan, memory: Allocator, host: Device) -> KvTiers:
     """Of the device that computes, in `memory`, and of the host, where sequences have their home
-    there. All recurrent states are the device's."""
-    shapes, pages = cache_shapes(spec), {home: tier.kv_pages for home, tier in plan.homes.items()}
+    there, or their keys and values alone. All recurrent states are the device's."""
+    shapes, pages = cache_shapes(spec), plan.pages
     make = partial(KvCache, dtype=CACHE_DTYPES[plan.kv_cache_dtype], page_tokens=plan.page_tokens)
     device = make(
         shapes, memory, num_pages=pages.get(Home.DEVICE, 0), state_slots=plan.top.state_slots
     )
-    if Home.HOST not in pages:
-        return KvTiers(device)
     paged = [one if isinstance(one, PagedShape) else None for one in shapes]
-    return KvTiers(device, make(paged, host, num_pages=pages[Home.HOST], state_slots=0))
+
+    def below(home: Home, own: Allocator) -> KvCache | None:
+        count = pages.get(home)
+        return None if count is None else make(paged, own, num_pages=count, state_slots=0)
+
+    return KvTiers(device, below(Home.HOST, host), below(Home.STREAMED, Reached(host)))
 
 
 def choose_host_kernels(plan: Plan, options: EngineOptions, threads: int) -> Kernels | None:
@@ -62,10 +69,13 @@ def open_host(
     opened: ExitStack,
 ) -> Machine:  # fmt: skip
     """`machine` with the host's part of attention and of experts, which share a thread of its own,
-    where the plan has any."""
+    and what attends to keys and values that the host keeps, where the plan has any."""
+    kv, weights = rest
+    if plan.kv_offloading_share and tiers.above is not None:
+        stream = _open_stream(machine, spec, plan, tiers, rest)
+        machine = replace(machine, stream=stream)
     if tiers.host_kernels is None or tiers.above is None:
         return machine
-    kv, weights = rest
     kernels, above, tracer = tiers.host_kernels, tiers.above, machine.tracer
     worker = ThreadPoolExecutor(1, "host attention")
     opened.callback(worker.shutdown, cancel_futures=True)
@@ -79,3 +89,17 @@ def open_host(
         experts = HostExperts(spec, plan, supply.store, (kernels, above, worker), tracer)
         machine = replace(machine, experts=experts, replays=False)
     return machine
+
+
+def _open_stream(
+    machine: Machine, spec: ModelSpec, plan: Plan, tiers: Tiers, rest: tuple[KvTiers, WeightStore]
+) -> KvStream:
+    kv, weights = rest
+    supply, above = weights.supply, tiers.above
+    assert isinstance(supply, TierSupply) and above is not None, "a device without a link to it"
+    shapes, ram = cache_shapes(spec), kv.of(Home.STREAMED)
+    each = staged_bytes_per_token(shapes, ram.dtype)
+    pages = half_pages(each, plan.page_tokens, plan.max_model_len)
+    streamed = StreamedKv(shapes, ram, tiers.host, above, num_pages=pages)
+    way = Way(supply.queue, supply.route, cuda.STEP_BYTES)
+    return KvStream(spec, machine.kernels, streamed, way)

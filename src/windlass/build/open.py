@@ -45,11 +45,9 @@ from windlass.build.homes import choose_host_kernels, host_fingerprint, open_hos
 from windlass.build.routers import read_routers
 from windlass.build.tiers import Tiers, check_tiers, open_weights
 from windlass.build.checkpoint_sizes import long_rope_after, wanted_of
-from windlass.build.checkpoint_sizes import useful_threads
-from windlass.build.checkpoint_sizes import sizes_of
+from windlass.build.checkpoint_sizes import sizes_of, useful_threads
 from windlass.build.checkpoint_sizes import pass_shape
-from windlass.build.checkpoint_sizes import cache_dtype
-from windlass.build.checkpoint_sizes import CACHE_DTYPES
+from windlass.build.checkpoint_sizes import CACHE_DTYPES, cache_dtype
 from windlass.options import (
     AUTO,
     CPU,
@@ -126,7 +124,8 @@ def open_engine(
     except CpuIsSooner as reason:
         _logger.warning("device auto: %s", reason)
     except BudgetError as error:
-        if device is not None or above is not None or not uses_gpu(options):
+        is_given = device is not None or above is not None or options.kv_offloading_share
+        if is_given or not uses_gpu(options):
             raise
         _logger.warning("device auto: the CPU computes alone: %s", error)
     return _open(replace(options, device=CPU, device_memory=None), found)
@@ -225,7 +224,8 @@ def _setup(
         problem = replace(problem, sizes=sizes)
         chosen = _choose(_Choice(problem, wanted, options, replayed), job)
     compared: tuple[str, ...] = ()
-    if job is not None and options.device == AUTO and found.above is None:
+    is_open = options.device == AUTO and not options.kv_offloading_share
+    if job is not None and is_open and found.above is None:
         alone = replace(problem, sizes=replace(sizes, device=None))
         compared = beside_cpu(chosen, lambda: _choose(_Choice(alone, wanted, options, None), job))
     plan, speculative = chosen.plan, options.speculative_config
@@ -248,7 +248,7 @@ def _setup(
             seed=options.seed,
             prefix_caching=plan.prefix_caching,
             grammars=Grammars(tokenizer, model.spec.vocab_size),
-            host_attention=plan.host_attention,
+            shares=plan.shares,
             limited_by=model.spec.limited_by
             if plan.max_model_len == model.spec.max_positions
             else "",

@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from windlass.cli.flags import Flag, choice, count, integer, size
+from windlass.cli.flags import Flag, choice, count, integer, number, size
 from windlass.errors import UsageError
 from windlass.formats import METHODS
 from windlass.hub.locate import locate
@@ -113,6 +113,9 @@ ENGINE_FLAGS = (
          group=_MEMORY,
          help="keys and values in memory: auto (the checkpoint's type), bfloat16, float16, float32 "
          "or int8 (about half of bfloat16, not exact; -ctk q8_0 -ctv q8_0 means the same)"),
+    Flag(name="kv-offloading-share", read=number, metavar="SHARE", group=_MEMORY,
+         help="of the sequences, 0 to 1, whose keys and values are kept in RAM and go to the GPU "
+         "layer by layer (default: planned); results are the same bits"),
     Flag(name="max-num-seqs", aliases=("-np", "--parallel"), read=integer(1), metavar="N",
          group=_BATCHING, help="sequences per pass (default: planned)"),
     Flag(name="max-num-batched-tokens", aliases=("-b", "--batch-size"), read=integer(1),

@@ -94,10 +94,35 @@ class Copy:
     def route(self) -> Route:
         return Route(self.source.tier, self.destination.tier)
 
-    def part(self, begin: int, num_bytes: int) -> Self:
+    @property
+    def parts(self) -> Sequence["Copy"]:
+        """What is moved in one piece each."""
+        return (self,)
+
+    def part(self, begin: int, num_bytes: int) -> "Copy":
         """The copy of `num_bytes` from `begin` on."""
         source = self.source.part(begin, num_bytes)
-        return type(self)(source, self.destination.part(begin, num_bytes), self.label)
+        return Copy(source, self.destination.part(begin, num_bytes), self.label)
+
+
+class Copies(Copy):
+    """Several between the same two memories that are begun, and have ended, as one: they are small,
+    and all wait for the same last use."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, parts: Sequence[Copy]) -> None:
+        """`parts`: at least one."""
+        super().__init__(parts[0].source, parts[0].destination, parts[0].label)
+        self._parts = parts
+        self.num_bytes = sum(one.num_bytes for one in parts)
+
+    @property
+    def parts(self) -> Sequence[Copy]:
+        return self._parts
+
+    def part(self, begin: int, num_bytes: int) -> Copy:
+        raise AssertionError("made to fit into a block")
 
 
 Done = Callable[[Exception | None], None]

@@ -120,7 +120,8 @@ class CpuDevice(HostAllocator):
             error: Exception | None = None
             begin = time.perf_counter()
             try:
-                _make(copy)
+                for one in copy.parts:
+                    _make(one)
             except Exception as caught:  # noqa: BLE001  thread boundary: `done` hands it on
                 error = caught
             end = time.perf_counter()

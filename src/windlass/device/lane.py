@@ -73,8 +73,10 @@ class Lane:
         try:
             down.wait(into.last_use)
             with self._streams.on(down):
-                for source, target in self._steps(copy.source, into):
-                    target.data.copy_(source.data, non_blocking=True)
+                for one in copy.parts:
+                    assert isinstance(one.source, DeviceMemory)
+                    for source, target in self._steps(one.source, one.destination):
+                        target.data.copy_(source.data, non_blocking=True)
             end: Event = down.record()
         except Exception as caught:  # noqa: BLE001  thread boundary: `done` hands it on
             end = _Failed(caught)
@@ -126,13 +128,20 @@ class Lane:
     def _steps(
         self, source: DeviceMemory, into: DeviceMemory
     ) -> Iterator[tuple[DeviceMemory, DeviceMemory]]:
-        """The copy in parts that each lie in one step of the host's memory: mostly one."""
-        step, size = self._step_bytes, source.num_bytes
-        if step is None or source.begin % step + size <= step:
-            yield source, into
-            return
-        at = 0
-        while at < size:
-            part = min(size - at, step - (source.begin + at) % step)
-            yield source.part(at, part), into.part(at, part)
-            at += part
+        return steps(source, into, self._step_bytes)
+
+
+def steps(
+    source: DeviceMemory, into: DeviceMemory, step: int | None
+) -> Iterator[tuple[DeviceMemory, DeviceMemory]]:
+    """A copy of the host's memory in parts that each lie in one of its steps, of so many bytes:
+    mostly one."""
+    size = source.num_bytes
+    if step is None or source.begin % step + size <= step:
+        yield source, into
+        return
+    at = 0
+    while at < size:
+        part = min(size - at, step - (source.begin + at) % step)
+        yield source.part(at, part), into.part(at, part)
+        at += part

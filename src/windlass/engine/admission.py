@@ -37,6 +37,8 @@ from windlass.kvcache.kv_cache import KvCache
 from windlass.kvcache.kv_tiers import KvTiers
 from windlass.schedule.batch import CHUNK_TOKENS, Segment, fitting_rows, most_drafts
 
+_PLACES = (Home.HOST, Home.DEVICE, Home.STREAMED)  # of rows in a pass
+
 
 class ScheduledSequence(NamedTuple):
     """A segment and whose it is."""
@@ -268,9 +270,10 @@ def _last_of_batch(running: list[Sequence], home: Home | None) -> Sequence | Non
     return next(own, None)
 
 
-def _place(row: ScheduledSequence) -> tuple[bool, bool]:
-    """Of a row in its pass: by home, then what is generated before prompts."""
-    return row.sequence.home is not Home.HOST, row.segment.is_prompt
+def _place(row: ScheduledSequence) -> tuple[int, bool]:
+    """Of a row in its pass: by home, then what is generated before prompts. Keys and values come to
+    the device while it attends to its own."""
+    return _PLACES.index(row.sequence.home), row.segment.is_prompt
 
 
 def _fits(

@@ -1,6 +1,7 @@
 """A look at a running engine. May be taken on any thread while a pass runs; its numbers are of one
 moment each, not all of the same."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from windlass.engine.live_view import LiveView, RowNow, TierNow
@@ -14,7 +15,9 @@ def look(
     running: Iterable[Sequence], num_pages: Mapping[Home, int], plan: Plan, weights: WeightStore
 ) -> LiveView:
     """`running`: a copy of the list that changes; `num_pages`: of keys and values, in use."""
-    pages = {tier.name: num_pages[home] for home, tier in plan.homes.items()}
+    pages = Counter[str]()
+    for home, tier in plan.homes.items():
+        pages[tier.name] += num_pages[home]
     looks = weights.look(Part.EXPERT)
     keys = weights.supply.layout.keys(Part.EXPERT)
     return LiveView(
@@ -26,7 +29,7 @@ def look(
             for one in running
         ),
         tiers=tuple(
-            _tier(tier, looks[tier.name][0], pages.get(tier.name, 0))
+            _tier(tier, looks[tier.name][0], pages[tier.name])
             for tier in plan.tiers
             if tier.name in looks
         ),

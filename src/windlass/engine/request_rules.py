@@ -10,6 +10,7 @@ from windlass.engine.sequence import QueuedSequence
 from windlass.errors import RequestError
 from windlass.kvcache.kv_tiers import home_of
 from windlass.kvcache.pages import block_keys
+from windlass.plan import HomeShares
 from windlass.schedule.batch import CHUNK_TOKENS
 
 
@@ -17,7 +18,7 @@ from windlass.schedule.batch import CHUNK_TOKENS
 class RequestRules:
     """Limits in tokens. `longest`: those of a sequence where memory has no end, by what the user or
     the model allows. `limited_by`: why `max_model_len` is no more, where that is special.
-    `seed`: of requests without one. `host_attention`: as the plan has it."""
+    `seed`: of requests without one. `shares`: of homes, as the plan has them."""
 
     max_model_len: int
     longest: int
@@ -27,7 +28,7 @@ class RequestRules:
     prefix_caching: bool
     grammars: Grammars
     limited_by: str = ""
-    host_attention: float = 0.0
+    shares: HomeShares = HomeShares()
 
     def check(self, request: Request) -> None:
         """Raises RequestError if the request cannot run here."""
@@ -67,7 +68,7 @@ class RequestRules:
         keys: tuple[bytes, ...] = ()
         if self.prefix_caching:
             keys = block_keys(request.prompt_token_ids, CHUNK_TOKENS)
-        home = home_of(request.seed_key, self.host_attention)  # one for all: they share the prompt
+        home = home_of(request.seed_key, *self.shares)  # one for all: they share the prompt
         return [
             QueuedSequence(request, index, max_output, longest, keys, home)
             for index in range(params.n)

@@ -80,6 +80,7 @@ class KvCache:
     ) -> None:
         self._memory = memory
         self.page_tokens = page_tokens
+        self.dtype = dtype
         self.num_pages = num_pages
         self._keys: dict[int, PagedRows] = {}
         self._values: dict[int, PagedRows] = {}
@@ -88,6 +89,7 @@ class KvCache:
         num_bytes = num_pages * page_tokens * bytes_per_token(shapes, dtype)
         num_bytes += state_slots * state_bytes(shapes)
         room = _Room(memory, num_bytes, sum(map(_num_tensors, shapes)))
+        self.whole = room.whole
         for layer, shape in enumerate(shapes):
             if shape is None:
                 continue
@@ -121,10 +123,25 @@ class KvCache:
         """Hands out cleared pages; there must be enough."""
         pages = self.pool.take(count)
         places = self._memory.tensor(pages, dtype=torch.int64)
-        for stores in self._stored.values():
-            for store in stores:
-                _clear(store, places)
+        for layer in self._stored:
+            self.clear(layer, places)
         return pages
+
+    def clear(self, layer: int, places: torch.Tensor) -> None:
+        """Of an attention layer, those pages: (N,) int64."""
+        for store in self._stored[layer]:
+            _clear(store, places)
+
+    def places(self, layer: int) -> list[tuple[int, int]]:
+        """Where in `whole` the pages of an attention layer are: for each of its tensors the byte
+        at which the first begins, and the bytes of each."""
+        found = []
+        for store in self._stored[layer]:
+            for one in (store.rows_PKBd, store.scales_PKB):
+                if one is not None:
+                    at = one.storage_offset() * one.itemsize - self.whole.storage_offset()
+                    found.append((int(at), prod(one.shape[1:]) * one.itemsize))
+        return found
 
     def give_pages(self, pages: Sequence[int]) -> None:
         """One holder of each has ended; of a sequence all at once, in its order."""
@@ -172,14 +189,14 @@ class _Room:
     """Memory for several tensors, side by side: an allocator of a device would round up each."""
 
     def __init__(self, memory: Allocator, num_bytes: int, num_tensors: int) -> None:
-        self._whole = memory.zeros(num_bytes + num_tensors * _PLACE_BYTES, dtype=torch.uint8)
+        self.whole = memory.zeros(num_bytes + num_tensors * _PLACE_BYTES, dtype=torch.uint8)
         self._at = 0
 
     def zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         """Those that come next."""
         begin, size = self._at, dtype.itemsize * prod(shape)
         self._at += round_up(size, _PLACE_BYTES)
-        return self._whole[begin : begin + size].view(dtype).view(shape)
+        return self.whole[begin : begin + size].view(dtype).view(shape)
 
 
 def _num_tensors(shape: CacheShape | None) -> int:

@@ -1,5 +1,6 @@
-"""Keys and values of sequences by their home: pages of the host and of a device, each with a budget
-of its own. A page is one of a home; what is shared is shared within it."""
+"""Keys and values of sequences by their home: pages of the host, of the host that a device attends
+to, and of a device, each with a budget of its own. A page is one of a home; what is shared is
+shared within it."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,27 +11,33 @@ from windlass.kvcache.kv_cache import KvCache
 _NAME_BYTES = 8
 
 
-def home_of(name: str, host_share: float) -> Home:
+def home_of(name: str, host_share: float, streamed_share: float = 0.0) -> Home:
     """Where the sequences of a request called `name` are: nothing else decides it, so that their
     bits do not depend on what else runs. Of many names a share of `host_share`, 0 to 1, is at the
-    host."""
-    if not host_share:
+    host, and of `streamed_share` there with attention on the device, to the same bits as the rest;
+    who is at the host does not depend on that share."""
+    if not host_share and not streamed_share:
         return Home.DEVICE
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=_NAME_BYTES)
-    is_host = int.from_bytes(digest.digest(), "big") < host_share * 2.0 ** (8 * _NAME_BYTES)
-    return Home.HOST if is_host else Home.DEVICE
+    place, places = int.from_bytes(digest.digest(), "big"), 2.0 ** (8 * _NAME_BYTES)
+    if place < host_share * places:
+        return Home.HOST
+    return Home.STREAMED if place < (host_share + streamed_share) * places else Home.DEVICE
 
 
 class KvTiers:
     """The store of the device that computes, which also has all recurrent states: recurrent layers
-    are computed there, whatever a sequence's home. And that of the host, where some sequences have
-    their home."""
+    are computed there, whatever a sequence's home. And those of the host, where some sequences have
+    their home, or their pages alone."""
 
-    def __init__(self, device: KvCache, host: KvCache | None = None) -> None:
+    def __init__(
+        self, device: KvCache, host: KvCache | None = None, streamed: KvCache | None = None
+    ) -> None:
         self._of = {Home.DEVICE: device}
-        if host is not None:
-            assert host.page_tokens == device.page_tokens, "pages of one size"
-            self._of[Home.HOST] = host
+        for home, one in ((Home.HOST, host), (Home.STREAMED, streamed)):
+            if one is not None:
+                assert one.page_tokens == device.page_tokens, "pages of one size"
+                self._of[home] = one
         self.page_tokens = device.page_tokens
         self.pages_for = device.pages_for
         self.device = device

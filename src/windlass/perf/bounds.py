@@ -146,10 +146,11 @@ class DeviceBounds(Bounds):
                 sent += count * theirs.num_rows * numbers[0]
                 result += count * theirs.num_rows * numbers[1]
             host += count * self._host_experts_s(layer, one)
+        come, gone = self._moves.streamed_bytes(one, self._placed)
         return {
             "disk": read / self._profile.disk.best,
-            "down": (fetched + SENT * result) / self._down.weights.best,
-            "up": SENT * sent / self._up.rate.best,
+            "down": (fetched + SENT * result + come) / self._down.weights.best,
+            "up": (SENT * sent + gone) / self._up.rate.best,
             "host": host,
             "device": self._computing(one),
         }

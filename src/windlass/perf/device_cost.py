@@ -8,14 +8,23 @@ from dataclasses import replace
 from windlass.errors import UsageError
 from windlass.hardware.profile import HardwareProfile, LinkRates, Processor
 from windlass.ids import DEVICE, DISK_TO_HOST, Home, Part, Route, WeightKey
-from windlass.models.spec import Attention, Gqa, Mla, Moe
+from windlass.models.spec import Attention, Gqa, Mla, ModelSpec, Moe
 from windlass.perf.flops import expert_matrices, kept_numbers
-from windlass.perf.op_cost import SAMPLE_S, OpCost, OpRates, Seen, softmax_s
+from windlass.perf.op_cost import (
+    SAMPLE_S,
+    OpCost,
+    OpRates,
+    Seen,
+    seen_by,
+    softmax_s,
+    visible,
+)
 from windlass.perf.sizes import Problem
 from windlass.runtime.clock import HOST_TO_DEVICE, LaneJob, LaneWork
-from windlass.schedule.batch import MicroBatch
+from windlass.schedule.batch import MicroBatch, Segment
 
 DEVICE_LANES = ("disk", "down", "up", "host", DEVICE)
+_PAGE_TOKENS = 32  # that go back where one is written
 SENT = 4  # bytes of a number that crosses the link: rows are fp32
 
 
@@ -78,6 +87,23 @@ class DeviceCost(OpCost):
         )  # fmt: skip
         return LaneWork(LaneJob(DEVICE, 0.0), (chain,))
 
+    def projections(self, layer: int, num_rows: int) -> LaneWork:
+        """Of attention alone."""
+        return self._on(self.projections_s(layer, num_rows) * self._weights[layer])
+
+    def scores(self, layer: int, segments: Sequence[Segment]) -> LaneWork:
+        """Of attention, what follows once keys and values are there."""
+        return self._on(self.scores_s(layer, seen_by(segments)) * self._weights[layer])
+
+    def sent_back(self, layer: int, positions: int) -> LaneJob:
+        """Keys and values of so many positions to the host."""
+        seconds = self.send_s(positions * self.position_bytes(layer))
+        return LaneJob("up", seconds * self._weights[layer])
+
+    def position_bytes(self, layer: int) -> float:
+        """Of keys and values of a position."""
+        return kept_numbers(self._spec.blocks[layer].attention) * self._kv_bytes
+
     def host_experts(self, layer: int, num_rows: Sequence[int]) -> LaneWork:
         """Experts of the host with so many rows each: as soon as its rows have been routed, beside
         the device's own."""
@@ -99,8 +125,8 @@ class DeviceCost(OpCost):
     # --- seconds ----------------------------------------------------------------------------------
 
     def host_rows(self, layer: int, seen: Seen, on_host: float) -> Seen:
-        """Of `seen`, those that attend on the host, where that is the home of the share `on_host`
-        of the sequences: none in a layer without keys and values."""
+        """Of `seen`, those whose keys and values the host has, where these are the share `on_host`
+        of the sequences: none in a layer without."""
         attention = self._spec.blocks[layer].attention
         return seen.share(on_host if isinstance(attention, Gqa | Mla) else 0.0)
 
@@ -115,6 +141,17 @@ class DeviceCost(OpCost):
             seconds,
             _copied(self._down, seen.num_rows * result),
         )
+
+    def streamed_bytes(self, layer: int, seen: Seen) -> tuple[float, float]:
+        """What comes down and goes back up for rows whose keys and values the host has, while they
+        are computed on the device."""
+        attention = self._spec.blocks[layer].attention
+        assert attention is not None, "a layer without keys"
+        length, earlier = seen.chunks() if seen.prompt_rows else (1, 0.0)
+        chunks = seen.prompt_rows / length
+        before = Seen(seen.decode_rows, seen.decode_positions, round(chunks), chunks * earlier)
+        each, new = self.position_bytes(layer), seen.prompt_rows + _PAGE_TOKENS * seen.decode_rows
+        return each * sum(visible(attention, before)), each * new
 
     def host_expert_s(self, layer: int, num_rows: int) -> float:
         """One expert over its rows on the host, as Fiddler (arXiv 2402.07033) would have it: rows
@@ -148,9 +185,23 @@ class DeviceCost(OpCost):
         """Weights over the link, in large copies."""
         return num_bytes / self._down.weights.best
 
+    def send_s(self, num_bytes: float) -> float:
+        """The other way."""
+        return num_bytes / self._up.rate.best
+
     def sample_s(self, num_rows: int) -> float:
         """The device draws; a row costs the host what text and bookkeeping do."""
         return num_rows * SAMPLE_S
+
+
+def windows_of(spec: ModelSpec) -> dict[int, int | None]:
+    """Layers that keep keys and values: positions that a row sees there, None: all."""
+    found = {layer: block.attention for layer, block in enumerate(spec.blocks)}
+    return {
+        layer: one.window if isinstance(one, Gqa) else None
+        for layer, one in found.items()
+        if isinstance(one, Gqa | Mla)
+    }
 
 
 def beside_copies(host: Processor) -> Processor:

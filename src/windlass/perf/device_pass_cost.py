@@ -2,7 +2,7 @@
 perf/pass_cost.py, on five lanes. Pure arithmetic; seconds."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from windlass.ids import Part
@@ -26,26 +26,28 @@ from windlass.weights.io_queue import BLOCK_BYTES
 @dataclass(frozen=True, slots=True)
 class Placed:
     """Where a plan has things: shares of each kind of part that have slots on the device and on
-    the host, the share of sequences that attend on the host, groups of a pass, and the share of
-    experts that the host computes for generated rows."""
+    the host, the share of sequences that attend on the host, groups of a pass, the share of experts
+    that the host computes for generated rows, and that of sequences whose keys and values come from
+    the host."""
 
     above: Mapping[Part, float]
     below: Mapping[Part, float]
     on_host: float
     groups: int
     experts_on_host: float = 0.0
+    streamed: float = 0.0
 
     @classmethod
     def of(cls, plan: Plan, sizes: Sizes) -> "Placed":
         return cls(
             held_shares(plan, sizes), held_shares(plan, sizes, tier=HOST), plan.host_attention,
-            plan.groups, plan.host_experts,
+            plan.groups, plan.host_experts, plan.kv_offloading_share,
         )  # fmt: skip
 
     @property
     def cold(self) -> "Placed":
         """Before the first pass."""
-        return Placed({}, {}, self.on_host, self.groups, self.experts_on_host)
+        return replace(self, above={}, below={})
 
 
 class _Rows(NamedTuple):
@@ -79,6 +81,7 @@ class DevicePassCost:
             if theirs.num_rows:
                 sent, seconds, back = costs.host_attention_s(layer, theirs)
                 up, host, down = up + count * sent, host + count * seconds, down + count * back
+        come, gone = self.streamed_bytes(one, placed)
         experts, head = rows.experts, costs.head_s(one.num_logits)
         attends, beside = host, 0.0  # the host's experts, while the device computes its own
         if placed.experts_on_host and seen.decode_rows:
@@ -95,14 +98,24 @@ class DevicePassCost:
             computing = max(attention + max(experts, beside), host)
         busy = {
             "disk": read / self._problem.profile.disk.at(BLOCK_BYTES),
-            "down": costs.fetch_s(fetched) + down,
-            "up": up,
+            "down": costs.fetch_s(fetched + come) + down,
+            "up": up + costs.send_s(gone),
             "host": host,
             "device": attention + experts + head,
         }
         seconds = max(*busy.values(), computing + head)
         seconds += contention(busy["disk"], busy["host"], seconds, self._problem.profile.threads)
         return Timed(seconds, busy, read)
+
+    def streamed_bytes(self, one: PassRun, placed: Placed) -> tuple[float, float]:
+        """Bytes of keys and values that come from the host, and that go back."""
+        come = gone = 0.0
+        for layer, count in self._kinds if placed.streamed else ():
+            theirs = self.costs.host_rows(layer, one.seen, placed.streamed)
+            if theirs.num_rows:
+                some = self.costs.streamed_bytes(layer, theirs)
+                come, gone = come + count * some[0], gone + count * some[1]
+        return come, gone
 
     def moved_bytes(
         self, one: PassRun, placed: Placed, *, at_least: bool = False

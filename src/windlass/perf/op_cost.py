@@ -58,6 +58,13 @@ class Seen:
     def num_rows(self) -> int:
         return self.decode_rows + self.prompt_rows
 
+    def chunks(self) -> tuple[int, float]:
+        """Rows of prompts that would see as many positions: of chunks of so many rows, behind so
+        many earlier ones."""
+        mean = self.prompt_positions / self.prompt_rows
+        length = max(1, min(self.prompt_rows, round(2 * mean - 1)))
+        return length, max(0.0, mean - (length + 1) / 2)
+
     def share(self, part: float) -> "Seen":
         """Of `part` of the sequences; the rest has `1 - part`."""
         decode, prompt = round(part * self.decode_rows), round(part * self.prompt_rows)

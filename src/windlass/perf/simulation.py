@@ -15,7 +15,7 @@ from windlass.forecast.interface import ExpertTable
 from windlass.forecast.usage import UsageForecast
 from windlass.ids import Home, Part
 from windlass.models.spec import ModelSpec, Moe
-from windlass.perf.device_cost import DEVICE_LANES, DeviceCost
+from windlass.perf.device_cost import DEVICE_LANES, DeviceCost, windows_of
 from windlass.perf.device_pass_cost import DevicePassCost, Placed
 from windlass.perf.job_passes import PassRun
 from windlass.perf.op_cost import OpCost
@@ -28,13 +28,15 @@ from windlass.perf.pass_cost import (
 )
 from windlass.perf.sample import Sample, parts_of, sample_layers, slots_of
 from windlass.perf.sizes import Problem, Sizes
-from windlass.plan import Plan, TierPlan
+from windlass.plan import ALL_ON_DEVICE, HomeShares, Plan, TierPlan
 from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.prefetch.tiers import LowerPolicy, UpperPolicy
 from windlass.runtime.clock import Clock, Lanes, Span
+from windlass.runtime.kv_rounds import half_pages
 from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
 from windlass.runtime.simulated_host import SimulatedHostExperts
+from windlass.runtime.simulated_stream import Pages, SimulatedStream
 from windlass.schedule.batch import Batch, RowGroup, Segment, make_batch
 from windlass.schedule.observer import RoutedTokens
 from windlass.schedule.passes import PassShape, run_pass
@@ -186,6 +188,13 @@ class ClockedModel:
                 self.lanes, below, table.num_experts, plan.host_experts, costs.host_experts
             )
 
+        if plan.kv_offloading_share and isinstance(costs, DeviceCost):
+            most = half_pages(sizes.staged_bytes_per_token, plan.page_tokens, plan.max_model_len)
+            self._runtime.stream = SimulatedStream(
+                self.lanes, self._weights, costs, windows_of(sample.spec),
+                Pages(plan.page_tokens, most),
+            )  # fmt: skip
+
     @property
     def spans(self) -> list[Span]:
         """What the lanes did, where it is kept."""
@@ -196,7 +205,7 @@ class ClockedModel:
         plan = self._plan
         batch = batch_of(
             one, micro_batch_tokens=plan.micro_batch_tokens, groups=plan.groups,
-            on_host=plan.host_attention,
+            shares=plan.shares,
         )  # fmt: skip
         begin, busy = self.lanes.clock.now, self.lanes.busy()
         lowest = self._weights.tier_below or self._weights
@@ -214,29 +223,36 @@ class ClockedModel:
 
 
 def batch_of(
-    one: PassRun, *, micro_batch_tokens: int, groups: int = 1, on_host: float = 0.0
+    one: PassRun, *, micro_batch_tokens: int, groups: int = 1, shares: HomeShares = ALL_ON_DEVICE
 ) -> Batch:
-    """Rows as many as those of `one`, that see as many positions on average; `on_host`: share of
-    the sequences that have their home there."""
+    """Rows as many as those of `one`, that see as many positions on average; `shares`: of the
+    sequences by home."""
     seen, segments = one.seen, []
     if seen.decode_rows:
         first = max(0, round(seen.decode_positions / seen.decode_rows) - 1)
         segments = [_segment(first, 1, is_prompt=False) for _ in range(seen.decode_rows)]
     if seen.prompt_rows:
-        mean = seen.prompt_positions / seen.prompt_rows
-        length = max(1, min(seen.prompt_rows, round(2 * mean - 1)))
-        first = max(0, round(mean - (length + 1) / 2))
+        length, earlier = seen.chunks()
+        first = round(earlier)
         for at in range(0, seen.prompt_rows, length):
             count = min(length, seen.prompt_rows - at)
             segments.append(_segment(first, count, is_prompt=True))
     logits = [replace(s, wants_logits=i < one.num_logits) for i, s in enumerate(segments)]
-    if on_host:
-        homes = [int((i + 1) * on_host) > int(i * on_host) for i in range(len(logits))]
-        theirs = [
-            replace(s, home=Home.HOST) for s, is_so in zip(logits, homes, strict=True) if is_so
-        ]
-        logits = [*theirs, *(s for s, is_so in zip(logits, homes, strict=True) if not is_so)]
-    return make_batch(logits, micro_batch_tokens=micro_batch_tokens, groups=groups)
+    at_host, others = _divided(logits, shares.host)
+    share = min(1.0, shares.streamed / (1 - shares.host)) if others else 0.0
+    streamed, own = _divided(others, share)
+    placed = [
+        *(replace(s, home=Home.HOST) for s in at_host), *own,
+        *(replace(s, home=Home.STREAMED) for s in streamed),
+    ]  # fmt: skip
+    return make_batch(placed, micro_batch_tokens=micro_batch_tokens, groups=groups)
+
+
+def _divided(segments: list[Segment], share: float) -> tuple[list[Segment], list[Segment]]:
+    """That share of the segments, evenly spread, and the others."""
+    is_so = [int((i + 1) * share) > int(i * share) for i in range(len(segments))]
+    pairs = list(zip(segments, is_so, strict=True))
+    return [s for s, one in pairs if one], [s for s, one in pairs if not one]
 
 
 def _segment(first: int, count: int, *, is_prompt: bool) -> Segment:

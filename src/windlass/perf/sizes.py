@@ -34,6 +34,7 @@ class Sizes:
     slot_bytes: Mapping[Part, int]
     num_parts: Mapping[Part, int]
     bytes_per_token: int  # of the KV cache, all layers
+    staged_bytes_per_token: int  # of it, where layers that are alike share their place
     kv_cache_dtype: str  # which they are kept in
     bytes_per_position: int  # tables of rotary positions
     row_buffer_bytes: int  # where the embedding's rows are read one by one

@@ -20,6 +20,7 @@ from windlass.planner.activations import (
     gathered_bytes,
     host_expert_bytes,
 )
+from windlass.runtime.kv_rounds import half_bytes
 from windlass.schedule.batch import CHUNK_TOKENS, most_drafts
 from windlass.units import MIB, format_bytes, round_up
 
@@ -64,6 +65,7 @@ class PlanConstraints:
     burst_tokens: int | None = None  # 0: lockstep
     prefix_caching: bool = True
     host_attention: float | None = None  # of machines with a device
+    kv_offloading_share: float | None = None
     host_experts: float | None = None
 
     @classmethod
@@ -84,6 +86,11 @@ class PlanConstraints:
 def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: PlanConstraints) -> Plan:
     """The plan for a budget. BudgetError names the smallest budget that works."""
     check_constraints(wanted, spec)
+    if wanted.kv_offloading_share:
+        raise UsageError(
+            f"kv_offloading_share: got {wanted.kv_offloading_share}, allowed 0 without a GPU, whose"
+            " memory keys and values would be kept out of"
+        )
     draft = Draft(spec, sizes, wanted)
     smallest = draft.smallest()
     if host_memory < smallest:
@@ -228,6 +235,9 @@ class Draft:
         is_model_based = self._wanted.schedule == "model-based"
         if self._sizes.backend.name == DEVICE:
             beside = host_expert_bytes(self._spec, seqs) if self._wanted.host_experts else 0
+            if self._wanted.kv_offloading_share:
+                context = self._wanted.max_model_len or SMALLEST_CONTEXT
+                beside += 2 * half_bytes(self._sizes.staged_bytes_per_token, PAGE_TOKENS, context)
             return beside + device_activation_bytes(
                 self._spec,
                 rows=min(rows, micro) if is_model_based else rows,
@@ -340,6 +350,12 @@ def check_constraints(wanted: PlanConstraints, spec: ModelSpec) -> None:
         value = getattr(wanted, name)
         if value is not None and value < least:
             raise UsageError(f"{name}: got {value}, allowed {least} or more")
+    shares = wanted.host_attention or 0.0, wanted.kv_offloading_share or 0.0
+    if min(shares) < 0 or sum(shares) > 1:
+        raise UsageError(
+            f"kv_offloading_share: got {shares[1]}, allowed 0 to {1 - shares[0]}, with"
+            f" host_attention {shares[0]}"
+        )
     mixed = wanted.mixed_prefill_tokens
     if mixed is not None and mixed < CHUNK_TOKENS and mixed != 0:
         raise UsageError(f"mixed_prefill_tokens: got {mixed}, allowed 0, or {CHUNK_TOKENS} or more")

@@ -108,7 +108,8 @@ def _again(
     if plan.above is not None:
         values = replace(
             values, groups=plan.groups, max_model_len=plan.max_model_len,
-            host_attention=plan.host_attention, host_experts=plan.host_experts,
+            host_attention=plan.host_attention, kv_offloading_share=plan.kv_offloading_share,
+            host_experts=plan.host_experts,
         )  # fmt: skip
     try:
         again = plan_for(problem.spec, problem.sizes, host_memory, values)

@@ -13,12 +13,13 @@ from windlass.errors import BudgetError
 from windlass.ids import DEVICE, Part
 from windlass.models.spec import ModelSpec
 from windlass.perf.sizes import Backend, DeviceSizes, Sizes
-from windlass.plan import HOST, Plan, TierPlan
+from windlass.plan import HOST, HomeShares, Plan, TierPlan
 from windlass.planner.activations import host_side_bytes
 from windlass.planner.budget import (
     MOST_FORESEEN_SEQS,
     NOISE_BYTES,
     PAGE_TOKENS,
+    SMALLEST_CONTEXT,
     Draft,
     PlanConstraints,
     check_constraints,
@@ -27,6 +28,7 @@ from windlass.planner.budget import (
     page_bytes,
     parts_with,
 )
+from windlass.runtime.kv_rounds import half_pages
 from windlass.units import format_bytes
 
 _FORECAST_SHARE = 0.02  # of what is left for experts on the host
@@ -70,7 +72,8 @@ class _DeviceDraft:
         self._sizes = sizes
         self._device = device
         self._wanted = wanted
-        self._share = wanted.host_attention or 0.0
+        self._shares = HomeShares(wanted.host_attention or 0.0, wanted.kv_offloading_share or 0.0)
+        self._share = self._shares.below  # whose keys and values the host keeps
 
     def fill(self, host_memory: int) -> Plan:
         """The device's tier first, as if it were a host; then the host's, beside it."""
@@ -91,12 +94,20 @@ class _DeviceDraft:
             above = self._without_pages(above)
         size = _Size(plan.max_num_seqs, plan.micro_batch_tokens, theirs)
         host = self._host(host_memory, above, size)
-        homes = [host.kv_pages] * (self._share > 0) + [above.kv_pages] * (self._share < 1)
-        return replace(
+        plan = replace(
             plan,
             tiers=(host, above),
-            max_model_len=min(context, min(homes) * PAGE_TOKENS),
-            host_attention=self._share,
+            host_attention=self._shares.host,
+            kv_offloading_share=self._shares.streamed,
+        )
+        if self._shares.streamed and not self._wanted.max_model_len:
+            # what goes to the device at once has room there
+            each = self._sizes.staged_bytes_per_token
+            pages = half_pages(each, PAGE_TOKENS, SMALLEST_CONTEXT) - 1
+            context = min(context, pages * PAGE_TOKENS)
+        return replace(
+            plan,
+            max_model_len=min(context, min(plan.pages.values()) * PAGE_TOKENS),
             host_experts=self._wanted.host_experts or 0.0,
         )
 
@@ -173,7 +184,7 @@ class _DeviceDraft:
         sizes = self._sizes
         return sizes.row_buffer_bytes + host_side_bytes(
             self._spec, threads=sizes.backend.threads, micro_rows=size.micro_rows, seqs=size.seqs,
-            attends=self._share > 0, has_experts=bool(self._wanted.host_experts),
+            attends=self._shares.host > 0, has_experts=bool(self._wanted.host_experts),
         )  # fmt: skip
 
     def _forecast(self, left: int, above: TierPlan, size: _Size) -> int:

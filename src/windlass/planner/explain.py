@@ -256,12 +256,13 @@ def _shared(work: Workload) -> str:
 
 def _choices(plan: Plan) -> str:
     experts = plan.top.of(Part.EXPERT)
-    above = plan.above
+    above, streamed = plan.above, plan.kv_offloading_share
     return (
         f"{plan.max_num_seqs} sequences, {plan.max_num_batched_tokens} tokens, attention by"
         f" {plan.micro_batch_tokens}, KV cache of {plan.kv_pages * plan.page_tokens} tokens,"
         f" experts resident {experts.slots} of {experts.num_parts}"
         + (f", {100 * plan.host_attention:.0f} % of attention on the host" if above else "")
+        + (f", keys and values of {100 * streamed:.0f} % in RAM" if streamed else "")
         + (f", {100 * plan.host_experts:.0f} % of experts on the host" if plan.host_experts else "")
         + (f", {plan.groups} groups" if plan.groups > 1 else "")
         + (f", bursts of {plan.burst_tokens} tokens" if plan.burst_tokens else "")

@@ -50,6 +50,9 @@ _COARSE_WAVES = 2  # of sequences, in the coarse workload
 _COARSE_LEVELS = 4  # lengths in it
 
 
+_Shares = tuple[float | None, float | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A plan that fits, and what to expect of it."""
@@ -139,7 +142,7 @@ class _Machine:
         longest = min(workload.longest, self._spec.max_positions)
         if wanted.max_model_len is None and wanted.kv_pages is None:
             alone = replace(wanted, kv_pages=_pages(longest), max_num_seqs=wanted.max_num_seqs or 1)
-            tried = [replace(alone, host_attention=one) for one in self._shares(wanted)]
+            tried = [_with(alone, one) for one in self._shares(wanted)]
             most = longest if any(map(self._plan, tried)) else most
         return workload.shortened(most)
 
@@ -171,9 +174,15 @@ class _Machine:
             found += self._plan(replace(fixed, micro_batch_tokens=_FEW_MICRO_ROWS))
         if plan.above is None or wanted.host_attention is not None:
             return found
-        for share in (plan.host_attention - _SHARE_STEP / 2, plan.host_attention + _SHARE_STEP / 2):
+        host, streamed = plan.shares
+        near = (-_SHARE_STEP / 2, _SHARE_STEP / 2)
+        for share in (host + more for more in near if not streamed):
             if 0 < share < 1:
                 found += self._plan(replace(fixed, host_attention=share))
+        if wanted.kv_offloading_share is None:
+            for share in (streamed + more for more in near if not host):
+                if 0 < share < 1:
+                    found += self._plan(replace(fixed, kv_offloading_share=share))
         # few pages, divided otherwise, may be too few of one home
         return [one for one in found if one.max_model_len >= plan.max_model_len]
 
@@ -212,14 +221,25 @@ class _Machine:
         longest = max(work.longest, self._context, 2)
         values = replace(values, max_model_len=values.max_model_len or longest)
         for share in self._shares(values):
-            for groups in _GROUPS if values.groups is None and share else (values.groups,):
-                yield replace(values, groups=groups, host_attention=share)
+            may_group = values.groups is None and share[0] and not share[1]
+            for groups in _GROUPS if may_group else (values.groups,):
+                yield replace(_with(values, share), groups=groups)
 
-    def _shares(self, wanted: PlanConstraints) -> Sequence[float | None]:
-        """Of attention on the host, that are tried."""
-        if self._sizes.device is None or wanted.host_attention is not None:
-            return (wanted.host_attention,)
-        return tuple(_SHARE_STEP * i for i in range(round(1 / _SHARE_STEP) + 1))
+    def _shares(self, wanted: PlanConstraints) -> Sequence[_Shares]:
+        """Of sequences that attend on the host, and of those whose keys and values it keeps for the
+        device, that are tried: half of each kind where nobody is left on the device."""
+        host, streamed = wanted.host_attention, wanted.kv_offloading_share
+        if self._sizes.device is None:
+            return ((host, streamed),)
+        some = [_SHARE_STEP * i for i in range(round(1 / _SHARE_STEP) + 1)]
+        if host is not None:
+            return [(host, s) for s in (some if streamed is None else [streamed]) if host + s <= 1]
+        if streamed is not None:
+            return [(s, streamed) for s in some if s + streamed <= 1]
+        return [
+            *((s, 0.0) for s in some), *((0.0, s) for s in some[1:]),
+            (0.5, 0.5),
+        ]  # fmt: skip
 
     def _plain(self, wanted: PlanConstraints) -> Plan:
         """By plain rules; with a device too small for keys and values, those on the host."""
@@ -228,7 +248,7 @@ class _Machine:
             return plan_for(self._spec, self._sizes, self._host_memory, wanted)
         except BudgetError:
             for share in others[::-1]:
-                if plans := self._plan(replace(wanted, host_attention=share)):
+                if plans := self._plan(_with(wanted, share)):
                     return plans[0]
             raise
 
@@ -247,6 +267,10 @@ class _Machine:
             return [plan_for(self._spec, self._sizes, self._host_memory, values)]
         except (BudgetError, UsageError):
             return []
+
+
+def _with(values: PlanConstraints, shares: _Shares) -> PlanConstraints:
+    return replace(values, host_attention=shares[0], kv_offloading_share=shares[1])
 
 
 def _choices_of(plan: Plan, wanted: PlanConstraints) -> PlanConstraints:

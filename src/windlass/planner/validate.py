@@ -78,9 +78,9 @@ def _check_checkpoint(plan: Plan, sizes: Sizes) -> None:
 def _check_ranges(plan: Plan, spec: ModelSpec, sizes: Sizes) -> None:
     seqs, parts = plan.max_num_seqs, sizes.num_parts
     states = seqs if sizes.state_bytes else 0
-    pages = min(tier.kv_pages for tier in plan.homes.values())
+    pages = min(plan.pages.values())
     longest = min(spec.max_positions, pages * plan.page_tokens)
-    ranges: list[tuple[str, float, int, int | None]] = [
+    ranges: list[tuple[str, float, int, float | None]] = [
         *(
             (f"{part} slots", slots, min(_least_slots(part, is_top), parts[part]), parts[part])
             for tier in plan.tiers
@@ -94,6 +94,7 @@ def _check_ranges(plan: Plan, spec: ModelSpec, sizes: Sizes) -> None:
         ("groups", plan.groups, 1, None),
         ("burst_max_seqs", plan.burst_max_seqs, 0, seqs if plan.burst_tokens else 0),
         ("host_attention", plan.host_attention, 0, 0 if plan.above is None else 1),
+        ("kv_offloading_share", plan.kv_offloading_share, 0, _most_streamed(plan)),
         ("host_experts", plan.host_experts, 0, 0 if plan.above is None else 1),
         ("state_slots", plan.top.state_slots, states, states),
         ("max_model_len", plan.max_model_len, 2, longest),
@@ -102,6 +103,10 @@ def _check_ranges(plan: Plan, spec: ModelSpec, sizes: Sizes) -> None:
         if value < least or (most is not None and value > most):
             upper = "or more" if most is None else f"to {most}"
             raise UsageError(f"plan: {name}: got {value}, allowed {least} {upper}")
+
+
+def _most_streamed(plan: Plan) -> float:
+    return 0 if plan.above is None else max(0.0, 1 - plan.host_attention)
 
 
 def _least_slots(part: Part, is_top: bool) -> int:

@@ -3,7 +3,7 @@ which goes there in one copy. Knows no layers."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from itertools import chain, count, repeat
+from itertools import accumulate, chain, count, repeat
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from windlass.decoder.state_rows import StateRows, StateSegment
 from windlass.device.base import Allocator
 from windlass.kernels.interface import AttentionWork, WorkTables
 from windlass.models.spec import Rope
-from windlass.schedule.batch import Batch, MicroBatch
+from windlass.schedule.batch import Batch, MicroBatch, Segment
 
 
 class AttentionMetadata(NamedTuple):
@@ -41,7 +41,7 @@ class PassRows(NamedTuple):
     before_T: torch.Tensor  # what the caller gave
 
 
-class _Numbers:
+class Numbers:
     """What goes to a device together."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ def pass_rows(
     batch: Batch, page_tokens: int, memory: Allocator, before: Sequence[int] = ()
 ) -> PassRows:
     """Of `batch`, in `memory`; pages hold `page_tokens` tokens. `before`: further numbers."""
-    numbers = _Numbers()
+    numbers = Numbers()
     segments, flat = batch.segments, chain.from_iterable
     spans = [range(s.first_position, s.first_position + s.num_tokens) for s in segments]
     of_all = (
@@ -109,18 +109,20 @@ def _of(one: _Micro, of_all: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [numbers[first : first + one.micro.num_tokens] for numbers in of_all]
 
 
-def _micro(micro: MicroBatch, numbers: _Numbers, memory: Allocator) -> _Micro:
-    first_rows, row = [], 0
-    for segment in micro.segments:
-        first_rows.append(row)
-        row += segment.num_tokens
-    work = AttentionWork(
-        first_row=tuple(first_rows),
-        num_rows=tuple(s.num_tokens for s in micro.segments),
-        first_position=tuple(s.first_position for s in micro.segments),
-        pages=tuple(s.pages for s in micro.segments),
-        is_prompt=tuple(s.is_prompt for s in micro.segments),
+def work_of(segments: Sequence[Segment]) -> AttentionWork:
+    """Of rows that are side by side."""
+    counts = tuple(s.num_tokens for s in segments)
+    return AttentionWork(
+        first_row=tuple(accumulate(counts, initial=0))[:-1],
+        num_rows=counts,
+        first_position=tuple(s.first_position for s in segments),
+        pages=tuple(s.pages for s in segments),
+        is_prompt=tuple(s.is_prompt for s in segments),
     )
+
+
+def _micro(micro: MicroBatch, numbers: Numbers, memory: Allocator) -> _Micro:
+    work = work_of(micro.segments)
     segments = tuple(
         StateSegment(
             first_row=row,
@@ -129,7 +131,7 @@ def _micro(micro: MicroBatch, numbers: _Numbers, memory: Allocator) -> _Micro:
             slot=s.state_slot,
             is_prompt=s.is_prompt,
         )
-        for row, s in zip(first_rows, micro.segments, strict=True)
+        for row, s in zip(work.first_row, micro.segments, strict=True)
     )
     single = [s for s in segments if s.slot >= 0 and s.num_rows == 1]
     pages = None

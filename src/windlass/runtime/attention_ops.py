@@ -15,7 +15,8 @@ from windlass.kvcache.kv_cache import KvCache
 from windlass.models.spec import Gqa, Mla, ModelSpec, Recurrent, Rope
 from windlass.runtime.attention_metadata import AttentionMetadata
 from windlass.runtime.host_attention import HostAttention, OnHost
-from windlass.schedule.batch import MicroBatch
+from windlass.runtime.kv_stream import KvStream
+from windlass.schedule.batch import Batch, MicroBatch
 from windlass.tensors import Tensors, floats_or_none
 from windlass.trace import Tracer
 
@@ -30,21 +31,28 @@ class AttentionOps:
         kv: KvCache,
         memory: Allocator,
         tracer: Tracer,
-        host: HostAttention | None = None,
+        below: tuple[HostAttention | None, KvStream | None] = (None, None),
     ) -> None:
-        """`memory`: of the device whose kernels are given, as `kv` is. `host`: attention of
-        sequences whose home is the host, where there are any."""
+        """`memory`: of the device whose kernels are given, as `kv` is. `below`: attention of
+        sequences whose home is the host, and of those whose keys and values come from there, where
+        there are any."""
         self._spec = spec
         self._kernels = kernels
         self._kv = kv
         self._tracer = tracer
-        self._host = host
+        self._host, self._stream = below
         self._ropes = {rope: RopeTable(rope, memory) for rope in ropes(spec)}
 
     def compute(
-        self, layer: int, w: Tensors, x_TD: torch.Tensor, metadata: AttentionMetadata
+        self,
+        layer: int,
+        w: Tensors,
+        x_TD: torch.Tensor,
+        metadata: AttentionMetadata,
+        streamed: MicroBatch | None = None,
     ) -> None:
-        """Adds a block's attention to the hidden states, in place."""
+        """Adds a block's attention to the hidden states, in place. `streamed`: the rows, where
+        their keys and values come from the host."""
         attention = self._spec.blocks[layer].attention
         assert attention is not None, "the schedule asked for attention of a layer without"
         with self._tracer.span("attention", layer=layer, rows=x_TD.shape[0]):
@@ -52,9 +60,18 @@ class AttentionOps:
                 self._recurrent(layer, attention, w, x_TD, metadata)
                 return
             got = self.project(layer, attention, w, x_TD, metadata)
-            self.write(layer, got, metadata)
-            o_THv = self.attend(layer, attention, w, got, metadata)
+            if streamed is None:
+                self.write(layer, got, metadata)
+                o_THv = self.attend(layer, attention, w, got, metadata)
+            else:
+                assert self._stream is not None, "a sequence whose home is not there"
+                o_THv = self._stream.attend(layer, got, self._options(attention, w), streamed)
             self.finish(layer, w, x_TD, o_THv, got.gate_THv)
+
+    def begin_pass(self, batch: Batch, layers: range) -> None:
+        """A pass through `layers` of the model begins."""
+        if self._stream is not None:
+            self._stream.begin(batch, layers)
 
     def begin(
         self,
@@ -68,7 +85,8 @@ class AttentionOps:
         or asked of the device, at once: recurrent layers always are."""
         attention = self._spec.blocks[layer].attention
         if rows.home is not Home.HOST or not isinstance(attention, Gqa | Mla):
-            self.compute(layer, w, x_TD, metadata)
+            is_streamed = rows.home is Home.STREAMED
+            self.compute(layer, w, x_TD, metadata, rows if is_streamed else None)
             return None
         assert self._host is not None, "a sequence whose home is not there"
         with self._tracer.span("attention", layer=layer, rows=x_TD.shape[0]):

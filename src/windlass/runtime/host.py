@@ -129,13 +129,12 @@ class HostRuntime:
         self._streams = streams = machine.memory.streams
         self._tracer = tracer = machine.tracer
         self._experts = machine.experts
-        self._weights = weights
-        self._kv = kv
+        self._weights, self._kv = weights, kv
         self._prefetcher = foresight.prefetcher
         self._forecast = foresight.forecast
         self._routing = routing = RoutingReport(foresight.forecast, foresight.observers, streams)
         self._blocks = LayerOps(spec, kernels, tracer=tracer, wants_scores=routing.wants_scores)
-        self._attention = AttentionOps(spec, kernels, kv, machine.memory, tracer, machine.host)
+        self._attention = AttentionOps(spec, kernels, kv, machine.memory, tracer, machine.below)
         ops = self._blocks, self._attention
         self._capture = LayerCapture(spec, ops, machine, weights)
         self._routers = _Routers(spec, streams, foresight.router_readers)
@@ -187,15 +186,16 @@ class HostRuntime:
 
     def begin(self, batch: Batch) -> torch.Tensor:
         with self._tracer.span("embed", rows=batch.num_tokens):
-            hidden = self._embed(batch)
+            hidden = self._embed(batch, range(len(self._spec.trunk.blocks)))
             if self._prefetcher is not None:
                 self._prefetcher.begin(batch, self._weights.now())
             self._routing.begin(batch, hidden)
             hidden, self._metadata = self._capture.begin(batch, hidden, self._metadata)
             return hidden
 
-    def _embed(self, batch: Batch, before: Sequence[int] = ()) -> torch.Tensor:
-        """Hidden states of the batch's tokens; where they are, for attention."""
+    def _embed(self, batch: Batch, layers: range, before: Sequence[int] = ()) -> torch.Tensor:
+        """Hidden states of the tokens, which go through `layers`; where they are, for attention."""
+        self._attention.begin_pass(batch, layers)
         self._rows = rows = pass_rows(batch, self._kv.page_tokens, self._memory, before)
         self._metadata = rows.metadata
         return math.embed(self._spec, _embedding(self._weights, batch, rows.tokens_T))
@@ -328,7 +328,7 @@ class DraftingHostRuntime(HostRuntime):
         self, weights: Lease, states: torch.Tensor, rows: Sequence[int], batch: Batch
     ) -> torch.Tensor:
         with self._tracer.span("embed", rows=batch.num_tokens):
-            embedded = self._embed(batch, before=rows)
+            embedded = self._embed(batch, range(len(self._spec.blocks))[-1:], rows)
             if len(rows) < len(states):
                 states = states[self._rows_of_pass.before_T]
             hidden = math.join(self._kernels, self._spec, weights.tensors, embedded, states)

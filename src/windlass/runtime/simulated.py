@@ -20,13 +20,14 @@ from windlass.ids import DISK_TO_HOST, Part, Route, WeightKey
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.clock import HOST_TO_DEVICE, Clock, Lanes, LaneWork, Span
 from windlass.runtime.routed_groups import RoutedGroups
+from windlass.runtime.simulated_parts import HostPart, NoPart, StreamPart
 from windlass.schedule.batch import Batch, MicroBatch, RowGroup
 from windlass.schedule.observer import RoutedTokens
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.weights.cache import WeightCache
 from windlass.weights.chain import Chain
 from windlass.weights.eviction import EvictionPolicy
-from windlass.weights.io_queue import BLOCK_BYTES, IoQueue, Link, Priority, Ticket
+from windlass.weights.io_queue import BLOCK_BYTES, IoQueue, Link, Priority, Ticket, TicketState
 from windlass.weights.residency import Below, Entry, num_slots
 from windlass.weights.slots import Slots
 
@@ -89,9 +90,10 @@ class _Bytes(NamedTuple):
 
     key: WeightKey
     num_bytes: int
+    label: str = ""  # of what is no part, but moves as that of the layer
 
     def part(self, begin: int, num_bytes: int) -> "_Bytes":
-        return _Bytes(self.key, num_bytes)
+        return self._replace(num_bytes=num_bytes)
 
 
 class _ClockedQueue(IoQueue[_Bytes]):
@@ -105,7 +107,9 @@ class _ClockedQueue(IoQueue[_Bytes]):
     def _move(self, ticket: Ticket[_Bytes], block: _Bytes) -> None:
         costs = dict(self._costs.block(block.key, block.num_bytes))
         self._lanes.of(ticket.route).put(
-            costs[ticket.route], lambda: self.arrived(ticket, block.num_bytes), block.key.part
+            costs[ticket.route],
+            lambda: self.arrived(ticket, block.num_bytes),
+            block.label or block.key.part,
         )
 
 
@@ -198,6 +202,20 @@ class SimulatedWeights:
         pieces = self._pieces(entry)
         return self._queue.enqueue(self.route, pieces, priority=priority, on_done=on_done)
 
+    def bring(self, key: WeightKey, num_bytes: int, label: str) -> Callable[[], None]:
+        """Has other bytes come from the tier below, as those of `key` would -> what waits for
+        them."""
+        if not num_bytes:
+            return lambda: None
+        queue, pieces = self._queue, [_Bytes(key, num_bytes, label)]
+        ticket = queue.enqueue(self.route, pieces, priority=Priority.SOON, on_done=lambda: None)
+
+        def wait() -> None:
+            queue.promote(ticket, Priority.DEMAND)
+            queue.wait(lambda: ticket.state is TicketState.DONE)
+
+        return wait
+
     def _pieces(self, entry: Entry) -> list[_Bytes]:
         return [_Bytes(entry.key, read.num_bytes) for read in self._reads(entry.key)]
 
@@ -208,25 +226,6 @@ class SimulatedWeights:
 
     def now(self) -> float:
         return self._clock.now
-
-
-class HostPart(Protocol):
-    """What the host does of experts, beside a device."""
-
-    def begin(
-        self, layer: int, group: RowGroup, counts: Mapping[int, int]
-    ) -> tuple[Mapping[int, int], Callable[[], None]]:
-        """Of rows by expert: what is left to the device, and what waits for the host's."""
-        ...
-
-
-class _NoPart:
-    """Implements `HostPart` of a machine where passes have all experts from one processor."""
-
-    def begin(
-        self, layer: int, group: RowGroup, counts: Mapping[int, int]
-    ) -> tuple[Mapping[int, int], Callable[[], None]]:
-        return counts, lambda: None
 
 
 class SimulatedRuntime:
@@ -243,7 +242,8 @@ class SimulatedRuntime:
         router: Router,
     ) -> None:
         """Without a `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
-        self.host: HostPart = _NoPart()  # of experts; beside a device another may take its place
+        self.host: HostPart = NoPart()  # of experts; beside a device another may take its place
+        self.stream: StreamPart | None = None  # the same
         self._lanes = lanes
         self._costs = costs
         self._weights = weights
@@ -308,11 +308,15 @@ class SimulatedRuntime:
         if self._prefetcher is not None:
             self._prefetcher.begin(batch, self.clock.now)
         self._forecast.begin(batch, self._router.begin(batch))
+        if self.stream is not None:
+            self.stream.begin(batch)
         self._do(self._costs.embed(batch), "embed")
 
     def attend(
         self, layer: int, weights: Entry, hidden: None, rows: MicroBatch
     ) -> Callable[[], None]:
+        if self.stream is not None and self.stream.attend(layer, rows):
+            return lambda: None
         wait = self._lanes.start(work := self._costs.attention(layer, rows), "attention")
         if not work.chains:
             wait()

@@ -214,6 +214,10 @@ class IoQueue(ABC, Generic[B]):
         assert route not in self._lines, f"{route}: served twice"
         self._lines[route] = _Line(link)
 
+    def block_bytes(self, route: Route) -> int:
+        """Most that is moved along `route` at once."""
+        return self._lines[route].link.block_bytes
+
     def listen(self, listener: Listener) -> None:
         """`listener` is told from now on, after those before it."""
         self._listeners.append(listener)
