@@ -159,6 +159,7 @@ def connected(address: str) -> Iterator[RayCluster]:
     """The cluster at `address`: HOST:PORT, `auto` for the one that runs on this machine, `local`
     for one that lasts as long as this. UsageError where there is none."""
     ray = import_ray()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
         ray.init(address=LOCAL, include_dashboard=False, **quiet)
@@ -173,19 +174,14 @@ def connected(address: str) -> Iterator[RayCluster]:
     else:
         _check_address(address)
         ray.init(address=address, **quiet)
-    _take_signals_back()
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in before.items():  # Ray ends the process at SIGTERM
+            if handler is not None:
+                signal.signal(number, handler)
     try:
         yield RayCluster()
     finally:
         ray.shutdown()
-
-
-def _take_signals_back() -> None:
-    """Whoever handled them before does so again: Ray ends the process at SIGTERM."""
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if (handler := signal.getsignal(number)) is not None:
-                signal.signal(number, handler)
 
 
 def _check_address(address: str) -> None:
