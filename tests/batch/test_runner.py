@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from fake_engine import FakeEngine, fake_store_stats
+from windlass.batch.flights import result_line
 from windlass.batch.job import JobOptions, LeftRows, Summary, run_job
 from windlass.batch.progress import LineProgress, Meter, Snapshot, TerminalProgress, open_progress
-from windlass.batch.runner import result_line
 from windlass.engine.outputs import (
     NOT_FINITE,
     NOTHING_ALLOWED,

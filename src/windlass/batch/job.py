@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from windlass.batch.job_engine import JobEngine, JobModel
+from windlass.batch.flights import RunSettings, row_line
+from windlass.batch.job_engine import JobEngine, JobModel, served_model
 from windlass.batch.jobfile import JobFile, Malformed
 from windlass.batch.journal import Journal, JournalState, write_error
 from windlass.batch.ledger import Ledger
 from windlass.batch.manifest import Manifest, refuse_difference
 from windlass.batch.progress import JobProgress
 from windlass.batch.prompt_lengths import job_lengths
-from windlass.batch.runner import BatchRunner, RunSettings, Stopping, row_line
+from windlass.batch.runner import BatchRunner, Stopping
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.expectation import Check
 from windlass.engine.grammars import grammars_bytes
@@ -27,7 +28,7 @@ from windlass.engine.text_limits import most_chars
 from windlass.errors import JobError, UsageError
 from windlass.files import replace_file, sync_folder, temporary_file
 from windlass.params import SamplingParams
-from windlass.protocol.answers import AUTO, choose_parsers
+from windlass.protocol.answers import AUTO
 from windlass.protocol.openai import ChatTokenizer, Endpoint, ServedModel
 from windlass.workload import Job
 
@@ -345,17 +346,9 @@ def _runner(
     *,
     shares: bool,
 ) -> BatchRunner:
-    model = ServedModel(
-        options.served_names,
-        engine.tokenizer,
-        engine.max_model_len,
-        engine.default_params,
-        now=manifest.created,  # a resume on another day must render the same prompts
-        limited_by=engine.limited_by,
-        parsers=choose_parsers(
-            engine.tokenizer, options.tool_call_parser, options.reasoning_parser
-        ),
-    )
+    # a resume on another day must render the same prompts
+    parsers = options.tool_call_parser, options.reasoning_parser
+    model = served_model(engine, options.served_names, now=manifest.created, parsers=parsers)
     window = WINDOW * engine.capacity
     settings = RunSettings(
         options.name, manifest.created, options.max_retries, window, shares_service=shares

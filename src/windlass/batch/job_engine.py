@@ -7,14 +7,15 @@ from windlass.engine.expectation import Check
 from windlass.engine.service import SteppedEngine
 from windlass.params import SamplingParams
 from windlass.phases import PhaseStats
-from windlass.protocol.answers import ParserTokenizer
-from windlass.protocol.openai import ChatTokenizer
+from windlass.protocol.answers import ParserTokenizer, choose_parsers
+from windlass.protocol.openai import ChatTokenizer, ServedModel
 
 
 class PlanLike(Protocol):
     """A plan as a job sees it."""
 
     def to_json(self) -> dict[str, Any]: ...
+    def lines(self) -> list[str]: ...
 
 
 class JobTokenizer(ChatTokenizer, ParserTokenizer, Protocol):
@@ -44,3 +45,19 @@ class JobEngine(SteppedEngine, JobModel, Protocol):
     """The engine of a job that has it for itself."""
 
     def compare(self, phases: Mapping[str, PhaseStats]) -> Check | None: ...
+
+
+def served_model(
+    engine: JobModel, names: tuple[str, ...], *, now: int, parsers: tuple[str, str]
+) -> ServedModel:
+    """What rows may ask of it. `now`: seconds since 1970, for chat templates. `parsers`: of tool
+    calls and of reasoning, by name."""
+    return ServedModel(
+        names,
+        engine.tokenizer,
+        engine.max_model_len,
+        engine.default_params,
+        now=now,
+        limited_by=engine.limited_by,
+        parsers=choose_parsers(engine.tokenizer, *parsers),
+    )
