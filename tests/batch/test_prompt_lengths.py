@@ -10,7 +10,8 @@ import pytest
 
 from engines import engine_for, make_model, prompts, request, run_all
 from fake_engine import FakeTokenizer
-from windlass.batch.job import JobOptions, run_job
+from windlass.batch.job import run_job
+from windlass.batch.job_options import JobOptions
 from windlass.batch.jobfile import JobFile
 from windlass.batch.progress import LineProgress
 from windlass.batch.prompt_lengths import job_lengths

@@ -12,7 +12,8 @@ import pytest
 
 from fake_engine import FakeEngine, fake_store_stats
 from windlass.batch.flights import result_line
-from windlass.batch.job import JobOptions, LeftRows, Summary, run_job
+from windlass.batch.job import LeftRows, Summary, run_job
+from windlass.batch.job_options import JobOptions
 from windlass.batch.progress import LineProgress, Meter, Snapshot, TerminalProgress, open_progress
 from windlass.engine.outputs import (
     NOT_FINITE,

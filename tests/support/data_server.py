@@ -12,7 +12,7 @@ from typing import Any
 
 from asgi import Answered, ask
 from fake_engine import FakeEngine, install
-from windlass.batch.job import JobOptions
+from windlass.batch.job_options import JobOptions
 from windlass.cli import main
 from windlass.engine.service import Service
 from windlass.protocol.openai import ServedModel

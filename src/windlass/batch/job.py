@@ -2,20 +2,21 @@
 only place that knows the order of these steps."""
 
 import json
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
+from windlass.batch.crew import Crew, CrewWork, kinds_of, mixed_engines
 from windlass.batch.flights import RunSettings, row_line
-from windlass.batch.job_engine import JobEngine, JobModel, served_model
+from windlass.batch.job_engine import JobEngine, JobModel, PlanLike, served_model
+from windlass.batch.job_options import JobOptions, check_paths
 from windlass.batch.jobfile import JobFile, Malformed
 from windlass.batch.journal import Journal, JournalState, write_error
 from windlass.batch.ledger import Ledger
 from windlass.batch.manifest import Manifest, refuse_difference
+from windlass.batch.output import write_output
 from windlass.batch.progress import JobProgress
 from windlass.batch.prompt_lengths import job_lengths
 from windlass.batch.runner import BatchRunner, Stopping
@@ -26,10 +27,9 @@ from windlass.engine.request import WINDOW
 from windlass.engine.service import Service
 from windlass.engine.text_limits import most_chars
 from windlass.errors import JobError, UsageError
-from windlass.files import replace_file, sync_folder, temporary_file
+from windlass.files import replace_file
 from windlass.params import SamplingParams
-from windlass.protocol.answers import AUTO
-from windlass.protocol.openai import ChatTokenizer, Endpoint, ServedModel
+from windlass.protocol.openai import ChatTokenizer, ServedModel
 from windlass.workload import Job
 
 
@@ -39,44 +39,6 @@ class EngineSource(Protocol):
     def open(self, max_model_len: int | None, left: "LeftRows") -> JobEngine:
         """`max_model_len`: the job's, None for what fits. `left`: what the engine will run."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobOptions:
-    """`identity`: what results depend on, as far as known before the model is loaded; must be
-    equal on a resume. `recorded`: stored for the reader alone."""
-
-    input_file: Path
-    output_file: Path
-    error_file: Path | None
-    served_names: tuple[str, ...]
-    identity: Mapping[str, Any]
-    recorded: Mapping[str, Any]
-    max_model_len: int | None  # None: what fits, then the same on every resume
-    created: int
-    trace_file: Path | None = None  # the engine writes it; known here to keep files apart
-    routing_trace_file: Path | None = None  # likewise
-    overwrite: bool = False
-    name: str = "row"  # begins the ids of requests
-    strict: bool = False
-    endpoint: Endpoint | None = None  # the only one that rows may name
-    retry_failed: bool = True
-    max_retries: int = 2
-    tool_call_parser: str = AUTO
-    reasoning_parser: str = AUTO
-
-    @property
-    def journal_file(self) -> Path:
-        return self.output_file.with_name(self.output_file.name + ".journal")
-
-    @property
-    def manifest_file(self) -> Path:
-        return self.output_file.with_name(self.output_file.name + ".manifest.json")
-
-    @property
-    def plan_file(self) -> Path:
-        """What a run's engine was given; `--plan` replays it."""
-        return self.output_file.with_name(self.output_file.name + ".plan.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +83,13 @@ class LeftRows:
     def row_bytes(self, max_model_len: int, vocab_size: int) -> int:
         """What the largest row takes while it is read and made into tokens, and grammars, where a
         row has any."""
+        more = grammars_bytes(vocab_size) if self.file.wants_grammars else 0
+        return self.longest_row_bytes(max_model_len) + more
+
+    def longest_row_bytes(self, max_model_len: int) -> int:
+        """The same without grammars."""
         most = most_chars(max_model_len)
-        own = max((row.needed_bytes(most) for row in self.file.long_rows), default=0)
-        return own + (grammars_bytes(vocab_size) if self.file.wants_grammars else 0)
+        return max((row.needed_bytes(most) for row in self.file.long_rows), default=0)
 
 
 class OpenJob:
@@ -132,7 +98,7 @@ class OpenJob:
     the journal."""
 
     def __init__(self, options: JobOptions, progress: JobProgress) -> None:
-        _check_paths(options)
+        check_paths(options)
         self._options = options
         self._progress = progress
         self._file = JobFile(
@@ -176,13 +142,55 @@ class OpenJob:
         """Runs what is left, to the end or until `stopping` says so. `shares`: others use the
         service too."""
         options = self._options
-        manifest = _settle_manifest(options, engine, self._stored, self._journal)
-        _write_plan(options, engine)
+        own = {**engine.fingerprint, "max_model_len": engine.max_model_len}
+        if self._stored is not None:
+            refuse_difference(self._stored.engine, own, output=options.output_file)
+        manifest = self._settle(own)
+        _write_plan(options, engine.plan)
         self._progress.note("no pass has ended yet")
         runner = _runner(options, engine, service, self._ledger, manifest, shares=shares)
         rows = self._file.rows(self._ledger.open_rows)
         runner.run(rows, stopping=stopping, progress=self._progress)
         self._journal.sync()
+
+    def run_by(self, crew: Crew, stopping: Stopping) -> None:
+        """The same by a crew, whose engines may come and go: what results would be mixed of is in
+        the manifest before a row runs."""
+
+        def settle(found: Sequence[Mapping[str, Any]]) -> None:
+            own = self._stored.engine if self._stored else None
+            mixed = mixed_engines(own, found, self._options.output_file)
+            if len(kinds := kinds_of(mixed)) > 1 and mixed != own:
+                told = "; ".join(kinds)
+                if self._options.strict:
+                    raise UsageError(f"replicas: {told}: --strict allows one kind of kernels")
+                self._progress.say(f"results are of several kernels, as the manifest says: {told}")
+            self._settle(mixed)
+
+        work = CrewWork(self._file, self._ledger, settle)
+        crew.run(work, stopping=stopping, progress=self._progress)
+        self._journal.sync()
+
+    @property
+    def created(self) -> int:
+        """Seconds since 1970, of every result."""
+        return self._options.created if self._stored is None else self._stored.created
+
+    def _settle(self, engine: Mapping[str, Any]) -> Manifest:
+        """Begins the job with `engine`, or goes on with it. Only here, where rows can run, does
+        the job that is to be overwritten end."""
+        options, stored = self._options, self._stored
+        if stored is not None and stored.engine == engine:
+            return stored
+        if stored is None:
+            self._journal.clear()
+            stored = Manifest(options.created, options.identity, engine, options.recorded)
+        self._stored = replace(stored, engine=engine)
+        try:
+            self._stored.write(options.manifest_file)
+        except OSError as error:
+            raise write_error(options.manifest_file, error) from error
+        return self._stored
 
     def summary(self) -> Summary:
         """How it stands, without times."""
@@ -192,7 +200,7 @@ class OpenJob:
         """All results in input order; each file appears whole or not at all. `rest`: what is said
         of rows without one, if there are any."""
         assert self.is_done or rest is not None, "rows without a result"
-        _write_output(self._options, self._lines(rest))
+        write_output(self._options, self._lines(rest))
 
     def _lines(self, rest: Malformed | None) -> Iterator[tuple[JournalState, bytes]]:
         left = self._file.rows(self._ledger.open_rows)
@@ -228,37 +236,6 @@ def run_job(
     return summary
 
 
-def _check_paths(options: JobOptions) -> None:
-    named = {
-        "input file": options.input_file,
-        "output file": options.output_file,
-        "error file": options.error_file,
-        "trace": options.trace_file,
-        "routing trace": options.routing_trace_file,
-        "journal": options.journal_file,
-        "manifest": options.manifest_file,
-        "plan": options.plan_file,
-    }
-    for what in ("output file", "error file", "manifest", "plan"):
-        path = named[what]
-        named[f"temporary {what}"] = None if path is None else temporary_file(path)
-    seen: dict[Path, str] = {}
-    for what, path in named.items():
-        if path is None:
-            continue
-        other = seen.setdefault(path.resolve(), what)
-        if other != what:
-            raise UsageError(f"{what}: got {str(path)!r}, allowed another file than the {other}")
-    for what in ("output file", "error file"):
-        path = named[what]
-        if path is None:
-            continue
-        if path.is_dir():
-            raise UsageError(f"{what}: got the folder {str(path)!r}, allowed a file")
-        if not path.resolve().parent.is_dir():
-            raise UsageError(f"{what}: got {str(path)!r}: its folder does not exist")
-
-
 def _stored_manifest(options: JobOptions, journal: Journal) -> Manifest | None:
     """The manifest of the job that is to be resumed, None to start anew."""
     if options.overwrite:
@@ -292,26 +269,8 @@ def _context_length(options: JobOptions, stored: Manifest | None) -> int | None:
     return length
 
 
-def _settle_manifest(
-    options: JobOptions, engine: JobModel, stored: Manifest | None, journal: Journal
-) -> Manifest:
-    """Compares the loaded engine with the job's, or begins the job with it. Only here, where rows
-    can run, does the job that is to be overwritten end."""
-    own = {**engine.fingerprint, "max_model_len": engine.max_model_len}
-    if stored is not None:
-        refuse_difference(stored.engine, own, output=options.output_file)
-        return stored
-    journal.clear()
-    manifest = Manifest(options.created, options.identity, own, options.recorded)
-    try:
-        manifest.write(options.manifest_file)
-    except OSError as error:
-        raise write_error(options.manifest_file, error) from error
-    return manifest
-
-
-def _write_plan(options: JobOptions, engine: JobModel) -> None:
-    text = json.dumps(engine.plan.to_json(), indent=1) + "\n"
+def _write_plan(options: JobOptions, plan: PlanLike) -> None:
+    text = json.dumps(plan.to_json(), indent=1) + "\n"
     try:
         replace_file(options.plan_file, text.encode())
     except OSError as error:
@@ -367,25 +326,3 @@ def _summary(ledger: Ledger) -> Summary:
         run_s=0.0,
         stats=None,
     )
-
-
-def _write_output(options: JobOptions, lines: Iterator[tuple[JournalState, bytes]]) -> None:
-    targets = [options.output_file]
-    if options.error_file is not None:
-        targets.append(options.error_file)
-    temporary = [temporary_file(target) for target in targets]
-    try:
-        with ExitStack() as stack:
-            files: list[BinaryIO] = [stack.enter_context(path.open("wb")) for path in temporary]
-            for state, line in lines:
-                files[0 if state is JournalState.OK else -1].write(line)
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())
-        for path, target in zip(temporary, targets, strict=True):
-            path.replace(target)
-            sync_folder(target.resolve().parent)
-    except OSError as error:
-        for path in temporary:
-            path.unlink(missing_ok=True)
-        raise write_error(options.output_file, error) from error

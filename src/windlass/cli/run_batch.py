@@ -16,6 +16,7 @@ from windlass.cli.flags import Command, Flag, integer
 from windlass.cli.job_identity import job_identity
 from windlass.cli.output import drop_output
 from windlass.cli.parser_flags import PARSER_FLAGS
+from windlass.cli.replicas import REPLICA_FLAGS, check_replicas, run_replicas
 from windlass.cli.signals import EXIT_INTERRUPTED, StopSignals
 from windlass.cli.summary import (
     burst_lines,
@@ -35,8 +36,9 @@ from windlass.options import EngineOptions, model_name, resolve_model
 from windlass.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from windlass.batch.job import JobOptions, LeftRows, Summary
+    from windlass.batch.job import LeftRows, Summary
     from windlass.batch.job_engine import JobEngine
+    from windlass.batch.job_options import JobOptions
     from windlass.batch.progress import JobProgress
 
 EXIT_ROWS_FAILED = 3
@@ -71,6 +73,7 @@ FLAGS = (
     Flag(name="served-model-name", aliases=("-a", "--alias"), metavar="NAME", group="model",
          help="the name requests may use and responses carry (default: the model's)"),
     *PARSER_FLAGS,
+    *REPLICA_FLAGS,
     *ENGINE_FLAGS,
     CONFIG_FLAG,
 )  # fmt: skip
@@ -124,18 +127,26 @@ def _run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     from windlass.batch.job import run_job
     from windlass.batch.progress import open_progress
 
+    check_replicas(values)
     command = _resume_command(arguments, has_begun=True)
     farewell = f"stopped at once; finished rows are safe. Go on with:\n  {command}"
     with StopSignals(farewell) as signals:
-        located = locate(engine_options(values))
+        given = engine_options(values)
+        located = locate(given)
         options = _job_options(values, located.options)
+        more: dict[str, Any] = {}
+        own: list[str] = []
         with open_progress() as progress:
-            source = _Source(located, signals, progress)
-            summary = run_job(options, source, progress=progress, stopping=signals)
-    lines = _summary_lines(summary, options)
+            if values["replicas"] is None:
+                source = _Source(located, signals, progress)
+                summary = run_job(options, source, progress=progress, stopping=signals)
+                more = {"plan": source.plan} if source.plan else {}
+            else:
+                engine = given, located
+                summary, own, more = run_replicas(values, options, engine, progress, signals)
+    lines = [*_summary_lines(summary, options, values), *own]
     if values["json"]:
-        document = _summary_json(summary, options, values)
-        lines.append(json.dumps({**document, "plan": source.plan} if source.plan else document))
+        lines.append(json.dumps({**_summary_json(summary, options, values), **more}))
     _print(*lines)
     if not summary.is_complete:
         command = _resume_command(arguments, has_begun=summary.num_done > 0)
@@ -145,7 +156,7 @@ def _run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
 
 
 def _job_options(values: Mapping[str, Any], engine: EngineOptions) -> "JobOptions":
-    from windlass.batch.job import JobOptions
+    from windlass.batch.job_options import JobOptions
 
     folder = resolve_model(engine.model)
     given: str | None = values["served_model_name"]
@@ -188,7 +199,9 @@ def _resume_command(arguments: Sequence[str], *, has_begun: bool) -> str:
     return shlex.join(["windlass", "run-batch", *kept])
 
 
-def _summary_lines(summary: "Summary", options: "JobOptions") -> list[str]:
+def _summary_lines(
+    summary: "Summary", options: "JobOptions", values: Mapping[str, Any]
+) -> list[str]:
     bad = summary.refused + summary.failed
     where = options.error_file or options.output_file
     lines = [
@@ -210,7 +223,7 @@ def _summary_lines(summary: "Summary", options: "JobOptions") -> list[str]:
             *draft_lines(stats),
             *burst_lines(stats),
             f"memory: {memory_words(stats)}",
-            f"plan: {options.plan_file}",
+            *(() if values["replicas"] else (f"plan: {options.plan_file}",)),
         ]
         if stats.prefix_cache_queries:
             share = 100 * stats.prefix_cache_hits / stats.prefix_cache_queries
@@ -252,7 +265,7 @@ def _summary_json(
             "total_output_tokens": stats.generated_tokens,
             "output_throughput": stats.generated_tokens / seconds,
             "total_token_throughput": total / seconds,
-            "plan_file": str(options.plan_file),
+            "plan_file": None if values["replicas"] else str(options.plan_file),
             "prefix_cache_queries": stats.prefix_cache_queries,
             "prefix_cache_hits": stats.prefix_cache_hits,
             "passes": stats.passes,

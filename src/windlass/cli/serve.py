@@ -18,7 +18,7 @@ from windlass.options import EngineOptions, model_name, resolve_model
 from windlass.units import MIB, format_bytes
 
 if TYPE_CHECKING:
-    from windlass.batch.job import JobOptions
+    from windlass.batch.job_options import JobOptions
     from windlass.engine.engine import Engine
     from windlass.server.data_folder import DataFolder
     from windlass.server.state import Loaded
@@ -172,7 +172,7 @@ def _data_folder(values: Mapping[str, Any], name: str, stack: ExitStack) -> "Dat
 
 def _jobs(values: Mapping[str, Any], engine: EngineOptions, names: tuple[str, ...]) -> "JobOptions":
     """What the jobs of batches have in common."""
-    from windlass.batch.job import JobOptions
+    from windlass.batch.job_options import JobOptions
 
     return JobOptions(
         input_file=Path(), output_file=Path(), error_file=None, created=0,

@@ -44,6 +44,11 @@ def cuda_index(name: str) -> int | None:
     return index
 
 
+def cuda_name() -> str:
+    """The model of the GPU that torch computes on where nothing else is said."""
+    return torch.cuda.get_device_name()
+
+
 def why_none() -> str:
     """What torch has in place of a GPU."""
     if torch.version.cuda is None:

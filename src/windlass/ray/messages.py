@@ -67,18 +67,27 @@ class Place:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaFacts:
     """Of an open replica. `checkpoint`: what tells it from others (`hub.locate.identity_of`).
-    `fingerprint`: what would change results, kernels among it. `lines`: its plan, for people."""
+    `fingerprint`: what would change results, kernels among it. `arithmetic`: instruction sets and
+    device, in words. `lines`: its plan, for people."""
 
     host: str
     pid: int
     checkpoint: str
     tokenizer: str | None
     fingerprint: Mapping[str, Any]
+    arithmetic: str
     max_model_len: int
     capacity: int  # sequences at once
     window: int  # of sequences, that keeps it busy
     plan: Mapping[str, Any]
     lines: tuple[str, ...]
+
+    def words(self) -> str:
+        """One line of what it is."""
+        kernels = f"{self.fingerprint['kernels']} ({self.arithmetic})"
+        return f"process {self.pid}, kernels {kernels}, {self.capacity} sequences; " + "; ".join(
+            line.removeprefix("plan: ") for line in self.lines[:1]
+        )
 
 
 class EndedRow(NamedTuple):

@@ -19,6 +19,7 @@ from windlass.engine.request import WINDOW
 from windlass.engine.service import Service
 from windlass.hub.locate import identity_of, locate
 from windlass.options import resolve_model
+from windlass.ray.arithmetic import arithmetic_words
 from windlass.ray.messages import EndedRow, Place, ReplicaFacts, ReplicaSpec, Report
 from windlass.version import VERSION
 
@@ -74,6 +75,10 @@ class Replica:
             checkpoint=identity_of(resolve_model(own.model)),
             tokenizer=identity_of(resolve_model(own.tokenizer)) if own.tokenizer else None,
             fingerprint=dict(engine.fingerprint),
+            arithmetic=arithmetic_words(
+                str(engine.fingerprint.get("host_kernels", engine.fingerprint["kernels"])),
+                has_device=getattr(engine.plan, "above", None) is not None,
+            ),
             max_model_len=engine.max_model_len,
             capacity=engine.capacity,
             window=self._window,

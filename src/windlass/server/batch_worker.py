@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from windlass.batch.job import JobOptions, OpenJob
+from windlass.batch.job import OpenJob
 from windlass.batch.job_engine import JobModel
+from windlass.batch.job_options import JobOptions
 from windlass.batch.jobfile import BadLines, JobFile, LineProblem, Malformed
 from windlass.batch.manifest import Manifest, SettingsDiffer
 from windlass.batch.progress import Snapshot
