@@ -56,7 +56,7 @@ class Dispatch:
         return self._left
 
     def join(self, name: int, window: int) -> None:
-        """`window`: rows that keep it busy."""
+        """`window`: rows that keep it busy, twice as many as it runs at once."""
         self._hands[name] = _Hand(window)
 
     def leave(self, name: int) -> int:
@@ -97,12 +97,13 @@ class Dispatch:
         rates = [one.rate for one in self._hands.values()]
         known = [rate for rate in rates if rate is not None]
         if hand.rate is None:
-            # until it has shown how fast it is, half of an even share
-            share = 0.5 / len(self._hands)
+            # until it has shown how fast it is: half of an even share, and what it runs at once
+            window, share = hand.window // 2, 0.5 / len(self._hands)
         else:
             mean = sum(known) / len(known)
-            share = hand.rate / sum(mean if rate is None else rate for rate in rates)
-        return min(hand.window, max(1, -int(-self._left * share // 1)))
+            total = sum(mean if rate is None else rate for rate in rates)
+            window, share = hand.window, hand.rate / total
+        return max(1, min(window, -int(-self._left * share // 1)))
 
     def _next(self, name: int) -> JobRow | None:
         while self._waiting.has_room:

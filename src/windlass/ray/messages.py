@@ -90,7 +90,8 @@ class ReplicaFacts:
         )
 
 
-class EndedRow(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class EndedRow:
     """A row's result, as the journal of a job has it. `index`: of the row that was given."""
 
     index: int
