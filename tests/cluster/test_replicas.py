@@ -125,7 +125,7 @@ class Killer:
 def test_twenty_kills_lose_double_and_change_nothing(nodes: RayNodes, folder: Path) -> None:
     nodes.start("b")
     nodes.start("c")
-    write_rows(folder, rows(4000, 24))
+    write_rows(folder, rows(2500, 24))
     wanted = alone(folder)
     print(f"KILL_SEED={SEED}")
     random = Random(SEED)
@@ -135,7 +135,7 @@ def test_twenty_kills_lose_double_and_change_nothing(nodes: RayNodes, folder: Pa
     journal = folder / "out.journal"
     for what in plan:
         # at a random moment: after some rows, also while others are being opened
-        if not killer.driver.wait_for_rows(journal, random.randrange(0, 120)):
+        if not killer.driver.wait_for_rows(journal, random.randrange(0, 60)):
             break
         time.sleep(random.random())
         print(f"{num_records(journal)} rows: kill {what}", flush=True)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -16,6 +18,8 @@ _QUIET = {
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "SOURCE_DATE_EPOCH": "1790000000",
+    "RAY_AUTH_MODE": "token",  # nobody else may join
+    "RAY_AUTH_TOKEN": secrets.token_hex(32),
 }
 
 
@@ -26,7 +30,8 @@ class RayNodes:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
-        self.address = f"127.0.0.1:{_free_port()}"
+        self.address = ""  # of the head
+        self._port = _free_port()
 
     def __enter__(self) -> "RayNodes":
         return self
@@ -42,12 +47,11 @@ class RayNodes:
         """`before`: a command that ends by running what follows it."""
         where = ["--address", self.address]
         if not self._nodes:
-            port = self.address.rpartition(":")[2]
-            where = ["--head", "--port", port, "--temp-dir", str(self._folder)]
+            where = ["--head", "--port", str(self._port), "--temp-dir", str(self._folder)]
             where += ["--include-dashboard", "false"]
         command = [
             *before, sys.executable, "-m", "ray.scripts.scripts", "start", "--block",
-            "--num-cpus", str(cpus), "--node-ip-address", "127.0.0.1",
+            "--num-cpus", str(cpus),
             "--object-store-memory", "80000000", *where,
         ]  # fmt: skip
         with (self._folder / f"{name}.log").open("wb") as log:
@@ -74,6 +78,9 @@ class RayNodes:
             assert self._nodes[name].poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
+        if not self.address:
+            (host,) = re.findall(r"Local node IP: (\S+)", log.read_text())
+            self.address = f"{host}:{self._port}"
 
 
 class Driver:
