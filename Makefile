@@ -1,5 +1,5 @@
 # The targets are the manual: setup native demo test lint coverage wheel-test bench mutate, test-native test-kernels
-# test-clients kernel-table test-gpu bench-gpu bench-gpu-peer.
+# test-clients test-cluster kernel-table test-gpu bench-gpu bench-gpu-peer.
 # `make demo` or `make test` is the only command needed on a fresh machine with Python 3.11.
 
 PYTHON ?= python3
@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 KERNELS := .venv-kernels/bin
 CLIENTS := .venv-clients/bin
+CLUSTER := .venv-cluster/bin
 DEMO_OUT := out/demo
 FORECAST := out/forecast
 NATIVE := src/windlass/kernels/cpu/libwindlass_cpu.so
@@ -21,7 +22,7 @@ PYTHON_FILES := src tests bench scripts demo native setup.py
 
 .PHONY: setup native demo test test-all test-native coverage lint types format wheel wheel-test bench bench-kernels \
   bench-peers bench-servers bench-ablation bench-prediction bench-prefetcher bench-latency bench-decode bench-drafts \
-  golden mutate test-kernels test-clients kernel-table check-kernel-table test-gpu bench-gpu \
+  golden mutate test-kernels test-clients test-cluster kernel-table check-kernel-table test-gpu bench-gpu \
   bench-gpu-peer clean
 
 setup: $(STAMP) native
@@ -50,6 +51,12 @@ build/constraints-torch-%.txt: constraints.txt
 	! command -v npm || npm install --prefix tests/clients --no-package-lock --silent
 	touch $@
 
+# Ray, beside the others: nobody else needs it.
+.venv-cluster/.installed: pyproject.toml constraints.txt setup.py
+	test -x $(CLUSTER)/python || $(PYTHON) -m venv .venv-cluster
+	$(CLUSTER)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,ray]'
+	touch $@
+
 native: $(NATIVE)
 
 # Without a compiler one line says so, and torch's kernels are used.
@@ -76,6 +83,10 @@ test-kernels: .venv-kernels/.installed
 # lm-eval, guidellm and npm's openai drive the server; what is not installed is skipped by name.
 test-clients: .venv-clients/.installed native
 	PATH="$$PATH:$(CURDIR)/.venv-clients/guidellm/bin" $(CLIENTS)/python -m pytest -rs tests/clients
+
+# Nodes of a real Ray cluster on this machine, killed at random moments (KILL_SEED repeats them).
+test-cluster: .venv-cluster/.installed native
+	$(CLUSTER)/python -m pytest -rs tests/cluster
 
 # What ptxas makes of them for each architecture, no GPU needed; a check that none of it got worse.
 kernel-table check-kernel-table: .venv-kernels/.installed
@@ -201,4 +212,4 @@ out/gpu:
 	mkdir -p $@
 
 clean:
-	rm -rf $(VENV) .venv-kernels .venv-clients tests/clients/node_modules $(NATIVE) build dist out .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-kernels .venv-clients .venv-cluster tests/clients/node_modules $(NATIVE) build dist out .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
