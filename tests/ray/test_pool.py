@@ -137,7 +137,7 @@ def test_deaths_at_any_moment_lose_and_double_nothing(tmp_path: Path, seed: int)
 def test_a_dead_ones_rows_go_to_others_and_it_is_started_again(tmp_path: Path) -> None:
     cluster = FakeCluster([node("a"), node("b")])
     cluster.speeds = {"a": 5.0, "b": 5.0}
-    killed = []
+    killed: list[set[int]] = []
 
     def dies(replica: FakeReplica) -> bool:
         if replica.node.id == "b" and replica.done > 5 and not killed:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-PATIENCE_S = 240.0  # of what only something that hangs reaches
+PATIENCE_S = 600.0  # of what only something that hangs reaches
 _QUIET = {
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -102,7 +102,10 @@ class Driver:
 
     def wait(self) -> tuple[int, str]:
         """Exit code and standard output."""
-        out, _ = self.process.communicate(timeout=PATIENCE_S)
+        try:
+            out, _ = self.process.communicate(timeout=PATIENCE_S)
+        finally:
+            self.process.kill()
         return self.process.returncode, out.decode()
 
     def wait_for_rows(self, journal: Path, more: int) -> bool:
