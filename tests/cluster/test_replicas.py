@@ -155,7 +155,7 @@ def test_twenty_kills_lose_double_and_change_nothing(nodes: RayNodes, folder: Pa
 
 
 def test_a_node_that_joins_is_used(nodes: RayNodes, folder: Path) -> None:
-    write_rows(folder, rows(1500, 24))
+    write_rows(folder, rows(500, 16))
     driver = Driver(folder, *ENGINE, "--replicas", "auto", "--ray-address", nodes.address, "--json")
     assert driver.wait_for_rows(folder / "out.journal", 5), driver.said()
     nodes.start("b")
@@ -166,7 +166,7 @@ def test_a_node_that_joins_is_used(nodes: RayNodes, folder: Path) -> None:
 
 
 def test_a_stopped_job_goes_on(nodes: RayNodes, folder: Path) -> None:
-    write_rows(folder, rows(600, 24))
+    write_rows(folder, rows(200, 16))
     wanted = alone(folder)
     arguments = (*ENGINE, "--replicas", "1", "--ray-address", nodes.address)
     driver = Driver(folder, *arguments)
@@ -175,14 +175,14 @@ def test_a_stopped_job_goes_on(nodes: RayNodes, folder: Path) -> None:
     code, _ = driver.wait()
     assert code == 130, driver.said()
     assert "finished rows are safe" in driver.said()
-    assert 20 <= num_records(folder / "out.journal") < 600
+    assert 20 <= num_records(folder / "out.journal") < 200
     driver = Driver(folder, *arguments)
     assert driver.wait()[0] == 3, driver.said()
     check_whole(folder, wanted)
 
 
 def test_one_machine_goes_on_with_a_job_of_replicas(nodes: RayNodes, folder: Path) -> None:
-    write_rows(folder, rows(600, 24))
+    write_rows(folder, rows(200, 16))
     wanted = alone(folder)
     driver = Driver(folder, *ENGINE, "--replicas", "2", "--ray-address", nodes.address)
     assert driver.wait_for_rows(folder / "out.journal", 20), driver.said()

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -171,10 +173,19 @@ def connected(address: str) -> Iterator[RayCluster]:
     else:
         _check_address(address)
         ray.init(address=address, **quiet)
+    _take_signals_back()
     try:
         yield RayCluster()
     finally:
         ray.shutdown()
+
+
+def _take_signals_back() -> None:
+    """Whoever handled them before does so again: Ray ends the process at SIGTERM."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if (handler := signal.getsignal(number)) is not None:
+                signal.signal(number, handler)
 
 
 def _check_address(address: str) -> None:
