@@ -209,6 +209,13 @@ class JobFile:
             )
 
 
+def read_line(text: bytes, index: int) -> JobRow:
+    """The row of one line that is not empty. Never raises."""
+    row = _parse(text, index + 1, None)
+    assert row is not None, "a line that is not empty"
+    return replace(row, index=index)
+
+
 def _open(path: Path) -> BinaryIO:
     if not path.is_file():
         what = "not a regular file" if path.exists() else "no such file"

@@ -1,0 +1,12 @@
+"""Windlass on a Ray cluster. Names load on first use: ray is an extra, `windlass[ray]`."""
+
+from importlib import import_module
+from typing import Any
+
+__all__ = ["Processor", "WindlassEngineProcessorConfig", "build_processor"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'windlass.ray' has no attribute {name!r}")
+    return getattr(import_module("windlass.ray.processor"), name)
