@@ -3,8 +3,9 @@
     python bench/driver_scale.py [--rows 100000 1000000] [--folder F] [--json FILE]
                                  [--only-steps] [--quick]
 
-The job's own code. First the steps one by one, on one thread: the scan, reading rows, making and
-appending result lines, matching a journal, writing the output; a driver of replicas does these.
+The job's own code. First the steps one by one, on one thread: the scan, reading rows, reading and
+giving them to 64 replicas in handfuls of 8 (`dispatch`), making and appending result lines,
+matching a journal, writing the output; a driver of replicas does all but make lines.
 Then a job with an engine that answers at once: a first run is killed (SIGKILL, from within) when
 half of the rows have ended, a second one resumes it and writes the output. Each in a process of
 its own. Rows are chats of 490 bytes, answers have 410 characters. Peaks are the process's own, of
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,21 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from fake_engine import FakeEngine, FakeTokenizer
-from windlass.batch.job import JobOptions, OpenJob
-from windlass.batch.jobfile import JobFile
+from windlass.batch.flights import row_line
+from windlass.batch.job import OpenJob
+from windlass.batch.job_options import JobOptions
+from windlass.batch.jobfile import JobFile, JobRow
 from windlass.batch.journal import Journal, JournalState
 from windlass.batch.ledger import Ledger
 from windlass.batch.progress import Snapshot
 from windlass.batch.prompt_lengths import job_lengths
-from windlass.batch.runner import row_line
 from windlass.engine.outputs import CompletionOutput, RequestOutput
 from windlass.engine.request import Request, StepResult
 from windlass.engine.service import Service
 from windlass.errors import JobError
 from windlass.params import SamplingParams
 from windlass.protocol.openai import ServedModel
+from windlass.ray.dispatch import Dispatch
 
 _QUESTION = "Where does this letter go, and why? It speaks of rent. " * 4
 _ANSWER = "Into the folder of the landlord, as it asks for money. " * 7 + "So it is, I think."
@@ -173,8 +176,10 @@ def steps(folder: Path) -> dict[str, float]:
     with every.step("scan"):
         file = JobFile(folder / "in.jsonl")
     with every.step("read_rows"):
-        for row in file.rows(np.ones(len(file), dtype=np.bool_)):
+        for row in file.rows(_all(file)):
             last = row
+    with every.step("dispatch"):
+        _dispatch(file)
     body = {"object": "chat.completion", "choices": [{"message": {"content": _ANSWER}}]}
     response = {"status_code": 200, "request_id": "req_a", "body": body}
     with every.step("make_lines"):
@@ -182,7 +187,7 @@ def steps(folder: Path) -> dict[str, float]:
             line = row_line(last, response, None)
     with every.step("lengths"):
         model = ServedModel(("m",), FakeTokenizer(), 4096, SamplingParams())
-        assert job_lengths(file, np.ones(len(file), dtype=np.bool_), model) is not None
+        assert job_lengths(file, _all(file), model) is not None
     with Journal(folder / "steps.journal") as journal:
         ledger = Ledger(file, journal, retry_failed=True)
         with every.step("append"):
@@ -199,6 +204,26 @@ def steps(folder: Path) -> dict[str, float]:
                 assert result is not None, "all rows have ended"
                 out.write(result[1])
         return {**every.found, "journal_bytes": journal.size_bytes}
+
+
+def _all(file: JobFile) -> "np.ndarray[Any, np.dtype[np.bool_]]":
+    return np.ones(len(file), dtype=np.bool_)
+
+
+def _dispatch(file: JobFile) -> None:
+    """Rows read and given to 64 replicas, one after the other, each of which ends all it has."""
+
+    def again(indices: Sequence[int]) -> list[JobRow]:
+        raise AssertionError("none dies")
+
+    dispatch = Dispatch(file.rows(_all(file)), len(file), again)
+    for name in range(64):
+        dispatch.join(name, 8)
+    while dispatch.num_left:
+        for name in range(64):
+            for row in dispatch.next_rows(name):
+                dispatch.end(name, row.index)
+            dispatch.spend(name, 1.0)
 
 
 def _child(*arguments: str) -> dict[str, Any] | None:
@@ -280,7 +305,8 @@ def main() -> None:
         results.append(found)
         print(f"{rows} rows:")
         print(table(heads, _lines(found)), flush=True)
-    write({**described, "others_cores": others.cores(), "results": results}, options.json)
+        # each time: many rows take long
+        write({**described, "others_cores": others.cores(), "results": results}, options.json)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,4 @@ __all__ = ["Processor", "WindlassEngineProcessorConfig", "build_processor"]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'windlass.ray' has no attribute {name!r}")
-    try:
-        return getattr(import_module(_HOMES[name]), name)
-    except ModuleNotFoundError as error:
-        if error.name != "ray":
-            raise
-        raise ImportError(f"windlass.ray.{name}: needs ray: pip install 'windlass[ray]'") from error
+    return getattr(import_module(_HOMES[name]), name)

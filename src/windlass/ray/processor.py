@@ -42,6 +42,7 @@ class Processor:
             EngineStage,
             fn_constructor_kwargs={
                 "spec": self._spec, "raises": not config.should_continue_on_error,
+                "cpus": 1.0 if config.num_cpus is None else config.num_cpus,
             },
             batch_size=config.batch_size,
             batch_format="pyarrow",

@@ -1,4 +1,4 @@
-"""What Ray Data's actors run: one replica each, and tables of rows through it. Knows no ray."""
+"""What an actor of Ray Data runs: the actor of run-batch, and tables of rows through it."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,18 +6,21 @@ from typing import Any
 
 from windlass.batch.jobfile import read_line
 from windlass.errors import RequestError
+from windlass.ray.actors import actor_class
 from windlass.ray.data_rows import ERROR, REQUEST, answered, failed
 from windlass.ray.messages import ReplicaSpec
-from windlass.ray.replica import open_replica
 from windlass.ray.row_feed import RowFeed
 
 
 class EngineStage:
     """Adds the columns of answers to tables, several of which are under way at once. `raises`:
-    RequestError for the first row without an answer, instead of a word in its ERROR column."""
+    RequestError for the first row without an answer, instead of a word in its ERROR column.
+    `cpus`: what Ray gives an actor."""
 
-    def __init__(self, spec: ReplicaSpec, *, raises: bool) -> None:
-        self._feed = RowFeed(open_replica(spec))
+    def __init__(self, spec: ReplicaSpec, *, raises: bool, cpus: float) -> None:
+        replica = actor_class()(cpus)
+        replica.open(spec)
+        self._feed = RowFeed(replica)
         self._raises = raises
 
     async def __call__(self, table: Any) -> AsyncIterator[Any]:
