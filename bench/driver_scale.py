@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from windlass.ray.dispatch import Dispatch
 _QUESTION = "Where does this letter go, and why? It speaks of rent. " * 4
 _ANSWER = "Into the folder of the landlord, as it asks for money. " * 7 + "So it is, I think."
 _CAPACITY = 256
+_FEW = 200_000  # rows of steps that cost the same for each, however many there are
 
 
 def write_rows(path: Path, rows: int) -> None:
@@ -175,15 +177,16 @@ def steps(folder: Path) -> dict[str, float]:
     every = _Steps()
     with every.step("scan"):
         file = JobFile(folder / "in.jsonl")
+    few = min(len(file), _FEW)
     with every.step("read_rows"):
-        for row in file.rows(_all(file)):
+        for row in islice(file.rows(_all(file)), few):
             last = row
     with every.step("dispatch"):
         _dispatch(file)
     body = {"object": "chat.completion", "choices": [{"message": {"content": _ANSWER}}]}
     response = {"status_code": 200, "request_id": "req_a", "body": body}
     with every.step("make_lines"):
-        for _ in range(len(file)):
+        for _ in range(few):
             line = row_line(last, response, None)
     with every.step("lengths"):
         model = ServedModel(("m",), FakeTokenizer(), 4096, SamplingParams())
@@ -271,6 +274,8 @@ def _lines(found: dict[str, Any]) -> list[list[str]]:
         left = rows - taken.get("rows_before", 0)
         for name in (key[: -len("_cpu_s")] for key in taken if key.endswith("_cpu_s")):
             count, seconds = left if name == "run" else rows, taken[f"{name}_s"]
+            if name in ("read_rows", "make_lines"):
+                count = min(rows, _FEW)
             own = taken[f"{name}_peak_bytes"] - taken["before_bytes"]
             lines.append(
                 [f"{name} ({kind})", f"{seconds:.2f}", f"{count / seconds:.0f}",

@@ -4,14 +4,15 @@
     python bench/replica_scale.py --transport FILE --steps FILE --json FILE
 
 *Transport* (needs Ray; `--transport FILE` takes the one of an earlier document): two actors that
-answer at once, two calls under way with each, rows of 490 bytes, results of 950. Seconds of the
-driver's processor, all threads, and of the clock, for a call of 1, 8 and 64 rows.
+answer at once, two calls under way with each, the pool's own records, rows of 490 bytes, results
+of 600. Seconds of the driver's processor, all threads, and of the clock, for a call of 1, 8 and 64
+rows.
 
-*Simulation*: discrete events on a virtual clock. Replicas differ in speed (log-normal), rows in
-length (exponential). Each has a window of rows; what ended is sent as soon as the driver has
-answered the last message, and the answer fills the window. The driver is one thread: a message
+*Simulation*: discrete events on a virtual clock; the pool's own code gives out the rows. Replicas
+differ in speed (log-normal), rows in length (exponential). What ended is sent as soon as the driver
+has answered the last message, and the answer brings new rows. The driver is one thread: a message
 costs what a call did, each row what its steps did (`driver_scale.py`). Replicas die (exponential)
-and start again; their rows go back and all work on them is lost.
+and start again; their rows go to others and all work on them is lost.
 """
 
 import argparse
@@ -19,15 +20,24 @@ import heapq
 import json
 import random
 import statistics
+import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from machine import Others, describe, table, write
+from machine import ROOT, Others, describe, table, write
 
-_ROW, _RESULT = b"r" * 490, b"x" * 950
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+from fake_engine import FakeEngine
+from windlass.batch.jobfile import JobRow, read_line
+from windlass.batch.journal import JournalState
+from windlass.ray.dispatch import Dispatch
+from windlass.ray.messages import EndedRow, Report
+
+_LINE = b"x" * 600
 _IN_FLIGHT = 2  # calls for each actor
 
 
@@ -35,7 +45,7 @@ class Costs(NamedTuple):
     """Seconds of the driver's one thread; `latency_s`: each way, nobody's work."""
 
     message_s: float
-    read_row_s: float
+    give_row_s: float
     store_row_s: float
     latency_s: float = 0.001
 
@@ -57,62 +67,57 @@ class Fleet:
 
 
 class _Replica:
-    def __init__(self, mean_s: float) -> None:
-        self.mean_s = mean_s  # of one row
-        self.life = 0  # which of its lives this is; events of earlier ones are void
-        self.is_up = True
-        self.coming = self.waiting = self.running = self.ended = 0
-        self.sent = 0  # rows of the message that the driver has not answered
-        self.has_message = False
-        self.busy_s = self.changed_s = self.up_s = 0.0
+    """One life of a replica. Rows are their indices."""
 
-    @property
-    def held(self) -> int:
-        return self.coming + self.waiting + self.running + self.ended + self.sent
+    def __init__(self, name: int, mean_s: float) -> None:
+        self.name = name  # no other life has it
+        self.mean_s = mean_s  # of one row
+        self.coming: list[int] = []  # in the driver's answer
+        self.waiting: deque[int] = deque()
+        self.ended: list[int] = []
+        self.running = 0
+        self.has_call = False  # the driver has not answered the last message
+        self.fed_s: float | None = None  # since when it has rows; the driver's measure of speed
+        self.busy_s = self.changed_s = self.up_s = 0.0
 
 
 class Simulation:
-    """One job on one fleet."""
+    """One job on one fleet, its rows given out by the pool's own `Dispatch`."""
 
     def __init__(self, fleet: Fleet, costs: Costs, seed: int = 0) -> None:
         self._fleet, self._costs, self._chance = fleet, costs, random.Random(seed)
-        mean_s = fleet.capacity / fleet.rows_per_s
         speeds = [self._chance.lognormvariate(0, fleet.spread) for _ in range(fleet.replicas)]
-        self._replicas = [_Replica(mean_s / speed) for speed in speeds]
         self._rate = sum(speeds) * fleet.rows_per_s
-        self._events: list[tuple[float, int, Any, int, int, int]] = []
+        self._dispatch = Dispatch(map(_row, range(fleet.rows)), fleet.rows, _rows)
+        self._events: list[tuple[float, int, Any, _Replica, Any]] = []
         self._number = 0
         self._now = self._free_at = self._driver_s = 0.0
-        self._left, self._done, self._lost = fleet.rows, 0, 0
-        self._dry_s: float | None = None  # when the last row was handed out for the first time
-        self._busy_dry = self._up_dry = 0.0
-        self._most_held = self._deaths = self._messages = 0
-        self._waits: deque[float] = deque(maxlen=100_000)
+        self._up: dict[int, _Replica] = {}
+        self._gone: list[_Replica] = []
+        self._given = self._held = self._most_held = 0
+        self._dry_s = self._busy_dry = self._up_dry = 0.0  # at the moment when all were given
+        self._deaths = self._lost = self._messages = 0
+        self._waits: deque[float] = deque(maxlen=100_000)  # of messages, for the driver
+        mean_s = fleet.capacity / fleet.rows_per_s
+        for speed in speeds:
+            self._begin(_Replica(self._next_number(), mean_s / speed), None)
 
     def run(self) -> dict[str, Any]:
-        for index in range(self._fleet.replicas):
-            self._begin(index)
-        while self._done < self._fleet.rows:
-            self._now, _, handle, index, life, amount = heapq.heappop(self._events)
-            if life == self._replicas[index].life:
-                handle(index, amount)
-        for index in range(self._fleet.replicas):
-            self._count(index)
-        return self._report()
-
-    def _report(self) -> dict[str, Any]:
-        capacity, dry_s = self._fleet.capacity, self._dry_s or self._now
-        busy = sum(one.busy_s for one in self._replicas)
-        up = sum(one.up_s for one in self._replicas)
+        while self._dispatch.num_left:
+            self._now, _, handle, replica, more = heapq.heappop(self._events)
+            # events of a life that is over are void, but for what the driver hears of its end
+            if replica.name in self._up or handle in (self._begin, self._hear_death):
+                handle(replica, more)
+        busy, up = self._totals()
         return {
             **asdict(self._fleet),
             "job_s": self._now,
             "rows_per_s_all": self._fleet.rows / self._now,
             "share_of_fleet": self._fleet.rows / self._now / self._rate,
             "driver_busy": self._driver_s / self._now,
-            "idle_until_dry": 1 - self._busy_dry / max(self._up_dry * capacity, 1e-9),
-            "idle": 1 - busy / (up * capacity),
-            "tail_s": self._now - dry_s,
+            "idle_until_dry": 1 - self._busy_dry / (self._up_dry * self._fleet.capacity),
+            "idle": 1 - busy / (up * self._fleet.capacity),
+            "tail_s": self._now - self._dry_s,
             "deaths": self._deaths,
             "rows_lost": self._lost,
             "messages": self._messages,
@@ -124,106 +129,117 @@ class Simulation:
 
     # --- the driver -------------------------------------------------------------------------------
 
-    def _message(self, index: int, amount: int) -> None:
-        """`amount` results come; the answer brings as many rows as the window has room for."""
-        replica, costs = self._replicas[index], self._costs
-        self._messages += 1
+    def _message(self, replica: _Replica, ended: list[int]) -> None:
+        """Results come; the answer brings as many rows as the pool gives."""
+        costs = self._costs
         begin = max(self._now, self._free_at)
         self._waits.append(begin - self._now)
-        self._done += amount
-        replica.sent -= amount
-        rows = min(self._left, self._fleet.window - replica.held)
-        self._left -= rows
-        cost = costs.message_s + amount * costs.store_row_s + rows * costs.read_row_s
+        if replica.fed_s is not None:
+            self._dispatch.spend(replica.name, self._now - replica.fed_s)
+        for index in ended:
+            self._dispatch.end(replica.name, index)
+        rows = [row.index for row in self._dispatch.next_rows(replica.name)]
+        replica.fed_s = self._now if self._dispatch.num_flying(replica.name) else None
+        cost = costs.message_s + len(ended) * costs.store_row_s + len(rows) * costs.give_row_s
+        self._messages += 1
         self._driver_s += cost
         self._free_at = begin + cost
-        held = self._fleet.rows - self._left - self._done
-        self._most_held = max(self._most_held, held)
-        if self._left == 0 and self._dry_s is None:
-            self._dry_s = self._now
-            for one in range(self._fleet.replicas):
-                self._count(one)
-            self._busy_dry = sum(one.busy_s for one in self._replicas)
-            self._up_dry = sum(one.up_s for one in self._replicas)
-        replica.coming += rows
-        self._at(self._free_at + costs.latency_s, self._answer, index, rows)
+        self._count_rows(len(rows), -len(ended))
+        replica.coming = rows
+        self._at(self._free_at + costs.latency_s, self._answer, replica)
 
-    def _known_dead(self, index: int, amount: int) -> None:
-        """The rows of one that died are there to be handed out again, to whoever has room."""
-        self._left += amount
-        for other, replica in enumerate(self._replicas):
-            if replica.is_up and not replica.has_message and replica.held < self._fleet.window:
+    def _count_rows(self, given: int, change: int) -> None:
+        was_left = self._given < self._fleet.rows
+        self._given += given
+        self._held += given + change
+        self._most_held = max(self._most_held, self._held)
+        if was_left and self._given >= self._fleet.rows:
+            self._dry_s = self._now
+            self._busy_dry, self._up_dry = self._totals()
+
+    def _hear_death(self, replica: _Replica, _: None) -> None:
+        lost = self._dispatch.leave(replica.name)
+        self._lost += lost
+        self._given -= lost
+        self._held -= lost
+        for other in self._up.values():  # whoever was told that there is nothing more
+            if not other.has_call:
                 self._send(other)
 
     # --- a replica --------------------------------------------------------------------------------
 
-    def _begin(self, index: int, _: int = 0) -> None:
-        replica = self._replicas[index]
-        self._count(index)
-        replica.is_up = True
+    def _begin(self, replica: _Replica, _: None) -> None:
+        replica.changed_s = self._now
+        self._up[replica.name] = replica
+        self._dispatch.join(replica.name, self._fleet.window)
         if self._fleet.death_every_s is not None:
             life_s = self._chance.expovariate(1 / self._fleet.death_every_s)
-            self._at(self._now + life_s, self._die, index)
-        self._send(index)
+            self._at(self._now + life_s, self._die, replica)
+        self._send(replica)
 
-    def _answer(self, index: int, rows: int) -> None:
-        replica = self._replicas[index]
-        self._count(index)
-        replica.has_message = False
-        replica.coming -= rows
-        replica.waiting += rows
-        self._start_rows(index)
+    def _answer(self, replica: _Replica, _: None) -> None:
+        replica.has_call = False
+        replica.waiting += replica.coming
+        replica.coming = []
+        self._start_rows(replica)
         if replica.ended:
-            self._send(index)
+            self._send(replica)
 
-    def _start_rows(self, index: int) -> None:
-        replica = self._replicas[index]
-        rows = min(self._fleet.capacity - replica.running, replica.waiting)
-        replica.running += rows
-        replica.waiting -= rows
-        for _ in range(rows):
-            self._at(self._now + self._chance.expovariate(1 / replica.mean_s), self._end, index)
+    def _start_rows(self, replica: _Replica) -> None:
+        self._count(replica)
+        while replica.waiting and replica.running < self._fleet.capacity:
+            replica.running += 1
+            took_s = self._chance.expovariate(1 / replica.mean_s)
+            self._at(self._now + took_s, self._end, replica, replica.waiting.popleft())
 
-    def _end(self, index: int, _: int) -> None:
-        replica = self._replicas[index]
-        self._count(index)
+    def _end(self, replica: _Replica, index: int) -> None:
+        self._count(replica)
         replica.running -= 1
-        replica.ended += 1
-        self._start_rows(index)
-        if not replica.has_message:
-            self._send(index)
+        replica.ended.append(index)
+        self._start_rows(replica)
+        if not replica.has_call:
+            self._send(replica)
 
-    def _send(self, index: int) -> None:
-        replica = self._replicas[index]
-        replica.has_message = True
-        replica.sent, replica.ended = replica.ended, 0
-        self._at(self._now + self._costs.latency_s, self._message, index, replica.sent)
+    def _send(self, replica: _Replica) -> None:
+        ended, replica.ended = replica.ended, []
+        replica.has_call = True
+        self._at(self._now + self._costs.latency_s, self._message, replica, ended)
 
-    def _die(self, index: int, _: int) -> None:
-        replica = self._replicas[index]
-        self._count(index)
+    def _die(self, replica: _Replica, _: None) -> None:
+        self._count(replica)
         self._deaths += 1
-        lost = replica.held
-        self._lost += lost
-        replica.life += 1
-        replica.is_up = replica.has_message = False
-        replica.coming = replica.waiting = replica.running = replica.ended = replica.sent = 0
-        self._at(self._now + self._fleet.noticed_s, self._known_dead, index, lost)
-        self._at(self._now + self._fleet.start_s, self._begin, index)
+        self._gone.append(self._up.pop(replica.name))
+        again = _Replica(self._next_number(), replica.mean_s)
+        self._at(self._now + self._fleet.noticed_s, self._hear_death, replica)
+        self._at(self._now + self._fleet.start_s, self._begin, again)
 
-    def _count(self, index: int) -> None:
-        """Adds up to now what the replica was busy with."""
-        replica = self._replicas[index]
-        span = self._now - replica.changed_s
-        replica.changed_s = self._now
-        if replica.is_up:
-            replica.up_s += span
-            replica.busy_s += span * replica.running
+    def _count(self, replica: _Replica) -> None:
+        """Adds up to now what it was busy with."""
+        span, replica.changed_s = self._now - replica.changed_s, self._now
+        replica.up_s += span
+        replica.busy_s += span * replica.running
 
-    def _at(self, when: float, handle: Any, index: int, amount: int = 0) -> None:
+    def _totals(self) -> tuple[float, float]:
+        """Seconds of all lives until now: of rows, and of replicas."""
+        for replica in self._up.values():
+            self._count(replica)
+        every = [*self._gone, *self._up.values()]
+        return sum(one.busy_s for one in every), sum(one.up_s for one in every)
+
+    def _at(self, when: float, handle: Any, replica: _Replica, more: Any = None) -> None:
+        heapq.heappush(self._events, (when, self._next_number(), handle, replica, more))
+
+    def _next_number(self) -> int:
         self._number += 1
-        life = self._replicas[index].life
-        heapq.heappush(self._events, (when, self._number, handle, index, life, amount))
+        return self._number
+
+
+def _row(index: int) -> JobRow:
+    return JobRow(index, index + 1, index.to_bytes(16, "little"), None)
+
+
+def _rows(indices: Sequence[int]) -> list[JobRow]:
+    return [_row(index) for index in indices]
 
 
 def transport(*, quick: bool = False) -> list[dict[str, float]]:
@@ -234,17 +250,23 @@ def transport(*, quick: bool = False) -> list[dict[str, float]]:
         raise SystemExit("replica_scale: Ray is missing: pip install 'windlass[ray]'") from error
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 
+    stats = FakeEngine().stats()
+    body = {"model": "m", "messages": [{"role": "user", "content": "What is it? " * 30}]}
+    line = {"custom_id": "row-1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    row = read_line(json.dumps(line).encode(), 0)
+
     class Echo:
-        def work(self, rows: list[bytes]) -> list[bytes]:
-            return [_RESULT] * len(rows)
+        def exchange(self, rows: list[JobRow], timeout_s: float) -> Report:
+            ended = (EndedRow(row.index, JournalState.OK, _LINE) for row in rows)
+            return Report(tuple(ended), stats)
 
     actors = [ray.remote(Echo).options(num_cpus=0).remote() for _ in range(2)]
-    ray.get([actor.work.remote([_ROW]) for actor in actors])
+    ray.get([actor.exchange.remote([row], 1.0) for actor in actors])
     found = []
     for rows in (1, 8, 64):
         calls = 40 if quick else 2000 if rows < 64 else 600
         begin, cpu = time.perf_counter(), time.process_time()
-        flying = {actor.work.remote([_ROW] * rows): actor for actor in actors * _IN_FLIGHT}
+        flying = {actor.exchange.remote([row] * rows, 1.0): actor for actor in actors * _IN_FLIGHT}
         left = calls - len(flying)
         while flying:
             for done in ray.wait(list(flying), num_returns=1)[0]:
@@ -252,7 +274,7 @@ def transport(*, quick: bool = False) -> list[dict[str, float]]:
                 ray.get(done)
                 if left > 0:
                     left -= 1
-                    flying[actor.work.remote([_ROW] * rows)] = actor
+                    flying[actor.exchange.remote([row] * rows, 1.0)] = actor
         took = {"call_s": time.perf_counter() - begin, "call_cpu_s": time.process_time() - cpu}
         found.append({"rows": rows, "calls": calls, **{k: v / calls for k, v in took.items()}})
     ray.shutdown()
@@ -261,21 +283,19 @@ def transport(*, quick: bool = False) -> list[dict[str, float]]:
 
 def fleets(*, quick: bool) -> list[Fleet]:
     """From replicas that take minutes for a row to such as no machine here can be."""
-    rows = 5_000 if quick else 1_000_000
+    rows = 20_000 if quick else 400_000
     own = [Fleet(rows=rows, rows_per_s=rate) for rate in (0.1, 1.0, 10.0, 30.0, 100.0, 300.0)]
     base = Fleet(rows=rows, rows_per_s=10.0)
-    own += [replace(base, window=window) for window in (64, 72, 96, 256)]
+    own += [replace(base, window=window) for window in (64, 80, 256)]
     own += [replace(base, death_every_s=hours * 3600) for hours in (0.1, 1.0, 24.0)]
     return own if quick else [*own, replace(base, rows=10_000_000, death_every_s=3600.0)]
 
 
 def costs_of(calls: list[dict[str, float]], steps: dict[str, Any]) -> Costs:
-    """Of the largest job that was measured; a call's cost is that of a small one."""
+    """Of the largest job that was measured; what a call costs is that of one with a single row."""
     taken = max(steps["results"], key=lambda one: one["rows"])
     own, rows = taken["steps"], taken["rows"]
-    each = {name: own[f"{name}_cpu_s"] / rows for name in ("read_rows", "make_lines", "append")}
-    store_s = each["make_lines"] + each["append"]
-    return Costs(calls[0]["call_cpu_s"], each["read_rows"], store_s)
+    return Costs(calls[0]["call_cpu_s"], own["dispatch_cpu_s"] / rows, own["append_cpu_s"] / rows)
 
 
 def _line(found: dict[str, Any]) -> list[str]:
