@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from machine import ROOT, Others, describe, table, write
+from machine import ROOT, Others, describe, table, to_text, write
 
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 from fake_engine import FakeEngine
@@ -283,7 +283,7 @@ def transport(*, quick: bool = False) -> list[dict[str, float]]:
 
 def fleets(*, quick: bool) -> list[Fleet]:
     """From replicas that take minutes for a row to such as no machine here can be."""
-    rows = 20_000 if quick else 400_000
+    rows = 20_000 if quick else 200_000
     own = [Fleet(rows=rows, rows_per_s=rate) for rate in (0.1, 1.0, 10.0, 30.0, 100.0, 300.0)]
     base = Fleet(rows=rows, rows_per_s=10.0)
     own += [replace(base, window=window) for window in (64, 80, 256)]
@@ -323,15 +323,16 @@ def main() -> None:
         calls = transport(quick=options.quick)
     costs = costs_of(calls, json.loads(options.steps.read_text()))
     print(costs)
-    found = [Simulation(fleet, costs).run() for fleet in fleets(quick=options.quick)]
     heads = ("rows", "rows/s each", "window", "life", "rows/s", "of fleet", "driver busy", "idle",
              "rows/message", "wait ms", "lost", "held")  # fmt: skip
+    head = {**described, "transport": calls, "costs": costs._asdict()}
+    found: list[dict[str, Any]] = []
+    for fleet in fleets(quick=options.quick):
+        found.append(Simulation(fleet, costs).run())
+        if options.json:  # the largest comes last, and takes long
+            options.json.write_text(to_text({**head, "simulation": found}))
     print(table(heads, [_line(one) for one in found]))
-    write(
-        {**described, "others_cores": others.cores(), "transport": calls,
-         "costs": costs._asdict(), "simulation": found},
-        options.json,
-    )  # fmt: skip
+    write({**head, "others_cores": others.cores(), "simulation": found}, options.json)
 
 
 if __name__ == "__main__":
