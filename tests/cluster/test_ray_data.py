@@ -125,7 +125,7 @@ def test_rows_have_the_answers_of_a_batch(address: str, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on_where_ray_has_marked_it(address: str, tmp_path: Path) -> None:
-    count = 48
+    count = 24
     code = f"""
         from ray.data.checkpoint import CheckpointConfig
 
