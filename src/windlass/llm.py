@@ -75,7 +75,7 @@ class LLM:
     ) -> None:
         options = EngineOptions(
             model=model, tokenizer=tokenizer, dtype=dtype, seed=seed,
-            **{"expert_usage": "auto", **_checked(engine_args)},
+            **{"expert_usage": "auto", **checked_args(engine_args)},
         )  # fmt: skip
         self._engine = _open(options)
         self._service = Service(self._engine)
@@ -331,7 +331,7 @@ def _progress(total: int, *, enabled: bool) -> Iterator[Progress]:
         yield bar
 
 
-def _checked(engine_args: Mapping[str, Any]) -> dict[str, Any]:
+def checked_args(engine_args: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords for EngineOptions. UsageError for unknown ones, and for what we do not do."""
     for name, harmless in _REFUSED.items():
         if engine_args.get(name, harmless) != harmless:

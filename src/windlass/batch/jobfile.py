@@ -30,6 +30,7 @@ _LONG_LINE = 1 << 16  # bytes; what shorter ones take while they are read is not
 _BODY_COPIES = 3  # of a body, before its prompt is text
 _MARGIN = 1.15  # over what is held by the count
 _CHUNK_BYTES, _MOST_CHUNKS = 60, 100_000  # that Python's encoder of JSON holds at a time
+_INDEX_ROWS = 1 << 16  # whose numbers are Python's at a time: each takes 40 bytes
 _MALFORMED_COPIES = 9  # of a line: itself, decoded and half read at 4 bytes a character
 
 
@@ -127,8 +128,10 @@ class JobFile:
         """The rows where `wanted` is true, in input order, parsed as they are asked for. Raises
         JobError if the file changed since it was scanned."""
         with _open(self.path) as file:
-            for index in np.flatnonzero(wanted).tolist():
-                yield self._row(file, index)  # and nothing here holds it while the next is read
+            for start in range(0, len(wanted), _INDEX_ROWS):
+                for index in np.flatnonzero(wanted[start : start + _INDEX_ROWS]).tolist():
+                    # and nothing here holds it while the next is read
+                    yield self._row(file, start + index)
 
     def _row(self, file: BinaryIO, index: int) -> JobRow:
         file.seek(self._offsets[index])
@@ -176,10 +179,10 @@ class JobFile:
             )
 
     def _refuse_duplicates(self, ids: "np.ndarray[Any, np.dtype[np.uint64]]") -> None:
-        order = np.argsort(ids, kind="stable")
-        same = np.flatnonzero(ids[order[1:]] == ids[order[:-1]])
-        # neighbours with an equal 64-bit hash: look at the ids themselves
-        suspects = sorted(set(order[same].tolist()) | set(order[same + 1].tolist()))
+        ordered = np.sort(ids)
+        twice = ordered[1:][ordered[1:] == ordered[:-1]]
+        # rows with an equal 64-bit hash: look at the ids themselves
+        suspects = np.flatnonzero(np.isin(ids, twice)).tolist() if len(twice) else []
         seen: dict[str, int] = {}
         found: list[str] = []
         problems: list[LineProblem] = []
@@ -204,6 +207,13 @@ class JobFile:
                 + (f"\n  and {more} more" if more > 0 else ""),
                 problems[:_MAX_REPORTED],
             )
+
+
+def read_line(text: bytes, index: int) -> JobRow:
+    """The row of one line that is not empty. Never raises."""
+    row = _parse(text, index + 1, None)
+    assert row is not None, "a line that is not empty"
+    return replace(row, index=index)
 
 
 def _open(path: Path) -> BinaryIO:

@@ -52,7 +52,9 @@ class Ledger:
 
     def add(self, index: int, digest: bytes, state: JournalState, line: bytes) -> None:
         """Stores the result of a row, in the journal and here."""
-        self._place(np.array([index]), [self._journal.append(digest, state, line)])
+        record = self._journal.append(digest, state, line)
+        self._codes[index] = _CODES[state]
+        self._offsets[index], self._lengths[index] = record.offset, record.length
 
     def sync_if_due(self) -> None:
         self._journal.sync_if_due()

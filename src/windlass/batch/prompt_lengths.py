@@ -81,13 +81,17 @@ def job_lengths(
     if not found:
         return None
     total = round(len(found) * len(open_rows) / count)
-    lengths: list[tuple[int, int, int]] = []
+    prompts: list[int] = []
+    outputs: list[int] = []
+    shared: list[int] = []  # three of numbers that most share: one of tuples is large
     last = -1
     for place in (i * len(found) // total for i in range(total)):
         one, first, others = found[place]
-        lengths.append((one.prompt, one.output, others if place == last else first))
+        prompts.append(one.prompt)
+        outputs.append(one.output)
+        shared.append(others if place == last else first)
         last = place
-    return Job(Workload(*zip(*lengths, strict=True)), is_bounded)
+    return Job(Workload(tuple(prompts), tuple(outputs), tuple(shared)), is_bounded)
 
 
 def _shared(rows: list[list[_Sequence]]) -> list[tuple[_Sequence, int, int]]:

@@ -184,6 +184,14 @@ def connected(address: str) -> Iterator[RayCluster]:
         ray.shutdown()
 
 
+def actor_pool(least: int, most: int, *, calls: int) -> Any:
+    """Ray Data's: between so many actors, each with `calls` calls at once."""
+    import_ray()
+    from ray.data import ActorPoolStrategy
+
+    return ActorPoolStrategy(min_size=least, max_size=most, max_concurrent_calls_per_actor=calls)
+
+
 def _check_address(address: str) -> None:
     """Raises UsageError where no head node answers. In a process of its own: Ray ends the one that
     it fails in, after minutes."""
