@@ -39,8 +39,9 @@ def _bits(turns):
 
 
 @pytest.mark.parametrize("rows", [72, *rarely([512])])
-@pytest.mark.parametrize("family, cached", CHATS)
-def test_a_turn_computes_what_is_new_to_the_same_bits(family, cached, rows, tmp_path):
+@pytest.mark.parametrize("case", CHATS)
+def test_a_turn_computes_what_is_new_to_the_same_bits(case, rows, tmp_path):
+    family, cached = case
     make_model(family, tmp_path)
     with engine_for(tmp_path, enable_prefix_caching=False) as engine:
         expected = _chat(engine)
@@ -75,13 +76,14 @@ def _cells(engine, sequence):
     return found
 
 
-@pytest.mark.parametrize("family, kept", [
+@pytest.mark.parametrize("case", [
     ("deepseek_v3", {}), ("gpt_oss", {"kv_cache_dtype": "int8"}),
     ("qwen3_moe", {"dtype": "bfloat16"}),
     *rarely([("gemma4_text", {}), ("phimoe", {}), ("deepseek_v3", {"dtype": "bfloat16"})]),
 ])  # fmt: skip
-def test_generated_rows_have_the_bits_of_a_prompts(family, kept, tmp_path):
+def test_generated_rows_have_the_bits_of_a_prompts(case, tmp_path):
     """What naming them rests on, of every row and layer."""
+    family, kept = case
     make_model(family, tmp_path)
     (prompt,) = prompts((70,))
     tokens = list(prompt)
@@ -102,13 +104,14 @@ def test_generated_rows_have_the_bits_of_a_prompts(family, kept, tmp_path):
 # --- recurrent models -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family, rows", [
+@pytest.mark.parametrize("case", [
     ("qwen3_next", 512), ("nemotron_h", 72),
     *rarely([("qwen3_next", 72), ("nemotron_h", 512), ("lfm2_moe", 512)]),
 ])  # fmt: skip
-def test_prompts_that_begin_alike_go_on_from_where_they_part(family, rows, tmp_path):
+def test_prompts_that_begin_alike_go_on_from_where_they_part(case, tmp_path):
     """In one pass or several: the first computes all, the second too and keeps the state where it
     parts from the first, the others go on from there; choices share the whole prompt."""
+    family, rows = case
     make_model(family, tmp_path)
     header, *own = prompts((130, 70, 9, 3, 64, 1))
     wanted = [request(str(i), header + one, max_tokens=3, logprobs=2) for i, one in enumerate(own)]
