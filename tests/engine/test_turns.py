@@ -144,9 +144,10 @@ def test_the_state_used_longest_ago_is_given_up_first():
         return machine.prompt_rows - before
 
     chats = [[10 + i] * (2 * CHUNK_TOKENS + 9) for i in range(3)]
-    assert [turn(str(i), chat) for i, chat in enumerate(chats)] == [137, 137, 137]
-    assert turn("3", chats[2] + [1] * 9) == 9 + 9
-    assert turn("4", chats[0] + [1] * 9) == 137 + 9  # and its state takes the place of the second's
+    assert [turn(str(i), chats[i]) for i in (0, 1)] == [137, 137]
+    assert turn("2", chats[0] + [1] * 9) == 9 + 9
+    assert turn("3", chats[2]) == 137  # its state takes the place of the second's
+    assert turn("4", chats[0] + [2] * 9) == 9 + 9
     assert turn("5", chats[1] + [1] * 9) == 137 + 9
 
 
