@@ -11,7 +11,7 @@ from windlass.engine.bursts import Turns
 from windlass.engine.prompt_scores import ScoreRows
 from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
-from windlass.kvcache.kv_cache import KvCache, PagedShape, StateShape, StateSlots
+from windlass.kvcache.kv_cache import CacheShape, KvCache, PagedShape, StateShape, StateSlots
 from windlass.kvcache.kv_tiers import KvTiers
 from windlass.kvcache.pages import block_keys
 from windlass.params import SamplingParams
@@ -64,7 +64,8 @@ class Machine:
     ):  # fmt: skip
         """`kept_states`: of a model with recurrent layers; None for one without, whose answers are
         found too."""
-        shapes, states = [PagedShape(1, 1, 1)], StateSlots()
+        shapes: list[CacheShape | None] = [PagedShape(1, 1, 1)]
+        states = StateSlots()
         if kept_states is not None:
             shapes, states = [*shapes, StateShape(((1,),))], StateSlots(seqs, kept_states)
         self.kv = KvCache(shapes, HostAllocator(), dtype=torch.float32, num_pages=pages,
