@@ -2,6 +2,7 @@
 
 import random
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def streams(draw):
     chance = random.Random(draw(st.integers(0, 10**6)))
     headers = [[chance.randrange(9) for _ in range(chance.choice((0, 63, 64, 130, 200)))]
                for _ in range(draw(st.integers(1, 3)))]  # fmt: skip
-    found = []
+    found: list[dict[str, Any]] = []
     for i in range(draw(st.integers(1, 14))):
         own = [chance.randrange(9) for _ in range(chance.choice((0, 1, 20, 64, 90)))]
         prompt = chance.choice(headers) + own or [1]

@@ -91,7 +91,8 @@ def test_generated_rows_have_the_bits_of_a_prompts(case, tmp_path):
     for count in (100, 2):
         with engine_for(tmp_path, enable_prefix_caching=False, **kept) as engine:
             engine.add(request("0", tokens, max_tokens=count))
-            (sequence,) = [engine.step() and engine._admission.running[0]]
+            engine.step()
+            (sequence,) = engine._admission.running
             while sequence.num_computed < 168:
                 engine.step()
             found.append(_cells(engine, sequence))
