@@ -13,7 +13,7 @@ Where the model has recurrent layers a prompt goes on from a state that was kept
 last block that the next turn can have, and where prompts that begin alike part.
 """
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from itertools import islice
 
 from windlass.engine.prompt_scores import BlockScores, KnownScores
