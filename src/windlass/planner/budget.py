@@ -162,8 +162,7 @@ class Draft:
         return self._plan(host_memory, slots, (seqs, rows, pages), (forecast, kept))
 
     def _kept_states(self, slots: Mapping[Part, int], left: int, seqs: int) -> int:
-        """Recurrent states kept of prompts, of `left` bytes for them and for weights beyond
-        `slots`."""
+        """Recurrent states kept of prompts, of `left` bytes for them and for weights."""
         wanted, each = self._wanted, self._sizes.state_bytes
         if not each or not wanted.prefix_caching:
             return 0
@@ -288,6 +287,7 @@ class Draft:
     ) -> Plan:
         """`beside`: bytes to foresee experts with, and recurrent states that are kept."""
         (seqs, rows, pages), (forecast, kept) = size, beside
+        added = forecast + kept * self._sizes.state_bytes
         wanted, sizes = self._wanted, self._sizes
         host = TierPlan(
             name=HOST,
@@ -298,9 +298,7 @@ class Draft:
             kv_pages=pages,
             kv_page_bytes=page_bytes(sizes),
             state_slots=seqs if sizes.state_bytes else 0,
-            total_bytes=self.total(slots, seqs, rows, pages)
-            + forecast
-            + kept * sizes.state_bytes,
+            total_bytes=self.total(slots, seqs, rows, pages) + added,
             forecast_bytes=forecast,
             kept_states=kept,
         )  # fmt: skip
