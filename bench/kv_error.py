@@ -265,7 +265,6 @@ def _attention(
         dtype=dtype,
         num_pages=count,
         page_tokens=_PAGE_TOKENS,
-        state_slots=0,
     )
     pages = store.take_pages(count)
     positions = torch.arange(len(q_THd))

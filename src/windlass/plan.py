@@ -65,6 +65,7 @@ class TierPlan:
     state_slots: int  # sequences that can hold recurrent state at once; 0 if the model has none
     total_bytes: int  # what the tier adds up to; at most `budget_bytes`
     forecast_bytes: int = 0  # most that is kept to foresee which experts come
+    kept_states: int = 0  # recurrent states beside `state_slots`, of prompts that may go on
 
     @property
     def slots(self) -> dict[Part, int]:
@@ -161,6 +162,11 @@ class Plan:
         return sum(tier.kv_pages for tier in self.tiers)
 
     @property
+    def kept_states(self) -> int:
+        """Recurrent states that are kept of prompts, for those that go on with them."""
+        return self.top.kept_states
+
+    @property
     def pass_rows(self) -> int:
         """Most tokens that go through the model together."""
         if self.schedule == "module-based":
@@ -198,7 +204,9 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan for people: what the budget holds, and what a pass may take."""
         prefixes = "computed once" if self.prefix_caching else "not looked for"
-        if self.top.state_slots:  # a state is that of a sequence's last token, none of a prefix
+        if self.kept_states:
+            prefixes = f"computed once where a recurrent state was kept ({self.kept_states} are)"
+        elif self.top.state_slots:
             prefixes += " (the model has recurrent layers)"
         return [
             *(line for tier in self.tiers for line in self._tier_lines(tier)),
@@ -286,7 +294,8 @@ _BEFORE = {
 
 def _read_tier(name: str, document: object, what: str) -> TierPlan:
     if isinstance(document, Mapping):
-        document = {"forecast_bytes": 0, **document}  # before anything was foreseen
+        # before anything was foreseen, and before states were kept
+        document = {"forecast_bytes": 0, "kept_states": 0, **document}
     own = _values(TierPlan, document, what, given=("name",), nested=("parts",))
     parts = _object(own["parts"], f"{what}.parts")
     if unknown := sorted(set(parts) - set(PART_WORDS)):

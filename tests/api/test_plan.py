@@ -174,6 +174,7 @@ def test_a_replayed_plan_is_the_same_to_the_last_value(path, plan):
         ({"block": 0}, "block slots: got 0, allowed"),
         ({"parts": ()}, "kinds of parts: got"),
         ({"state_slots": 1}, "state_slots: got 1, allowed 0 to 0"),
+        ({"kept_states": 1}, "kept_states: got 1, allowed 0 to 0"),
         ({"kv_pages": 1}, "max_model_len: got 256, allowed 2 to 32"),
     ],
 )

@@ -61,7 +61,6 @@ def test_a_page_is_kept_as_far_as_it_is_likely_to_be_wanted():
         dtype=torch.float32,
         num_pages=9,
         page_tokens=PAGE_TOKENS,
-        state_slots=0,
     )
     tiers = KvTiers(kv)
     admission = Admission(tiers, max_num_seqs=4, max_rows=68, long_rope_after=None)
@@ -90,7 +89,6 @@ def _passes(draw, *, pages, learns, seed=0):
         dtype=torch.float32,
         num_pages=pages,
         page_tokens=PAGE_TOKENS,
-        state_slots=0,
     )
     admission = Admission(KvTiers(kv), max_num_seqs=128, max_rows=640, long_rope_after=None)
     params, ends = SamplingParams(max_tokens=MOST), {}

@@ -2,6 +2,7 @@
 
 import random
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -26,11 +27,16 @@ def streams(draw):
     chance = random.Random(draw(st.integers(0, 10**6)))
     headers = [[chance.randrange(9) for _ in range(chance.choice((0, 63, 64, 130, 200)))]
                for _ in range(draw(st.integers(1, 3)))]  # fmt: skip
-    found = []
+    found: list[dict[str, Any]] = []
     for i in range(draw(st.integers(1, 14))):
         own = [chance.randrange(9) for _ in range(chance.choice((0, 1, 20, 64, 90)))]
         prompt = chance.choice(headers) + own or [1]
         arrival = chance.randrange(25)
+        if found and chance.random() < 0.3:  # another turn of a chat
+            before = chance.choice(found)
+            answer = alone(before["prompt"], 0, before["max_output"], is_long=False)
+            prompt = (before["prompt"] + answer + own[:20])[:400]
+            arrival += 40 * chance.randrange(2)
         found.append({
             "name": str(i), "prompt": prompt, "max_output": chance.randint(1, 80),
             "n": chance.choice((1, 1, 1, 3)), "scored": chance.random() < 0.4,
@@ -68,10 +74,12 @@ def _machine(stream, spare, seqs, more_rows, **options):
 
 @settings(max_examples=some(50, of=120), deadline=None)
 @given(streams(), st.integers(0, 20), st.integers(1, 6), st.sampled_from((0, 70, 300)),
-       st.sampled_from((None, None, 0, 64, 100)))  # fmt: skip
-def test_results_are_those_without_sharing_whatever_comes(stream, spare, seqs, more_rows, mixed):
-    """On as few pages as the longest request needs, and more."""
-    shared = _machine(stream, spare, seqs, more_rows, mixed=mixed)
+       st.sampled_from((None, 0, 64, 100)), st.sampled_from((None, None, 0, 1, 3)))  # fmt: skip
+def test_results_are_those_without_sharing_whatever_comes(
+    stream, spare, seqs, more_rows, mixed, states
+):
+    """On as few pages as the longest request needs, and more; with states, and few to keep."""
+    shared = _machine(stream, spare, seqs, more_rows, mixed=mixed, kept_states=states)
     kept = _run(shared, stream)
     for one in stream:
         longest = max(one["longest"], len(one["prompt"]) + one["max_output"])
@@ -534,14 +542,3 @@ def test_a_pass_that_failed_leaves_nothing_to_be_found(engine_of, without, monke
             engine.check()
         assert len(calls) > 3
     assert _bits(results) == _bits(without[0])
-
-
-def test_models_with_recurrent_layers_share_nothing_and_say_so(tmp_path):
-    make_model("qwen3_next", tmp_path)
-    with engine_for(tmp_path) as engine:
-        assert "not looked for (the model has recurrent layers)" in engine.plan.lines()[-1]
-        header = prompts((130,))[0]
-        run_all(engine, [request(str(i), [*header, 3 + i], max_tokens=2) for i in range(3)])
-        stats = engine.stats()
-    assert (stats.prefix_cache_queries, stats.prefix_cache_hits) == (0, 0)
-    assert stats.prompt_tokens == 3 * 131

@@ -28,9 +28,7 @@ KERNELS = [TorchKernels()] + (
 
 
 def _store(shape, *, dtype=torch.int8, pages=9):
-    return KvCache(
-        [shape], HostAllocator(), dtype=dtype, num_pages=pages, page_tokens=PAGE, state_slots=0
-    )
+    return KvCache([shape], HostAllocator(), dtype=dtype, num_pages=pages, page_tokens=PAGE)
 
 
 def _fill(store, key, value):
@@ -107,9 +105,7 @@ def test_bytes_of_a_token_count_the_scales():
     assert bytes_per_token(shapes, torch.bfloat16) == 2 * (4 * 128 + 576)
     assert bytes_per_token(shapes, torch.int8) == 4 * 128 + 8 * 4 + 576 + 4
     for dtype in (torch.bfloat16, torch.int8):
-        store = KvCache(
-            shapes, HostAllocator(), dtype=dtype, num_pages=3, page_tokens=PAGE, state_slots=0
-        )
+        store = KvCache(shapes, HostAllocator(), dtype=dtype, num_pages=3, page_tokens=PAGE)
         held = {}
         for layer in range(2):
             for rows in store.paged(layer):

@@ -116,9 +116,25 @@ def test_recurrent_state_is_counted():
     plain = make_plan(spec, sizes, 4 * GIB, wanted)
     heavy = make_plan(spec, replace(sizes, state_bytes=64 * MIB), 4 * GIB, wanted)
     assert heavy.host.state_slots == 16 and plain.host.state_slots == 0
-    assert plain.prefix_caching and not heavy.prefix_caching  # no state is kept of a prefix
+    assert plain.prefix_caching and not heavy.prefix_caching  # found where a state is kept alone
     assert heavy.host.total_bytes <= 4 * GIB
-    assert heavy.host.total_bytes - _total(heavy, sizes) == 16 * 64 * MIB
+    states = 16 + heavy.host.kept_states
+    assert heavy.host.total_bytes - _total(heavy, sizes) == states * 64 * MIB
+
+
+@pytest.mark.parametrize("gigabytes", [3, 4, 6, 8, 20])
+def test_states_are_kept_of_a_twentieth_of_what_is_left_or_of_what_is_left_over(gigabytes):
+    spec = SPECS["olmoe-1b-7b"]
+    sizes = replace(round_sizes(spec), state_bytes=8 * MIB)
+    wanted = PlanConstraints(max_num_seqs=4, max_num_batched_tokens=128)
+    plan = make_plan(spec, sizes, gigabytes * GIB, wanted)
+    kept = plan.host.kept_states
+    assert plan.host.total_bytes == _total(plan, sizes) + (4 + kept) * 8 * MIB <= gigabytes * GIB
+    is_whole = plan.host.slots == dict(sizes.num_parts)
+    assert kept == 16 if is_whole else 0 < kept <= gigabytes * GIB // 20 // (8 * MIB)
+    assert is_whole == (gigabytes == 20)
+    for fixed in (replace(wanted, prefix_caching=False), replace(wanted, kept_states=0)):
+        assert not make_plan(spec, sizes, gigabytes * GIB, fixed).host.kept_states
 
 
 @pytest.mark.parametrize(

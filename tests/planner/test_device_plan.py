@@ -36,7 +36,8 @@ def _added_up(tier: TierPlan, sizes: Sizes) -> int:
     assert sizes.device is not None
     each = sizes.device.slot_bytes if tier.name == DEVICE else sizes.slot_bytes
     slots = sum(each[part] * count for part, count in tier.slots.items())
-    kept = tier.kv_pages * tier.kv_page_bytes + tier.state_slots * sizes.state_bytes
+    states = tier.state_slots + tier.kept_states
+    kept = tier.kv_pages * tier.kv_page_bytes + states * sizes.state_bytes
     return tier.process_bytes + tier.activation_bytes + slots + kept + tier.forecast_bytes
 
 
@@ -79,6 +80,7 @@ def test_no_plan_breaks_a_memory(name, device, host, share, seqs, pages, groups,
         assert 2 * place < above.activation_bytes
         assert plan.pages[Home.STREAMED] <= plan.host.kv_pages
     assert above.state_slots == (plan.max_num_seqs if state else 0) and not plan.host.state_slots
+    assert not plan.host.kept_states and not above.kept_states
     for part, slots in above.slots.items():  # what is copied there has a slot to come through
         assert plan.host.slots[part] >= min(1, slots)
     if groups == 2:

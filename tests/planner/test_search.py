@@ -77,6 +77,7 @@ def test_no_plan_breaks_its_budget_or_what_is_fixed(problem, seqs, experts, burs
         host = plan.host
         weights = sum(sizes.slot_bytes[p] * n for p, n in host.slots.items())
         kept = host.kv_pages * max(1, plan.page_tokens * sizes.bytes_per_token)
+        assert not host.kept_states, "a job's prompts are no turns of a chat"
         kept += host.state_slots * sizes.state_bytes
         total = host.process_bytes + host.activation_bytes + weights + kept
         assert host.total_bytes == total <= budget

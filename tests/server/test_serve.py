@@ -79,6 +79,24 @@ def test_a_stream_of_the_client(server: Running) -> None:
     assert chunks[-1].usage == whole.usage
 
 
+def test_the_next_turn_reads_what_is_new(server: Running) -> None:
+    """Of 100 tokens and an answer of 60, whose last one was not computed, two blocks of 64."""
+    client = server.client()
+    wanted: dict[str, Any] = {"model": "demo", "max_tokens": 60, "seed": 7, "logprobs": 1}
+    more = {"ignore_eos": True, "return_token_ids": True}
+    history = [*range(20, 120)]
+    for turn, cached in enumerate((0, 128, 192)):
+        answer = client.completions.create(prompt=history, **wanted, extra_body=more)
+        assert answer.usage is not None and answer.usage.prompt_tokens == len(history)
+        details = answer.usage.prompt_tokens_details
+        assert details is not None and details.cached_tokens == cached
+        (choice,) = answer.choices
+        again = client.completions.create(prompt=history, **wanted, extra_body=more)
+        assert again.choices == answer.choices
+        history += choice.model_extra["token_ids"]  # type: ignore[index]
+        history += [300 + turn] * 5
+
+
 def test_a_response_of_the_client(server: Running) -> None:
     client = server.client()
     wanted: dict[str, Any] = {"model": "demo", "input": MESSAGES, "max_output_tokens": 12}

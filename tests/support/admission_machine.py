@@ -11,7 +11,7 @@ from windlass.engine.bursts import Turns
 from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
 from windlass.ids import Home
-from windlass.kvcache.kv_cache import KvCache, PagedShape, StateShape
+from windlass.kvcache.kv_cache import KvCache, PagedShape, StateShape, StateSlots
 from windlass.kvcache.kv_tiers import KvTiers
 from windlass.params import SamplingParams
 from windlass.schedule.batch import CHUNK_TOKENS
@@ -31,13 +31,13 @@ class Machine:
         shapes = [PagedShape(1, 4, 4)] + [StateShape(((1, 1), (1, 1, 1)))] * bool(states)
         self.kv = KvCache(
             shapes, HostAllocator(), dtype=torch.float32, num_pages=pages, page_tokens=PAGE_TOKENS,
-            state_slots=states,
+            states=StateSlots(states),
         )  # fmt: skip
         host = None
         if host_pages:
             host = KvCache(
                 shapes[:1], HostAllocator(), dtype=torch.float32, num_pages=host_pages,
-                page_tokens=PAGE_TOKENS, state_slots=0,
+                page_tokens=PAGE_TOKENS,
             )  # fmt: skip
         self.admission = Admission(
             KvTiers(self.kv, host), max_num_seqs=seqs, max_rows=rows,

@@ -6,11 +6,12 @@ import torch
 
 from sequences import PlainStarts
 from windlass.device.host_memory import HostAllocator
-from windlass.engine.admission import Admission
+from windlass.engine.admission import Admission, Decoding
+from windlass.engine.bursts import Turns
 from windlass.engine.prompt_scores import ScoreRows
 from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
-from windlass.kvcache.kv_cache import KvCache, PagedShape
+from windlass.kvcache.kv_cache import CacheShape, KvCache, PagedShape, StateShape, StateSlots
 from windlass.kvcache.kv_tiers import KvTiers
 from windlass.kvcache.pages import block_keys
 from windlass.params import SamplingParams
@@ -58,13 +59,23 @@ class Machine:
     """Admission over a store whose cells hold what a position depends on. Rows of a pass run in
     their order: one reads what earlier ones wrote."""
 
-    def __init__(self, *, pages, seqs, rows, shares=True, mixed=None, ends=True):
-        self.kv = KvCache([PagedShape(1, 1, 1)], HostAllocator(), dtype=torch.float32,
-                          num_pages=pages, page_tokens=PAGE_TOKENS, state_slots=0)  # fmt: skip
+    def __init__(
+        self, *, pages, seqs, rows, shares=True, mixed=None, ends=True, kept_states=None
+    ):  # fmt: skip
+        """`kept_states`: of a model with recurrent layers; None for one without, whose answers are
+        found too."""
+        shapes: list[CacheShape | None] = [PagedShape(1, 1, 1)]
+        states = StateSlots()
+        if kept_states is not None:
+            shapes, states = [*shapes, StateShape(((1,),))], StateSlots(seqs, kept_states)
+        self.kv = KvCache(shapes, HostAllocator(), dtype=torch.float32, num_pages=pages,
+                          page_tokens=PAGE_TOKENS, states=states)  # fmt: skip
         self.admission = Admission(
             KvTiers(self.kv), max_num_seqs=seqs, max_rows=rows, long_rope_after=LONG_AFTER,
             mixed_prefill_rows=mixed,
+            decoding=Decoding(Turns(), keeps_answers=shares and kept_states is None),
         )  # fmt: skip
+        self.states: dict[int, int | None] = {}  # by slot: what the next row goes on from
         self.shares = shares
         self.ends = ends  # whether END ends a sequence
         self.mixed = mixed
@@ -119,6 +130,13 @@ class Machine:
         assert segment.first_position == sequence.num_computed
         last = segment.first_position + segment.num_tokens
         assert not segment.is_prompt or last == sequence.num_prompt or last % CHUNK_TOKENS == 0
+        slot, first = segment.state_slot, segment.first_position
+        if segment.state_source >= 0:
+            self.states[slot] = self.states[segment.state_source]
+        held = self.states.get(slot) if first else None
+        assert slot < 0 or held == (values[first - 1] if first else None), "another one's state"
+        self.states[slot] = values[last - 1]
+        self.states |= {kept: values[end - 1] for end, kept in segment.kept_states}
         for position in range(segment.first_position, last):
             page = segment.pages[position // PAGE_TOKENS]
             self.cells[page][position % PAGE_TOKENS] = values[position]

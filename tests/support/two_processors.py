@@ -72,6 +72,7 @@ class Model:
             tier_with(self.plan.host, name, slots, own)
             for name, own in zip((HOST, "device"), pages, strict=True)
         )
+        device = replace(device, kept_states=0)
         return replace(self.plan, tiers=(host, device), host_attention=share, **values)
 
     def open(

@@ -13,7 +13,7 @@ from windlass.device.base import Allocator, Device
 from windlass.ids import Home
 from windlass.kernels.interface import Kernels
 from windlass.kernels.select import choose_kernels
-from windlass.kvcache.kv_cache import KvCache, PagedShape
+from windlass.kvcache.kv_cache import KvCache, PagedShape, StateSlots
 from windlass.kvcache.kv_tiers import KvTiers
 from windlass.kvcache.staging import Reached, StreamedKv, staged_bytes_per_token
 from windlass.models.spec import ModelSpec
@@ -33,14 +33,13 @@ def open_kv(spec: ModelSpec, plan: Plan, memory: Allocator, host: Device) -> KvT
     there, or their keys and values alone. All recurrent states are the device's."""
     shapes, pages = cache_shapes(spec), plan.pages
     make = partial(KvCache, dtype=CACHE_DTYPES[plan.kv_cache_dtype], page_tokens=plan.page_tokens)
-    device = make(
-        shapes, memory, num_pages=pages.get(Home.DEVICE, 0), state_slots=plan.top.state_slots
-    )
+    states = StateSlots(plan.top.state_slots, plan.kept_states)
+    device = make(shapes, memory, num_pages=pages.get(Home.DEVICE, 0), states=states)
     paged = [one if isinstance(one, PagedShape) else None for one in shapes]
 
     def below(home: Home, own: Allocator) -> KvCache | None:
         count = pages.get(home)
-        return None if count is None else make(paged, own, num_pages=count, state_slots=0)
+        return None if count is None else make(paged, own, num_pages=count)
 
     return KvTiers(device, below(Home.HOST, host), below(Home.STREAMED, Reached(host)))
 

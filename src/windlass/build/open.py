@@ -45,8 +45,7 @@ from windlass.build.homes import choose_host_kernels, host_fingerprint, open_hos
 from windlass.build.routers import read_routers
 from windlass.build.tiers import Tiers, check_tiers, open_weights
 from windlass.build.checkpoint_sizes import long_rope_after, wanted_of
-from windlass.build.checkpoint_sizes import sizes_of, useful_threads
-from windlass.build.checkpoint_sizes import pass_shape
+from windlass.build.checkpoint_sizes import pass_shape, sizes_of, useful_threads
 from windlass.build.checkpoint_sizes import CACHE_DTYPES, cache_dtype
 from windlass.options import (
     AUTO,
@@ -246,7 +245,7 @@ def _setup(
             vocab_size=model.spec.vocab_size,
             eos_token_ids=tokenizer.eos_token_ids,
             seed=options.seed,
-            prefix_caching=plan.prefix_caching,
+            prefix_caching=plan.prefix_caching or plan.kept_states > 0,
             grammars=Grammars(tokenizer, model.spec.vocab_size),
             shares=plan.shares,
             limited_by=model.spec.limited_by
@@ -259,6 +258,7 @@ def _setup(
         expectation=EngineExpectation(chosen),
         keeps_bursts=options.burst_tokens is not None,
         is_paced=source is not None and job is None,
+        has_job=job is not None,
     )
 
 
@@ -306,8 +306,6 @@ def _assemble(
     """The engine, which takes over what `opened` holds. Nothing made here may hold the engine: one
     that is dropped must end by itself."""
     plan, spec, tracer = setup.plan, model.spec, machine.tracer
-    keeps_states = plan.prefix_caching and plan.top.state_slots
-    assert not keeps_states, "no state is kept of a prompt's prefix"
     shape = pass_shape(spec, model.layout)
     outfit = make_outfit(options, model, plan, str(setup.fingerprint["model"]), opened)
     weights = open_weights(model, plan, tiers, outfit, tracer)
@@ -329,13 +327,15 @@ def _assemble(
         )  # fmt: skip
     guard = None if setup.keeps_bursts else WindowGuard(window=_BURST_STRETCHES)
     turns = Turns(plan.burst_tokens, plan.burst_max_seqs, guard)
+    # a job's prompts are no turns of a chat
+    keeps = plan.prefix_caching and not setup.has_job and machine.rows_are_alike
     admission = Admission(
         kv,
         max_num_seqs=plan.max_num_seqs,
         max_rows=plan.max_num_batched_tokens,
         long_rope_after=long_rope_after(spec),
         mixed_prefill_rows=plan.mixed_prefill_tokens,
-        decoding=Decoding(turns, drafting, Pace() if setup.is_paced else None),
+        decoding=Decoding(turns, drafting, Pace() if setup.is_paced else None, keeps),
     )
     return Engine(
         setup,

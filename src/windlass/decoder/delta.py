@@ -22,7 +22,6 @@ from windlass.decoder.attention import linear
 from windlass.decoder.state_rows import (
     Decays,
     StateRows,
-    begin,
     convolve,
     heads_first,
     scan,
@@ -61,7 +60,6 @@ def delta_attention(
     `states`: of the convolution (slots, C, kernel - 1) and recurrent (slots, H, d, v), fp32; a
     segment at position 0 overwrites what its slot held. The segments cover all rows.
     """
-    begin(rows.segments, states)
     inputs = _project(kernels, spec, w, h_TD, rows, states[0])
 
     def advance(rows: slice, state: torch.Tensor, is_prompt: bool) -> torch.Tensor:

@@ -20,7 +20,6 @@ from windlass.decoder.attention import linear
 from windlass.decoder.state_rows import (
     Decays,
     StateRows,
-    begin,
     convolve,
     heads_first,
     scan,
@@ -55,7 +54,6 @@ def mamba(
     `states`: of the convolution (slots, C, kernel - 1) and recurrent (slots, H, d, v), fp32. The
     segments cover all rows.
     """
-    begin(rows.segments, states)
     parts = linear(kernels, w, "state_proj", h_TD)
     widths = [spec.inner, spec.conv_dim, spec.num_heads]
     gate, mixed_TC, step_TH = torch.split(parts, widths, dim=-1)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from windlass.decoder.attention import linear
-from windlass.decoder.state_rows import StateRows, begin, convolve
+from windlass.decoder.state_rows import StateRows, convolve
 from windlass.kernels.interface import Kernels
 from windlass.tensors import Tensors
 
@@ -24,7 +24,6 @@ def short_convolution(
 ) -> torch.Tensor:
     """Token mixing of one layer -> (T, D); advances the one state (slots, D, kernel - 1) of the
     segments' slots in place. The segments cover all rows."""
-    begin(rows.segments, states)
     gate_in, gate_out, x_TD = linear(kernels, w, "in_proj", h_TD).chunk(3, dim=-1)
     mixed_TD = convolve(gate_in * x_TD, w, rows, states[0])
     return linear(kernels, w, "o_proj", gate_out * mixed_TD)

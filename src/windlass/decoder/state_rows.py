@@ -27,6 +27,8 @@ class StateSegment:
     first_position: int  # 0: the state starts fresh
     slot: int  # of the sequence in the state tensors
     is_prompt: bool
+    source: int = -1  # slot of the state that it goes on from, if that is another
+    kept: tuple[tuple[int, int], ...] = ()  # after so many rows, whole chunks: to that slot too
 
     @property
     def rows(self) -> slice:
@@ -34,23 +36,22 @@ class StateSegment:
 
 
 class StateRows(NamedTuple):
-    """The rows of all sequences of a call; of those that have a single one, that row and their
-    slot, int64, in memory of the device that computes."""
+    """The rows of all sequences of a call; of those that have a single one, a generated one, that
+    row and their slot, int64, in memory of the device that computes."""
 
     segments: Sequence[StateSegment]
     single_rows: torch.Tensor
     single_slots: torch.Tensor
 
 
-def begin(segments: Sequence[StateSegment], states: Sequence[torch.Tensor]) -> None:
-    """Clears the states of sequences that begin."""
-    for segment in segments:
-        assert not (segment.is_prompt and segment.first_position % CHUNK), (
-            "prompt cut inside a chunk"
-        )
-        if segment.first_position == 0:
-            for state in states:
-                state[segment.slot].zero_()
+def begin(segment: StateSegment, state: torch.Tensor) -> None:
+    """Makes the state of a sequence what its rows go on from. Segments of a call begin in their
+    order, each after what those before it have kept."""
+    assert not (segment.is_prompt and segment.first_position % CHUNK), "prompt cut inside a chunk"
+    if segment.source >= 0:
+        state[segment.slot] = state[segment.source]
+    elif segment.first_position == 0:
+        state[segment.slot].zero_()
 
 
 def convolve(x_TC: torch.Tensor, w: Tensors, rows: StateRows, state: torch.Tensor) -> torch.Tensor:
@@ -66,11 +67,13 @@ def convolve(x_TC: torch.Tensor, w: Tensors, rows: StateRows, state: torch.Tenso
         out_TC[single] = _taps(window.unbind(2), taps_CK)
         state[slots] = window[:, :, 1:]
     for segment in segments:
-        if segment.num_rows > 1:
+        if segment.num_rows > 1 or segment.is_prompt:
+            begin(segment, state)
             window_nC = torch.cat((state[segment.slot].T, x_TC[segment.rows]))
             shifted = [window_nC[i : i + segment.num_rows] for i in range(taps_CK.shape[1])]
             out_TC[segment.rows] = _taps(shifted, taps_CK)
-            state[segment.slot] = window_nC[segment.num_rows :].T
+            for count, slot in ((segment.num_rows, segment.slot), *segment.kept):
+                state[slot] = window_nC[count : count + taps_CK.shape[1] - 1].T
     return out_TC if bias_C is None else out_TC.add_(bias_C.float())
 
 
@@ -97,12 +100,15 @@ def scan(
     """`out`, filled with what `advance` gives for rows of one sequence, its state, which it
     advances, and whether they are prompt: chunk by chunk then, else row by row."""
     for segment in segments:
-        own = states[segment.slot]
+        begin(segment, states)
+        own, kept = states[segment.slot], dict(segment.kept)
         state = own if own.data_ptr() % _ALIGNMENT == 0 else own.clone()
         step = CHUNK if segment.is_prompt else 1
         for first in range(segment.first_row, segment.rows.stop, step):
             rows = slice(first, min(first + step, segment.rows.stop))
             out[rows] = advance(rows, state, segment.is_prompt)
+            if (slot := kept.get(rows.stop - segment.first_row)) is not None:
+                states[slot] = state
         if state is not own:
             own.copy_(state)
     return out

@@ -55,11 +55,13 @@ class Starts(Protocol):
 
 class Decoding(NamedTuple):
     """Who decodes in a pass, what is guessed of what they go on with, and how many rows of prompts
-    there are beside; None for all that there is room for."""
+    there are beside; None for all that there is room for. `keeps_answers`: for the next turn of a
+    chat (`engine/prompt_pages.py`)."""
 
     turns: Turns
     drafting: Drafting | None = None
     pace: Pace | None = None
+    keeps_answers: bool = False
 
 
 class Admission:
@@ -85,12 +87,12 @@ class Admission:
         self._max_num_seqs = max_num_seqs
         self._max_rows = max_rows
         self._mixed_prefill_rows = mixed_prefill_rows
-        self.turns, self._drafting, self.pace = decoding or Decoding(Turns())
+        self.turns, self._drafting, self.pace, keeps = decoding or Decoding(Turns())
         most = self._drafting.most if self._drafting else 0
         self._most_drafts = most_drafts(max_num_seqs, most)
         self.lengths = OutputLengths()
         self._is_filling = False  # a wave takes in prompts
-        self.prompt_pages = PromptPages(kv, long_rope_after=long_rope_after)
+        self.prompt_pages = PromptPages(kv, long_rope_after, keeps_answers=keeps)
         self.waiting = WaitingQueue(max_num_seqs)
         self.running: list[Sequence] = []  # oldest first, those of batches behind the others
         self.num_preemptions = 0
@@ -107,6 +109,7 @@ class Admission:
     def remove(self, sequence: Sequence) -> None:
         """A running sequence has ended; its pages are free at once."""
         self.running.remove(sequence)
+        self.prompt_pages.end(sequence)
         self._release(sequence)
 
     def drop(self, request: Request) -> None:
@@ -248,16 +251,13 @@ class Admission:
         return _with_drafts(row, drafts, self._kv.of(sequence.home), len(self.running))
 
     def _add_prompt(self, sequence: Sequence, room: int, rows: list[ScheduledSequence]) -> int:
-        """Adds the next chunk of a prompt and returns its number of rows. What rows before it have
-        computed, here or earlier, is done."""
-        self.prompt_pages.skip(sequence)
+        """Adds the next chunk of a prompt and returns its number of rows."""
         room = room if self.pace is None else min(room, self.pace.share)
-        count = fitting_rows(sequence.num_prompt - sequence.num_computed, room)
-        if count:
-            span = (sequence.num_computed, sequence.num_computed + count)
-            rows.append(_row(self.prompt_pages, sequence, span, is_prompt=True))
-            self.prompt_pages.fill(sequence, *span)
-        return count
+        row = _prompt_row(self.prompt_pages, sequence, room)
+        if row is None:
+            return 0
+        rows.append(row)
+        return row.segment.num_tokens
 
     def check(self) -> None:
         """Pages are held by running sequences only, by several only where prompts agree."""
@@ -357,6 +357,21 @@ def _row(
         targets=sequence.request.prompt_token_ids[first + 1 : last + 1] if is_scored else (),
         scoring=sequence.queued.scoring,
     )
+    return ScheduledSequence(sequence, segment)
+
+
+def _prompt_row(prompts: PromptPages, sequence: Sequence, room: int) -> ScheduledSequence | None:
+    """The next chunk of a prompt, if there is room for one. What rows before it have computed, here
+    or earlier, is done."""
+    skipped = prompts.num_skipped(sequence)
+    count = fitting_rows(sequence.num_prompt - sequence.num_computed - skipped, room)
+    if not count:
+        return None
+    source = prompts.skip(sequence, skipped)
+    first, last = sequence.num_computed, sequence.num_computed + count
+    _, segment = _row(prompts, sequence, (first, last), is_prompt=True)
+    kept = prompts.fill(sequence, first, last)
+    segment = replace(segment, state_source=source, kept_states=kept)
     return ScheduledSequence(sequence, segment)
 
 

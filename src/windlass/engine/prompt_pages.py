@@ -2,11 +2,15 @@
 
 A prompt may read blocks that others compute up to its last token, whose row it must compute for the
 logits. Blocks end where chunks may, so that results are those of a prompt that was computed in two
-chunks: the same bits as ever. Prompts find what others of their home have computed.
+chunks: the same bits as ever. Prompts find what others of their home have computed, an answer too
+where its rows have the bits that a prompt's have: the next turn of a chat goes on behind it.
 
 Where log-probabilities of the prompt are wanted it also needs those of the tokens that follow a
 block's rows, the first token of the next among them. They are kept by that token too, apart from
 pages; where they are not known it computes the block again, into the same pages, to the same bits.
+
+Where the model has recurrent layers a prompt goes on from a state that was kept: at the end of the
+last block that the next turn can have, and where prompts that begin alike part.
 """
 
 from collections.abc import Hashable
@@ -15,7 +19,7 @@ from itertools import islice
 from windlass.engine.prompt_scores import BlockScores, KnownScores
 from windlass.engine.sequence import QueuedSequence, Sequence
 from windlass.kvcache.kv_tiers import KvTiers
-from windlass.kvcache.pages import PageBlock, readable_blocks
+from windlass.kvcache.pages import PageBlock, PagePool, block_keys, readable_blocks
 from windlass.schedule.batch import CHUNK_TOKENS
 
 Known = list[PageBlock | None]
@@ -24,8 +28,10 @@ Known = list[PageBlock | None]
 class PromptPages:
     """Which pages prompts get, and how far they are computed."""
 
-    def __init__(self, kv: KvTiers, *, long_rope_after: int | None) -> None:
+    def __init__(self, kv: KvTiers, long_rope_after: int | None, *, keeps_answers: bool) -> None:
+        """`keeps_answers`: what was generated may be found by a prompt that has it."""
         self._kv = kv
+        self._keeps_answers = keeps_answers
         self._long_rope_after = long_rope_after
         self._scores = KnownScores()
         self._block_pages = CHUNK_TOKENS // kv.page_tokens
@@ -56,7 +62,8 @@ class PromptPages:
                 break
             if _is_scored(queued, place) and self._known_scores(queued, place) is None:
                 break
-            count += CHUNK_TOKENS
+            if self._goes_on(block):
+                count = (place + 1) * CHUNK_TOKENS
         return count
 
     def take(self, sequence: Sequence, known: Known) -> None:
@@ -76,43 +83,86 @@ class PromptPages:
                 pool.name(name, pages)
             sequence.pages.extend(pages)
         sequence.pages.extend(fresh)
-        sequence.num_cached = 0
+        sequence.num_cached, sequence.num_alike = 0, len(shared) * CHUNK_TOKENS
         self.num_asked += queued.num_tokens
 
-    def skip(self, sequence: Sequence) -> None:
-        """Moves a sequence in its prompt past the blocks that others have computed."""
-        most = _num_readable(sequence.queued)
-        while (place := sequence.num_computed // CHUNK_TOKENS) < most:
+    def num_skipped(self, sequence: Sequence) -> int:
+        """Tokens of a sequence in its prompt that others have computed, behind those that it has
+        itself."""
+        count, first = 0, sequence.num_computed // CHUNK_TOKENS
+        for place in range(first, _num_readable(sequence.queued)):
             block = self._block(sequence, place)
-            if block is None or not block.is_full or not self._finds_scores(sequence, place):
+            if block is None or not block.is_full or not self._has_scores(sequence, place):
                 break
-            sequence.num_computed += CHUNK_TOKENS
-            sequence.num_cached += CHUNK_TOKENS
-            self.num_found += CHUNK_TOKENS
+            if self._goes_on(block):
+                count = (place + 1 - first) * CHUNK_TOKENS
+        return count
 
-    def fill(self, sequence: Sequence, first: int, last: int) -> None:
+    def skip(self, sequence: Sequence, count: int) -> int:
+        """Moves a sequence past `count` such tokens. The slot of the state that its next row goes
+        on from; -1: its own, if it has any."""
+        if not count:
+            return -1
+        first = sequence.num_computed // CHUNK_TOKENS
+        for place in range(first, first + count // CHUNK_TOKENS):
+            found = self._known_scores(sequence.queued, place)
+            own = sequence.prompt_scores.get(place)
+            if not _is_scored(sequence.queued, place) or (own is not None and own.rows is not None):
+                continue
+            assert found is not None, "only what has its scores is skipped"
+            sequence.prompt_scores[place] = found
+        sequence.num_computed += count
+        sequence.num_cached += count
+        self.num_found += count
+        block = self._block(sequence, sequence.num_computed // CHUNK_TOKENS - 1)
+        assert block is not None, "only what has a name is skipped"
+        return self._pool(sequence).use_state(block) if self._kv.has_states else -1
+
+    def fill(self, sequence: Sequence, first: int, last: int) -> tuple[tuple[int, int], ...]:
         """Prompt rows from position `first` up to `last` are in the next pass: what comes later in
-        it, or after it, may read them."""
+        it, or after it, may read them. Positions and the slots that the states before them are to
+        be kept in."""
         is_scored = sequence.first_scored is not None and last >= sequence.first_scored
+        kept: list[tuple[int, int]] = []
+        ends = {sequence.num_alike}
+        if not sequence.is_batch:  # whose prompts have no next turn
+            ends.add(readable_blocks(sequence.num_prompt, CHUNK_TOKENS) * CHUNK_TOKENS)
         for place in range(first // CHUNK_TOKENS, last // CHUNK_TOKENS):
-            block = self._block(sequence, place)
+            block, end = self._block(sequence, place), (place + 1) * CHUNK_TOKENS
             if block is not None:
                 block.is_full = True
+                if self._kv.has_states and end in ends and block.state < 0:
+                    self._pool(sequence).keep_state(block)
+                    kept += [(end, block.state)] * (block.state >= 0)
             name = self._name_of_scores(sequence.queued, place)
             if is_scored and name is not None:
                 scoring = sequence.queued.scoring
                 sequence.prompt_scores[place] = self._scores.begin(name, scoring)
+        return tuple(kept)
 
-    def _finds_scores(self, sequence: Sequence, place: int) -> bool:
-        """Whether those that are wanted of a block's rows need not be computed; the sequence has
-        them then, or will when the next pass has run."""
-        own = sequence.prompt_scores.get(place)
-        if not _is_scored(sequence.queued, place) or (own is not None and own.rows is not None):
+    def end(self, sequence: Sequence) -> None:
+        """Names what a sequence that ends has generated, before its pages are given back. Those of
+        batches have no next turn."""
+        if not self._keeps_answers or sequence.is_batch:
+            return
+        queued, pool, size = sequence.queued, self._pool(sequence), self._block_pages
+        tokens = (*queued.request.prompt_token_ids, *sequence.output_ids)[: sequence.num_computed]
+        keys = block_keys(tokens, CHUNK_TOKENS, queued.block_keys)
+        for place, name in list(enumerate(self._names(queued, keys)))[len(queued.block_keys) :]:
+            if pool.find(name) is None:
+                block = pool.name(name, sequence.pages[place * size : (place + 1) * size])
+                block.is_full = True
+
+    def _goes_on(self, block: PageBlock) -> bool:
+        """Whether a prompt can go on behind a block that is full."""
+        return block.state >= 0 or not self._kv.has_states
+
+    def _has_scores(self, sequence: Sequence, place: int) -> bool:
+        """Whether those that are wanted of a block's rows need not be computed."""
+        queued, own = sequence.queued, sequence.prompt_scores.get(place)
+        if not _is_scored(queued, place) or (own is not None and own.rows is not None):
             return True
-        found = self._known_scores(sequence.queued, place)
-        if found is not None:
-            sequence.prompt_scores[place] = found
-        return found is not None
+        return self._known_scores(queued, place) is not None
 
     def _known_scores(self, queued: QueuedSequence, place: int) -> BlockScores | None:
         name = self._name_of_scores(queued, place)
@@ -127,13 +177,17 @@ class PromptPages:
         name = (self.long_rope(queued), queued.block_keys[place])
         return (*name, following, queued.home, queued.scoring)
 
-    def _names(self, queued: QueuedSequence) -> list[Hashable]:
+    def _names(
+        self, queued: QueuedSequence, keys: tuple[bytes, ...] | None = None
+    ) -> list[Hashable]:
         is_long = self.long_rope(queued)
-        return [(is_long, key) for key in queued.block_keys]
+        return [(is_long, key) for key in (queued.block_keys if keys is None else keys)]
+
+    def _pool(self, sequence: Sequence) -> PagePool:
+        return self._kv.of(sequence.home).pool
 
     def _block(self, sequence: Sequence, place: int) -> PageBlock | None:
-        pool = self._kv.of(sequence.home).pool
-        return pool.block_of(sequence.pages[place * self._block_pages])
+        return self._pool(sequence).block_of(sequence.pages[place * self._block_pages])
 
     def forget_all(self) -> None:
         """Nothing that was computed counts any more; nobody may hold any page."""
@@ -150,7 +204,7 @@ class PromptPages:
                 assert (block.name, block.pages) == (name, pages), "another prompt's block"
                 is_computed = (place + 1) * CHUNK_TOKENS <= sequence.num_computed
                 assert block.is_full or not is_computed, "a block was computed and not marked"
-        pool = self._kv.of(sequence.home).pool
+        pool = self._pool(sequence)
         for page in sequence.pages[len(names) * size :]:
             assert pool.block_of(page) is None, "a page that still changes has a name"
 

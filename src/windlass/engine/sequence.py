@@ -109,6 +109,7 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0  # of these, prompt tokens that another sequence computed
+    num_alike: int = 0  # tokens of its prompt that another's began with
     pages: list[int] = field(default_factory=list)
     state_slot: int = -1
     finish_reason: str | None = None

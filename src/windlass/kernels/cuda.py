@@ -61,6 +61,10 @@ class CudaKernels:
     def name(self) -> str:
         return "triton"
 
+    @property
+    def rows_are_alike(self) -> bool:
+        return False  # tiles of prompts and of generated rows have sizes of their own
+
     def capture(self, label: Callable[[], str]) -> Capture | None:
         return None if self._captures is None else self._captures.new()
 

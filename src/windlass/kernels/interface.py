@@ -164,6 +164,11 @@ class Kernels(Protocol):
         """Of the backend, as `moe_backend` has it."""
         ...
 
+    @property
+    def rows_are_alike(self) -> bool:
+        """Whether attention gives a generated row the bits that it would have in a prompt."""
+        ...
+
     def capture(self, label: Callable[[], str]) -> Capture | None:
         """A new one; None where nothing would be gained by it. `label`: what is being computed."""
         ...

@@ -67,6 +67,10 @@ class TorchKernels:
     def name(self) -> str:
         return "torch"
 
+    @property
+    def rows_are_alike(self) -> bool:
+        return False  # tiles of prompts and of generated rows are products of different shapes
+
     def capture(self, label: Callable[[], str]) -> Capture | None:
         return None
 

@@ -9,6 +9,7 @@ so that nothing of an earlier sequence, not even a NaN under a mask, can reach a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -64,6 +65,16 @@ def state_bytes(shapes: Sequence[CacheShape | None]) -> int:
     return sum(s.bytes_per_sequence for s in shapes if isinstance(s, StateShape))
 
 
+class StateSlots(NamedTuple):
+    """Recurrent states: of sequences that run, and behind those kept of blocks of prompts."""
+
+    running: int = 0
+    kept: int = 0
+
+
+NO_STATES = StateSlots()
+
+
 class KvCache:
     """Pages and state slots in the memory of one device. Owned by the runtime's thread. `dtype` is
     that of rows: a floating type, or int8. Layers whose shape is None keep nothing."""
@@ -76,7 +87,7 @@ class KvCache:
         dtype: torch.dtype,
         num_pages: int,
         page_tokens: int,
-        state_slots: int,
+        states: StateSlots = NO_STATES,
     ) -> None:
         self._memory = memory
         self.page_tokens = page_tokens
@@ -87,7 +98,7 @@ class KvCache:
         self._stored: dict[int, tuple[PagedRows, ...]] = {}
         self._states: dict[int, tuple[torch.Tensor, ...]] = {}
         num_bytes = num_pages * page_tokens * bytes_per_token(shapes, dtype)
-        num_bytes += state_slots * state_bytes(shapes)
+        num_bytes += sum(states) * state_bytes(shapes)
         room = _Room(memory, num_bytes, sum(map(_num_tensors, shapes)))
         self.whole = room.whole
         for layer, shape in enumerate(shapes):
@@ -95,7 +106,7 @@ class KvCache:
                 continue
             if isinstance(shape, StateShape):
                 self._states[layer] = tuple(
-                    room.zeros(state_slots, *own, dtype=_STATE) for own in shape.shapes
+                    room.zeros(sum(states), *own, dtype=_STATE) for own in shape.shapes
                 )
                 continue
             rows = (num_pages, shape.num_heads, page_tokens)
@@ -107,9 +118,9 @@ class KvCache:
             else:
                 values = self._values[layer] = _zero_rows(room, rows, shape.value_dim, dtype)
                 self._stored[layer] = (keys, values)
-        self.pool = PagePool(num_pages)
-        self._free_states = list(range(state_slots - 1, -1, -1))
-        self._state_slots = state_slots
+        self.pool = PagePool(num_pages, range(states.running, sum(states)))
+        self._free_states = list(range(states.running - 1, -1, -1))
+        self._state_slots = states.running
 
     @property
     def num_free_pages(self) -> int:
@@ -160,6 +171,11 @@ class KvCache:
     def give_state(self, slot: int) -> None:
         if slot >= 0:
             self._free_states.append(slot)
+
+    @property
+    def has_states(self) -> bool:
+        """Whether the model has recurrent layers."""
+        return bool(self._states)
 
     @property
     def has_free_state(self) -> bool:

@@ -43,6 +43,11 @@ class KvTiers:
         self.device = device
 
     @property
+    def has_states(self) -> bool:
+        """Whether the model has recurrent layers."""
+        return self.device.has_states
+
+    @property
     def num_homes(self) -> int:
         return len(self._of)
 

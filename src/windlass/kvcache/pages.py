@@ -6,6 +6,9 @@ end and of whatever else its keys and values depend on. A block gets its name wh
 out for it and is full later: whoever comes to it first fills it, once, for all. When nobody holds a
 full block any more it is kept under its name until its pages are needed, least recently used first
 (PagedAttention, arXiv 2309.06180, section 4.4; names as in vLLM's automatic prefix caching).
+
+Of a model with recurrent layers a block is found where the state after it is kept too, in a slot of
+its own: that of the block used longest ago is given to the next, and a forgotten block has none.
 """
 
 import hashlib
@@ -19,20 +22,24 @@ _DIGEST_BYTES = 16  # of 2^64 blocks, two would have one name
 @dataclass(slots=True, eq=False)
 class PageBlock:
     """Pages known by name. `is_full`: all their positions are computed, or will be by earlier rows
-    of the pass that is being put together."""
+    of the pass that is being put together. `state`: slot of the recurrent state after it, -1 where
+    none is kept; as full as the block is."""
 
     name: Hashable
     pages: tuple[int, ...]
     is_full: bool = False
     num_holders: int = 1
+    state: int = -1
 
 
-def block_keys(token_ids: Sequence[int], block_tokens: int) -> tuple[bytes, ...]:
+def block_keys(
+    token_ids: Sequence[int], block_tokens: int, first: Sequence[bytes] = ()
+) -> tuple[bytes, ...]:
     """A key for each full block of `block_tokens` tokens, equal only for equal tokens up to its
-    end."""
-    keys: list[bytes] = []
-    key = b""
-    for end in range(block_tokens, len(token_ids) + 1, block_tokens):
+    end. `first`: those of the first blocks, where they are known."""
+    keys = list(first)
+    key = keys[-1] if keys else b""
+    for end in range(block_tokens * (len(keys) + 1), len(token_ids) + 1, block_tokens):
         tokens = array("q", token_ids[end - block_tokens : end])
         key = hashlib.blake2b(key + tokens.tobytes(), digest_size=_DIGEST_BYTES).digest()
         keys.append(key)
@@ -55,15 +62,18 @@ def num_alike(some: Sequence[bytes], others: Sequence[bytes]) -> int:
 
 
 class PagePool:
-    """`num_pages` pages; knows numbers, no tensors."""
+    """`num_pages` pages, and slots for states of blocks; knows numbers, no tensors."""
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, state_slots: Sequence[int] = ()) -> None:
         self._num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._named: dict[Hashable, PageBlock] = {}
         self._block_of: dict[int, PageBlock] = {}  # of every page that belongs to a block
         self._idle: dict[PageBlock, None] = {}  # full blocks that nobody holds, least recent first
         self._num_idle_pages = 0
+        self._state_slots = tuple(state_slots)
+        self._free_states = list(state_slots)
+        self._with_state: dict[PageBlock, None] = {}  # least recently used first
 
     @property
     def num_free(self) -> int:
@@ -103,11 +113,27 @@ class PagePool:
             self._num_idle_pages -= len(block.pages)
         block.num_holders += 1
 
-    def name(self, name: Hashable, pages: Sequence[int]) -> None:
-        """Makes pages that were just taken known by a name that is not yet used."""
+    def name(self, name: Hashable, pages: Sequence[int]) -> PageBlock:
+        """Makes pages of one holder known by a name that is not yet used."""
         assert name not in self._named, "two blocks of one name"
         block = self._named[name] = PageBlock(name, tuple(pages))
         self._block_of.update(dict.fromkeys(block.pages, block))
+        return block
+
+    def keep_state(self, block: PageBlock) -> None:
+        """Gives a block without one a slot for the state after it, where there are any."""
+        assert block.state < 0, "a block has one state"
+        if not self._state_slots:
+            return
+        if not self._free_states:
+            self._drop_state(next(iter(self._with_state)))
+        block.state = self._free_states.pop()
+        self._with_state[block] = None
+
+    def use_state(self, block: PageBlock) -> int:
+        """The slot of the state after a block that has one, now the most recently used."""
+        self._with_state[block] = self._with_state.pop(block)
+        return block.state
 
     def forget_all(self) -> None:
         """No page is known by name any more; nobody may hold any."""
@@ -122,7 +148,14 @@ class PagePool:
         if not block.is_full:
             self._forget(block)
 
+    def _drop_state(self, block: PageBlock) -> None:
+        del self._with_state[block]
+        self._free_states.append(block.state)
+        block.state = -1
+
     def _forget(self, block: PageBlock) -> None:
+        if block.state >= 0:
+            self._drop_state(block)
         del self._idle[block], self._named[block.name]
         self._num_idle_pages -= len(block.pages)
         for page in block.pages:
@@ -141,6 +174,9 @@ class PagePool:
             assert all(self._block_of[page] is block for page in block.pages)
             assert all(held.get(page, 0) == block.num_holders for page in block.pages)
         assert len(self._block_of) == sum(len(block.pages) for block in self._named.values())
+        used = [block.state for block in self._with_state]
+        assert sorted([*used, *self._free_states]) == sorted(self._state_slots), "a state was lost"
+        assert all(self._named[block.name] is block for block in self._with_state)
         assert all(count == 1 for page, count in held.items() if page not in self._block_of), (
             "a page without a name belongs to two sequences"
         )

@@ -31,8 +31,7 @@ class Half:
         page_tokens: int,
     ) -> None:  # fmt: skip
         self.kv = KvCache(
-            kinds, device, dtype=dtype, num_pages=num_pages + 1, page_tokens=page_tokens,
-            state_slots=0,
+            kinds, device, dtype=dtype, num_pages=num_pages + 1, page_tokens=page_tokens
         )  # fmt: skip
         self.num_pages = self.nowhere = num_pages
         self.memory = DeviceMemory(device, self.kv.whole)

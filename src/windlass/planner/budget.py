@@ -39,6 +39,9 @@ _PIPELINE_SLOTS = 8  # experts: one at work, the others arriving, several reads 
 # are certain. What that keeps takes the place of experts, so little of it.
 MOST_FORESEEN_SEQS = 16
 _FORECAST_SHARE = 0.02  # of what is left for experts
+# Recurrent states of prompts that other prompts may go on with, where no job is known
+_KEPT_STATES = 16  # at most, or as many as sequences
+_KEPT_SHARE = 0.05  # of what is left after the KV cache; all of it where all weights fit beside
 _USUAL_TOKENS = 1024  # of a sequence, where its length is not limited by the user
 SMALLEST_CONTEXT = 512
 _LONGEST_TABLE = 16384  # positions; beyond, the KV cache dwarfs the tables
@@ -64,6 +67,7 @@ class PlanConstraints:
     mixed_prefill_tokens: int | None = None
     burst_tokens: int | None = None  # 0: lockstep
     prefix_caching: bool = True
+    kept_states: int | None = None
     host_attention: float | None = None  # of machines with a device
     kv_offloading_share: float | None = None
     host_experts: float | None = None
@@ -113,7 +117,8 @@ def bytes_here(plan: Plan, spec: ModelSpec, sizes: Sizes) -> int:
     """What `plan`, which another process may have made, adds up to in this one."""
     host, seqs, rows = plan.host, plan.max_num_seqs, plan.max_num_batched_tokens
     draft = Draft(spec, sizes, PlanConstraints.of(plan))
-    return draft.total(host.slots, seqs, rows, host.kv_pages) + host.forecast_bytes
+    beside = host.forecast_bytes + host.kept_states * sizes.state_bytes
+    return draft.total(host.slots, seqs, rows, host.kv_pages) + beside
 
 
 class Draft:
@@ -146,13 +151,26 @@ class Draft:
         self._grow(slots, Part.EXPERT, left - least, most=piped)
         pages = self._grow_pages(left - self._slots_bytes(slots), seqs)
         left -= pages * self._page_bytes
+        kept = self._kept_states(slots, left, seqs)
+        left -= kept * self._sizes.state_bytes
         for part in (Part.BLOCK, Part.FFN, Part.HEAD):
             self._grow(slots, part, left - self._slots_bytes(slots))
         forecast = self._forecast(slots, left - self._slots_bytes(slots), seqs)
         left -= forecast
         for part in (Part.EXPERT, Part.EMBED):
             self._grow(slots, part, left - self._slots_bytes(slots))
-        return self._plan(host_memory, slots, (seqs, rows, pages), forecast)
+        return self._plan(host_memory, slots, (seqs, rows, pages), (forecast, kept))
+
+    def _kept_states(self, slots: Mapping[Part, int], left: int, seqs: int) -> int:
+        """Recurrent states kept of prompts, of `left` bytes for them and for weights."""
+        wanted, each = self._wanted, self._sizes.state_bytes
+        if not each or not wanted.prefix_caching:
+            return 0
+        if wanted.kept_states is not None:
+            return wanted.kept_states
+        room = _KEPT_SHARE * max(0, left - self._slots_bytes(slots))
+        beside = left - self._slots_bytes(self._sizes.num_parts)  # all weights resident
+        return min(int(max(room, beside)) // each, max(_KEPT_STATES, seqs))
 
     def _forecast(self, slots: Mapping[Part, int], left: int, seqs: int) -> int:
         """Bytes to foresee experts with, of those that are left for experts beyond their slots."""
@@ -265,9 +283,11 @@ class Draft:
         host_memory: int,
         slots: Mapping[Part, int],
         size: tuple[int, int, int],
-        forecast: int,
+        beside: tuple[int, int],
     ) -> Plan:
-        seqs, rows, pages = size
+        """`beside`: bytes to foresee experts with, and recurrent states that are kept."""
+        (seqs, rows, pages), (forecast, kept) = size, beside
+        added = forecast + kept * self._sizes.state_bytes
         wanted, sizes = self._wanted, self._sizes
         host = TierPlan(
             name=HOST,
@@ -278,8 +298,9 @@ class Draft:
             kv_pages=pages,
             kv_page_bytes=page_bytes(sizes),
             state_slots=seqs if sizes.state_bytes else 0,
-            total_bytes=self.total(slots, seqs, rows, pages) + forecast,
+            total_bytes=self.total(slots, seqs, rows, pages) + added,
             forecast_bytes=forecast,
+            kept_states=kept,
         )  # fmt: skip
         return Plan(
             tiers=(host,),
@@ -295,7 +316,7 @@ class Draft:
             mixed_prefill_tokens=wanted.mixed_prefill_tokens,
             burst_tokens=wanted.burst_tokens or 0,
             burst_max_seqs=seqs if wanted.burst_tokens else 0,
-            # a recurrent state is that of a sequence's last token: none is kept of a prefix
+            # with a recurrent state only what goes on from one that is kept is not computed again
             prefix_caching=wanted.prefix_caching and not sizes.state_bytes,
             read_threads=READ_THREADS,
             schedule=wanted.schedule or "module-based",

@@ -71,6 +71,7 @@ def choose_plan(
     its sizes were measured, which the search itself adds to.
 
     Raises BudgetError where nothing fits."""
+    wanted = replace(wanted, kept_states=0)  # a job's prompts are no turns of a chat
     context = None
     if not job.is_bounded:
         plain = plan_for(problem.spec, problem.sizes, host_memory, wanted)

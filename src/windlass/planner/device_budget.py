@@ -118,7 +118,9 @@ class _DeviceDraft:
             sizes, process_bytes=device.process_bytes, slot_bytes=device.slot_bytes,
             row_buffer_bytes=0, forecast_bytes=0, backend=Backend(DEVICE, 0), device=None,
         )  # fmt: skip
-        draft = Draft(self._spec, own, replace(self._wanted, kv_pages=pages))
+        # rows of several homes are not in the order in which states were found, and sums that
+        # recurrent layers leave to torch may have other bits on a device in other company
+        draft = Draft(self._spec, own, replace(self._wanted, kv_pages=pages, kept_states=0))
         smallest = draft.smallest()
         if device.budget_bytes < smallest:
             raise BudgetError(

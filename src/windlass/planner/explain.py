@@ -198,7 +198,8 @@ def _tier(own: TierPlan, sizes: Sizes) -> Tier:
             name = f"{PART_WORDS[part.part]} {part.slots} of {part.num_parts}"
             holds[name] = part.num_bytes
     if own.state_slots:
-        holds["recurrent states"] = own.state_slots * sizes.state_bytes
+        states = own.state_slots + own.kept_states
+        holds["recurrent states"] = states * sizes.state_bytes
     return Tier(own.name, own.budget_bytes, holds)
 
 

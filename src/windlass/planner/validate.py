@@ -97,6 +97,7 @@ def _check_ranges(plan: Plan, spec: ModelSpec, sizes: Sizes) -> None:
         ("kv_offloading_share", plan.kv_offloading_share, 0, _most_streamed(plan)),
         ("host_experts", plan.host_experts, 0, 0 if plan.above is None else 1),
         ("state_slots", plan.top.state_slots, states, states),
+        ("kept_states", plan.kept_states, 0, None if states and plan.above is None else 0),
         ("max_model_len", plan.max_model_len, 2, longest),
     ]
     for name, value, least, most in ranges:

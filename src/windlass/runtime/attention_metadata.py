@@ -130,10 +130,16 @@ def _micro(micro: MicroBatch, numbers: Numbers, memory: Allocator) -> _Micro:
             first_position=s.first_position,
             slot=s.state_slot,
             is_prompt=s.is_prompt,
+            source=s.state_source,
+            kept=tuple(
+                (end - s.first_position, slot)
+                for end, slot in s.kept_states
+                if 0 < end - s.first_position <= s.num_tokens
+            ),
         )
         for row, s in zip(work.first_row, micro.segments, strict=True)
     )
-    single = [s for s in segments if s.slot >= 0 and s.num_rows == 1]
+    single = [s for s in segments if s.slot >= 0 and s.num_rows == 1 and not s.is_prompt]
     pages = None
     if memory.streams.runs_ahead:
         longest = max(map(len, work.pages))

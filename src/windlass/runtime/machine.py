@@ -30,6 +30,12 @@ class Machine:
         """Attention over keys and values that the host has."""
         return self.host, self.stream
 
+    @property
+    def rows_are_alike(self) -> bool:
+        """Whether a row of an attention model has the same bits in a prompt and generated."""
+        others = self.host, self.stream, self.experts
+        return self.kernels.rows_are_alike and all(one is None for one in others)
+
     def abandon(self) -> None:
         """A pass has failed: returns when nobody works on its keys and values, or reads weights for
         it, any more."""

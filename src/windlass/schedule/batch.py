@@ -42,6 +42,8 @@ class Segment:
     first_position: int
     pages: tuple[int, ...]  # of the whole sequence, oldest first
     state_slot: int  # -1 where the model keeps no recurrent state
+    state_source: int = -1  # another sequence's slot that it goes on from; -1: its own
+    kept_states: tuple[tuple[int, int], ...] = ()  # of positions, the slot of the state before them
     is_prompt: bool
     long_rope: bool
     wants_logits: bool  # after the last token, and after those that `num_drafts` says
@@ -232,6 +234,7 @@ def _cut(segment: Segment, count: int) -> tuple[Segment, Segment]:
         token_ids=segment.token_ids[count:],
         targets=segment.targets[count:],
         first_position=segment.first_position + count,
+        state_source=-1,
         num_drafts=segment.num_drafts - before,
     )
     return first, rest

@@ -36,6 +36,10 @@ class NativeKernels(TorchKernels):
     def name(self) -> str:
         return "cpu"
 
+    @property
+    def rows_are_alike(self) -> bool:
+        return True  # one path for both (attention.h), sums in a fixed order
+
     def capture(self, label: Callable[[], str]) -> NativeCapture:
         return NativeCapture(self._session, label)
 
