@@ -67,6 +67,7 @@ def open_gpu(options: EngineOptions, tracer: Tracer) -> Gpu | None:
             capability=device.capability,
             bf16_activations=options.dtype == "bfloat16",
             captures=None if options.enforce_eager else GraphCaptures(device, CudaGraphs(place)),
+            memory=device,
         )
 
     def make_host(num_threads: int) -> Device:

@@ -6,9 +6,11 @@ BLAS when it is first met. Shape legend: kernels/interface.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
+from windlass.device.base import Allocator
 from windlass.errors import UsageError
 from windlass.kernels import rowwise
 from windlass.kernels.cuda_graphs import GraphCaptures, RowTables
@@ -18,6 +20,7 @@ from windlass.kernels.interface import (
     Capture,
     ExpertGroups,
     Routes,
+    RowTiles,
 )
 from windlass.kernels.logit_scan import scan_logits
 from windlass.kernels.triton import launch, routing, small
@@ -28,6 +31,7 @@ from windlass.models.spec import Activation, Norm, ReluSquared, Rope, Routing
 from windlass.tensors import PackedStack, PagedRows, Tensors, Weight, plain_or_none
 
 _FIRST_BF16 = 80  # the first architecture that multiplies bf16
+_KEPT_TABLES = 256  # of slots: of all layers whose experts stay
 
 
 class CudaKernels:
@@ -45,9 +49,11 @@ class CudaKernels:
         *,
         bf16_activations: bool = False,
         captures: GraphCaptures | None = None,
+        memory: Allocator | None = None,
     ) -> None:
         """`capability`: 90 for sm_90. Raises UsageError where it has no bf16. `captures`: of graphs
-        of the device, None where it is to have none."""
+        of the device, None where it is to have none. `memory`: of the device; without it and
+        `captures` torch copies small tables, and waits for each."""
         if bf16_activations and capability < _FIRST_BF16:
             raise UsageError(
                 f"dtype: got 'bfloat16', but sm_{capability} multiplies no bf16: allowed are 'auto'"
@@ -56,6 +62,8 @@ class CudaKernels:
         self._products = Products(is_narrow=bf16_activations)
         self._attention = CudaAttention(is_narrow=bf16_activations)
         self._captures = captures
+        self._memory = memory
+        self._tables: dict[tuple[int, ...], torch.Tensor] = {}  # the last one used last
 
     @property
     def name(self) -> str:
@@ -102,14 +110,33 @@ class CudaKernels:
     ) -> None:
         if experts and len(x_TD):
             x_TD = self._products.rows(x_TD, next(iter(experts.values()))["up"])
-            captures = self._captures
-
-            def table(numbers: Sequence[int]) -> torch.Tensor:
-                if captures is not None:
-                    return captures.tensor(numbers)
-                return x_TD.new_tensor(numbers, dtype=torch.int32)
-
+            table = self._kept_table(x_TD)
             grouped_experts(x_TD, experts, groups, activation, out, table)
+
+    def _table(self, like: torch.Tensor) -> Callable[[Sequence[int]], torch.Tensor]:
+        """What makes tables of numbers, int32, where `like` is."""
+        if self._captures is not None:
+            return self._captures.tensor
+        if self._memory is not None:
+            return partial(self._memory.tensor, dtype=torch.int32)
+        return partial(like.new_tensor, dtype=torch.int32)
+
+    def _kept_table(self, like: torch.Tensor) -> Callable[[Sequence[int]], torch.Tensor]:
+        """The same, of numbers that may be those of an earlier call: experts that stay where they
+        are. A graph keeps its own."""
+        make = self._table(like)
+        if self._captures is not None and self._captures.rows is not None:
+            return make
+
+        def table(numbers: Sequence[int]) -> torch.Tensor:
+            key = tuple(numbers)
+            found = self._tables.pop(key, None)
+            self._tables[key] = found = make(numbers) if found is None else found
+            if len(self._tables) > _KEPT_TABLES:
+                del self._tables[next(iter(self._tables))]
+            return found
+
+        return table
 
     # --- attention --------------------------------------------------------------------------------
 
@@ -122,7 +149,11 @@ class CudaKernels:
         options: AttentionOptions,
     ) -> torch.Tensor:
         fixed: RowTables | None = None if self._captures is None else self._captures.rows
-        return self._attention(q_THd, keys, values, work, options, fixed)
+        table = self._table(q_THd)
+        return self._attention(q_THd, (keys, values), work, options, table, fixed)
+
+    def row_tiles(self, num_heads: int, keys: PagedRows) -> Sequence[RowTiles]:
+        return self._attention.row_tiles(num_heads, keys)
 
     def rotate(
         self, x_THd: torch.Tensor, cos_Tf: torch.Tensor, sin_Tf: torch.Tensor, rope: Rope

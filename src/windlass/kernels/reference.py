@@ -19,6 +19,7 @@ from windlass.kernels.interface import (
     Capture,
     ExpertGroups,
     Routes,
+    RowTiles,
 )
 from windlass.kernels.limits import TILE_BYTES
 from windlass.kernels.logit_scan import scan_logits
@@ -219,6 +220,9 @@ class TorchKernels:
         return rowwise.pointwise(function, x)
 
     scan_logits = staticmethod(scan_logits)
+
+    def row_tiles(self, num_heads: int, keys: PagedRows) -> Sequence[RowTiles]:
+        return ()
 
     def attention(
         self,

@@ -196,7 +196,9 @@ class HostRuntime:
     def _embed(self, batch: Batch, layers: range, before: Sequence[int] = ()) -> torch.Tensor:
         """Hidden states of the tokens, which go through `layers`; where they are, for attention."""
         self._attention.begin_pass(batch, layers)
-        self._rows = rows = pass_rows(batch, self._kv.page_tokens, self._memory, before)
+        given = self._kv.uncleared(), self._attention.tiles
+        self._rows = rows = pass_rows(batch, self._kv.page_tokens, self._memory, before, *given)
+        self._kv.clear_all(rows.cleared_P)
         self._metadata = rows.metadata
         return math.embed(self._spec, _embedding(self._weights, batch, rows.tokens_T))
 
