@@ -19,13 +19,14 @@ from windlass.kernels.interface import (
     AttentionWork,
     Capture,
     ExpertGroups,
+    RoutedIds,
     Routes,
     RowTiles,
 )
 from windlass.kernels.logit_scan import scan_logits
 from windlass.kernels.triton import launch, routing, small
 from windlass.kernels.triton.attention import CudaAttention
-from windlass.kernels.triton.expert_table import grouped_experts
+from windlass.kernels.triton.expert_table import experts_by_row, grouped_experts
 from windlass.kernels.triton.products import Products
 from windlass.models.spec import Activation, Norm, ReluSquared, Rope, Routing
 from windlass.tensors import PackedStack, PagedRows, Tensors, Weight, plain_or_none
@@ -112,6 +113,18 @@ class CudaKernels:
             x_TD = self._products.rows(x_TD, next(iter(experts.values()))["up"])
             table = self._kept_table(x_TD)
             grouped_experts(x_TD, experts, groups, activation, out, table)
+
+    def experts_by_row(
+        self,
+        x_TD: torch.Tensor,
+        experts: Mapping[int, Tensors],
+        routed: RoutedIds,
+        activation: Activation,
+        out: torch.Tensor,
+    ) -> None:
+        if experts and len(x_TD):
+            x_TD = self._products.rows(x_TD, next(iter(experts.values()))["up"])
+            experts_by_row(x_TD, experts, routed, activation, out, self._kept_table(x_TD))
 
     def _table(self, like: torch.Tensor) -> Callable[[Sequence[int]], torch.Tensor]:
         """What makes tables of numbers, int32, where `like` is."""

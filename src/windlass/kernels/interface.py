@@ -31,6 +31,13 @@ class ExpertGroups(NamedTuple):
         return cls(places, places, torch.full((experts,), rows))
 
 
+class RoutedIds(NamedTuple):
+    """Which of `num_experts` experts rows have."""
+
+    ids_TA: torch.Tensor  # int64 and contiguous
+    num_experts: int
+
+
 class RowTiles(NamedTuple):
     """How a kernel takes rows of one kind: of a sequence up to `rows` at once."""
 
@@ -234,6 +241,18 @@ class Kernels(Protocol):
     ) -> None:
         """`expert_ffn` of some experts, each over its rows of `x_TD`, written to their places (as
         `groups.order` has them) of `out` (T * A, D). Those without rows cost nothing."""
+        ...
+
+    def experts_by_row(
+        self,
+        x_TD: torch.Tensor,
+        experts: Mapping[int, Tensors],
+        routed: RoutedIds,
+        activation: Activation,
+        out: torch.Tensor,
+    ) -> None:
+        """The same for few rows, each by itself: perhaps other sums, so other bits than those of
+        `experts`, and as independent of other rows."""
         ...
 
     def normalise(

@@ -18,6 +18,7 @@ from windlass.kernels.interface import (
     AttentionWork,
     Capture,
     ExpertGroups,
+    RoutedIds,
     Routes,
     RowTiles,
 )
@@ -137,6 +138,16 @@ class TorchKernels:
         for expert, (rows, places) in enumerate(parts):
             if expert in experts and len(rows):
                 out[places] = self.expert_ffn(x_TD[rows], experts[expert], activation)
+
+    def experts_by_row(
+        self,
+        x_TD: torch.Tensor,
+        experts: Mapping[int, Tensors],
+        routed: RoutedIds,
+        activation: Activation,
+        out: torch.Tensor,
+    ) -> None:
+        self.experts(x_TD, experts, self.group(*routed), activation, out)
 
     def normalise(
         self,

@@ -30,7 +30,7 @@ from windlass.runtime.host_experts import OnHost as OnHostExperts
 from windlass.runtime.layer_ops import LayerOps
 from windlass.runtime.machine import Machine
 from windlass.runtime.routing_report import RoutingReport
-from windlass.schedule.batch import Batch, MicroBatch, RowGroup
+from windlass.schedule.batch import Batch, MicroBatch, RowGroup, RowsOfKind
 from windlass.schedule.observer import RouterReader, RoutingObserver
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.tensors import Tensors, plain
@@ -129,6 +129,8 @@ class HostRuntime:
         self._streams = streams = machine.memory.streams
         self._tracer = tracer = machine.tracer
         self._experts = machine.experts
+        self._by_row = machine.by_row
+        self._kinds: tuple[RowGroup | None, tuple[RowsOfKind, ...]] = None, ()
         self._weights, self._kv = weights, kv
         self._prefetcher = foresight.prefetcher
         self._forecast = foresight.forecast
@@ -238,7 +240,7 @@ class HostRuntime:
     ) -> Routed:
         self._routers.read(layer, weights.tensors)
         hidden = _of(hidden, group)
-        routed = self._blocks.route(layer, weights.tensors, hidden)
+        routed = self._blocks.route(layer, weights.tensors, hidden, self._kinds_of(group))
         shared_TD = self._blocks.shared(layer, weights.tensors, hidden, routed)
         at_end = self._blocks.output_tensors(weights.tensors)
         outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
@@ -254,6 +256,14 @@ class HostRuntime:
         done, counts = (done, counts) if on_host is None else _left(done, on_host)
         chosen = range(len(done.routed.groups.counts_E)) if counts is None else counts
         return Routed(tuple(chosen), _Rows(counts, done, is_replayed, on_host))
+
+    def _kinds_of(self, group: RowGroup) -> tuple[RowsOfKind, ...]:
+        """Of its rows, where it matters of which they are."""
+        if not self._by_row:
+            return ()
+        if self._kinds[0] is not group:
+            self._kinds = group, group.kinds()
+        return self._kinds[1]
 
     def _expert_outputs(self, places: int, width: int) -> torch.Tensor:
         """Memory of one layer's expert outputs, the same for all layers and groups of a pass."""
