@@ -195,7 +195,7 @@ def _with_device(
     if profile.device is None:
         return sizes
     memory = options.device_memory or int(_DEVICE_SHARE * profile.device.memory_bytes)
-    device = device_sizes(model, budget_bytes=memory, process_bytes=_CONTEXT_BYTES, backend=CUDA)
+    device = device_sizes(model, budget_bytes=memory, process_bytes=_CONTEXT_BYTES, backend=backend)
     return replace(sizes, device=device, process_bytes=sizes.process_bytes + _LIBRARY_BYTES)
 
 
