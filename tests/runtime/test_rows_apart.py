@@ -109,4 +109,3 @@ def test_rows_of_a_kind_are_as_few_pieces_as_there_can_be():
     (group,) = batch.groups
     assert len(group.micro_batches) > 1
     assert group.kinds() == ((0, 4, False), (4, 99, True), (99, 101, False))
-
