@@ -25,7 +25,7 @@ from windlass.kernels.interface import (
 )
 from windlass.kernels.logit_scan import scan_logits
 from windlass.kernels.triton import launch, routing, small
-from windlass.kernels.triton.attention import CudaAttention
+from windlass.kernels.triton.attention import CudaAttention, Table
 from windlass.kernels.triton.expert_table import experts_by_row, grouped_experts
 from windlass.kernels.triton.products import Products
 from windlass.models.spec import Activation, Norm, ReluSquared, Rope, Routing
@@ -33,6 +33,40 @@ from windlass.tensors import PackedStack, PagedRows, Tensors, Weight, plain_or_n
 
 _FIRST_BF16 = 80  # the first architecture that multiplies bf16
 _KEPT_TABLES = 256  # of slots: of all layers whose experts stay
+
+
+class _Tables:
+    """Makes small tables of numbers, int32, where kernels read them."""
+
+    def __init__(self, captures: GraphCaptures | None, memory: Allocator | None) -> None:
+        self._captures = captures
+        self._memory = memory
+        self._kept: dict[tuple[int, ...], torch.Tensor] = {}  # the last one used last
+
+    def new(self, like: torch.Tensor) -> Table:
+        """Where `like` is."""
+        if self._captures is not None:
+            return self._captures.tensor
+        if self._memory is not None:
+            return partial(self._memory.tensor, dtype=torch.int32)
+        return partial(like.new_tensor, dtype=torch.int32)
+
+    def kept(self, like: torch.Tensor) -> Table:
+        """The same, of numbers that may be those of an earlier call: experts that stay where they
+        are. A graph keeps its own."""
+        make = self.new(like)
+        if self._captures is not None and self._captures.rows is not None:
+            return make
+
+        def table(numbers: Sequence[int]) -> torch.Tensor:
+            key = tuple(numbers)
+            found = self._kept.pop(key, None)
+            self._kept[key] = found = make(numbers) if found is None else found
+            if len(self._kept) > _KEPT_TABLES:
+                del self._kept[next(iter(self._kept))]
+            return found
+
+        return table
 
 
 class CudaKernels:
@@ -63,8 +97,7 @@ class CudaKernels:
         self._products = Products(is_narrow=bf16_activations)
         self._attention = CudaAttention(is_narrow=bf16_activations)
         self._captures = captures
-        self._memory = memory
-        self._tables: dict[tuple[int, ...], torch.Tensor] = {}  # the last one used last
+        self._tables = _Tables(captures, memory)
 
     @property
     def name(self) -> str:
@@ -111,7 +144,7 @@ class CudaKernels:
     ) -> None:
         if experts and len(x_TD):
             x_TD = self._products.rows(x_TD, next(iter(experts.values()))["up"])
-            table = self._kept_table(x_TD)
+            table = self._tables.kept(x_TD)
             grouped_experts(x_TD, experts, groups, activation, out, table)
 
     def experts_by_row(
@@ -124,32 +157,7 @@ class CudaKernels:
     ) -> None:
         if experts and len(x_TD):
             x_TD = self._products.rows(x_TD, next(iter(experts.values()))["up"])
-            experts_by_row(x_TD, experts, routed, activation, out, self._kept_table(x_TD))
-
-    def _table(self, like: torch.Tensor) -> Callable[[Sequence[int]], torch.Tensor]:
-        """What makes tables of numbers, int32, where `like` is."""
-        if self._captures is not None:
-            return self._captures.tensor
-        if self._memory is not None:
-            return partial(self._memory.tensor, dtype=torch.int32)
-        return partial(like.new_tensor, dtype=torch.int32)
-
-    def _kept_table(self, like: torch.Tensor) -> Callable[[Sequence[int]], torch.Tensor]:
-        """The same, of numbers that may be those of an earlier call: experts that stay where they
-        are. A graph keeps its own."""
-        make = self._table(like)
-        if self._captures is not None and self._captures.rows is not None:
-            return make
-
-        def table(numbers: Sequence[int]) -> torch.Tensor:
-            key = tuple(numbers)
-            found = self._tables.pop(key, None)
-            self._tables[key] = found = make(numbers) if found is None else found
-            if len(self._tables) > _KEPT_TABLES:
-                del self._tables[next(iter(self._tables))]
-            return found
-
-        return table
+            experts_by_row(x_TD, experts, routed, activation, out, self._tables.kept(x_TD))
 
     # --- attention --------------------------------------------------------------------------------
 
@@ -162,7 +170,7 @@ class CudaKernels:
         options: AttentionOptions,
     ) -> torch.Tensor:
         fixed: RowTables | None = None if self._captures is None else self._captures.rows
-        table = self._table(q_THd)
+        table = self._tables.new(q_THd)
         return self._attention(q_THd, (keys, values), work, options, table, fixed)
 
     def row_tiles(self, num_heads: int, keys: PagedRows) -> Sequence[RowTiles]:

@@ -140,13 +140,9 @@ class TorchKernels:
                 out[places] = self.expert_ffn(x_TD[rows], experts[expert], activation)
 
     def experts_by_row(
-        self,
-        x_TD: torch.Tensor,
-        experts: Mapping[int, Tensors],
-        routed: RoutedIds,
-        activation: Activation,
-        out: torch.Tensor,
-    ) -> None:
+        self, x_TD: torch.Tensor, experts: Mapping[int, Tensors], routed: RoutedIds,
+        activation: Activation, out: torch.Tensor,
+    ) -> None:  # fmt: skip
         self.experts(x_TD, experts, self.group(*routed), activation, out)
 
     def normalise(

@@ -13,7 +13,7 @@ from windlass.runtime.attention_metadata import AttentionMetadata
 from windlass.runtime.attention_ops import AttentionOps
 from windlass.runtime.layer_ops import LayerOps, RoutedRows
 from windlass.runtime.machine import Machine
-from windlass.schedule.batch import Batch, RowsOfKind, is_capturable
+from windlass.schedule.batch import Batch, is_capturable
 from windlass.tensors import Tensors
 from windlass.weights.store import WeightStore
 
@@ -195,9 +195,7 @@ class LayerCapture:
 
     def _compute_block(self, layer: int, block: Tensors, now: "_Pass") -> ComputedBlock:
         self._attend(layer, block, now)
-        # a device captures no rows of prompts
-        kinds = (RowsOfKind(0, now.num_tokens, False),) if self._machine.by_row else ()
-        routed = self._blocks.route(layer, block, now.hidden_TD, kinds)
+        routed = self._blocks.route(layer, block, now.hidden_TD)  # no rows of prompts on a device
         shared_TD = self._blocks.shared(layer, block, now.hidden_TD, routed)
         outputs = now.capture.empty(routed.groups.order.shape[0], now.hidden_TD.shape[1])
         return ComputedBlock(now.hidden_TD, routed, shared_TD, block, outputs)

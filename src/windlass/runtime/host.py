@@ -30,7 +30,7 @@ from windlass.runtime.host_experts import OnHost as OnHostExperts
 from windlass.runtime.layer_ops import LayerOps
 from windlass.runtime.machine import Machine
 from windlass.runtime.routing_report import RoutingReport
-from windlass.schedule.batch import Batch, MicroBatch, RowGroup, RowsOfKind
+from windlass.schedule.batch import Batch, MicroBatch, RowGroup
 from windlass.schedule.observer import RouterReader, RoutingObserver
 from windlass.schedule.runtime import Outcome, Routed
 from windlass.tensors import Tensors, plain
@@ -129,16 +129,14 @@ class HostRuntime:
         self._streams = streams = machine.memory.streams
         self._tracer = tracer = machine.tracer
         self._experts = machine.experts
-        self._by_row = machine.by_row
-        self._kinds: tuple[RowGroup | None, tuple[RowsOfKind, ...]] = None, ()
         self._weights, self._kv = weights, kv
         self._prefetcher = foresight.prefetcher
         self._forecast = foresight.forecast
         self._routing = routing = RoutingReport(foresight.forecast, foresight.observers, streams)
-        self._blocks = LayerOps(spec, kernels, tracer=tracer, wants_scores=routing.wants_scores)
+        self._blocks = LayerOps(spec, kernels, tracer=tracer, by_row=machine.by_row,
+                                wants_scores=routing.wants_scores)  # fmt: skip
         self._attention = AttentionOps(spec, kernels, kv, machine.memory, tracer, machine.below)
-        ops = self._blocks, self._attention
-        self._capture = LayerCapture(spec, ops, machine, weights)
+        self._capture = LayerCapture(spec, (self._blocks, self._attention), machine, weights)
         self._routers = _Routers(spec, streams, foresight.router_readers)
         self._head = Head(spec, kernels, machine.memory, tracer)
         self._rows: PassRows | None = None  # of the pass under way
@@ -240,13 +238,12 @@ class HostRuntime:
     ) -> Routed:
         self._routers.read(layer, weights.tensors)
         hidden = _of(hidden, group)
-        routed = self._blocks.route(layer, weights.tensors, hidden, self._kinds_of(group))
+        routed = self._blocks.route(layer, weights.tensors, hidden, group)
         shared_TD = self._blocks.shared(layer, weights.tensors, hidden, routed)
         at_end = self._blocks.output_tensors(weights.tensors)
         outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
         done = ComputedBlock(hidden, routed, shared_TD, at_end, outputs)
-        host = self._experts
-        on_host = None if host is None else host.begin(layer, routed, group, self._kernels)
+        on_host = self._experts and self._experts.begin(layer, routed, group, self._kernels)
         return self._routed(layer, done, on_host, is_replayed=False)
 
     def _routed(
@@ -256,14 +253,6 @@ class HostRuntime:
         done, counts = (done, counts) if on_host is None else _left(done, on_host)
         chosen = range(len(done.routed.groups.counts_E)) if counts is None else counts
         return Routed(tuple(chosen), _Rows(counts, done, is_replayed, on_host))
-
-    def _kinds_of(self, group: RowGroup) -> tuple[RowsOfKind, ...]:
-        """Of its rows, where it matters of which they are."""
-        if not self._by_row:
-            return ()
-        if self._kinds[0] is not group:
-            self._kinds = group, group.kinds()
-        return self._kinds[1]
 
     def _expert_outputs(self, places: int, width: int) -> torch.Tensor:
         """Memory of one layer's expert outputs, the same for all layers and groups of a pass."""
@@ -301,8 +290,7 @@ class HostRuntime:
         return _DenseRows(hidden, self._blocks.ffn_input(weights.tensors, hidden), at_end)
 
     def dense(self, layer: int, weights: Lease, normed: _DenseRows) -> None:
-        hidden, normed_TD, at_end = normed
-        self._blocks.dense(layer, weights.tensors, at_end, hidden, normed_TD)
+        self._blocks.dense(layer, weights.tensors, normed.at_end, normed.hidden_TD, normed.normed)
 
     def enter_head(self, hidden: torch.Tensor, batch: Batch) -> Final:
         self._routing.end(hidden)

@@ -10,7 +10,7 @@ from windlass.decoder import block as math
 from windlass.decoder.moe import dense_ffn, route, shared_expert
 from windlass.kernels.interface import ExpertGroups, Kernels, RoutedIds, Routes
 from windlass.models.spec import Ffn, ModelSpec, Moe
-from windlass.schedule.batch import RowsOfKind
+from windlass.schedule.batch import RowGroup, RowsOfKind
 from windlass.tensors import Tensors, plain
 from windlass.trace import Tracer
 
@@ -37,11 +37,15 @@ class LayerOps:
         *,
         tracer: Tracer,
         wants_scores: bool,
+        by_row: bool = False,
     ) -> None:
-        """`wants_scores`: routing hands out the router's scores of all experts."""
+        """`wants_scores`: routing hands out the router's scores of all experts. `by_row`: generated
+        rows go through experts each by itself."""
         self._spec = spec
         self._kernels = kernels
         self._tracer = tracer
+        self._by_row = by_row
+        self._kinds: tuple[RowGroup | None, tuple[RowsOfKind, ...]] = None, ()  # of the last group
         self._wants_scores = wants_scores
 
     def route(
@@ -49,19 +53,27 @@ class LayerOps:
         layer: int,
         w: Tensors,
         hidden: torch.Tensor,
-        kinds: tuple[RowsOfKind, ...] = (),
+        group: RowGroup | None = None,
     ) -> RoutedRows:
-        """From the hidden states of all rows to their experts. `kinds`: of all rows, where those
-        that are generated go through experts each by itself."""
+        """From the hidden states of all rows to their experts. `group`: whose rows they are, if
+        they may be of prompts."""
         moe = self._moe(layer)
         with self._tracer.span("route", layer=layer, rows=hidden.shape[0]):
             h_TD, router_TD = math.routing_inputs(self._kernels, self._spec, moe, w, hidden)
             routes = route(self._kernels, moe, w, router_TD, wants_scores=self._wants_scores)
             groups = self._kernels.group(routes.ids_TA, moe.num_experts)
+            kinds = self._kinds_of(group, len(h_TD)) if self._by_row else ()
             if all(one.is_prompt for one in kinds):
                 return RoutedRows(h_TD, router_TD, routes, groups)
             apart = tuple((one, self._grouped(routes, one, moe.num_experts)) for one in kinds)
             return RoutedRows(h_TD, router_TD, routes, groups, apart)
+
+    def _kinds_of(self, group: RowGroup | None, num_rows: int) -> tuple[RowsOfKind, ...]:
+        if group is None:
+            return (RowsOfKind(0, num_rows, False),)
+        if self._kinds[0] is not group:
+            self._kinds = group, group.kinds()
+        return self._kinds[1]
 
     def _grouped(self, routes: Routes, rows: RowsOfKind, num_experts: int) -> ExpertGroups | None:
         if not rows.is_prompt:
