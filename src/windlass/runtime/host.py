@@ -243,7 +243,7 @@ class HostRuntime:
         at_end = self._blocks.output_tensors(weights.tensors)
         outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
         done = ComputedBlock(hidden, routed, shared_TD, at_end, outputs)
-        on_host = self._experts and self._experts.begin(layer, routed, group, self._kernels)
+        on_host = self._experts.begin(layer, routed, group, self._kernels) if self._experts else None
         return self._routed(layer, done, on_host, is_replayed=False)
 
     def _routed(
