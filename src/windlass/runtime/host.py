@@ -125,8 +125,7 @@ class HostRuntime:
     ) -> None:
         self._spec = spec
         self._kernels = kernels = machine.kernels
-        self._memory = machine.memory
-        self._streams = streams = machine.memory.streams
+        self._memory, self._streams = machine.memory, (streams := machine.memory.streams)
         self._tracer = tracer = machine.tracer
         self._experts = machine.experts
         self._weights, self._kv = weights, kv
@@ -243,7 +242,8 @@ class HostRuntime:
         at_end = self._blocks.output_tensors(weights.tensors)
         outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
         done = ComputedBlock(hidden, routed, shared_TD, at_end, outputs)
-        on_host = self._experts.begin(layer, routed, group, self._kernels) if self._experts else None
+        own = self._experts
+        on_host = None if own is None else own.begin(layer, routed, group, self._kernels)
         return self._routed(layer, done, on_host, is_replayed=False)
 
     def _routed(
