@@ -120,7 +120,7 @@ def test_a_device_is_told_once_what_to_clear(dtype):
         taken = store.take_pages(3) + store.take_pages(2)
         assert device.num_uploads == 0
         assert store.uncleared() == taken and store.uncleared() == []
-        store.clear(device.tensor(taken, dtype=torch.int64))
+        store.clear_all(device.tensor(taken, dtype=torch.int64))
     device.synchronize()
     others = sorted(set(range(9)) - set(taken))
     for one in stored:

@@ -136,9 +136,7 @@ def work_of(segments: Sequence[Segment]) -> AttentionWork:
     )
 
 
-def _micro(
-    micro: MicroBatch, numbers: Numbers, tiles: tuple[RowTiles, ...] | None
-) -> _Micro:
+def _micro(micro: MicroBatch, numbers: Numbers, tiles: tuple[RowTiles, ...] | None) -> _Micro:
     """`tiles`: None where kernels read the work."""
     work = work_of(micro.segments)
     segments = tuple(
