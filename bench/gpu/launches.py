@@ -24,7 +24,9 @@ def launches(capability: int) -> Iterator[tuple[str, Callable[[], None]]]:
                 launch = _experts(name, torch.bfloat16, rows)
                 yield f"experts {name} by 16 bits, {rows} rows", launch
         yield f"experts {name} by fp32, 32 rows", _experts(name, torch.float32, 32)
-        yield f"experts {name}, few", _few(name, capability)
+        for dtype in (torch.bfloat16, torch.float32) if capability >= 80 else (torch.float32,):
+            words = "fp32" if dtype is torch.float32 else "16 bits"
+            yield f"experts {name} by {words}, few", _few(name, dtype)
     yield "combine", _combine
 
 
@@ -47,10 +49,9 @@ def _experts(name: str, dtype: torch.dtype, rows: int) -> Callable[[], None]:
     return launch
 
 
-def _few(name: str, capability: int) -> Callable[[], None]:
+def _few(name: str, dtype: torch.dtype) -> Callable[[], None]:
     def launch() -> None:
         experts = _layer(name).experts_for(torch.float32)
-        dtype = torch.float16 if capability < 80 else torch.bfloat16
         run_experts_few(
             torch.empty(1, HIDDEN, dtype=dtype), torch.zeros(1, TOP_K, dtype=torch.int64),
             torch.zeros(EXPERTS, dtype=torch.int32), experts, torch.empty(TOP_K, HIDDEN),

@@ -3,6 +3,7 @@ the bits of a row in other company, and what it takes."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -121,7 +122,8 @@ def _attention(sizes: RowSizes, name: str, products: torch.dtype, *, is_prompt: 
 
     def run(rows: range, work: AttentionWork) -> torch.Tensor:
         q = q_THd[rows.start : rows.stop]
-        return attend(q, PagedRows(keys), PagedRows(values), work, options)
+        cache = PagedRows(keys), PagedRows(values)
+        return attend(q, cache, work, options, partial(keys.new_tensor, dtype=torch.int32))
 
     def alone(i: int) -> torch.Tensor:
         return run(range(i, i + 1), work_of(range(i, i + 1)))[0]

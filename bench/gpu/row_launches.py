@@ -9,7 +9,7 @@ import torch
 
 from gpu.expert_slots import FORMATS, Sizes, make_layer
 from gpu.launches import ALL_FORMATS, SOME_FORMATS, TWO_SIZES
-from windlass.kernels.interface import AttentionOptions, AttentionWork
+from windlass.kernels.interface import AttentionOptions, AttentionWork, RowTiles
 from windlass.kernels.triton import small
 from windlass.kernels.triton.attention import attention_blocks, attention_tiles, paged_attention
 from windlass.kernels.triton.linear import FEW, Linear, run_linear
@@ -107,7 +107,8 @@ def _attention(
         group, stored_type = heads.heads // heads.kv_heads, keys.rows_PKBd.dtype
         blocks = attention_blocks(group, heads.dim, products, stored_type, is_prompt=is_prompt)
         rows = blocks.rows(group)
-        tiles = attention_tiles(work, is_prompt=is_prompt, rows=rows, like=torch.empty(0))
+        table = partial(torch.tensor, dtype=torch.int32)
+        tiles = attention_tiles(work, RowTiles(is_prompt, rows), table)
         q_THd = torch.empty(ROWS, heads.heads, heads.dim, dtype=products)
         out = torch.empty(ROWS, heads.heads, options.value_dim)
         paged_attention(q_THd, keys, values, tiles, blocks, options, out)

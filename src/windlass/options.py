@@ -40,6 +40,7 @@ _COUNTS = (
     "max_model_len", "batch_groups", "threads", "burst_tokens", "seed",
 )  # fmt: skip
 AUTO, CPU, CUDA = "auto", "cpu", "cuda"  # of `device`, also as cuda:0, cuda:1, ...
+MOE_BACKENDS = ("auto", "triton", "torch", "cpu")  # triton: of a GPU alone, cpu: of the host alone
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8")
 
 
@@ -98,7 +99,7 @@ class EngineOptions:
     threads: int | None = None
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     load_mode: Literal["auto", "dio", "buffered"] = "auto"
-    moe_backend: Literal["auto", "torch", "cpu"] = "auto"
+    moe_backend: Literal["auto", "triton", "torch", "cpu"] = "auto"
     enforce_eager: bool = False
     trace: Path | None = None
     routing_trace: Path | None = None
@@ -116,7 +117,7 @@ class EngineOptions:
             ("quantization", (None, *METHODS)),
             ("load_format", ("auto", "safetensors", "dummy")),
             ("load_mode", ("auto", "dio", "buffered")),
-            ("moe_backend", ("auto", "torch", "cpu")),
+            ("moe_backend", MOE_BACKENDS),
             ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("generation_config", ("auto", "vllm")),
             ("schedule", (None, *SCHEDULES)),
@@ -131,6 +132,8 @@ class EngineOptions:
             if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
                 raise UsageError(f"{name}: got {count!r}, allowed a whole number")
         read_device(self.device)
+        if self.device == CPU and self.moe_backend == "triton":
+            raise UsageError("moe_backend: got 'triton', allowed with device auto or cuda")
         if self.device == CPU and self.device_memory is not None:
             raise UsageError("device_memory: allowed with device auto or cuda, which has one")
         self._check_share()

@@ -3,13 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from windlass.errors import UsageError
 from windlass.ids import Home, Part
 from windlass.units import format_bytes
 
 Schedule = Literal["module-based", "model-based"]
+GeneratedExperts = Literal["tiles", "rows"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 HOST = "host"
 PART_WORDS: Mapping[Part, str] = {
@@ -106,6 +107,9 @@ class Plan:
     # Share of each layer's experts, 0 to 1, that the host computes for generated rows, beside a
     # device that does all others and prompts. 0 without a device
     host_experts: float = 0.0
+    # How a device computes experts of generated rows: in tiles of rows, as those of prompts, or
+    # each row by itself, which suits few. Other sums, so other bits
+    generated_experts: GeneratedExperts = "tiles"
 
     @property
     def host(self) -> TierPlan:
@@ -177,7 +181,9 @@ class Plan:
         """All values by name, tiers and parts by theirs; `from_json` reads them back."""
         document = asdict(self)
         if self.above is None:
-            for name in ("host_attention", "kv_offloading_share", "host_experts"):
+            for name in (
+                "host_attention", "kv_offloading_share", "host_experts", "generated_experts"
+            ):  # fmt: skip
                 del document[name]  # there is nothing to say
         for tier in document["tiers"]:
             tier["parts"] = {own.pop("part").value: own for own in tier["parts"]}
@@ -268,6 +274,10 @@ class Plan:
                 f"plan: the host computes {100 * self.host_experts:.0f} % of the experts for"
                 " generated tokens, beside the device"
             )
+        if self.generated_experts == "rows":
+            lines.append(
+                "plan: generated tokens go through experts one by one, prompts in tiles of rows"
+            )
         if not self.overlap:
             lines.append("plan: no overlap: weights are read while nothing computes")
         return lines
@@ -288,7 +298,7 @@ def _held(own: PartSlots) -> str:
 
 _BEFORE = {
     "burst_tokens": 0, "burst_max_seqs": 0, "groups": 1, "host_attention": 0.0,
-    "kv_offloading_share": 0.0, "host_experts": 0.0,
+    "kv_offloading_share": 0.0, "host_experts": 0.0, "generated_experts": "tiles",
 }  # fmt: skip
 
 
@@ -336,9 +346,9 @@ def _values(
 
 
 def _check_value(value: object, kind: Any, what: str) -> None:
-    if kind == Schedule:
-        if value not in SCHEDULES:
-            raise UsageError(f"{what}: got {value!r}, allowed {', '.join(SCHEDULES)}")
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise UsageError(f"{what}: got {value!r}, allowed {', '.join(get_args(kind))}")
         return
     allowed = (int, float) if kind is float else kind
     if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):

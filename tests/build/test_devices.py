@@ -17,6 +17,8 @@ from windlass.checkpoint.folder import read_model
 from windlass.device.cuda import CudaDevice
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import HOST, Part, Route
+from windlass.kernels import select_device
+from windlass.kernels.select import choose_kernels, device_backend, host_backend
 from windlass.kernels.select_device import choose_device_kernels
 from windlass.options import EngineOptions
 from windlass.trace import Tracer
@@ -131,3 +133,19 @@ def test_a_name_of_its_own_for_each_of_several_devices(fake_cuda):
     device = CudaDevice(torch.device("cpu"), name="second")
     assert device.allocate(10).tier == "second" and device.capability == 86
     device.close()
+
+
+def test_tritons_kernels_by_their_name_are_a_gpus_alone(on_cpu, monkeypatch):
+    """And are no matter of chance there: without Triton it is an error."""
+    monkeypatch.setattr(select_device, "find_spec", lambda name: None)
+    by_name = replace(SMALL, moe_backend="triton")
+    with pytest.raises(UsageError, match="got 'triton', which is not installed"):
+        gpu_of(by_name).make_kernels()
+    for name, here, there in (
+        ("triton", "auto", "triton"), ("cpu", "cpu", "auto"), ("torch", "torch", "torch")
+    ):  # fmt: skip
+        assert (host_backend(name), device_backend(name)) == (here, there)
+    with pytest.raises(UsageError, match="got 'triton' for a CPU, allowed auto, torch or cpu"):
+        choose_kernels("triton", threads=1, bf16_activations=False)
+    with pytest.raises(UsageError, match="got 'triton', allowed with device auto or cuda"):
+        replace(by_name, device="cpu")

@@ -622,7 +622,7 @@ def test_flag_beats_environment_beats_file_beats_default(tmp_path: Path) -> None
         (["--host-memory", "24"], {}, "--host-memory: got '24', allowed a number with a unit"),
         (["--moe-expert-cache-size", "lots"], {}, "--moe-expert-cache-size: got 'lots'"),
         (["--load-mode", "mmap"], {}, "allowed auto, dio, buffered"),
-        (["--moe-backend", "triton"], {}, "allowed auto, torch, cpu"),
+        (["--moe-backend", "marlin"], {}, "allowed auto, triton, torch, cpu"),
         (["--dtype", "int3"], {}, "--dtype: got 'int3'"),
         (
             ["--kv-cache-dtype", "fp8"],

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from gpu.tolerances import TOLERANCES, error
 
 from attention import attention_work
 from windlass.kernels import torch_attention
-from windlass.kernels.interface import AttentionOptions, AttentionWork
+from windlass.kernels.interface import AttentionOptions, AttentionWork, RowTiles
 from windlass.kernels.rowwise import write_rows
 from windlass.kernels.triton import attention as module
 from windlass.kernels.triton.attention import attention_blocks, attention_tiles, paged_attention
@@ -19,6 +20,7 @@ from windlass.units import round_up
 FP32, BF16, FP16, INT8 = torch.float32, torch.bfloat16, torch.float16, torch.int8
 PAGE = 32
 PAGES = 13
+TABLE = partial(torch.tensor, dtype=torch.int32)
 NOWHERE = 1 << 20  # no page: whoever looks it up reads outside the cache
 
 
@@ -122,7 +124,7 @@ class Attention:
             group, case.key_dim, case.products, stored, is_prompt=case.is_prompt
         )
         rows = blocks.rows(group)
-        tiles = attention_tiles(work, is_prompt=case.is_prompt, rows=rows, like=self.pages)
+        tiles = attention_tiles(work, RowTiles(case.is_prompt, rows), TABLE)
         tiles = tiles._replace(longest=max(tiles.longest, longest))
         out = torch.full((sum(work.num_rows), case.heads, case.value_dim), torch.nan)
         q = self.q[first : first + len(out)]

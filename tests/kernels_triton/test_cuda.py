@@ -13,7 +13,7 @@ from windlass.errors import UsageError
 from windlass.formats import WeightFormat
 from windlass.kernels import row_counts
 from windlass.kernels.cuda import CudaKernels
-from windlass.kernels.interface import AttentionOptions, Kernels
+from windlass.kernels.interface import AttentionOptions, Kernels, RoutedIds
 from windlass.kernels.reference import TorchKernels
 from windlass.kernels.select_device import choose_device_kernels
 from windlass.kernels.triton import dense, expert_table, launch
@@ -189,6 +189,24 @@ def test_the_bits_of_a_row_among_experts_are_its_own(kernels: CudaKernels) -> No
         assert torch.equal(alone, together.view(30, TOP_K, 64)[rows].flatten(0, 1))
     elsewhere = _layer(plain(BF16), spare=7)
     assert torch.equal(_experts(kernels, elsewhere, x_TD[:1], ids_TA[:1]), together[:TOP_K])
+
+
+def _by_row(kernels: CudaKernels, layer: Layer, x_TD: torch.Tensor, ids_TA: torch.Tensor):
+    out = torch.full((ids_TA.numel(), 64), torch.nan)
+    routed = RoutedIds(ids_TA, EXPERTS)
+    kernels.experts_by_row(x_TD, layer.experts, routed, layer.activation, out)
+    return out
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_experts_by_row_of_every_format(name: str) -> None:
+    """Rows are rounded to 16 bits there, and nothing after them."""
+    layer, (x_TD, ids_TA) = _layer(FORMATS[name]), _routed(2)
+    groups = TORCH.group(ids_TA, EXPERTS)
+    for kernels, rows in ((EXACT, x_TD), (NARROW, x_TD.bfloat16().float())):
+        got = _by_row(kernels, layer, x_TD, ids_TA)
+        assert error(got, layer.reference(rows, groups)) < TOLERANCES[FP32]
+        assert torch.equal(_by_row(kernels, layer, x_TD[1:], ids_TA[1:]), got[TOP_K:])
 
 
 def test_experts_that_lie_alike_are_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:

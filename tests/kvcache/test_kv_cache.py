@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from attention import attention_work
 from engines import engine_for, make_model, prompts, request, run_all
+from fake_cuda import FakeCuda
 from windlass.device.host_memory import HostAllocator
 from windlass.errors import UsageError
 from windlass.kernels import rowwise
@@ -98,6 +99,31 @@ def test_pages_are_cleared_when_they_are_handed_out(shape, dtype):
         assert (_widened(rows).rows_PKBd == 0).all()
     store.give_pages(pages)
     store.check({})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+def test_a_device_is_told_once_what_to_clear(dtype):
+    """Pages of several sequences, without a copy for any."""
+    device = FakeCuda(seed=2)
+    with device.watched(), device.streams.on(device.streams.compute):
+        store = KvCache(
+            [PagedShape(2, 7, 5), PagedShape(1, 20, 12, value_in_key=True)], device,
+            dtype=dtype, num_pages=9, page_tokens=PAGE,
+        )  # fmt: skip
+        stored = [one for layer in (0, 1) for one in store.stored(layer)]
+        for one in stored:
+            one.rows_PKBd.fill_(7)
+            if one.scales_PKB is not None:
+                one.scales_PKB.fill_(torch.nan)
+        taken = store.take_pages(3) + store.take_pages(2)
+        assert device.num_uploads == 0
+        assert store.uncleared() == taken and store.uncleared() == []
+        store.clear_all(device.tensor(taken, dtype=torch.int64))
+    device.synchronize()
+    others = sorted(set(range(9)) - set(taken))
+    for one in stored:
+        assert (_widened(one).rows_PKBd[taken] == 0).all()
+        assert (one.rows_PKBd[others] == 7).all()
 
 
 def test_bytes_of_a_token_count_the_scales():

@@ -4,6 +4,7 @@ import torch
 
 from fake_cuda import FakeCuda
 from windlass.device.host_memory import HostAllocator
+from windlass.kernels.interface import RowTiles
 from windlass.runtime.attention_metadata import PassRows, pass_rows
 from windlass.schedule.batch import Segment, make_batch
 
@@ -56,10 +57,12 @@ def test_on_the_host_kernels_read_the_work_itself():
 def test_on_a_device_there_are_tables_of_it_in_the_same_copy():
     device, batch = FakeCuda(), make_batch(SEGMENTS, micro_batch_tokens=64)
     with device.watched(), device.streams.on(device.streams.compute):
-        made = pass_rows(batch, PAGE, device, before=[3, 4])
+        kinds = RowTiles(True, 50), RowTiles(False, 2)
+        made = pass_rows(batch, PAGE, device, before=[3, 4], cleared=[102, 300], tiles=kinds)
         assert device.num_uploads == 1
     device.synchronize()
     _check(made)
+    assert made.cleared_P.tolist() == [102, 300]
     tables = made.metadata[0].work.tables
     assert tables is not None
     assert tables.pages_SP.tolist() == [
@@ -69,9 +72,13 @@ def test_on_a_device_there_are_tables_of_it_in_the_same_copy():
     ]
     assert tables.sequences_T.tolist() == [0] * 60 + [1, 2, 2, 2]
     assert tables.lengths_T.tolist() == [*range(1, 61), 41, 16, 17, 18]
+    assert {kind: table.t().tolist() for kind, table in tables.tiles.items()} == {
+        RowTiles(True, 50): [[0, 0, 50, 0, 0], [0, 50, 10, 50, 50]],
+        RowTiles(False, 2): [[1, 60, 1, 40, 0], [2, 61, 2, 15, 1], [2, 63, 1, 17, 3]],
+    }
     by_row = made.metadata[0].work.by_row().tables
     assert by_row is not None and by_row.sequences_T.tolist() == list(range(64))
-    assert torch.equal(by_row.pages_SP[-1], tables.pages_SP[2])
+    assert torch.equal(by_row.pages_SP[-1], tables.pages_SP[2]) and not by_row.tiles
 
 
 def test_micro_batches_have_their_own_rows():

@@ -87,7 +87,7 @@ def test_a_pass_waits_and_copies_no_more_than_it_must(path):
     sizes = HIDDEN * 2 + HIDDEN * EXPERTS * 2  # of a norm and a router
     assert begin == Traffic(
         waits=1 + 2 * routers,
-        uploads=3,  # a page that is cleared and cos and sin, beside what each pass has
+        uploads=2,  # cos and sin, beside what each pass has
         downloads=2 * layers + 2 + 2 * routers,
         downloaded_bytes=chosen + _TOKEN + layers * sizes,
     )
@@ -101,6 +101,14 @@ def test_a_pass_waits_and_copies_no_more_than_it_must(path):
         + layers * (8 * EXPERTS + 8 * TOP_K + 4 * EXPERTS + state)
         + _TOKEN,
     )
+
+
+def test_pages_of_all_sequences_are_cleared_by_what_each_pass_has(path):
+    """Prompts of several pages, and then a page for each sequence in one pass."""
+    texts = prompts((30, 30, 30))
+    requests = [request(f"r{i}", one, max_tokens=9) for i, one in enumerate(texts)]
+    first, *others = _passes(path, requests)
+    assert first.uploads == 2 and {one.uploads for one in others} == {1}
 
 
 def test_logits_come_of_rows_alone_of_which_more_is_asked(path):

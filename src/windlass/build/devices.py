@@ -14,6 +14,7 @@ from windlass.device.cuda_graphs import CudaGraphs
 from windlass.errors import BudgetError, UsageError
 from windlass.kernels.cuda_graphs import GraphCaptures
 from windlass.kernels.interface import Kernels
+from windlass.kernels.select import device_backend
 from windlass.kernels.select_device import choose_device_kernels
 from windlass.options import AUTO, EngineOptions, read_plan
 from windlass.perf.sizes import DeviceSizes
@@ -62,11 +63,12 @@ def open_gpu(options: EngineOptions, tracer: Tracer) -> Gpu | None:
 
     def make_kernels() -> Kernels:
         return choose_device_kernels(
-            "torch" if options.moe_backend == "torch" else "auto",  # cpu: that is the host's
+            device_backend(options.moe_backend),
             place,
             capability=device.capability,
             bf16_activations=options.dtype == "bfloat16",
             captures=None if options.enforce_eager else GraphCaptures(device, CudaGraphs(place)),
+            memory=device,
         )
 
     def make_host(num_threads: int) -> Device:

@@ -12,7 +12,7 @@ from windlass.device import cuda
 from windlass.device.base import Allocator, Device
 from windlass.ids import Home
 from windlass.kernels.interface import Kernels
-from windlass.kernels.select import choose_kernels
+from windlass.kernels.select import choose_kernels, host_backend
 from windlass.kvcache.kv_cache import KvCache, PagedShape, StateSlots
 from windlass.kvcache.kv_tiers import KvTiers
 from windlass.kvcache.staging import Reached, StreamedKv, staged_bytes_per_token
@@ -49,17 +49,20 @@ def choose_host_kernels(plan: Plan, options: EngineOptions, threads: int) -> Ker
     if not plan.host_computes:
         return None
     is_bf16 = options.dtype == "bfloat16"
-    return choose_kernels(options.moe_backend, threads=threads, bf16_activations=is_bf16)
+    backend = host_backend(options.moe_backend)
+    return choose_kernels(backend, threads=threads, bf16_activations=is_bf16)
 
 
 def host_fingerprint(plan: Plan, kernels: Kernels | None) -> dict[str, object]:
-    """What of it would change results: which sequences the host attends to, which experts it
-    computes, and how."""
+    """What of it would change results, beside a device: which sequences the host attends to, which
+    experts it computes, and how; how the device computes those of generated rows."""
     if plan.above is None:
         return {}
     found: dict[str, object] = {"host_attention": plan.host_attention}
     if plan.host_experts:  # journals of before do not speak of it
         found["host_experts"] = plan.host_experts
+    if plan.generated_experts != "tiles":
+        found["generated_experts"] = plan.generated_experts
     return found if kernels is None else {**found, "host_kernels": kernels.name}
 
 
@@ -67,8 +70,10 @@ def open_host(
     machine: Machine, spec: ModelSpec, plan: Plan, tiers: Tiers, rest: tuple[KvTiers, WeightStore],
     opened: ExitStack,
 ) -> Machine:  # fmt: skip
-    """`machine` with the host's part of attention and of experts, which share a thread of its own,
-    and what attends to keys and values that the host keeps, where the plan has any."""
+    """`machine` with the kernels that the plan wants for generated rows, with the host's part of
+    attention and of experts, which share a thread of its own, and with what attends to keys and
+    values that the host keeps, where the plan has any."""
+    machine = replace(machine, by_row=plan.generated_experts == "rows")
     kv, weights = rest
     if plan.kv_offloading_share and tiers.above is not None:
         stream = _open_stream(machine, spec, plan, tiers, rest)

@@ -35,7 +35,7 @@ from windlass.hardware.assumed import assumed_profile
 from windlass.hardware.profile import HardwareProfile
 from windlass.ids import Part
 from windlass.kernels.interface import Kernels
-from windlass.kernels.select import choose_kernels
+from windlass.kernels.select import choose_kernels, host_backend
 from windlass.checkpoint.folder import CheckpointFolder, read_model
 from windlass.build.device_choice import CpuIsSooner, beside_cpu
 from windlass.build.devices import limit, open_gpu, sizes_above, uses_gpu
@@ -58,9 +58,8 @@ from windlass.options import (
 )
 from windlass.params import SamplingParams
 from windlass.plan import Plan
-from windlass.perf.sizes import Backend, DeviceSizes, Problem
+from windlass.perf.sizes import Backend, DeviceSizes, Problem, Sizes
 from windlass.planner.budget import PlanConstraints
-from windlass.perf.sizes import Sizes
 from windlass.planner.choose import Chosen, choose_plan, plain_plan
 from windlass.planner.validate import validate_plan
 from windlass.prefetch.guard import WindowGuard
@@ -156,8 +155,9 @@ def _open(options: EngineOptions, found: _Given) -> Engine:
             above = gpu.device
             opened.callback(above.close)
         before = torch.get_num_threads()
+        backend = options.moe_backend if gpu is None else host_backend(options.moe_backend)
         of_host = found.kernels or choose_kernels(  # the host's, which may attend beside a device
-            options.moe_backend, threads=threads, bf16_activations=options.dtype == "bfloat16"
+            backend, threads=threads, bf16_activations=options.dtype == "bfloat16"
         )
         kernels = of_host if gpu is None else gpu.make_kernels()
         _logger.info(

@@ -13,7 +13,7 @@ from windlass.cli.flags import Command, Flag, integer
 from windlass.doctor.kept import cache_folder
 from windlass.errors import UsageError
 from windlass.hub.locate import locate
-from windlass.options import AUTO, CPU, CUDA, EngineOptions, default_params, resolve_model
+from windlass.options import AUTO, CPU, EngineOptions, default_params, resolve_model
 from windlass.units import MIB
 
 if TYPE_CHECKING:
@@ -195,7 +195,8 @@ def _with_device(
     if profile.device is None:
         return sizes
     memory = options.device_memory or int(_DEVICE_SHARE * profile.device.memory_bytes)
-    device = device_sizes(model, budget_bytes=memory, process_bytes=_CONTEXT_BYTES, backend=CUDA)
+    backend = "torch" if options.moe_backend == "torch" else "triton"
+    device = device_sizes(model, budget_bytes=memory, process_bytes=_CONTEXT_BYTES, backend=backend)
     return replace(sizes, device=device, process_bytes=sizes.process_bytes + _LIBRARY_BYTES)
 
 

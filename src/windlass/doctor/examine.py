@@ -35,7 +35,7 @@ from windlass.doctor.tables import Report, disk_name
 from windlass.doctor.timing import Load
 from windlass.hardware.profile import HardwareProfile, Processor
 from windlass.kernels.interface import Kernels
-from windlass.kernels.select import choose_kernels
+from windlass.kernels.select import choose_kernels, device_backend, host_backend
 from windlass.kernels.select_device import choose_device_kernels
 from windlass.options import AUTO, CPU, EngineOptions
 from windlass.units import format_bytes
@@ -52,7 +52,7 @@ class Subject:
     model: Path | None = None
     device: str = AUTO
     threads: int | None = None
-    moe_backend: Literal["auto", "torch", "cpu"] = "auto"
+    moe_backend: Literal["auto", "triton", "torch", "cpu"] = "auto"
     dtype: str = "auto"
     load_mode: Literal["auto", "dio", "buffered"] = "auto"
 
@@ -107,10 +107,11 @@ def _prepared(subject: Subject) -> Iterator[_Place]:
     machine_threads = torch.get_num_threads()
     threads = subject.threads or default_threads()
     try:
-        kernels = choose_kernels(
-            subject.moe_backend, threads=threads, bf16_activations=subject.dtype == "bfloat16"
-        )
         gpu = find_cuda(subject.device)
+        backend = subject.moe_backend if gpu is None else host_backend(subject.moe_backend)
+        kernels = choose_kernels(
+            backend, threads=threads, bf16_activations=subject.dtype == "bfloat16"
+        )
         environment = read_environment(
             subject.model or subject.cache,
             kernels,
@@ -163,7 +164,7 @@ class _Examination:
     def _device_kernels(self, accelerator: Accelerator) -> Kernels:
         """What a run computes with there, so that rates of experts are its own."""
         return choose_device_kernels(
-            "torch" if self._subject.moe_backend == "torch" else "auto",  # cpu: that is the host's
+            device_backend(self._subject.moe_backend),
             accelerator.device,
             capability=accelerator.capability,
             bf16_activations=self._subject.dtype == "bfloat16",

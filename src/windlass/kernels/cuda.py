@@ -6,9 +6,11 @@ BLAS when it is first met. Shape legend: kernels/interface.py.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
+from windlass.device.base import Allocator
 from windlass.errors import UsageError
 from windlass.kernels import rowwise
 from windlass.kernels.cuda_graphs import GraphCaptures, RowTables
@@ -17,17 +19,54 @@ from windlass.kernels.interface import (
     AttentionWork,
     Capture,
     ExpertGroups,
+    RoutedIds,
     Routes,
+    RowTiles,
 )
 from windlass.kernels.logit_scan import scan_logits
 from windlass.kernels.triton import launch, routing, small
-from windlass.kernels.triton.attention import CudaAttention
-from windlass.kernels.triton.expert_table import grouped_experts
+from windlass.kernels.triton.attention import CudaAttention, Table
+from windlass.kernels.triton.expert_table import experts_by_row, grouped_experts
 from windlass.kernels.triton.products import Products
 from windlass.models.spec import Activation, Norm, ReluSquared, Rope, Routing
 from windlass.tensors import PackedStack, PagedRows, Tensors, Weight, plain_or_none
 
 _FIRST_BF16 = 80  # the first architecture that multiplies bf16
+_KEPT_TABLES = 256  # of slots: of all layers whose experts stay
+
+
+class _Tables:
+    """Makes small tables of numbers, int32, where kernels read them."""
+
+    def __init__(self, captures: GraphCaptures | None, memory: Allocator | None) -> None:
+        self._captures = captures
+        self._memory = memory
+        self._kept: dict[tuple[int, ...], torch.Tensor] = {}  # the last one used last
+
+    def new(self, like: torch.Tensor) -> Table:
+        """Where `like` is."""
+        if self._captures is not None:
+            return self._captures.tensor
+        if self._memory is not None:
+            return partial(self._memory.tensor, dtype=torch.int32)
+        return partial(like.new_tensor, dtype=torch.int32)
+
+    def kept(self, like: torch.Tensor) -> Table:
+        """The same, of numbers that may be those of an earlier call: experts that stay where they
+        are. A graph keeps its own."""
+        make = self.new(like)
+        if self._captures is not None and self._captures.rows is not None:
+            return make
+
+        def table(numbers: Sequence[int]) -> torch.Tensor:
+            key = tuple(numbers)
+            found = self._kept.pop(key, None)
+            self._kept[key] = found = make(numbers) if found is None else found
+            if len(self._kept) > _KEPT_TABLES:
+                del self._kept[next(iter(self._kept))]
+            return found
+
+        return table
 
 
 class CudaKernels:
@@ -45,9 +84,11 @@ class CudaKernels:
         *,
         bf16_activations: bool = False,
         captures: GraphCaptures | None = None,
+        memory: Allocator | None = None,
     ) -> None:
         """`capability`: 90 for sm_90. Raises UsageError where it has no bf16. `captures`: of graphs
-        of the device, None where it is to have none."""
+        of the device, None where it is to have none. `memory`: of the device; without it and
+        `captures` torch copies small tables, and waits for each."""
         if bf16_activations and capability < _FIRST_BF16:
             raise UsageError(
                 f"dtype: got 'bfloat16', but sm_{capability} multiplies no bf16: allowed are 'auto'"
@@ -56,6 +97,7 @@ class CudaKernels:
         self._products = Products(is_narrow=bf16_activations)
         self._attention = CudaAttention(is_narrow=bf16_activations)
         self._captures = captures
+        self._tables = _Tables(captures, memory)
 
     @property
     def name(self) -> str:
@@ -106,14 +148,20 @@ class CudaKernels:
     ) -> None:
         if experts and len(x_TD):
             x_TD = self._products.rows(x_TD, next(iter(experts.values()))["up"])
-            captures = self._captures
-
-            def table(numbers: Sequence[int]) -> torch.Tensor:
-                if captures is not None:
-                    return captures.tensor(numbers)
-                return x_TD.new_tensor(numbers, dtype=torch.int32)
-
+            table = self._tables.kept(x_TD)
             grouped_experts(x_TD, experts, groups, activation, out, table)
+
+    def experts_by_row(
+        self,
+        x_TD: torch.Tensor,
+        experts: Mapping[int, Tensors],
+        routed: RoutedIds,
+        activation: Activation,
+        out: torch.Tensor,
+    ) -> None:
+        if experts and len(x_TD):
+            x_TD = self._products.rows(x_TD, next(iter(experts.values()))["up"])
+            experts_by_row(x_TD, experts, routed, activation, out, self._tables.kept(x_TD))
 
     # --- attention --------------------------------------------------------------------------------
 
@@ -126,7 +174,11 @@ class CudaKernels:
         options: AttentionOptions,
     ) -> torch.Tensor:
         fixed: RowTables | None = None if self._captures is None else self._captures.rows
-        return self._attention(q_THd, keys, values, work, options, fixed)
+        table = self._tables.new(q_THd)
+        return self._attention(q_THd, (keys, values), work, options, table, fixed)
+
+    def row_tiles(self, num_heads: int, keys: PagedRows) -> Sequence[RowTiles]:
+        return self._attention.row_tiles(num_heads, keys)
 
     def rotate(
         self, x_THd: torch.Tensor, cos_Tf: torch.Tensor, sin_Tf: torch.Tensor, rope: Rope

@@ -31,12 +31,37 @@ class ExpertGroups(NamedTuple):
         return cls(places, places, torch.full((experts,), rows))
 
 
+class RoutedIds(NamedTuple):
+    """Which of `num_experts` experts rows have."""
+
+    ids_TA: torch.Tensor  # int64 and contiguous
+    num_experts: int
+
+
+class RowTiles(NamedTuple):
+    """How a kernel takes rows of one kind: of a sequence up to `rows` at once."""
+
+    is_prompt: bool
+    rows: int
+
+
+class AttentionTile(NamedTuple):
+    """Consecutive rows of a sequence."""
+
+    sequence: int
+    first_row: int  # of the call
+    num_rows: int
+    first_position: int
+    place: int  # of the first row, among the rows of all tiles of the kind
+
+
 class WorkTables(NamedTuple):
     """What kernels of a device read of an `AttentionWork`, in its memory; int64 and contiguous."""
 
     pages_SP: torch.Tensor  # of each sequence, oldest first, filled up with pages that nobody reads
     sequences_T: torch.Tensor  # that each row belongs to
     lengths_T: torch.Tensor  # positions that each row sees, its own the last
+    tiles: Mapping[RowTiles, torch.Tensor] = {}  # `AttentionWork.tiles` of each kind: (5, M)
 
     def by_row(self) -> "WorkTables":
         """Each row as if it were a sequence of its own."""
@@ -50,7 +75,7 @@ class AttentionWork:
 
     Rows of a sequence are consecutive in the call and consecutive in position. `is_prompt` tells
     whether they are prompt tokens; a sequence has rows of one kind in a call. `tables`: the same
-    for kernels that do not run on the host, None for those that do.
+    for kernels that do not run on the host, as far as a pass has sent it; None for those that do.
     """
 
     first_row: tuple[int, ...]  # of each sequence
@@ -59,6 +84,16 @@ class AttentionWork:
     pages: tuple[tuple[int, ...], ...]  # page ids of each sequence, oldest first
     is_prompt: tuple[bool, ...]
     tables: WorkTables | None = None
+
+    def tiles(self, kind: RowTiles) -> list[AttentionTile]:
+        """Of all rows of that kind, in their order."""
+        found, place = [], 0
+        for i, count in enumerate(self.num_rows):
+            for row in range(0, count if self.is_prompt[i] is kind.is_prompt else 0, kind.rows):
+                own, first = min(kind.rows, count - row), self.first_row[i] + row
+                found.append(AttentionTile(i, first, own, self.first_position[i] + row, place))
+                place += own
+        return found
 
     def by_row(self) -> "AttentionWork":
         """The same rows, each as if it were a sequence of its own: of another form only for whom
@@ -213,6 +248,18 @@ class Kernels(Protocol):
         `groups.order` has them) of `out` (T * A, D). Those without rows cost nothing."""
         ...
 
+    def experts_by_row(
+        self,
+        x_TD: torch.Tensor,
+        experts: Mapping[int, Tensors],
+        routed: RoutedIds,
+        activation: Activation,
+        out: torch.Tensor,
+    ) -> None:
+        """The same for few rows, each by itself: perhaps other sums, so other bits than those of
+        `experts`, and as independent of other rows."""
+        ...
+
     def normalise(
         self,
         norm: Norm,
@@ -308,6 +355,11 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """An elementwise transcendental function (exp, sigmoid, silu, softplus, ...), computed so
         that an element's bits do not depend on where in the tensor it lies."""
+        ...
+
+    def row_tiles(self, num_heads: int, keys: PagedRows) -> Sequence[RowTiles]:
+        """How rows of so many query heads are taken over such keys, for tables of a device
+        (`WorkTables.tiles`); none where kernels read the work itself."""
         ...
 
     def attention(

@@ -18,7 +18,9 @@ from windlass.kernels.interface import (
     AttentionWork,
     Capture,
     ExpertGroups,
+    RoutedIds,
     Routes,
+    RowTiles,
 )
 from windlass.kernels.limits import TILE_BYTES
 from windlass.kernels.logit_scan import scan_logits
@@ -141,6 +143,12 @@ class TorchKernels:
             if expert in experts and len(rows):
                 out[places] = self.expert_ffn(x_TD[rows], experts[expert], activation)
 
+    def experts_by_row(
+        self, x_TD: torch.Tensor, experts: Mapping[int, Tensors], routed: RoutedIds,
+        activation: Activation, out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        self.experts(x_TD, experts, self.group(*routed), activation, out)
+
     def normalise(
         self,
         norm: Norm,
@@ -223,6 +231,9 @@ class TorchKernels:
         return rowwise.pointwise(function, x)
 
     scan_logits = staticmethod(scan_logits)
+
+    def row_tiles(self, num_heads: int, keys: PagedRows) -> Sequence[RowTiles]:
+        return ()
 
     def attention(
         self,

@@ -17,6 +17,8 @@ _logger = logging.getLogger(__name__)
 def choose_kernels(backend: str, *, threads: int, bf16_activations: bool) -> Kernels:
     """`backend`: "cpu" (native, or UsageError), "torch", or "auto": native where it can run, else
     torch with one warning that says so. `bf16_activations`: products round their rows to bf16."""
+    if backend == "triton":
+        raise UsageError("moe_backend: got 'triton' for a CPU, allowed auto, torch or cpu")
     torch.set_num_threads(threads)
     if backend == "torch":
         return TorchKernels(bf16_activations=bf16_activations)
@@ -29,6 +31,16 @@ def choose_kernels(backend: str, *, threads: int, bf16_activations: bool) -> Ker
         raise UsageError(f"moe_backend: got 'cpu', but the native library {found}")
     _warn_once(found)
     return TorchKernels(bf16_activations=bf16_activations)
+
+
+def host_backend(backend: str) -> str:
+    """What computes on the host beside a GPU, where `backend` may be one of a GPU."""
+    return "auto" if backend == "triton" else backend
+
+
+def device_backend(backend: str) -> str:
+    """What computes on a GPU, where `backend` may be one of the host."""
+    return "auto" if backend == "cpu" else backend
 
 
 @cache

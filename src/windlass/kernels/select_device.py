@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from windlass.device.base import Allocator
 from windlass.errors import UsageError
 from windlass.kernels.cuda_graphs import GraphCaptures
 from windlass.kernels.interface import Kernels
@@ -23,11 +24,12 @@ def choose_device_kernels(
     capability: int,
     bf16_activations: bool,
     captures: GraphCaptures | None = None,
+    memory: Allocator | None = None,
 ) -> Kernels:
     """`backend`: "triton", "torch" (slower many times over: what the other is compared with), or
     "auto": Triton's where it is installed, else torch's with one warning that says so.
-    `capability`: 90 for sm_90. `captures`: of graphs, which Triton's have. UsageError for what the
-    device cannot do."""
+    `capability`: 90 for sm_90. `captures`: of graphs, which Triton's have. `memory`: of the
+    device, where passes are to run on it. UsageError for what the device cannot do."""
     if backend not in ("auto", "triton", "torch"):
         raise UsageError(f"moe_backend: got {backend!r} for a GPU, allowed auto, triton or torch")
     has_triton = find_spec("triton") is not None
@@ -36,7 +38,9 @@ def choose_device_kernels(
     if backend != "torch" and has_triton:
         from windlass.kernels.cuda import CudaKernels  # triton, where there is one
 
-        return CudaKernels(capability, bf16_activations=bf16_activations, captures=captures)
+        return CudaKernels(
+            capability, bf16_activations=bf16_activations, captures=captures, memory=memory
+        )
     if backend == "auto":
         _warn_once()
 

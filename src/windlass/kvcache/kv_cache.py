@@ -3,7 +3,8 @@
 A page holds `page_tokens` positions of one sequence in all attention layers. Rows are as wide as
 alignment asks (zeros beyond) and of a floating type, or int8: bytes and an fp32 scale for each row,
 which come from that row alone. Recurrent states are fp32. A page is cleared when it is handed out,
-so that nothing of an earlier sequence, not even a NaN under a mask, can reach a later one.
+so that nothing of an earlier sequence, not even a NaN under a mask, can reach a later one; where a
+device works by itself all of a pass are cleared at once, when it begins.
 """
 
 from collections.abc import Mapping, Sequence
@@ -118,6 +119,7 @@ class KvCache:
             else:
                 values = self._values[layer] = _zero_rows(room, rows, shape.value_dim, dtype)
                 self._stored[layer] = (keys, values)
+        self._uncleared: list[int] = []  # pages that were handed out since the last pass began
         self.pool = PagePool(num_pages, range(states.running, sum(states)))
         self._free_states = list(range(states.running - 1, -1, -1))
         self._state_slots = states.running
@@ -131,12 +133,24 @@ class KvCache:
         return -(-num_tokens // self.page_tokens)
 
     def take_pages(self, count: int) -> list[int]:
-        """Hands out cleared pages; there must be enough."""
+        """Hands out pages; there must be enough. They are cleared, or will be by the next pass
+        before it writes to any (`uncleared`)."""
         pages = self.pool.take(count)
-        places = self._memory.tensor(pages, dtype=torch.int64)
-        for layer in self._stored:
-            self.clear(layer, places)
+        if self._memory.streams.runs_ahead:
+            self._uncleared += pages
+        else:
+            self.clear_all(torch.tensor(pages, dtype=torch.int64))
         return pages
+
+    def uncleared(self) -> list[int]:
+        """Pages that whoever asks is to clear: asked once, by the pass that begins."""
+        pages, self._uncleared = self._uncleared, []
+        return pages
+
+    def clear_all(self, places: torch.Tensor) -> None:
+        """Those pages (int64), in all layers."""
+        for layer in self._stored if len(places) else ():
+            self.clear(layer, places)
 
     def clear(self, layer: int, places: torch.Tensor) -> None:
         """Of an attention layer, those pages: (N,) int64."""
@@ -232,9 +246,8 @@ def _zero_rows(
     return PagedRows(codes, room.zeros(*rows, dtype=_SCALE))
 
 
-def _clear(store: PagedRows, pages: torch.Tensor) -> None:
-    if store.scales_PKB is None:
-        store.rows_PKBd[pages] = 0
-        return
-    store.rows_PKBd[pages] = INT8_ZERO
-    store.scales_PKB[pages] = 0
+def _clear(store: PagedRows, pages_P: torch.Tensor) -> None:
+    zero = 0 if store.scales_PKB is None else INT8_ZERO
+    store.rows_PKBd.index_fill_(0, pages_P, zero)
+    if store.scales_PKB is not None:
+        store.scales_PKB.index_fill_(0, pages_P, 0)

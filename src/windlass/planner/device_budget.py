@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from windlass.errors import BudgetError
 from windlass.ids import DEVICE, Part
-from windlass.models.spec import ModelSpec
+from windlass.models.spec import ModelSpec, Moe
 from windlass.perf.sizes import Backend, DeviceSizes, Sizes
-from windlass.plan import HOST, HomeShares, Plan, TierPlan
+from windlass.plan import HOST, GeneratedExperts, HomeShares, Plan, TierPlan
 from windlass.planner.activations import host_side_bytes
 from windlass.planner.budget import (
     MOST_FORESEEN_SEQS,
@@ -31,6 +31,10 @@ from windlass.planner.budget import (
 from windlass.runtime.kv_rounds import half_pages
 from windlass.units import format_bytes
 
+# Reads of weights by rows for each by tiles. Kernels of rows have more warps on a processor than
+# tiles of 16 bits, and four times as many programs: what that brings is to be measured, and an
+# eighth more bytes is taken to be less [assumed]
+_MOST_ROW_READS = 1.125
 _FORECAST_SHARE = 0.02  # of what is left for experts on the host
 # Kinds of parts in the order in which the host keeps them
 _KEPT = (Part.BLOCK, Part.FFN, Part.HEAD, Part.JOIN, Part.EXPERT, Part.EMBED)
@@ -51,6 +55,15 @@ def host_bytes_here(plan: Plan, spec: ModelSpec, sizes: Sizes) -> int:
     draft = _DeviceDraft(spec, sizes, sizes.device, PlanConstraints.of(plan))
     host, size = plan.host, _Size(plan.max_num_seqs, plan.micro_batch_tokens, plan.host.kv_pages)
     return draft.host_total(host.slots, size) + host.forecast_bytes
+
+
+def row_reads(spec: ModelSpec, rows: int) -> float:
+    """How often so many rows, each by itself, read an expert, for each read of tiles, which do so
+    once: where routing is even, in the layer where that is most."""
+    return max(
+        rows * one.top_k / (one.num_experts * (1 - (1 - one.top_k / one.num_experts) ** rows))
+        for one in {block.ffn for block in spec.blocks if isinstance(block.ffn, Moe)}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +122,16 @@ class _DeviceDraft:
             plan,
             max_model_len=min(context, min(plan.pages.values()) * PAGE_TOKENS),
             host_experts=self._wanted.host_experts or 0.0,
+            generated_experts=self._generated_experts(plan.max_num_seqs),
         )
+
+    def _generated_experts(self, seqs: int) -> GeneratedExperts:
+        """Each row by itself where the rows of `seqs` sequences hardly ever share an expert, so
+        that weights are read little more often than tiles of rows would."""
+        is_apart = self._device.backend == "triton" and not self._wanted.host_experts
+        rows = seqs * (1 + self._sizes.drafts)
+        reads = row_reads(self._spec, rows)
+        return "rows" if is_apart and reads <= _MOST_ROW_READS else "tiles"
 
     def _above(self, pages: int | None) -> Plan:
         """The plan of the device's memory, called the host's."""

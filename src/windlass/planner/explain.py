@@ -14,6 +14,7 @@ from windlass.perf.sizes import Problem, Sizes
 from windlass.plan import HOST, PART_WORDS, Plan, TierPlan
 from windlass.planner.budget import PlanConstraints
 from windlass.planner.bursts import MOST_SEQS, find_bursts
+from windlass.planner.device_budget import row_reads
 from windlass.planner.search import Candidate, replanned, search
 from windlass.units import GIB, format_bytes, format_seconds
 from windlass.workload import Workload
@@ -265,6 +266,7 @@ def _choices(plan: Plan) -> str:
         + (f", {100 * plan.host_attention:.0f} % of attention on the host" if above else "")
         + (f", keys and values of {100 * streamed:.0f} % in RAM" if streamed else "")
         + (f", {100 * plan.host_experts:.0f} % of experts on the host" if plan.host_experts else "")
+        + (", generated rows one by one" if plan.generated_experts == "rows" else "")
         + (f", {plan.groups} groups" if plan.groups > 1 else "")
         + (f", bursts of {plan.burst_tokens} tokens" if plan.burst_tokens else "")
     )
@@ -281,6 +283,14 @@ def _notes(problem: Problem, plan: Plan, workload: Workload) -> tuple[str, ...]:
             f" host computes {100 * plan.host_experts:.0f} % of the experts for generated tokens: a"
             " fixed share, so that results depend on nothing else in a pass, and none unless"
             " measured rates say that it pays",
+        )
+    if plan.generated_experts == "rows":
+        rows = plan.max_num_seqs * (1 + problem.sizes.drafts)
+        reads = row_reads(problem.spec, rows)
+        notes += (
+            f"{rows} generated rows a pass, each by itself, read {reads:.2f} times the experts that"
+            " tiles of rows would, in kernels that have more under way: for"
+            " all generated rows, so that results depend on nothing else in a pass",
         )
     if workload.longest > plan.max_model_len:
         notes += (

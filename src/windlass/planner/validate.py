@@ -100,6 +100,10 @@ def _check_ranges(plan: Plan, spec: ModelSpec, sizes: Sizes) -> None:
         ("kept_states", plan.kept_states, 0, None if states and plan.above is None else 0),
         ("max_model_len", plan.max_model_len, 2, longest),
     ]
+    if plan.generated_experts == "rows" and (plan.above is None or plan.host_experts):
+        raise UsageError(
+            "plan: generated_experts: got 'rows', allowed with a device that computes all experts"
+        )
     for name, value, least, most in ranges:
         if value < least or (most is not None and value > most):
             upper = "or more" if most is None else f"to {most}"

@@ -10,7 +10,7 @@ import torch
 
 from windlass.decoder.state_rows import StateRows, StateSegment
 from windlass.device.base import Allocator
-from windlass.kernels.interface import AttentionWork, WorkTables
+from windlass.kernels.interface import AttentionWork, RowTiles, WorkTables
 from windlass.models.spec import Rope
 from windlass.schedule.batch import Batch, MicroBatch, Segment
 
@@ -39,6 +39,7 @@ class PassRows(NamedTuple):
     scored_R: torch.Tensor
     targets_R: torch.Tensor  # tokens, of the rows before
     before_T: torch.Tensor  # what the caller gave
+    cleared_P: torch.Tensor  # pages, as the caller gave them
 
 
 class Numbers:
@@ -59,23 +60,36 @@ class Numbers:
         return torch.split(memory.tensor(self._values, dtype=torch.int64), self._sizes)
 
 
+class _Tables(NamedTuple):
+    """Which of `sent` the fields of `WorkTables` are."""
+
+    pages: int
+    sequences: int
+    tiles: dict[RowTiles, int]
+
+
 class _Micro(NamedTuple):
-    """Of a micro-batch, what no other has. `pages`: a table of the pages of its sequences, and of
-    each row which of them it belongs to; None where kernels run on the host, which reads the
-    work."""
+    """Of a micro-batch, what no other has. `tables`: None where kernels run on the host, which
+    reads the work."""
 
     micro: MicroBatch
     work: AttentionWork
     segments: tuple[StateSegment, ...]
     single_rows: int
     single_slots: int
-    pages: tuple[int, int] | None
+    tables: _Tables | None
 
 
 def pass_rows(
-    batch: Batch, page_tokens: int, memory: Allocator, before: Sequence[int] = ()
+    batch: Batch,
+    page_tokens: int,
+    memory: Allocator,
+    before: Sequence[int] = (),
+    cleared: Sequence[int] = (),
+    tiles: Iterable[RowTiles] = (),
 ) -> PassRows:
-    """Of `batch`, in `memory`; pages hold `page_tokens` tokens. `before`: further numbers."""
+    """Of `batch`, in `memory`; pages hold `page_tokens` tokens. `before`, `cleared`: further
+    numbers. `tiles`: how kernels take rows."""
     numbers = Numbers()
     segments, flat = batch.segments, chain.from_iterable
     spans = [range(s.first_position, s.first_position + s.num_tokens) for s in segments]
@@ -89,10 +103,11 @@ def pass_rows(
         flat(repeat(int(s.long_rope), s.num_tokens) for s in segments),
         flat(s.token_ids for s in segments),
     )
-    rows = (*batch.whole_and_likeliest_rows, batch.scored_rows, batch.targets, before)
+    rows = (*batch.whole_and_likeliest_rows, batch.scored_rows, batch.targets, before, cleared)
     for own in (*of_all, *rows):
         numbers.add(own)
-    micros = [_micro(one, numbers, memory) for one in batch.micro_batches]
+    ahead = tuple(tiles) if memory.streams.runs_ahead else None
+    micros = [_micro(one, numbers, ahead) for one in batch.micro_batches]
     sent = numbers.sent(memory)
     positions_T, pages_T, long_T, tokens_T, *picked = sent[: len(of_all) + len(rows)]
     each = positions_T, pages_T, positions_T % page_tokens, long_T.bool()
@@ -121,7 +136,8 @@ def work_of(segments: Sequence[Segment]) -> AttentionWork:
     )
 
 
-def _micro(micro: MicroBatch, numbers: Numbers, memory: Allocator) -> _Micro:
+def _micro(micro: MicroBatch, numbers: Numbers, tiles: tuple[RowTiles, ...] | None) -> _Micro:
+    """`tiles`: None where kernels read the work."""
     work = work_of(micro.segments)
     segments = tuple(
         StateSegment(
@@ -140,15 +156,20 @@ def _micro(micro: MicroBatch, numbers: Numbers, memory: Allocator) -> _Micro:
         for row, s in zip(work.first_row, micro.segments, strict=True)
     )
     single = [s for s in segments if s.slot >= 0 and s.num_rows == 1 and not s.is_prompt]
-    pages = None
-    if memory.streams.runs_ahead:
+    tables = None
+    if tiles is not None:
         longest = max(map(len, work.pages))
-        pages = (
+        tables = _Tables(
             numbers.add(chain.from_iterable(_filled_up(own, longest) for own in work.pages)),
             numbers.add(chain.from_iterable(map(repeat, count(), work.num_rows))),
+            {
+                kind: numbers.add(chain.from_iterable(zip(*work.tiles(kind), strict=True)))
+                for kind in tiles
+                if kind.is_prompt in work.is_prompt
+            },
         )
     rows, slots = numbers.add(s.first_row for s in single), numbers.add(s.slot for s in single)
-    return _Micro(micro, work, segments, rows, slots, pages)
+    return _Micro(micro, work, segments, rows, slots, tables)
 
 
 def _filled_up(pages: tuple[int, ...], size: int) -> tuple[int, ...]:
@@ -162,9 +183,14 @@ def _metadata(
     """`own`: positions, pages, offsets and kinds of rotation of its rows."""
     micro, work = one.micro, one.work
     positions_T, pages_T, offsets_T, long_T = own
-    if one.pages is not None:
-        pages, sequences = (sent[which] for which in one.pages)
-        tables = WorkTables(pages.view(len(work.pages), -1), sequences, positions_T + 1)
+    if one.tables is not None:
+        pages, sequences, tiles = one.tables
+        tables = WorkTables(
+            sent[pages].view(len(work.pages), -1),
+            sent[sequences],
+            positions_T + 1,
+            {kind: sent[which].view(5, -1) for kind, which in tiles.items()},
+        )
         work = replace(work, tables=tables)
     return AttentionMetadata(
         positions_T,

@@ -42,6 +42,12 @@ class AttentionOps:
         self._tracer = tracer
         self._host, self._stream = below
         self._ropes = {rope: RopeTable(rope, memory) for rope in ropes(spec)}
+        self.tiles = {  # of rows, that kernels take at once
+            kind
+            for layer, block in enumerate(spec.blocks)
+            if isinstance(block.attention, Gqa | Mla)
+            for kind in kernels.row_tiles(block.attention.num_heads, kv.paged(layer)[0])
+        }
 
     def compute(
         self,

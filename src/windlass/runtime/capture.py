@@ -195,7 +195,7 @@ class LayerCapture:
 
     def _compute_block(self, layer: int, block: Tensors, now: "_Pass") -> ComputedBlock:
         self._attend(layer, block, now)
-        routed = self._blocks.route(layer, block, now.hidden_TD)
+        routed = self._blocks.route(layer, block, now.hidden_TD)  # no rows of prompts on a device
         shared_TD = self._blocks.shared(layer, block, now.hidden_TD, routed)
         outputs = now.capture.empty(routed.groups.order.shape[0], now.hidden_TD.shape[1])
         return ComputedBlock(now.hidden_TD, routed, shared_TD, block, outputs)

@@ -125,18 +125,17 @@ class HostRuntime:
     ) -> None:
         self._spec = spec
         self._kernels = kernels = machine.kernels
-        self._memory = machine.memory
-        self._streams = streams = machine.memory.streams
+        self._memory, self._streams = machine.memory, (streams := machine.memory.streams)
         self._tracer = tracer = machine.tracer
         self._experts = machine.experts
         self._weights, self._kv = weights, kv
         self._prefetcher = foresight.prefetcher
         self._forecast = foresight.forecast
         self._routing = routing = RoutingReport(foresight.forecast, foresight.observers, streams)
-        self._blocks = LayerOps(spec, kernels, tracer=tracer, wants_scores=routing.wants_scores)
+        self._blocks = LayerOps(spec, kernels, tracer=tracer, by_row=machine.by_row,
+                                wants_scores=routing.wants_scores)  # fmt: skip
         self._attention = AttentionOps(spec, kernels, kv, machine.memory, tracer, machine.below)
-        ops = self._blocks, self._attention
-        self._capture = LayerCapture(spec, ops, machine, weights)
+        self._capture = LayerCapture(spec, (self._blocks, self._attention), machine, weights)
         self._routers = _Routers(spec, streams, foresight.router_readers)
         self._head = Head(spec, kernels, machine.memory, tracer)
         self._rows: PassRows | None = None  # of the pass under way
@@ -196,7 +195,9 @@ class HostRuntime:
     def _embed(self, batch: Batch, layers: range, before: Sequence[int] = ()) -> torch.Tensor:
         """Hidden states of the tokens, which go through `layers`; where they are, for attention."""
         self._attention.begin_pass(batch, layers)
-        self._rows = rows = pass_rows(batch, self._kv.page_tokens, self._memory, before)
+        given = self._kv.uncleared(), self._attention.tiles
+        self._rows = rows = pass_rows(batch, self._kv.page_tokens, self._memory, before, *given)
+        self._kv.clear_all(rows.cleared_P)
         self._metadata = rows.metadata
         return math.embed(self._spec, _embedding(self._weights, batch, rows.tokens_T))
 
@@ -236,13 +237,13 @@ class HostRuntime:
     ) -> Routed:
         self._routers.read(layer, weights.tensors)
         hidden = _of(hidden, group)
-        routed = self._blocks.route(layer, weights.tensors, hidden)
+        routed = self._blocks.route(layer, weights.tensors, hidden, group)
         shared_TD = self._blocks.shared(layer, weights.tensors, hidden, routed)
         at_end = self._blocks.output_tensors(weights.tensors)
         outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
         done = ComputedBlock(hidden, routed, shared_TD, at_end, outputs)
-        host = self._experts
-        on_host = None if host is None else host.begin(layer, routed, group, self._kernels)
+        own = self._experts
+        on_host = None if own is None else own.begin(layer, routed, group, self._kernels)
         return self._routed(layer, done, on_host, is_replayed=False)
 
     def _routed(
@@ -289,8 +290,7 @@ class HostRuntime:
         return _DenseRows(hidden, self._blocks.ffn_input(weights.tensors, hidden), at_end)
 
     def dense(self, layer: int, weights: Lease, normed: _DenseRows) -> None:
-        hidden, normed_TD, at_end = normed
-        self._blocks.dense(layer, weights.tensors, at_end, hidden, normed_TD)
+        self._blocks.dense(layer, weights.tensors, normed.at_end, normed.hidden_TD, normed.normed)
 
     def enter_head(self, hidden: torch.Tensor, batch: Batch) -> Final:
         self._routing.end(hidden)

@@ -8,8 +8,9 @@ import torch
 
 from windlass.decoder import block as math
 from windlass.decoder.moe import dense_ffn, route, shared_expert
-from windlass.kernels.interface import ExpertGroups, Kernels, Routes
+from windlass.kernels.interface import ExpertGroups, Kernels, RoutedIds, Routes
 from windlass.models.spec import Ffn, ModelSpec, Moe
+from windlass.schedule.batch import RowGroup, RowsOfKind
 from windlass.tensors import Tensors, plain
 from windlass.trace import Tracer
 
@@ -21,6 +22,9 @@ class RoutedRows(NamedTuple):
     router_TD: torch.Tensor  # what the router read
     routes: Routes
     groups: ExpertGroups
+    # where generated rows go through experts each by itself: all rows, piece by piece, and the
+    # groups of those of prompts
+    apart: tuple[tuple[RowsOfKind, ExpertGroups | None], ...] = ()
 
 
 class LayerOps:
@@ -33,21 +37,48 @@ class LayerOps:
         *,
         tracer: Tracer,
         wants_scores: bool,
+        by_row: bool = False,
     ) -> None:
-        """`wants_scores`: routing hands out the router's scores of all experts."""
+        """`wants_scores`: routing hands out the router's scores of all experts. `by_row`: generated
+        rows go through experts each by itself."""
         self._spec = spec
         self._kernels = kernels
         self._tracer = tracer
+        self._by_row = by_row
+        self._kinds: tuple[RowGroup | None, tuple[RowsOfKind, ...]] = None, ()  # of the last group
         self._wants_scores = wants_scores
 
-    def route(self, layer: int, w: Tensors, hidden: torch.Tensor) -> RoutedRows:
-        """From the hidden states of all rows to their experts."""
+    def route(
+        self,
+        layer: int,
+        w: Tensors,
+        hidden: torch.Tensor,
+        group: RowGroup | None = None,
+    ) -> RoutedRows:
+        """From the hidden states of all rows to their experts. `group`: whose rows they are, if
+        they may be of prompts."""
         moe = self._moe(layer)
         with self._tracer.span("route", layer=layer, rows=hidden.shape[0]):
             h_TD, router_TD = math.routing_inputs(self._kernels, self._spec, moe, w, hidden)
             routes = route(self._kernels, moe, w, router_TD, wants_scores=self._wants_scores)
             groups = self._kernels.group(routes.ids_TA, moe.num_experts)
-            return RoutedRows(h_TD, router_TD, routes, groups)
+            kinds = self._kinds_of(group, len(h_TD)) if self._by_row else ()
+            if all(one.is_prompt for one in kinds):
+                return RoutedRows(h_TD, router_TD, routes, groups)
+            apart = tuple((one, self._grouped(routes, one, moe.num_experts)) for one in kinds)
+            return RoutedRows(h_TD, router_TD, routes, groups, apart)
+
+    def _kinds_of(self, group: RowGroup | None, num_rows: int) -> tuple[RowsOfKind, ...]:
+        if group is None:
+            return (RowsOfKind(0, num_rows, False),)
+        if self._kinds[0] is not group:
+            self._kinds = group, group.kinds()
+        return self._kinds[1]
+
+    def _grouped(self, routes: Routes, rows: RowsOfKind, num_experts: int) -> ExpertGroups | None:
+        if not rows.is_prompt:
+            return None
+        return self._kernels.group(routes.ids_TA[rows.first : rows.last], num_experts)
 
     def shared(
         self, layer: int, w: Tensors, hidden: torch.Tensor, routed: RoutedRows
@@ -71,9 +102,21 @@ class LayerOps:
         rows: int,
     ) -> None:
         """Some experts, over the `rows` rows that chose them, to their places of `outputs`."""
-        activation = self._moe(layer).expert.activation
+        kernels, moe = self._kernels, self._moe(layer)
+        activation = moe.expert.activation
         with self._tracer.span("experts", layer=layer, experts=len(experts), rows=rows):
-            self._kernels.experts(routed.h_TD, experts, routed.groups, activation, outputs)
+            if not routed.apart:
+                kernels.experts(routed.h_TD, experts, routed.groups, activation, outputs)
+            for own, groups in routed.apart:
+                h_TD, ids_TA = (
+                    x[own.first : own.last] for x in (routed.h_TD, routed.routes.ids_TA)
+                )
+                out = outputs[own.first * ids_TA.shape[1] :][: ids_TA.numel()]
+                if groups is None:
+                    ids = RoutedIds(ids_TA, moe.num_experts)
+                    kernels.experts_by_row(h_TD, experts, ids, activation, out)
+                else:
+                    kernels.experts(h_TD, experts, groups, activation, out)
 
     def combine(
         self,

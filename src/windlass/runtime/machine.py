@@ -15,7 +15,8 @@ class Machine:
     """What a pass is computed with: kernels of a device, its memory for what they work on, the
     host's part of attention and of experts, where it has one, and attention over what the host
     keeps. `replays`: layers may be captured and replayed; not where the host has experts, as
-    routing says which are left to the device."""
+    routing says which are left to the device. `by_row`: generated rows go through
+    experts each by itself (`Plan.generated_experts`)."""
 
     kernels: Kernels
     memory: Allocator
@@ -24,6 +25,7 @@ class Machine:
     stream: KvStream | None = None
     experts: HostExperts | None = None
     replays: bool = True
+    by_row: bool = False
 
     @property
     def below(self) -> tuple[HostAttention | None, KvStream | None]:

@@ -81,6 +81,14 @@ class MicroBatch:
         return self.segments[0].home
 
 
+class RowsOfKind(NamedTuple):
+    """Consecutive rows of a group, `first` up to `last`, all of prompts or all generated."""
+
+    first: int
+    last: int
+    is_prompt: bool
+
+
 @dataclass(frozen=True, slots=True)
 class RowGroup:
     """Micro-batches of a pass, one after the other, whose rows go through routing and experts
@@ -89,6 +97,17 @@ class RowGroup:
     first_token: int
     num_tokens: int
     micro_batches: tuple[MicroBatch, ...]
+
+    def kinds(self) -> tuple[RowsOfKind, ...]:
+        """Its rows, in their order, in as few pieces as there can be."""
+        found: list[RowsOfKind] = []
+        row = 0
+        for one in (segment for micro in self.micro_batches for segment in micro.segments):
+            first, row = row, row + one.num_tokens
+            if found and found[-1].is_prompt is one.is_prompt:
+                first = found.pop().first
+            found.append(RowsOfKind(first, row, one.is_prompt))
+        return tuple(found)
 
     @classmethod
     def of(cls, micro_batches: Sequence[MicroBatch]) -> "RowGroup":

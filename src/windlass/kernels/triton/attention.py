@@ -7,7 +7,8 @@ how many there are. Blocks before a window are not read. Products are made in th
 queries, sums in fp32. Shape legend: kernels/interface.py; M tiles.
 """
 
-import functools
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 
 from windlass.kernels.cuda_graphs import RowTables
-from windlass.kernels.interface import AttentionOptions, AttentionWork
+from windlass.kernels.interface import AttentionOptions, AttentionWork, RowTiles
 from windlass.tensors import INT8_ZERO, PagedRows
 
 _LOWEST = tl.constexpr(-1e30)  # instead of -inf: differences of two maxima stay finite
@@ -23,14 +24,14 @@ _ZERO = tl.constexpr(INT8_ZERO)
 _KEPT = 256  # tables of tiles that are kept
 _PART_BYTES = 64 << 20  # of what splits leave behind
 
+Table = Callable[[Sequence[int]], torch.Tensor]  # int32, where kernels read them
+
 
 class AttentionTiles(NamedTuple):
     """Rows of one kind, in tiles: int32, in the memory of the device."""
 
     pages_SP: torch.Tensor  # of each sequence, oldest first; what follows them is not read
-    # sequence, first row of the call, rows, position of the first row, its place among the rows of
-    # all tiles. A row at position -1 attends to nothing.
-    tiles_5M: torch.Tensor
+    tiles_5M: torch.Tensor  # `AttentionTile`s; a row at position -1 attends to nothing
     ends: tuple[int, ...]  # of each tile: rows of it and those before
     longest: int  # positions, at least those of the last row of any sequence
 
@@ -66,31 +67,23 @@ def attention_blocks(
     return AttentionBlocks(16, 16, split, 4, 2)
 
 
-def attention_tiles(
-    work: AttentionWork, *, is_prompt: bool, rows: int, like: torch.Tensor
-) -> AttentionTiles:
-    """Rows of the one kind, of which there are some, in tiles of at most `rows`, in the memory of
-    `like`."""
-    tiles: list[tuple[int, int, int, int, int]] = []
-    pages: list[tuple[int, ...]] = []
-    place = longest = 0
-    for i, kind in enumerate(work.is_prompt):
-        if kind is not is_prompt:
-            continue
-        for first in range(0, work.num_rows[i], rows):
-            count = min(rows, work.num_rows[i] - first)
-            position = work.first_position[i] + first
-            tiles.append((len(pages), work.first_row[i] + first, count, position, place))
-            place += count
-        longest = max(longest, work.first_position[i] + work.num_rows[i])
-        pages.append(work.pages[i])
-    widest = max(map(len, pages))
-    new = functools.partial(like.new_tensor, dtype=torch.int32)
+def attention_tiles(work: AttentionWork, kind: RowTiles, table: Table) -> AttentionTiles:
+    """Rows of the one kind, of which there are some. `table` is asked for what the pass has not
+    sent along with all else (`AttentionWork.tables`)."""
+    tiles = work.tiles(kind)
+    sent = None if work.tables is None else work.tables.tiles.get(kind)
+    if work.tables is not None and sent is not None:
+        pages_SP, tiles_5M = work.tables.pages_SP.int(), sent.int()
+    else:
+        widest = max(map(len, work.pages))
+        filled = chain.from_iterable((*own, *[0] * (widest - len(own))) for own in work.pages)
+        pages_SP = table([*filled]).view(-1, widest)
+        tiles_5M = table([*chain.from_iterable(zip(*tiles, strict=True))]).view(5, -1)
     return AttentionTiles(
-        new([[*own, *[0] * (widest - len(own))] for own in pages]),
-        new(tiles).t().contiguous(),
-        tuple(place + count for _, _, count, _, place in tiles),
-        longest,
+        pages_SP,
+        tiles_5M,
+        tuple(one.place + one.num_rows for one in tiles),
+        max(one.first_position + one.num_rows for one in tiles),
     )
 
 
@@ -286,45 +279,61 @@ class CudaAttention:
     def __init__(self, *, is_narrow: bool) -> None:
         """`is_narrow`: products in 16 bits, unless keys are fp32."""
         self._is_narrow = is_narrow
-        self._known: dict[tuple[int, bool, int], tuple[AttentionWork, AttentionTiles]] = {}
+        self._known: dict[tuple[int, RowTiles], tuple[AttentionWork, AttentionTiles]] = {}
+
+    def row_tiles(self, num_heads: int, keys: PagedRows) -> list[RowTiles]:
+        """See `Kernels.row_tiles`."""
+        _, kv_heads, _, key_dim = keys.rows_PKBd.shape
+        group = num_heads // kv_heads
+        return [
+            RowTiles(is_prompt, self._blocks(group, key_dim, keys, is_prompt).rows(group))
+            for is_prompt in (False, True)
+        ]
 
     def __call__(
         self,
         q_THd: torch.Tensor,
-        keys: PagedRows,
-        values: PagedRows,
+        cache: tuple[PagedRows, PagedRows],
         work: AttentionWork,
         options: AttentionOptions,
+        table: Table,
         fixed: RowTables | None = None,
     ) -> torch.Tensor:
-        """`fixed`: where the rows of `work` are, all decoded, in memory that does not move."""
+        """`cache`: keys and values. `table`: see `attention_tiles`. `fixed`: where the rows of
+        `work` are, all decoded, in memory that does not move."""
         num_rows, heads, key_dim = q_THd.shape
-        group, stored = heads // keys.rows_PKBd.shape[1], keys.rows_PKBd.dtype
-        q_THd = q_THd.to(self._products(stored)).contiguous()
+        keys, values = cache
+        group = heads // keys.rows_PKBd.shape[1]
+        q_THd = q_THd.to(self._products(keys)).contiguous()
         out = q_THd.new_empty(num_rows, heads, options.value_dim, dtype=torch.float32)
         for is_prompt in set(work.is_prompt):
-            blocks = attention_blocks(group, key_dim, q_THd.dtype, stored, is_prompt=is_prompt)
+            blocks = self._blocks(group, key_dim, keys, is_prompt)
             if fixed is None:
-                tiles = self._tiles(work, is_prompt, blocks.rows(group), q_THd)
+                tiles = self._tiles(work, RowTiles(is_prompt, blocks.rows(group)), table)
             else:
                 ends = tuple(range(1, num_rows + 1))
                 tiles = AttentionTiles(fixed.pages_TP, fixed.tiles_5T, ends, fixed.positions)
             paged_attention(q_THd, keys, values, tiles, blocks, options, out)
         return out
 
-    def _products(self, stored: torch.dtype) -> torch.dtype:
+    def _blocks(
+        self, group: int, key_dim: int, keys: PagedRows, is_prompt: bool
+    ) -> AttentionBlocks:
+        stored = keys.rows_PKBd.dtype
+        return attention_blocks(group, key_dim, self._products(keys), stored, is_prompt=is_prompt)
+
+    def _products(self, keys: PagedRows) -> torch.dtype:
+        stored = keys.rows_PKBd.dtype
         if not self._is_narrow or stored is torch.float32:
             return torch.float32
         return torch.bfloat16 if stored is torch.uint8 else stored
 
-    def _tiles(
-        self, work: AttentionWork, is_prompt: bool, rows: int, like: torch.Tensor
-    ) -> AttentionTiles:
-        key = id(work), is_prompt, rows
+    def _tiles(self, work: AttentionWork, kind: RowTiles, table: Table) -> AttentionTiles:
+        key = id(work), kind
         found = self._known.get(key)
         if found is None:
             if len(self._known) >= _KEPT:
                 del self._known[next(iter(self._known))]
-            tiles = attention_tiles(work, is_prompt=is_prompt, rows=rows, like=like)
+            tiles = attention_tiles(work, kind, table)
             found = self._known[key] = work, tiles  # which keeps its id its own
         return found[1]

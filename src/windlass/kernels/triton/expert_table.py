@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from windlass.kernels.cuda_graphs import SlotTable
-from windlass.kernels.interface import ExpertGroups
-from windlass.kernels.triton.launch import ExpertSlots, run_experts
+from windlass.kernels.interface import ExpertGroups, RoutedIds
+from windlass.kernels.triton.launch import ExpertSlots, run_experts, run_experts_few
 from windlass.kernels.triton.matrix import SLOT_BYTES, memory_of, tensors_of
-from windlass.kernels.triton.tiles import expert_tile
+from windlass.kernels.triton.tiles import expert_tile, few_tile
 from windlass.models.spec import Activation
 from windlass.tensors import StoredTensors, Tensors
 
@@ -48,30 +48,51 @@ def grouped_experts(
     out: torch.Tensor,
     table: Callable[[Sequence[int]], torch.Tensor],
 ) -> None:
-    """See `Kernels.experts`; `x_TD` is contiguous and of the type that is multiplied in. Experts
-    that lie alike in one arena, as those of a device do, are one launch. `table`: int32 where
-    kernels read them."""
+    """See `Kernels.experts`; `x_TD` is contiguous and of the type that is multiplied in. `table`:
+    int32 where kernels read them."""
     num_experts = len(groups.counts_E)
-    launches: list[tuple[ExpertSlots, torch.Tensor]] = []
+    rows = 16 if len(groups.order) <= 16 * num_experts else 32
+    for slots, slots_E in _launches(experts, num_experts, (activation, x_TD.dtype), table):
+        tile = expert_tile(slots, x_TD.dtype, rows=rows)
+        run_experts(x_TD, groups, slots_E, slots, out, tile)
+
+
+def experts_by_row(
+    x_TD: torch.Tensor,
+    experts: Mapping[int, Tensors],
+    routed: RoutedIds,
+    activation: Activation,
+    out: torch.Tensor,
+    table: Callable[[Sequence[int]], torch.Tensor],
+) -> None:
+    """See `Kernels.experts_by_row`; else as `grouped_experts`. Weights meet each row in fp32."""
+    kind = activation, torch.float32
+    for slots, slots_E in _launches(experts, routed.num_experts, kind, table):
+        run_experts_few(x_TD, routed.ids_TA, slots_E, slots, out, few_tile())
+
+
+def _launches(
+    experts: Mapping[int, Tensors],
+    num_experts: int,
+    kind: tuple[Activation, torch.dtype],
+    table: Callable[[Sequence[int]], torch.Tensor],
+) -> list[tuple[ExpertSlots, torch.Tensor]]:
+    """Where they lie, and the slot of each. Experts that lie alike in one arena, as those of a
+    device do, are one launch. `kind`: what is computed, in which type."""
 
     def find(w: Tensors) -> _Place:
-        return _place(w, activation, x_TD.dtype)
+        return _place(w, *kind)
 
     first = experts.found(find) if isinstance(experts, SlotTable) else None
     if first is not None:
         assert isinstance(experts, SlotTable)
-        launches.append((first.slots, experts.slots_E))
-    else:
-        alike: dict[tuple[int, str], tuple[ExpertSlots, list[int]]] = {}
-        for expert, w in experts.items():
-            place = find(w)
-            launch = alike.setdefault(place.layout, (place.slots, [-1] * num_experts))
-            launch[1][expert] = place.slot
-        launches += [(slots, table(numbers)) for slots, numbers in alike.values()]
-    rows = 16 if len(groups.order) <= 16 * num_experts else 32
-    for slots, slots_E in launches:
-        tile = expert_tile(slots, x_TD.dtype, rows=rows)
-        run_experts(x_TD, groups, slots_E, slots, out, tile)
+        return [(first.slots, experts.slots_E)]
+    alike: dict[tuple[int, str], tuple[ExpertSlots, list[int]]] = {}
+    for expert, w in experts.items():
+        place = find(w)
+        launch = alike.setdefault(place.layout, (place.slots, [-1] * num_experts))
+        launch[1][expert] = place.slot
+    return [(slots, table(numbers)) for slots, numbers in alike.values()]
 
 
 def _place(w: Tensors, activation: Activation, compute: torch.dtype) -> _Place:
