@@ -10,8 +10,9 @@ grow with the sequence; when none is left, the youngest sequence gives its pages
 computed again from its tokens, which gives the same bits (prompt rows as prompt rows, generated
 rows as generated rows). The oldest sequence never gives way while there is a younger one, and what
 gave way returns first and in the order of age: the oldest comes to its end whatever the others do,
-so all do. Where sequences have several homes (`kvcache/kv_tiers.py`) each has pages of its own, and
-all this holds within it; a home without room does not hold up the other.
+so all do. Where somebody waits for each answer, small newcomers pass one that waits for pages, as
+far as `Passing` has it. Where sequences have several homes (`kvcache/kv_tiers.py`) each has pages
+of its own, and all this holds within it; a home without room does not hold up the other.
 
 Sequences of batches come behind all others, however old: they have the rows that those leave of a
 pass, none begins while another waits, and where a place, a page or a state is wanting the youngest
@@ -21,6 +22,7 @@ of them gives way in the same pass. No row of theirs is in it yet then, so they 
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from enum import Enum
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -31,7 +33,7 @@ from windlass.engine.pace import Pace
 from windlass.engine.prompt_pages import Known, PromptPages
 from windlass.engine.request import Request
 from windlass.engine.sequence import QueuedSequence, Sequence
-from windlass.engine.waiting_queue import WaitingQueue
+from windlass.engine.waiting_queue import Passing, WaitingQueue
 from windlass.ids import Home
 from windlass.kvcache.kv_cache import KvCache
 from windlass.kvcache.kv_tiers import KvTiers
@@ -60,6 +62,12 @@ class Decoding(NamedTuple):
     turns: Turns
     drafting: Drafting | None = None
     pace: Pace | None = None
+
+
+class Lack(Enum):
+    """What a newcomer waits for."""
+
+    ROWS, PLACE, PAGES = range(3)
 
 
 class Admission:
@@ -92,6 +100,8 @@ class Admission:
         self._is_filling = False  # a wave takes in prompts
         self.prompt_pages = PromptPages(kv, long_rope_after=long_rope_after)
         self.waiting = WaitingQueue(max_num_seqs)
+        # where nobody waits for an answer the order is that of the requests
+        self._passing = Passing({} if self.pace is None else kv.num_positions)
         self.running: list[Sequence] = []  # oldest first, those of batches behind the others
         self.num_preemptions = 0
         self._num_begun = 0
@@ -169,34 +179,41 @@ class Admission:
             if sequence.in_prompt and sequence.is_batch == is_batch:
                 left -= self._add_prompt(sequence, left, rows)
         full: set[Home] = set()
+        passing = self._passing
+        passing.begin()
         while left > 0 and self.waiting.is_batch == is_batch:
-            if (place := self.waiting.next(full)) is None:
+            if (place := self.waiting.next(full, passing.blocked)) is None:
                 break
-            newcomer = self.waiting[place]
-            known = self._make_room(newcomer, left)
-            if known is None:
-                full.add(newcomer.queued.home)
+            newcomer, first = self.waiting[place], self.waiting.first_like(place)
+            known: Known | Lack = Lack.PAGES
+            if passing.may(first, newcomer):
+                known = self._make_room(newcomer, left)
+            if isinstance(known, Lack):
+                if known is not Lack.PAGES or not passing.wait(newcomer):
+                    full.add(newcomer.queued.home)
                 continue
             self.waiting.take(place)
+            passing.admitted(first, newcomer)
             sequence = starts.start(newcomer) if isinstance(newcomer, QueuedSequence) else newcomer
             self._admit(sequence, known)
             left -= self._add_prompt(sequence, left, rows)
         return room - left
 
-    def _make_room(self, newcomer: QueuedSequence | Sequence, room: int) -> Known | None:
-        """What is known of its prompt, if it may begin now. Batches give way, youngest first."""
+    def _make_room(self, newcomer: QueuedSequence | Sequence, room: int) -> Known | Lack:
+        """What is known of its prompt, if it may begin now, else what it lacks. Batches
+        give way, youngest first."""
         while True:
             known = self.prompt_pages.find(newcomer.queued)
             left = newcomer.queued.num_tokens - self.prompt_pages.num_ready(newcomer.queued, known)
             if not fitting_rows(left, room):
-                return None
+                return Lack.ROWS
             has_seat = len(self.running) < self._max_num_seqs and self._kv.device.has_free_state
             held = self.prompt_pages.num_held(known)
             if has_seat and _fits(self._kv, self.lengths, self.running, newcomer, held):
                 return known
             last = _last_of_batch(self.running, None if not has_seat else newcomer.queued.home)
             if newcomer.is_batch or last is None:
-                return None
+                return Lack.PAGES if has_seat else Lack.PLACE
             self._preempt(last)
 
     def _admit(self, sequence: Sequence, known: Known) -> None:

@@ -47,6 +47,11 @@ class KvTiers:
         return len(self._of)
 
     @property
+    def num_positions(self) -> dict[Home, int]:
+        """That its pages have, by home."""
+        return {home: one.num_pages * self.page_tokens for home, one in self._of.items()}
+
+    @property
     def num_held_pages(self) -> dict[Home, int]:
         """Pages in use, by home."""
         return {home: one.num_pages - one.num_free_pages for home, one in self._of.items()}
