@@ -9,7 +9,6 @@ from windlass.engine.sequence import QueuedSequence, Sequence
 from windlass.ids import Home
 from windlass.kvcache.pages import num_alike
 
-
 _LOOKED_AT = 16  # of those that find no pages in a pass, before the rest are left for the next
 
 
@@ -56,9 +55,10 @@ class WaitingQueue:
         self, full: Collection[Home] = (), without: Collection[QueuedSequence | Sequence] = ()
     ) -> int | None:
         """Place in the queue of what is admitted next, of those whose home is not `full` and who
-        are not among `without`: the first, or the first of those that begin most like the last that was admitted, so that fewer
-        prefixes are held at once. What was preempted is not passed over, nothing is more often than
-        there are places for sequences. None where nobody is left."""
+        are not among `without`: the first, or the first of those that begin most like the last that
+        was admitted, so that fewer prefixes are held at once. What was preempted is not passed
+        over, nothing is more often than there are places for sequences. None where nobody is
+        left."""
         keys = self._last_keys
         is_due = self._num_passed_over >= self._most
         first: int | None = None
