@@ -21,7 +21,7 @@ from dequantised import dequantised
 from processes import PATIENCE_S, forked, printing_to
 from windlass.checkpoint import synthetic as synth
 from windlass.cli import main
-from windlass.device.host_memory import peak_resident_bytes
+from windlass.device.process_memory import peak_resident_bytes
 from windlass.quantize import output_folder, writer
 from windlass.quantize.convert import QuantizeOptions, quantize
 from windlass.quantize.scheme import make_scheme

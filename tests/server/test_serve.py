@@ -17,6 +17,7 @@ import pytest
 from live_server import Running, serving
 from processes import PATIENCE_S
 from windlass import LLM, SamplingParams
+from windlass.cli import main
 
 MESSAGES: Any = [{"role": "user", "content": "Tell me of the sea."}]
 
@@ -364,6 +365,22 @@ def test_answers_that_take_too_long_end_with_an_error() -> None:
         assert server.exit_code() == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--device", "cuda:99"), "windlass: --device: got 'cuda:99', allowed "),
+        (("--host-memory", "100TiB"), "windlass: --host-memory: got 100 TiB, allowed up to "),
+    ],
+)
+def test_what_the_machine_has_not_is_said_before_the_port_is_open(
+    words: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--port", "0", *words]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(message)
+    assert "listening" not in shown.err
+
+
 def test_an_address_that_is_taken_is_one_clear_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -372,4 +389,4 @@ def test_an_address_that_is_taken_is_one_clear_error() -> None:
             capture_output=True, text=True, timeout=PATIENCE_S,
         )  # fmt: skip
     assert found.returncode == 2
-    assert found.stderr.splitlines()[-1].startswith(f"windlass: port: got 127.0.0.1:{port}")
+    assert found.stderr.splitlines()[-1].startswith(f"windlass: --port: got 127.0.0.1:{port}")

@@ -11,14 +11,8 @@ import torch
 
 from windlass.device.base import Device, room_on_device
 from windlass.device.cpu import CpuDevice
-from windlass.device.host_memory import (
-    LARGE_BYTES,
-    HostAllocator,
-    available_bytes,
-    memory_limits,
-    resident_bytes,
-    return_freed_memory,
-)
+from windlass.device.host_memory import LARGE_BYTES, HostAllocator, return_freed_memory
+from windlass.device.process_memory import available_bytes, resident_bytes
 from windlass.engine.admission import Admission, Decoding
 from windlass.engine.drafting import Drafting
 from windlass.engine.bursts import Turns
@@ -41,6 +35,7 @@ from windlass.build.device_choice import CpuIsSooner, beside_cpu
 from windlass.build.devices import limit, open_gpu, sizes_above, uses_gpu
 from windlass.build.expected import EngineExpectation
 from windlass.build.foresight import follows_sequences, make_outfit
+from windlass.build.host_budget import check_budget, default_budget, largest_budget
 from windlass.build.homes import choose_host_kernels, host_fingerprint, open_host, open_kv
 from windlass.build.routers import read_routers
 from windlass.build.tiers import Tiers, check_tiers, open_weights
@@ -69,13 +64,10 @@ from windlass.runtime.host import DraftingHostRuntime, HostRuntime
 from windlass.runtime.machine import Machine
 from windlass.models.spec import ModelSpec
 from windlass.trace import Tracer
-from windlass.units import MIB, format_bytes
+from windlass.units import format_bytes
 from windlass.version import VERSION
 from windlass.workload import Job
 
-_DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
-# Left free below the limit of a memory cgroup: page tables and buffers of the kernel count too
-_LIMIT_MARGIN = 32 * MIB
 _BURST_STRETCHES = 2  # of passes, that bursts and lockstep are compared over
 
 
@@ -118,6 +110,7 @@ def open_engine(
 
     Sets how torch and malloc work in this process, and logs what it sets (level INFO).
     """
+    check_budget(options.host_memory)
     found = _Given(device, above, kernels, source, profile)
     try:
         return _open(options, found)
@@ -364,21 +357,6 @@ def _known_cache_dtype(plan: Plan) -> Any:
             f"plan: kv_cache_dtype: got {plan.kv_cache_dtype!r}, allowed {', '.join(CACHE_DTYPES)}"
         )
     return plan.kv_cache_dtype
-
-
-def default_budget() -> int:
-    """Memory for the whole process where the user names none: below every limit on it."""
-    return _budget(_DEFAULT_SHARE)
-
-
-def largest_budget() -> int:
-    """All memory that this process could have."""
-    return _budget(1.0)
-
-
-def _budget(share: float) -> int:
-    budget = resident_bytes() + int(share * available_bytes())
-    return min([budget, *(group.limit - _LIMIT_MARGIN for group in memory_limits())])
 
 
 def _fingerprint(

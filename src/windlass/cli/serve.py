@@ -14,7 +14,7 @@ from windlass.cli.summary import plan_lines
 from windlass.doctor.kept import cache_folder, kept_profile, with_kept_usage
 from windlass.errors import UsageError
 from windlass.hub.locate import locate
-from windlass.options import EngineOptions, model_name, resolve_model
+from windlass.options import AUTO, CPU, EngineOptions, model_name, resolve_model
 from windlass.units import MIB, format_bytes
 
 if TYPE_CHECKING:
@@ -100,7 +100,9 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     if values["api_key"] is not None and not keys:
         raise UsageError("--api-key: got an empty key")
     values = {**values, "model": _model(values)}
-    located = locate(engine_options(values))
+    options = engine_options(values)
+    _check_machine(options)
+    located = locate(options)
     names = _names(values["served_model_name"], located.options.model, values["model"])
     ping, drain = values["sse_ping_interval"], values["shutdown_timeout"]
     most = values["request_timeout"]
@@ -149,6 +151,17 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         state.data = _data_folder(values, names[0], stack)
         serve(state, address, load, say=say_line)
     return 0
+
+
+def _check_machine(options: EngineOptions) -> None:
+    """UsageError for what this machine has not, before a port is open and weights are loaded."""
+    from windlass.build.host_budget import check_budget
+
+    check_budget(options.host_memory)
+    if options.device not in (AUTO, CPU):
+        from windlass.device.cuda import cuda_index
+
+        cuda_index(options.device)
 
 
 def _data_folder(values: Mapping[str, Any], name: str, stack: ExitStack) -> "DataFolder | str":

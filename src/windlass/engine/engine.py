@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from windlass.device.base import Device, room_on_device
-from windlass.device.host_memory import peak_resident_bytes
+from windlass.device.process_memory import peak_resident_bytes
 from windlass.device.streams import Streams
 from windlass.engine.admission import Admission, ScheduledSequence
 from windlass.engine.drafting import Drafting
