@@ -429,7 +429,7 @@ OPTIONS = {
     "serve": ENGINE | {
         "--host", "--port", "--api-key", "--served-model-name", "-a", "--alias",
         "--sse-ping-interval", "--max-requests", "--max-body-size", "--shutdown-timeout",
-        "--data-dir", "--max-file-size", "--request-timeout",
+        "--data-dir", "--max-file-size", "--max-stored-size", "--request-timeout",
         "--tool-call-parser", "--reasoning-parser",
     },
     "bench serve": {

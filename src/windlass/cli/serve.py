@@ -15,7 +15,7 @@ from windlass.doctor.kept import cache_folder, kept_profile, with_kept_usage
 from windlass.errors import UsageError
 from windlass.hub.locate import locate
 from windlass.options import AUTO, CPU, EngineOptions, model_name, resolve_model
-from windlass.units import MIB, format_bytes
+from windlass.units import GIB, MIB, format_bytes
 
 if TYPE_CHECKING:
     from windlass.batch.job_options import JobOptions
@@ -78,6 +78,9 @@ FLAGS = (
          "goes on with its batches (default: windlass/serve/MODEL in the user's cache)"),
     Flag(name="max-file-size", read=size, metavar="SIZE", default=512 * MIB, group=_SERVER,
          help="longest uploaded file (default 512MiB)"),
+    Flag(name="max-stored-size", read=size, metavar="SIZE", default=16 * GIB, group=_SERVER,
+         help="bytes of all files together, those that batches have written among them; uploads "
+         "beyond get status 413 (default 16GiB)"),
     *PARSER_FLAGS,
     *ENGINE_FLAGS,
     CONFIG_FLAG,
@@ -171,7 +174,12 @@ def _data_folder(values: Mapping[str, Any], name: str, stack: ExitStack) -> "Dat
 
     given: Path | None = values["data_dir"]
     folder = given or cache_folder() / "windlass/serve" / name.replace("/", "--")
-    opening = data_folder(folder, most_bytes=values["max_file_size"], say=say_line)
+    opening = data_folder(
+        folder,
+        most_bytes=values["max_file_size"],
+        stored_bytes=values["max_stored_size"],
+        say=say_line,
+    )
     try:
         data = stack.enter_context(opening)
     except UsageError as error:
