@@ -41,6 +41,11 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def counted(number: int, word: str, words: str | None = None) -> str:
+    """`1 row`, `2 rows`; `words`: more than one, where that is not `word` with an s."""
+    return f"{number} {word if number == 1 else words or word + 's'}"
+
+
 def round_up(value: int, step: int) -> int:
     """Smallest multiple of `step` that is at least `value`."""
     return -(-value // step) * step

@@ -12,6 +12,7 @@ from windlass.kvcache.kv_tiers import home_of
 from windlass.kvcache.pages import block_keys
 from windlass.plan import HomeShares
 from windlass.schedule.batch import CHUNK_TOKENS
+from windlass.units import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,8 @@ class RequestRules:
             wanted = "" if params.max_tokens is None else f" and max_tokens {params.max_tokens}"
             why = self.limited_by and f", {self.limited_by}"
             raise RequestError(
-                f"prompt has {num_prompt} tokens{wanted}, limit {self.max_model_len} in all{why}",
+                f"prompt has {counted(num_prompt, 'token')}{wanted}, limit {self.max_model_len}"
+                f" in all{why}",
                 param="prompt" if room < 1 else "max_tokens",
                 code="context_length_exceeded",
             )

@@ -130,7 +130,9 @@ class _Form:
             field = self._fields[self._part.name]
             field += event
             if len(field) > _LONGEST_FIELD:
-                raise RequestError(f"{self._part.name}: allowed {_LONGEST_FIELD} bytes")
+                raise RequestError(
+                    f"{self._part.name}: got {len(field)} bytes or more, allowed {_LONGEST_FIELD}"
+                )
 
     async def end(self) -> StoredFile:
         if self._upload is None:
@@ -194,7 +196,7 @@ def _lifetime(values: dict[str, Any]) -> int | None:
 def _too_large(most_bytes: int) -> HttpError:
     # the rest of the body is not read, so the connection cannot go on
     return HttpError(
-        413, f"file: too large, allowed {most_bytes} bytes (--max-file-size)",
+        413, f"file: got more than the {most_bytes} bytes allowed (--max-file-size)",
         headers={"connection": "close"},
     )  # fmt: skip
 
