@@ -133,16 +133,16 @@ class EngineOptions:
         read_device(self.device)
         if self.device == CPU and self.device_memory is not None:
             raise UsageError(
-                "device_memory: got one beside device cpu, allowed with device auto or cuda, which has"
-                " one"
+                "device_memory: got one beside device cpu, allowed with device auto or cuda, which"
+                " has one"
             )
         self._check_share()
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads: got {self.threads}, allowed 1 or more")
         if self.expert_map_store is not None and self.expert_forecast != "finemoe":
             raise UsageError(
-                f"expert_map_store: got one beside expert_forecast {self.expert_forecast}, allowed with"
-                " finemoe"
+                f"expert_map_store: got one beside expert_forecast {self.expert_forecast}, allowed"
+                " with finemoe"
             )
         if self.routing_trace_inputs and self.routing_trace is None:
             raise UsageError("routing_trace_inputs: got it alone, allowed with routing_trace")

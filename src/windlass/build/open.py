@@ -204,18 +204,19 @@ def _setup(
     params = default_params(model.folder, options)
     longest = options.max_model_len or model.spec.max_positions
     job = source.job(tokenizer, params, longest) if source else None
+    serves = source is not None and job is None
     profile = profile or assumed_profile(threads=backend.threads, memory_bytes=available_bytes())
     # after all that the process has grown by
     sizes = replace(sizes_of(model, options, backend), device=device)
     wanted = wanted_of(options, model)
     problem = Problem(model.spec, sizes, profile)
-    chosen = _choose(_Choice(problem, wanted, options, replayed), job)
+    chosen = _choose(_Choice(problem, wanted, options, replayed, serves), job)
     longest_row = chosen.plan.max_model_len
     beside = source.row_bytes(longest_row, tokenizer.vocab_size) if source else 0
     if beside:  # known only now: texts that no prompt can be so long as are not tokenised
         sizes = replace(sizes, process_bytes=sizes.process_bytes + beside)
         problem = replace(problem, sizes=sizes)
-        chosen = _choose(_Choice(problem, wanted, options, replayed), job)
+        chosen = _choose(_Choice(problem, wanted, options, replayed, serves), job)
     compared: tuple[str, ...] = ()
     is_open = options.device == AUTO and not options.kv_offloading_share
     if job is not None and is_open and found.above is None:
@@ -251,7 +252,7 @@ def _setup(
         ),
         expectation=EngineExpectation(chosen),
         keeps_bursts=options.burst_tokens is not None,
-        is_paced=source is not None and job is None,
+        is_paced=serves,
     )
 
 
@@ -262,10 +263,11 @@ class _Choice(NamedTuple):
     wanted: PlanConstraints
     options: EngineOptions
     replayed: Plan | None
+    serves: bool = False
 
 
 def _choose(by: _Choice, job: Job | None) -> Chosen:
-    problem, wanted, options, replayed = by
+    problem, wanted, options, replayed, _ = by
     if replayed is not None:
         most = options.host_memory or largest_budget()
         validate_plan(replayed, problem.spec, problem.sizes, wanted, most)
@@ -278,7 +280,7 @@ def _choose(by: _Choice, job: Job | None) -> Chosen:
     # without rates of a GPU that is there nothing can be searched
     is_unknown = problem.sizes.device is not None and problem.profile.device is None
     if job is None or is_unknown:
-        return plain_plan(problem, budget, wanted)
+        return plain_plan(problem, budget, replace(wanted, serves=by.serves))
     before = resident_bytes()
 
     def growth() -> int:

@@ -15,11 +15,12 @@ from windlass.doctor.kept import cache_folder, kept_profile, with_kept_usage
 from windlass.errors import UsageError
 from windlass.hub.locate import locate
 from windlass.options import AUTO, CPU, EngineOptions, model_name, resolve_model
-from windlass.units import GIB, MIB, format_bytes
+from windlass.units import GIB, MIB, counted, format_bytes
 
 if TYPE_CHECKING:
     from windlass.batch.job_options import JobOptions
     from windlass.engine.engine import Engine
+    from windlass.plan import Plan
     from windlass.server.data_folder import DataFolder
     from windlass.server.state import Loaded
 
@@ -132,7 +133,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         options = with_kept_usage(located.with_weights(say_line, downloaded))
         note("opening the checkpoint, planning memory")
         engine = open_engine(options, source=_Clients(), profile=kept_profile(options))
-        for line in plan_lines(engine):
+        for line in (*plan_lines(engine), _room_line(engine.plan)):
             say_line(line)
         served = ServedModel(
             names, engine.tokenizer, engine.max_model_len, engine.default_params,
@@ -233,6 +234,18 @@ def _names(given: str | None, folder: str, typed: str) -> tuple[str, ...]:
             raise UsageError("--served-model-name: got an empty name")
         return names
     return tuple(dict.fromkeys((model_name(resolve_model(folder)), typed)))
+
+
+def _room_line(plan: "Plan") -> str:
+    """How many clients have room at once."""
+    longest = plan.max_model_len
+    pools = [tier.kv_pages * plan.page_tokens for tier in plan.homes.values()]
+    whole = min(plan.max_num_seqs, sum(tokens // longest for tokens in pools))
+    each = min(longest, sum(pools) // plan.max_num_seqs)
+    return (
+        f"KV cache of {counted(sum(pools), 'token')}: {counted(whole, 'sequence')} of"
+        f" {longest} tokens at once, or {plan.max_num_seqs} of {each}"
+    )
 
 
 def _facts(engine: "Engine") -> dict[str, Any]:

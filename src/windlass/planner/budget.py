@@ -40,6 +40,12 @@ _PIPELINE_SLOTS = 8  # experts: one at work, the others arriving, several reads 
 MOST_FORESEEN_SEQS = 16
 _FORECAST_SHARE = 0.02  # of what is left for experts
 _USUAL_TOKENS = 1024  # of a sequence, where its length is not limited by the user
+# Of a server: chats grow by turns and are kept for the next, and few clients want experts more than
+# room for others. Two contexts have room before any expert beyond the pipeline's
+_SERVED_TOKENS = 2048
+_KV_SHARE_SERVED = 0.3
+_SERVED_CONTEXTS = 4  # that fit at once, so that one does not hold up all others
+_SERVED_CONTEXT = 4096  # tokens; below, a context may have the whole KV cache
 SMALLEST_CONTEXT = 512
 _LONGEST_TABLE = 16384  # positions; beyond, the KV cache dwarfs the tables
 NOISE_BYTES = 4 * MIB  # the process itself weighs a little more or less in the next run
@@ -51,7 +57,8 @@ MIN_SLOTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanConstraints:
-    """What the user fixed; None where the planner chooses. Experts in slots."""
+    """What the user fixed; None where the planner chooses. Experts in slots. `serves`: clients come
+    and go, each waits for its answer."""
 
     expert_slots: int | None = None
     max_num_seqs: int | None = None
@@ -67,6 +74,7 @@ class PlanConstraints:
     host_attention: float | None = None  # of machines with a device
     kv_offloading_share: float | None = None
     host_experts: float | None = None
+    serves: bool = False
 
     @classmethod
     def of(cls, plan: Plan) -> "PlanConstraints":
@@ -78,7 +86,7 @@ class PlanConstraints:
             **{
                 one.name: getattr(plan, one.name)
                 for one in fields(cls)
-                if one.name not in ("expert_slots", "kv_pages")
+                if one.name not in ("expert_slots", "kv_pages", "serves")
             },
         )
 
@@ -193,13 +201,21 @@ class Draft:
         return self._activations(seqs, rows) + seqs * self._sizes.state_bytes
 
     def _grow_pages(self, left: int, seqs: int) -> int:
-        """Pages for `seqs` sequences of usual length, within their share of what is left."""
-        if self._wanted.kv_pages is not None:
-            return self._wanted.kv_pages
-        usual = min(self._wanted.max_model_len or _USUAL_TOKENS, self._spec.max_positions)
-        most = -(-usual // PAGE_TOKENS) * seqs
+        """Pages for `seqs` sequences of usual length, within their share of what is left; of a
+        server for all that they may have, where that costs no weights their place."""
+        wanted, longest = self._wanted, self._spec.max_positions
+        if wanted.kv_pages is not None:
+            return wanted.kv_pages
+        usual = _SERVED_TOKENS if wanted.serves else _USUAL_TOKENS
+        share = _KV_SHARE * left
+        if wanted.serves:
+            least = 2 * _SERVED_CONTEXT // PAGE_TOKENS * self._page_bytes
+            share = max(_KV_SHARE_SERVED * left, min(share, least))
         beside = left - self._slots_bytes(self._sizes.num_parts)  # all weights resident
-        share = beside if beside > _KV_SHARE_RESIDENT * left else _KV_SHARE * left
+        if beside > _KV_SHARE_RESIDENT * left:
+            share = beside
+            usual = longest if wanted.serves else usual
+        most = -(-min(wanted.max_model_len or usual, longest) // PAGE_TOKENS) * seqs
         return max(self._context_pages, min(most, int(share) // self._page_bytes))
 
     def _grow(
@@ -283,9 +299,7 @@ class Draft:
         )  # fmt: skip
         return Plan(
             tiers=(host,),
-            max_model_len=min(
-                wanted.max_model_len or self._spec.max_positions, pages * PAGE_TOKENS
-            ),
+            max_model_len=longest_context(wanted, self._spec, pages, seqs),
             page_tokens=PAGE_TOKENS,
             kv_cache_dtype=sizes.kv_cache_dtype,
             max_num_seqs=seqs,
@@ -300,6 +314,16 @@ class Draft:
             read_threads=READ_THREADS,
             schedule=wanted.schedule or "module-based",
         )
+
+
+def longest_context(wanted: PlanConstraints, spec: ModelSpec, pages: int, seqs: int) -> int:
+    """Tokens that one sequence may have of `pages`: all, unless less is wanted, or clients of a
+    server would wait for it."""
+    tokens = pages * PAGE_TOKENS
+    if wanted.serves and wanted.max_model_len is None:
+        own = tokens // min(seqs, _SERVED_CONTEXTS) // PAGE_TOKENS * PAGE_TOKENS
+        tokens = min(tokens, max(own, _SERVED_CONTEXT))
+    return min(wanted.max_model_len or spec.max_positions, tokens)
 
 
 def least_expert_slots(spec: ModelSpec, groups: int) -> int:

@@ -23,6 +23,7 @@ from windlass.planner.budget import (
     Draft,
     PlanConstraints,
     check_constraints,
+    longest_context,
     make_plan,
     named_budget,
     page_bytes,
@@ -107,7 +108,12 @@ class _DeviceDraft:
             context = min(context, pages * PAGE_TOKENS)
         return replace(
             plan,
-            max_model_len=min(context, min(plan.pages.values()) * PAGE_TOKENS),
+            max_model_len=min(
+                context,
+                longest_context(
+                    self._wanted, self._spec, min(plan.pages.values()), plan.max_num_seqs
+                ),
+            ),
             host_experts=self._wanted.host_experts or 0.0,
         )
 
