@@ -19,6 +19,9 @@ from processes import PATIENCE_S
 from windlass import LLM, SamplingParams
 from windlass.cli import main
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+from server import health
+
 MESSAGES: Any = [{"role": "user", "content": "Tell me of the sea."}]
 
 
@@ -306,6 +309,17 @@ def test_a_batch_of_the_client_beside_others(server: Running, tmp_path: Path) ->
         client.files.retrieve(source.id)
     with pytest.raises(openai.BadRequestError, match="Cannot cancel"):
         client.batches.cancel(batch.id)
+
+
+def test_health_is_told_beside_streams_and_large_prompts(server: Running) -> None:
+    """How soon, `bench/server/health.py` measures."""
+    load = health.Load(f"127.0.0.1:{server.port}")
+    assert len(load.run(1.0)) > 1
+    assert load.events > 0 and set(load.statuses) <= {200, 400} and sum(load.statuses.values()) > 0
+    deadline = time.monotonic() + PATIENCE_S
+    while server.get("/v1/stats")[1]["running"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.get("/v1/stats")[1]["running"] == 0
 
 
 def test_errors_reach_the_client_as_its_own_classes(server: Running) -> None:
