@@ -16,7 +16,8 @@ from typing import Any
 
 from machine import Others, write
 
-from windlass.device.host_memory import HostAllocator, available_bytes
+from windlass.device.host_memory import HostAllocator
+from windlass.device.process_memory import available_bytes
 
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")

@@ -29,10 +29,10 @@ from gpu.engine_runs import Place, Ran, Runs, Tokens
 from gpu.few_rows import FewRows
 from gpu.report import Report
 from gpu.sizes import SIZES
-from windlass.build.open import default_budget
+from windlass.build.host_budget import default_budget
 from windlass.device.cuda import cuda_index, why_none
 from windlass.device.cuda_rates import find_cuda
-from windlass.device.host_memory import available_bytes
+from windlass.device.process_memory import available_bytes
 from windlass.device.processors import default_threads
 from windlass.doctor.device_rates import measure_device
 from windlass.hardware.assumed import assumed_profile

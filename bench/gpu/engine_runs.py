@@ -21,7 +21,7 @@ from windlass.params import SamplingParams
 from windlass.perf.sizes import Problem
 from windlass.phases import PhaseStats, since
 from windlass.plan import Plan
-from windlass.planner.budget import PlanConstraints
+from windlass.planner.constraints import PlanConstraints
 from windlass.planner.device_budget import plan_for
 from windlass.workload import Job, Workload
 

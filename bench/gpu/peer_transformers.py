@@ -27,7 +27,7 @@ import torch
 from gpu.report import Report
 from gpu.sizes import SIZES, Size
 from windlass.checkpoint.synthetic import write_random_checkpoint
-from windlass.device.host_memory import available_bytes
+from windlass.device.process_memory import available_bytes
 
 _WEIGHTS = 0.5  # of the cap
 _BATCHES = (1, 8, 64, 256, 1024)

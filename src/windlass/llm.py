@@ -30,7 +30,7 @@ from windlass.phases import since
 from windlass.plan import Plan
 from windlass.protocol.prompts import ChatEncoder, Encoder, PromptEncoder
 from windlass.speculative import SpeculativeConfig
-from windlass.units import parse_bytes
+from windlass.units import counted, parse_bytes
 from windlass.workload import Workload, expected_output
 
 Prompt = str | Mapping[str, Any]  # text, {"prompt": text} or {"prompt_token_ids": ids}
@@ -318,7 +318,9 @@ def _pairs(
                              "one SamplingParams, or one for each prompt")  # fmt: skip
         yield row, params
     if next(each, None) is not None:
-        raise UsageError(f"sampling_params: got more than the {number} prompts, allowed one each")
+        raise UsageError(
+            f"sampling_params: got more than {counted(number, 'prompt')}, allowed one each"
+        )
 
 
 @contextmanager

@@ -135,14 +135,20 @@ class EngineOptions:
         if self.device == CPU and self.moe_backend == "triton":
             raise UsageError("moe_backend: got 'triton', allowed with device auto or cuda")
         if self.device == CPU and self.device_memory is not None:
-            raise UsageError("device_memory: allowed with device auto or cuda, which has one")
+            raise UsageError(
+                "device_memory: got one beside device cpu, allowed with device auto or cuda, which"
+                " has one"
+            )
         self._check_share()
         if self.threads is not None and self.threads < 1:
             raise UsageError(f"threads: got {self.threads}, allowed 1 or more")
         if self.expert_map_store is not None and self.expert_forecast != "finemoe":
-            raise UsageError("expert_map_store: allowed with expert_forecast finemoe")
+            raise UsageError(
+                f"expert_map_store: got one beside expert_forecast {self.expert_forecast}, allowed"
+                " with finemoe"
+            )
         if self.routing_trace_inputs and self.routing_trace is None:
-            raise UsageError("routing_trace_inputs: allowed only with routing_trace")
+            raise UsageError("routing_trace_inputs: got it alone, allowed with routing_trace")
         if not isinstance(self.speculative_config, SpeculativeConfig | None):
             raise UsageError(
                 f"speculative_config: got {self.speculative_config!r}, allowed an object as"

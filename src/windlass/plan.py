@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from windlass.errors import UsageError
 from windlass.ids import Home, Part
-from windlass.units import format_bytes
+from windlass.units import counted, format_bytes
 
 Schedule = Literal["module-based", "model-based"]
 GeneratedExperts = Literal["tiles", "rows"]
@@ -216,9 +216,9 @@ class Plan:
             prefixes += " (the model has recurrent layers)"
         return [
             *(line for tier in self.tiers for line in self._tier_lines(tier)),
-            f"plan: up to {self.max_num_seqs} sequences and {self.max_num_batched_tokens} tokens"
-            f" per pass; a sequence may have {self.max_model_len} tokens; shared prompt prefixes"
-            f" {prefixes}",
+            f"plan: up to {counted(self.max_num_seqs, 'sequence')} and"
+            f" {self.max_num_batched_tokens} tokens per pass; a sequence may have"
+            f" {self.max_model_len} tokens; shared prompt prefixes {prefixes}",
             *self._burst_lines(),
             *self._baseline_lines(),
         ]
@@ -241,8 +241,9 @@ class Plan:
             return []
         few = self.burst_max_seqs
         return [
-            f"plan: up to {few} sequences decode one after the other, {self.burst_tokens} tokens a"
-            f" turn: one waits for at most {(few - 1) * self.burst_tokens} passes; more than {few}"
+            f"plan: up to {few} sequences decode one after the other,"
+            f" {counted(self.burst_tokens, 'token')} a turn: one waits for at most"
+            f" {counted((few - 1) * self.burst_tokens, 'pass', 'passes')}; more than {few}"
             " decode together"
         ]
 

@@ -4,11 +4,11 @@ import re
 
 from windlass.errors import UsageError
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 _SIZES = {
     "b": 1, "k": KIB, "kib": KIB, "m": MIB, "mib": MIB, "g": GIB, "gib": GIB,
-    "t": 1 << 40, "tib": 1 << 40, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "t": TIB, "tib": TIB, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 }  # fmt: skip
 
 
@@ -22,7 +22,7 @@ def parse_bytes(text: str, *, what: str = "size") -> int:
 
 def format_bytes(num_bytes: float) -> str:
     """`1.50 GiB`, `12.0 MiB`, `512 B`."""
-    for size, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+    for size, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if abs(num_bytes) >= size:
             value = num_bytes / size
             return f"{value:.2f} {name}" if value < 100 else f"{value:.0f} {name}"
@@ -39,6 +39,11 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def counted(number: int, word: str, words: str | None = None) -> str:
+    """`1 row`, `2 rows`; `words`: more than one, where that is not `word` with an s."""
+    return f"{number} {word if number == 1 else words or word + 's'}"
 
 
 def round_up(value: int, step: int) -> int:

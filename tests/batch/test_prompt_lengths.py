@@ -148,7 +148,7 @@ def test_prompt_tokens_that_are_predicted_are_those_that_are_computed(tmp_path, 
     )  # fmt: skip
     engine_options = EngineOptions(
         model=str(folder), generation_config="vllm", enable_prefix_caching=is_on,
-        host_memory=16 * GIB,
+        host_memory=4 * GIB,
     )  # fmt: skip
     opened: list[Engine] = []
 

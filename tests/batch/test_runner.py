@@ -238,7 +238,7 @@ def test_stopping_and_resuming_recomputes_nothing_and_changes_no_byte(tmp_path: 
     log = Log()
     # a later `created` is not used: the job's own is
     assert run(options(two, *lines, created=5), engine, log=log).is_complete
-    assert log.said[0] == f"resuming {two / 'out'}: {done} of 40 rows are done"
+    assert log.said[0] == f"resuming {two / 'out'}: {done} of 40 rows done"
     assert (one / "out").read_bytes() == (two / "out").read_bytes()
     # at most what was in flight at each stop was computed twice
     assert added + len(engine.added) <= 40 + 4 * 2 * engine.capacity

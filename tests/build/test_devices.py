@@ -27,7 +27,7 @@ from windlass.units import GIB, MIB
 __all__ = ["fake_cuda"]  # a fixture
 SMALL = EngineOptions(
     device="cuda", max_model_len=64, max_num_seqs=2, moe_backend="torch", threads=1,
-    moe_expert_cache_size="8", host_memory=8 * GIB,
+    moe_expert_cache_size="8", host_memory=4 * GIB,
 )  # fmt: skip
 
 

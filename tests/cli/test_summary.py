@@ -19,6 +19,7 @@ from windlass.llm import LLM
 from windlass.params import SamplingParams
 from windlass.perf.accuracy import Accuracy, PhaseCheck
 from windlass.perf.estimate import LANES
+from windlass.units import counted
 from windlass.workload import Workload
 
 
@@ -142,3 +143,8 @@ def test_what_was_prefetched_and_where_experts_were_found_reaches_all_ends(
     stats = replace(stats, forecast_sources=words)
     assert prefetch_lines(stats)[1:] == [words] == prefetch_lines(replace(stats, weights=NONE))
     assert weights_json(stats)["forecast_sources"] == words
+
+
+def test_one_of_a_thing_is_said_as_one():
+    assert [counted(n, "row") for n in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
+    assert [counted(n, "pass", "passes") for n in (1, 2)] == ["1 pass", "2 passes"]

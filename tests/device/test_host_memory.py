@@ -6,9 +6,13 @@ import sys
 import pytest
 import torch
 
-import windlass.build.open as build
+import windlass.build.host_budget as build
 from cgroups import MACHINE, V1, V1_CPU, V2, memory_group, tree
-from windlass.device.host_memory import HostAllocator, MemoryLimit, available_bytes, memory_limits
+from windlass.build.open import open_engine
+from windlass.device.host_memory import HostAllocator
+from windlass.device.process_memory import MemoryLimit, available_bytes, memory_limits
+from windlass.errors import UsageError
+from windlass.options import EngineOptions
 from windlass.units import GIB, MIB
 
 HOST = HostAllocator()
@@ -81,6 +85,21 @@ def test_the_default_budget_is_below_every_limit(monkeypatch):
     groups = [MemoryLimit(GIB, 0), MemoryLimit(2 * GIB, GIB)]
     monkeypatch.setattr(build, "memory_limits", lambda: groups)
     assert GIB - 64 * MIB <= build.default_budget() < GIB
+
+
+def test_a_budget_beyond_the_machine_is_refused(monkeypatch):
+    limits = [MemoryLimit(3 * GIB, 0)]
+    monkeypatch.setattr(build, "machine_bytes", lambda: 8 * GIB)
+    monkeypatch.setattr(build, "memory_limits", lambda: limits)
+    build.check_budget(None)
+    build.check_budget(3 * GIB)
+    what = "^host_memory: got 10.00 TiB, allowed up to 3072MiB: the limit of its memory cgroup, of "
+    with pytest.raises(UsageError, match=what + "the machine's 8.00 GiB$"):
+        open_engine(EngineOptions(host_memory=10 << 40))
+    limits.clear()
+    build.check_budget(8 * GIB)
+    with pytest.raises(UsageError, match="allowed up to 8192MiB: all that this machine has$"):
+        build.check_budget(8 * GIB + 1)
 
 
 @pytest.mark.parametrize("rows", [3, 1 << 12])  # malloc's memory, and pages of its own

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from windlass.device.host_memory import HUGE_PAGE_BYTES, LARGE_BYTES, resident_bytes
+from windlass.device.host_memory import HUGE_PAGE_BYTES, LARGE_BYTES
+from windlass.device.process_memory import resident_bytes
 from windlass.device.recycle import Recycler
 from windlass.units import MIB, round_up
 

@@ -6,6 +6,8 @@ from hypothesis import strategies as st
 from admission_machine import PAGE_TOKENS, Machine
 from sequences import PlainStarts
 from windlass.engine.bursts import Turns
+from windlass.engine.pace import Pace
+from windlass.engine.sequence import Sequence
 from windlass.ids import Home
 from windlass.prefetch.guard import WindowGuard
 from windlass.schedule.batch import CHUNK_TOKENS
@@ -23,15 +25,16 @@ SIZES = st.tuples(st.integers(1, 150), st.integers(1, 90))
     has_states=st.booleans(),
     bursts=st.sampled_from(((0, 0), (0, 0), (1, 8), (5, 3), (16, 8))),
     homes=st.sampled_from((0, 0, 1, 2, 3)),
+    is_paced=st.booleans(),
 )
 def test_everything_ends_whatever_comes(
-    sizes, arrivals, spare, seqs, more_rows, has_states, bursts, homes
+    sizes, arrivals, spare, seqs, more_rows, has_states, bursts, homes, is_paced
 ):
     least = max(-(-(prompt + output) // PAGE_TOKENS) for prompt, output in sizes)
     machine = Machine(
         pages=least + spare, seqs=seqs, rows=seqs + CHUNK_TOKENS + more_rows,
         states=seqs * has_states, turns=Turns(*bursts),
-        host_pages=(least + spare // 2) * (homes > 0),
+        host_pages=(least + spare // 2) * (homes > 0), pace=Pace() if is_paced else None,
     )  # fmt: skip
     todo = sorted(zip(arrivals, sizes, strict=False), key=lambda one: one[0])
     now = 0
@@ -60,6 +63,64 @@ def test_a_home_without_room_does_not_hold_up_the_other():
         machine.step()
     names = [one.request.request_id for one in machine.finished]
     assert sorted(names) == list("012345") and [n for n in names if n in "024"] == list("024")
+
+
+def _behind_a_large_one(pace, *, is_batch=False):
+    """20 pages, 16 of them in use for long; one that wants 12 waits, and six that want two."""
+    machine = Machine(pages=20, seqs=8, rows=8 + 2 * CHUNK_TOKENS, pace=pace)
+    machine.add(16 * PAGE_TOKENS - 40, 41, name="first", is_batch=is_batch)
+    machine.step()
+    machine.admission.running[0].pages.extend(machine.kv.take_pages(5))  # all it will want
+    machine.add(11 * PAGE_TOKENS, 2, name="large", is_batch=is_batch)
+    for i in range(6):
+        machine.add(PAGE_TOKENS, 8, name=str(i), is_batch=is_batch)
+    for _ in range(3):
+        machine.step()
+    return machine, [one.request.request_id for one in machine.admission.running]
+
+
+def test_small_ones_pass_one_that_waits_for_pages():
+    machine, running = _behind_a_large_one(Pace())
+    assert running == ["first", "0", "1"], "as many as there are pages for"
+    while machine.admission.running or machine.admission.waiting:
+        machine.step()
+    assert len(machine.finished) == 8
+
+
+def test_nobody_passes_where_the_order_is_that_of_a_file():
+    assert _behind_a_large_one(None)[1] == ["first"]
+    assert _behind_a_large_one(Pace(), is_batch=True)[1] == ["first"]
+
+
+def test_a_large_one_is_passed_by_so_many_tokens_and_no_more():
+    """Small ones never end; those that pass have as many tokens as the cache has positions."""
+    machine = Machine(pages=20, seqs=4, rows=4 + 3 * CHUNK_TOKENS, pace=Pace())
+    machine.add(12, 60, name="first")
+    machine.step()
+    machine.add(19 * PAGE_TOKENS, 2, name="large")
+    begun = set()
+    for i in range(200):
+        machine.add(PAGE_TOKENS, 8, name=f"{i}")
+        machine.step()
+        begun |= {one.request.request_id for one in machine.admission.running}
+        if "large" in begun:
+            break
+    assert "large" in begun, "starved"
+    passed = len(begun - {"first", "large"})
+    assert passed == 20 * PAGE_TOKENS // (PAGE_TOKENS + 8)
+
+
+def test_nobody_passes_what_gave_way():
+    machine = Machine(pages=12, seqs=4, rows=4 + CHUNK_TOKENS, pace=Pace())
+    for i in range(3):
+        machine.add(PAGE_TOKENS, 8 * PAGE_TOKENS, name=str(i))
+    while not machine.admission.num_preemptions:
+        machine.step()
+    machine.add(1, 2, name="small")
+    while any(isinstance(one, Sequence) for one in machine.admission.waiting):
+        names = [one.request.request_id for one in machine.admission.running]
+        assert "small" not in names
+        machine.step()
 
 
 def test_after_a_preemption_the_others_go_on():

@@ -163,7 +163,7 @@ def test_what_was_seen_before_is_guessed_while_it_pays(folder):
 
 
 def test_what_became_of_guesses_is_said(folder, capsys):
-    arguments = ["generate", "-m", str(folder), "--host-memory", "8GiB", "-n", "40", "--temp", "0",
+    arguments = ["generate", "-m", str(folder), "--host-memory", "4GiB", "-n", "40", "--temp", "0",
                  "--max-model-len", "64", "--json", "w5 w6 w7 " * 4]  # fmt: skip
     lines = []
     for more in ([], ["--speculative-config", '{"method": "ngram"}']):
@@ -174,7 +174,7 @@ def test_what_became_of_guesses_is_said(folder, capsys):
     assert guessed["token_ids"] == plain["token_ids"] and "drafts" not in plain
     assert "drafts: ngram, up to 4 tokens where the last 1 to 3 were seen" in said.err
     assert f"drafts: {guessed['drafts']['accepted']} of " in said.err
-    with LLM(str(folder), host_memory="8GiB", speculative_config={"method": "ngram"}) as llm:
+    with LLM(str(folder), host_memory="4GiB", speculative_config={"method": "ngram"}) as llm:
         assert llm.get_metrics().drafts is not None
 
 

@@ -21,7 +21,8 @@ from windlass.engine.sequence import QueuedSequence
 from windlass.errors import UsageError
 from windlass.params import SamplingParams
 from windlass.phases import PhaseStats
-from windlass.planner.budget import PlanConstraints, bytes_here, make_plan
+from windlass.planner.budget import bytes_here, make_plan
+from windlass.planner.constraints import PlanConstraints
 from windlass.schedule.batch import CHUNK_TOKENS, Segment
 from windlass.speculative import SpeculativeConfig
 from windlass.units import GIB

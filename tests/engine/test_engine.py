@@ -251,7 +251,7 @@ def test_bursts_are_planned_by_rates_that_were_measured(folder):
     slow = machine(disk=1e-3)
     options = EngineOptions(
         model=str(folder), moe_expert_cache_size="4", max_num_seqs=4, max_model_len=64,
-        host_memory=16 * 1024 * MIB,
+        host_memory=4 * 1024 * MIB,
     )  # fmt: skip
     for profile, is_planned in ((slow, False), (replace(slow, source="measured"), True)):
         assert profile.is_assumed != is_planned

@@ -272,7 +272,7 @@ def test_they_do_not_lose_where_they_do_not(right, row_cost, layer_cost):
 
 
 def test_it_is_said_what_guesses(case, capsys):
-    arguments = ["generate", "-m", str(case.path), "--host-memory", "8GiB", "-n", "20", "--temp",
+    arguments = ["generate", "-m", str(case.path), "--host-memory", "4GiB", "-n", "20", "--temp",
                  "0", "--max-model-len", "64", "--json", "w5 w6 w7"]  # fmt: skip
     assert main(arguments) == 0
     plain = json.loads(capsys.readouterr().out.splitlines()[-1])

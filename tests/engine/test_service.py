@@ -176,7 +176,7 @@ def test_closing_finishes_the_pass_under_way_and_keeps_what_came() -> None:
     assert engine.is_closed
     assert isinstance(list(short)[-1], RequestOutput)
     if long.open_ids:
-        with pytest.raises(UsageError, match="closed while 1 requests were open"):
+        with pytest.raises(UsageError, match="closed while 1 request ran"):
             list(long)
     with pytest.raises(UsageError, match=r"after close\(\)"):
         service.submit(request("c"))

@@ -11,7 +11,8 @@ from windlass.perf.accuracy import Prediction, compare
 from windlass.perf.estimate import LANES, Estimate, Phase
 from windlass.perf.sizes import Problem
 from windlass.phases import PhaseStats
-from windlass.planner.budget import PlanConstraints, make_plan
+from windlass.planner.budget import make_plan
+from windlass.planner.constraints import PlanConstraints
 from windlass.units import GIB
 from windlass.workload import Workload
 

@@ -21,7 +21,7 @@ from windlass.perf.pass_cost import kv_numbers
 from windlass.perf.sample import sample_layers
 from windlass.perf.simulation import ClockedModel
 from windlass.perf.sizes import DeviceSizes, Problem
-from windlass.planner.budget import PlanConstraints
+from windlass.planner.constraints import PlanConstraints
 from windlass.planner.device_budget import plan_for
 from windlass.units import GIB
 

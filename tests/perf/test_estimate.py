@@ -20,7 +20,8 @@ from windlass.perf.op_cost import Seen
 from windlass.perf.sample import sample_layers
 from windlass.perf.simulation import ClockedModel, PassTimes
 from windlass.perf.sizes import Problem
-from windlass.planner.budget import PlanConstraints, make_plan
+from windlass.planner.budget import make_plan
+from windlass.planner.constraints import PlanConstraints
 from windlass.units import GIB
 from windlass.workload import Workload
 

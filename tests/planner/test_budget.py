@@ -16,7 +16,8 @@ from windlass.kvcache.kv_cache import bytes_per_token
 from windlass.models.spec import Gqa
 from windlass.perf.sizes import Sizes
 from windlass.plan import Plan
-from windlass.planner.budget import PlanConstraints, make_plan
+from windlass.planner.budget import make_plan
+from windlass.planner.constraints import PlanConstraints
 from windlass.planner.validate import validate_plan
 from windlass.units import GIB, MIB
 
@@ -193,3 +194,32 @@ def test_groups_are_part_of_the_plan():
         validate_plan(plan, spec, sizes, PlanConstraints(groups=3), 8 * GIB)
     with pytest.raises(UsageError, match="plan: groups: got 0, allowed 1 or more"):
         validate_plan(replace(plan, groups=0), spec, sizes, PlanConstraints(), 8 * GIB)
+
+
+def test_a_server_has_room_for_several_contexts():
+    """Where all weights fit, of all that is left; else of a smaller share than a job's, so that few
+    clients find no fewer experts."""
+    spec, sizes = SPECS["olmoe-1b-7b"], round_sizes(SPECS["olmoe-1b-7b"])
+    job, server = PlanConstraints(), PlanConstraints(serves=True)
+    for budget in (2, 3, 4, 8, 16, 64):
+        one, other = (make_plan(spec, sizes, budget * GIB, wanted) for wanted in (job, server))
+        tokens = other.host.kv_pages * other.page_tokens
+        assert other.host.slots[Part.EXPERT] >= one.host.slots[Part.EXPERT]
+        assert (one.max_num_seqs, one.max_num_batched_tokens) == (
+            other.max_num_seqs, other.max_num_batched_tokens,
+        )  # fmt: skip
+        assert tokens // other.max_model_len >= min(4, tokens // 4096)
+        assert other.max_model_len >= min(4096, tokens, spec.max_positions)
+    assert other.host.slots == sizes.num_parts
+    assert other.host.total_bytes > 63 * GIB, "all that is left"
+    few = replace(server, max_num_seqs=4)
+    most = make_plan(spec, sizes, 64 * GIB, few).host
+    assert most.kv_pages * other.page_tokens == 4 * spec.max_positions, "no sequence wants more"
+    asked = make_plan(spec, sizes, 4 * GIB, replace(few, max_model_len=3000))
+    assert asked.max_model_len == 3000
+
+
+def test_a_plan_of_a_server_is_replayed_as_any_other():
+    spec, sizes = SPECS["olmoe-1b-7b"], round_sizes(SPECS["olmoe-1b-7b"])
+    plan = make_plan(spec, sizes, 4 * GIB, PlanConstraints(serves=True))
+    validate_plan(plan, spec, sizes, PlanConstraints(), 4 * GIB)

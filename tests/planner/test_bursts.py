@@ -12,9 +12,10 @@ from windlass.models.spec import Moe
 from windlass.perf.estimate import estimate
 from windlass.perf.sizes import Problem
 from windlass.plan import Plan
-from windlass.planner.budget import PlanConstraints, make_plan
+from windlass.planner.budget import make_plan
 from windlass.planner.bursts import find_bursts, with_bursts
 from windlass.planner.choose import choose_plan, plain_plan
+from windlass.planner.constraints import PlanConstraints
 from windlass.planner.explain import explain
 from windlass.planner.validate import validate_plan
 from windlass.units import GIB

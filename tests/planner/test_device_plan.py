@@ -16,8 +16,8 @@ from windlass.ids import DEVICE, Home, Part
 from windlass.perf.estimate import estimate
 from windlass.perf.sizes import Sizes
 from windlass.plan import HomeShares, Plan, TierPlan
-from windlass.planner.budget import PlanConstraints
 from windlass.planner.choose import choose_plan, plain_plan
+from windlass.planner.constraints import PlanConstraints
 from windlass.planner.device_budget import plan_for
 from windlass.planner.explain import explain
 from windlass.planner.search import _Machine, search

@@ -17,7 +17,7 @@ from windlass.errors import BudgetError
 from windlass.hardware.preset import preset_names
 from windlass.options import EngineOptions
 from windlass.perf.sizes import Backend, Problem
-from windlass.planner.budget import PlanConstraints
+from windlass.planner.constraints import PlanConstraints
 from windlass.planner.explain import Explanation, explain, weight_bytes
 from windlass.units import GIB, MIB
 from windlass.workload import Workload
@@ -245,8 +245,17 @@ def test_without_a_machine_this_one_is_measured(tmp_path, monkeypatch, capsys):
         (("--machine", "laptop", "--device", "cuda"), "--device: "),
         (("--machine", "laptop", "--device-memory", "1GiB"), "has no GPU"),
         (("--machine", "cray"), "allowed a100, a5000"),
-        (("--hardware", "5090"), "machine: got '5090', allowed a100, a5000"),
+        (("--hardware", "5090"), "windlass: --hardware: got '5090', allowed a100, a5000"),
         (("--hardware", "t4", "--device-memory", "100MiB"), "raise --device-memory"),
+        (
+            ("--machine", "l4", "--device-memory", "160GiB"),
+            "--device-memory: got 160 GiB, allowed up to 24576MiB: all that the machine has, ",
+        ),
+        (
+            ("--machine", "l4", "--host-memory", "1TiB"),
+            "--host-memory: got 1.00 TiB, allowed up to 188713MiB: all that the machine has, ",
+        ),
+        (("--host-memory", "100TiB"), "--host-memory: got 100 TiB, allowed up to "),
         (("--num-requests", "0"), "num-requests"),
         (("--machine", "laptop", "--host-memory", "100MiB"), "needs at least"),
     ],

@@ -6,7 +6,7 @@ import pytest
 
 from devices import device_problem, quick_search, small_spec
 from windlass.models.spec import Moe
-from windlass.planner.budget import PlanConstraints
+from windlass.planner.constraints import PlanConstraints
 from windlass.planner.device_budget import plan_for, row_reads
 from windlass.planner.explain import explain
 from windlass.planner.validate import validate_plan

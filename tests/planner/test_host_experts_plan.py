@@ -5,7 +5,7 @@ from dataclasses import replace
 from devices import device_problem, quick_search, small_spec, with_rates
 from windlass.models.spec import Moe
 from windlass.perf.estimate import estimate
-from windlass.planner.budget import PlanConstraints
+from windlass.planner.constraints import PlanConstraints
 from windlass.planner.device_budget import plan_for
 from windlass.planner.explain import explain
 from windlass.planner.search import search

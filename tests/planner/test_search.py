@@ -15,8 +15,9 @@ from windlass.ids import Part
 from windlass.models.spec import Moe
 from windlass.perf.estimate import estimate, steady_seconds
 from windlass.perf.sizes import Problem
-from windlass.planner.budget import PlanConstraints, make_plan
+from windlass.planner.budget import make_plan
 from windlass.planner.choose import choose_plan, single_request
+from windlass.planner.constraints import PlanConstraints
 from windlass.planner.search import search
 from windlass.units import GIB, MIB
 from windlass.workload import Job, Workload

@@ -236,7 +236,7 @@ def test_perplexity_is_transformers(family: str, length: int, tmp_path: Path) ->
 
 def test_a_text_of_one_token_is_refused(tmp_path: Path) -> None:
     make_model("mixtral", tmp_path)
-    with pytest.raises(UsageError, match="text: has 1 tokens, allowed 2 or more"):
+    with pytest.raises(UsageError, match="text: got 1 token, allowed 2 or more"):
         measure(EngineOptions(model=str(tmp_path), host_memory=4 << 30), "w5", window=WINDOW)
 
 

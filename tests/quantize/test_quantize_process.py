@@ -21,7 +21,7 @@ from dequantised import dequantised
 from processes import PATIENCE_S, forked, printing_to
 from windlass.checkpoint import synthetic as synth
 from windlass.cli import main
-from windlass.device.host_memory import peak_resident_bytes
+from windlass.device.process_memory import peak_resident_bytes
 from windlass.quantize import output_folder, writer
 from windlass.quantize.convert import QuantizeOptions, quantize
 from windlass.quantize.scheme import make_scheme
@@ -117,7 +117,7 @@ def test_kill_9_at_any_moment_changes_no_byte_and_repeats_one_tensor(
     assert 5 < done < total
     result = run(model, out)
     assert result.returncode == 0, result.stderr
-    assert f"going on: {done} of {total} tensors are finished" in result.stdout
+    assert f"going on: {done} of {total} tensors finished" in result.stdout
     assert contents(out) == expected
     read = int(re.findall(r"bytes (\d+)", result.stdout)[0])
     tensors = load_file(model / "model.safetensors")

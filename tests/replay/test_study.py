@@ -99,7 +99,7 @@ def test_the_document_is_plain_and_whole(found):
 
 def test_the_table_names_every_run(found):
     lines = found[0].lines()
-    assert "2 layers of 10 experts, top 2; 1 sequences, 60 passes" in lines[0]
+    assert "2 layers of 10 experts, top 2; 1 sequence, 60 passes" in lines[0]
     assert lines[1].split()[:4] == ["resident", "machine", "forecast", "policy"]
     assert len([line for line in lines if line.startswith(("30 %  ", "100 %  "))]) == 24
     assert sum("Belady" in line for line in lines) == 2

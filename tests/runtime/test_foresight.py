@@ -160,7 +160,7 @@ def test_replay_finds_the_hits_of_the_engine(policy, model, tmp_path):
     [
         ({"expert_forecast": "luck"}, "expert_forecast: got 'luck', allowed learned"),
         ({"expert_cache_policy": "fifo"}, "expert_cache_policy: got 'fifo', allowed next-use"),
-        ({"expert_map_store": "x"}, "expert_map_store: allowed with expert_forecast finemoe"),
+        ({"expert_map_store": "x"}, "expert_map_store: got one beside expert_forecast learned"),
     ],
 )
 def test_names_that_nobody_has_are_refused(options, message):

@@ -37,7 +37,7 @@ from windlass.engine.drafting import Drafting
 from windlass.errors import UsageError
 from windlass.ids import Home
 from windlass.kernels.reference import TorchKernels
-from windlass.kvcache.kv_tiers import home_of
+from windlass.kvcache.kv_tiers import content_name, home_of
 from windlass.models.registry import read_description
 from windlass.models.spec import Mla
 from windlass.options import EngineOptions, read_config
@@ -187,6 +187,25 @@ def test_few_pages_of_each_home(model):
             preempted += engine.stats().num_preemptions
     assert found[1:] == found[:1] * 3
     assert preempted > 0
+
+
+def test_who_has_no_name_has_the_home_of_its_prompt_and_seed(model):
+    """A server names requests by chance: the same body has the same bits again."""
+    own = model("qwen3_moe")
+    plan = own.plan_for(0.5)
+    homes, found = [], []
+    for names in ("abcdef", "ghijkl"):
+        with own.open(plan, backend="cpu") as engine:
+            for name, prompt in zip(names, prompts((30, 28, 31, 25, 60, 29)), strict=True):
+                one = request(name, prompt, max_tokens=5, logprobs=1, temperature=0.8, seed=7)
+                engine.add(replace(one, is_named=False))
+                engine.step()
+                held = {tier.name: tier.kv_bytes > 0 for tier in engine.look().tiers}
+                homes.append(held[HOST])
+                found += [output.outputs for output in run_all(engine, []).values()]
+    assert homes[:6] == homes[6:] and len(set(homes)) == 2
+    assert found[:6] == found[6:]
+    assert content_name((1, 2), 7) != content_name((1, 2), None) != content_name((1, 3), None)
 
 
 def test_prompts_find_what_others_of_their_home_have_computed(model):

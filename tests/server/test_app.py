@@ -158,6 +158,13 @@ def test_until_the_model_is_there_everything_says_so() -> None:
         assert error_of(refused, 503)["type"] == "server_error" and refused.headers["retry-after"]
 
 
+def test_a_request_has_a_seed_by_chance_and_a_home_by_its_body(server: Server) -> None:
+    for _ in range(2):
+        assert server.post(CHAT, HELLO).status == 200
+    one, other = server.engine.added
+    assert one.seed_key != other.seed_key and not one.is_named and not other.is_named
+
+
 def test_too_many_requests_are_told_to_come_again() -> None:
     server = Server(FakeEngine(step_s=0.05), answers=1)
 

@@ -245,7 +245,7 @@ def test_stopping_a_server_stops_at_a_row_and_the_next_goes_on(tmp_path: Path) -
         server.load(engine)
         done = server.wait(batch["id"], "completed")
         computed += len(engine.added)
-        assert any("of 400 rows are done" in line for line in server.said)
+        assert any("of 400 rows done" in line for line in server.said)
         out, _ = of_run_batch(tmp_path, content, batch["created_at"])
         assert content_of(server, done["output_file_id"]) == out
     assert computed <= 400 + 2 * 4  # the window that was under way

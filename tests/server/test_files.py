@@ -170,6 +170,36 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_kept(
     assert len(list((tmp_path / "data/files").iterdir())) == 2
 
 
+def test_all_files_together_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of an earlier server; what is refused or deleted does not count."""
+    monkeypatch.setattr(file_routes, "_WRITE_BYTES", 100)
+    with data_server(tmp_path, stored_bytes=10_000) as server:
+        first = server.upload(b"x" * 6000).json
+    with data_server(tmp_path, stored_bytes=10_000) as server:
+        for _ in range(2):
+            answered = server.upload(b"x" * 4001, cut=64)
+            assert answered.status == 413
+            error = answered.json["error"]
+            assert error["code"] == "storage_limit_exceeded"
+            assert error["type"] == "invalid_request_error"
+            assert "allowed 10000 (--max-stored-size)" in error["message"]
+        announced = {
+            "content-type": "multipart/form-data; boundary=b", "content-length": "500000",
+        }  # fmt: skip
+        assert server.ask("POST", "/v1/files", pieces=[], headers=announced).status == 413
+        assert len(list((tmp_path / "files").iterdir())) == 2
+        assert server.upload(b"x" * 4000).status == 200
+        assert server.upload(b"x").status == 413
+        assert server.ask("DELETE", f"/v1/files/{first['id']}").status == 200
+        assert server.upload(b"x" * 6000).status == 200
+        # results of batches are kept whatever there is
+        (tmp_path / "out").write_bytes(b"x" * 500)
+        server.data.files.keep(
+            tmp_path / "out", filename="o", purpose="batch_output", file_id="file-o"
+        )
+        assert server.upload(b"x").status == 413
+
+
 def test_a_full_disk_is_one_clear_error(
     server: DataServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +217,7 @@ def test_a_full_disk_is_one_clear_error(
 
 
 def test_too_many_files(tmp_path: Path) -> None:
-    store = FileStore(tmp_path, most=1)
+    store = FileStore(tmp_path, most=1, most_bytes=100)
     with store.begin() as upload:
         upload.write(b"x")
         upload.end()
@@ -212,7 +242,7 @@ def test_a_file_that_has_expired_is_gone(server: DataServer) -> None:
 def test_one_server_has_a_folder_for_itself(server: DataServer, tmp_path: Path) -> None:
     with (
         pytest.raises(UsageError, match="another server is using; --data-dir gives"),
-        data_folder(tmp_path / "data", most_bytes=1, say=lambda text: None),
+        data_folder(tmp_path / "data", most_bytes=1, stored_bytes=1, say=lambda text: None),
     ):
         pass
 

@@ -17,6 +17,10 @@ import pytest
 from live_server import Running, serving
 from processes import PATIENCE_S
 from windlass import LLM, SamplingParams
+from windlass.cli import main
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+from server import health
 
 MESSAGES: Any = [{"role": "user", "content": "Tell me of the sea."}]
 
@@ -190,7 +194,7 @@ def asked(server: Running, *pieces: bytes) -> tuple[int, Any]:
         ([POST % (b"1.0", len(STREAM), b"") + STREAM], 400, "from HTTP/1.1 on"),
         ([POST % (b"1.1", len(BODY), b"expect: 100-continue\r\nconnection: close\r\n"), BODY],
          200, ""),
-        ([POST % (b"1.1", 1 << 40, b"expect: 100-continue\r\n")], 413, "too large"),
+        ([POST % (b"1.1", 1 << 40, b"expect: 100-continue\r\n")], 413, "body: got more than the "),
         ([b"NONSENSE\r\n\r\n"], 400, "not readable as HTTP"),
         ([b"GET /health HTTP/1.1\r\nx-long: " + b"a" * (1 << 17)], 431, "headers: too large"),
         ([b"GET /health HTTP/1.1\r\n" + b"x-a: b\r\n" * (1 << 14) + b"\r\n"], 431, "headers"),
@@ -325,6 +329,17 @@ def test_a_batch_of_the_client_beside_others(server: Running, tmp_path: Path) ->
         client.batches.cancel(batch.id)
 
 
+def test_health_is_told_beside_streams_and_large_prompts(server: Running) -> None:
+    """How soon, `bench/server/health.py` measures."""
+    load = health.Load(f"127.0.0.1:{server.port}")
+    assert len(load.run(1.0)) > 1
+    assert load.events > 0 and set(load.statuses) <= {200, 400} and sum(load.statuses.values()) > 0
+    deadline = time.monotonic() + PATIENCE_S
+    while server.get("/v1/stats")[1]["running"] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.get("/v1/stats")[1]["running"] == 0
+
+
 def test_errors_reach_the_client_as_its_own_classes(server: Running) -> None:
     client = server.client()
     with pytest.raises(openai.NotFoundError, match="does not exist"):
@@ -382,6 +397,22 @@ def test_answers_that_take_too_long_end_with_an_error() -> None:
         assert server.exit_code() == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--device", "cuda:99"), "windlass: --device: got 'cuda:99', allowed "),
+        (("--host-memory", "100TiB"), "windlass: --host-memory: got 100 TiB, allowed up to "),
+    ],
+)
+def test_what_the_machine_has_not_is_said_before_the_port_is_open(
+    words: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--port", "0", *words]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith(message)
+    assert "listening" not in shown.err
+
+
 def test_an_address_that_is_taken_is_one_clear_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -390,4 +421,4 @@ def test_an_address_that_is_taken_is_one_clear_error() -> None:
             capture_output=True, text=True, timeout=PATIENCE_S,
         )  # fmt: skip
     assert found.returncode == 2
-    assert found.stderr.splitlines()[-1].startswith(f"windlass: port: got 127.0.0.1:{port}")
+    assert found.stderr.splitlines()[-1].startswith(f"windlass: --port: got 127.0.0.1:{port}")

@@ -74,7 +74,9 @@ def tree(tmp_path: Path, cgroup: str, mounts: list[str], files: Mapping[str, obj
     """A /proc whose mount points lie below `tmp_path`; `{}` in `mounts` stands for that."""
     proc = tmp_path / "proc"
     (proc / "self").mkdir(parents=True)
-    (proc / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {MACHINE // 1024} kB\n")
+    (proc / "meminfo").write_text(
+        f"MemTotal: {2 * MACHINE // 1024} kB\nMemAvailable: {MACHINE // 1024} kB\n"
+    )
     (proc / "self/cgroup").write_text(cgroup)
     (proc / "self/mountinfo").write_text("".join(m.format(tmp_path) + "\n" for m in mounts))
     for name, text in files.items():

@@ -53,12 +53,16 @@ def form(content: bytes, filename: str | None = "in.jsonl", **fields: str) -> by
 class DataServer:
     """`said`: lines that it would print."""
 
-    def __init__(self, folder: Path, *, most_bytes: int = 1 << 20) -> None:
+    def __init__(
+        self, folder: Path, *, most_bytes: int = 1 << 20, stored_bytes: int = 1 << 30
+    ) -> None:
         self._stack = ExitStack()
         self.said: list[str] = []
         self.state = make_state(("fake",), ServerLimits())
         self.data: DataFolder = self._stack.enter_context(
-            data_folder(folder, most_bytes=most_bytes, say=self.said.append)
+            data_folder(
+                folder, most_bytes=most_bytes, stored_bytes=stored_bytes, say=self.said.append
+            )
         )
         self.state.data = self.data
         self.app = make_app(self.state)

@@ -65,7 +65,7 @@ def engine_for(
     path: Path, *, device: Device | None = None, kernels: Kernels | None = None, **options: Any
 ) -> Engine:
     """An engine with room for everything, unless `options` say otherwise."""
-    options.setdefault("host_memory", 16 * 1024 * MIB)
+    options.setdefault("host_memory", 4 * 1024 * MIB)
     options.setdefault("max_model_len", 256)
     options.setdefault("max_num_seqs", 8)
     options.setdefault("max_num_batched_tokens", 512)

@@ -27,7 +27,7 @@ def _run(folder: str, case: dict[str, Any], backend: Any, result: Connection) ->
     prompts = case["prompts"]
     new = [case["new"] + case.get("longer", 0) * i for i in range(len(prompts))]
     options = EngineOptions(
-        model=folder, load_format="dummy", host_memory=8 << 30, max_num_seqs=len(prompts),
+        model=folder, load_format="dummy", host_memory=4 << 30, max_num_seqs=len(prompts),
         max_num_batched_tokens=case["rows"], max_model_len=max(prompts) + max(new),
         moe_expert_cache_size=case.get("moe_expert_cache_size", "1"), generation_config="vllm",
         moe_backend=backend, kv_cache_dtype=case.get("kv_cache_dtype", "auto"),

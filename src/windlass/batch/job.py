@@ -30,6 +30,7 @@ from windlass.errors import JobError, UsageError
 from windlass.files import replace_file
 from windlass.params import SamplingParams
 from windlass.protocol.openai import ChatTokenizer, ServedModel
+from windlass.units import counted
 from windlass.workload import Job
 
 
@@ -280,10 +281,11 @@ def _write_plan(options: JobOptions, plan: PlanLike) -> None:
 def _greet(options: JobOptions, ledger: Ledger, journal: Journal, progress: JobProgress) -> None:
     if ledger.num_before:
         progress.say(
-            f"resuming {options.output_file}: {ledger.num_before} of {len(ledger)} rows are done"
+            f"resuming {options.output_file}: {ledger.num_before} of"
+            f" {counted(len(ledger), 'row')} done"
         )
     else:
-        progress.say(f"{options.input_file}: {len(ledger)} rows")
+        progress.say(f"{options.input_file}: {counted(len(ledger), 'row')}")
     if ledger.num_strangers:
         progress.say(
             f"{ledger.num_strangers} results in {journal.path} are of rows that this input does not"

@@ -14,9 +14,7 @@ import torch
 from windlass.decoder.attention import kv_shape, value_width
 from windlass.decoder.recurrent import state_shapes
 from windlass.decoder.rope import bytes_per_position
-from windlass.device.host_memory import (
-    resident_bytes,
-)
+from windlass.device.process_memory import resident_bytes
 from windlass.device.processors import default_threads, quota_note
 from windlass.engine.drafts import bytes_per_known_token
 from windlass.errors import UsageError
@@ -43,7 +41,7 @@ from windlass.options import (
     resolve_model,
 )
 from windlass.perf.sizes import Backend, DeviceSizes
-from windlass.planner.budget import PlanConstraints
+from windlass.planner.constraints import PlanConstraints
 from windlass.perf.sizes import Sizes
 from windlass.runtime.attention_ops import ropes
 from windlass.schedule.passes import PassShape

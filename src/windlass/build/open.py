@@ -11,14 +11,8 @@ import torch
 
 from windlass.device.base import Device, room_on_device
 from windlass.device.cpu import CpuDevice
-from windlass.device.host_memory import (
-    LARGE_BYTES,
-    HostAllocator,
-    available_bytes,
-    memory_limits,
-    resident_bytes,
-    return_freed_memory,
-)
+from windlass.device.host_memory import LARGE_BYTES, HostAllocator, return_freed_memory
+from windlass.device.process_memory import available_bytes, resident_bytes
 from windlass.engine.admission import Admission, Decoding
 from windlass.engine.drafting import Drafting
 from windlass.engine.bursts import Turns
@@ -41,6 +35,7 @@ from windlass.build.device_choice import CpuIsSooner, beside_cpu
 from windlass.build.devices import limit, open_gpu, sizes_above, uses_gpu
 from windlass.build.expected import EngineExpectation
 from windlass.build.foresight import follows_sequences, make_outfit
+from windlass.build.host_budget import check_budget, default_budget, largest_budget
 from windlass.build.homes import choose_host_kernels, host_fingerprint, open_host, open_kv
 from windlass.build.routers import read_routers
 from windlass.build.tiers import Tiers, check_tiers, open_weights
@@ -59,7 +54,7 @@ from windlass.options import (
 from windlass.params import SamplingParams
 from windlass.plan import Plan
 from windlass.perf.sizes import Backend, DeviceSizes, Problem, Sizes
-from windlass.planner.budget import PlanConstraints
+from windlass.planner.constraints import PlanConstraints
 from windlass.planner.choose import Chosen, choose_plan, plain_plan
 from windlass.planner.validate import validate_plan
 from windlass.prefetch.guard import WindowGuard
@@ -67,13 +62,10 @@ from windlass.runtime.host import DraftingHostRuntime, HostRuntime
 from windlass.runtime.machine import Machine
 from windlass.models.spec import ModelSpec
 from windlass.trace import Tracer
-from windlass.units import MIB, format_bytes
+from windlass.units import format_bytes
 from windlass.version import VERSION
 from windlass.workload import Job
 
-_DEFAULT_SHARE = 0.8  # of the memory that is available, where no budget is given
-# Left free below the limit of a memory cgroup: page tables and buffers of the kernel count too
-_LIMIT_MARGIN = 32 * MIB
 _BURST_STRETCHES = 2  # of passes, that bursts and lockstep are compared over
 
 
@@ -116,6 +108,7 @@ def open_engine(
 
     Sets how torch and malloc work in this process, and logs what it sets (level INFO).
     """
+    check_budget(options.host_memory)
     found = _Given(device, above, kernels, source, profile)
     try:
         return _open(options, found)
@@ -210,18 +203,19 @@ def _setup(
     params = default_params(model.folder, options)
     longest = options.max_model_len or model.spec.max_positions
     job = source.job(tokenizer, params, longest) if source else None
+    serves = source is not None and job is None
     profile = profile or assumed_profile(threads=backend.threads, memory_bytes=available_bytes())
     # after all that the process has grown by
     sizes = replace(sizes_of(model, options, backend), device=device)
     wanted = wanted_of(options, model)
     problem = Problem(model.spec, sizes, profile)
-    chosen = _choose(_Choice(problem, wanted, options, replayed), job)
+    chosen = _choose(_Choice(problem, wanted, options, replayed, serves), job)
     longest_row = chosen.plan.max_model_len
     beside = source.row_bytes(longest_row, tokenizer.vocab_size) if source else 0
     if beside:  # known only now: texts that no prompt can be so long as are not tokenised
         sizes = replace(sizes, process_bytes=sizes.process_bytes + beside)
         problem = replace(problem, sizes=sizes)
-        chosen = _choose(_Choice(problem, wanted, options, replayed), job)
+        chosen = _choose(_Choice(problem, wanted, options, replayed, serves), job)
     compared: tuple[str, ...] = ()
     is_open = options.device == AUTO and not options.kv_offloading_share
     if job is not None and is_open and found.above is None:
@@ -257,7 +251,7 @@ def _setup(
         ),
         expectation=EngineExpectation(chosen),
         keeps_bursts=options.burst_tokens is not None,
-        is_paced=source is not None and job is None,
+        is_paced=serves,
         has_job=job is not None,
     )
 
@@ -269,10 +263,11 @@ class _Choice(NamedTuple):
     wanted: PlanConstraints
     options: EngineOptions
     replayed: Plan | None
+    serves: bool = False
 
 
 def _choose(by: _Choice, job: Job | None) -> Chosen:
-    problem, wanted, options, replayed = by
+    problem, wanted, options, replayed, _ = by
     if replayed is not None:
         most = options.host_memory or largest_budget()
         validate_plan(replayed, problem.spec, problem.sizes, wanted, most)
@@ -285,7 +280,7 @@ def _choose(by: _Choice, job: Job | None) -> Chosen:
     # without rates of a GPU that is there nothing can be searched
     is_unknown = problem.sizes.device is not None and problem.profile.device is None
     if job is None or is_unknown:
-        return plain_plan(problem, budget, wanted)
+        return plain_plan(problem, budget, replace(wanted, serves=by.serves))
     before = resident_bytes()
 
     def growth() -> int:
@@ -364,21 +359,6 @@ def _known_cache_dtype(plan: Plan) -> Any:
             f"plan: kv_cache_dtype: got {plan.kv_cache_dtype!r}, allowed {', '.join(CACHE_DTYPES)}"
         )
     return plan.kv_cache_dtype
-
-
-def default_budget() -> int:
-    """Memory for the whole process where the user names none: below every limit on it."""
-    return _budget(_DEFAULT_SHARE)
-
-
-def largest_budget() -> int:
-    """All memory that this process could have."""
-    return _budget(1.0)
-
-
-def _budget(share: float) -> int:
-    budget = resident_bytes() + int(share * available_bytes())
-    return min([budget, *(group.limit - _LIMIT_MARGIN for group in memory_limits())])
 
 
 def _fingerprint(

@@ -92,7 +92,19 @@ def _dispatch(arguments: list[str]) -> int:
     environment = system_environment(COMMANDS)
     own = {each for flag in command.flags for each in flag.names}
     known = translate_known(refuse_known(rest, own=own))
-    return command.run(read_values(command, known, environment), rest)
+    values = read_values(command, known, environment)
+    try:
+        return command.run(values, rest)
+    except UsageError as error:
+        raise UsageError(_as_typed(str(error), command, options)) from error
+
+
+def _as_typed(message: str, command: Command, options: Sequence[str]) -> str:
+    """An error that begins with the name of an option, with that as it was typed."""
+    name, colon, rest = message.partition(":")
+    typed = {option.partition("=")[0] for option in options}
+    found = [one for flag in command.flags if flag.key == name for one in flag.names]
+    return next((one for one in found if one in typed), name) + colon + rest
 
 
 def _overview() -> str:

@@ -24,7 +24,7 @@ from windlass.cli.summary import (
 from windlass.doctor.kept import kept_profile, with_kept_usage
 from windlass.errors import RequestError, UsageError
 from windlass.hub.locate import locate
-from windlass.units import format_bytes
+from windlass.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from windlass.engine.engine import Engine
@@ -86,7 +86,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         raise RequestError(output.error)
     choice = output.outputs[0]
     print(
-        f"{len(output.prompt_token_ids)} tokens in, {len(choice.token_ids)} out, "
+        f"{counted(len(output.prompt_token_ids), 'token')} in, {len(choice.token_ids)} out, "
         f"{len(choice.token_ids) / seconds:.2f} per s; {format_bytes(stats.bytes_read)} read, "
         f"{weights_words(stats)}, {memory_words(stats)}",
         *prefetch_lines(stats),

@@ -14,11 +14,11 @@ from windlass.doctor.kept import cache_folder
 from windlass.errors import UsageError
 from windlass.hub.locate import locate
 from windlass.options import AUTO, CPU, EngineOptions, default_params, resolve_model
-from windlass.units import MIB
+from windlass.units import MIB, format_bytes
 
 if TYPE_CHECKING:
     from windlass.checkpoint.folder import CheckpointFolder
-    from windlass.hardware.profile import HardwareProfile
+    from windlass.hardware.profile import HardwareProfile, Processor
     from windlass.perf.sizes import Sizes
     from windlass.planner.one_sequence import OneSequence
     from windlass.replay.routing_trace import RoutingTrace
@@ -62,7 +62,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     from windlass.build.checkpoint_sizes import sizes_of, wanted_of
     from windlass.checkpoint.folder import read_model
     from windlass.perf.sizes import Problem
-    from windlass.planner.budget import check_constraints
+    from windlass.planner.constraints import check_constraints
     from windlass.planner.explain import explain
     from windlass.planner.one_sequence import one_sequence
 
@@ -112,6 +112,10 @@ def _check(values: Mapping[str, Any]) -> None:
     if values["workload"] is not None and lengths:
         name = lengths[0].replace("_", "-")
         raise UsageError(f"--{name}: not beside --workload, whose own lengths are planned for")
+    if values["machine"] is None:
+        from windlass.build.host_budget import check_budget
+
+        check_budget(values["host_memory"])
 
 
 def options_to_plan(
@@ -194,18 +198,31 @@ def _with_device(
 
     if profile.device is None:
         return sizes
+    if options.device_memory is not None:
+        _check_has(profile, "device_memory", options.device_memory, profile.device)
     memory = options.device_memory or int(_DEVICE_SHARE * profile.device.memory_bytes)
     backend = "torch" if options.moe_backend == "torch" else "triton"
     device = device_sizes(model, budget_bytes=memory, process_bytes=_CONTEXT_BYTES, backend=backend)
     return replace(sizes, device=device, process_bytes=sizes.process_bytes + _LIBRARY_BYTES)
 
 
+def _check_has(machine: "HardwareProfile", name: str, wanted: int, own: "Processor") -> None:
+    """UsageError where more is to be taken of a memory than the machine has."""
+    if wanted > own.memory_bytes:
+        raise UsageError(
+            f"{name}: got {format_bytes(wanted)}, allowed up to {own.memory_bytes // MIB}MiB: all"
+            f" that the machine has, {machine.name}"
+        )
+
+
 def _budget(values: Mapping[str, Any], profile: "HardwareProfile") -> int:
     if values["host_memory"] is not None:
+        if values["machine"] is not None:
+            _check_has(profile, "host_memory", values["host_memory"], profile.host)
         return int(values["host_memory"])
     if values["machine"] is not None:
         return int(_SHARE * profile.host.memory_bytes)
-    from windlass.build.open import default_budget
+    from windlass.build.host_budget import default_budget
 
     return default_budget()
 

@@ -14,6 +14,7 @@ from windlass.cli.plan_command import machine_to_plan, options_to_plan
 from windlass.errors import UsageError
 from windlass.files import replace_file
 from windlass.options import EXPERT_CACHE_POLICIES, EXPERT_FORECASTS
+from windlass.units import counted
 
 if TYPE_CHECKING:
     from windlass.perf.sizes import Problem
@@ -127,7 +128,10 @@ def _trace(values: Mapping[str, Any]) -> "RoutingTrace":
 
     file = Trace(values["file"])
     if file.cut_bytes:
-        say_line(f"replay: {values['file']}: its last {file.cut_bytes} bytes are no whole pass")
+        say_line(
+            f"replay: {values['file']}: the last {counted(file.cut_bytes, 'byte')} of it make no"
+            f" whole pass"
+        )
     trace = read_trace(file, with_states=not set(WITH_STATES).isdisjoint(values["expert_forecast"]))
     if values["max_num_seqs"] is not None:
         trace = trace.lockstep(values["max_num_seqs"])

@@ -14,12 +14,13 @@ from windlass.cli.summary import plan_lines
 from windlass.doctor.kept import cache_folder, kept_profile, with_kept_usage
 from windlass.errors import UsageError
 from windlass.hub.locate import locate
-from windlass.options import EngineOptions, model_name, resolve_model
-from windlass.units import MIB, format_bytes
+from windlass.options import AUTO, CPU, EngineOptions, model_name, resolve_model
+from windlass.units import GIB, MIB, counted, format_bytes
 
 if TYPE_CHECKING:
     from windlass.batch.job_options import JobOptions
     from windlass.engine.engine import Engine
+    from windlass.plan import Plan
     from windlass.server.data_folder import DataFolder
     from windlass.server.state import Loaded
 
@@ -78,6 +79,9 @@ FLAGS = (
          "goes on with its batches (default: windlass/serve/MODEL in the user's cache)"),
     Flag(name="max-file-size", read=size, metavar="SIZE", default=512 * MIB, group=_SERVER,
          help="longest uploaded file (default 512MiB)"),
+    Flag(name="max-stored-size", read=size, metavar="SIZE", default=16 * GIB, group=_SERVER,
+         help="bytes of all files together, those that batches have written among them; uploads "
+         "beyond get status 413 (default 16GiB)"),
     *PARSER_FLAGS,
     *ENGINE_FLAGS,
     CONFIG_FLAG,
@@ -100,7 +104,9 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     if values["api_key"] is not None and not keys:
         raise UsageError("--api-key: got an empty key")
     values = {**values, "model": _model(values)}
-    located = locate(engine_options(values))
+    options = engine_options(values)
+    _check_machine(options)
+    located = locate(options)
     names = _names(values["served_model_name"], located.options.model, values["model"])
     ping, drain = values["sse_ping_interval"], values["shutdown_timeout"]
     most = values["request_timeout"]
@@ -127,7 +133,7 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
         options = with_kept_usage(located.with_weights(say_line, downloaded))
         note("opening the checkpoint, planning memory")
         engine = open_engine(options, source=_Clients(), profile=kept_profile(options))
-        for line in plan_lines(engine):
+        for line in (*plan_lines(engine), _room_line(engine.plan)):
             say_line(line)
         served = ServedModel(
             names, engine.tokenizer, engine.max_model_len, engine.default_params,
@@ -151,6 +157,17 @@ def run(values: Mapping[str, Any], arguments: Sequence[str]) -> int:
     return 0
 
 
+def _check_machine(options: EngineOptions) -> None:
+    """UsageError for what this machine has not, before a port is open and weights are loaded."""
+    from windlass.build.host_budget import check_budget
+
+    check_budget(options.host_memory)
+    if options.device not in (AUTO, CPU):
+        from windlass.device.cuda import cuda_index
+
+        cuda_index(options.device)
+
+
 def _data_folder(values: Mapping[str, Any], name: str, stack: ExitStack) -> "DataFolder | str":
     """Where files and batches are; why there are none, where another server has the folder and
     none was named. Raises UsageError where a folder that was named cannot be had."""
@@ -158,7 +175,12 @@ def _data_folder(values: Mapping[str, Any], name: str, stack: ExitStack) -> "Dat
 
     given: Path | None = values["data_dir"]
     folder = given or cache_folder() / "windlass/serve" / name.replace("/", "--")
-    opening = data_folder(folder, most_bytes=values["max_file_size"], say=say_line)
+    opening = data_folder(
+        folder,
+        most_bytes=values["max_file_size"],
+        stored_bytes=values["max_stored_size"],
+        say=say_line,
+    )
     try:
         data = stack.enter_context(opening)
     except UsageError as error:
@@ -212,6 +234,18 @@ def _names(given: str | None, folder: str, typed: str) -> tuple[str, ...]:
             raise UsageError("--served-model-name: got an empty name")
         return names
     return tuple(dict.fromkeys((model_name(resolve_model(folder)), typed)))
+
+
+def _room_line(plan: "Plan") -> str:
+    """How many clients have room at once."""
+    longest = plan.max_model_len
+    pools = [tier.kv_pages * plan.page_tokens for tier in plan.homes.values()]
+    whole = min(plan.max_num_seqs, sum(tokens // longest for tokens in pools))
+    each = min(longest, sum(pools) // plan.max_num_seqs)
+    return (
+        f"KV cache of {counted(sum(pools), 'token')}: {counted(whole, 'sequence')} of"
+        f" {longest} tokens at once, or {plan.max_num_seqs} of {each}"
+    )
 
 
 def _facts(engine: "Engine") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from windlass.engine.engine_stats import EngineStats
 from windlass.engine.expectation import Check
 from windlass.ids import DEVICE, DISK, HOST
 from windlass.phases import MODULES
-from windlass.units import format_bytes, format_seconds
+from windlass.units import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from windlass.engine.engine import Engine
@@ -61,8 +61,10 @@ def draft_lines(stats: EngineStats) -> list[str]:
         return []
     share = f" ({100 * own.accepted / own.proposed:.0f} %)" if own.proposed else ""
     return [
-        f"drafts: {own.accepted} of {own.proposed} right{share}, in {own.passes} passes;"
-        f" {own.passes_without} passes could have guessed and did not; {own.note}"
+        f"drafts: {own.accepted} of {own.proposed} right{share}, in"
+        f" {counted(own.passes, 'pass', 'passes')};"
+        f" {counted(own.passes_without, 'pass', 'passes')} could have guessed and did not;"
+        f" {own.note}"
     ]
 
 
@@ -70,7 +72,8 @@ def burst_lines(stats: EngineStats) -> list[str]:
     """How sequences took turns; nothing where none did."""
     if not stats.burst_passes:
         return []
-    line = f"bursts: in {stats.burst_passes} passes one sequence decoded while others waited"
+    passes = counted(stats.burst_passes, "pass", "passes")
+    line = f"bursts: in {passes} one sequence decoded while others waited"
     if stats.bursts_have_lost:
         line += "; all together brought more tokens/s, so that bursts were given up"
     return [line]
@@ -131,7 +134,7 @@ def phase_json(stats: EngineStats, check: Check | None) -> dict[str, Any]:
 
 def _rate(tokens: int, seconds: float) -> str:
     rate = _per_second(tokens, seconds)
-    in_all = f"{tokens} tokens in {format_seconds(seconds)}"
+    in_all = f"{counted(tokens, 'token')} in {format_seconds(seconds)}"
     return in_all if rate is None else f"{in_all}, {rate:.2f} per s"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from windlass.device.host_memory import available_bytes, memory_limits
+from windlass.device.process_memory import available_bytes, memory_limits
 from windlass.kernels.cpu import library
 from windlass.kernels.interface import Kernels
 from windlass.version import VERSION

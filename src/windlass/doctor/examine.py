@@ -38,7 +38,7 @@ from windlass.kernels.interface import Kernels
 from windlass.kernels.select import choose_kernels, device_backend, host_backend
 from windlass.kernels.select_device import choose_device_kernels
 from windlass.options import AUTO, CPU, EngineOptions
-from windlass.units import format_bytes
+from windlass.units import counted, format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,7 +235,7 @@ class _Examination:
         if device is not None:
             host = replace(host, attention_beside_copies=device.attention_beside_copies)
         return HardwareProfile(
-            name=f"{self._environment.cpu}, {self._environment.threads} threads",
+            name=f"{self._environment.cpu}, {counted(self._environment.threads, 'thread')}",
             captured=datetime.now(UTC).isoformat(timespec="seconds"),
             software=self._environment.software,
             threads=self._environment.threads,

@@ -16,7 +16,7 @@ import torch
 
 from windlass.build.open import open_engine
 from windlass.checkpoint.synthetic import preset
-from windlass.device.host_memory import resident_bytes
+from windlass.device.process_memory import resident_bytes
 from windlass.doctor.timing import Timing
 from windlass.engine.engine import Engine
 from windlass.engine.request import Request

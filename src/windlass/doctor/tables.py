@@ -9,7 +9,7 @@ from windlass.doctor.environment import Disk, Environment
 from windlass.doctor.timing import NOISY_SPREAD, noise_line
 from windlass.errors import UsageError
 from windlass.hardware.profile import Curve, HardwareProfile, Processor
-from windlass.units import format_bytes, format_seconds
+from windlass.units import counted, format_bytes, format_seconds
 
 FORMAT_VERSION = 1
 
@@ -112,7 +112,8 @@ def _environment_lines(found: Environment) -> list[str]:
     return [
         f"processor: {found.cpu}; {' '.join(found.features) or 'no known features'};"
         f" cache {found.cache}",
-        f"cores: {found.cores} of {found.machine_cores}; {found.threads} threads compute",
+        f"cores: {found.cores} of {found.machine_cores};"
+        f" {counted(found.threads, 'thread')} to compute",
         f"memory: {format_bytes(found.memory_bytes)}, {format_bytes(found.available_bytes)}"
         f" available; limits on this process: {limits}",
         f"kernels: {found.kernels}",

@@ -10,8 +10,9 @@ grow with the sequence; when none is left, the youngest sequence gives its pages
 computed again from its tokens, which gives the same bits (prompt rows as prompt rows, generated
 rows as generated rows). The oldest sequence never gives way while there is a younger one, and what
 gave way returns first and in the order of age: the oldest comes to its end whatever the others do,
-so all do. Where sequences have several homes (`kvcache/kv_tiers.py`) each has pages of its own, and
-all this holds within it; a home without room does not hold up the other.
+so all do. Where somebody waits for each answer, small newcomers pass one that waits for pages, as
+far as `Passing` has it. Where sequences have several homes (`kvcache/kv_tiers.py`) each has pages
+of its own, and all this holds within it; a home without room does not hold up the other.
 
 Sequences of batches come behind all others, however old: they have the rows that those leave of a
 pass, none begins while another waits, and where a place, a page or a state is wanting the youngest
@@ -20,7 +21,7 @@ of them gives way in the same pass. No row of theirs is in it yet then, so they 
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
+from enum import Enum
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -30,21 +31,14 @@ from windlass.engine.drafting import Drafting
 from windlass.engine.pace import Pace
 from windlass.engine.prompt_pages import Known, PromptPages
 from windlass.engine.request import Request
+from windlass.engine.rows import ScheduledSequence, generated_row, prompt_row, with_drafts
 from windlass.engine.sequence import QueuedSequence, Sequence
-from windlass.engine.waiting_queue import WaitingQueue
+from windlass.engine.waiting_queue import Passing, WaitingQueue
 from windlass.ids import Home
-from windlass.kvcache.kv_cache import KvCache
 from windlass.kvcache.kv_tiers import KvTiers
-from windlass.schedule.batch import CHUNK_TOKENS, Segment, fitting_rows, most_drafts
+from windlass.schedule.batch import CHUNK_TOKENS, fitting_rows, most_drafts
 
 _PLACES = (Home.HOST, Home.DEVICE, Home.STREAMED)  # of rows in a pass
-
-
-class ScheduledSequence(NamedTuple):
-    """A segment and whose it is."""
-
-    sequence: Sequence
-    segment: Segment
 
 
 class Starts(Protocol):
@@ -62,6 +56,12 @@ class Decoding(NamedTuple):
     drafting: Drafting | None = None
     pace: Pace | None = None
     keeps_answers: bool = False
+
+
+class Lack(Enum):
+    """What a newcomer waits for."""
+
+    ROWS, PLACE, PAGES = range(3)
 
 
 class Admission:
@@ -84,16 +84,16 @@ class Admission:
         None."""
         assert max_rows >= max_num_seqs + CHUNK_TOKENS, "a pass must hold all sequences and a chunk"
         self._kv = kv
-        self._max_num_seqs = max_num_seqs
-        self._max_rows = max_rows
+        self._max_num_seqs, self._max_rows = max_num_seqs, max_rows
         self._mixed_prefill_rows = mixed_prefill_rows
         self.turns, self._drafting, self.pace, keeps = decoding or Decoding(Turns())
-        most = self._drafting.most if self._drafting else 0
-        self._most_drafts = most_drafts(max_num_seqs, most)
+        self._most_drafts = most_drafts(max_num_seqs, self._drafting.most if self._drafting else 0)
         self.lengths = OutputLengths()
         self._is_filling = False  # a wave takes in prompts
         self.prompt_pages = PromptPages(kv, long_rope_after, keeps_answers=keeps)
         self.waiting = WaitingQueue(max_num_seqs)
+        # where nobody waits for an answer the order is that of the requests
+        self._passing = Passing({} if self.pace is None else kv.num_positions)
         self.running: list[Sequence] = []  # oldest first, those of batches behind the others
         self.num_preemptions = 0
         self._num_begun = 0
@@ -171,35 +171,39 @@ class Admission:
         for sequence in self.running:
             if sequence.in_prompt and sequence.is_batch == is_batch:
                 left -= self._add_prompt(sequence, left, rows)
-        full: set[Home] = set()
+        full, passing = set[Home](), self._passing
+        passing.begin()
         while left > 0 and self.waiting.is_batch == is_batch:
-            if (place := self.waiting.next(full)) is None:
+            if (place := self.waiting.next(full, passing.blocked)) is None:
                 break
-            newcomer = self.waiting[place]
-            known = self._make_room(newcomer, left)
-            if known is None:
-                full.add(newcomer.queued.home)
+            newcomer, first = self.waiting[place], self.waiting.first_like(place)
+            known = self._make_room(newcomer, left) if passing.may(first, newcomer) else Lack.PAGES
+            if isinstance(known, Lack):
+                if known is not Lack.PAGES or not passing.wait(newcomer):
+                    full.add(newcomer.queued.home)
                 continue
             self.waiting.take(place)
+            passing.admitted(first, newcomer)
             sequence = starts.start(newcomer) if isinstance(newcomer, QueuedSequence) else newcomer
             self._admit(sequence, known)
             left -= self._add_prompt(sequence, left, rows)
         return room - left
 
-    def _make_room(self, newcomer: QueuedSequence | Sequence, room: int) -> Known | None:
-        """What is known of its prompt, if it may begin now. Batches give way, youngest first."""
+    def _make_room(self, newcomer: QueuedSequence | Sequence, room: int) -> Known | Lack:
+        """What is known of its prompt, if it may begin now, else what it lacks. Batches
+        give way, youngest first."""
         while True:
             known = self.prompt_pages.find(newcomer.queued)
             left = newcomer.queued.num_tokens - self.prompt_pages.num_ready(newcomer.queued, known)
             if not fitting_rows(left, room):
-                return None
+                return Lack.ROWS
             has_seat = len(self.running) < self._max_num_seqs and self._kv.device.has_free_state
             held = self.prompt_pages.num_held(known)
             if has_seat and _fits(self._kv, self.lengths, self.running, newcomer, held):
                 return known
             last = _last_of_batch(self.running, None if not has_seat else newcomer.queued.home)
             if newcomer.is_batch or last is None:
-                return None
+                return Lack.PAGES if has_seat else Lack.PLACE
             self._preempt(last)
 
     def _admit(self, sequence: Sequence, known: Known) -> None:
@@ -240,24 +244,22 @@ class Admission:
 
     def _generated(self, sequence: Sequence, room: int) -> ScheduledSequence:
         """Rows of generated tokens: one, or several after a preemption, and drafted ones."""
-        first = sequence.num_computed
-        last = min(sequence.num_tokens, first + room)
-        row = _row(self.prompt_pages, sequence, (first, last), is_prompt=False)
-        if self._drafting is None or last < sequence.num_tokens:
+        row = generated_row(self.prompt_pages, sequence, room)
+        if self._drafting is None or not row.segment.wants_logits:
             return row
         # nobody gives way for a guess: there is still a chunk for prompts, a page for each
-        most = min(room - (last - first) - CHUNK_TOKENS, self._most_drafts // len(self.running))
+        most = min(
+            room - row.segment.num_tokens - CHUNK_TOKENS, self._most_drafts // len(self.running)
+        )
         drafts = self._drafting.propose(sequence)[: max(0, most)]
-        return _with_drafts(row, drafts, self._kv.of(sequence.home), len(self.running))
+        return with_drafts(row, drafts, self._kv.of(sequence.home), len(self.running))
 
     def _add_prompt(self, sequence: Sequence, room: int, rows: list[ScheduledSequence]) -> int:
         """Adds the next chunk of a prompt and returns its number of rows."""
         room = room if self.pace is None else min(room, self.pace.share)
-        row = _prompt_row(self.prompt_pages, sequence, room)
-        if row is None:
-            return 0
-        rows.append(row)
-        return row.segment.num_tokens
+        row = prompt_row(self.prompt_pages, sequence, room)
+        rows += row
+        return sum(one.segment.num_tokens for one in row)
 
     def check(self) -> None:
         """Pages are held by running sequences only, by several only where prompts agree."""
@@ -335,61 +337,3 @@ def may_want(kv: KvTiers, lengths: OutputLengths, sequence: Sequence) -> float:
     return lengths.chance(
         fitting, after=len(sequence.output_ids), max_output=sequence.queued.max_output
     )
-
-
-def _row(
-    prompts: PromptPages, sequence: Sequence, span: tuple[int, int], *, is_prompt: bool
-) -> ScheduledSequence:
-    """The sequence's rows at positions from the first of `span` up to its last."""
-    first, last = span
-    scored = sequence.first_scored
-    is_scored = is_prompt and scored is not None and last >= scored
-    segment = Segment(
-        sequence=sequence.number,
-        token_ids=sequence.tokens(first, last),
-        first_position=first,
-        pages=tuple(sequence.pages),
-        state_slot=sequence.state_slot,
-        is_prompt=is_prompt,
-        long_rope=prompts.long_rope(sequence.queued),
-        home=sequence.home,
-        wants_logits=last == sequence.num_tokens,
-        targets=sequence.request.prompt_token_ids[first + 1 : last + 1] if is_scored else (),
-        scoring=sequence.queued.scoring,
-    )
-    return ScheduledSequence(sequence, segment)
-
-
-def _prompt_row(prompts: PromptPages, sequence: Sequence, room: int) -> ScheduledSequence | None:
-    """The next chunk of a prompt, if there is room for one. What rows before it have computed, here
-    or earlier, is done."""
-    skipped = prompts.num_skipped(sequence)
-    count = fitting_rows(sequence.num_prompt - sequence.num_computed - skipped, room)
-    if not count:
-        return None
-    source = prompts.skip(sequence, skipped)
-    first, last = sequence.num_computed, sequence.num_computed + count
-    _, segment = _row(prompts, sequence, (first, last), is_prompt=True)
-    kept = prompts.fill(sequence, first, last)
-    segment = replace(segment, state_source=source, kept_states=kept)
-    return ScheduledSequence(sequence, segment)
-
-
-def _with_drafts(
-    row: ScheduledSequence, drafts: tuple[int, ...], kv: KvCache, num_running: int
-) -> ScheduledSequence:
-    """The row with guesses behind it, as many as its pages have room for, and those that are free
-    beyond one for each of `num_running`. The last token of a sequence is never computed."""
-    sequence, segment = row
-    drafts = drafts[: max(0, sequence.max_total - 1 - sequence.num_tokens)]
-    missing = kv.pages_for(sequence.num_tokens + len(drafts)) - len(sequence.pages)
-    if 0 < missing <= kv.num_free_pages - num_running:
-        sequence.pages.extend(kv.take_pages(missing))
-    drafts = drafts[: len(sequence.pages) * kv.page_tokens - sequence.num_tokens]
-    more = replace(
-        segment,
-        token_ids=segment.token_ids + drafts,
-        pages=tuple(sequence.pages),
-        num_drafts=len(drafts),
-    )
-    return ScheduledSequence(sequence, more if drafts else segment)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from windlass.device.base import Device, room_on_device
-from windlass.device.host_memory import peak_resident_bytes
+from windlass.device.process_memory import peak_resident_bytes
 from windlass.device.streams import Streams
-from windlass.engine.admission import Admission, ScheduledSequence
+from windlass.engine.admission import Admission
 from windlass.engine.drafting import Drafting
 from windlass.engine.engine_stats import EngineStats
 from windlass.engine.expectation import Check, Expectation, Rates
@@ -31,6 +31,7 @@ from windlass.engine.phase_meter import PhaseMeter, Readings
 from windlass.engine.prompt_scores import ScoreRows
 from windlass.engine.request import Delta, Request, StepResult, joined
 from windlass.engine.request_rules import RequestRules
+from windlass.engine.rows import ScheduledSequence
 from windlass.engine.sampling import Likeliest
 from windlass.engine.sequence import Sequence
 from windlass.engine.tokenizer import Tokenizer

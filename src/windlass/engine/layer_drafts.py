@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from windlass.engine.admission import ScheduledSequence
 from windlass.engine.drafting import Drafting
+from windlass.engine.rows import ScheduledSequence
 from windlass.engine.sequence import Sequence
 from windlass.schedule.batch import Segment, make_batch
 from windlass.schedule.passes import PassShape, run_draft

@@ -13,7 +13,9 @@ WINDOW = 2
 @dataclass(frozen=True, slots=True)
 class Request:
     """One prompt, already tokenised. `seed_key` is a stable name (a `custom_id`) from which seeds
-    of unseeded requests are derived, so that order and restarts change nothing. `wants_deltas`:
+    of unseeded requests are derived, so that order and restarts change nothing, and the home; of a
+    request that nobody has named (`is_named`) it is by chance, and the home follows from the prompt
+    and the seed, so that the same request has the same bits again. `wants_deltas`:
     somebody looks at log-probabilities before the end. `is_batch`: nobody waits for it: it gives
     way to all others."""
 
@@ -23,6 +25,7 @@ class Request:
     seed_key: str
     wants_deltas: bool = False
     is_batch: bool = False
+    is_named: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,12 @@ from windlass.engine.request import Request
 from windlass.engine.sampling import Sampler, choice_seed
 from windlass.engine.sequence import QueuedSequence
 from windlass.errors import RequestError
-from windlass.kvcache.kv_tiers import home_of
+from windlass.ids import Home
+from windlass.kvcache.kv_tiers import content_name, home_of
 from windlass.kvcache.pages import block_keys
 from windlass.plan import HomeShares
 from windlass.schedule.batch import CHUNK_TOKENS
+from windlass.units import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,8 @@ class RequestRules:
             wanted = "" if params.max_tokens is None else f" and max_tokens {params.max_tokens}"
             why = self.limited_by and f", {self.limited_by}"
             raise RequestError(
-                f"prompt has {num_prompt} tokens{wanted}, limit {self.max_model_len} in all{why}",
+                f"prompt has {counted(num_prompt, 'token')}{wanted}, limit {self.max_model_len}"
+                f" in all{why}",
                 param="prompt" if room < 1 else "max_tokens",
                 code="context_length_exceeded",
             )
@@ -68,7 +71,9 @@ class RequestRules:
         keys: tuple[bytes, ...] = ()
         if self.prefix_caching:
             keys = block_keys(request.prompt_token_ids, CHUNK_TOKENS)
-        home = home_of(request.seed_key, *self.shares)  # one for all: they share the prompt
+        home = Home.DEVICE
+        if any(self.shares):  # one for all: they share the prompt
+            home = home_of(_home_name(request), *self.shares)
         return [
             QueuedSequence(request, index, max_output, longest, keys, home)
             for index in range(params.n)
@@ -90,3 +95,10 @@ class RequestRules:
         """Of a sequence of a request that was checked."""
         wanted = request.params.structure
         return None if wanted is None else Constraint(self.grammars, wanted)
+
+
+def _home_name(request: Request) -> str:
+    """What decides where its sequences are."""
+    if request.is_named:
+        return request.seed_key
+    return content_name(request.prompt_token_ids, request.params.seed)

@@ -19,6 +19,7 @@ from windlass.engine.live_view import LiveView
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.request import Delta, Request, StepResult
 from windlass.errors import RequestError, UsageError
+from windlass.units import counted
 
 _STATS_EVERY_S = 0.1  # of a busy engine: they cost a look at the process
 
@@ -165,7 +166,7 @@ class Stream:
             yield from came.deltas
             yield from came.finished
         if self.open_ids:
-            raise UsageError(f"service: closed while {len(self.open_ids)} requests were open")
+            raise UsageError(f"service: closed while {counted(len(self.open_ids), 'request')} ran")
 
     @property
     def is_over(self) -> bool:

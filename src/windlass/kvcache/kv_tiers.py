@@ -3,7 +3,8 @@ to, and of a device, each with a budget of its own. A page is one of a home; wha
 shared within it."""
 
 import hashlib
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 
 from windlass.ids import Home
 from windlass.kvcache.kv_cache import KvCache
@@ -23,6 +24,12 @@ def home_of(name: str, host_share: float, streamed_share: float = 0.0) -> Home:
     if place < host_share * places:
         return Home.HOST
     return Home.STREAMED if place < (host_share + streamed_share) * places else Home.DEVICE
+
+
+def content_name(token_ids: Sequence[int], seed: int | None) -> str:
+    """A name that the same prompt with the same seed has again."""
+    tokens = array("q", token_ids).tobytes()
+    return hashlib.blake2b(f"{seed}/".encode() + tokens, digest_size=_NAME_BYTES).hexdigest()
 
 
 class KvTiers:
@@ -50,6 +57,11 @@ class KvTiers:
     @property
     def num_homes(self) -> int:
         return len(self._of)
+
+    @property
+    def num_positions(self) -> dict[Home, int]:
+        """That its pages have, by home."""
+        return {home: one.num_pages * self.page_tokens for home, one in self._of.items()}
 
     @property
     def num_held_pages(self) -> dict[Home, int]:

@@ -6,20 +6,20 @@ per pass), and with what is left weights that stay in memory: every byte of them
 reads per pass, so dense parts, head, experts, embedding in this order.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
 
 from windlass.errors import BudgetError, UsageError
 from windlass.ids import DEVICE, Part
 from windlass.models.spec import ModelSpec, Moe
 from windlass.perf.sizes import Sizes
-from windlass.plan import HOST, PART_WORDS, PartSlots, Plan, Schedule, TierPlan
+from windlass.plan import HOST, PART_WORDS, PartSlots, Plan, TierPlan
 from windlass.planner.activations import (
     activation_bytes,
     device_activation_bytes,
     gathered_bytes,
     host_expert_bytes,
 )
+from windlass.planner.constraints import PlanConstraints, check_constraints
 from windlass.runtime.kv_rounds import half_bytes
 from windlass.schedule.batch import CHUNK_TOKENS, most_drafts
 from windlass.units import MIB, format_bytes, round_up
@@ -43,6 +43,12 @@ _FORECAST_SHARE = 0.02  # of what is left for experts
 _KEPT_STATES = 16  # at most, or as many as sequences
 _KEPT_SHARE = 0.05  # of what is left after the KV cache; all of it where all weights fit beside
 _USUAL_TOKENS = 1024  # of a sequence, where its length is not limited by the user
+# Of a server: chats grow by turns and are kept for the next, and few clients want experts more than
+# room for others. Two contexts have room before any expert beyond the pipeline's
+_SERVED_TOKENS = 2048
+_KV_SHARE_SERVED = 0.3
+_SERVED_CONTEXTS = 4  # that fit at once, so that one does not hold up all others
+_SERVED_CONTEXT = 4096  # tokens; below, a context may have the whole KV cache
 SMALLEST_CONTEXT = 512
 _LONGEST_TABLE = 16384  # positions; beyond, the KV cache dwarfs the tables
 NOISE_BYTES = 4 * MIB  # the process itself weighs a little more or less in the next run
@@ -50,41 +56,6 @@ MIN_SLOTS = {
     Part.EXPERT: 2, Part.BLOCK: 2, Part.FFN: 1, Part.HEAD: 1, Part.JOIN: 1, Part.FINAL: 1,
     Part.EMBED: 0,
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanConstraints:
-    """What the user fixed; None where the planner chooses. Experts in slots."""
-
-    expert_slots: int | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    micro_batch_tokens: int | None = None
-    groups: int | None = None
-    max_model_len: int | None = None
-    kv_pages: int | None = None
-    schedule: Schedule | None = None
-    mixed_prefill_tokens: int | None = None
-    burst_tokens: int | None = None  # 0: lockstep
-    prefix_caching: bool = True
-    kept_states: int | None = None
-    host_attention: float | None = None  # of machines with a device
-    kv_offloading_share: float | None = None
-    host_experts: float | None = None
-
-    @classmethod
-    def of(cls, plan: Plan) -> "PlanConstraints":
-        """What fixes every choice of `plan` that can be fixed. Experts: where passes take them
-        from; pages: of all memories."""
-        return cls(
-            expert_slots=plan.top.of(Part.EXPERT).slots,
-            kv_pages=plan.kv_pages,
-            **{
-                one.name: getattr(plan, one.name)
-                for one in fields(cls)
-                if one.name not in ("expert_slots", "kv_pages")
-            },
-        )
 
 
 def make_plan(spec: ModelSpec, sizes: Sizes, host_memory: int, wanted: PlanConstraints) -> Plan:
@@ -151,7 +122,8 @@ class Draft:
         self._grow(slots, Part.EXPERT, left - least, most=piped)
         pages = self._grow_pages(left - self._slots_bytes(slots), seqs)
         left -= pages * self._page_bytes
-        kept = self._kept_states(slots, left, seqs)
+        beside = self._slots_bytes(slots), self._slots_bytes(self._sizes.num_parts)
+        kept = _kept_states(self._wanted, self._sizes.state_bytes, seqs, [left - b for b in beside])
         left -= kept * self._sizes.state_bytes
         for part in (Part.BLOCK, Part.FFN, Part.HEAD):
             self._grow(slots, part, left - self._slots_bytes(slots))
@@ -160,17 +132,6 @@ class Draft:
         for part in (Part.EXPERT, Part.EMBED):
             self._grow(slots, part, left - self._slots_bytes(slots))
         return self._plan(host_memory, slots, (seqs, rows, pages), (forecast, kept))
-
-    def _kept_states(self, slots: Mapping[Part, int], left: int, seqs: int) -> int:
-        """Recurrent states kept of prompts, of `left` bytes for them and for weights."""
-        wanted, each = self._wanted, self._sizes.state_bytes
-        if not each or not wanted.prefix_caching:
-            return 0
-        if wanted.kept_states is not None:
-            return wanted.kept_states
-        room = _KEPT_SHARE * max(0, left - self._slots_bytes(slots))
-        beside = left - self._slots_bytes(self._sizes.num_parts)  # all weights resident
-        return min(int(max(room, beside)) // each, max(_KEPT_STATES, seqs))
 
     def _forecast(self, slots: Mapping[Part, int], left: int, seqs: int) -> int:
         """Bytes to foresee experts with, of those that are left for experts beyond their slots."""
@@ -211,13 +172,21 @@ class Draft:
         return self._activations(seqs, rows) + seqs * self._sizes.state_bytes
 
     def _grow_pages(self, left: int, seqs: int) -> int:
-        """Pages for `seqs` sequences of usual length, within their share of what is left."""
-        if self._wanted.kv_pages is not None:
-            return self._wanted.kv_pages
-        usual = min(self._wanted.max_model_len or _USUAL_TOKENS, self._spec.max_positions)
-        most = -(-usual // PAGE_TOKENS) * seqs
+        """Pages for `seqs` sequences of usual length, within their share of what is left; of a
+        server for all that they may have, where that costs no weights their place."""
+        wanted, longest = self._wanted, self._spec.max_positions
+        if wanted.kv_pages is not None:
+            return wanted.kv_pages
+        usual = _SERVED_TOKENS if wanted.serves else _USUAL_TOKENS
+        share = _KV_SHARE * left
+        if wanted.serves:
+            least = 2 * _SERVED_CONTEXT // PAGE_TOKENS * self._page_bytes
+            share = max(_KV_SHARE_SERVED * left, min(share, least))
         beside = left - self._slots_bytes(self._sizes.num_parts)  # all weights resident
-        share = beside if beside > _KV_SHARE_RESIDENT * left else _KV_SHARE * left
+        if beside > _KV_SHARE_RESIDENT * left:
+            share = beside
+            usual = longest if wanted.serves else usual
+        most = -(-min(wanted.max_model_len or usual, longest) // PAGE_TOKENS) * seqs
         return max(self._context_pages, min(most, int(share) // self._page_bytes))
 
     def _grow(
@@ -304,9 +273,7 @@ class Draft:
         )  # fmt: skip
         return Plan(
             tiers=(host,),
-            max_model_len=min(
-                wanted.max_model_len or self._spec.max_positions, pages * PAGE_TOKENS
-            ),
+            max_model_len=longest_context(wanted, self._spec, pages, seqs),
             page_tokens=PAGE_TOKENS,
             kv_cache_dtype=sizes.kv_cache_dtype,
             max_num_seqs=seqs,
@@ -321,6 +288,16 @@ class Draft:
             read_threads=READ_THREADS,
             schedule=wanted.schedule or "module-based",
         )
+
+
+def longest_context(wanted: PlanConstraints, spec: ModelSpec, pages: int, seqs: int) -> int:
+    """Tokens that one sequence may have of `pages`: all, unless less is wanted, or clients of a
+    server would wait for it."""
+    tokens = pages * PAGE_TOKENS
+    if wanted.serves and wanted.max_model_len is None:
+        own = tokens // min(seqs, _SERVED_CONTEXTS) // PAGE_TOKENS * PAGE_TOKENS
+        tokens = min(tokens, max(own, _SERVED_CONTEXT))
+    return min(wanted.max_model_len or spec.max_positions, tokens)
 
 
 def least_expert_slots(spec: ModelSpec, groups: int) -> int:
@@ -356,33 +333,13 @@ def _fewest_rows(seqs: int) -> int:
     return round_up(seqs + CHUNK_TOKENS, CHUNK_TOKENS)
 
 
-def check_constraints(wanted: PlanConstraints, spec: ModelSpec) -> None:
-    """UsageError for what no machine could run."""
-    if wanted.max_model_len is not None and wanted.max_model_len > spec.max_positions:
-        raise UsageError(
-            f"max_model_len: got {wanted.max_model_len}, allowed at most {spec.max_positions}, "
-            + (spec.limited_by or "the model's own limit")
-        )
-    for name, least in (
-        ("expert_slots", 1), ("max_num_seqs", 1), ("max_num_batched_tokens", CHUNK_TOKENS + 1),
-        ("micro_batch_tokens", CHUNK_TOKENS), ("groups", 1), ("max_model_len", 2),
-        ("kv_pages", 1),
-    ):  # fmt: skip
-        value = getattr(wanted, name)
-        if value is not None and value < least:
-            raise UsageError(f"{name}: got {value}, allowed {least} or more")
-    shares = wanted.host_attention or 0.0, wanted.kv_offloading_share or 0.0
-    if min(shares) < 0 or sum(shares) > 1:
-        raise UsageError(
-            f"kv_offloading_share: got {shares[1]}, allowed 0 to {1 - shares[0]}, with"
-            f" host_attention {shares[0]}"
-        )
-    mixed = wanted.mixed_prefill_tokens
-    if mixed is not None and mixed < CHUNK_TOKENS and mixed != 0:
-        raise UsageError(f"mixed_prefill_tokens: got {mixed}, allowed 0, or {CHUNK_TOKENS} or more")
-    seqs, rows = wanted.max_num_seqs, wanted.max_num_batched_tokens
-    if seqs is not None and rows is not None and rows < seqs + CHUNK_TOKENS:
-        raise UsageError(
-            f"max_num_batched_tokens: got {rows}, allowed at least max_num_seqs + {CHUNK_TOKENS}"
-            f" = {seqs + CHUNK_TOKENS}"
-        )
+def _kept_states(wanted: PlanConstraints, state_bytes: int, seqs: int, left: Sequence[int]) -> int:
+    """Recurrent states kept of prompts. `left`: bytes for them beside the fewest weights, and
+    beside all."""
+    if not state_bytes or not wanted.prefix_caching:
+        return 0
+    if wanted.kept_states is not None:
+        return wanted.kept_states
+    few, resident = left
+    room = max(_KEPT_SHARE * max(0, few), resident)
+    return min(int(room) // state_bytes, max(_KEPT_STATES, seqs))

@@ -8,11 +8,11 @@ from windlass.perf.accuracy import Prediction
 from windlass.perf.estimate import Estimate
 from windlass.perf.sizes import Problem
 from windlass.plan import Plan
-from windlass.planner.budget import PlanConstraints
 from windlass.planner.bursts import with_bursts
+from windlass.planner.constraints import PlanConstraints
 from windlass.planner.device_budget import plan_for
 from windlass.planner.search import Candidate, search
-from windlass.units import format_seconds
+from windlass.units import counted, format_seconds
 from windlass.workload import USUAL_OUTPUT, Job, Workload
 
 _USUAL_CONTEXT = 4096  # that answers without a limit may have, where there is room
@@ -46,15 +46,15 @@ class Chosen:
         if self.estimate is None or self.workload is None:
             return []
         found, work, profile = self.estimate, self.workload, self.problem.profile
-        sequences = "1 sequence" if work.num_sequences == 1 else f"{work.num_sequences} sequences"
         rates = (
             "assumed (windlass doctor measures them)"
             if profile.is_assumed
             else f"{profile.source} {profile.captured}"
         )
         return [
-            f"plan: for {sequences} of {work.mean_prompt_tokens:.0f} tokens in"
-            f" and {work.mean_output_tokens:.0f} out: about {format_seconds(found.total_s)},"
+            f"plan: for {counted(work.num_sequences, 'sequence')} of"
+            f" {work.mean_prompt_tokens:.0f} tokens in and {work.mean_output_tokens:.0f} out:"
+            f" about {format_seconds(found.total_s)},"
             f" {found.total_tokens_s:.3g} tokens/s, bottleneck {found.bottleneck}; rates {rates}"
         ]
 

@@ -21,13 +21,13 @@ from windlass.planner.budget import (
     PAGE_TOKENS,
     SMALLEST_CONTEXT,
     Draft,
-    PlanConstraints,
-    check_constraints,
+    longest_context,
     make_plan,
     named_budget,
     page_bytes,
     parts_with,
 )
+from windlass.planner.constraints import PlanConstraints, check_constraints
 from windlass.runtime.kv_rounds import half_pages
 from windlass.units import format_bytes
 
@@ -120,7 +120,12 @@ class _DeviceDraft:
             context = min(context, pages * PAGE_TOKENS)
         return replace(
             plan,
-            max_model_len=min(context, min(plan.pages.values()) * PAGE_TOKENS),
+            max_model_len=min(
+                context,
+                longest_context(
+                    self._wanted, self._spec, min(plan.pages.values()), plan.max_num_seqs
+                ),
+            ),
             host_experts=self._wanted.host_experts or 0.0,
             generated_experts=self._generated_experts(plan.max_num_seqs),
         )

@@ -12,11 +12,11 @@ from windlass.perf.estimate import Estimate
 from windlass.perf.flops import num_parameters
 from windlass.perf.sizes import Problem, Sizes
 from windlass.plan import HOST, PART_WORDS, Plan, TierPlan
-from windlass.planner.budget import PlanConstraints
 from windlass.planner.bursts import MOST_SEQS, find_bursts
+from windlass.planner.constraints import PlanConstraints
 from windlass.planner.device_budget import row_reads
 from windlass.planner.search import Candidate, replanned, search
-from windlass.units import GIB, format_bytes, format_seconds
+from windlass.units import GIB, counted, format_bytes, format_seconds
 from windlass.workload import Workload
 
 NUM_ALTERNATIVES = 3
@@ -90,7 +90,8 @@ class Explanation:
         return [
             f"model: {self.model}",
             f"machine: {self.machine} (rates: {self.rates})",
-            f"workload: {work.num_sequences} sequences, {work.mean_prompt_tokens:.0f} tokens in"
+            f"workload: {counted(work.num_sequences, 'sequence')},"
+            f" {counted(round(work.mean_prompt_tokens), 'token')} in"
             f"{_shared(work)} and {work.mean_output_tokens:.0f} out on average, {work.longest} at"
             " most",
             "",
@@ -239,8 +240,9 @@ def _bottleneck_lines(found: Estimate) -> list[str]:
                 if lane != phase.bottleneck
             )
             lines.append(
-                f"  {name}: {phase.passes} passes in {format_seconds(phase.seconds)}, bound by"
-                f" {_lane(phase.bottleneck)} ({shares.get(phase.bottleneck, 0.0):.0f} %)"
+                f"  {name}: {counted(phase.passes, 'pass', 'passes')} in"
+                f" {format_seconds(phase.seconds)}, bound by {_lane(phase.bottleneck)}"
+                f" ({shares.get(phase.bottleneck, 0.0):.0f} %)"
                 + (f", least of others: {others}" if len(shares) > 2 else "")
             )
     return lines
@@ -260,15 +262,16 @@ def _choices(plan: Plan) -> str:
     experts = plan.top.of(Part.EXPERT)
     above, streamed = plan.above, plan.kv_offloading_share
     return (
-        f"{plan.max_num_seqs} sequences, {plan.max_num_batched_tokens} tokens, attention by"
-        f" {plan.micro_batch_tokens}, KV cache of {plan.kv_pages * plan.page_tokens} tokens,"
+        f"{counted(plan.max_num_seqs, 'sequence')}, {plan.max_num_batched_tokens} tokens,"
+        f" attention by {plan.micro_batch_tokens}, KV cache of"
+        f" {plan.kv_pages * plan.page_tokens} tokens,"
         f" experts resident {experts.slots} of {experts.num_parts}"
         + (f", {100 * plan.host_attention:.0f} % of attention on the host" if above else "")
         + (f", keys and values of {100 * streamed:.0f} % in RAM" if streamed else "")
         + (f", {100 * plan.host_experts:.0f} % of experts on the host" if plan.host_experts else "")
         + (", generated rows one by one" if plan.generated_experts == "rows" else "")
         + (f", {plan.groups} groups" if plan.groups > 1 else "")
-        + (f", bursts of {plan.burst_tokens} tokens" if plan.burst_tokens else "")
+        + (f", bursts of {counted(plan.burst_tokens, 'token')}" if plan.burst_tokens else "")
     )
 
 
@@ -279,8 +282,9 @@ def _notes(problem: Problem, plan: Plan, workload: Workload) -> tuple[str, ...]:
         notes += (bursts.line(plan),)
     if plan.above is not None and (rows := few_rows(problem)):
         notes += (
-            f"an expert in RAM with up to {rows} rows is computed there sooner than fetched; the"
-            f" host computes {100 * plan.host_experts:.0f} % of the experts for generated tokens: a"
+            f"an expert in RAM with up to {counted(rows, 'row')} is computed there sooner than"
+            f" fetched; the host computes {100 * plan.host_experts:.0f} % of the experts for"
+            f" generated tokens: a"
             " fixed share, so that results depend on nothing else in a pass, and none unless"
             " measured rates say that it pays",
         )

@@ -11,7 +11,7 @@ from windlass.perf.sizes import Problem
 from windlass.replay.machine import check_model, profiled_machine
 from windlass.replay.routing_trace import RoutingTrace
 from windlass.replay.study import NamedMachine, StudyWishes, slots_of, study
-from windlass.units import format_bytes
+from windlass.units import counted, format_bytes
 
 _SHARES = (0.1, 0.2, 0.33, 0.5, 0.67, 0.83, 1.0)
 # A layer of a replayed pass takes half a millisecond of this process
@@ -43,8 +43,9 @@ class OneSequence:
     def lines(self) -> list[str]:
         """For people."""
         return [
-            f"one answer at a time, by {self.passes} recorded passes (forecast: {self.forecast}),"
-            " the first with an empty cache:",
+            "one answer at a time, by"
+            f" {counted(self.passes, 'recorded pass', 'recorded passes')} (forecast:"
+            f" {self.forecast}), the first with an empty cache:",
             *(
                 f"  {format_bytes(one.expert_bytes)} for {100 * one.resident:.0f} % of the experts:"
                 f" {one.tokens_per_s:.3g} tokens/s, {100 * one.hits:.0f} % hits"

@@ -20,12 +20,9 @@ from windlass.perf.op_cost import Seen
 from windlass.perf.pass_cost import PassCost, held_shares, layer_kinds
 from windlass.perf.sizes import Problem, Sizes
 from windlass.plan import Plan
-from windlass.planner.budget import (
-    PAGE_TOKENS,
-    SMALLEST_CONTEXT,
-    PlanConstraints,
-)
+from windlass.planner.budget import PAGE_TOKENS, SMALLEST_CONTEXT
 from windlass.planner.bursts import with_bursts
+from windlass.planner.constraints import PlanConstraints
 from windlass.planner.device_budget import plan_for
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.units import round_up

@@ -11,10 +11,10 @@ from windlass.planner.budget import (
     MIN_SLOTS,
     NOISE_BYTES,
     PAGE_TOKENS,
-    PlanConstraints,
     bytes_here,
     page_bytes,
 )
+from windlass.planner.constraints import PlanConstraints
 from windlass.planner.device_budget import host_bytes_here
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.units import format_bytes

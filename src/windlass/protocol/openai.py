@@ -17,6 +17,7 @@ from windlass.protocol.response_format import read_response_format
 from windlass.protocol.served import ChatTokenizer as ChatTokenizer  # for those who take bodies
 from windlass.protocol.served import ServedModel as ServedModel
 from windlass.protocol.served import encoded
+from windlass.units import counted
 
 MAX_SEQUENCES = 128  # prompts times n of one body: OpenAI's limit for n
 COMPLETION_MAX_TOKENS = 16  # where a completion names none; in chat: the rest of the context
@@ -347,7 +348,7 @@ def _fit(params: SamplingParams, limit: _Limit, num_prompt: int, field: str) -> 
     if rest < 1 or (length is not None and length > rest):
         asked = "" if rest < 1 else f" and {length} more are asked for"
         raise RequestError(
-            f"prompt has {num_prompt} tokens{asked}, limit {limit.in_all}{limit.why}",
+            f"prompt has {counted(num_prompt, 'token')}{asked}, limit {limit.in_all}{limit.why}",
             param=field,
             code="context_length_exceeded",
         )

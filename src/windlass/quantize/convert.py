@@ -21,7 +21,7 @@ from windlass.quantize.scheme import IntegerScheme, quantization_config
 from windlass.quantize.shards import SHARD_BYTES, TensorPlaces, place
 from windlass.quantize.targets import Target, choose_targets, ignored_modules, misfits
 from windlass.quantize.writer import write_targets
-from windlass.units import MIB
+from windlass.units import MIB, counted
 
 # Of what `rounding.py` computes: another number and a folder of an earlier version is not gone on
 # with, so that no checkpoint is half of each.
@@ -105,7 +105,7 @@ def quantize(
             done = before = sum(sizes[:resumed])
             if not was_finished:
                 if resumed:
-                    say(f"going on: {resumed} of {len(targets)} tensors are finished")
+                    say(f"going on: {resumed} of {counted(len(targets), 'tensor')} finished")
 
                 def on_bytes(count: int) -> None:
                     nonlocal done

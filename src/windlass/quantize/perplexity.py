@@ -15,7 +15,7 @@ from windlass.errors import RequestError, UsageError
 from windlass.models.registry import read_spec
 from windlass.options import EngineOptions, read_config, resolve_model
 from windlass.params import SamplingParams
-from windlass.units import MIB, format_bytes
+from windlass.units import MIB, counted, format_bytes
 
 _LONGEST_TEXT = 64 * MIB
 
@@ -69,7 +69,7 @@ def measure(
     with closing(open_engine(replace(options, max_model_len=window + 1))) as engine:
         ids = engine.tokenizer.encode(text)
         if len(ids) < 2:
-            raise UsageError(f"text: has {len(ids)} tokens, allowed 2 or more")
+            raise UsageError(f"text: got {counted(len(ids), 'token')}, allowed 2 or more")
         return _measure(engine, _windows(ids, window), on_step)
 
 

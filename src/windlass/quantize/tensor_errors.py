@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from windlass.units import counted
+
 Record = Mapping[str, Any]
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -52,6 +54,7 @@ def _spread(group: Sequence[Record]) -> str:
     assert match is not None, "only experts share a line"
     most = max(record["max_error"] for record in group)
     return (
-        f"{len(group)} experts, error {median(errors):.3g} median, {max(errors):.3g} worst"
+        f"{counted(len(group), 'expert')}, error {median(errors):.3g} median, {max(errors):.3g}"
+        f" worst"
         f" (expert {match[1]}), largest {most:.3g}"
     )

@@ -12,6 +12,7 @@ from windlass.perf.sizes import Problem
 from windlass.replay.routing_trace import RoutingTrace
 from windlass.replay.run import ClockedMachine
 from windlass.schedule.passes import PassShape
+from windlass.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,4 +48,7 @@ def profiled_machine(problem: Problem, slots: int, *, read_threads: int) -> Prof
 
 
 def _words(table: ExpertTable) -> str:
-    return f"{len(table)} experts in {len(table.layers)} layers, top {table.top_k}"
+    return (
+        f"{counted(len(table), 'expert')} in {counted(len(table.layers), 'layer')}, top"
+        f" {table.top_k}"
+    )

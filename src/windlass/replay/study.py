@@ -17,6 +17,7 @@ from windlass.replay.metrics import Metrics, measure
 from windlass.replay.routers import are_logits, tell_routers
 from windlass.replay.routing_trace import RoutingTrace
 from windlass.replay.run import ClockedMachine, Deciders, TraceRun, guarded
+from windlass.units import counted
 
 ORACLE = "oracle"
 
@@ -110,9 +111,11 @@ class Study:
         """For people."""
         about = _describe(self.trace)
         return [
-            f"trace: {about['model']}: {about['layers']} layers of {about['experts']} experts, top"
-            f" {about['top_k']}; {about['sequences']} sequences, {about['passes']} passes, of which"
-            f" {about['tokens']} tokens without a prompt are measured",
+            f"trace: {about['model']}: {counted(about['layers'], 'layer')} of"
+            f" {about['experts']} experts, top {about['top_k']};"
+            f" {counted(about['sequences'], 'sequence')},"
+            f" {counted(about['passes'], 'pass', 'passes')}, of which"
+            f" {counted(about['tokens'], 'token')} without a prompt measured",
             *_table(self.runs),
             *(f"{_name(run)}: {run.sources}" for run in self.runs if run.sources),
             *(_bound_line(bound) for bound in self.bounds),

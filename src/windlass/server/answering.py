@@ -36,7 +36,14 @@ class Answer:
         self._stream = service.open(deltas=streams, on_change=tell)
         self._stream.submit(
             [
-                Request(name, prompt.token_ids, prompt.params, seed_key=name, wants_deltas=streams)
+                Request(
+                    name,
+                    prompt.token_ids,
+                    prompt.params,
+                    seed_key=name,
+                    wants_deltas=streams,
+                    is_named=False,
+                )  # fmt: skip
                 for name, prompt in zip(self._number, api.prompts, strict=True)
             ]
         )

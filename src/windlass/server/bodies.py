@@ -69,7 +69,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise HttpError(400, f"body: not readable as JSON: {error}") from error
     if not isinstance(found, dict):
-        raise HttpError(400, "body: allowed only a JSON object")
+        raise HttpError(400, f"body: got a {type(found).__name__}, allowed a JSON object")
     return found
 
 
@@ -80,5 +80,7 @@ def _no_number(name: str) -> float:
 def _too_large(limit: int) -> HttpError:
     # the rest of the body may not have been read, and then the connection cannot go on
     return HttpError(
-        413, f"body: too large, allowed {limit} bytes", headers={"connection": "close"}
+        413,
+        f"body: got more than the {limit} bytes allowed (--max-body-size)",
+        headers={"connection": "close"},
     )

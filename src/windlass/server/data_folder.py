@@ -25,9 +25,10 @@ class DataFolder:
 
 @contextmanager
 def data_folder(
-    folder: Path, *, most_bytes: int, say: Callable[[str], None]
+    folder: Path, *, most_bytes: int, stored_bytes: int, say: Callable[[str], None]
 ) -> Iterator[DataFolder]:
-    """Locked until the end. Raises UsageError where it cannot be had."""
+    """Locked until the end. `stored_bytes`: that all files together may have. Raises UsageError
+    where it cannot be had."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -42,7 +43,7 @@ def data_folder(
                 "gives this one its own"
             ) from error
         try:
-            files = FileStore(folder / "files")
+            files = FileStore(folder / "files", most_bytes=stored_bytes)
             book = BatchBook(folder / "batches", files)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UsageError(f"data folder: got {str(folder)!r}, not readable: {error}") from error

@@ -13,7 +13,7 @@ from windlass.protocol.fields import shorten
 from windlass.server.batch_record import lifetime
 from windlass.server.data_folder import DataFolder
 from windlass.server.errors import HttpError, refusal
-from windlass.server.file_store import StoredFile, Upload
+from windlass.server.file_store import StoredFile, StoreFull, Upload
 from windlass.server.multipart import MultipartReader, Part
 from windlass.server.paging import paged
 from windlass.server.state import ServerState
@@ -71,8 +71,14 @@ def _found(state: ServerState, request: Request) -> tuple[DataFolder, StoredFile
 async def _upload(data: DataFolder, request: Request) -> Response:
     reader = MultipartReader(request.headers.get("content-type", ""))
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > data.most_bytes + 64 * _LONGEST_FIELD:
-        raise _too_large(data.most_bytes)
+    if announced.isdecimal():
+        least = int(announced) - 64 * _LONGEST_FIELD  # of the file; the rest is fields
+        if least > data.most_bytes:
+            raise _too_large(data.most_bytes)
+        try:
+            data.files.check_room(least)
+        except StoreFull as error:
+            raise _no_more(error) from error
     with ExitStack() as stack:
         form = _Form(data, stack)
         try:
@@ -85,6 +91,8 @@ async def _upload(data: DataFolder, request: Request) -> Response:
             raise HttpError(400, "the request's body did not arrive whole") from error
         except RequestError as error:
             return refusal(error, request.url.path)
+        except StoreFull as error:
+            raise _no_more(error) from error
         except UsageError as error:
             raise HttpError(400, str(error), headers={"connection": "close"}) from error
         except OSError as error:
@@ -122,7 +130,9 @@ class _Form:
             field = self._fields[self._part.name]
             field += event
             if len(field) > _LONGEST_FIELD:
-                raise RequestError(f"{self._part.name}: allowed {_LONGEST_FIELD} bytes")
+                raise RequestError(
+                    f"{self._part.name}: got {len(field)} bytes or more, allowed {_LONGEST_FIELD}"
+                )
 
     async def end(self) -> StoredFile:
         if self._upload is None:
@@ -186,9 +196,16 @@ def _lifetime(values: dict[str, Any]) -> int | None:
 def _too_large(most_bytes: int) -> HttpError:
     # the rest of the body is not read, so the connection cannot go on
     return HttpError(
-        413, f"file: too large, allowed {most_bytes} bytes (--max-file-size)",
+        413, f"file: got more than the {most_bytes} bytes allowed (--max-file-size)",
         headers={"connection": "close"},
     )  # fmt: skip
+
+
+def _no_more(error: StoreFull) -> HttpError:
+    # not 507, which clients try again
+    return HttpError(
+        413, str(error), code="storage_limit_exceeded", headers={"connection": "close"}
+    )
 
 
 def no_room(error: OSError) -> HttpError:

@@ -6,6 +6,7 @@ import os
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,18 @@ class StoredFile:
         }  # fmt: skip
 
 
-class Upload:
-    """A file that is being written. A context manager: what was not kept is deleted."""
+class StoreFull(Exception):
+    """All files together would be larger than they may be."""
 
-    def __init__(self, path: Path) -> None:
+
+class Upload:
+    """A file that is being written. A context manager: what was not kept is deleted. `count`: is
+    told of bytes before they are written, and of those that are counted elsewhere, or gone."""
+
+    def __init__(self, path: Path, count: Callable[[int], None]) -> None:
         self.path = path
         self.num_bytes = 0
+        self._count = count
         self._file = path.open("wb")
 
     def __enter__(self) -> "Upload":
@@ -58,11 +65,13 @@ class Upload:
     def __exit__(self, *exc: object) -> None:
         self._file.close()
         self.path.unlink(missing_ok=True)
+        self._count(-self.num_bytes)
 
     def write(self, data: bytes) -> None:
-        """Raises OSError."""
-        self._file.write(data)
+        """Raises OSError, StoreFull."""
+        self._count(len(data))
         self.num_bytes += len(data)
+        self._file.write(data)
 
     def end(self) -> None:
         """All of it is on the disk. Raises OSError."""
@@ -71,17 +80,22 @@ class Upload:
 
 
 class FileStore:
-    """The files in `folder`, `most` at once. What a kill left unfinished is deleted."""
+    """The files in `folder`, `most` at once. What a kill left unfinished is deleted. `most_bytes`:
+    of all together, uploads under way and what batches have written among them; only uploads are
+    refused."""
 
-    def __init__(self, folder: Path, *, most: int = MOST_FILES) -> None:
+    def __init__(self, folder: Path, *, most: int = MOST_FILES, most_bytes: int) -> None:
         self._folder = folder
         self._most = most
+        self._most_bytes = most_bytes
+        self._coming_bytes = 0  # of uploads under way
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
         self._files = {
             found.id: found
             for found in (StoredFile(**json.loads(p.read_bytes())) for p in folder.glob("*.json"))
         }
+        self._held_bytes = sum(one.bytes for one in self._files.values())
         self._last_number = max((one.number for one in self._files.values()), default=0)
         for path in folder.iterdir():
             if path.suffix != ".json" and path.name not in self._files:
@@ -90,7 +104,16 @@ class FileStore:
     def begin(self) -> Upload:
         """Raises UsageError where there are too many files, OSError."""
         self._refuse_more()
-        return Upload(self._folder / (new_id("") + _PART))
+        return Upload(self._folder / (new_id("") + _PART), self._count)
+
+    def check_room(self, num_bytes: int) -> None:
+        """Raises StoreFull where an upload has no room for so many more."""
+        wanted = self._held_bytes + self._coming_bytes + num_bytes
+        if num_bytes > 0 and wanted > self._most_bytes:
+            raise StoreFull(
+                f"files: got {num_bytes} bytes more, which makes {wanted} of all, allowed"
+                f" {self._most_bytes} (--max-stored-size); delete some"
+            )
 
     def keep(
         self,
@@ -120,7 +143,9 @@ class FileStore:
             path.replace(self.path(found.id))
             sync_folder(self._folder)
             replace_file(self._meta(found.id), json.dumps(asdict(found)).encode())
+            self._forget(found.id)
             self._files[found.id] = found
+            self._held_bytes += found.bytes
             return found
 
     def get(self, file_id: str) -> StoredFile | None:
@@ -143,7 +168,7 @@ class FileStore:
         with self._lock:
             self._meta(file_id).unlink(missing_ok=True)
             self.path(file_id).unlink(missing_ok=True)
-            self._files.pop(file_id, None)
+            self._forget(file_id)
 
     def expired(self) -> list[str]:
         """What may be deleted."""
@@ -152,6 +177,15 @@ class FileStore:
 
     def _meta(self, file_id: str) -> Path:
         return self._folder / f"{file_id}.json"
+
+    def _forget(self, file_id: str) -> None:
+        if (found := self._files.pop(file_id, None)) is not None:
+            self._held_bytes -= found.bytes
+
+    def _count(self, num_bytes: int) -> None:
+        with self._lock:
+            self.check_room(num_bytes)
+            self._coming_bytes += num_bytes
 
     def _refuse_more(self) -> None:
         if len(self._files) >= self._most:

@@ -100,7 +100,8 @@ class ServerState:
         """While an answer is under way. Raises HttpError 429 where there are too many."""
         if self.num_open >= self.limits.answers:
             raise HttpError(
-                429, f"too many requests under way: {self.num_open}", code="rate_limit_exceeded",
+                429, f"too many requests under way: got one beside {self.num_open}, allowed"
+                f" {self.limits.answers} (--max-requests)", code="rate_limit_exceeded",
                 headers={"retry-after": "5"},
             )  # fmt: skip
         self.num_open += 1
