@@ -181,9 +181,7 @@ class Plan:
         """All values by name, tiers and parts by theirs; `from_json` reads them back."""
         document = asdict(self)
         if self.above is None:
-            for name in (
-                "host_attention", "kv_offloading_share", "host_experts", "generated_experts"
-            ):  # fmt: skip
+            for name in _OF_DEVICES:
                 del document[name]  # there is nothing to say
         for tier in document["tiers"]:
             tier["parts"] = {own.pop("part").value: own for own in tier["parts"]}
@@ -297,6 +295,7 @@ def _held(own: PartSlots) -> str:
 # --- reading --------------------------------------------------------------------------------------
 
 
+_OF_DEVICES = "host_attention", "kv_offloading_share", "host_experts", "generated_experts"
 _BEFORE = {
     "burst_tokens": 0, "burst_max_seqs": 0, "groups": 1, "host_attention": 0.0,
     "kv_offloading_share": 0.0, "host_experts": 0.0, "generated_experts": "tiles",

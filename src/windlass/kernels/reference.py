@@ -54,6 +54,11 @@ def _batched_matmul(x_HTa: torch.Tensor, w_Hba: torch.Tensor) -> torch.Tensor:
     return torch.bmm(x_HTa, w_Hba.transpose(1, 2))
 
 
+def _no_tiles(num_heads: int, keys: PagedRows) -> Sequence[RowTiles]:
+    """`Kernels.row_tiles`: the work itself is read."""
+    return ()
+
+
 class TorchKernels:
     """Implements `Kernels` on a CPU. Owns one tile of widened weights; used by one thread at a
     time."""
@@ -136,9 +141,8 @@ class TorchKernels:
         out: torch.Tensor,
     ) -> None:
         counts = groups.counts_E.tolist()
-        parts = zip(
-            torch.split(groups.rows, counts), torch.split(groups.order, counts), strict=True
-        )
+        rows_and_places = (torch.split(one, counts) for one in (groups.rows, groups.order))
+        parts = zip(*rows_and_places, strict=True)
         for expert, (rows, places) in enumerate(parts):
             if expert in experts and len(rows):
                 out[places] = self.expert_ffn(x_TD[rows], experts[expert], activation)
@@ -231,9 +235,7 @@ class TorchKernels:
         return rowwise.pointwise(function, x)
 
     scan_logits = staticmethod(scan_logits)
-
-    def row_tiles(self, num_heads: int, keys: PagedRows) -> Sequence[RowTiles]:
-        return ()
+    row_tiles = staticmethod(_no_tiles)
 
     def attention(
         self,
