@@ -11,7 +11,8 @@ from windlass.batch.flights import Flights, RunSettings
 from windlass.batch.job_engine import JobEngine, served_model
 from windlass.batch.jobfile import JobRow
 from windlass.batch.journal import JournalState
-from windlass.build.open import default_budget, open_engine
+from windlass.build.host_budget import default_budget
+from windlass.build.open import open_engine
 from windlass.device.processors import default_threads
 from windlass.doctor.kept import kept_profile, with_kept_usage
 from windlass.engine.engine_stats import EngineStats
