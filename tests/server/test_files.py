@@ -137,7 +137,7 @@ def test_lists(server: DataServer) -> None:
         (form(b"x", purpose="fun"), "purpose: got 'fun', allowed batch"),
         (form(b"x", purpose="batch", color="red"), "color: not supported"),
         (form(b"", filename=None, purpose="batch", file="text"), "file: got a text"),
-        (form(b"x", purpose="p" * 2000), "purpose: allowed 1024 bytes"),
+        (form(b"x", purpose="p" * 2000), "bytes or more, allowed 1024"),
         (form(b"x", purpose="batch")[:-8], "last boundary is missing"),
         (form(b"x", **{"purpose": "batch", "expires_after[seconds]": "9"}), "anchor: got None"),
         (
