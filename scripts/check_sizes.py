@@ -9,7 +9,7 @@ FILE_LINES = 400
 NATIVE = (".h", ".cpp", ".py")
 CLASS_LINES = 200  # of src/, bench/ and scripts/
 # docs/decisions/0011-line-budget.md says why; it is raised there first
-TOTAL_LINES = 56_000
+TOTAL_LINES = 59_500
 
 
 def long_classes(text: str) -> list[str]:
