@@ -106,7 +106,7 @@ def test_keywords_reach_the_engine_or_are_refused(options: list[EngineOptions]) 
     assert (first.moe_backend, third.moe_backend) == ("auto", "torch")
     assert (third.routing_trace, third.device_memory) == (Path("r"), 1 << 30)
     for wrong, message in (
-        ({"moe_backend": "triton"}, "moe_backend: got 'triton', allowed auto, torch, cpu"),
+        ({"moe_backend": "tritn"}, "moe_backend: got 'tritn', allowed auto, triton, torch, cpu"),
         ({"host_memroy": "2GiB"}, r"unknown option: host_memroy \(did you mean host_memory\?\)"),
         ({"zzz": 1}, "unknown option: zzz, allowed .*host_memory"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: got 2, allowed only 1"),

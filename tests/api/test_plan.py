@@ -39,6 +39,7 @@ def test_json_brings_every_value_back(plan):
         "host_attention",
         "kv_offloading_share",
         "host_experts",
+        "generated_experts",
     }
     assert set(document["tiers"]) == {"host"}
     assert document["tiers"]["host"]["parts"]["expert"]["slots"] == plan.host.slots[Part.EXPERT]

@@ -424,7 +424,7 @@ OPTIONS = {
     "run-batch": ENGINE | {
         "--input-file", "-i", "--output-file", "-o", "--error-file", "--overwrite", "--resume",
         "--max-retries", "--no-retry-failed", "--json", "--served-model-name", "-a", "--alias",
-        "--tool-call-parser", "--reasoning-parser",
+        "--tool-call-parser", "--reasoning-parser", "--replicas", "--ray-address",
     },
     "serve": ENGINE | {
         "--host", "--port", "--api-key", "--served-model-name", "-a", "--alias",

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-ray = pytest.importorskip("ray")
+ray = pytest.importorskip("ray", reason="ray is not installed: `make test-cluster` does it")
 pytest.importorskip("pyarrow")
 
 ROOT = Path(__file__).parents[2]

@@ -44,7 +44,7 @@ def _on_device(
     parts = tuple(
         replace(own, slots=own.num_parts or own.slots, slot_bytes=None) for own in plan.host.parts
     )
-    tiers = plan.host, replace(plan.host, name="device", parts=parts)
+    tiers = plan.host, replace(plan.host, name="device", parts=parts, kept_states=0)
     options = EngineOptions(
         model=str(path), plan=replace(plan, tiers=tiers), generation_config="vllm",
         kv_cache_dtype="float32", enforce_eager=enforce_eager,

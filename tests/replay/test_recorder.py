@@ -157,5 +157,7 @@ def test_files_that_cannot_be_made_are_refused_before_anything_is_computed(tmp_p
     assert capsys.readouterr().err.splitlines() == [
         f"windlass: routing-trace: got {bad!r}: No such file or directory"
     ]
-    with pytest.raises(UsageError, match="routing_trace_inputs: allowed only with routing_trace"):
+    with pytest.raises(
+        UsageError, match="routing_trace_inputs: got it alone, allowed with routing_trace"
+    ):
         EngineOptions(routing_trace_inputs=True)

@@ -33,7 +33,7 @@ def _tier(tier: TierPlan, name: str, slots: dict[Part, int]) -> TierPlan:
         replace(own, slots=min(slots.get(own.part, own.slots), own.slots), slot_bytes=None)
         for own in tier.parts
     )
-    return replace(tier, name=name, parts=parts)
+    return replace(tier, name=name, parts=parts, kept_states=0)
 
 
 def _run(path: Path, plan: Plan, device: FakeCuda, count: int = 3):

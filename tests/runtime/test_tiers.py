@@ -47,7 +47,7 @@ def _tier(tier: TierPlan, name: str, slots: Mapping[Part, int]) -> TierPlan:
         replace(own, slots=min(slots.get(own.part, 999), own.num_parts or 1), slot_bytes=None)
         for own in tier.parts
     )
-    return replace(tier, name=name, parts=parts)
+    return replace(tier, name=name, parts=parts, kept_states=0)
 
 
 class Model:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from windlass.cli import generate, main, run_batch, serve
 from windlass.engine.engine_stats import EngineStats
@@ -24,7 +24,7 @@ from windlass.engine.live_view import LiveView, RowNow
 from windlass.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from windlass.engine.request import Delta, Request, StepResult
 from windlass.errors import RequestError
-from windlass.ids import Part, WeightKey
+from windlass.ids import Home, Part, WeightKey
 from windlass.params import SamplingParams
 from windlass.weights.stats import PartPlaces, Place, StoreStats
 
@@ -87,8 +87,9 @@ class FakePlan:
     def to_json(self) -> dict[str, Any]:
         return {"host_memory": 1 << 20}
 
-    max_num_seqs = 4
+    max_num_seqs, max_model_len = 4, 4096
     tiers: tuple[object, ...] = ()
+    homes: ClassVar[dict[Home, object]] = {}
 
     def lines(self) -> list[str]:
         return ["plan: a fake one"]

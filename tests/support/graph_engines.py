@@ -45,7 +45,7 @@ def graph_engine(
         )
         for own in plan.host.parts
     )  # fmt: skip
-    tiers = plan.host, replace(plan.host, name="device", parts=above)
+    tiers = plan.host, replace(plan.host, name="device", parts=above, kept_states=0)
     device, graphs = CpuDevice(1, name="device"), FakeGraphs()
     wanted = EngineOptions(
         model=str(path), plan=replace(plan, tiers=tiers), generation_config="vllm",

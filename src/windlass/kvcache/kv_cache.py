@@ -139,7 +139,7 @@ class KvCache:
         if self._memory.streams.runs_ahead:
             self._uncleared += pages
         else:
-            self.clear_all(torch.tensor(pages, dtype=torch.int64))
+            self.clear_all(self._memory.tensor(pages, dtype=torch.int64))
         return pages
 
     def uncleared(self) -> list[int]:

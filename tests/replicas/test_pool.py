@@ -287,7 +287,7 @@ def test_a_stop_keeps_what_has_ended(tmp_path: Path) -> None:
     assert 0 < done < NUM_ROWS and not job.output_file.exists()
     cluster = FakeCluster([node("a")])
     pool, log = run(job, cluster)
-    assert log.said[0].endswith(f"{done} of {NUM_ROWS} rows are done")
+    assert log.said[0].endswith(f"{done} of {NUM_ROWS} rows done")
     assert sum(part.rows for part in pool.parts()) == NUM_ROWS - done
     assert job.output_file.read_bytes() == WANTED
 
