@@ -31,7 +31,7 @@ from windlass.perf.sizes import Problem, Sizes
 from windlass.plan import Plan, TierPlan
 from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.prefetch.prefetcher import Prefetcher
-from windlass.prefetch.tiers import LowerPolicy, UpperPolicy
+from windlass.prefetch.tiers import LowerPolicy, UpperPolicy, takers
 from windlass.runtime.clock import Clock, Lanes, Span
 from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
 from windlass.runtime.simulated_host import SimulatedHostExperts
@@ -141,12 +141,15 @@ def _weights_of(
     assert sizes.device is not None, "a plan of a device for a machine without"
     above = tier(plan.above, sizes.device.slot_bytes, block_bytes=_LINK_BLOCK)
     kept = {part for part, count in above.slots.items() if count >= parts[part]}
-    lower = LowerPolicy(policy(host), kept)
+    num_experts = forecast.outlook.table.num_experts
+    lower = LowerPolicy(policy(host), takers(kept, num_experts, plan.host_experts))
     below = SimulatedWeights(on.lanes, on.costs, host, policy=lower, depth=depth)
-    return SimulatedWeights(
+    weights = SimulatedWeights(
         on.lanes, on.costs, above, policy=UpperPolicy(policy(above), lower), depth=LINK_DEPTH,
         tier_below=below,
     )  # fmt: skip
+    weights.cache.feed.tell(lower.came_above)
+    return weights
 
 
 class ClockedModel:

@@ -154,8 +154,8 @@ class WeightCache:
 
     # --- one caller's demands ---------------------------------------------------------------------
 
-    def take_resident(self, key: WeightKey) -> Entry | None:
-        """`key`, leased, if it is there."""
+    def take_resident(self, key: WeightKey, *, to_copy: bool = False) -> Entry | None:
+        """`key`, leased, if it is there; `to_copy`: to another tier, which is no use of it."""
         with self._changed:
             entry = self._resident.entries.get(key)
             if entry is None or entry.ticket is not None:
@@ -163,7 +163,7 @@ class WeightCache:
             self._queue.raise_error()
             self.count_hits(key.part, 1)
             self._resident.set_busy(entry)
-            return self._take(entry)
+            return self._take(entry, to_copy=to_copy)
 
     def begin(self, keys: Iterable[WeightKey], *, settles: bool = True) -> Demand:
         """Demands `keys` (distinct, and where it `settles`, of experts, all that their layer needs
@@ -205,14 +205,14 @@ class WeightCache:
                 self._changed.wait()
                 self._wait_s += self._mover.now() - begin
 
-    def ready(self, demand: Demand, limit: int) -> list[Entry]:
-        """What `demand` need not wait for, at most `limit`, leased."""
+    def ready(self, demand: Demand, limit: int, *, to_copy: bool = False) -> list[Entry]:
+        """What `demand` need not wait for, at most `limit`, leased; `to_copy` as above."""
         with self._changed:
             entries: list[Entry] = []
             while demand.ready and len(entries) < limit:
                 entry = self._resident.entries[demand.ready.popleft()]
                 entry.demands.remove(demand)
-                entries.append(self._take(entry))
+                entries.append(self._take(entry, to_copy=to_copy))
             return entries
 
     def release(self, entries: Sequence[Entry]) -> None:
@@ -234,8 +234,8 @@ class WeightCache:
         with self._changed:
             self.feed.abandon(demand)
 
-    def _take(self, entry: Entry) -> Entry:
-        self._resident.note_use(entry.key)
+    def _take(self, entry: Entry, *, to_copy: bool) -> Entry:
+        self._resident.note_use(entry.key, is_copied=to_copy)
         entry.leases += 1
         self.feed.take(entry)
         return entry
