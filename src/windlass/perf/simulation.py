@@ -181,7 +181,7 @@ class ClockedModel:
         self._runtime = SimulatedRuntime(
             self.lanes, costs, self._weights,
             prefetcher=prefetcher if plan.overlap else None, forecast=forecast,
-            router=UniformRouter(sample.spec, usage=usage),
+            router=UniformRouter(sample.spec, usage=usage), runs_ahead=plan.above is not None,
         )  # fmt: skip
         if plan.host_experts and below is not None and isinstance(costs, DeviceCost):
             prefetcher.leave_to_host(plan.host_experts)

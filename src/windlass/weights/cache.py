@@ -89,6 +89,10 @@ class WeightCache:
         """Whether `key` is resident or under way. A hint: it may change at any moment."""
         return key in self._resident.entries
 
+    def num_slots(self, part: Part) -> int:
+        """Of this kind."""
+        return self._resident.num_slots(part)
+
     def num_free(self, part: Part) -> int:
         """Slots of this kind that nothing has. A hint: it may change at any moment."""
         return self._resident.num_free(part)
