@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from lru import LeastRecentlyUsed
 from windlass.ids import Part, WeightKey
 from windlass.prefetch.policies import FarthestNextUse
-from windlass.prefetch.tiers import LowerPolicy, UpperPolicy
+from windlass.prefetch.tiers import LowerPolicy, UpperPolicy, takers
+from windlass.schedule.expert_homes import host_experts
 from windlass.weights.eviction import EvictionPolicy
 
 
@@ -177,33 +178,44 @@ def test_of_six_thousand_slots_few_are_asked_for_a_victim():
     assert asked[0] <= 3 * len(trace) + 3 * 6000  # of a key that enters, and of all once a pass
 
 
-def test_uses_above_are_what_the_tier_below_goes_by():
+def test_uses_above_and_below_are_what_the_tier_below_goes_by():
     keys = [WeightKey(Part.BLOCK, layer) for layer in range(4)]
-    lower = LowerPolicy(FarthestNextUse(4), ())
+    lower = LowerPolicy(FarthestNextUse(4), takers((), (), 0))
     upper = UpperPolicy(FarthestNextUse(4), lower)
     for key in (keys[2], keys[0], keys[3]):  # in whatever order they are copied up
-        lower.note_use(key)
+        lower.came_above(key)
         lower.add(key)
     upper.note_use(keys[0])
     assert lower.victim(keys[1], None) == keys[0], "just used above: comes last"
-    upper.note_use(keys[2])
+    lower.note_use(keys[2])
     assert lower.victim(keys[1], None) == keys[2]
     assert keys[0] in lower and keys[1] not in lower
 
 
-def test_below_what_stays_above_for_good_goes_first():
+@pytest.mark.parametrize("num_takers", [1, 2])
+def test_below_what_stays_above_for_good_goes_first(num_takers):
+    """When all who will ever take it have it."""
     blocks = [WeightKey(Part.BLOCK, layer) for layer in range(3)]
     experts = [WeightKey(Part.EXPERT, layer, 0) for layer in range(3)]
-    policy = LowerPolicy(FarthestNextUse(3), {Part.BLOCK})
+    policy = LowerPolicy(FarthestNextUse(3), lambda key: num_takers * (key.part is Part.BLOCK))
     for key in (*blocks, *experts):
         policy.add(key)
     assert policy.victim(WeightKey(Part.BLOCK, 5), 0) != blocks[1]
-    for key in (blocks[1], experts[1]):
-        policy.discard(key)
-        policy.note_use(key)
-        policy.add(key)
+    for taken in range(num_takers):
+        assert not taken or policy.victim(WeightKey(Part.BLOCK, 5), 0) != blocks[1]
+        for key in (blocks[1], experts[1]):
+            policy.discard(key)
+            policy.came_above(key)
+            policy.add(key)
     assert policy.victim(WeightKey(Part.BLOCK, 5), 0) == blocks[1], "even for a hint"
     assert policy.victim(WeightKey(Part.EXPERT, 0, 9), None) == experts[2]
     assert blocks[1] in policy
     policy.discard(blocks[1])
     assert blocks[1] not in policy and policy.victim(blocks[1], None) == blocks[2]
+
+
+def test_what_the_host_computes_is_not_needless_below_when_it_stays_above():
+    share = takers({Part.EXPERT, Part.BLOCK}, [4, 4], 0.5)
+    at_host = [key for key in cycle(2, 4) if host_experts(key.layer, 4, 0.5)[key.index]]
+    assert len(at_host) == 4 and [key for key in cycle(2, 4) if not share(key)] == at_host
+    assert share(WeightKey(Part.BLOCK, 0)) == 1 and not share(WeightKey(Part.HEAD, -1, 0))

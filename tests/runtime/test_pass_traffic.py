@@ -20,7 +20,7 @@ from windlass.engine.drafting import Drafting
 from windlass.engine.drafts import LayerGuess
 from windlass.engine.request import Request
 from windlass.errors import CheckpointError
-from windlass.runtime import routing_report
+from windlass.runtime import routed_groups
 from windlass.runtime.head import Head
 from windlass.speculative import SpeculativeConfig
 
@@ -161,7 +161,7 @@ def expected(path: Path) -> dict[str, Any]:
 def test_the_same_bits_whether_routing_is_read_back_or_not(
     path, expected, groups, many, monkeypatch
 ):
-    monkeypatch.setattr(routing_report, "MANY_ROWS", many)
+    monkeypatch.setattr(routed_groups, "MANY_ROWS", many)
     device = FakeCuda(seed=int(many) % 7, late=0.9)
     with engine_on(device, path, **WIDE, batch_groups=groups, micro_batch_size=64) as engine:
         assert _found(run_all(engine, _varied())) == expected

@@ -1,27 +1,39 @@
 """The schedule on the clock and on the device: the same operations on the same keys in the same
 order, for every family; and the clock itself."""
 
+import random
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
 
 from engines import FAMILIES, engine_for, make_model, prompts, request, run_all
+from fake_cuda import FakePinned
 from fakes import FakeDevice
-from routing import CountingRouter
+from routing import CountingRouter, rows
+from timed_cuda import LANES, TimedCuda
+from two_processors import Model, tier_with
+from windlass.build import homes
+from windlass.checkpoint.part_reads import Read
 from windlass.forecast.interface import ExpertTable
 from windlass.forecast.registry import FORECASTS
 from windlass.forecast.usage import UsageForecast
-from windlass.ids import DISK_TO_HOST, Part
+from windlass.ids import DISK_TO_HOST, HOST, Home, Part
+from windlass.models.registry import read_spec
+from windlass.options import read_config
+from windlass.prefetch.baselines import LeastRecentlyUsed
 from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.prefetch.prefetcher import Prefetcher
-from windlass.runtime.clock import Clock, LaneJob, Lanes, LaneWork
+from windlass.prefetch.tiers import LowerPolicy, UpperPolicy, takers
+from windlass.runtime.clock import HOST_TO_DEVICE, Clock, LaneJob, Lanes, LaneWork
 from windlass.runtime.routing_report import RoutingReport
 from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
+from windlass.runtime.simulated_host import SimulatedHostExperts
 from windlass.schedule import batch as batches
-from windlass.schedule.passes import run_pass
+from windlass.schedule.passes import PassShape, run_pass
 
 BLOCK_S = 1.0
 
@@ -128,12 +140,14 @@ def pool(forecast, slots):
     return ExpectedNextUse(forecast.outlook, floor=floor_of(table, slots[Part.EXPERT]))
 
 
-def _clock_runtime(spec, shape, costs, *, slots, reads, num_keys, depth, router, overlap):
+def _clock_runtime(
+    spec, shape, costs, *, slots, reads, num_keys, depth, router, overlap, policy=pool
+):
     forecast = UsageForecast(ExpertTable.of(spec))
     lanes = Lanes(Clock(), ("disk", "host"))
     weights = SimulatedWeights(
         lanes, costs, SimulatedParts(num_keys, slots, reads), depth=depth,
-        policy=pool(forecast, slots),
+        policy=policy(forecast, slots),
     )  # fmt: skip
     prefetcher = Prefetcher(shape, weights.cache, forecast)
     return SimulatedRuntime(
@@ -246,6 +260,274 @@ def _note_routing(monkeypatch):
 
     monkeypatch.setattr(RoutingReport, "tell", told)
     return routed
+
+
+# --- a device above its host ----------------------------------------------------------------------
+
+OP_S, JOB_S = 1.3, 2.9  # of an operation of the device, of a job of the host's worker
+BLOCKS_S = {"disk": 1.0, "down": 0.37}
+OF_ALL = {part: 999 for part in Part}
+FEW_ABOVE = {**OF_ALL, Part.EXPERT: 3, Part.BLOCK: 2}
+FEW_BELOW = {**OF_ALL, Part.EXPERT: 9}
+
+
+class TimedCosts:
+    """The same of the clock's lanes. Nothing is asked of links besides weights."""
+
+    def attention(self, layer, rows):
+        return self._by_host() if rows.home is Home.HOST else self._work()
+
+    def block(self, key, num_bytes):
+        return ((DISK_TO_HOST, BLOCKS_S["disk"]), (HOST_TO_DEVICE, BLOCKS_S["down"]))
+
+    def host_experts(self, layer, num_rows):
+        return self._by_host()
+
+    def _by_host(self):
+        return LaneWork(LaneJob("device", 0.0), ((LaneJob("host", JOB_S),),))
+
+    def _work(self):
+        return LaneWork(LaneJob("device", OP_S))
+
+    def __getattr__(self, name):
+        return lambda *_: self._work()
+
+
+class OnDevice(Recorder):
+    """Of an engine on a device. `looks`: how often the host has waited for what that has found;
+    routing takes its time when it is told."""
+
+    def __init__(self, inner, notes, device):
+        super().__init__(inner, notes, lambda: device.spend(OP_S))
+        self._device = device
+
+    def _op(self, *note):
+        self._ended()  # first, as on the clock: links go on meanwhile
+        self._notes.append(note)
+
+    def attend(self, layer, weights, hidden, rows):
+        begun = self._inner.attend(layer, weights, hidden, rows)
+        if rows.home is not Home.HOST:
+            self._ended()
+        self._notes.append(("attend", layer, rows.first_token, rows.num_tokens))
+        return begun
+
+    def enter_experts(self, layer, weights, hidden, group):
+        waits = self._device.order.waits
+        before = waits["up"]
+        routed = self._inner.enter_experts(layer, weights, hidden, group)
+        looks = waits["up"] > before
+        self._notes.append(("route", layer, group.first_token, routed.experts, looks))
+        return routed
+
+
+class OnClock(Recorder):
+    def enter_experts(self, layer, weights, hidden, group):
+        routed = self._inner.enter_experts(layer, weights, hidden, group)
+        looks = layer not in self._inner._unseen
+        self._notes.append(("route", layer, group.first_token, routed.experts, looks))
+        return routed
+
+
+def _note_copies(queue, notes, label):
+    """Blocks as they are sent, by where they go."""
+    move = queue._move
+
+    def moved(ticket, block):
+        notes.append((f"to {ticket.route.destination}", label(block)))
+        move(ticket, block)
+
+    queue._move = moved
+
+
+def _on_two_tiers(own, plan, monkeypatch, requests):
+    """Passes of an engine on a device with streams: batches, and what was done; what it routed."""
+    monkeypatch.setattr(batches, "MOST_CAPTURED", 0)
+    monkeypatch.setitem(FORECASTS, "usage", lambda setting: UsageForecast(setting.table))
+    device = TimedCuda(block_s=BLOCKS_S, job_s=JOB_S)
+    monkeypatch.setattr(homes, "ThreadPoolExecutor", lambda *_: device.worker)
+    notes: list[Any] = []
+    passes: list[Any] = []
+    routed: list[Any] = []
+    kept: dict[Any, Any] = {}
+    tell = RoutingReport.tell
+
+    def told(self, layer, rows, residual_TD):
+        with device._quiet():
+            counts = enumerate(rows.groups.counts_E.tolist())
+            routed.append({expert: count for expert, count in counts if count})
+        found = tell(self, layer, rows, residual_TD)
+        device.spend(OP_S)
+        return found
+
+    def recorded(runtime, shape, batch):
+        kept.update(shape=shape)
+        notes.clear()
+        outcome = run_pass(OnDevice(runtime, notes, device), shape, batch)
+        passes.append((batch, list(notes)))
+        return outcome
+
+    monkeypatch.setattr(RoutingReport, "tell", told)
+    monkeypatch.setattr("windlass.engine.engine.run_pass", recorded)
+    with device.watched(), own.open(
+        plan, device=device.below, above=device, expert_forecast="usage", expert_usage="off"
+    ) as engine:  # fmt: skip
+        store = engine._weights
+        store._queue.changed.wait = device.wait
+        _note_copies(store._queue, notes, lambda copy: copy.label)
+        run_all(engine, requests)
+        kept.update(store=store, stats=store.stats(), below=store.supply.below.stats())
+    assert not device.memory.races
+    return passes, routed, kept
+
+
+def _parts_of(store, plan):
+    """Parts of the host, and of the device above it."""
+    supply = store.supply
+    num_keys = Counter(key.part for key in supply.layout.parts)
+
+    def reads(key):
+        return supply.store.supply.part_reads(key).reads
+
+    def moves(key):
+        return [Read("", 0, move.num_bytes, 0) for move in supply._learn(key)[0].moves]
+
+    return (
+        SimulatedParts(num_keys, plan.host.slots, reads),
+        SimulatedParts(num_keys, plan.above.slots, moves),
+    )
+
+
+def _clock_of_tiers(spec, shape, plan, parts, router, policy=pool):
+    forecast = UsageForecast(ExpertTable.of(spec))
+    lanes, costs, (host, above) = Lanes(Clock(), LANES), TimedCosts(), parts
+    table, num_keys = forecast.outlook.table, host.num_keys
+    kept = {part for part, count in plan.above.slots.items() if count >= num_keys[part]}
+    lower = LowerPolicy(
+        policy(forecast, plan.host.slots), takers(kept, table.num_experts, plan.host_experts)
+    )
+    below = SimulatedWeights(lanes, costs, host, policy=lower, depth=FakePinned.num_lanes + 1)
+    weights = SimulatedWeights(
+        lanes, costs, above, policy=UpperPolicy(policy(forecast, plan.above.slots), lower),
+        depth=TimedCuda.num_lanes + 1, tier_below=below,
+    )  # fmt: skip
+    weights.cache.feed.tell(lower.came_above)
+    prefetcher = Prefetcher(shape, weights.cache, forecast, below=below.cache)
+    runtime = SimulatedRuntime(
+        lanes, costs, weights, prefetcher=prefetcher if plan.overlap else None, forecast=forecast,
+        router=router,
+    )  # fmt: skip
+    runtime.runs_ahead = True
+    if plan.host_experts:
+        prefetcher.leave_to_host(plan.host_experts)
+        runtime.host = SimulatedHostExperts(
+            lanes, below, table.num_experts, plan.host_experts, costs.host_experts
+        )
+    return runtime
+
+
+@pytest.fixture(scope="module")
+def of_family(tmp_path_factory):
+    return cache(lambda family: Model(tmp_path_factory.mktemp(family), family))
+
+
+@pytest.mark.parametrize(
+    ("family", "groups", "attends", "experts", "overlap", "below"),
+    [
+        ("qwen3_moe", 1, 0.0, 0.0, True, OF_ALL),
+        ("qwen3_moe", 2, 0.0, 0.0, True, FEW_BELOW),
+        ("deepseek_v3", 2, 0.5, 0.0, True, FEW_BELOW),
+        ("qwen3_moe", 1, 0.0, 0.5, True, FEW_BELOW),
+        ("gpt_oss", 2, 0.5, 0.5, True, FEW_BELOW),
+        ("qwen3_moe", 2, 0.5, 1.0, False, {**OF_ALL, Part.EXPERT: 3}),
+    ],
+)
+def test_the_clock_does_what_an_engine_on_a_device_does(
+    of_family, monkeypatch, family, groups, attends, experts, overlap, below
+):
+    """Attention of each group, here and on the host; copies from disk and to the device as they are
+    sent; experts as they arrive, those of the host; and where the host waits for routing."""
+    own = of_family(family)
+    plan = own.plan_for(
+        attends, FEW_ABOVE, groups=groups, micro_batch_tokens=64, host_experts=experts,
+        overlap=overlap,
+    )  # fmt: skip
+    host = tier_with(own.plan.host, HOST, below, None)
+    plan = replace(plan, tiers=(host, plan.tiers[1]))
+    given = [request(f"r{i}", p, max_tokens=4 + i) for i, p in enumerate(prompts((70, 3, 60, 9)))]
+    passes, routed, kept = _on_two_tiers(own, plan, monkeypatch, given)
+    spec, queue = read_spec(read_config(own.path))[0], iter(routed)
+    router = CountingRouter(lambda layer, rows: next(queue), num_experts(spec))
+    clock = _clock_of_tiers(spec, kept["shape"], plan, _parts_of(kept["store"], plan), router)
+    notes: list[Any] = []
+    _note_copies(clock._weights._queue, notes, lambda block: str(block.key))
+    looks = set()
+    for batch, expected in passes:
+        notes.clear()
+        run_pass(OnClock(clock, notes, lambda: None), kept["shape"], batch)
+        assert notes == expected
+        looks |= {note[-1] for note in notes if note[0] == "route"}
+    assert looks == {False, True} and len(passes[0][0].groups) == groups
+    stats = [clock._weights.cache.stats(), clock._weights.tier_below.cache.stats()]
+    for name in ("requests", "hits", "evictions", "prefetch_issued", "prefetch_used"):
+        found = [getattr(one, name) for one in stats]
+        assert found == [getattr(kept["stats"], name), getattr(kept["below"], name)], name
+    assert kept["stats"].evictions > 0
+
+
+def least_recent(forecast, slots):
+    return LeastRecentlyUsed(forecast.outlook.table, None)
+
+
+@pytest.mark.parametrize(
+    ("above", "slots", "policy"),
+    [(OF_ALL, 5, pool), (OF_ALL, 9, pool), (FEW_ABOVE, 5, least_recent), (OF_ALL, 9, least_recent)],
+)
+def test_a_host_that_computes_all_experts_keeps_what_one_without_a_device_does(
+    of_family, above, slots, policy
+):
+    """Of a replay of generated rows, whose experts change slowly: as many hits, whether the device
+    has all experts, for prompts, or few."""
+    own = of_family("qwen3_moe")
+    spec = read_spec(read_config(own.path))[0]
+    plan = own.plan_for(0.0, above, host_experts=1.0, overlap=False)
+    host = tier_with(own.plan.host, HOST, {**OF_ALL, Part.EXPERT: slots}, None)
+    plan = replace(plan, tiers=(host, plan.tiers[1]))
+    num_keys = {one.part: one.num_parts for one in plan.host.parts}
+    shape = PassShape.of(spec, num_keys[Part.HEAD])
+
+    def reads(key):
+        return [Read("", 0, 4096, 0)]
+
+    def router():
+        chance, liked = random.Random(slots), {}
+
+        def route(layer, num_rows):
+            if layer not in liked or chance.random() < 0.1:
+                liked[layer] = chance.sample(range(8), 4)
+            return dict.fromkeys(sorted(chance.sample(liked[layer], 3)), 1)
+
+        return CountingRouter(route, num_experts(spec))
+
+    parts = [SimulatedParts(num_keys, tier.slots, reads) for tier in plan.tiers]
+    chained = _clock_of_tiers(spec, shape, plan, parts, router(), policy)
+    alone = _clock_runtime(
+        spec, shape, EqualCosts(0), slots=plan.host.slots, reads=reads, num_keys=num_keys,
+        depth=4, router=router(), overlap=False, policy=policy,
+    )  # fmt: skip
+    in_one = alone._weights.arrivals  # as the host demands them
+    alone._weights.arrivals = lambda keys, **_: in_one(keys)
+    below = chained._weights.tier_below.cache
+    if above is OF_ALL:  # prompts have taken all
+        for key in ExpertTable.of(spec).keys:
+            below._resident._policy.came_above(key)
+    for _ in range(60):
+        for clock in (chained, alone):
+            run_pass(clock, shape, rows(1))
+    found, expected = below.stats(), alone._weights.cache.stats()
+    assert found.requests[Part.EXPERT] == expected.requests[Part.EXPERT] == 60 * 2 * 3
+    assert found.hits[Part.EXPERT] == expected.hits[Part.EXPERT] > 50
+    assert found.evictions == expected.evictions > 0
 
 
 # --- the clock itself -----------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from windlass.device.base import Device
 from windlass.errors import BudgetError
 from windlass.ids import Part, WeightKey
 from windlass.prefetch.policies import FarthestNextUse
-from windlass.prefetch.tiers import LowerPolicy, UpperPolicy
+from windlass.prefetch.tiers import LowerPolicy, UpperPolicy, takers
 from windlass.weights.eviction import EvictionPolicy
 from windlass.weights.hints import Hint
 from windlass.weights.store import Arrivals, Lease, WeightStore
@@ -45,11 +45,13 @@ def make_chain(
 ) -> tuple[WeightStore, dict[str, torch.Tensor]]:
     """A store over `device` whose parts come from one over `host`."""
     kept = {Part.EXPERT} if slots >= 4 * num_layers else ()
-    lower = LowerPolicy(FarthestNextUse(num_layers), kept)
+    lower = LowerPolicy(FarthestNextUse(num_layers), takers(kept, [4] * num_layers, 0))
     upper = UpperPolicy(policy or FarthestNextUse(num_layers), lower)
     below, tensors = make_store(host, num_layers=num_layers, slots=host_slots, policy=lower)
     supply = TierSupply(below, Carrier(device, 4096 * 4))
-    return WeightStore(supply, {Part.EXPERT: slots}, policy=upper), tensors
+    above = WeightStore(supply, {Part.EXPERT: slots}, policy=upper)
+    above.cache.feed.tell(lower.came_above)
+    return above, tensors
 
 
 def hint(

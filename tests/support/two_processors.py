@@ -77,13 +77,12 @@ class Model:
 
     def open(
         self, plan: Plan, *, device: Device | None = None, above: Device | None = None,
-        backend: Any = "torch", trace: Path | None = None,
+        backend: Any = "torch", **more: Any,
     ) -> Engine:  # fmt: skip
-        """Kernels of `backend` on the host, torch's on the device."""
+        """Kernels of `backend` on the host, torch's on the device. `more`: options."""
         options = EngineOptions(
-            model=str(self.path), plan=plan, generation_config="vllm", moe_backend=backend,
-            trace=trace,
-        )  # fmt: skip
+            model=str(self.path), plan=plan, generation_config="vllm", moe_backend=backend, **more
+        )
         kernels = on_device(above, TorchKernels) if isinstance(above, FakeCuda) else TorchKernels()
         above = above or CpuDevice(1, name="device")
         return open_engine(options, device=device, above=above, kernels=kernels)

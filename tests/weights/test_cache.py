@@ -16,7 +16,7 @@ from lru import LeastRecentlyUsed
 from windlass.errors import BudgetError
 from windlass.ids import DISK_TO_HOST, HOST, Part, Route, WeightKey
 from windlass.prefetch.policies import FarthestNextUse
-from windlass.prefetch.tiers import LowerPolicy, UpperPolicy
+from windlass.prefetch.tiers import LowerPolicy, UpperPolicy, takers
 from windlass.weights.cache import WeightCache
 from windlass.weights.chain import Chain
 from windlass.weights.demand import Demand
@@ -475,7 +475,7 @@ class CallersOfTwoTiers(Callers):
         self.link = Wire(random.Random(seed))
         num_keys = {part: len(keys) for part, keys in KEYS.items()}
         kept = {part for part, number in numbers.items() if number == num_keys[part]}
-        lower_policy = LowerPolicy(FarthestNextUse(LAYERS), kept)
+        lower_policy = LowerPolicy(FarthestNextUse(LAYERS), takers(kept, [4] * LAYERS, 0))
         lower = self.lower_filler = Filler(self.link, self.lower_slots)
         self.lower = WeightCache(
             num_keys, self.lower_slots, self.link.queue, lower, policy=lower_policy
@@ -486,6 +486,7 @@ class CallersOfTwoTiers(Callers):
         self.cache = WeightCache(
             num_keys, self.slots, self.link.queue, filler, policy=UpperPolicy(own, lower_policy)
         )
+        self.cache.feed.tell(lower_policy.came_above)
         self._begin_to_watch()
 
     def _hint(self, wanted: list[tuple[WeightKey, int, float]], dropped: list[WeightKey]) -> None:

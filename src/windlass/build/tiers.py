@@ -7,13 +7,14 @@ from windlass.build.foresight import Outfit
 from windlass.checkpoint.folder import CheckpointFolder
 from windlass.device.base import Device
 from windlass.errors import UsageError
+from windlass.forecast.interface import ExpertTable
 from windlass.hardware.profile import LinkRates
 from windlass.ids import Part
 from windlass.kernels.interface import Kernels
 from windlass.models.spec import ModelSpec, Moe
 from windlass.plan import HOST, Plan, TierPlan
 from windlass.prefetch.draft_experts import DraftExperts
-from windlass.prefetch.tiers import LowerPolicy, UpperPolicy
+from windlass.prefetch.tiers import LowerPolicy, UpperPolicy, takers
 from windlass.trace import Tracer
 from windlass.weights.eviction import EvictionPolicy
 from windlass.weights.io_queue import BLOCK_BYTES
@@ -65,7 +66,8 @@ def open_weights(
     lower_own = _with_drafts(
         outfit.below.policy, model.spec, plan.host.of(Part.EXPERT).slots
     )
-    lower = LowerPolicy(lower_own, kept)
+    num_experts = ExpertTable.of(model.spec).num_experts
+    lower = LowerPolicy(lower_own, takers(kept, num_experts, plan.host_experts))
     below = WeightStore(files, plan.host.slots, policy=lower)
     block_bytes = BLOCK_BYTES
     if tiers.down is not None:
@@ -74,8 +76,9 @@ def open_weights(
     supply = TierSupply(below, Carrier(tiers.above, block_bytes))
     _check_slots(plan.above, supply)
     own = _with_drafts(outfit.chosen.policy, model.spec, plan.above.of(Part.EXPERT).slots)
-    policy = UpperPolicy(own, lower)
-    return WeightStore(supply, plan.above.slots, policy=policy)
+    above = WeightStore(supply, plan.above.slots, policy=UpperPolicy(own, lower))
+    above.cache.feed.tell(lower.came_above)
+    return above
 
 
 def _check_slots(tier: TierPlan, supply: TierSupply) -> None:

@@ -31,7 +31,7 @@ from windlass.perf.sizes import Problem, Sizes
 from windlass.plan import ALL_ON_DEVICE, HomeShares, Plan, TierPlan
 from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.prefetch.prefetcher import Prefetcher
-from windlass.prefetch.tiers import LowerPolicy, UpperPolicy
+from windlass.prefetch.tiers import LowerPolicy, UpperPolicy, takers
 from windlass.runtime.clock import Clock, Lanes, Span
 from windlass.runtime.kv_rounds import half_pages
 from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
@@ -143,12 +143,15 @@ def _weights_of(
     assert sizes.device is not None, "a plan of a device for a machine without"
     above = tier(plan.above, sizes.device.slot_bytes, block_bytes=_LINK_BLOCK)
     kept = {part for part, count in above.slots.items() if count >= parts[part]}
-    lower = LowerPolicy(policy(host), kept)
+    num_experts = forecast.outlook.table.num_experts
+    lower = LowerPolicy(policy(host), takers(kept, num_experts, plan.host_experts))
     below = SimulatedWeights(on.lanes, on.costs, host, policy=lower, depth=depth)
-    return SimulatedWeights(
+    weights = SimulatedWeights(
         on.lanes, on.costs, above, policy=UpperPolicy(policy(above), lower), depth=LINK_DEPTH,
         tier_below=below,
     )  # fmt: skip
+    weights.cache.feed.tell(lower.came_above)
+    return weights
 
 
 class ClockedModel:
@@ -182,12 +185,12 @@ class ClockedModel:
             prefetcher=prefetcher if plan.overlap else None, forecast=forecast,
             router=UniformRouter(sample.spec, usage=usage),
         )  # fmt: skip
+        self._runtime.runs_ahead = plan.above is not None
         if plan.host_experts and below is not None and isinstance(costs, DeviceCost):
             prefetcher.leave_to_host(plan.host_experts)
             self._runtime.host = SimulatedHostExperts(
                 self.lanes, below, table.num_experts, plan.host_experts, costs.host_experts
             )
-
         if plan.kv_offloading_share and isinstance(costs, DeviceCost):
             most = half_pages(sizes.staged_bytes_per_token, plan.page_tokens, plan.max_model_len)
             self._runtime.stream = SimulatedStream(

@@ -50,9 +50,13 @@ class Tier:
         besides = self._not_wanted if self._above is None else self._above._held
         if besides is not None:
             np.logical_or(self._held, besides, out=self.there)
+            if self._above is not None and self._above._not_wanted is not None:
+                theirs = self._above._not_wanted
+                self.there[theirs] = self._held[theirs]
 
     def leave(self, keys: NDArray[np.bool_] | None) -> None:
-        """From now on those of `keys` (a bitmap) count as there, whatever is said of them."""
+        """From now on those of `keys` (a bitmap) count as there, whatever is said of them, and in
+        the tier below as missing unless they are in that."""
         assert self._above is None, "only the tier that passes take weights from"
         self._not_wanted = keys
         self.there = self._held if keys is None else self._held.copy()

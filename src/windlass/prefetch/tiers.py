@@ -1,33 +1,51 @@
-"""Eviction policies of two tiers, of which the lower holds what is copied to the upper: uses happen
-in the upper one alone, and both policies follow them. Names only."""
+"""Eviction policies of two tiers, of which the lower holds what is copied to the upper, and is told
+of uses there. Names only."""
 
-from collections.abc import Container
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
 
 from windlass.ids import Part, WeightKey
+from windlass.schedule.expert_homes import host_experts
 from windlass.weights.eviction import EvictionPolicy
 
 
+def takers(
+    kept: Container[Part], num_experts: Sequence[int], host_share: float
+) -> Callable[[WeightKey], int]:
+    """Of one tier above, which takes all parts of the kinds `kept` to stay. Experts that the host
+    computes, a share of each layer's, are used below all the same."""
+
+    def count(key: WeightKey) -> int:
+        if key.part not in kept:
+            return 0
+        is_expert = key.part is Part.EXPERT
+        return 1 - (
+            is_expert and host_experts(key.layer, num_experts[key.layer], host_share)[key.index]
+        )
+
+    return count
+
+
 class LowerPolicy:
-    """Implements `EvictionPolicy` by another's judgement, except that what stays in the tier above
-    for good goes first: nobody will ask for it again. That a part is taken is no use of it."""
+    """Implements `EvictionPolicy` by another's judgement, except that what stays in the tiers above
+    for good goes first: nobody will ask for it again. Uses are those above, and those of whoever
+    computes from this tier itself; that a part is copied from here is none."""
 
-    def __init__(self, own: EvictionPolicy, kept_above: Container[Part]) -> None:
-        """`kept_above`: kinds of parts that all have slots above."""
+    def __init__(self, own: EvictionPolicy, takers: Callable[[WeightKey], int]) -> None:
+        """`takers`: how many tiers above take a key to stay, all that will ever read it here; 0
+        where it does not stay, or others use it here."""
         self._own = own
-        self._kept_above = kept_above
-        self._taken: set[WeightKey] = set()  # to stay above
+        self._takers = takers
+        self._taken: Counter[WeightKey] = Counter()  # to stay above
         self._needless: dict[Part, dict[WeightKey, None]] = {}  # of those, what may be evicted here
+        self.note_use = own.note_use
 
-    def follow(self, key: WeightKey) -> None:
-        """`key` is used above."""
-        self._own.note_use(key)
-
-    def note_use(self, key: WeightKey) -> None:
-        if key.part in self._kept_above:
-            self._taken.add(key)
+    def came_above(self, key: WeightKey) -> None:
+        """`key` is resident in a tier above, copied from here."""
+        self._taken[key] += 1
 
     def add(self, key: WeightKey) -> None:
-        if key in self._taken:
+        if 0 < self._takers(key) <= self._taken[key]:
             self._needless.setdefault(key.part, {})[key] = None
         else:
             self._own.add(key)
@@ -58,7 +76,7 @@ class UpperPolicy:
 
     def note_use(self, key: WeightKey) -> None:
         self._own.note_use(key)
-        self._lower.follow(key)
+        self._lower.note_use(key)
 
     def __contains__(self, key: WeightKey) -> bool:
         return key in self._own

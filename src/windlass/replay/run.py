@@ -19,7 +19,8 @@ from windlass.replay.costs import EXPERT_BYTES, RatioCosts
 from windlass.replay.router import TraceRouter
 from windlass.replay.routing_trace import RoutingTrace
 from windlass.runtime.clock import Clock, Lanes
-from windlass.runtime.simulated import Costs, SimulatedParts, SimulatedRuntime, SimulatedWeights
+from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
+from windlass.runtime.simulated_parts import Costs
 from windlass.schedule.observer import RoutingObserver
 from windlass.schedule.passes import LayerShape, PassShape, run_pass
 from windlass.weights.cache import WeightCache

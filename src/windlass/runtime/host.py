@@ -219,7 +219,7 @@ class HostRuntime:
         if done is None:
             return None
         self._routers.read(layer, done.at_end)
-        return self._routed(layer, done, None, is_replayed=True)
+        return self._routed(layer, done, None)
 
     def attend(
         self, layer: int, weights: Lease, hidden: torch.Tensor, rows: MicroBatch
@@ -241,18 +241,18 @@ class HostRuntime:
         shared_TD = self._blocks.shared(layer, weights.tensors, hidden, routed)
         at_end = self._blocks.output_tensors(weights.tensors)
         outputs = self._expert_outputs(routed.groups.order.shape[0], hidden.shape[1])
-        done = ComputedBlock(hidden, routed, shared_TD, at_end, outputs)
-        own = self._experts
-        on_host = None if own is None else own.begin(layer, routed, group, self._kernels)
-        return self._routed(layer, done, on_host, is_replayed=False)
+        return self._routed(layer, ComputedBlock(hidden, routed, shared_TD, at_end, outputs), group)
 
-    def _routed(
-        self, layer: int, done: ComputedBlock, on_host: OnHostExperts | None, *, is_replayed: bool
-    ) -> Routed:
+    def _routed(self, layer: int, done: ComputedBlock, group: RowGroup | None) -> Routed:
+        """`group`: of the rows, which the host may have a part of; None where they are replayed."""
+        # first, so that what the host wants takes no slot of what is used now
         counts = self._routing.tell(layer, done.routed, done.hidden_TD)
+        on_host = None
+        if group is not None and self._experts is not None:
+            on_host = self._experts.begin(layer, done.routed, group, self._kernels)
         done, counts = (done, counts) if on_host is None else _left(done, on_host)
         chosen = range(len(done.routed.groups.counts_E)) if counts is None else counts
-        return Routed(tuple(chosen), _Rows(counts, done, is_replayed, on_host))
+        return Routed(tuple(chosen), _Rows(counts, done, group is None, on_host))
 
     def _expert_outputs(self, places: int, width: int) -> torch.Tensor:
         """Memory of one layer's expert outputs, the same for all layers and groups of a pass."""

@@ -6,11 +6,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from windlass.forecast.interface import Outlook
+from windlass.forecast.interface import ExpertTable, Outlook
 from windlass.schedule.batch import Batch
 from windlass.schedule.observer import RoutedTokens
 
+MANY_ROWS = 3  # of an expert, on average: of 20 experts that are used evenly, 19 have some
+
 _BY_ROW = ("ids_TA", "scores_TE", "h_TD", "residual_TD")
+
+
+def layers_of_many_rows(table: ExpertTable, batch: Batch) -> frozenset[int]:
+    """Those of which each group of `batch` is to have all experts, unseen, where looking means
+    waiting for the device that routes."""
+    choices = table.top_k * min(group.num_tokens for group in batch.groups)
+    return frozenset(
+        layer for layer in table.layers if choices >= MANY_ROWS * table.num_experts[layer]
+    )
 
 
 class RoutedGroups:

@@ -9,11 +9,9 @@ import torch
 from windlass.device.streams import Streams, ToHost
 from windlass.forecast.interface import ExpertForecast
 from windlass.runtime.layer_ops import RoutedRows
-from windlass.runtime.routed_groups import RoutedGroups
+from windlass.runtime.routed_groups import RoutedGroups, layers_of_many_rows
 from windlass.schedule.batch import Batch
 from windlass.schedule.observer import RoutedTokens, RoutingObserver
-
-MANY_ROWS = 3  # of an expert, on average: of 20 experts that are used evenly, 19 have some
 
 
 class _Late(NamedTuple):
@@ -115,11 +113,7 @@ class RoutingReport:
     def _layers_unread(self, batch: Batch) -> frozenset[int]:
         if not self._streams.runs_ahead or self.wants_states:
             return frozenset()
-        table = self._forecast.outlook.table
-        choices = table.top_k * min(group.num_tokens for group in batch.groups)
-        return frozenset(
-            layer for layer in table.layers if choices >= MANY_ROWS * table.num_experts[layer]
-        )
+        return layers_of_many_rows(self._forecast.outlook.table, batch)
 
     def _observe(
         self,

@@ -7,20 +7,20 @@ the lanes that it needs differ (a device, its link and the host); everything els
 before it goes on.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from windlass.checkpoint.part_reads import Read
 from windlass.forecast.interface import ExpertForecast
-from windlass.ids import DISK_TO_HOST, Part, Route, WeightKey
+from windlass.ids import DISK_TO_HOST, Part, WeightKey
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.runtime.clock import HOST_TO_DEVICE, Clock, Lanes, LaneWork, Span
-from windlass.runtime.routed_groups import RoutedGroups
-from windlass.runtime.simulated_parts import HostPart, NoPart, StreamPart
+from windlass.runtime.routed_groups import RoutedGroups, layers_of_many_rows
+from windlass.runtime.simulated_parts import Costs, HostPart, NoPart, Router, StreamPart
 from windlass.schedule.batch import Batch, MicroBatch, RowGroup
 from windlass.schedule.observer import RoutedTokens
 from windlass.schedule.runtime import Outcome, Routed
@@ -34,55 +34,11 @@ from windlass.weights.slots import Slots
 
 class _Rows(NamedTuple):
     """Rows of a layer on their way through its experts: all of a group's, and those of each expert
-    that has any."""
+    of the device's that has any."""
 
     num_rows: int
     counts: Mapping[int, int]
     on_host: Callable[[], None]  # waits for what the host computes
-
-
-class Router(Protocol):
-    """What routers decide, and the states that a forecast may read."""
-
-    def begin(self, batch: Batch) -> Any:
-        """A pass begins; its embedded rows, or None."""
-        ...
-
-    def route(self, layer: int, batch: Batch, group: RowGroup) -> RoutedTokens:
-        """Of the rows of a group of the pass."""
-        ...
-
-    def end(self) -> Any:
-        """The states that leave the last layer, or None."""
-        ...
-
-
-class Costs(Protocol):
-    """What operations ask of the lanes, and blocks of their way."""
-
-    def embed(self, batch: Batch) -> LaneWork: ...
-
-    def embedding_rows(self, num_rows: int) -> float:
-        """Seconds of the first lane to read rows of the table one by one."""
-        ...
-
-    def attention(self, layer: int, rows: MicroBatch) -> LaneWork: ...
-
-    def route(self, layer: int, num_rows: int) -> LaneWork: ...
-
-    def experts(self, layer: int, num_rows: Sequence[int]) -> LaneWork:
-        """Experts with so many rows each, in one call."""
-        ...
-
-    def combine(self, layer: int, num_rows: int) -> LaneWork: ...
-
-    def dense(self, layer: int, num_rows: int) -> LaneWork: ...
-
-    def head(self, chunk: int, num_rows: int) -> LaneWork: ...
-
-    def block(self, key: WeightKey, num_bytes: int) -> Sequence[tuple[Route, float]]:
-        """Routes that a block of a part may pass, and the seconds on each."""
-        ...
 
 
 class _Bytes(NamedTuple):
@@ -228,6 +184,10 @@ class SimulatedWeights:
         return self._clock.now
 
 
+def _nothing() -> None:
+    pass
+
+
 class SimulatedRuntime:
     """Implements `Runtime` on a clock."""
 
@@ -244,6 +204,7 @@ class SimulatedRuntime:
         """Without a `prefetcher` nothing is read beside computation (`Plan.overlap`)."""
         self.host: HostPart = NoPart()  # of experts; beside a device another may take its place
         self.stream: StreamPart | None = None  # the same
+        self.runs_ahead = False  # as a device does: the host looks at no routing of many rows
         self._lanes = lanes
         self._costs = costs
         self._weights = weights
@@ -253,6 +214,8 @@ class SimulatedRuntime:
         self._groups = RoutedGroups(forecast.outlook)
         self._num_logits = 0
         self._batch: Batch | None = None
+        self._unseen: frozenset[int] = frozenset()  # layers of the pass at whose routing none looks
+        self._late: list[RoutedTokens] = []  # what these have routed
 
     @property
     def clock(self) -> Clock:
@@ -307,9 +270,15 @@ class SimulatedRuntime:
                 pass
         if self._prefetcher is not None:
             self._prefetcher.begin(batch, self.clock.now)
+        outlook = self._forecast.outlook
+        self._unseen = layers_of_many_rows(outlook.table, batch) if self.runs_ahead else frozenset()
+        self._late = []
         self._forecast.begin(batch, self._router.begin(batch))
         if self.stream is not None:
             self.stream.begin(batch)
+        for layer in self._unseen:
+            outlook.now[outlook.table.slice(layer)] = 1.0
+        outlook.version += bool(self._unseen)
         self._do(self._costs.embed(batch), "embed")
 
     def attend(
@@ -335,18 +304,32 @@ class SimulatedRuntime:
     def enter_experts(self, layer: int, weights: Entry, hidden: None, group: RowGroup) -> Routed:
         assert self._batch is not None, "a layer outside a pass"
         tokens = self._router.route(layer, self._batch, group)
-        counts = {e: n for e, n in enumerate(np.asarray(tokens.counts_E).tolist()) if n}
+        all_E = np.asarray(tokens.counts_E).tolist()
+        counts: Mapping[int, int] = {e: n for e, n in enumerate(all_E) if n}
         self._groups.route()
-        if (of_all := self._groups.add(tokens)) is not None:
-            self._forecast.observe(of_all)
+        self._late.append(tokens)
+        wanted: Iterable[int] = range(len(all_E))
+        if layer not in self._unseen:
+            self._tell_late()
+            wanted = counts
         self._do(self._costs.route(layer, group.num_tokens), "route")
-        left, on_host = self.host.begin(layer, group, counts)
-        return Routed(tuple(left), _Rows(group.num_tokens, left, on_host))
+        on_host: Callable[[], None] = _nothing
+        if (begun := self.host.begin(layer, group, counts)) is not None:
+            counts, on_host = begun
+            wanted = counts
+        return Routed(tuple(wanted), _Rows(group.num_tokens, counts, on_host))
+
+    def _tell_late(self) -> None:
+        """The forecast learns what has been routed."""
+        for tokens in self._late:
+            if (of_all := self._groups.add(tokens)) is not None:
+                self._forecast.observe(of_all)
+        self._late = []
 
     def experts(self, layer: int, arrived: Sequence[Entry], routed: Routed) -> None:
         data: _Rows = routed.data
-        rows = [data.counts[entry.key.index] for entry in arrived]
-        self._do(self._costs.experts(layer, rows), "experts")
+        rows = [data.counts.get(entry.key.index, 0) for entry in arrived]
+        self._do(self._costs.experts(layer, [count for count in rows if count]), "experts")
 
     def leave_experts(self, layer: int, routed: Routed) -> None:
         data: _Rows = routed.data
@@ -360,7 +343,8 @@ class SimulatedRuntime:
         self._do(self._costs.dense(layer, normed), "dense")
 
     def enter_head(self, hidden: None, batch: Batch) -> None:
-        self._forecast.end(self._router.end())
+        if not self.runs_ahead:
+            self._forecast.end(self._router.end())
         with self._weights.lease(WeightKey(Part.FINAL)):
             pass
 
@@ -368,6 +352,9 @@ class SimulatedRuntime:
         self._do(self._costs.head(weights.key.index, self._num_logits), "head")
 
     def finish(self, final: None) -> Outcome:
+        if self.runs_ahead:  # what is on its way is told when the results are there
+            self._tell_late()
+            self._forecast.end(self._router.end())
         if self._prefetcher is not None:
             self._prefetcher.end(self.clock.now)
         return Outcome(None, None, None, None)

@@ -8,6 +8,7 @@ from windlass.runtime.clock import Lanes, LaneWork
 from windlass.runtime.simulated import SimulatedWeights
 from windlass.schedule.batch import RowGroup
 from windlass.schedule.expert_homes import host_experts
+from windlass.weights.demand import Demand
 from windlass.weights.residency import Entry
 
 
@@ -25,30 +26,39 @@ class SimulatedHostExperts:
 
     def begin(
         self, layer: int, group: RowGroup, counts: Mapping[int, int]
-    ) -> tuple[Mapping[int, int], Callable[[], None]]:
+    ) -> tuple[Mapping[int, int], Callable[[], None]] | None:
         segments = [one for micro in group.micro_batches for one in micro.segments]
         generated = sum(one.num_tokens for one in segments if not one.is_prompt)
         is_host = host_experts(layer, self.num_experts[layer], self.share)
         found = {e: round(n * generated / group.num_tokens) for e, n in counts.items()}
         theirs = {e: n for e, n in found.items() if n and is_host[e]}
+        if not theirs:
+            return None
         left = {e: n - theirs.get(e, 0) for e, n in counts.items()}
         keys = [WeightKey(Part.EXPERT, layer, expert) for expert in theirs]
+        cache = self.below.cache
 
         def compute(entries: Sequence[Entry]) -> Callable[[], None]:
             rows = [theirs[entry.key.index] for entry in entries]
             return self.lanes.start(self.costs(layer, rows), "host experts")
 
-        cache = self.below.cache
-        there = [entry for key in keys if (entry := cache.take_resident(key)) is not None]
-        begun = compute(there) if there else None
-        known = {entry.key for entry in there}
-        others = [key for key in keys if key not in known]
+        early: Demand | None = None
+        taken: list[Entry] = []
+        if len(keys) <= cache.num_slots(Part.EXPERT) // 2:
+            early = cache.begin(keys, settles=False)
+            taken = cache.ready(early, len(keys))
+        begun = compute(taken) if taken else None
 
         def end() -> None:
-            if begun is not None:
-                begun()
-                cache.release(there)
-            for arrived in self.below.arrivals(others, settles=False):
-                compute(arrived)()
+            demand = early or cache.begin(keys, settles=False)
+            entries, wait = taken, begun
+            while True:
+                if wait is not None:
+                    wait()
+                cache.release(entries)
+                entries = cache.group(demand, cache.group_size)
+                if not entries:
+                    break
+                wait = compute(entries)
 
         return {expert: count for expert, count in left.items() if count}, end

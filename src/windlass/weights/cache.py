@@ -65,7 +65,8 @@ class WeightCache:
         num_experts = num_keys.get(Part.EXPERT, 0)
         if not self._resident.fits(Part.EXPERT):
             num_experts = max(1, self._resident.num_slots(Part.EXPERT) // 4)
-        self._group_size = 1 if one_by_one else num_experts
+        # experts to lease at once: a quarter of the slots, so that the link has others to fill
+        self.group_size = 1 if one_by_one else num_experts
         self._asked = _Asked()
         self._wait_s = 0.0
 
@@ -76,11 +77,6 @@ class WeightCache:
         return self._resident.fits(part)
 
     @property
-    def group_size(self) -> int:
-        """Experts to lease at once: a quarter of the slots, so that the link has others to fill."""
-        return self._group_size
-
-    @property
     def keeps_all(self) -> bool:
         """Whether all kinds of parts have slots for all their keys (the embedding aside)."""
         return self._resident.fits_all
@@ -88,6 +84,10 @@ class WeightCache:
     def holds(self, key: WeightKey) -> bool:
         """Whether `key` is resident or under way. A hint: it may change at any moment."""
         return key in self._resident.entries
+
+    def num_slots(self, part: Part) -> int:
+        """Of this kind."""
+        return self._resident.num_slots(part)
 
     def num_free(self, part: Part) -> int:
         """Slots of this kind that nothing has. A hint: it may change at any moment."""
@@ -154,8 +154,8 @@ class WeightCache:
 
     # --- one caller's demands ---------------------------------------------------------------------
 
-    def take_resident(self, key: WeightKey) -> Entry | None:
-        """`key`, leased, if it is there."""
+    def take_resident(self, key: WeightKey, *, to_copy: bool = False) -> Entry | None:
+        """`key`, leased, if it is there; `to_copy`: to another tier, which is no use of it."""
         with self._changed:
             entry = self._resident.entries.get(key)
             if entry is None or entry.ticket is not None:
@@ -163,7 +163,7 @@ class WeightCache:
             self._queue.raise_error()
             self.count_hits(key.part, 1)
             self._resident.set_busy(entry)
-            return self._take(entry)
+            return self._take(entry, to_copy=to_copy)
 
     def begin(self, keys: Iterable[WeightKey], *, settles: bool = True) -> Demand:
         """Demands `keys` (distinct, and where it `settles`, of experts, all that their layer needs
@@ -205,14 +205,14 @@ class WeightCache:
                 self._changed.wait()
                 self._wait_s += self._mover.now() - begin
 
-    def ready(self, demand: Demand, limit: int) -> list[Entry]:
-        """What `demand` need not wait for, at most `limit`, leased."""
+    def ready(self, demand: Demand, limit: int, *, to_copy: bool = False) -> list[Entry]:
+        """What `demand` need not wait for, at most `limit`, leased; `to_copy` as above."""
         with self._changed:
             entries: list[Entry] = []
             while demand.ready and len(entries) < limit:
                 entry = self._resident.entries[demand.ready.popleft()]
                 entry.demands.remove(demand)
-                entries.append(self._take(entry))
+                entries.append(self._take(entry, to_copy=to_copy))
             return entries
 
     def release(self, entries: Sequence[Entry]) -> None:
@@ -234,8 +234,8 @@ class WeightCache:
         with self._changed:
             self.feed.abandon(demand)
 
-    def _take(self, entry: Entry) -> Entry:
-        self._resident.note_use(entry.key)
+    def _take(self, entry: Entry, *, to_copy: bool) -> Entry:
+        self._resident.note_use(entry.key, is_copied=to_copy)
         entry.leases += 1
         self.feed.take(entry)
         return entry

@@ -58,7 +58,7 @@ class Chain(Generic[B]):
         moved, from where it lies then."""
         fetch = _Fetch(pieces)
         done = partial(self._ended, key, fetch, on_done)
-        entry = self.below.take_resident(key)
+        entry = self.below.take_resident(key, to_copy=True)
         if entry is not None:
             ready = fetch.borrow(entry)
             return self._queue.enqueue(self.route, ready, priority=priority, on_done=done)
@@ -80,7 +80,9 @@ class Chain(Generic[B]):
         if fetch is None:
             return
         # somebody else's read may have brought it before the demand had a slot
-        (entry,) = self.below.ready(fetch.demand, 1) or (self.below.take_resident(key),)
+        (entry,) = self.below.ready(fetch.demand, 1, to_copy=True) or (
+            self.below.take_resident(key, to_copy=True),
+        )
         assert entry is not None and fetch.ticket is not None, f"{key}: said to be there"
         self.below.abandon(fetch.demand)
         self._queue.supply(fetch.ticket, fetch.borrow(entry))

@@ -183,9 +183,10 @@ class Residency:
         entry.ticket = self._mover.fetch(entry, priority=priority, on_done=partial(on_done, entry))
         return entry
 
-    def note_use(self, key: WeightKey) -> None:
-        """`key` is used now."""
-        self._policy.note_use(key)
+    def note_use(self, key: WeightKey, *, is_copied: bool = False) -> None:
+        """`key` is used now; `is_copied`: only by being copied, which the policy does not count."""
+        if not is_copied:
+            self._policy.note_use(key)
         self.uses[key] += 1
 
     def places(self, part: Part) -> PartPlaces:
