@@ -58,6 +58,10 @@ def test_a_checkpoint_four_times_the_budget_runs_inside_it(tmp_path):
     assert 0 < summary["peak_rss_bytes"] < BUDGET, summary
 
 
+# What a process has in memory of mapped libraries differs by 130 MiB between machines.
+ROWS_BUDGET = 480 * MIB
+
+
 @pytest.mark.cgroup
 def test_rows_of_megabytes_are_refused_inside_the_budget(tmp_path):
     texts = ["Hello", "The quick brown fox. " * 300_000, "Hello", "x" * 10_000_000 + "é", "Hello"]
@@ -70,16 +74,16 @@ def test_rows_of_megabytes_are_refused_inside_the_budget(tmp_path):
     command = [
         sys.executable, "-m", "windlass.cli", "run-batch", "-i", str(tmp_path / "in.jsonl"),
         "-o", str(tmp_path / "out.jsonl"), "--model", "demo",
-        "--host-memory", f"{BUDGET // MIB}MiB", "--json",
+        "--host-memory", f"{ROWS_BUDGET // MIB}MiB", "--json",
     ]  # fmt: skip
-    with memory_group(BUDGET) as group:
+    with memory_group(ROWS_BUDGET) as group:
         if group is None:
             pytest.skip("no memory cgroup can be made here (needs root and the memory controller)")
         done = group.run(command, timeout=120)
         assert done.returncode == 3, done.stderr[-2000:]
         assert group.num_kills == 0
-        assert group.peak_bytes <= BUDGET
-    assert json.loads(done.stdout.splitlines()[-1])["peak_rss_bytes"] < BUDGET
+        assert group.peak_bytes <= ROWS_BUDGET
+    assert json.loads(done.stdout.splitlines()[-1])["peak_rss_bytes"] < ROWS_BUDGET
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["response"]["status_code"] for row in rows] == [200, 400, 200, 400, 200]
     for row in (rows[1], rows[3]):

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from dequantised import dequantised
-from processes import PATIENCE_S, forked, printing_to
+from processes import PATIENCE_S, forked, library_bytes, printing_to
 from windlass.checkpoint import synthetic as synth
 from windlass.cli import main
 from windlass.device.process_memory import peak_resident_bytes
@@ -43,13 +43,14 @@ def job(model: Path, out: Path, limits: dict[str, float]) -> None:
     if file_bytes := limits.get("file_bytes"):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(file_bytes), resource.RLIM_INFINITY))
-    before = peak_resident_bytes()
+    before, libraries = peak_resident_bytes(), library_bytes()
     options = QuantizeOptions(
         model=str(model), out=out, scheme=make_scheme("int4", 32), threads=2,
         shard_bytes=int(limits.get("shard_bytes", SHARD_BYTES)),
     )  # fmt: skip
     result = quantize(options, say=print)
-    print("bytes", result.source_bytes, "KiB", (peak_resident_bytes() - before) >> 10)
+    more = max(0, library_bytes() - libraries)
+    print("bytes", result.source_bytes, "KiB", (peak_resident_bytes() - before - more) >> 10)
 
 
 def started(model: Path, out: Path, **limits: float) -> AbstractContextManager[BaseProcess]:
