@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from machine import describe
+from machine import describe, to_text
 
 from ray_nodes import Driver, RayNodes, write_rows
 
@@ -48,7 +48,7 @@ def main() -> int:
     print(f"two replicas: {ratio:.2f} x one (median of {len(rounds)} rounds)")
     if given.json:
         document = {**describe(), "command": sys.argv, "rounds": rounds, "ratio": ratio}
-        given.json.write_text(json.dumps(document, indent=1) + "\n")
+        given.json.write_text(to_text(document))
     return 0
 
 
