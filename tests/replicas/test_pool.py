@@ -106,7 +106,7 @@ def test_rows_run_on_all_nodes_and_come_out_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(some(30, 300)))
 def test_deaths_at_any_moment_lose_and_double_nothing(tmp_path: Path, seed: int) -> None:
     random = Random(seed)
-    cluster = FakeCluster([node(name) for name in "abcd"], random)
+    cluster = FakeCluster([node(n, address=random.choice("xyz")) for n in "abcd"], random)
     cluster.speeds = {name: random.choice([1.0, 3.0, 10.0]) for name in "abcd"}
     deaths = 0
 
@@ -171,6 +171,24 @@ def test_a_node_that_only_kills_replicas_is_left_out(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="no replica is left to compute: replica 3 on host-b: died"):
         run(job, cluster)
     assert len(cluster.started) == 3
+
+
+def test_who_has_a_place_waits_for_nobody_that_is_gone(tmp_path: Path) -> None:
+    cluster = FakeCluster([node("a", address="one"), node("b", address="one")])
+    cluster.silent = {"b"}
+
+    def leaves() -> None:
+        if cluster.now > 20:
+            cluster.alive = cluster.alive[:1]
+
+    class Late:
+        def is_stopping(self) -> bool:
+            return cluster.now > 1000
+
+    cluster.on_wait = leaves
+    job = options(tmp_path)
+    run(job, cluster, stopping=Late())
+    assert job.output_file.read_bytes() == WANTED
 
 
 def test_a_node_that_joins_is_used_where_all_are_asked_for(tmp_path: Path) -> None:

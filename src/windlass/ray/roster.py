@@ -100,6 +100,7 @@ class Roster:
             if bound is not None and now - member.since > bound:
                 what = "not started" if member.doing == "look" else "no answer"
                 self.fail(member, Failure(f"{what} for {format_seconds(bound)}", False))
+        self._open_placed()
         wants_more = self.wish.number is None or len(self.members) < self.wish.number
         if wants_more and now - self._looked_at >= _LOOK_EVERY_S:
             self._looked_at = now
@@ -113,7 +114,9 @@ class Roster:
 
     def waits_for(self) -> str:
         """What is awaited before rows run, in words."""
-        now, words = self._clock(), {"look": "starting", "place": "starting", "open": "loading"}
+        now = self._clock()
+        words = dict.fromkeys(("look", "place", "placed"), "starting")
+        words["open"] = "loading"
         told = [
             f"{one.name}: {words[one.doing]}, {format_seconds(now - one.since)}"
             for one in self.members.values()
@@ -139,7 +142,6 @@ class Roster:
             member.place = self._places.setdefault(member.node.address, value)
         elif member.doing == "open":
             self._opened(member, value)
-        self._open_placed()
 
     def reopen(self, member: Member, max_model_len: int) -> None:
         """With this context."""
