@@ -155,7 +155,7 @@ def test_twenty_kills_lose_double_and_change_nothing(nodes: RayNodes, folder: Pa
 
 
 def test_a_node_that_joins_is_used(nodes: RayNodes, folder: Path) -> None:
-    write_rows(folder, rows(500, 16))
+    write_rows(folder, rows(4000, 16))  # longer than a node and an engine take to start
     driver = Driver(folder, *ENGINE, "--replicas", "auto", "--ray-address", nodes.address, "--json")
     assert driver.wait_for_rows(folder / "out.journal", 5), driver.said()
     nodes.start("b")
