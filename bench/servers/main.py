@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machine import ROOT, describe, table
+from machine import ROOT, describe, table, to_text
 from peers import models
 
 from windlass.checkpoint.synthetic import preset
@@ -171,5 +171,5 @@ def main() -> int:
         settings = {name: str(value) for name, value in vars(args).items()}
         document = {**describe(), "seconds": time.monotonic() - begin, "settings": settings,
                     "config": model.config, "results": medians}  # fmt: skip
-        args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(to_text(document), encoding="utf-8")
     return 0
