@@ -1,16 +1,16 @@
 """What a checkpoint and the process weigh, and what the user fixed: from which a plan is made."""
 
-
 import logging
 from collections import Counter
-from contextlib import ExitStack
-from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import Any
 
 import torch
 
+from windlass.checkpoint.folder import CheckpointFolder
+from windlass.checkpoint.part_reads import make_part_reads, slot_bytes
+from windlass.checkpoint.placement import DeviceLayout
+from windlass.checkpoint.views import copied_bytes, dtype_of
+from windlass.checkpoint.weight_kinds import weight_kinds
 from windlass.decoder.attention import kv_shape, value_width
 from windlass.decoder.recurrent import state_shapes
 from windlass.decoder.rope import bytes_per_position
@@ -22,7 +22,6 @@ from windlass.forecast.finemoe import FineMoeSettings
 from windlass.forecast.interface import ExpertTable
 from windlass.forecast.learned import forecast_bytes
 from windlass.ids import Part
-from windlass.checkpoint.reader import Checkpoint, WeightSource
 from windlass.kvcache.kv_cache import (
     CacheShape,
     PagedShape,
@@ -31,29 +30,18 @@ from windlass.kvcache.kv_cache import (
     state_bytes,
 )
 from windlass.kvcache.staging import staged_bytes_per_token
-from windlass.checkpoint.part_reads import make_part_reads, slot_bytes
-from windlass.checkpoint.placement import DeviceLayout
-from windlass.weights.row_reader import row_buffer_bytes
-from windlass.checkpoint.views import copied_bytes, dtype_of
+from windlass.models.names import Layout, TensorInfo
+from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec, Moe, Recurrent
 from windlass.options import (
     EngineOptions,
-    read_config,
-    resolve_model,
 )
-from windlass.perf.sizes import Backend, DeviceSizes
+from windlass.perf.sizes import Backend, DeviceSizes, Sizes
 from windlass.planner.constraints import PlanConstraints
-from windlass.perf.sizes import Sizes
 from windlass.runtime.attention_ops import ropes
 from windlass.schedule.passes import PassShape
-from windlass.checkpoint.weight_kinds import weight_kinds
-from windlass.checkpoint.layout import build_layout
-from windlass.models.spec import Gqa, LongRopeScaling, Mla, ModelSpec, Moe, Recurrent
-from windlass.models.names import Layout, NameMap, TensorInfo
-from windlass.models.registry import read_spec
-from windlass.checkpoint.synthetic import random_source
 from windlass.units import parse_bytes
+from windlass.weights.row_reader import row_buffer_bytes
 
-from windlass.checkpoint.folder import CheckpointFolder
 _logger = logging.getLogger(__name__)
 _ELEMENTS_PER_THREAD = 1 << 17  # of an expert's largest matrix
 CACHE_DTYPES = {
@@ -96,16 +84,16 @@ def sizes_of(model: CheckpointFolder, options: EngineOptions, backend: Backend) 
     slots = slot_bytes(model.layout, tensors)
     return Sizes(
         process_bytes=(
-            resident_bytes() + copied_bytes(model.layout, tensors) + _maps_bytes(model.spec.trunk, options)
+            resident_bytes()
+            + copied_bytes(model.layout, tensors)
+            + _maps_bytes(model.spec.trunk, options)
         ),
         slot_bytes=slots,
         num_parts=Counter(key.part for key in model.layout.parts),
         bytes_per_token=bytes_per_token(shapes, CACHE_DTYPES[kept_in]),
         staged_bytes_per_token=staged_bytes_per_token(shapes, CACHE_DTYPES[kept_in]),
         kv_cache_dtype=kept_in,
-        bytes_per_position=sum(
-            2 * bytes_per_position(rope) for rope in ropes(model.spec)
-        ),
+        bytes_per_position=sum(2 * bytes_per_position(rope) for rope in ropes(model.spec)),
         row_buffer_bytes=row_buffer_bytes(_embedding(model)),
         state_bytes=state_bytes(shapes),
         backend=backend,

@@ -44,7 +44,11 @@ def open_gpu(options: EngineOptions, tracer: Tracer) -> Gpu | None:
     """What `options.device` names; None where the host is to compute. UsageError where a GPU is
     named and cannot be used. With "auto", why a GPU that is there is not used
     is logged."""
-    if options.device == AUTO and options.plan is not None and read_plan(options.plan).above is None:
+    if (
+        options.device == AUTO
+        and options.plan is not None
+        and read_plan(options.plan).above is None
+    ):
         return None
     index = cuda_index(options.device)
     if index is None:

@@ -28,7 +28,9 @@ class OtherWork:
 
     def share(self) -> float:
         """Of all processors' time, from 0 to 1; 0 where the system does not tell."""
-        spent = [now - before for now, before in zip(_processor_seconds(), self._before, strict=True)]
+        spent = [
+            now - before for now, before in zip(_processor_seconds(), self._before, strict=True)
+        ]
         whole, busy, own = spent
         return max(0.0, min(1.0, (busy - own) / whole)) if whole > 0 else 0.0
 

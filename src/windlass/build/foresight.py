@@ -1,5 +1,5 @@
-"""Who expects uses of experts in an engine, which of them are given up, and what is known of earlier
-runs: put together from options."""
+"""Who expects uses of experts in an engine, which of them are given up, and what is known of
+earlier runs: put together from options."""
 
 import logging
 import os

@@ -1,6 +1,11 @@
 """How much memory of the host a run may have."""
 
-from windlass.device.process_memory import available_bytes, machine_bytes, memory_limits, resident_bytes
+from windlass.device.process_memory import (
+    available_bytes,
+    machine_bytes,
+    memory_limits,
+    resident_bytes,
+)
 from windlass.errors import UsageError
 from windlass.units import MIB, format_bytes
 

@@ -4,18 +4,35 @@ import logging
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from windlass.build.checkpoint_sizes import (
+    CACHE_DTYPES,
+    cache_dtype,
+    long_rope_after,
+    pass_shape,
+    sizes_of,
+    useful_threads,
+    wanted_of,
+)
+from windlass.build.device_choice import CpuIsSooner, beside_cpu
+from windlass.build.devices import limit, open_gpu, sizes_above, uses_gpu
+from windlass.build.expected import EngineExpectation
+from windlass.build.foresight import follows_sequences, make_outfit
+from windlass.build.homes import choose_host_kernels, host_fingerprint, open_host, open_kv
+from windlass.build.host_budget import check_budget, default_budget, largest_budget
+from windlass.build.routers import read_routers
+from windlass.build.tiers import Tiers, check_tiers, open_weights
+from windlass.checkpoint.folder import CheckpointFolder, read_model
 from windlass.device.base import Device, room_on_device
 from windlass.device.cpu import CpuDevice
 from windlass.device.host_memory import LARGE_BYTES, HostAllocator, return_freed_memory
 from windlass.device.process_memory import available_bytes, resident_bytes
 from windlass.engine.admission import Admission, Decoding
-from windlass.engine.drafting import Drafting
 from windlass.engine.bursts import Turns
+from windlass.engine.drafting import Drafting
 from windlass.engine.engine import Engine, EngineParts, EngineSetup
 from windlass.engine.grammars import Grammars
 from windlass.engine.layer_drafts import LayerDrafts
@@ -27,21 +44,8 @@ from windlass.errors import BudgetError, UsageError
 from windlass.forecast.learned import source_words
 from windlass.hardware.assumed import assumed_profile
 from windlass.hardware.profile import HardwareProfile
-from windlass.ids import Part
 from windlass.kernels.interface import Kernels
 from windlass.kernels.select import choose_kernels, host_backend
-from windlass.checkpoint.folder import CheckpointFolder, read_model
-from windlass.build.device_choice import CpuIsSooner, beside_cpu
-from windlass.build.devices import limit, open_gpu, sizes_above, uses_gpu
-from windlass.build.expected import EngineExpectation
-from windlass.build.foresight import follows_sequences, make_outfit
-from windlass.build.host_budget import check_budget, default_budget, largest_budget
-from windlass.build.homes import choose_host_kernels, host_fingerprint, open_host, open_kv
-from windlass.build.routers import read_routers
-from windlass.build.tiers import Tiers, check_tiers, open_weights
-from windlass.build.checkpoint_sizes import long_rope_after, wanted_of
-from windlass.build.checkpoint_sizes import pass_shape, sizes_of, useful_threads
-from windlass.build.checkpoint_sizes import CACHE_DTYPES, cache_dtype
 from windlass.options import (
     AUTO,
     CPU,
@@ -52,15 +56,14 @@ from windlass.options import (
     resolve_model,
 )
 from windlass.params import SamplingParams
+from windlass.perf.sizes import Backend, DeviceSizes, Problem
 from windlass.plan import Plan
-from windlass.perf.sizes import Backend, DeviceSizes, Problem, Sizes
-from windlass.planner.constraints import PlanConstraints
 from windlass.planner.choose import Chosen, choose_plan, plain_plan
+from windlass.planner.constraints import PlanConstraints
 from windlass.planner.validate import validate_plan
 from windlass.prefetch.guard import WindowGuard
 from windlass.runtime.host import DraftingHostRuntime, HostRuntime
 from windlass.runtime.machine import Machine
-from windlass.models.spec import ModelSpec
 from windlass.trace import Tracer
 from windlass.units import format_bytes
 from windlass.version import VERSION

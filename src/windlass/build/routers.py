@@ -30,4 +30,6 @@ def _router(router: RouterWeights) -> Router:
     weight_ED, select_E = router.weight_DE.T, router.select_bias_E
     if isinstance(router.norm, LayerNorm):  # its mean is taken off before
         weight_ED = weight_ED - weight_ED.mean(axis=1, keepdims=True)
-    return Router(weight_ED.copy(), router.bias_E, 0 * router.bias_E if select_E is None else select_E)
+    return Router(
+        weight_ED.copy(), router.bias_E, 0 * router.bias_E if select_E is None else select_E
+    )

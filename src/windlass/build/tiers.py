@@ -63,9 +63,7 @@ def open_weights(
         return WeightStore(files, plan.host.slots, policy=policy)
     keys = [key.part for key in model.layout.parts]
     kept = {part for part, slots in plan.above.slots.items() if slots >= keys.count(part)}
-    lower_own = _with_drafts(
-        outfit.below.policy, model.spec, plan.host.of(Part.EXPERT).slots
-    )
+    lower_own = _with_drafts(outfit.below.policy, model.spec, plan.host.of(Part.EXPERT).slots)
     num_experts = ExpertTable.of(model.spec).num_experts
     lower = LowerPolicy(lower_own, takers(kept, num_experts, plan.host_experts))
     below = WeightStore(files, plan.host.slots, policy=lower)
