@@ -352,6 +352,8 @@ def test_what_a_resume_may_mix() -> None:
         None, [{**cpu, "arithmetic": "avx2"}, {**cpu, "arithmetic": "avx512"}], out
     )
     assert told["kernels"] == ["cpu (avx2)", "cpu (avx512)"]
+    by_row = mixed_engines(None, [gpu, {**gpu, "generated_experts": "rows"}], out)
+    assert by_row == {"kernels": ["triton", "triton rows"], "seed": 0}
     for stored, found in (
         (cpu, [gpu]),
         (mixed, [{"kernels": "other", "seed": 0}]),

@@ -18,7 +18,7 @@ from windlass.engine.engine_stats import EngineStats
 
 # Of a fingerprint: what machines may differ in without having another job. Rows are then computed
 # in other orders of sums, and results may differ in tokens that are nearly as likely.
-KERNELS = ("kernels", "host_kernels", "host_attention", "host_experts")
+KERNELS = ("kernels", "host_kernels", "host_attention", "host_experts", "generated_experts")
 
 
 @dataclass(frozen=True, slots=True)
