@@ -37,6 +37,22 @@ class Home(StrEnum):
     DEVICE = "device"  # where passes are computed: the only one on a machine without another device
 
 
+class HomeShares(NamedTuple):
+    """Of the sequences, by where their keys and values are: those that the host attends to, and
+    those that come from its memory to the device. All others are the device's."""
+
+    host: float = 0.0
+    streamed: float = 0.0
+
+    @property
+    def below(self) -> float:
+        """Whose keys and values are in the host's memory."""
+        return min(1.0, self.host + self.streamed)
+
+
+ALL_ON_DEVICE = HomeShares()
+
+
 class Route(NamedTuple):
     """The way of bytes from one tier to the next; tiers are called as their devices."""
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from windlass.errors import CheckpointError, ModelError, UsageError
 from windlass.formats import HF_QUANT_FILE, METHODS
@@ -40,7 +40,9 @@ _COUNTS = (
     "max_model_len", "batch_groups", "threads", "burst_tokens", "seed",
 )  # fmt: skip
 AUTO, CPU, CUDA = "auto", "cpu", "cuda"  # of `device`, also as cuda:0, cuda:1, ...
-MOE_BACKENDS = ("auto", "triton", "torch", "cpu")  # triton: of a GPU alone, cpu: of the host alone
+# triton: of a GPU alone, cpu: of the host alone
+MoeBackend = Literal["auto", "triton", "torch", "cpu"]
+MOE_BACKENDS: tuple[MoeBackend, ...] = get_args(MoeBackend)
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "float32", "int8")
 
 
@@ -99,7 +101,7 @@ class EngineOptions:
     threads: int | None = None
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     load_mode: Literal["auto", "dio", "buffered"] = "auto"
-    moe_backend: Literal["auto", "triton", "torch", "cpu"] = "auto"
+    moe_backend: MoeBackend = "auto"
     enforce_eager: bool = False
     trace: Path | None = None
     routing_trace: Path | None = None

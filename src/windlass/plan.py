@@ -3,37 +3,22 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from windlass.errors import UsageError
-from windlass.ids import Home, Part
+from windlass.ids import Home, HomeShares, Part
 from windlass.units import counted, format_bytes
 
 Schedule = Literal["module-based", "model-based"]
 GeneratedExperts = Literal["tiles", "rows"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 HOST = "host"
+PAGE_TOKENS = 32  # of a page that is planned
 PART_WORDS: Mapping[Part, str] = {
     Part.EXPERT: "experts", Part.BLOCK: "dense blocks", Part.FFN: "dense networks",
     Part.HEAD: "head", Part.JOIN: "join of drafts", Part.FINAL: "last norm",
     Part.EMBED: "embedding",
 }  # fmt: skip
-
-
-class HomeShares(NamedTuple):
-    """Of the sequences, by where their keys and values are: those that the host attends to, and
-    those that come from its memory to the device. All others are the device's."""
-
-    host: float = 0.0
-    streamed: float = 0.0
-
-    @property
-    def below(self) -> float:
-        """Whose keys and values are in the host's memory."""
-        return min(1.0, self.host + self.streamed)
-
-
-ALL_ON_DEVICE = HomeShares()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +125,7 @@ class Plan:
         return found
 
     @property
-    def shares(self) -> "HomeShares":
+    def shares(self) -> HomeShares:
         """Of the sequences by their home."""
         return HomeShares(self.host_attention, self.kv_offloading_share)
 
@@ -169,6 +154,11 @@ class Plan:
     def kept_states(self) -> int:
         """Recurrent states that are kept of prompts, for those that go on with them."""
         return self.top.kept_states
+
+    @property
+    def finds_prefixes(self) -> bool:
+        """Whether prompts go on from what others have computed."""
+        return self.prefix_caching or self.kept_states > 0
 
     @property
     def pass_rows(self) -> int:
@@ -217,7 +207,7 @@ class Plan:
             f"plan: up to {counted(self.max_num_seqs, 'sequence')} and"
             f" {self.max_num_batched_tokens} tokens per pass; a sequence may have"
             f" {self.max_model_len} tokens; shared prompt prefixes {prefixes}",
-            *self._burst_lines(),
+            *_burst_lines(self),
             *self._baseline_lines(),
         ]
 
@@ -232,17 +222,6 @@ class Plan:
             + (f", forecast {format_bytes(tier.forecast_bytes)}" if tier.forecast_bytes else ""),
             f"plan: {name}"
             + ", ".join(_held(own) for own in tier.parts if own.part is not Part.FINAL),
-        ]
-
-    def _burst_lines(self) -> list[str]:
-        if not self.burst_tokens or self.burst_max_seqs < 2:
-            return []
-        few = self.burst_max_seqs
-        return [
-            f"plan: up to {few} sequences decode one after the other,"
-            f" {counted(self.burst_tokens, 'token')} a turn: one waits for at most"
-            f" {counted((few - 1) * self.burst_tokens, 'pass', 'passes')}; more than {few}"
-            " decode together"
         ]
 
     def _baseline_lines(self) -> list[str]:
@@ -280,6 +259,18 @@ class Plan:
         if not self.overlap:
             lines.append("plan: no overlap: weights are read while nothing computes")
         return lines
+
+
+def _burst_lines(plan: Plan) -> list[str]:
+    if not plan.burst_tokens or plan.burst_max_seqs < 2:
+        return []
+    few = plan.burst_max_seqs
+    return [
+        f"plan: up to {few} sequences decode one after the other,"
+        f" {counted(plan.burst_tokens, 'token')} a turn: one waits for at most"
+        f" {counted((few - 1) * plan.burst_tokens, 'pass', 'passes')}; more than {few}"
+        " decode together"
+    ]
 
 
 def _held(own: PartSlots) -> str:

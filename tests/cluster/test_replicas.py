@@ -213,13 +213,18 @@ def test_wrong_addresses_are_one_error_each(folder: Path) -> None:
     assert "allowed auto, local or HOST:PORT" in refused(folder, "head")
 
 
-def test_a_node_without_the_checkpoint_is_one_error(nodes: RayNodes, folder: Path) -> None:
-    model = folder / "model"
-    shutil.copytree(resolve_model("demo"), model)
-    hidden = ["unshare", "-m", "sh", "-c", f'mount -t tmpfs none {model} && exec "$@"', "sh"]
+def start_behind(nodes: RayNodes, mount: str) -> None:
+    """A node b to which a folder is another one, or empty."""
+    hidden = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh"]
     if subprocess.run([*hidden, "true"], capture_output=True).returncode:
         pytest.skip("needs root, to hide a folder from a process")
     nodes.start("b", before=hidden)
+
+
+def test_a_node_without_the_checkpoint_is_one_error(nodes: RayNodes, folder: Path) -> None:
+    model = folder / "model"
+    shutil.copytree(resolve_model("demo"), model)
+    start_behind(nodes, f"mount -t tmpfs none {model}")
     write_rows(folder, rows(3, 4))
     line = refused(folder, nodes.address, "--model", str(model))
     assert line.startswith("windlass: replica ") and f"{model}/config.json: not found" in line
@@ -231,10 +236,7 @@ def test_a_node_with_another_checkpoint_is_one_error(nodes: RayNodes, folder: Pa
     shutil.copytree(model, other)
     config = json.loads((other / "generation_config.json").read_text())
     (other / "generation_config.json").write_text(json.dumps({**config, "top_k": 3}))
-    hidden = ["unshare", "-m", "sh", "-c", f'mount --bind {other} {model} && exec "$@"', "sh"]
-    if subprocess.run([*hidden, "true"], capture_output=True).returncode:
-        pytest.skip("needs root, to show a process another folder")
-    nodes.start("b", before=hidden)
+    start_behind(nodes, f"mount --bind {other} {model}")
     write_rows(folder, rows(3, 4))
     line = refused(folder, nodes.address, "--model", str(model))
     assert "model: got another one (" in line

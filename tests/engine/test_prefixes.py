@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amounts import rarely, some
-from engines import engine_for, make_model, prompts, request, run_all
+from engines import engine_for, kept_cells, make_model, prompts, request, run_all
 from sharing_machine import LONG_AFTER, PAGE_TOKENS, Machine, alone
 from windlass.engine import prompt_scores
 from windlass.engine.outputs import RequestOutput
@@ -443,18 +443,6 @@ def _bits(results):
     }
 
 
-def _prompt_rows(engine, sequence):
-    """Keys and values of the sequence's prompt in all layers."""
-    kv, found = engine._admission._kv.device, []
-    for layer in kv._keys:
-        for rows in kv.paged(layer):
-            for tensor in (rows.rows_PKBd, rows.scales_PKB):
-                if tensor is not None:
-                    flat = tensor[sequence.pages].transpose(1, 2).flatten(0, 1)
-                    found.append(flat[: sequence.num_prompt].clone())
-    return found
-
-
 def test_keys_and_values_of_a_prompt_do_not_depend_on_its_chunks(engine_of):
     """In one pass, in chunks of 64 and 128 rows, in small micro-batches, beside others, and after
     another sequence has computed the first 128 rows."""
@@ -472,7 +460,7 @@ def test_keys_and_values_of_a_prompt_do_not_depend_on_its_chunks(engine_of):
                 engine.step()
                 chosen = [c for c in engine._admission.running if c.request is one]
             assert chosen[0].num_cached == (128 if before else 0)
-            found.append(_prompt_rows(engine, chosen[0]))
+            found.append(kept_cells(engine, chosen[0], chosen[0].num_prompt))
     assert found[0] and all(tensor.float().abs().sum() > 0 for tensor in found[0])
     for got in found[1:]:
         assert all(map(torch.equal, got, found[0]))

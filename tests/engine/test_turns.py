@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from amounts import rarely
-from engines import engine_for, make_model, prompts, request, run_all
+from engines import engine_for, kept_cells, make_model, prompts, request, run_all
 from sharing_machine import Machine
 from windlass.schedule.batch import CHUNK_TOKENS
 
@@ -64,18 +64,6 @@ def test_torch_computes_the_answer_again(tmp_path):
         assert [count for _, count, _ in _chat(engine, turns=2)] == [0, 64]
 
 
-def _cells(engine, sequence):
-    """Keys and values of what the sequence has computed, in all layers."""
-    kv, found = engine._admission._kv.device, []
-    for layer in kv._keys:
-        for rows in kv.stored(layer):
-            for tensor in (rows.rows_PKBd, rows.scales_PKB):
-                if tensor is not None:
-                    flat = tensor[sequence.pages].transpose(1, 2).flatten(0, 1)
-                    found.append(flat[: sequence.num_computed].clone())
-    return found
-
-
 @pytest.mark.parametrize("case", [
     ("deepseek_v3", {}), ("gpt_oss", {"kv_cache_dtype": "int8"}),
     ("qwen3_moe", {"dtype": "bfloat16"}),
@@ -95,7 +83,7 @@ def test_generated_rows_have_the_bits_of_a_prompts(case, tmp_path):
             (sequence,) = engine._admission.running
             while sequence.num_computed < 168:
                 engine.step()
-            found.append(_cells(engine, sequence))
+            found.append(kept_cells(engine, sequence, sequence.num_computed))
             tokens = [*prompt, *sequence.output_ids][:168]
     assert found[0] and all(tensor.float().abs().sum() > 0 for tensor in found[0])
     for generated, read in zip(*found, strict=True):

@@ -12,10 +12,10 @@ from amounts import some
 from devices import device_problem, quick_search, small_spec, with_rates
 from planning import SPECS
 from windlass.errors import BudgetError, UsageError
-from windlass.ids import DEVICE, Home, Part
+from windlass.ids import DEVICE, Home, HomeShares, Part
 from windlass.perf.estimate import estimate
 from windlass.perf.sizes import Sizes
-from windlass.plan import HomeShares, Plan, TierPlan
+from windlass.plan import Plan, TierPlan
 from windlass.planner.choose import choose_plan, plain_plan
 from windlass.planner.constraints import PlanConstraints
 from windlass.planner.device_budget import plan_for

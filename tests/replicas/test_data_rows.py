@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from fake_engine import FakeEngine
+from replica_rows import computed
 from windlass.batch.jobfile import JobRow, read_line
 from windlass.options import EngineOptions
 from windlass.protocol.openai import Endpoint
@@ -99,7 +100,7 @@ def test_columns_of_answers_and_of_refusals() -> None:
             read_line(with_request({"custom_id": str(i), **row}, None)[REQUEST].encode(), i)
             for i, row in enumerate(rows)
         ]
-        lines = [one.line for one in replica.compute(given)]
+        lines = [one.line for one in computed(replica, given)]
     *good, refused, lost = map(answered, lines)
     for line, columns in zip(lines, good, strict=False):
         body = json.loads(line)["response"]["body"]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fake_engine import FakeEngine
+from replica_rows import computed
 from windlass.batch.job import LeftRows, run_job
 from windlass.batch.job_options import JobOptions
 from windlass.batch.jobfile import JobFile, JobRow
@@ -65,7 +66,7 @@ def test_lines_are_those_of_a_job(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log, LineProgress(log) as progress:
         run_job(job, Source(), progress=progress, stopping=Never())
     with Replica(spec(), fingerprinted()) as replica:
-        ended = replica.compute(rows[::-1])
+        ended = computed(replica, rows[::-1])
     assert [one.index for one in ended] == list(range(30))[::-1]
     assert b"".join(one.line for one in ended[::-1]) == (tmp_path / "out").read_bytes()
 

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 import pytest
 
 from fake_engine import FakeEngine
+from replica_rows import computed
 from windlass.batch.jobfile import JobRow, read_line
 from windlass.errors import UsageError
 from windlass.options import EngineOptions
@@ -32,7 +33,7 @@ def test_each_caller_gets_its_own_rows() -> None:
     names = [f"row {i}" for i in range(60)]
     with open_replica() as replica:
         numbered = [row(name, index) for index, name in enumerate(names)]
-        alone = [one.line for one in replica.compute(numbered)]
+        alone = [one.line for one in computed(replica, numbered)]
     found: dict[str, bytes] = {}
 
     def ask(own: Sequence[str]) -> None:

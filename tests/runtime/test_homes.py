@@ -14,36 +14,33 @@ from typing import Any
 import pytest
 
 from amounts import rarely
-from drafters import Corrected, bits
 from engines import engine_for, prompts, request, run_all
 from fake_cuda import FakeCuda
 from fake_streams import Race
-from nextn import make_nextn
 from processes import PATIENCE_S
 from two_processors import (
     FEW,
     Fails,
-    Model,
     Results,
     bits_in_spite,
     bits_of,
+    model,
     some_requests,
-    tier_with,
+    with_right_guesses,
 )
 from windlass.build import homes as build
 from windlass.build.open import open_engine
 from windlass.device.cpu import CpuDevice
-from windlass.engine.drafting import Drafting
 from windlass.errors import UsageError
 from windlass.ids import Home
-from windlass.kernels.reference import TorchKernels
 from windlass.kvcache.kv_tiers import content_name, home_of
 from windlass.models.registry import read_description
 from windlass.models.spec import Mla
 from windlass.options import EngineOptions, read_config
 from windlass.plan import HOST, Plan
 from windlass.runtime.host_attention import HostAttention, Staging
-from windlass.speculative import SpeculativeConfig
+
+__all__ = ["model"]  # a fixture
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
 POINTS = (
@@ -55,15 +52,6 @@ POINTS = (
     "wait of compute in HostAttention.result",  # before kernels read it
     "wait of up in HostAttention._free_stage",  # and before its place is used again
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    @cache
-    def make(family: str) -> Model:
-        return Model(tmp_path_factory.mktemp(family), family)
-
-    return make
 
 
 # --- on a device with streams ---------------------------------------------------------------------
@@ -280,23 +268,8 @@ def test_native_kernels_may_be_those_of_both(model):
 
 
 def test_the_layer_that_drafts_keeps_its_rows_where_the_sequence_is(tmp_path, monkeypatch):
-    make_nextn("deepseek_v3", tmp_path)
-    guess: Any = SpeculativeConfig(method="mtp")
-    some = [
-        request(f"r{i}", p, max_tokens=9, logprobs=1) for i, p in enumerate(prompts((20, 9, 5)))
-    ]
-    with engine_for(tmp_path, moe_backend="torch", speculative_config=guess) as engine:
-        results, plan = run_all(engine, some), engine.plan
-    monkeypatch.setattr(Drafting, "of", lambda config: Corrected(results))  # every other is right
-    tiers = tuple(tier_with(plan.host, name, {}, None) for name in (HOST, "device"))
-    options = EngineOptions(
-        model=str(tmp_path), plan=replace(plan, tiers=tiers, host_attention=0.5),
-        generation_config="vllm", moe_backend="torch", speculative_config=guess,
-    )  # fmt: skip
-    above = CpuDevice(1, name="device")
-    with open_engine(options, above=above, kernels=TorchKernels()) as engine:
-        assert bits(run_all(engine, some)) == bits(results)
-        made = engine.stats().drafts
+    expected, found, made = with_right_guesses(tmp_path, monkeypatch, host_attention=0.5)
+    assert found == expected
     assert made is not None and made.accepted > 0
 
 

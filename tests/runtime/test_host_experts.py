@@ -12,13 +12,15 @@ import pytest
 from engines import engine_for, request
 from fake_cuda import FakeCuda
 from fake_streams import Race
-from two_processors import FEW, Fails, Model, bits_in_spite, bits_of, some_requests
+from two_processors import FEW, Fails, Model, bits_in_spite, bits_of, model, some_requests
 from windlass.errors import UsageError
 from windlass.ids import Part
 from windlass.plan import Plan
 from windlass.runtime import host_experts
 from windlass.runtime.host_experts import HostExperts
 from windlass.schedule.expert_homes import host_experts as homes_of
+
+__all__ = ["model"]  # a fixture
 
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss")
 POINTS = (
@@ -29,15 +31,6 @@ POINTS = (
     "record of back in HostExperts.end",  # what it made is on the device
     "wait of compute in HostExperts.end",  # before kernels read it
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    @cache
-    def make(family: str) -> Model:
-        return Model(tmp_path_factory.mktemp(family), family)
-
-    return make
 
 
 def plan_of(own: Model, share: float, *, attends: float = 0.0, slots: Any = FEW, **values: Any):

@@ -5,33 +5,36 @@ what fails leaves nothing on its way."""
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
 from itertools import count
 from typing import Any
 
 import pytest
 
-from drafters import Corrected, bits
 from engines import engine_for, prompts, request, run_all
 from fake_cuda import FakeCuda
 from fake_streams import Race
-from nextn import make_nextn
-from two_processors import Fails, Model, bits_in_spite, bits_of, some_requests, tier_with
-from windlass.build.open import open_engine
+from two_processors import (
+    Fails,
+    Model,
+    bits_in_spite,
+    bits_of,
+    model,
+    some_requests,
+    tier_with,
+    with_right_guesses,
+)
 from windlass.device import cuda
-from windlass.device.cpu import CpuDevice
-from windlass.engine.drafting import Drafting
 from windlass.engine.request import Request
 from windlass.errors import UsageError
-from windlass.ids import Home, Route
-from windlass.kernels.reference import TorchKernels
+from windlass.ids import Home, HomeShares, Route
 from windlass.kvcache.kv_tiers import home_of
 from windlass.options import EngineOptions
-from windlass.plan import HOST, HomeShares, Plan
+from windlass.plan import HOST, Plan
 from windlass.runtime import kv_rounds
 from windlass.runtime.kv_rounds import Run, Staged
 from windlass.runtime.kv_stream import KvStream
-from windlass.speculative import SpeculativeConfig
+
+__all__ = ["model"]  # a fixture
 
 # grouped queries; latent; windows with sinks; recurrent layers, whose states stay on the device
 FAMILIES = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
@@ -44,15 +47,6 @@ POINTS = (
     "wait of up in KvStream._send_back",  # before their pages go back
     "record of up in KvStream._send_back",
 )
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    @cache
-    def make(family: str) -> Model:
-        return Model(tmp_path_factory.mktemp(family), family)
-
-    return make
 
 
 @pytest.fixture(autouse=True)
@@ -216,23 +210,8 @@ def test_few_pages_and_prompts_that_begin_alike(model):
 
 
 def test_the_layer_that_drafts_keeps_its_rows_there_too(tmp_path, monkeypatch):
-    make_nextn("deepseek_v3", tmp_path)
-    guess: Any = SpeculativeConfig(method="mtp")
-    some = [
-        request(f"r{i}", p, max_tokens=9, logprobs=1) for i, p in enumerate(prompts((20, 9, 5)))
-    ]
-    with engine_for(tmp_path, moe_backend="torch", speculative_config=guess) as engine:
-        results, plan = run_all(engine, some), engine.plan
-    monkeypatch.setattr(Drafting, "of", lambda config: Corrected(results))  # every other is right
-    tiers = tuple(tier_with(plan.host, name, {}, None) for name in (HOST, "device"))
-    options = EngineOptions(
-        model=str(tmp_path), plan=replace(plan, tiers=tiers, kv_offloading_share=0.5),
-        generation_config="vllm", moe_backend="torch", speculative_config=guess,
-    )  # fmt: skip
-    above = CpuDevice(1, name="device")
-    with open_engine(options, above=above, kernels=TorchKernels()) as engine:
-        assert bits(run_all(engine, some)) == bits(results)
-        made = engine.stats().drafts
+    expected, found, made = with_right_guesses(tmp_path, monkeypatch, kv_offloading_share=0.5)
+    assert found == expected
     assert made is not None and made.accepted > 0
 
 

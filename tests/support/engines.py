@@ -18,6 +18,7 @@ from windlass.device.base import Device
 from windlass.engine.engine import Engine
 from windlass.engine.outputs import RequestOutput
 from windlass.engine.request import Request
+from windlass.engine.sequence import Sequence
 from windlass.kernels.interface import Kernels
 from windlass.kernels.reference import TorchKernels
 from windlass.options import EngineOptions
@@ -102,6 +103,18 @@ def run_all(
         if check:
             engine.check()
     return results
+
+
+def kept_cells(engine: Engine, sequence: Sequence, count: int) -> list[torch.Tensor]:
+    """Keys and values of the first `count` tokens of a running sequence, in all layers."""
+    kv, found = engine._admission._kv.device, []
+    for layer in kv._keys:
+        for rows in kv.stored(layer):
+            for tensor in (rows.rows_PKBd, rows.scales_PKB):
+                if tensor is not None:
+                    flat = tensor[sequence.pages].transpose(1, 2).flatten(0, 1)
+                    found.append(flat[:count].clone())
+    return found
 
 
 def logprob_rows(output: RequestOutput) -> torch.Tensor:

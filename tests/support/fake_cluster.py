@@ -122,8 +122,7 @@ class FakeCluster:
             max_model_len=replica.spec.options.max_model_len or most,
             capacity=4,
             window=8,
-            plan={},
-            lines=("plan: a fake one",),
+            plan_line="plan: a fake one",
         )
 
     def _report(self, replica: FakeReplica, took_s: float) -> Report:

@@ -89,6 +89,7 @@ class FakePlan:
 
     max_num_seqs, max_model_len = 4, 4096
     tiers: tuple[object, ...] = ()
+    above: object | None = None
     homes: ClassVar[dict[Home, object]] = {}
 
     def lines(self) -> list[str]:

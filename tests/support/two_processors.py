@@ -1,9 +1,10 @@
 """Engines whose host has a part of what passes compute, beside a device, on small checkpoints; and
 what they make of a few requests."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,12 +12,15 @@ from unittest import mock
 import pytest
 import torch
 
+from drafters import Corrected, bits
 from engines import engine_for, make_model, prompts, request, run_all
 from fake_cuda import FakeCuda, on_device
+from nextn import make_nextn
 from windlass.build import homes as build
 from windlass.build.open import open_engine
 from windlass.device.base import Device
 from windlass.device.cpu import CpuDevice
+from windlass.engine.drafting import Drafting
 from windlass.engine.engine import Engine
 from windlass.engine.request import Request
 from windlass.ids import Part
@@ -24,6 +28,7 @@ from windlass.kernels.reference import TorchKernels
 from windlass.options import EngineOptions
 from windlass.plan import HOST, Plan, TierPlan
 from windlass.runtime import host_attention
+from windlass.speculative import SpeculativeConfig
 
 FEW = {Part.EXPERT: 3, Part.BLOCK: 2, Part.FFN: 1, Part.HEAD: 1, Part.EMBED: 0}
 LENGTHS = (70, 3, 20, 33, 150)
@@ -52,6 +57,41 @@ def tier_with(tier: TierPlan, name: str, slots: Mapping[Part, int], pages: int |
     )
     pages = tier.kv_pages if pages is None else pages
     return replace(tier, name=name, parts=parts, kv_pages=pages)
+
+
+def with_right_guesses(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, **shares: Any
+) -> tuple[Any, Any, Any]:
+    """What an engine whose own layer drafts makes of a few requests without a device, and beside
+    one where the host has `shares` of the sequences and every other guess is right; and of that
+    engine the counts of its drafts."""
+    make_nextn("deepseek_v3", folder)
+    guess: Any = SpeculativeConfig(method="mtp")
+    some = [
+        request(f"r{i}", p, max_tokens=9, logprobs=1) for i, p in enumerate(prompts((20, 9, 5)))
+    ]
+    with engine_for(folder, moe_backend="torch", speculative_config=guess) as engine:
+        results, plan = run_all(engine, some), engine.plan
+    monkeypatch.setattr(Drafting, "of", lambda config: Corrected(results))  # every other is right
+    tiers = tuple(tier_with(plan.host, name, {}, None) for name in (HOST, "device"))
+    options = EngineOptions(
+        model=str(folder), plan=replace(plan, tiers=tiers, **shares),
+        generation_config="vllm", moe_backend="torch", speculative_config=guess,
+    )  # fmt: skip
+    above = CpuDevice(1, name="device")
+    with open_engine(options, above=above, kernels=TorchKernels()) as engine:
+        return bits(results), bits(run_all(engine, some)), engine.stats().drafts
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], "Model"]:
+    """Of a family, made once for the tests of a module."""
+
+    @cache
+    def make(family: str) -> Model:
+        return Model(tmp_path_factory.mktemp(family), family)
+
+    return make
 
 
 class Model:

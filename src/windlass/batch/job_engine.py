@@ -12,8 +12,10 @@ from windlass.protocol.openai import ChatTokenizer, ServedModel
 
 
 class PlanLike(Protocol):
-    """A plan as a job sees it."""
+    """A plan as a job sees it. `above`: None without a device beside the host."""
 
+    @property
+    def above(self) -> object | None: ...
     def to_json(self) -> dict[str, Any]: ...
     def lines(self) -> list[str]: ...
 

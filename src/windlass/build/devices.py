@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from windlass.build.checkpoint_sizes import device_sizes
+from windlass.build.host_budget import too_much
 from windlass.checkpoint.folder import CheckpointFolder
 from windlass.device.base import Device
 from windlass.device.cuda import CudaDevice, CudaHost, Usage, cuda_index, why_none
@@ -106,10 +107,7 @@ def weighed(gpu: Gpu, model: CheckpointFolder, options: EngineOptions, kernels: 
     if budget is None:
         budget = usage.taken + int(_DEFAULT_SHARE * (usage.total - usage.taken))
     if budget > usage.total:
-        raise UsageError(
-            f"device_memory: got {format_bytes(budget)}, allowed up to {usage.total // MIB}MiB: all"
-            f" that {gpu.words} has"
-        )
+        raise too_much("device_memory", budget, usage.total, f"all that {gpu.words} has")
     return device_sizes(
         model, budget_bytes=budget, process_bytes=usage.taken + LATER_BYTES, backend=kernels
     )

@@ -32,9 +32,14 @@ def check_budget(host_memory: int | None) -> None:
         whose = "all that this machine has"
         if most < machine:
             whose = f"the limit of its memory cgroup, of the machine's {format_bytes(machine)}"
-        raise UsageError(
-            f"host_memory: got {format_bytes(host_memory)}, allowed up to {most // MIB}MiB: {whose}"
-        )
+        raise too_much("host_memory", host_memory, most, whose)
+
+
+def too_much(name: str, wanted: int, most: int, whose: str) -> UsageError:
+    """More is to be taken of a memory than there is: `most` bytes, `whose` in words."""
+    return UsageError(
+        f"{name}: got {format_bytes(wanted)}, allowed up to {most // MIB}MiB: {whose}"
+    )
 
 
 def _budget(share: float) -> int:

@@ -242,7 +242,7 @@ def _setup(
             vocab_size=model.spec.vocab_size,
             eos_token_ids=tokenizer.eos_token_ids,
             seed=options.seed,
-            prefix_caching=plan.prefix_caching or plan.kept_states > 0,
+            prefix_caching=plan.finds_prefixes,
             grammars=Grammars(tokenizer, model.spec.vocab_size),
             shares=plan.shares,
             limited_by=model.spec.limited_by

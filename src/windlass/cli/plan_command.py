@@ -14,7 +14,7 @@ from windlass.doctor.kept import cache_folder
 from windlass.errors import UsageError
 from windlass.hub.locate import locate
 from windlass.options import AUTO, CPU, EngineOptions, default_params, resolve_model
-from windlass.units import MIB, format_bytes
+from windlass.units import MIB
 
 if TYPE_CHECKING:
     from windlass.checkpoint.folder import CheckpointFolder
@@ -208,11 +208,11 @@ def _with_device(
 
 def _check_has(machine: "HardwareProfile", name: str, wanted: int, own: "Processor") -> None:
     """UsageError where more is to be taken of a memory than the machine has."""
+    from windlass.build.host_budget import too_much
+
     if wanted > own.memory_bytes:
-        raise UsageError(
-            f"{name}: got {format_bytes(wanted)}, allowed up to {own.memory_bytes // MIB}MiB: all"
-            f" that the machine has, {machine.name}"
-        )
+        whose = f"all that the machine has, {machine.name}"
+        raise too_much(name, wanted, own.memory_bytes, whose)
 
 
 def _budget(values: Mapping[str, Any], profile: "HardwareProfile") -> int:

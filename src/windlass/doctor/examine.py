@@ -37,7 +37,7 @@ from windlass.hardware.profile import HardwareProfile, Processor
 from windlass.kernels.interface import Kernels
 from windlass.kernels.select import choose_kernels, device_backend, host_backend
 from windlass.kernels.select_device import choose_device_kernels
-from windlass.options import AUTO, CPU, EngineOptions
+from windlass.options import AUTO, CPU, EngineOptions, MoeBackend
 from windlass.units import counted, format_bytes
 
 
@@ -52,7 +52,7 @@ class Subject:
     model: Path | None = None
     device: str = AUTO
     threads: int | None = None
-    moe_backend: Literal["auto", "triton", "torch", "cpu"] = "auto"
+    moe_backend: MoeBackend = "auto"
     dtype: str = "auto"
     load_mode: Literal["auto", "dio", "buffered"] = "auto"
 

@@ -17,7 +17,7 @@ from windlass.hardware.profile import Curve
 from windlass.ids import Part
 from windlass.kernels.interface import AttentionOptions, AttentionWork, ExpertGroups, Kernels
 from windlass.models.spec import Gqa, Mla
-from windlass.planner.budget import PAGE_TOKENS
+from windlass.plan import PAGE_TOKENS
 from windlass.tensors import PagedRows, StoredTensors, Weight
 from windlass.units import MIB
 

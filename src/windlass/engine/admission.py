@@ -31,7 +31,7 @@ from windlass.engine.drafting import Drafting
 from windlass.engine.pace import Pace
 from windlass.engine.prompt_pages import Known, PromptPages
 from windlass.engine.request import Request
-from windlass.engine.rows import ScheduledSequence, generated_row, prompt_row, with_drafts
+from windlass.engine.rows import ScheduledSequence, add_prompt, generated_row, with_drafts
 from windlass.engine.sequence import QueuedSequence, Sequence
 from windlass.engine.waiting_queue import Passing, WaitingQueue
 from windlass.ids import Home
@@ -84,7 +84,8 @@ class Admission:
         None."""
         assert max_rows >= max_num_seqs + CHUNK_TOKENS, "a pass must hold all sequences and a chunk"
         self._kv = kv
-        self._max_num_seqs, self._max_rows = max_num_seqs, max_rows
+        self._max_num_seqs = max_num_seqs
+        self._max_rows = max_rows
         self._mixed_prefill_rows = mixed_prefill_rows
         self.turns, self._drafting, self.pace, keeps = decoding or Decoding(Turns())
         self._most_drafts = most_drafts(max_num_seqs, self._drafting.most if self._drafting else 0)
@@ -171,7 +172,8 @@ class Admission:
         for sequence in self.running:
             if sequence.in_prompt and sequence.is_batch == is_batch:
                 left -= self._add_prompt(sequence, left, rows)
-        full, passing = set[Home](), self._passing
+        full: set[Home] = set()
+        passing = self._passing
         passing.begin()
         while left > 0 and self.waiting.is_batch == is_batch:
             if (place := self.waiting.next(full, passing.blocked)) is None:
@@ -255,11 +257,8 @@ class Admission:
         return with_drafts(row, drafts, self._kv.of(sequence.home), len(self.running))
 
     def _add_prompt(self, sequence: Sequence, room: int, rows: list[ScheduledSequence]) -> int:
-        """Adds the next chunk of a prompt and returns its number of rows."""
         room = room if self.pace is None else min(room, self.pace.share)
-        row = prompt_row(self.prompt_pages, sequence, room)
-        rows += row
-        return sum(one.segment.num_tokens for one in row)
+        return add_prompt(self.prompt_pages, sequence, room, rows)
 
     def check(self) -> None:
         """Pages are held by running sequences only, by several only where prompts agree."""

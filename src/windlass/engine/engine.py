@@ -308,9 +308,7 @@ def _stats_of(parts: EngineParts, plan: Plan) -> dict[str, Any]:
         "num_preemptions": own.num_preemptions,
         "burst_passes": own.turns.num_passes,
         "bursts_have_lost": own.turns.have_lost,
-        "prefix_cache_queries": own.prompt_pages.num_asked
-        if plan.prefix_caching or plan.kept_states
-        else 0,
+        "prefix_cache_queries": own.prompt_pages.num_asked if plan.finds_prefixes else 0,
         "prefix_cache_hits": own.prompt_pages.num_found,
         "speculation": parts.speculation(),
         "forecast_sources": parts.forecast_sources(),

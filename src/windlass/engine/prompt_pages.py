@@ -13,8 +13,9 @@ Where the model has recurrent layers a prompt goes on from a state that was kept
 last block that the next turn can have, and where prompts that begin alike part.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Mapping
 from itertools import islice
+from types import MappingProxyType
 
 from windlass.engine.prompt_scores import BlockScores, KnownScores
 from windlass.engine.sequence import QueuedSequence, Sequence
@@ -56,15 +57,7 @@ class PromptPages:
 
     def num_ready(self, queued: QueuedSequence, known: Known) -> int:
         """Tokens at the beginning that need not be computed."""
-        count = 0
-        for place, block in enumerate(known):
-            if block is None or not block.is_full:
-                break
-            if _is_scored(queued, place) and self._known_scores(queued, place) is None:
-                break
-            if self._goes_on(block):
-                count = (place + 1) * CHUNK_TOKENS
-        return count
+        return self._num_there(queued, known)
 
     def take(self, sequence: Sequence, known: Known) -> None:
         """Gives the sequence all pages of its prompt, and names to those that others may read.
@@ -89,14 +82,9 @@ class PromptPages:
     def num_skipped(self, sequence: Sequence) -> int:
         """Tokens of a sequence in its prompt that others have computed, behind those that it has
         itself."""
-        count, first = 0, sequence.num_computed // CHUNK_TOKENS
-        for place in range(first, _num_readable(sequence.queued)):
-            block = self._block(sequence, place)
-            if block is None or not block.is_full or not self._has_scores(sequence, place):
-                break
-            if self._goes_on(block):
-                count = (place + 1 - first) * CHUNK_TOKENS
-        return count
+        first = sequence.num_computed // CHUNK_TOKENS
+        blocks = (self._block(sequence, i) for i in range(first, _num_readable(sequence.queued)))
+        return self._num_there(sequence.queued, blocks, first, sequence.prompt_scores)
 
     def skip(self, sequence: Sequence, count: int) -> int:
         """Moves a sequence past `count` such tokens. The slot of the state that its next row goes
@@ -105,12 +93,10 @@ class PromptPages:
             return -1
         first = sequence.num_computed // CHUNK_TOKENS
         for place in range(first, first + count // CHUNK_TOKENS):
-            found = self._known_scores(sequence.queued, place)
-            own = sequence.prompt_scores.get(place)
-            if not _is_scored(sequence.queued, place) or (own is not None and own.rows is not None):
-                continue
-            assert found is not None, "only what has its scores is skipped"
-            sequence.prompt_scores[place] = found
+            if _lacks_scores(sequence.queued, place, sequence.prompt_scores):
+                found = self._known_scores(sequence.queued, place)
+                assert found is not None, "only what has its scores is skipped"
+                sequence.prompt_scores[place] = found
         sequence.num_computed += count
         sequence.num_cached += count
         self.num_found += count
@@ -147,22 +133,31 @@ class PromptPages:
             return
         queued, pool, size = sequence.queued, self._pool(sequence), self._block_pages
         tokens = (*queued.request.prompt_token_ids, *sequence.output_ids)[: sequence.num_computed]
-        keys = block_keys(tokens, CHUNK_TOKENS, queued.block_keys)
-        for place, name in list(enumerate(self._names(queued, keys)))[len(queued.block_keys) :]:
+        num_named = len(queued.block_keys)
+        keys = block_keys(tokens, CHUNK_TOKENS, queued.block_keys)[num_named:]
+        for place, name in enumerate(self._names(queued, keys), num_named):
             if pool.find(name) is None:
                 block = pool.name(name, sequence.pages[place * size : (place + 1) * size])
                 block.is_full = True
 
-    def _goes_on(self, block: PageBlock) -> bool:
-        """Whether a prompt can go on behind a block that is full."""
-        return block.state >= 0 or not self._kv.has_states
-
-    def _has_scores(self, sequence: Sequence, place: int) -> bool:
-        """Whether those that are wanted of a block's rows need not be computed."""
-        queued, own = sequence.queued, sequence.prompt_scores.get(place)
-        if not _is_scored(queued, place) or (own is not None and own.rows is not None):
-            return True
-        return self._known_scores(queued, place) is not None
+    def _num_there(
+        self,
+        queued: QueuedSequence,
+        blocks: Iterable[PageBlock | None],
+        first: int = 0,
+        scores: Mapping[int, BlockScores] = MappingProxyType({}),
+    ) -> int:
+        """Tokens of `blocks`, which begin with the prompt's at place `first`, that need not be
+        computed: all is there up to where a prompt can go on. `scores`: what it has itself."""
+        count = 0
+        for place, block in enumerate(blocks, first):
+            if block is None or not block.is_full:
+                break
+            if _lacks_scores(queued, place, scores) and self._known_scores(queued, place) is None:
+                break
+            if block.state >= 0 or not self._kv.has_states:
+                count = (place + 1 - first) * CHUNK_TOKENS
+        return count
 
     def _known_scores(self, queued: QueuedSequence, place: int) -> BlockScores | None:
         name = self._name_of_scores(queued, place)
@@ -213,7 +208,9 @@ def _num_readable(queued: QueuedSequence) -> int:
     return min(len(queued.block_keys), readable_blocks(queued.num_tokens, CHUNK_TOKENS))
 
 
-def _is_scored(queued: QueuedSequence, place: int) -> bool:
-    """Whether log-probabilities of tokens that follow a block's rows are wanted."""
-    first = queued.first_scored
-    return first is not None and place >= readable_blocks(first, CHUNK_TOKENS)
+def _lacks_scores(queued: QueuedSequence, place: int, scores: Mapping[int, BlockScores]) -> bool:
+    """Whether log-probabilities of tokens that follow a block's rows are wanted and not among
+    `scores`."""
+    first, own = queued.first_scored, scores.get(place)
+    is_scored = first is not None and place >= readable_blocks(first, CHUNK_TOKENS)
+    return is_scored and (own is None or own.rows is None)

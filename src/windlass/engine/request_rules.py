@@ -8,10 +8,9 @@ from windlass.engine.request import Request
 from windlass.engine.sampling import Sampler, choice_seed
 from windlass.engine.sequence import QueuedSequence
 from windlass.errors import RequestError
-from windlass.ids import Home
+from windlass.ids import Home, HomeShares
 from windlass.kvcache.kv_tiers import content_name, home_of
 from windlass.kvcache.pages import block_keys
-from windlass.plan import HomeShares
 from windlass.schedule.batch import CHUNK_TOKENS
 from windlass.units import counted
 

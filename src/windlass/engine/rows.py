@@ -46,19 +46,22 @@ def generated_row(prompts: PromptPages, sequence: Sequence, room: int) -> Schedu
     return _row(prompts, sequence, (first, last), is_prompt=False)
 
 
-def prompt_row(prompts: PromptPages, sequence: Sequence, room: int) -> list[ScheduledSequence]:
-    """The next chunk of a prompt; none where there is no room for one. What rows before it have
-    computed, here or earlier, is done."""
+def add_prompt(
+    prompts: PromptPages, sequence: Sequence, room: int, rows: list[ScheduledSequence]
+) -> int:
+    """Adds the next chunk of a prompt, if there is room for one, and returns its number of rows.
+    What rows before it have computed, here or earlier, is done."""
     skipped = prompts.num_skipped(sequence)
     count = fitting_rows(sequence.num_prompt - sequence.num_computed - skipped, room)
     if not count:
-        return []
+        return 0
     source = prompts.skip(sequence, skipped)
     first, last = sequence.num_computed, sequence.num_computed + count
     _, segment = _row(prompts, sequence, (first, last), is_prompt=True)
     kept = prompts.fill(sequence, first, last)
     segment = replace(segment, state_source=source, kept_states=kept)
-    return [ScheduledSequence(sequence, segment)]
+    rows.append(ScheduledSequence(sequence, segment))
+    return count
 
 
 def with_drafts(

@@ -17,8 +17,6 @@ def home_of(name: str, host_share: float, streamed_share: float = 0.0) -> Home:
     bits do not depend on what else runs. Of many names a share of `host_share`, 0 to 1, is at the
     host, and of `streamed_share` there with attention on the device, to the same bits as the rest;
     who is at the host does not depend on that share."""
-    if not host_share and not streamed_share:
-        return Home.DEVICE
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=_NAME_BYTES)
     place, places = int.from_bytes(digest.digest(), "big"), 2.0 ** (8 * _NAME_BYTES)
     if place < host_share * places:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from windlass.errors import UsageError
 from windlass.hardware.profile import HardwareProfile, LinkRates, Processor
 from windlass.ids import DEVICE, DISK_TO_HOST, Home, Part, Route, WeightKey
-from windlass.models.spec import Attention, Gqa, Mla, ModelSpec, Moe
+from windlass.models.spec import Attention, Gqa, Mla, Moe
 from windlass.perf.flops import expert_matrices, kept_numbers
 from windlass.perf.op_cost import (
     SAMPLE_S,
@@ -20,11 +20,11 @@ from windlass.perf.op_cost import (
     visible,
 )
 from windlass.perf.sizes import Problem
+from windlass.plan import PAGE_TOKENS
 from windlass.runtime.clock import HOST_TO_DEVICE, LaneJob, LaneWork
 from windlass.schedule.batch import MicroBatch, Segment
 
 DEVICE_LANES = ("disk", "down", "up", "host", DEVICE)
-_PAGE_TOKENS = 32  # that go back where one is written
 SENT = 4  # bytes of a number that crosses the link: rows are fp32
 
 
@@ -150,7 +150,8 @@ class DeviceCost(OpCost):
         length, earlier = seen.chunks() if seen.prompt_rows else (1, 0.0)
         chunks = seen.prompt_rows / length
         before = Seen(seen.decode_rows, seen.decode_positions, round(chunks), chunks * earlier)
-        each, new = self.position_bytes(layer), seen.prompt_rows + _PAGE_TOKENS * seen.decode_rows
+        # of a generated row its whole page goes back
+        each, new = self.position_bytes(layer), seen.prompt_rows + PAGE_TOKENS * seen.decode_rows
         return each * sum(visible(attention, before)), each * new
 
     def host_expert_s(self, layer: int, num_rows: int) -> float:
@@ -192,16 +193,6 @@ class DeviceCost(OpCost):
     def sample_s(self, num_rows: int) -> float:
         """The device draws; a row costs the host what text and bookkeeping do."""
         return num_rows * SAMPLE_S
-
-
-def windows_of(spec: ModelSpec) -> dict[int, int | None]:
-    """Layers that keep keys and values: positions that a row sees there, None: all."""
-    found = {layer: block.attention for layer, block in enumerate(spec.blocks)}
-    return {
-        layer: one.window if isinstance(one, Gqa) else None
-        for layer, one in found.items()
-        if isinstance(one, Gqa | Mla)
-    }
 
 
 def beside_copies(host: Processor) -> Processor:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from windlass.checkpoint.part_reads import Read
 from windlass.forecast.interface import ExpertTable
 from windlass.forecast.usage import UsageForecast
-from windlass.ids import Home, Part
+from windlass.ids import ALL_ON_DEVICE, Home, HomeShares, Part
 from windlass.models.spec import ModelSpec, Moe
-from windlass.perf.device_cost import DEVICE_LANES, DeviceCost, windows_of
+from windlass.perf.device_cost import DEVICE_LANES, DeviceCost
 from windlass.perf.device_pass_cost import DevicePassCost, Placed
 from windlass.perf.job_passes import PassRun
 from windlass.perf.op_cost import OpCost
@@ -28,12 +28,12 @@ from windlass.perf.pass_cost import (
 )
 from windlass.perf.sample import Sample, parts_of, sample_layers, slots_of
 from windlass.perf.sizes import Problem, Sizes
-from windlass.plan import ALL_ON_DEVICE, HomeShares, Plan, TierPlan
+from windlass.plan import Plan, TierPlan
 from windlass.prefetch.expert_pool import ExpectedNextUse, floor_of
 from windlass.prefetch.prefetcher import Prefetcher
 from windlass.prefetch.tiers import LowerPolicy, UpperPolicy, takers
 from windlass.runtime.clock import Clock, Lanes, Span
-from windlass.runtime.kv_rounds import half_pages
+from windlass.runtime.kv_rounds import half_pages, windows_of
 from windlass.runtime.simulated import SimulatedParts, SimulatedRuntime, SimulatedWeights
 from windlass.runtime.simulated_host import SimulatedHostExperts
 from windlass.runtime.simulated_stream import Pages, SimulatedStream

@@ -12,7 +12,7 @@ from windlass.errors import BudgetError, UsageError
 from windlass.ids import DEVICE, Part
 from windlass.models.spec import ModelSpec, Moe
 from windlass.perf.sizes import Sizes
-from windlass.plan import HOST, PART_WORDS, PartSlots, Plan, TierPlan
+from windlass.plan import HOST, PAGE_TOKENS, PART_WORDS, PartSlots, Plan, TierPlan
 from windlass.planner.activations import (
     activation_bytes,
     device_activation_bytes,
@@ -24,7 +24,6 @@ from windlass.runtime.kv_rounds import half_bytes
 from windlass.schedule.batch import CHUNK_TOKENS, most_drafts
 from windlass.units import MIB, format_bytes, round_up
 
-PAGE_TOKENS = 32
 READ_THREADS = 4
 _SEQS = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 _ROWS = (8192, 4096, 2048, 1024, 512, 256, 128)  # a pass has room for all sequences and a chunk

@@ -10,15 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from windlass.errors import BudgetError
-from windlass.ids import DEVICE, Part
+from windlass.ids import DEVICE, HomeShares, Part
 from windlass.models.spec import ModelSpec, Moe
 from windlass.perf.sizes import Backend, DeviceSizes, Sizes
-from windlass.plan import HOST, GeneratedExperts, HomeShares, Plan, TierPlan
+from windlass.plan import HOST, PAGE_TOKENS, GeneratedExperts, Plan, TierPlan
 from windlass.planner.activations import host_side_bytes
 from windlass.planner.budget import (
     MOST_FORESEEN_SEQS,
     NOISE_BYTES,
-    PAGE_TOKENS,
     SMALLEST_CONTEXT,
     Draft,
     longest_context,

@@ -19,8 +19,8 @@ from windlass.perf.job_passes import PassRun
 from windlass.perf.op_cost import Seen
 from windlass.perf.pass_cost import PassCost, held_shares, layer_kinds
 from windlass.perf.sizes import Problem, Sizes
-from windlass.plan import Plan
-from windlass.planner.budget import PAGE_TOKENS, SMALLEST_CONTEXT
+from windlass.plan import PAGE_TOKENS, Plan
+from windlass.planner.budget import SMALLEST_CONTEXT
 from windlass.planner.bursts import with_bursts
 from windlass.planner.constraints import PlanConstraints
 from windlass.planner.device_budget import plan_for

@@ -6,14 +6,8 @@ from windlass.errors import BudgetError, UsageError
 from windlass.ids import Part
 from windlass.models.spec import ModelSpec
 from windlass.perf.sizes import DeviceSizes, Sizes
-from windlass.plan import Plan, TierPlan
-from windlass.planner.budget import (
-    MIN_SLOTS,
-    NOISE_BYTES,
-    PAGE_TOKENS,
-    bytes_here,
-    page_bytes,
-)
+from windlass.plan import PAGE_TOKENS, Plan, TierPlan
+from windlass.planner.budget import MIN_SLOTS, NOISE_BYTES, bytes_here, page_bytes
 from windlass.planner.constraints import PlanConstraints
 from windlass.planner.device_budget import host_bytes_here
 from windlass.schedule.batch import CHUNK_TOKENS

@@ -71,12 +71,6 @@ def actor_class() -> Any:
         def exchange(self, rows: Any, timeout_s: float) -> Any:
             return self._replica.exchange(rows, timeout_s)
 
-        def compute(self, rows: Any) -> Any:
-            return self._replica.compute(rows)
-
-        def stats(self) -> Any:
-            return self._replica.stats()
-
         def close(self) -> None:
             if self._replica is not None:
                 self._replica.close()

@@ -68,7 +68,7 @@ class Place:
 class ReplicaFacts:
     """Of an open replica. `checkpoint`: what tells it from others (`hub.locate.identity_of`).
     `fingerprint`: what would change results, kernels among it. `arithmetic`: instruction sets and
-    device, in words. `lines`: its plan, for people."""
+    device, in words. `plan_line`: the first of its plan, for people."""
 
     host: str
     pid: int
@@ -79,15 +79,13 @@ class ReplicaFacts:
     max_model_len: int
     capacity: int  # sequences at once
     window: int  # of sequences, that keeps it busy
-    plan: Mapping[str, Any]
-    lines: tuple[str, ...]
+    plan_line: str
 
     def words(self) -> str:
         """One line of what it is."""
         kernels = f"{self.fingerprint['kernels']} ({self.arithmetic})"
-        return f"process {self.pid}, kernels {kernels}, {self.capacity} sequences; " + "; ".join(
-            line.removeprefix("plan: ") for line in self.lines[:1]
-        )
+        plan = self.plan_line.removeprefix("plan: ")
+        return f"process {self.pid}, kernels {kernels}, {self.capacity} sequences; {plan}"
 
 
 @dataclass(frozen=True, slots=True)

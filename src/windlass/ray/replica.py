@@ -69,7 +69,6 @@ class Replica:
     def facts(self) -> ReplicaFacts:
         """What it is and how it was planned."""
         own, engine = self._options, self._engine
-        notes: Sequence[str] = getattr(engine, "notes", ())
         return ReplicaFacts(
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -78,13 +77,12 @@ class Replica:
             fingerprint=dict(engine.fingerprint),
             arithmetic=arithmetic_words(
                 str(engine.fingerprint.get("host_kernels", engine.fingerprint["kernels"])),
-                has_device=getattr(engine.plan, "above", None) is not None,
+                has_device=engine.plan.above is not None,
             ),
             max_model_len=engine.max_model_len,
             capacity=engine.capacity,
             window=self._window,
-            plan=engine.plan.to_json(),
-            lines=(*engine.plan.lines(), *notes),
+            plan_line=engine.plan.lines()[0],
         )
 
     def stats(self) -> EngineStats:
@@ -101,14 +99,6 @@ class Replica:
         self._fill()  # places that came free do not wait for the next call
         ended, self._ended = tuple(self._ended), []
         return Report(ended, self.stats())
-
-    def compute(self, rows: Sequence[JobRow]) -> list[EndedRow]:
-        """Their results, in their order. For whoever has no rows under way. Indices of `rows` must
-        differ."""
-        found = {one.index: one for one in self.exchange(rows, 0).ended}
-        while len(found) < len(rows):
-            found.update({one.index: one for one in self.exchange((), 1.0).ended})
-        return [found[row.index] for row in rows]
 
     def close(self) -> None:
         """Gives up what has not ended, and closes the engine."""

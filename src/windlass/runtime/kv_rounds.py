@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
+from windlass.models.spec import Gqa, Mla, ModelSpec
 from windlass.schedule.batch import MicroBatch, Segment
 from windlass.units import MIB
 
@@ -40,6 +41,16 @@ def half_bytes(bytes_per_token: int, page_tokens: int, context: int) -> int:
     """What such a place takes, with a page of zeros."""
     pages = 1 + half_pages(bytes_per_token, page_tokens, context)
     return pages * page_tokens * bytes_per_token + MIB
+
+
+def windows_of(spec: ModelSpec) -> dict[int, int | None]:
+    """Layers that keep keys and values: positions that a row sees there, None: all."""
+    found = {layer: block.attention for layer, block in enumerate(spec.blocks)}
+    return {
+        layer: one.window if isinstance(one, Gqa) else None
+        for layer, one in found.items()
+        if isinstance(one, Gqa | Mla)
+    }
 
 
 def num_pages(segment: Segment, page_tokens: int) -> int:

@@ -27,9 +27,9 @@ from windlass.device.streams import OVER, Event
 from windlass.ids import Home, Route
 from windlass.kernels.interface import AttentionOptions, AttentionWork, Kernels, WorkTables
 from windlass.kvcache.staging import Half, StreamedKv
-from windlass.models.spec import Gqa, ModelSpec
+from windlass.models.spec import ModelSpec
 from windlass.runtime.attention_metadata import Numbers, work_of
-from windlass.runtime.kv_rounds import Ahead, Run, Staged, Wait, rounds_of
+from windlass.runtime.kv_rounds import Ahead, Run, Staged, Wait, rounds_of, windows_of
 from windlass.schedule.batch import Batch, MicroBatch
 from windlass.weights.io_queue import Priority, Ticket, TicketState
 from windlass.weights.transfer import TransferQueue
@@ -74,11 +74,7 @@ class KvStream:
         self._kv = kv
         self._way = way
         self._memory = kv.halves[0].memory.device
-        attentions = [block.attention for block in spec.blocks]
-        self._windows = {
-            layer: one.window if isinstance(one := attentions[layer], Gqa) else None
-            for layer in kv.kinds
-        }
+        self._windows = windows_of(spec)
         self._rounds: dict[int, list[_Round]] = {}  # by the first row of their micro-batch
         self._ahead = Ahead()
         self._num_taken = 0
